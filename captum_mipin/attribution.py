@@ -1,0 +1,248 @@
+"""MIP-IN as Captum attributions: the call contract, and nothing else."""
+
+from typing import Any, NoReturn
+
+import torch
+from captum.attr import GradientAttribution, LayerAttribution
+from torch import Tensor, nn
+
+from captum_mipin._captum import captum_entry
+from captum_mipin.capture import Inputs
+from captum_mipin.errors import InputError
+from captum_mipin.fitting import seed
+from captum_mipin.inverse import Explanation, InverseNetwork, as_extras, as_inputs, like
+from captum_mipin.targets import per_example
+
+
+class MIPINAttribution(GradientAttribution):
+    """MIP-IN attributions at the input: how a class's logit is carried by each input feature.
+
+    The attribution A is the inverse network's answer without its biases, linear in the logit; the source signal S is
+    its answer with them (algorithm 1). Either takes one pass forward and one back, like a gradient.
+
+    Args:
+        model: The network that ``inverse`` was fitted to.
+        inverse: Its fitted :class:`~captum_mipin.InverseNetwork`.
+
+    Raises:
+        InputError: ``inverse`` belongs to another model object.
+
+    Source: Deng et al., KDD 2021, sections 4.2, 4.3 and algorithm 1.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> x = torch.randn(200, 6)
+        >>> mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False))
+        >>> mipin.attribute(x[:4], target=[0, 1, 2, 0]).shape
+        torch.Size([4, 6])
+    """
+
+    def __init__(self, model: nn.Module, inverse: InverseNetwork) -> None:
+        GradientAttribution.__init__(self, model)
+        self.model = model
+        self.inverse = _of(inverse, model)
+
+    @captum_entry
+    def attribute(
+        self,
+        inputs: Tensor | Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        local: bool = True,
+        mask_input: bool = False,
+        multiply_by_inputs: bool = False,
+        return_convergence_delta: bool = False,
+    ) -> Any:
+        """A, the attribution of the target's logit to the input (algorithm 1).
+
+        Args:
+            inputs: Tensor (batch, ...) or tuple of such, floating.
+            target: The class, as any Captum method takes it: int, tuple, list, integer tensor; may differ between
+                examples. None for a model with one output.
+            additional_forward_args: Further arguments of the model.
+            local: Adapt the inverse to each example by its masks and switches (equation 9); without, the global view.
+            mask_input: Apply equation 9 to the input as well.
+            multiply_by_inputs: Return A ⊙ x.
+            return_convergence_delta: Return also the completeness error of the source signal, Φ_c(S) − Φ_c(x).
+
+        Returns:
+            Attributions shaped, typed and placed like ``inputs``; with ``return_convergence_delta`` a pair of them and
+            a tensor (batch,).
+
+        Raises:
+            NotFittedError: A class that was not fitted.
+            InputError: Not a tensor or tuple, empty, integer, NaN. Also an AssertionError and a ValueError.
+            TargetError: Not a target of this model. Also an AssertionError; out of range also an IndexError.
+            CaptureError: The model cannot run on inputs of this shape, dtype or device.
+            ModelChangedError: The model's weights changed since the fit.
+        """
+        tensors, extras = as_inputs(inputs), as_extras(additional_forward_args)
+        biases = (False, True) if return_convergence_delta else (False,)
+        found = self.inverse.explain(tensors, target, extras, biases=biases, local=local, mask=mask_input)
+        maps = found.signals[0]
+        if multiply_by_inputs:
+            maps = tuple(a * x for a, x in zip(maps, found.features, strict=True))
+        if not return_convergence_delta:
+            return like(inputs, maps)
+        return like(inputs, maps), self._delta(found.signals[1], found.output, target, extras)
+
+    def source_signal(
+        self,
+        inputs: Tensor | Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        local: bool = True,
+        mask_input: bool = False,
+    ) -> Any:
+        """S, see :meth:`InverseNetwork.source_signal`."""
+        return self.inverse.source_signal(inputs, target, additional_forward_args, local=local, mask_input=mask_input)
+
+    def distractor(
+        self,
+        inputs: Tensor | Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        local: bool = True,
+        mask_input: bool = False,
+    ) -> Any:
+        """X − S, see :meth:`InverseNetwork.distractor`."""
+        return self.inverse.distractor(inputs, target, additional_forward_args, local=local, mask_input=mask_input)
+
+    def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
+        """The global map of a class, see :meth:`InverseNetwork.class_attribution`."""
+        return self.inverse.class_attribution(target, additional_forward_args)
+
+    def has_convergence_delta(self) -> bool:
+        """Whether ``attribute`` can return a convergence delta: it can."""
+        return True
+
+    def compute_convergence_delta(
+        self, source_signal: Any, inputs: Any, target: Any = None, additional_forward_args: Any = None
+    ) -> Tensor:
+        """Completeness error of a source signal, Φ_c(S) − Φ_c(x), example by example (section 5).
+
+        Args:
+            source_signal: What :meth:`source_signal` gave for ``inputs``.
+            inputs: The inputs.
+            target: The class.
+            additional_forward_args: Further arguments of the model.
+
+        Returns:
+            (batch,)
+        """
+        extras = as_extras(additional_forward_args)
+        with torch.no_grad():
+            output = self.model(*as_inputs(inputs), *extras)
+        explained = _pick(output, target)
+        return self._delta(as_inputs(source_signal), explained, target, extras)
+
+    def _delta(self, signal: Inputs, explained: Tensor, target: Any, extras: Any) -> Tensor:
+        with torch.no_grad():
+            return _pick(self.model(*signal, *extras), target) - explained
+
+    def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not implemented, as for Captum's gradient methods."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name that Captum's tools show."""
+        return "MIP-IN"
+
+
+class LayerMIPINAttribution(LayerAttribution, GradientAttribution):
+    """MIP-IN attributions at the output of a layer.
+
+    Args:
+        model: The network that ``inverse`` was fitted to.
+        inverse: Its fitted :class:`~captum_mipin.InverseNetwork`, which may itself stop at a layer.
+        layer: A module of the model with one output tensor, in or above what ``inverse`` inverts; by default the
+            layer that ``inverse`` stops at. The forward mask (equation 9) applies to its output. Between a batch
+            norm and its convolution, the signal is in units of the batch norm's output.
+
+    Raises:
+        InputError: ``inverse`` belongs to another model object, or no layer is known.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+        >>> x = torch.randn(50, 1, 8, 8)
+        >>> inverse = InverseNetwork(model, layer=model[1]).fit(x, targets=0, progress=False)
+        >>> maps = LayerMIPINAttribution(model, inverse).attribute(x[:2], target=0)
+        >>> LayerMIPINAttribution.interpolate(maps.mean(1, keepdim=True), (8, 8)).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(self, model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None = None) -> None:
+        inverse = _of(inverse, model)
+        layer = inverse.layer if layer is None else layer
+        if layer is None:
+            raise InputError("no layer was given, and this inverse does not stop at one: pass layer=")
+        LayerAttribution.__init__(self, model, layer)
+        GradientAttribution.__init__(self, model)
+        self.model = model
+        self.inverse = inverse
+
+    @captum_entry
+    def attribute(
+        self,
+        inputs: Tensor | Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        local: bool = True,
+        multiply_by_features: bool = False,
+    ) -> Tensor:
+        """A at the layer: how the target's logit is carried by each feature of its output.
+
+        Args:
+            inputs, target, additional_forward_args: As for :meth:`MIPINAttribution.attribute`.
+            local: Adapt the inverse to each example; without, the global view.
+            multiply_by_features: Return A ⊙ features.
+
+        Returns:
+            Shaped like the layer's output.
+
+        Raises:
+            As :meth:`MIPINAttribution.attribute`; CaptureError where the layer has not exactly one output tensor.
+        """
+        found = self._explain(inputs, target, additional_forward_args, False, local)
+        (a,), (x,) = found.signals[0], found.features
+        return a * x if multiply_by_features else a
+
+    def source_signal(
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *, local: bool = True
+    ) -> Tensor:
+        """S at the layer: what of its output the target's logit carries, shaped like it."""
+        return self._explain(inputs, target, additional_forward_args, True, local).signals[0][0]
+
+    def _explain(self, inputs: Any, target: Any, arguments: Any, bias: bool, local: bool) -> Explanation:
+        extras = as_extras(arguments)
+        return self.inverse.explain(as_inputs(inputs), target, extras, biases=(bias,), local=local, layer=self.layer)
+
+    def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not implemented, as for Captum's gradient methods."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name that Captum's tools show."""
+        return "Layer MIP-IN"
+
+
+def _of(inverse: object, model: nn.Module) -> InverseNetwork:
+    if not isinstance(inverse, InverseNetwork):
+        raise InputError(f"inverse is a {type(inverse).__name__}, expected an InverseNetwork")
+    if inverse.model is not model:
+        raise InputError("the inverse belongs to another model object; InverseNetwork.load(path, model) binds one to this")
+    return inverse
+
+
+def _pick(output: Tensor, target: Any) -> Tensor:
+    """Φ_c of each example."""
+    picked = seed(output, per_example(target, output))
+    return picked.flatten(1).sum(1) if picked.ndim > 1 else picked

@@ -1,0 +1,281 @@
+"""From a model to its graph of operations.
+
+``torch.export`` records what the model computes as a functional graph in which every spelling of an operation looks
+the same. The export runs on a structural copy of the model that shares its parameters, so the model itself is never
+touched.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from captum_mipin.errors import CaptureError, InputError, TrainingModeError
+
+Inputs = tuple[Tensor, ...]
+Extras = tuple[Any, ...]
+
+#: Batch size the example is captured with. Any; sizes 0 and 1 would be taken for constants.
+_EXAMPLE_BATCH = 3
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a captured graph holds for: shapes without the batch, dtypes, and the values of all other arguments."""
+
+    leaves: tuple[tuple[str, ...], ...]
+    structure: str
+
+    @classmethod
+    def of(cls, inputs: Inputs, extras: Extras) -> "Signature":
+        """The signature of a call."""
+        leaves, structure = pytree.tree_flatten((inputs, extras))
+        return cls(tuple(_describe(leaf, len(inputs[0])) for leaf in leaves), str(structure))
+
+    def to_json(self) -> list[Any]:
+        """As lists and strings."""
+        return [[list(leaf) for leaf in self.leaves], self.structure]
+
+    @classmethod
+    def from_json(cls, value: list[Any]) -> "Signature":
+        """The inverse of :meth:`to_json`."""
+        return cls(tuple(tuple(leaf) for leaf in value[0]), value[1])
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """The operations of a model, as a functional graph.
+
+    Attributes:
+        graph: Nodes in order of execution; placeholders first.
+        constants: Placeholder name → where its tensor is found: a parameter's or buffer's path, or the tensor.
+        inputs: Names of the placeholders of the explained inputs.
+        arguments: Names of the placeholders of all inputs and extra arguments, in order; None where the graph has none.
+        output: Node of the model's output.
+        batch: The symbol of the batch size.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, str | Tensor]
+    inputs: tuple[str, ...]
+    arguments: tuple[str | None, ...]
+    output: fx.Node
+    batch: str
+
+    def values(self, model: nn.Module, inputs: Inputs, extras: Extras) -> dict[str, Any]:
+        """The value of every placeholder, parameters and buffers as they are in ``model`` now."""
+        values: dict[str, Any] = {
+            name: (_lookup(model, source) if isinstance(source, str) else source).detach()
+            for name, source in self.constants.items()
+        }
+        leaves = pytree.tree_leaves((inputs, extras))
+        values.update((name, leaf) for name, leaf in zip(self.arguments, leaves, strict=True) if name is not None)
+        return values
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node comes from: the module that ran it and the name of its operation."""
+
+    path: str
+    operation: str
+    stack: tuple[str, ...] = field(default=(), compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.path or '(model)'}/{self.operation}"
+
+
+def place(node: fx.Node) -> Place:
+    """The module path and the operation of a node."""
+    if node.op == "placeholder":
+        return Place(f"input {node.meta.get('origin', node.name)}", "input")
+    stack = tuple(path for key, (path, _) in node.meta.get("nn_module_stack", {}).items() if key.startswith("L__self__"))
+    target = node.target
+    name = target.__name__.split(".")[0] if isinstance(target, torch._ops.OpOverload) else node.name
+    return Place(stack[-1] if stack else "", name, stack)
+
+
+def check_model(model: object) -> nn.Module:
+    """``model`` as a module in evaluation mode.
+
+    Raises:
+        CaptureError: ``model`` is not a module.
+        TrainingModeError: It, or one of its modules, is in training mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"the model is a {type(model).__name__}, expected a torch.nn.Module: its layers have to be known. "
+            "Wrap a function in a small nn.Module that holds the network and calls it in forward()."
+        )
+    training = [path or "(the model itself)" for path, module in model.named_modules() if module.training]
+    if training:
+        raise TrainingModeError(
+            f"the model is in training mode ({len(training)} modules, the first is {training[0]!r}): dropout and batch "
+            "statistics would make its explanation random. Call model.eval() first."
+        )
+    return model
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Refuse what cannot carry a signal: nothing, integers, empty batches, unequal batches.
+
+    Raises:
+        InputError: Always with what was found and what was expected.
+    """
+    if not inputs:
+        raise InputError("no input tensor was given")
+    for index, x in enumerate(inputs):
+        if not isinstance(x, Tensor):
+            raise InputError(f"input {index} is a {type(x).__name__}, expected a torch.Tensor")
+        if not x.is_floating_point():
+            raise InputError(
+                f"input {index} has dtype {x.dtype}, expected a floating dtype: integers carry no signal. "
+                "Convert it, or explain the output of the embedding with LayerMIPINAttribution."
+            )
+        if x.layout != torch.strided:
+            raise InputError(f"input {index} has layout {x.layout}, expected a dense tensor: call to_dense() first")
+        if x.ndim == 0 or x.numel() == 0:
+            raise InputError(f"input {index} is empty: its shape is {tuple(x.shape)}")
+        if len(x) != len(inputs[0]):
+            raise InputError(f"input {index} has {len(x)} examples, input 0 has {len(inputs[0])}")
+
+
+def capture(model: nn.Module, inputs: Inputs, extras: Extras = ()) -> CapturedGraph:
+    """Capture ``model`` as a graph for inputs of these shapes, with any batch size.
+
+    Args:
+        model: Module in evaluation mode.
+        inputs: Example inputs, first dimension the batch; only shapes, dtypes and devices count.
+        extras: Further arguments of ``forward``. Tensors whose first dimension equals the batch are per-example.
+
+    Raises:
+        CaptureError: ``torch.export`` cannot follow the model, or it has another output than one tensor.
+        InputError, TrainingModeError: See :func:`check_inputs`, :func:`check_model`.
+
+    Examples:
+        >>> graph = capture(nn.Sequential(nn.Linear(4, 2)).eval(), (torch.ones(1, 4),))
+        >>> [str(place(node)) for node in graph.graph.nodes if node.op == "call_function"]
+        ['0/linear']
+    """
+    check_model(model)
+    check_inputs(inputs)
+    batch = len(inputs[0])
+    arguments = pytree.tree_map(lambda leaf: _example(leaf, batch), (*inputs, *extras))
+    shapes = pytree.tree_map(lambda leaf: {0: Dim.DYNAMIC} if _per_example(leaf, batch) else None, (*inputs, *extras))
+    try:
+        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    except Exception as error:
+        raise CaptureError(
+            f"the model cannot be copied ({type(error).__name__}: {error}). Its parameters are shared with the copy, "
+            "everything else must allow copy.deepcopy."
+        ) from error
+    try:
+        program = export(twin, arguments, dynamic_shapes=shapes, strict=False).run_decompositions({})
+    except Exception as error:
+        given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in inputs)
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__} for inputs {given}:\n{error}\n"
+            "Control flow must not depend on the data, the batch size must be free, and inputs must have the shape, "
+            "dtype and device that the model takes."
+        ) from error
+    return _from_program(program, len(inputs))
+
+
+def first_example(inputs: Inputs, extras: Extras) -> tuple[Inputs, Extras]:
+    """Zeros like the first example's inputs, and its extra arguments."""
+    batch = len(inputs[0])
+    first = pytree.tree_map(lambda leaf: leaf[:1].detach().clone() if _per_example(leaf, batch) else leaf, extras)
+    return tuple(torch.zeros_like(x[:1]) for x in inputs), first
+
+
+def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -> str:
+    """Name of the node that is the output of ``layer``.
+
+    Raises:
+        CaptureError: ``layer`` is no part of the model, or it has not exactly one output in the graph.
+    """
+    paths = [path for path, module in model.named_modules() if module is layer]
+    if not paths:
+        raise CaptureError(f"layer {type(layer).__name__} is not a module of this {type(model).__name__}")
+    if layer is model:
+        return str(captured.output.name)
+    inside = {node for node in captured.graph.nodes if paths[0] in place(node).stack}
+    leaving = [
+        node
+        for node in captured.graph.nodes
+        if node in inside and isinstance(node.meta.get("val"), Tensor) and any(user not in inside for user in node.users)
+    ]
+    if len(leaving) == 1:
+        return str(leaving[0].name)
+    if not inside:
+        reason = "leaves no operation in the graph: it is not called, or does nothing at inference. Name the module before it"
+    else:
+        reason = f"has {len(leaving)} outputs in the graph: it is called more than once, or returns several tensors"
+    raise CaptureError(f"layer {paths[0]!r} ({type(layer).__name__}) {reason}")
+
+
+def _from_program(program: ExportedProgram, count: int) -> CapturedGraph:
+    signature = program.graph_signature
+    mutated = {
+        **signature.buffers_to_mutate,
+        **getattr(signature, "parameters_to_mutate", {}),
+        **signature.user_inputs_to_mutate,
+    }
+    if mutated:
+        raise CaptureError(
+            f"the model writes to {', '.join(map(repr, sorted(mutated.values())))} while it runs; each example's "
+            "explanation would depend on the calls before it."
+        )
+    constants: dict[str, str | Tensor] = {}
+    arguments: list[str | None] = []
+    placeholders = {node.name for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in signature.input_specs:
+        name = spec.arg.name
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            constants[name] = str(spec.target)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[name] = program.constants[str(spec.target)]
+        elif spec.kind is InputKind.USER_INPUT:
+            arguments.append(name if name in placeholders else None)
+        else:
+            raise CaptureError(f"the model takes an argument of kind {spec.kind.name}, which has no signal to explain")
+    graph = program.graph
+    (results,) = next(node for node in graph.nodes if node.op == "output").args
+    if not isinstance(results, Sequence) or len(results) != 1 or not isinstance(results[0], fx.Node):
+        raise CaptureError(
+            f"the model returns {len(results) if isinstance(results, Sequence) else 'no'} values, expected one tensor. "
+            "Wrap it in a module that returns the logits alone."
+        )
+    inputs = tuple(str(name) for name in arguments[:count])
+    nodes = {node.name: node for node in graph.nodes}
+    return CapturedGraph(graph, constants, inputs, tuple(arguments), results[0], str(nodes[inputs[0]].meta["val"].shape[0]))
+
+
+def _describe(leaf: Any, batch: int) -> tuple[str, ...]:
+    if isinstance(leaf, Tensor):
+        free = _per_example(leaf, batch)
+        shape = leaf.shape[1:] if free else leaf.shape
+        return ("tensor", str(tuple(shape)), str(leaf.dtype), str(leaf.device), "per example" if free else "fixed")
+    return ("value", type(leaf).__name__, repr(leaf))
+
+
+def _per_example(leaf: Any, batch: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
+
+
+def _example(leaf: Any, batch: int) -> Any:
+    if not _per_example(leaf, batch):
+        return leaf
+    return leaf.detach()[:1].expand(_EXAMPLE_BATCH, *leaf.shape[1:]).contiguous()
+
+
+def _lookup(model: nn.Module, path: str) -> Tensor:
+    module_path, _, name = path.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(module_path), name)
+    return tensor

@@ -1,0 +1,245 @@
+"""The regression behind the inverse of a convolution (equation 7), in closed form.
+
+The inverse g of a convolution is its transpose with a new kernel; the inverse of a transposed convolution is a
+convolution. Either is linear in the kernel, so that the best kernel solves normal equations whose rows are the
+elements of X and whose signals are the patch of S that can reach each element:
+
+    X[p] ≈ Σ_j W_j S[(p + padding − dilation·j) / stride] + b        (transpose of a convolution)
+    X[p] ≈ Σ_j W_j S[stride·p − padding + dilation·j] + b            (transpose of a transposed convolution)
+
+Applying g and correlating X with S are a convolution's own two gradients, so torch does both. What is left is the
+Gram matrix of the patches. For a convolution of stride 1 patches overlap so much that it has only (2k−1)^d distinct
+blocks, one a lag between two taps, up to the rows that padding cuts away; for other strides patches are unfolded.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from captum_mipin.regression import Moments
+
+#: Largest buffer of patches or of padded signals, in elements.
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A (transposed) convolution without its weights.
+
+    Attributes:
+        weight_shape: Shape of the forward weight: (out, in / groups, *kernel), or (in, out / groups, *kernel) if transposed.
+        stride: One value a spatial dimension, as all that follow.
+        padding: Zeros added before (and after) the input.
+        dilation: Spacing of the taps.
+        groups: Number of independent groups of channels.
+        transposed: Whether the forward operation is a transposed convolution.
+        output_padding: Of a transposed convolution.
+        skip: Leading outputs of the plain symmetric convolution that the operation drops (``padding="same"`` with an
+            even kernel pads one zero less on the left).
+    """
+
+    weight_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    skip: tuple[int, ...] = ()
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Taps along each dimension."""
+        return self.weight_shape[2:]
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.kernel)
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """Distance from the first tap to the last."""
+        return tuple((k - 1) * d for k, d in zip(self.kernel, self.dilation, strict=True))
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels of x and of s in each group."""
+        first, second = self.weight_shape[:2]
+        return (first // self.groups, second) if self.transposed else (second, first // self.groups)
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Regressed features and signals of each group: channels of x, and channels of s times taps."""
+        x, s = self.channels
+        return x, s * prod(self.kernel)
+
+    def full(self, s: Tensor) -> Tensor:
+        """``s`` with the outputs that the operation dropped on the left put back as zeros."""
+        return F.pad(s, [n for skip in reversed(self.skip) for n in (skip, 0)]) if any(self.skip) else s
+
+    def gradient(self, s: Tensor, x: Tensor, weight: Tensor, of: int) -> Tensor:
+        """The convolution's gradient at ``s``: with respect to its input (``of=0``) or its weight (``of=1``)."""
+        mask = [of == 0, of == 1, False]
+        out_pad = self.output_padding or (0,) * self.dims
+        arguments = (self.stride, self.padding, self.dilation, self.transposed, out_pad, self.groups, mask)
+        result: Tensor = torch.ops.aten.convolution_backward(self.full(s), x, weight, None, *arguments)[of]
+        return result
+
+    def apply(self, s: Tensor, weight: Tensor, bias: Tensor | None, x_size: torch.Size) -> Tensor:
+        """g(S): signals (n, channels of y, *size of y) to features of size ``x_size``."""
+        x = self.gradient(s, s.new_empty(1).expand(x_size), weight, of=0)
+        return x if bias is None else x + bias.view(-1, *(1,) * self.dims)
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """A weight as regression coefficients (groups, channels of x, channels of s · taps)."""
+        g, (x, s) = self.groups, self.channels
+        if self.transposed:
+            return weight.reshape(g, x, -1)
+        return weight.reshape(g, s, x, -1).transpose(1, 2).reshape(g, x, -1)
+
+    def to_weight(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`to_rows`."""
+        g, (x, s) = self.groups, self.channels
+        if not self.transposed:
+            rows = rows.reshape(g, x, s, -1).transpose(1, 2)
+        return rows.reshape(self.weight_shape)
+
+    def patches(self, s: Tensor, x_size: torch.Size) -> Tensor:
+        """The patch of ``s`` that reaches each element of x.
+
+        Args:
+            s: (n, channels, *size) signals, complete (see :meth:`full`).
+            x_size: Size of x, of which the spatial part counts.
+
+        Returns:
+            (groups, n · positions, channels of s · taps), taps in the order of the weight.
+        """
+        size, reach = x_size[2:], self.reach
+        if self.transposed:
+            step = self.stride
+            s = _place(s, self.padding, [t * (z - 1) + r + 1 for t, z, r in zip(step, size, reach, strict=True)])
+        else:
+            step = (1,) * self.dims
+            s = _spread(s, self.stride)
+            before = [r - p for r, p in zip(reach, self.padding, strict=True)]
+            s = _place(s, before, [z + r for z, r in zip(size, reach, strict=True)])
+        return self._unfold(s, step)
+
+    def _unfold(self, s: Tensor, step: tuple[int, ...]) -> Tensor:
+        """All windows of ``s``: (groups, n · positions, channels · taps)."""
+        for dim, (reach, dilation, stride) in enumerate(zip(self.reach, self.dilation, step, strict=True), 2):
+            s = s.unfold(dim, reach + 1, stride)[..., ::dilation]
+        if not self.transposed:  # tap j lies dilation·j before the element, so the last tap comes first
+            s = s.flip(tuple(range(-self.dims, 0)))
+        n, channels = s.shape[:2]
+        s = s.reshape(n, self.groups, channels // self.groups, -1, prod(self.kernel))
+        return s.permute(1, 0, 3, 2, 4).reshape(self.groups, -1, self.features[1])
+
+    def moments(self, x: Tensor, s: Tensor) -> Moments:
+        """Moments of the regression of ``x`` (n, in, *size) on the patches of ``s`` (n, out, *size)."""
+        g, channels = self.groups, self.channels[0]
+        rows = x.shape[0] * prod(x.shape[2:])
+        over = (0, *range(2, x.ndim))
+        mean = x.double().mean(over)
+        x = x - mean.to(x.dtype).view(-1, *(1,) * self.dims)
+        weight = x.new_empty(1).expand(self.weight_shape)
+        cross = self.to_rows(self.gradient(s, x, weight, of=1))
+        ones = x.new_ones(1, x.shape[1], *x.shape[2:])
+        sums = self.to_rows(self.gradient(s.sum(0, keepdim=True), ones, weight, of=1))[:, 0].double()
+        gram = self.gram(s, x.shape)
+        gram -= sums.unsqueeze(2) * sums.unsqueeze(1) / rows
+        square = x.double().square().sum(over).view(g, channels)
+        return Moments(rows, mean.view(g, channels), sums / rows, square, cross, gram)
+
+    def gram(self, s: Tensor, x_size: torch.Size) -> Tensor:
+        """Gram matrix of the patches, not centred: (groups, channels of s · taps, the same), float64."""
+        s = self.full(s)
+        lagged = not self.transposed and all(step == 1 for step in self.stride) and prod(self.kernel) > 1
+        width = prod(z + r for z, r in zip(s.shape[2:], self.reach, strict=True)) * s.shape[1]
+        if not lagged:
+            width = prod(x_size[2:]) * s.shape[1] * prod(self.kernel)
+        total = s.new_zeros(self.groups, *(self.features[1],) * 2, dtype=torch.float64)
+        for part in torch.split(s, max(1, CHUNK // width)):
+            total += self._gram_by_lags(part) if lagged else _product(self.patches(part, x_size))
+        return total
+
+    def _gram_by_lags(self, s: Tensor) -> Tensor:
+        """The Gram matrix from correlations: taps j, j' meet at lag dilation·(j − j') wherever both see ``s``."""
+        lags = self._lags(s)
+        taps = list(itertools.product(*(range(k) for k in self.kernel)))
+        width = [2 * k - 1 for k in self.kernel]
+        index = s.new_tensor(
+            [
+                sum((a - b + k - 1) * prod(width[i + 1 :]) for i, (a, b, k) in enumerate(zip(u, v, self.kernel, strict=True)))
+                for u in taps
+                for v in taps
+            ],
+            dtype=torch.long,
+        )
+        g, c, k = self.groups, self.channels[1], len(taps)
+        gram = lags[index].view(k, k, g, c, c).permute(2, 3, 0, 4, 1).reshape(g, c * k, c * k)
+        for strip in self._cut_away(s):
+            gram = gram - _product(self._unfold(strip, (1,) * self.dims))
+        return gram
+
+    def _lags(self, s: Tensor) -> Tensor:
+        """Σ s_c[q] s_c'[q + dilation·lag] for every lag in [1−k, k−1]^d: (lags, groups, channels, channels).
+
+        With a margin of zeros as wide as the reach after every line, a lag is one offset into flat memory.
+        """
+        g, c = self.groups, self.channels[1]
+        padded = F.pad(s, [n for reach in reversed(self.reach) for n in (0, reach)])
+        size = padded.shape[2:]
+        flat = padded.view(len(s), g, c, -1).permute(1, 2, 0, 3).reshape(g, c, -1)
+        blocks: list[Tensor] = []
+        for lag in itertools.product(*(range(1 - k, k) for k in self.kernel)):
+            offset = sum(v * d * prod(size[i + 1 :]) for i, (v, d) in enumerate(zip(lag, self.dilation, strict=True)))
+            if lag <= (0,) * self.dims:  # the other half mirrors this one
+                offset = -offset
+                blocks.append(flat[..., offset:] @ flat[..., : flat.shape[-1] - offset].mT)
+        return torch.stack(blocks + [block.mT for block in blocks[-2::-1]])
+
+    def _cut_away(self, s: Tensor) -> Iterator[Tensor]:
+        """Windows' worth of ``s`` around the positions that padding puts outside x, each position once."""
+        reach, size = self.reach, s.shape[2:]
+        s = F.pad(s, [n for r in reversed(reach) for n in (r, r)])
+        low = [0] * self.dims
+        high = [z + r for z, r in zip(size, reach, strict=True)]  # positions, those cut away included
+        for dim, padding in enumerate(self.padding):
+            if padding == 0:
+                continue
+            for start, stop in ((low[dim], padding), (high[dim] - padding, high[dim])):
+                strip = s
+                for i in range(self.dims):
+                    a, b = (start, stop) if i == dim else (low[i], high[i])
+                    strip = strip.narrow(i + 2, a, b - a + reach[i])
+                yield strip
+            low[dim], high[dim] = padding, high[dim] - padding
+
+
+def _product(rows: Tensor) -> Tensor:
+    return rows.mT @ rows
+
+
+def _spread(s: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """``s`` with stride − 1 zeros between neighbours."""
+    if all(step == 1 for step in stride):
+        return s
+    size = [(z - 1) * step + 1 for z, step in zip(s.shape[2:], stride, strict=True)]
+    result = s.new_zeros(*s.shape[:2], *size)
+    every: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
+    result[every] = s
+    return result
+
+
+def _place(s: Tensor, before: list[int] | tuple[int, ...], size: list[int]) -> Tensor:
+    """``s`` moved right by ``before`` (left, if negative) in a field of zeros of ``size``."""
+    pads = [(b, z - b - n) for b, z, n in zip(before, size, s.shape[2:], strict=True)]
+    return F.pad(s, [n for pair in reversed(pads) for n in pair])

@@ -1,0 +1,338 @@
+"""Algorithm 1: from the output down, one regression a layer and target."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from captum_mipin.capture import CapturedGraph, Extras, Inputs, check_inputs
+from captum_mipin.errors import FitError, InputError
+from captum_mipin.propagation import Run, Surrogate, Target
+from captum_mipin.regression import Moments, RidgeScale, solve
+from captum_mipin.report import LayerFit
+from captum_mipin.rules import Inverse, Inverter, Options
+from captum_mipin.rules.linear import Convolution
+from captum_mipin.targets import shown
+
+logger = logging.getLogger(__name__)
+
+#: Memory for the moments of the targets fitted in one pass over the data, in bytes; more targets take more passes.
+MOMENTS_BUDGET = 4 << 30
+
+Unpack = Callable[[Any], tuple[Any, Any]]
+Solver = Literal["exact", "sgd"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the regressions are solved.
+
+    Attributes:
+        ridge: λ of equation 6.
+        ridge_scale: What λ is measured in, see :func:`captum_mipin.regression.solve`.
+        shares: Average pooling by recorded shares, or evenly.
+        solver: "exact", or the paper's "sgd" for convolutions.
+        epochs: Of the SGD solver.
+        learning_rate: Of the SGD solver; None for 1/L, L the largest curvature on the first batch.
+    """
+
+    ridge: float = 1e-3
+    ridge_scale: RidgeScale = "relative"
+    shares: bool = True
+    solver: Solver = "exact"
+    epochs: int = 20
+    learning_rate: float | None = None
+
+
+@dataclass
+class Fitted:
+    """Inverses by target and step key, and how their fits went."""
+
+    inverses: dict[Target, dict[str, Inverse]] = field(default_factory=dict)
+    layers: list[LayerFit] = field(default_factory=list)
+
+    def has(self, target: Target, key: str) -> bool:
+        """Whether a step is fitted for a target."""
+        return key in self.inverses.get(target, {})
+
+
+class Batches:
+    """Any kind of data as batches of inputs and extra arguments that can be gone through more than once.
+
+    Args:
+        data: Tensor, tuple of tensors (the inputs of the model), ``Dataset``, ``DataLoader`` or iterable of batches.
+            A batch is a tensor, or a tuple or list whose first element is the input (or a tuple of inputs).
+        batch_size: For data that is not batched yet.
+        unpack: Batch → (inputs, additional_forward_args), where a batch is anything else.
+        device: Where the model is.
+
+    Raises:
+        FitError: The data is of no known kind, empty, or a batch does not fit those before it.
+    """
+
+    def __init__(self, data: Any, batch_size: int, unpack: Unpack | None, device: torch.device) -> None:
+        if isinstance(data, Tensor) or (isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data)):
+            tensors = data if isinstance(data, tuple) else (data,)
+            if any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors):
+                raise FitError(f"the input tensors differ in length: shapes {[tuple(t.shape) for t in tensors]}")
+            rows = range(0, len(tensors[0]), batch_size)
+            data = [(tuple(t[i : i + batch_size] for t in tensors), None) for i in rows]
+            unpack = lambda batch: batch  # noqa: E731
+        elif isinstance(data, Dataset):
+            data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
+        elif isinstance(data, Iterator):
+            data = list(data)  # each layer takes a pass of its own
+        if not isinstance(data, Iterable) or isinstance(data, (str, dict)):
+            raise FitError(
+                f"cannot fit on a {type(data).__name__}: expected a tensor, a tuple of tensors, a Dataset, a DataLoader "
+                "or an iterable of batches"
+            )
+        self._data, self._unpack, self._device = data, unpack or _unpack, device
+        self._like: Inputs | None = None
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Extras]]:
+        found = False
+        for index, batch in enumerate(self._data):
+            inputs, extras = self._unpack(batch)
+            inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+            extras = () if extras is None else extras if isinstance(extras, tuple) else (extras,)
+            self._check(inputs, index)
+            extras = tuple(e.to(self._device) if isinstance(e, Tensor) else e for e in extras)
+            yield tuple(x.to(self._device) for x in inputs), extras
+            found = True
+        if not found:
+            raise FitError("the data yields no batch: nothing to fit on (an iterator that is used up?)")
+
+    def _check(self, inputs: Inputs, index: int) -> None:
+        try:
+            check_inputs(inputs)
+        except InputError as error:
+            raise FitError(f"batch {index}: {error}") from error
+        self._like = self._like or inputs
+        found, expected = ([(tuple(x.shape[1:]), x.dtype) for x in xs] for xs in (inputs, self._like))
+        if found != expected:
+            raise FitError(f"batch {index} has inputs of shape and dtype {found}, the first batch had {expected}")
+        for number, x in enumerate(inputs):
+            if not torch.isfinite(x).all():
+                raise FitError(f"batch {index}: input {number} contains NaN or Inf")
+
+
+def _unpack(batch: Any) -> tuple[Any, Any]:
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(first, Tensor) or (isinstance(first, (tuple, list)) and all(isinstance(x, Tensor) for x in first)):
+        return first, None
+    raise FitError(
+        f"a batch is a {type(batch).__name__}, expected a tensor or a tuple whose first element is the input; pass "
+        "unpack=lambda batch: (inputs, additional_forward_args)"
+    )
+
+
+class Fit:
+    """One fit: the data, the surrogate and the targets it goes through.
+
+    Args:
+        model: The model, whose parameters are used as they are.
+        captured, surrogate: Its graph, and the surrogate whose backward pass is the method.
+        batches: The data.
+        targets: Classes to fit.
+        settings: How the regressions are solved.
+        progress: Show a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: CapturedGraph,
+        surrogate: Surrogate,
+        batches: Batches,
+        targets: Sequence[Target],
+        settings: Settings,
+        progress: bool,
+    ) -> None:
+        self._model, self._captured, self._surrogate, self._batches = model, captured, surrogate, batches
+        self._targets, self._settings, self._progress = list(targets), settings, progress
+        self._rows: int | None = None
+
+    def run(self, fitted: Fitted, done: Callable[[Fitted], None] = lambda fitted: None) -> Fitted:
+        """Fit what ``fitted`` lacks; ``done`` is called after each regression solved.
+
+        Raises:
+            FitError: Fewer than two examples, a class whose output is constant, values that are not finite.
+        """
+        self._check_outputs()
+        work = len(self._surrogate.learned) * (self._rows or 0)
+        with tqdm(total=work, unit="row", disable=not self._progress, unit_scale=True) as bar:
+            for key in self._surrogate.learned:
+                left = [target for target in self._targets if not fitted.has(target, key)]
+                while left:
+                    solved = self._solve(key, left, fitted, bar)
+                    left = left[len(solved) :]
+                    for target, (inverse, layer) in solved.items():
+                        fitted.inverses.setdefault(target, {})[key] = inverse
+                        fitted.layers.append(layer)
+                    bar.total = bar.n + (work // len(self._surrogate.learned)) * self._passes_left(key, left)
+                    done(fitted)
+        return fitted
+
+    def _passes_left(self, key: str, left: Sequence[Target]) -> int:
+        keys = self._surrogate.learned
+        return len(keys) - 1 - keys.index(key) + bool(left)
+
+    def _check_outputs(self) -> None:
+        """Whether there are two examples and every target varies; counts the rows."""
+        low = high = None
+        rows = 0
+        for index, (inputs, extras) in enumerate(self._batches):
+            with torch.no_grad():
+                output = self._surrogate(Run(self._surrogate.steps, fitting=""), self._values(inputs, extras))
+            rows += len(output)
+            if not torch.isfinite(output).all():
+                raise FitError(f"batch {index}: the model's output contains NaN or Inf")
+            low = output.amin(0) if low is None else torch.minimum(low, output.amin(0))
+            high = output.amax(0) if high is None else torch.maximum(high, output.amax(0))
+        if rows < 2 or low is None or high is None:
+            raise FitError(f"the data has {rows} example, expected at least two: a regression needs variance")
+        for target in self._targets:
+            if high[target] == low[target]:
+                raise FitError(
+                    f"the output for target {shown(target)} is {low[target]:g} for each of the {rows} examples: nothing can be "
+                    "regressed on a constant. Fit it on data it responds to, or leave it out."
+                )
+        self._rows = rows
+
+    def _values(self, inputs: Inputs, extras: Extras) -> Mapping[str, Any]:
+        return self._captured.values(self._model, inputs, extras)
+
+    def _signals(
+        self, key: str, fitted: Fitted, bar: "tqdm[Any]"
+    ) -> Iterator[tuple[Inverter, Tensor, Callable[[Target], tuple[Tensor, ...]]]]:
+        """For each batch: the inverter of ``key``, its features, and target → the source signals above it (algorithm 1)."""
+        rows = 0
+        for inputs, extras in self._batches:
+            run = Run(self._surrogate.steps, Options(shares=self._settings.shares), fitted.inverses, fitting=key)
+            output = self._surrogate(run, self._values(inputs, extras))
+            assert run.observed is not None  # for mypy: every learned step lies on the way to the output
+            inverter, x, above = run.observed
+
+            def signals(target: Target, run: Run = run, output: Tensor = output, above: Any = above) -> tuple[Tensor, ...]:
+                run.groups = ((target, None),)
+                start = seed(output, [target] * len(output))
+                found: tuple[Tensor, ...] = torch.autograd.grad(output, above, start, retain_graph=True)
+                return found
+
+            yield inverter, x, signals
+            rows += len(output)
+            bar.update(len(output))
+        if rows != self._rows:
+            raise FitError(f"the data had {self._rows} examples in the first pass and {rows} in a later one")
+
+    def _solve(
+        self, key: str, targets: Sequence[Target], fitted: Fitted, bar: "tqdm[Any]"
+    ) -> dict[Target, tuple[Inverse, LayerFit]]:
+        """The inverses of one step for the first of ``targets``, as many as memory allows."""
+        passes = self._signals(key, fitted, bar)
+        first = next(passes)
+        inverter, x, _ = first
+        count = max(1, MOMENTS_BUDGET // Moments.bytes_needed(*inverter.size))
+        targets = targets[:count]
+        names = ", ".join(str(shown(target)) for target in targets)
+        bar.set_description(f"{key} · class {names if len(names) < 30 else names[:27] + '...'}")
+        if self._settings.solver == "sgd" and isinstance(inverter, Convolution):
+            return self._descend(key, targets, fitted, chain([first], passes), bar)
+        moments = {target: Moments.zeros(*inverter.size, device=x.device) for target in targets}
+        for index, (inverter, x, signals) in enumerate(chain([first], passes)):
+            for target in targets:
+                moments[target].add(inverter.moments(x, signals(target)))
+                if not moments[target].finite():
+                    raise FitError(f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}")
+        groups, features, signals_each = inverter.size
+        result: dict[Target, tuple[Inverse, LayerFit]] = {}
+        for target in targets:
+            part = moments.pop(target)
+            solution = solve(part, self._settings.ridge, self._settings.ridge_scale)
+            logger.debug("%s, target %s: explained variance %.3f", key, shown(target), solution.explained_variance)
+            layer = LayerFit(
+                shown(target), key, part.count, groups * features, signals_each,
+                solution.explained_variance, solution.dead, solution.condition, "exact",
+            )  # fmt: skip
+            result[target] = inverter.inverse(solution, x), layer
+        return result
+
+    def _descend(
+        self, key: str, targets: Sequence[Target], fitted: Fitted, first_pass: Iterator[Any], bar: "tqdm[Any]"
+    ) -> dict[Target, tuple[Inverse, LayerFit]]:
+        """The paper's way for convolutions: gradient descent on equation 7, momentum 0.9, batch by batch."""
+        states: dict[Target, _Descent] = {}
+        for epoch in range(self._settings.epochs):
+            for inverter, x, signals in first_pass if epoch == 0 else self._signals(key, fitted, bar):
+                for target in targets:
+                    (s,) = signals(target)
+                    if target not in states:
+                        assert isinstance(inverter, Convolution)  # for mypy: as in the caller
+                        states[target] = _Descent(inverter, x, s, self._settings.learning_rate)
+                    states[target].step(epoch, x, s)
+        result = {}
+        for target, state in states.items():
+            groups, features, signals_each = state.inverter.size
+            layer = LayerFit(
+                shown(target), key, state.rows, groups * features, signals_each, state.explained_variance(), 0, None, "sgd"
+            )
+            if not torch.isfinite(state.weight).all():
+                raise FitError(f"SGD diverged at {key}, target {shown(target)}: lower learning_rate={state.rate:g}")
+            result[target] = Inverse(state.weight, state.bias), layer
+        return result
+
+
+class _Descent:
+    """Gradient descent with momentum on ½ mean ‖X − g(S)‖² over the kernel and bias of one convolution's inverse."""
+
+    def __init__(self, inverter: Convolution, x: Tensor, s: Tensor, rate: float | None) -> None:
+        self.inverter = inverter
+        self.weight = x.new_zeros(inverter.geometry.weight_shape)
+        self.bias = x.new_zeros(x.shape[1])
+        self._velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.rate = rate or 1 / self._curvature(x, s)
+        self._epoch, self._residual, self._variance, self.rows = -1, 0.0, 0.0, 0
+
+    def _curvature(self, x: Tensor, s: Tensor) -> float:
+        """Largest eigenvalue of the Gram matrix of patches and the constant 1."""
+        moments = self.inverter.moments(x, (s,))
+        mean = moments.mean_s
+        gram = moments.ss / moments.count + mean.unsqueeze(2) * mean.unsqueeze(1)
+        return float(torch.linalg.matrix_norm(gram, 2).max()) + 1
+
+    def step(self, epoch: int, x: Tensor, s: Tensor) -> None:
+        if epoch != self._epoch:
+            self._epoch, self._residual, self._variance, self.rows = epoch, 0.0, 0.0, 0
+        error = self.inverter.apply(Inverse(self.weight, self.bias), (s,), True) - x
+        over = (0, *range(2, x.ndim))
+        rows = x.numel() // x.shape[1]
+        self.rows += rows
+        self._residual += float(error.square().sum())
+        self._variance += float((x - x.mean(over, keepdim=True)).square().sum())
+        gradients = self.inverter.geometry.gradient(s, error, self.weight, of=1) / rows, error.sum(over) / rows
+        for value, velocity, gradient in zip((self.weight, self.bias), self._velocity, gradients, strict=True):
+            velocity.mul_(0.9).add_(gradient)
+            value.sub_(self.rate * velocity)
+
+    def explained_variance(self) -> float:
+        """Over the last epoch, each batch before its own step."""
+        return 1 - self._residual / self._variance if self._variance else 1.0
+
+
+def seed(output: Tensor, targets: Sequence[Target], unit: bool = False) -> Tensor:
+    """S_L = Y_c: the output, or one unit of it, with everything but each example's target set to zero."""
+    result = torch.zeros_like(output)
+    if len(set(targets)) == 1:
+        index: tuple[Any, ...] = (slice(None), *targets[0])
+    else:
+        chosen = torch.tensor(targets, device=output.device)
+        index = (torch.arange(len(output), device=output.device), *chosen.unbind(1))
+    result[index] = 1 if unit else output.detach()[index]
+    return result

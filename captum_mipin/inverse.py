@@ -1,0 +1,593 @@
+"""The inverse network: fitted to a model and data, it sends a class's logit back to the input or to a layer."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_mipin import storage
+from captum_mipin.capture import (
+    CapturedGraph,
+    Extras,
+    Inputs,
+    Signature,
+    capture,
+    check_inputs,
+    check_model,
+    first_example,
+    module_output,
+)  # fmt: skip
+from captum_mipin.errors import InputError, InverseFileError, ModelChangedError, NotFittedError
+from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack, seed
+from captum_mipin.propagation import Run, Surrogate, Target, survey
+from captum_mipin.regression import RidgeScale
+from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
+from captum_mipin.rules import MIPIN, Inverse, Options
+from captum_mipin.targets import one, per_example, several, shown
+
+#: Graphs kept for different input shapes.
+_GRAPHS = 8
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one pass forward and some passes back yield.
+
+    Attributes:
+        features: Values where the passes end, at the inputs or a layer's output, each (batch, ...).
+        signals: For each pass back one tuple like ``features``.
+        output: (batch,) the explained output Φ_c(x) of each example.
+        targets: The class of each example.
+    """
+
+    features: Inputs
+    signals: tuple[Inputs, ...]
+    output: Tensor
+    targets: list[Target]
+
+
+@dataclass
+class _State:
+    """All that a fit leaves behind."""
+
+    fitted: Fitted
+    dims: tuple[int, ...]
+    signature: Signature
+    example: Inputs
+    extras: Extras | None
+    watch: storage.Watch
+
+
+class InverseNetwork:
+    """MIP-IN: an inverse of a trained network, learned layer by layer from a class's logit back to the input.
+
+    Nothing of the model is touched, now or later; the network's parameters are read as they are at each call.
+
+    Args:
+        model: A ``torch.nn.Module`` in evaluation mode that returns logits (batch, classes), or (batch,).
+        layer: Stop at the output of this module of the model instead of the input: only what lies above it is
+            inverted (the paper's setting on ImageNet), and the forward mask applies to its output as well.
+        ridge: λ of equation 6.
+        ridge_scale: What λ is measured in: "relative" to the mean variance of the signals, or against the "mean" or
+            the "sum" of their Gram matrix; the paper does not say.
+        pooling: Average pooling sends the signal back by recorded "shares" of the average, or spreads it "even".
+        solver: "exact" least squares, or for convolutions the paper's "sgd".
+        epochs: Passes of the SGD solver over the data.
+        learning_rate: Of the SGD solver; by default the inverse of the largest curvature on the first batch.
+
+    Raises:
+        InputError: An option out of its range.
+
+    Source: Deng et al., KDD 2021, section 4 and algorithm 1.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> x = torch.randn(200, 6)
+        >>> inverse = InverseNetwork(model).fit(x, targets=[0, 2], progress=False)
+        >>> inverse.targets
+        [0, 2]
+        >>> inverse.source_signal(x[:5], target=2).shape
+        torch.Size([5, 6])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layer: nn.Module | None = None,
+        ridge: float = 1e-3,
+        ridge_scale: RidgeScale = "relative",
+        pooling: Literal["shares", "even"] = "shares",
+        solver: Solver = "exact",
+        epochs: int = 20,
+        learning_rate: float | None = None,
+    ) -> None:
+        for name, value, known in (
+            ("ridge_scale", ridge_scale, ("relative", "mean", "sum")),
+            ("pooling", pooling, ("shares", "even")),
+            ("solver", solver, ("exact", "sgd")),
+        ):
+            if value not in known:
+                raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
+        if not 0 <= ridge < float("inf"):
+            raise InputError(f"ridge={ridge!r} must be a number of at least 0")
+        if epochs < 1:
+            raise InputError(f"epochs={epochs!r} must be at least 1")
+        self.model = model
+        self.layer = layer
+        self.settings = Settings(ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate)
+        self._state: _State | None = None
+        self._forget_graphs()
+
+    @property
+    def targets(self) -> list[int | tuple[int, ...] | None]:
+        """The fitted classes, as ``target`` takes them; empty before the first fit."""
+        return [shown(target) for target in self._state.fitted.inverses] if self._state else []
+
+    @property
+    def report(self) -> FitReport:
+        """How well each layer was inverted, for each target; prints as a table."""
+        return FitReport(tuple(self._state.fitted.layers) if self._state else ())
+
+    def to(self, device: torch.device | str) -> "InverseNetwork":
+        """Move the fitted inverses to a device; returns self. Otherwise each call moves what it needs."""
+        for inverses in self._fitted().fitted.inverses.values():
+            for key, inverse in inverses.items():
+                inverses[key] = inverse.to(inverse.weight.to(device))
+        return self
+
+    # ------------------------------------------------------------------------------------------------- fit
+
+    def fit(
+        self,
+        data: Any,
+        targets: Any = None,
+        *,
+        unpack: Unpack | None = None,
+        batch_size: int = 256,
+        progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> "InverseNetwork":
+        """Learn the inverse for some classes (algorithm 1); classes fitted before are kept.
+
+        All examples are used for every class. They are gone through once a layer, in any chunks and any order. If the
+        fit fails or is interrupted, everything is as it was before.
+
+        Args:
+            data: A tensor or tuple of tensors (the model's inputs), a ``Dataset``, a ``DataLoader`` of (images,
+                labels), or any iterable of batches. Of a batch that is a tuple, the first element is the input.
+            targets: The class or classes, as Captum's ``target``; None for all outputs.
+            unpack: Batch → (inputs, additional_forward_args), where a batch is anything else.
+            batch_size: For data that does not come in batches.
+            progress: Show a progress bar with layer, classes and rows a second.
+            checkpoint: A file that keeps what is done after each layer. If it is there already, the fit that wrote
+                it is taken up where it stopped; it is removed at the end.
+
+        Returns:
+            self
+
+        Raises:
+            FitError: The data cannot be used: empty, not finite, changing shape, a class with constant output.
+            CaptureError: The model cannot be captured, or uses an operation without a rule.
+            TargetError: A target that the model does not have.
+            ModelChangedError: The model changed since earlier classes were fitted.
+            InverseFileError: The checkpoint is damaged, or of another fit.
+        """
+        model, before = check_model(self.model), self._state
+        if before is not None:
+            self._check_unchanged(before)
+        with _generator_kept():
+            batches = Batches(data, batch_size, unpack, _device(model))
+            inputs, extras = next(iter(batches))
+            signature = Signature.of(inputs, extras)
+            if before is not None and before.signature != signature:
+                raise InputError("the data has another shape, dtype or further arguments than that of earlier fits")
+            graph, surrogate = self._surrogate(inputs, extras, self.layer)
+            dims = tuple(int(n) for n in graph.output.meta["val"].shape[1:])
+            chosen = several(targets, dims)
+            watch = before.watch if before is not None else storage.Watch(model)
+            state = _State(Fitted(), dims, signature, *first_example(inputs, extras), watch)
+            if checkpoint is not None and Path(checkpoint).exists():
+                state.fitted = self._resume(checkpoint, state, chosen)
+            fit = Fit(model, graph, surrogate, batches, chosen, self.settings, progress)
+
+            def keep(fitted: Fitted) -> None:
+                if checkpoint is not None:
+                    self._write(checkpoint, state, chosen)
+
+            done = fit.run(state.fitted, keep)
+        if before is not None:
+            kept = [layer for layer in before.fitted.layers if layer.target not in {shown(target) for target in chosen}]
+            state.fitted = Fitted({**before.fitted.inverses, **done.inverses}, kept + done.layers)
+        self._state = state
+        if checkpoint is not None:
+            Path(checkpoint).unlink(missing_ok=True)
+        return self
+
+    # ------------------------------------------------------------------------------------------------- explain
+
+    def source_signal(
+        self,
+        inputs: Tensor | Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        local: bool = True,
+        mask_input: bool = False,
+    ) -> Any:
+        """S: what of the input the class's logit carries (equation 5).
+
+        Args:
+            inputs: Tensor (batch, ...) or tuple of such.
+            target: The class, as Captum's ``target``; may differ between examples.
+            additional_forward_args: Further arguments of the model.
+            local: Adapt the inverse to each example (equation 9); without, the global view.
+            mask_input: Apply equation 9 to the input as well. The paper does so only where a layer is explained.
+
+        Returns:
+            Shaped, typed and placed like ``inputs``.
+
+        Raises:
+            NotFittedError: A class that was not fitted.
+            InputError, TargetError, CaptureError, ModelChangedError: As their descriptions say.
+        """
+        found = self.explain(
+            as_inputs(inputs), target, as_extras(additional_forward_args), biases=(True,), local=local, mask=mask_input
+        )
+        return like(inputs, found.signals[0])
+
+    def distractor(
+        self,
+        inputs: Tensor | Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        local: bool = True,
+        mask_input: bool = False,
+    ) -> Any:
+        """X − S: what of the input the class's logit does not carry; everything as in :meth:`source_signal`."""
+        signal = as_inputs(self.source_signal(inputs, target, additional_forward_args, local=local, mask_input=mask_input))
+        return like(inputs, tuple(x.detach() - s for x, s in zip(as_inputs(inputs), signal, strict=True)))
+
+    def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
+        """The global, unmasked map of a class (figure 3): the attribution of one unit of its logit.
+
+        Nothing of any example enters: no masks, and pooling spreads evenly.
+
+        Args:
+            target: The class.
+            additional_forward_args: Where the model takes such; by default those of the data it was fitted on.
+
+        Returns:
+            (1, ...) like one example of the model's input, or of the layer the inverse stops at; a tuple for several.
+
+        Raises:
+            NotFittedError: A class that was not fitted.
+        """
+        state = self._fitted()
+        extras = state.extras if additional_forward_args is None else as_extras(additional_forward_args)
+        if extras is None:
+            raise InputError("the model takes further arguments, which files do not hold: pass additional_forward_args")
+        chosen = one(target, state.dims)
+        found = self._back(
+            state, state.example, [shown(chosen)], extras, biases=(False,), options=self._options(local=False),
+            mask=False, layer=self.layer, unit=True,
+        )  # fmt: skip
+        return found.signals[0] if len(found.signals[0]) > 1 else found.signals[0][0]
+
+    def explain(
+        self,
+        inputs: Inputs,
+        target: Any,
+        extras: Extras = (),
+        *,
+        biases: Sequence[bool] = (False,),
+        local: bool = True,
+        mask: bool = False,
+        layer: nn.Module | None = None,
+    ) -> Explanation:
+        """Send the logits of ``target`` back, once for each of ``biases``: True for S, False for A.
+
+        Args:
+            inputs: Tensors (batch, ...).
+            target: As Captum's ``target``.
+            extras: Further arguments of the model.
+            biases: With or without the biases of the inverses: one pass back each, from one pass forward.
+            local: Use masks, switches and shares of each example.
+            mask: Apply equation 9 to the inputs as well; to the output of ``layer`` it always is, if ``local``.
+            layer: Stop at this module's output instead of the inputs.
+
+        Raises:
+            NotFittedError, InputError, TargetError, CaptureError, ModelChangedError: As their descriptions say.
+        """
+        state = self._fitted()
+        check_inputs(inputs)
+        for index, x in enumerate(inputs):
+            if not torch.isfinite(x).all():
+                raise InputError(f"input {index} contains NaN or Inf")
+        if layer is None and self.layer is not None:
+            raise NotFittedError(
+                f"this inverse stops at layer {self._path(self.layer)!r}, it does not reach the input: use "
+                "LayerMIPINAttribution, or fit InverseNetwork(model) without layer="
+            )
+        mask = local and (mask or layer is not None)
+        return self._back(state, inputs, target, extras, biases, self._options(local), mask, layer)
+
+    def _back(
+        self,
+        state: _State,
+        inputs: Inputs,
+        target: Any,
+        extras: Extras,
+        biases: Sequence[bool],
+        options: Options,
+        mask: bool,
+        layer: nn.Module | None,
+        unit: bool = False,
+    ) -> Explanation:
+        check_model(self.model)
+        self._check_unchanged(state)
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = tuple(x.clone() if x.is_inference() else x.detach() for x in inputs)
+            graph, surrogate = self._surrogate(inputs, extras, layer)
+            run = Run(surrogate.steps, options, state.fitted.inverses)
+            output = surrogate(run, graph.values(self.model, inputs, extras))
+            targets = per_example(target, output)
+            run.groups = self._groups(state, surrogate, targets, output.device)
+            start = seed(output, targets, unit)
+            sources = [run.sources[index] for index in range(surrogate.starts)]
+            signals: list[Inputs] = []
+            for bias in biases:
+                run.options = replace(options, bias=bias)
+                found = torch.autograd.grad(output, sources, start, retain_graph=len(biases) > 1)
+                if mask:
+                    found = tuple(s * (x != 0) for s, x in zip(found, sources, strict=True))
+                signals.append(tuple(s.detach().contiguous() for s in found))
+            features = tuple(x.detach() for x in sources)
+            return Explanation(features, tuple(signals), start.flatten(1).sum(1) if start.ndim > 1 else start, targets)
+
+    def _options(self, local: bool) -> Options:
+        return Options(local=local, shares=self.settings.shares)
+
+    def _groups(
+        self, state: _State, surrogate: Surrogate, targets: list[Target], device: torch.device
+    ) -> list[tuple[Target, Tensor | None]]:
+        """The examples of each class, all classes checked to be fitted."""
+        inverses = state.fitted.inverses
+        groups: dict[Target, list[int]] = {}
+        for index, target in enumerate(targets):
+            groups.setdefault(target, []).append(index)
+        for target in groups:
+            if target not in inverses:
+                raise NotFittedError(
+                    f"no inverse was fitted for target {shown(target)}; fitted are {self.targets}. "
+                    f"Add it with fit(data, targets=[{shown(target)}])"
+                )
+            missing = [key for key in surrogate.learned if key not in inverses[target]]
+            if missing:
+                reach = f"stops at layer {self._path(self.layer)!r}" if self.layer else "was fitted on another graph"
+                raise NotFittedError(f"the inverse {reach} and has nothing for {', '.join(missing[:4])}")
+        if len(groups) == 1:
+            return [(targets[0], None)]
+        return [(target, torch.tensor(index, device=device)) for target, index in groups.items()]
+
+    # ------------------------------------------------------------------------------------------------- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted inverses to a safetensors file, whole or not at all.
+
+        Args:
+            path: Where to; a file that is there is replaced only once the new one is complete.
+
+        Raises:
+            NotFittedError: There is nothing to save.
+            OSError: It cannot be written.
+        """
+        state = self._fitted()
+        self._write(path, state, None)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> "InverseNetwork":
+        """Read an inverse network back.
+
+        Args:
+            path: A file written by :meth:`save`.
+            model: The model it was fitted to, with the same weights.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            InverseFileError: It is no such file, cut short, or changed.
+            ModelChangedError: It was fitted to another model or other weights.
+        """
+        check_model(model)
+        tensors, content = storage.load(path)
+        if content["unfinished"] is not None:
+            raise InverseFileError(
+                f"{os.fspath(path)!r} is the checkpoint of an unfinished fit; continue it with fit(checkpoint=...)"
+            )
+        if content["fingerprint"] != storage.fingerprint(model):
+            raise ModelChangedError(
+                f"{os.fspath(path)!r} was fitted to another model, or to other weights, than this {type(model).__name__}"
+            )
+        settings = Settings(**content["settings"])
+        layer = None if content["layer"] is None else model.get_submodule(content["layer"])
+        inverse = cls(model, layer=layer)
+        inverse.settings = settings
+        example = tuple(torch.zeros(1, *shape, dtype=getattr(torch, dtype)) for shape, dtype in content["inputs"])
+        device = _device(model)
+        extras = None if content["extras"] else ()
+        inverse._state = _State(
+            _unpack_fitted(tensors, content, device), tuple(content["dims"]), Signature.from_json(content["signature"]),
+            tuple(x.to(device) for x in example), extras, storage.Watch(model, content["fingerprint"]),
+        )  # fmt: skip
+        return inverse
+
+    def _write(self, path: str | os.PathLike[str], state: _State, unfinished: Sequence[Target] | None) -> None:
+        fitted = state.fitted
+        tensors = {}
+        entries = []
+        for number, (target, inverses) in enumerate(fitted.inverses.items()):
+            entries.append({"target": target, "keys": list(inverses)})
+            for index, inverse in enumerate(inverses.values()):
+                parts = {"weight": inverse.weight, "bias": inverse.bias, "live": inverse.live}
+                tensors.update({f"{number}.{index}.{name}": t for name, t in parts.items() if t is not None})
+        content = {
+            "fingerprint": state.watch.fingerprint,
+            "layer": None if self.layer is None else self._path(self.layer),
+            "settings": asdict(self.settings),
+            "signature": state.signature.to_json(),
+            "inputs": [(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for x in state.example],
+            "extras": state.extras != (),
+            "dims": state.dims,
+            "targets": entries,
+            "layers": [asdict(layer) for layer in fitted.layers],
+            "unfinished": None if unfinished is None else list(unfinished),
+        }
+        storage.save(path, tensors, content)
+
+    def _resume(self, path: str | os.PathLike[str], state: _State, chosen: Sequence[Target]) -> Fitted:
+        """What an interrupted fit had done."""
+        tensors, content = storage.load(path)
+        same = {
+            "fingerprint": state.watch.fingerprint,
+            "layer": None if self.layer is None else self._path(self.layer),
+            "settings": asdict(self.settings),
+            "signature": state.signature.to_json(),
+            "unfinished": [list(target) for target in chosen],
+        }
+        other = [name for name, value in same.items() if content[name] != value]
+        if other:
+            raise InverseFileError(f"the checkpoint {os.fspath(path)!r} is of another fit: its {', '.join(other)} differ")
+        return _unpack_fitted(tensors, content, _device(self.model))
+
+    # ------------------------------------------------------------------------------------------------- parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_surrogates", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        self._graphs: OrderedDict[Signature, CapturedGraph] = OrderedDict()
+        self._surrogates: dict[tuple[Signature, str | None], Surrogate] = {}
+        self._lock = Lock()
+
+    def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> tuple[CapturedGraph, Surrogate]:
+        """The graph and the surrogate for inputs of this kind, kept for the next call."""
+        signature = Signature.of(inputs, extras)
+        with self._lock:
+            if signature not in self._graphs:
+                self._graphs[signature] = capture(self.model, inputs, extras)
+            self._graphs.move_to_end(signature)
+            graph = self._graphs[signature]
+            start = None if layer is None else module_output(graph, self.model, layer)
+            if (signature, start) not in self._surrogates:
+                self._surrogates[signature, start] = Surrogate(graph, MIPIN, start, calibrate=layer is self.layer)
+            surrogate = self._surrogates[signature, start]
+            if len(self._graphs) > _GRAPHS:
+                oldest, _ = self._graphs.popitem(last=False)
+                self._surrogates = {key: value for key, value in self._surrogates.items() if key[0] != oldest}
+            return graph, surrogate
+
+    def _fitted(self) -> _State:
+        if self._state is None:
+            raise NotFittedError("this InverseNetwork is not fitted yet: call fit(data, targets=...) first")
+        return self._state
+
+    def _check_unchanged(self, state: _State) -> None:
+        if state.watch.changed(self.model):
+            raise ModelChangedError("the model's weights have changed since the inverse was fitted: fit a new InverseNetwork")
+
+    def _path(self, layer: nn.Module | None) -> str:
+        return next((path for path, module in self.model.named_modules() if module is layer), "")
+
+
+def check(
+    model: nn.Module, example_inputs: Tensor | Inputs, additional_forward_args: Any = None, *, layer: nn.Module | None = None
+) -> CheckReport:
+    """Tell for every operation of a model whether the signal can be sent back through it.
+
+    Args:
+        model: A module in evaluation mode.
+        example_inputs: Tensor (batch, ...) or tuple of such; only shapes, dtypes and devices count.
+        additional_forward_args: Further arguments of the model.
+        layer: Look only at what lies above this module.
+
+    Returns:
+        A table of operations, each "supported", "passes" or "refused" with its reason.
+
+    Raises:
+        CaptureError: The model as a whole cannot be captured.
+
+    Examples:
+        >>> print(check(nn.Sequential(nn.Linear(4, 2), nn.GELU()).eval(), torch.ones(1, 4)))
+        module  operation            status     what happens to the signal
+        0       aten.linear.default  supported  learned dense inverse
+        1       aten.gelu.default    refused    no rule covers it
+    """
+    graph = capture(model, as_inputs(example_inputs), as_extras(additional_forward_args))
+    start = None if layer is None else module_output(graph, model, layer)
+    return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note) for t in survey(graph, MIPIN, start)))
+
+
+def as_inputs(inputs: Any) -> Inputs:
+    """A tensor or a tuple of tensors, as a tuple."""
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    if not isinstance(inputs, tuple):
+        raise InputError(f"inputs are a {type(inputs).__name__}, expected a torch.Tensor or a tuple of them")
+    return inputs
+
+
+def as_extras(arguments: Any) -> Extras:
+    """``additional_forward_args`` as Captum takes them, as a tuple."""
+    if arguments is None:
+        return ()
+    return arguments if isinstance(arguments, tuple) else (arguments,)
+
+
+def like(inputs: Any, results: Inputs) -> Any:
+    """A tensor for a tensor, a tuple for a tuple."""
+    return results if isinstance(inputs, tuple) else results[0]
+
+
+def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: torch.device) -> Fitted:
+    fitted = Fitted()
+    for number, entry in enumerate(content["targets"]):
+        fitted.inverses[tuple(entry["target"])] = {
+            key: Inverse(*(_get(tensors, f"{number}.{index}.{name}", device) for name in ("weight", "bias", "live")))  # type: ignore[arg-type]  # only live may be None
+            for index, key in enumerate(entry["keys"])
+        }
+    for layer in content["layers"]:
+        target = tuple(layer["target"]) if isinstance(layer["target"], list) else layer["target"]
+        fitted.layers.append(LayerFit(**{**layer, "target": target}))
+    return fitted
+
+
+def _get(tensors: dict[str, Tensor], name: str, device: torch.device) -> Tensor | None:
+    return tensors[name].to(device) if name in tensors else None
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(iter(model.parameters()), next(iter(model.buffers()), None))
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def _generator_kept() -> Iterator[None]:
+    """Leave torch's global generator as it was: a ``DataLoader`` draws a seed from it each time it is gone through."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,117 @@
+"""What ``fit`` and ``check`` tell: small frozen results that print as tables."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How well one operation was inverted for one target.
+
+    Attributes:
+        target: The class, as users write it.
+        layer: Module path and operation.
+        rows: Rows of the regression: examples, times positions for a convolution.
+        features: Regressed features, each with its own coefficients.
+        signals: Signals each is regressed on.
+        explained_variance: Share of the features' variance that the inverse explains on the fitting data, before the mask.
+        dead: Signals that never vary.
+        condition: 1-norm condition number of the regularised Gram matrix; None for the SGD solver.
+        solver: "exact" or "sgd".
+    """
+
+    target: int | tuple[int, ...] | None
+    layer: str
+    rows: int
+    features: int
+    signals: int
+    explained_variance: float
+    dead: int
+    condition: float | None
+    solver: str
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """The fit of every layer for every target.
+
+    Examples:
+        >>> print(FitReport((LayerFit(3, "0/linear", 100, 784, 512, 0.81, 12, 5.2e3, "exact"),)))
+        layer     rows  features  signals  explained variance  dead  condition  solver  targets
+        0/linear   100       784      512               0.810    12    5.2e+03   exact        1
+    """
+
+    layers: tuple[LayerFit, ...]
+
+    def __str__(self) -> str:
+        header = ("layer", "rows", "features", "signals", "explained variance", "dead", "condition", "solver", "targets")
+        rows = []
+        for name in dict.fromkeys(fit.layer for fit in self.layers):
+            fits = [fit for fit in self.layers if fit.layer == name]
+            conditions = [fit.condition for fit in fits if fit.condition is not None]
+            rows.append(
+                (
+                    name,
+                    _span([fit.rows for fit in fits], "d"),
+                    str(fits[0].features),
+                    str(fits[0].signals),
+                    _span([fit.explained_variance for fit in fits], ".3f"),
+                    _span([fit.dead for fit in fits], "d"),
+                    f"{max(conditions):.1e}" if conditions else "",
+                    "/".join(sorted({fit.solver for fit in fits})),
+                    str(len(fits)),
+                )
+            )
+        return table(header, rows)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """One dictionary a layer and target."""
+        return [asdict(fit) for fit in self.layers]
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One operation of a model: where it is, what it is, what becomes of it."""
+
+    path: str
+    operation: str
+    status: str
+    note: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Every operation between input and output: "supported" by a rule, "passes" (its adjoint is right) or "refused"."""
+
+    rows: tuple[CheckRow, ...]
+
+    @property
+    def refused(self) -> tuple[CheckRow, ...]:
+        """The operations that no signal can be sent back through."""
+        return tuple(row for row in self.rows if row.status == "refused")
+
+    @property
+    def ok(self) -> bool:
+        """Whether the whole model can be inverted."""
+        return not self.refused
+
+    def __str__(self) -> str:
+        rows = [(row.path or "(model)", row.operation, row.status, row.note) for row in self.rows]
+        return table(("module", "operation", "status", "what happens to the signal"), rows, left=4)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns of text, the first ``left`` of them aligned left."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    cells = [
+        [text.ljust(width) if i < left else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low}-{high}"

@@ -1,0 +1,132 @@
+"""The three kinds of rule, and what a learned inverse is made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from captum_mipin.regression import Moments, Solution
+
+#: Sends the signal at an operation's output back to its input.
+Back = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a pass reads the rules.
+
+    Attributes:
+        local: Use what the sample's forward pass recorded (equation 9). Without, the chain is the global one.
+        shares: Average pooling sends the signal to where the value came from; without, it spreads it evenly.
+        bias: Keep the biases of the inverses: the source signal S. Without: the attribution A.
+    """
+
+    local: bool = True
+    shares: bool = True
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """A fitted inverse of one operation for one target.
+
+    Attributes:
+        weight: Shaped as its :class:`Inverter` wants it, in the dtype of the model.
+        bias: One value a feature or channel.
+        live: Indices of the signals that ``weight`` has columns for; None for all.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    live: Tensor | None = None
+
+    def to(self, other: Tensor) -> "Inverse":
+        """This inverse in the dtype and on the device of ``other``."""
+        if self.weight.dtype == other.dtype and self.weight.device == other.device:
+            return self
+        live = None if self.live is None else self.live.to(other.device)
+        return Inverse(self.weight.to(other), self.bias.to(other), live)
+
+
+class Inverter(Protocol):
+    """A family of inverses x ≈ g(s): its regression and its application."""
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Groups, regressed features and signals of the regression."""
+        ...
+
+    def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
+        """Moments of one batch: features ``x`` and the signals at the operation's outputs."""
+        ...
+
+    def inverse(self, solution: Solution, like: Tensor) -> Inverse:
+        """The inverse that a solved regression stands for, in the dtype and on the device of ``like``."""
+        ...
+
+    def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
+        """g(S), with or without its bias."""
+        ...
+
+
+def _accept(node: fx.Node) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How an operation is treated.
+
+    Attributes:
+        note: What it does with the signal, in a few words.
+        refuse: Node → reason why this use of the operation cannot be treated, or None.
+        many: Whether more arguments than the first may carry signal.
+        restores: Whether the signal it returns is in the units of its input.
+    """
+
+    note: str
+    refuse: Callable[[fx.Node], str | None] = _accept
+    many: bool = False
+    restores: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes(Rule):
+    """A linear operation without weights: the surrogate runs it as it is, and its adjoint carries the signal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded(Rule):
+    """An operation inverted by what its forward pass records.
+
+    Attributes:
+        run: (options, operation, x, \\*arguments) → the operation's value, and how a signal comes back.
+    """
+
+    run: Callable[..., tuple[Tensor, Back]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned(Rule):
+    """An operation inverted by regression.
+
+    Attributes:
+        inverter: (x, \\*arguments) → the family of its inverse.
+    """
+
+    inverter: Callable[..., Inverter]
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a node, however it was given."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def adjoint(operator: Callable[[Tensor], Tensor], like: Tensor) -> Back:
+    """The adjoint of a linear operator on tensors shaped like ``like``."""
+    with torch.enable_grad():
+        probe = torch.zeros_like(like, requires_grad=True)
+        value = operator(probe)
+    return lambda s: torch.autograd.grad(value, probe, s, retain_graph=True)[0]

@@ -1,0 +1,134 @@
+"""Pooling: switches for the maximum (equation 8), recorded shares for averages and sums."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from captum_mipin.convolution import Geometry
+from captum_mipin.rules.base import Back, Options, Recorded, adjoint, argument
+
+
+def max_pool(
+    options: Options,
+    operation: Any,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    ceil_mode: bool = False,
+) -> tuple[Tensor, Back]:
+    """Put the signal where the maximum was (equation 8).
+
+    Where windows overlap, one element may be the maximum of several. Each of their signals is an estimate of it, so
+    it receives their mean: adding them up would count it twice, overwriting would keep an arbitrary one.
+    """
+    dims = len(kernel)
+    stride, padding, dilation = stride or kernel, _each(padding, dims), _each(dilation, dims)
+    pool: Any = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
+    value, switches = pool(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    if options.local:
+        overlap = any(s < r for s, r in zip(stride, reach, strict=True))
+        return value, _to_switches(switches, x.shape, dims, overlap)
+    needed = [(n - 1) * s + r for n, s, r in zip(value.shape[-dims:], stride, reach, strict=True)]
+    windows = Geometry((1, 1, *kernel), tuple(stride), (0,) * dims, tuple(dilation), 1)
+
+    def cover(s: Tensor) -> Tensor:
+        """Sum over the windows that cover each element."""
+        s = s.reshape(-1, 1, *s.shape[-dims:])
+        field = windows.apply(s, s.new_ones(1, 1, *kernel), None, torch.Size([len(s), 1, *needed]))
+        ends = [(p, n - p - z) for n, p, z in zip(needed, padding, x.shape[-dims:], strict=True)]
+        return F.pad(field, [-n for pair in reversed(ends) for n in pair]).reshape(x.shape)
+
+    return value, lambda s: _ratio(cover(s), cover(torch.ones_like(s)))
+
+
+def adaptive_max_pool(options: Options, operation: Any, x: Tensor, size: Sequence[int]) -> tuple[Tensor, Back]:
+    """Max pooling to a given size: as :func:`max_pool`."""
+    value, switches = operation(x, size)
+    dims = len(size)
+    if options.local:
+        overlap = any(z % n for z, n in zip(x.shape[-dims:], size, strict=True))
+        return value, _to_switches(switches, x.shape, dims, overlap)
+    even: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[dims - 1]
+    return value, _by_share(lambda t: even(t, size), torch.ones_like(x))
+
+
+def average(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
+    """Send the signal to where the average, or sum, came from.
+
+    For y = P x with weights P ≥ 0, each window w gives its elements i the signal S_w |x_i| / (P |x|)_w, the soft form
+    of the max-pool switch; where windows overlap, the mean with weights P_wi. For x ≥ 0 the signal S = y returns x
+    itself. Signs do not count, so that shares stay bounded where positive and negative values cancel. Spread evenly
+    (``shares=False``, or without masks), |x| is replaced by 1.
+    """
+    value = operation(x, *arguments, **named)
+    origin = x.abs() if options.local and options.shares else torch.ones_like(x)
+    return value, _by_share(lambda t: operation(t, *arguments, **named), origin)
+
+
+def _by_share(operator: Callable[[Tensor], Tensor], origin: Tensor) -> Back:
+    def back(s: Tensor) -> Tensor:
+        back_through = adjoint(operator, origin)
+        signal = back_through(_ratio(s, operator(origin)))
+        return origin * _ratio(signal, back_through(torch.ones_like(s)))
+
+    return back
+
+
+def _to_switches(switches: Tensor, size: torch.Size, dims: int, overlap: bool) -> Back:
+    flat = switches.flatten(-dims)
+
+    def place(s: Tensor) -> Tensor:
+        field = s.new_zeros(*size[:-dims], prod(size[-dims:]))
+        return field.scatter_add_(-1, flat, s.flatten(-dims))
+
+    def back(s: Tensor) -> Tensor:
+        field = place(s)
+        if overlap:
+            field = _ratio(field, place(torch.ones_like(s)))
+        return field.view(size)
+
+    return back
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Above / below, and 0 where nothing is below."""
+    return above / below.masked_fill(below == 0, torch.inf)
+
+
+def _each(value: Sequence[int], dims: int) -> Sequence[int]:
+    return value if len(value) == dims else [value[0]] * dims
+
+
+def _over_batch(node: fx.Node) -> str | None:
+    dims, size = argument(node, 1, "dim"), node.args[0].meta["val"].ndim  # type: ignore[union-attr]  # a node by rule
+    if not dims or any(dim % size == 0 for dim in dims):
+        return "it reduces over the batch, so examples would depend on each other"
+    return None
+
+
+_MAX = {
+    f"aten.max_pool{dims}d{form}.default": Recorded(run=max_pool, note="switches; mean where windows overlap")
+    for dims in (1, 2, 3)
+    for form in ("", "_with_indices")
+}
+_ADAPTIVE_MAX = {
+    f"aten.adaptive_max_pool{dims}d.default": Recorded(run=adaptive_max_pool, note="switches; mean where windows overlap")
+    for dims in (1, 2, 3)
+}
+_AVERAGE = {
+    f"aten.{form}avg_pool{dims}d.default": Recorded(run=average, note="recorded shares")
+    for dims in (1, 2, 3)
+    for form in ("", "adaptive_", "_adaptive_")
+}
+_REDUCTION = {
+    name: Recorded(run=average, note="recorded shares", refuse=_over_batch)
+    for name in ("aten.mean.dim", "aten.sum.dim_IntList")
+}
+POOLING = {**_MAX, **_ADAPTIVE_MAX, **_AVERAGE, **_REDUCTION}
