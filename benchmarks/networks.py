@@ -6,7 +6,7 @@ place of the dropout are ours and stand in :func:`train`.
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -64,7 +64,7 @@ def cnn_digits() -> nn.Sequential:
 
 
 #: name -> (builder, data set, epochs, flips and shifts while training)
-RECIPES = {
+RECIPES: dict[str, tuple[Callable[[], nn.Sequential], str, int, bool]] = {
     "mlp-digits": (lambda: mlp(64, 128), "digits", 80, False),
     "cnn-digits": (cnn_digits, "digits", 60, False),
     "mlp-mnist": (mlp, "mnist", 15, False),

@@ -195,9 +195,11 @@ class Geometry:
         With a margin of zeros as wide as the reach after every line, a lag is one offset into flat memory.
         """
         g, c = self.groups, self.channels[1]
-        padded = F.pad(s, [n for reach in reversed(self.reach) for n in (0, reach)])
-        size = padded.shape[2:]
-        flat = padded.view(len(s), g, c, -1).permute(1, 2, 0, 3).reshape(g, c, -1)
+        size = [z + reach for z, reach in zip(s.shape[2:], self.reach, strict=True)]
+        padded = s.new_zeros(g, c, len(s), *size)
+        inner: tuple[Any, ...] = (..., *(slice(0, z) for z in s.shape[2:]))
+        padded[inner] = s.view(len(s), g, c, *s.shape[2:]).movedim(0, 2)
+        flat = padded.view(g, c, -1)
         blocks: list[Tensor] = []
         for lag in itertools.product(*(range(1 - k, k) for k in self.kernel)):
             offset = sum(v * d * prod(size[i + 1 :]) for i, (v, d) in enumerate(zip(lag, self.dilation, strict=True)))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from captum_mipin.rules.base import Back, Options, Recorded, argument
@@ -12,8 +13,8 @@ def relu(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: 
     value = operation(x, *arguments, **named)
     if not options.local:
         return value, lambda s: s
-    mask = value != 0
-    return value, lambda s: s * mask
+    kept = value.detach()
+    return value, lambda s: torch.ops.aten.threshold_backward(s, kept, 0)  # s where kept > 0, else 0
 
 
 def _not_a_relu(node: fx.Node) -> str | None:

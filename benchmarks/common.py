@@ -1,0 +1,39 @@
+"""What the benchmarks share: where results go, how tables and environments are written down."""
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import captum_mipin
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(name: str, rows: Sequence[dict[str, Any]], **settings: Any) -> Path:
+    """Write ``results/<name>.json``: the environment, the settings and one dictionary a row."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    environment = {
+        "captum_mipin": captum_mipin.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    path.write_text(json.dumps({"environment": environment, "settings": settings, "rows": list(rows)}, indent=1) + "\n")
+    return path
+
+
+def show(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table, one column a key."""
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [header, ["---"] * len(header), *[[_cell(row.get(key, "")) for key in header] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,144 @@
+"""Speed, as ratios within one run: attributing against a gradient, fitting against matrix multiplication and SGD.
+
+    python benchmarks/speed.py [--data FOLDER] [attribute] [fit] [sgd]
+
+- attribute: MIP-IN's ``attribute`` ÷ ``captum.attr.Saliency``, alternating, medians; small trained networks at batch 64
+  (one class for the batch, and all ten mixed), VGG-11 and ResNet-18 at 224 x 224 with torchvision's random weights (the
+  time does not depend on them), fitted on 16 random images;
+- fit: the MLP of table 3, ten classes, 50,000 images, against the time that its Gram matrices and cross products alone
+  take at this machine's measured float32 matrix-multiply rate;
+- sgd: the exact solver against the paper's 20 epochs of SGD on the CNN of table 4, time and reconstruction error.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from captum.attr import Saliency
+from common import show, write
+from data import load
+from networks import RECIPES, trained
+from torch import Tensor, nn
+
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+
+
+def seconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Wall times of each call, in turn, after one call to warm up."""
+    for call in calls:
+        call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, taken in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return times
+
+
+def gemm_rate(size: int = 3000) -> float:
+    """Float32 matrix-multiply rate of this machine, in flops a second."""
+    a, b = torch.randn(2, size, size).unbind()
+    (times,) = seconds([lambda: a @ b], 5)
+    return 2 * size**3 / statistics.median(times)
+
+
+def against_saliency(
+    name: str, model: nn.Module, x: Tensor, inverse: InverseNetwork, target: Any, repeats: int
+) -> dict[str, Any]:
+    saliency, mipin = Saliency(model), MIPINAttribution(model, inverse)
+    base, ours = seconds(
+        [lambda: saliency.attribute(x, target=target, abs=False), lambda: mipin.attribute(x, target=target)], repeats
+    )
+    return {
+        "what": "attribute ÷ Saliency", "network": name, "input": "x".join(map(str, x.shape)),
+        "targets": "mixed" if isinstance(target, Tensor) else "one", "ratio": statistics.median(ours) / statistics.median(base),
+        "MIP-IN ms": 1e3 * statistics.median(ours), "Saliency ms": 1e3 * statistics.median(base), "repeats": repeats,
+    }  # fmt: skip
+
+
+def attribute(folder: str | None) -> list[dict[str, Any]]:
+    import torchvision
+
+    rows = []
+    for name in ("mlp-mnist", "cnn-mnist", "cnn-cifar10"):
+        images = load(RECIPES[name][1], folder)
+        model = trained(name, images)
+        inverse = InverseNetwork(model).fit(images.train[:1000], batch_size=500)
+        x = images.test[:64]
+        for target in (3, torch.arange(64) % 10):
+            rows.append(against_saliency(name, model, x, inverse, target, 51))
+            print(rows[-1])
+    torch.manual_seed(0)
+    for name in ("vgg11", "resnet18"):
+        model = torchvision.models.get_model(name, weights=None).eval()
+        inverse = InverseNetwork(model).fit(torch.randn(16, 3, 224, 224), targets=0, batch_size=8)
+        rows.append(against_saliency(name, model, torch.randn(4, 3, 224, 224), inverse, 0, 21))
+        print(rows[-1])
+    return rows
+
+
+def fit(folder: str | None) -> list[dict[str, Any]]:
+    images = load("mnist", folder)
+    model = trained("mlp-mnist", images)
+    count, classes = 50_000, 10
+    start = time.perf_counter()
+    inverse = InverseNetwork(model).fit(images.train[:count], batch_size=1000)
+    taken = time.perf_counter() - start
+    flops = sum(2 * layer.rows * layer.signals * (layer.signals + layer.features) for layer in inverse.report.layers)
+    rate = gemm_rate()
+    floor = flops / rate
+    return [
+        {
+            "what": "fit, floor ÷ time", "network": "mlp-mnist", "images": count, "targets": classes, "ratio": floor / taken,
+            "fit s": taken, "floor s": floor, "Gflops": flops / 1e9, "GEMM Gflops/s": rate / 1e9,
+        }
+    ]  # fmt: skip
+
+
+def sgd(folder: str | None, count: int = 2000) -> list[dict[str, Any]]:
+    images = load("mnist", folder)
+    model = trained("cnn-mnist", images)
+    rows, times = [], {}
+    for solver in ("exact", "sgd"):
+        start = time.perf_counter()
+        inverse = InverseNetwork(model, solver=solver).fit(images.train[:count], targets=3, batch_size=100)
+        times[solver] = time.perf_counter() - start
+        x = images.test[:1000]
+        below = LayerMIPINAttribution(model, inverse, model[1]).source_signal(x, target=3)
+        with torch.no_grad():
+            features = model[:2](x)
+        rows.append(
+            {
+                "what": f"solver {solver}", "network": "cnn-mnist", "images": count, "targets": 1,
+                "ratio": times[solver] / times["exact"], "fit s": times[solver],
+                "error at conv 2's input": _unexplained(features, below),
+                "error at the image": _unexplained(x, inverse.source_signal(x, target=3)),
+            }
+        )  # fmt: skip
+        print(rows[-1])
+    return rows
+
+
+def _unexplained(x: Tensor, s: Tensor) -> float:
+    """‖X − S‖² over the variance of X about its mean over images."""
+    return float((x - s).square().sum() / (x - x.mean(0)).square().sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=[], help="attribute, fit, sgd; default: all")
+    parser.add_argument("--data", help="folder with mnist.npz and the CIFAR-10 sheets; default: download with torchvision")
+    arguments = parser.parse_args()
+    for name, part in (("attribute", attribute), ("fit", fit), ("sgd", sgd)):
+        if not arguments.parts or name in arguments.parts:
+            rows = part(arguments.data)
+            write(f"speed-{name}", rows)
+            print(show(rows))
+
+
+if __name__ == "__main__":
+    main()
