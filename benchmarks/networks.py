@@ -19,52 +19,57 @@ from tqdm.auto import tqdm
 logger = logging.getLogger("networks")
 
 
-def mlp(inputs: int = 784, width: int = 512, classes: int = 10, dropout: float = 0.5) -> nn.Sequential:
+class Network(nn.Module):
+    """Convolutions, then dense layers, with the flattening between them a function, since Captum's LRP has no nn.Flatten."""
+
+    def __init__(self, features: nn.Sequential | None, classifier: nn.Sequential) -> None:
+        super().__init__()
+        self.features = features
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.features is not None:
+            x = self.features(x)
+        logits: Tensor = self.classifier(torch.flatten(x, 1))
+        return logits
+
+
+def mlp(inputs: int = 784, width: int = 512, classes: int = 10, dropout: float = 0.5) -> Network:
     """Table 3: 784-512-512-10, ReLU, dropout while training."""
-    return nn.Sequential(
-        nn.Flatten(),
+    classifier = nn.Sequential(
         nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout),
         nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout),
         nn.Linear(width, classes),
     )  # fmt: skip
+    return Network(None, classifier)
 
 
-def cnn_mnist() -> nn.Sequential:
+def cnn_mnist() -> Network:
     """Table 4: conv 16 (5x5), conv 64 (3x3), max pool 2, dense 7744-512-10."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 5), nn.ReLU(),
-        nn.Conv2d(16, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Dropout(0.25),
-        nn.Linear(7744, 512), nn.ReLU(), nn.Dropout(0.5),
-        nn.Linear(512, 10),
-    )  # fmt: skip
+    features = nn.Sequential(nn.Conv2d(1, 16, 5), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25))
+    return Network(features, nn.Sequential(nn.Linear(7744, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10)))
 
 
-def cnn_cifar() -> nn.Sequential:
+def cnn_cifar() -> Network:
     """Table 5: conv 32, conv 64, pool, conv 64 (all 3x3), pool, dense 2304-512-10."""
-    return nn.Sequential(
+    features = nn.Sequential(
         nn.Conv2d(3, 32, 3), nn.ReLU(),
         nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
         nn.Conv2d(64, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
-        nn.Flatten(),
-        nn.Linear(2304, 512), nn.ReLU(), nn.Dropout(0.5),
-        nn.Linear(512, 10),
     )  # fmt: skip
+    return Network(features, nn.Sequential(nn.Linear(2304, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10)))
 
 
-def cnn_digits() -> nn.Sequential:
+def cnn_digits() -> Network:
     """A small network of the same kind for the 8 x 8 digits of the demo."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Dropout(0.25),
-        nn.Linear(288, 128), nn.ReLU(), nn.Dropout(0.5),
-        nn.Linear(128, 10),
-    )  # fmt: skip
+    features = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)
+    )
+    return Network(features, nn.Sequential(nn.Linear(288, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)))
 
 
 #: name -> (builder, data set, epochs, flips and shifts while training)
-RECIPES: dict[str, tuple[Callable[[], nn.Sequential], str, int, bool]] = {
+RECIPES: dict[str, tuple[Callable[[], Network], str, int, bool]] = {
     "mlp-digits": (lambda: mlp(64, 128), "digits", 80, False),
     "cnn-digits": (cnn_digits, "digits", 60, False),
     "mlp-mnist": (mlp, "mnist", 15, False),
@@ -96,7 +101,7 @@ def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
     return hits / len(x)
 
 
-def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -> nn.Sequential:
+def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -> Network:
     """Train the network ``name``: Adam, one-cycle rate with maximum 1e-3 (2e-3 for CIFAR-10), batches of 128."""
     build, _, usual, augment = RECIPES[name]
     torch.manual_seed(seed)
@@ -117,7 +122,7 @@ def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -
     return model.eval()
 
 
-def trained(name: str, images: Images, cache: str | Path = ".cache/networks") -> nn.Sequential:
+def trained(name: str, images: Images, cache: str | Path = ".cache/networks") -> Network:
     """The network ``name``, trained once and kept in ``cache``."""
     path = Path(cache) / f"{name}.safetensors"
     if not path.exists():

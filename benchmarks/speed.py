@@ -102,15 +102,17 @@ def fit(folder: str | None) -> list[dict[str, Any]]:
 def sgd(folder: str | None, count: int = 2000) -> list[dict[str, Any]]:
     images = load("mnist", folder)
     model = trained("cnn-mnist", images)
+    assert model.features is not None
+    first = model.features[:2]
     rows, times = [], {}
     for solver in ("exact", "sgd"):
         start = time.perf_counter()
         inverse = InverseNetwork(model, solver=solver).fit(images.train[:count], targets=3, batch_size=100)
         times[solver] = time.perf_counter() - start
         x = images.test[:1000]
-        below = LayerMIPINAttribution(model, inverse, model[1]).source_signal(x, target=3)
+        below = LayerMIPINAttribution(model, inverse, first[-1]).source_signal(x, target=3)
         with torch.no_grad():
-            features = model[:2](x)
+            features = first(x)
         rows.append(
             {
                 "what": f"solver {solver}", "network": "cnn-mnist", "images": count, "targets": 1,

@@ -1,0 +1,120 @@
+"""Train a small network, fit MIP-IN, and put it beside Captum's methods: one picture, and how complete its signal is.
+
+    python benchmarks/demo.py [digits|mnist|fashion-mnist|cifar10] [--out FOLDER] [--data FOLDER]
+
+``digits`` are the 8 x 8 handwritten digits that come with scikit-learn; the others are downloaded by torchvision, or read
+from ``--data``. Writes ``side-by-side.png`` and ``completeness.md``.
+"""
+
+import argparse
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from captum.attr import LRP, Deconvolution, GuidedBackprop, InputXGradient, NoiseTunnel, Saliency
+from captum.attr import visualization as viz
+from common import show
+from completeness import apc, controls
+from data import NAMES, Images, load
+from matplotlib.figure import Figure
+from networks import Network, accuracy, trained
+from torch import Tensor
+
+from captum_mipin import InverseNetwork, MIPINAttribution
+
+logger = logging.getLogger("demo")
+
+#: Training images that MIP-IN is fitted on at most.
+FITTED = 10_000
+
+
+def methods(model: Network, mipin: MIPINAttribution) -> dict[str, Callable[[Tensor, int], Tensor]]:
+    """(one image, class) → the map of each method; SmoothGrad with 50 samples, σ 15 % of the image's range."""
+
+    def by(method: Any, **options: Any) -> Callable[[Tensor, int], Tensor]:
+        return lambda x, label: method.attribute(x, target=label, **options)
+
+    def smoothgrad(x: Tensor, label: int) -> Tensor:
+        spread = 0.15 * float(x.max() - x.min())
+        return by(NoiseTunnel(Saliency(model)), nt_samples=50, stdevs=spread, abs=False)(x, label)
+
+    return {
+        "source signal S": lambda x, label: mipin.source_signal(x, target=label),
+        "MIP-IN A": by(mipin),
+        "class map": lambda x, label: mipin.class_attribution(label),
+        "Saliency": by(Saliency(model), abs=False),
+        "SmoothGrad": smoothgrad,
+        "Input×Gradient": by(InputXGradient(model)),
+        "Deconvnet": by(Deconvolution(model)),
+        "Guided Backprop": by(GuidedBackprop(model)),
+        "LRP": by(LRP(model)),
+    }
+
+
+def figure(images: Images, model: Network, mipin: MIPINAttribution, rows: int = 8) -> Figure:
+    """The first test image of each of some classes, and every method's map for that class: blue for, red against it."""
+    labels = list(range(len(images.classes)))[:rows]
+    maps = methods(model, mipin)
+    page = Figure(figsize=(1.35 * (len(maps) + 1), 1.4 * len(labels)), layout="constrained")
+    axes = page.subplots(len(labels), len(maps) + 1)
+    for row, label in enumerate(labels):
+        x = images.test[images.test_labels == label][:1]
+        _picture(axes[row, 0], x, f"{images.classes[label]}")
+        for axis, (name, method) in zip(axes[row, 1:], maps.items(), strict=True):
+            found = method(x, label).detach()
+            if name == "source signal S":
+                _picture(axis, found.clamp(0, 1))
+            else:
+                viz.visualize_image_attr(
+                    _hwc(found), method="heat_map", sign="all", plt_fig_axis=(page, axis), use_pyplot=False, cmap="RdBu"
+                )
+            if row == 0:
+                axis.set_title(name, fontsize=9)
+    axes[0, 0].set_title("image", fontsize=9)
+    return page
+
+
+def _picture(axis: Any, x: Tensor, name: str = "") -> None:
+    axis.imshow(_hwc(x).squeeze(), cmap="gray", vmin=0, vmax=1)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_ylabel(name, fontsize=9)
+
+
+def _hwc(x: Tensor) -> Any:
+    return x[0].permute(1, 2, 0).numpy()
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", module="captum|torch")  # Captum's methods announce their hooks on every call
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_set", nargs="?", default="digits", choices=NAMES)
+    parser.add_argument("--out", type=Path, default=Path("demo_output"))
+    parser.add_argument("--data", help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision")
+    arguments = parser.parse_args()
+    begin = time.perf_counter()
+    images = load(arguments.data_set, arguments.data)
+    model = trained(f"cnn-{images.name}", images)
+    inverse = InverseNetwork(model).fit(images.train[:FITTED], batch_size=500)
+    logger.info("%s", inverse.report)
+    rows = []
+    for name, signal in controls(model, images, inverse).items():
+        total, positive = apc(model, images, signal)
+        rows.append({"signal": name, "APC %": total, "positive APC %": positive})
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    figure(images, model, MIPINAttribution(model, inverse)).savefig(arguments.out / "side-by-side.png", dpi=110)
+    text = (
+        f"{images.name}: {len(images.train[:FITTED])} training images fitted on, {len(images.test)} test images, network "
+        f"cnn-{images.name} (test accuracy {100 * accuracy(model, images.test, images.test_labels):.1f} %), target: true "
+        f"class, layer: input\n\n{show(rows)}\n"
+    )
+    (arguments.out / "completeness.md").write_text(text)
+    print(f"\n{text}\nwrote {arguments.out}/side-by-side.png and completeness.md in {time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

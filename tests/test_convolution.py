@@ -1,0 +1,88 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from captum_mipin import convolution
+from captum_mipin.convolution import Geometry
+from captum_mipin.regression import Moments
+
+LAYERS = {False: (nn.Conv1d, nn.Conv2d, nn.Conv3d), True: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
+
+
+def each(value, dims):
+    return value if isinstance(value, tuple) else (value,) * dims
+
+
+def case(dims, transposed, kernel, stride, padding, dilation, groups, seed=0):
+    """A random layer, its input x, and a random signal s of the shape of its output."""
+    torch.manual_seed(seed)
+    more = {"output_padding": 1} if transposed and max(*each(stride, 1), *each(dilation, 1)) > 1 else {}
+    layer = LAYERS[transposed][dims - 1](
+        4, 6, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=False, dtype=torch.float64, **more
+    )
+    x = torch.randn(3, 4, *(7, 8, 6)[:dims], dtype=torch.float64)
+    with torch.no_grad():
+        s = torch.randn_like(layer(x)) + 0.3
+    geometry = Geometry(
+        tuple(layer.weight.shape), each(stride, dims), each(padding, dims), each(dilation, dims), groups, transposed,
+        each(more.get("output_padding", 0), dims) if transposed else (),
+    )  # fmt: skip
+    return layer, geometry, x, s
+
+
+def cases():
+    for dims, transposed in itertools.product((1, 2), (False, True)):
+        for kernel, stride, padding, dilation, groups in itertools.product((1, 2, 3), (1, 2, 3), (0, 1, 2), (1, 2), (1, 2)):
+            yield dims, transposed, kernel, stride, padding, dilation, groups
+    for transposed, stride in itertools.product((False, True), (1, 2)):
+        yield 3, transposed, 3, stride, 1, 1, 2
+    yield 2, False, (3, 2), (1, 1), (1, 0), (1, 2), 2
+    yield 2, False, (3, 1), (2, 1), (3, 2), (1, 2), 1
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize("parameters", CASES, ids=str)
+def test_patches_times_kernel_is_the_layers_input_gradient(parameters):
+    """The definition: g with kernel W is the transpose of the layer, and patches are its design matrix."""
+    layer, geometry, x, s = case(*parameters)
+    x.requires_grad_()
+    (transpose,) = torch.autograd.grad(layer(x), x, s)
+    weight = layer.weight.detach()
+    torch.testing.assert_close(geometry.apply(s, weight, None, x.shape), transpose, rtol=1e-12, atol=1e-12)
+    groups = parameters[-1]
+    predicted = geometry.patches(s, x.shape) @ geometry.to_rows(weight).mT
+    predicted = predicted.view(groups, 3, -1, 4 // groups).permute(1, 0, 3, 2).reshape(x.shape)
+    torch.testing.assert_close(predicted, transpose, rtol=1e-12, atol=1e-12)
+    assert torch.equal(geometry.to_weight(geometry.to_rows(weight)), weight)
+
+
+@pytest.mark.parametrize("parameters", CASES, ids=str)
+def test_moments_are_those_of_the_patches(parameters, monkeypatch):
+    _, geometry, x, s = case(*parameters)
+    groups = parameters[-1]
+    rows = x.view(3, groups, 4 // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, 4 // groups)
+    expected, found = Moments.zeros(groups, *geometry.features), Moments.zeros(groups, *geometry.features)
+    expected.update(rows, geometry.patches(s, x.shape))
+    monkeypatch.setattr(convolution, "CHUNK", 1)  # one example at a time
+    found.add(geometry.moments(x, s))
+    for name in ("count", "mean_x", "mean_s", "xx", "xs", "ss"):
+        a, b = (torch.as_tensor(getattr(m, name)) for m in (found, expected))
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_asymmetric_same_padding_is_a_convolution_that_drops_its_first_output():
+    layer = nn.Conv2d(2, 3, (2, 3), padding="same", bias=False, dtype=torch.float64)
+    x = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    s = torch.randn_like(y)
+    (transpose,) = torch.autograd.grad(y, x, s)
+    geometry = Geometry(tuple(layer.weight.shape), (1, 1), (1, 1), (1, 1), 1, skip=(1, 0))
+    torch.testing.assert_close(geometry.apply(s, layer.weight.detach(), None, x.shape), transpose)
+    full = geometry.full(s)
+    patches = geometry.patches(full, x.shape)
+    torch.testing.assert_close(geometry.gram(s, x.shape), patches.mT @ patches)
