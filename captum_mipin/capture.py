@@ -181,8 +181,8 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = ()) -> CapturedGr
         given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in inputs)
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__} for inputs {given}:\n{error}\n"
-            "Control flow must not depend on the data, the batch size must be free, and inputs must have the shape, "
-            "dtype and device that the model takes."
+            "Control flow must not depend on the data, the batch size must be free (x.shape[0] keeps it so, len(x) "
+            "does not), and inputs must have the shape, dtype and device that the model takes."
         ) from error
     return _from_program(program, len(inputs))
 
@@ -192,6 +192,15 @@ def first_example(inputs: Inputs, extras: Extras) -> tuple[Inputs, Extras]:
     batch = len(inputs[0])
     first = pytree.tree_map(lambda leaf: leaf[:1].detach().clone() if _per_example(leaf, batch) else leaf, extras)
     return tuple(torch.zeros_like(x[:1]) for x in inputs), first
+
+
+def pick(inputs: Inputs, extras: Extras, index: Tensor) -> tuple[Inputs, Extras]:
+    """The examples ``index`` of a batch; extra arguments that are not per example stay."""
+    batch = len(inputs[0])
+    chosen: tuple[Inputs, Extras] = pytree.tree_map(
+        lambda leaf: leaf[index] if _per_example(leaf, batch) else leaf, (inputs, extras)
+    )
+    return chosen
 
 
 def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -> str:

@@ -152,8 +152,12 @@ class Geometry:
         weight = x.new_empty(1).expand(self.weight_shape)
         cross = self.to_rows(self.gradient(s, x, weight, of=1))
         ones = x.new_ones(1, x.shape[1], *x.shape[2:])
-        sums = self.to_rows(self.gradient(s.sum(0, keepdim=True), ones, weight, of=1))[:, 0].double()
+        sums, sizes = (
+            self.to_rows(self.gradient(t.sum(0, keepdim=True), ones, weight, of=1))[:, 0].double() for t in (s, s.abs())
+        )
         gram = self.gram(s, x.shape)
+        unseen = sizes == 0  # lags and what padding cuts away leave rounding where a tap never sees a signal
+        gram.masked_fill_(unseen.unsqueeze(1) | unseen.unsqueeze(2), 0.0)
         gram -= sums.unsqueeze(2) * sums.unsqueeze(1) / rows
         square = x.double().square().sum(over).view(g, channels)
         return Moments(rows, mean.view(g, channels), sums / rows, square, cross, gram)

@@ -221,7 +221,7 @@ class Fit:
             inverter, x, above = run.observed
 
             def signals(target: Target, run: Run = run, output: Tensor = output, above: Any = above) -> tuple[Tensor, ...]:
-                run.groups = ((target, None),)
+                run.groups = ((target, slice(None)),)
                 start = seed(output, [target] * len(output))
                 found: tuple[Tensor, ...] = torch.autograd.grad(output, above, start, retain_graph=True)
                 return found

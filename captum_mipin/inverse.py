@@ -23,6 +23,7 @@ from captum_mipin.capture import (
     check_model,
     first_example,
     module_output,
+    pick,
 )  # fmt: skip
 from captum_mipin.errors import InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack, seed
@@ -44,13 +45,11 @@ class Explanation:
         features: Values where the passes end, at the inputs or a layer's output, each (batch, ...).
         signals: For each pass back one tuple like ``features``.
         output: (batch,) the explained output Φ_c(x) of each example.
-        targets: The class of each example.
     """
 
     features: Inputs
     signals: tuple[Inputs, ...]
     output: Tensor
-    targets: list[Target]
 
 
 @dataclass
@@ -338,46 +337,46 @@ class InverseNetwork:
         with torch.inference_mode(False), torch.enable_grad():
             inputs = tuple(x.clone() if x.is_inference() else x.detach() for x in inputs)
             graph, surrogate = self._surrogate(inputs, extras, layer)
-            run = Run(surrogate.steps, options, state.fitted.inverses)
+            dims = graph.output.meta["val"].shape[1:]
+            targets = per_example(target, torch.empty(len(inputs[0]), *dims, device="meta"))
+            self._check_steps(state, surrogate, targets)
+            order = sorted(range(len(targets)), key=targets.__getitem__)  # each class's examples one after the other
+            mixed = targets[order[0]] != targets[order[-1]]
+            if mixed:
+                targets = [targets[index] for index in order]
+                inputs, extras = pick(inputs, extras, torch.tensor(order, device=inputs[0].device))
+            run = Run(surrogate.steps, options, state.fitted.inverses, _groups(targets))
             output = surrogate(run, graph.values(self.model, inputs, extras))
-            targets = per_example(target, output)
-            run.groups = self._groups(state, surrogate, targets, output.device)
             start = seed(output, targets, unit)
             sources = [run.sources[index] for index in range(surrogate.starts)]
+            back = torch.tensor(order, device=output.device).argsort() if mixed else slice(None)
             signals: list[Inputs] = []
             for bias in biases:
                 run.options = replace(options, bias=bias)
                 found = torch.autograd.grad(output, sources, start, retain_graph=len(biases) > 1)
                 if mask:
                     found = tuple(s * (x != 0) for s, x in zip(found, sources, strict=True))
-                signals.append(tuple(s.detach().contiguous() for s in found))
-            features = tuple(x.detach() for x in sources)
-            return Explanation(features, tuple(signals), start.flatten(1).sum(1) if start.ndim > 1 else start, targets)
+                signals.append(tuple(s.detach()[back].contiguous() for s in found))
+            features = tuple(x.detach()[back] for x in sources)
+            explained = start.flatten(1).sum(1) if start.ndim > 1 else start
+            return Explanation(features, tuple(signals), explained[back])
 
     def _options(self, local: bool) -> Options:
         return Options(local=local, shares=self.settings.shares)
 
-    def _groups(
-        self, state: _State, surrogate: Surrogate, targets: list[Target], device: torch.device
-    ) -> list[tuple[Target, Tensor | None]]:
-        """The examples of each class, all classes checked to be fitted."""
-        inverses = state.fitted.inverses
-        groups: dict[Target, list[int]] = {}
-        for index, target in enumerate(targets):
-            groups.setdefault(target, []).append(index)
-        for target in groups:
-            if target not in inverses:
+    def _check_steps(self, state: _State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
+        """Whether there is an inverse for every class and every step."""
+        for target in dict.fromkeys(targets):
+            inverses = state.fitted.inverses.get(target)
+            if inverses is None:
                 raise NotFittedError(
                     f"no inverse was fitted for target {shown(target)}; fitted are {self.targets}. "
                     f"Add it with fit(data, targets=[{shown(target)}])"
                 )
-            missing = [key for key in surrogate.learned if key not in inverses[target]]
+            missing = [key for key in surrogate.learned if key not in inverses]
             if missing:
                 reach = f"stops at layer {self._path(self.layer)!r}" if self.layer else "was fitted on another graph"
                 raise NotFittedError(f"the inverse {reach} and has nothing for {', '.join(missing[:4])}")
-        if len(groups) == 1:
-            return [(targets[0], None)]
-        return [(target, torch.tensor(index, device=device)) for target, index in groups.items()]
 
     # ------------------------------------------------------------------------------------------------- files
 
@@ -581,6 +580,12 @@ def _get(tensors: dict[str, Tensor], name: str, device: torch.device) -> Tensor 
 def _device(model: nn.Module) -> torch.device:
     first = next(iter(model.parameters()), next(iter(model.buffers()), None))
     return torch.device("cpu") if first is None else first.device
+
+
+def _groups(targets: Sequence[Target]) -> list[tuple[Target, slice]]:
+    """Runs of equal targets."""
+    starts = [i for i, target in enumerate(targets) if i == 0 or target != targets[i - 1]]
+    return [(targets[a], slice(a, b)) for a, b in zip(starts, [*starts[1:], len(targets)], strict=True)]
 
 
 @contextmanager

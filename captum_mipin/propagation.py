@@ -61,7 +61,7 @@ class Run:
         steps: The surrogate's steps by key.
         options: How rules are read.
         inverses: Target → its inverses.
-        groups: (target, indices of its examples or None for all), which together are the batch.
+        groups: (target, its examples), one after the other the whole batch.
         fitting: Key of the step whose regression is wanted, if one is: only what lies above it takes part in the backward pass.
         observed: Its inverter, its input x and its outputs.
         sources: The tensors at which the signal is wanted.
@@ -70,7 +70,7 @@ class Run:
     steps: Mapping[str, Step]
     options: Options = field(default_factory=Options)
     inverses: Mapping[Target, Inverses] = field(default_factory=dict)
-    groups: Sequence[tuple[Target, Tensor | None]] = ()
+    groups: Sequence[tuple[Target, slice]] = ()
     fitting: str | None = None
     observed: tuple[Inverter, Tensor, tuple[Tensor, ...]] | None = None
     sources: dict[int, Tensor] = field(default_factory=dict)
@@ -78,16 +78,10 @@ class Run:
     def invert(self, inverter: Inverter, key: str, *signals: Tensor) -> Tensor:
         """g(S), for each example with the inverse of its own target."""
         parts: list[Tensor] = []
-        for target, index in self.groups:
-            chosen = signals if index is None else tuple(s[index] for s in signals)
+        for target, examples in self.groups:
             inverse = self.inverses[target][key].to(signals[0])
-            parts.append(inverter.apply(inverse, chosen, self.options.bias))
-        if len(parts) == 1:
-            return parts[0]
-        result = parts[0].new_empty(len(signals[0]), *parts[0].shape[1:])
-        for (_, index), part in zip(self.groups, parts, strict=True):
-            result[index] = part
-        return result
+            parts.append(inverter.apply(inverse, tuple(s[examples] for s in signals), self.options.bias))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Invert(torch.autograd.Function):

@@ -12,6 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+#: Share of a signal's mean square below which its variance is rounding.
+_CONSTANT = 1e-13
+
 RidgeScale = Literal["relative", "mean", "sum"]
 
 
@@ -135,7 +138,7 @@ def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative")
     rows = max(moments.count, 1)
     gram, cross = moments.ss / rows, moments.xs / rows
     variance = gram.diagonal(dim1=1, dim2=2)
-    dead = variance <= variance.new_tensor(torch.finfo(torch.float64).tiny)
+    dead = variance <= _CONSTANT * (variance + moments.mean_s.square())
     alive = (~dead).sum(1).clamp(min=1)
     unit = {"relative": variance.sum(1) / alive, "mean": torch.ones_like(variance[:, 0])}.get(
         scale, torch.full_like(variance[:, 0], 1 / rows)

@@ -39,7 +39,9 @@ def partners(x_grid, y_grid, kernel, stride, padding, dilation, transposed=False
             other = [p * s - o + t * d for p, s, o, t, d in zip(position, stride, padding, tap, dilation, strict=True)]
             if all(0 <= o < size for o, size in zip(other, far, strict=True)):
                 x_at, y_at = (position, other) if transposed else (other, position)
-                table[np.ravel_multi_index(x_at, x_grid), np.ravel_multi_index(tap, kernel)] = np.ravel_multi_index(y_at, y_grid)
+                table[np.ravel_multi_index(x_at, x_grid), np.ravel_multi_index(tap, kernel)] = np.ravel_multi_index(
+                    y_at, y_grid
+                )
     return table
 
 

@@ -56,7 +56,12 @@ def adaptive_max_pool(options: Options, operation: Any, x: Tensor, size: Sequenc
         overlap = any(z % n for z, n in zip(x.shape[-dims:], size, strict=True))
         return value, _to_switches(switches, x.shape, dims, overlap)
     even: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[dims - 1]
-    return value, _by_share(lambda t: even(t, size), torch.ones_like(x))
+    back_through = adjoint(lambda t: even(t, size), x)
+    window = torch.ones_like(value)  # elements in each
+    for dim, (z, n) in enumerate(zip(x.shape[-dims:], size, strict=True), -dims):
+        width = [-(-(i + 1) * z // n) - i * z // n for i in range(n)]
+        window = window * window.new_tensor(width).view(-1, *(1,) * (-dim - 1))
+    return value, lambda s: _ratio(back_through(s * window), back_through(window))
 
 
 def average(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:

@@ -1,0 +1,154 @@
+"""Small fitted networks, and a watch over everything that must stay as it was."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captum_mipin import InverseNetwork, MIPINAttribution
+
+
+class Fitted(NamedTuple):
+    """A network, its inverse and data like that it was fitted to."""
+
+    model: nn.Module
+    inverse: InverseNetwork
+    x: Tensor
+
+    @property
+    def mipin(self) -> MIPINAttribution:
+        return MIPINAttribution(self.model, self.inverse)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # the global state is what some tests watch
+    torch.manual_seed(0)
+
+
+def _mlp() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+def _cnn() -> nn.Module:
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Dropout(), nn.Flatten(), nn.Linear(64, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        model(torch.randn(32, 3, 8, 8))  # batch statistics other than 0 and 1
+    return model.eval()
+
+
+@pytest.fixture
+def make_mlp() -> Callable[[], nn.Module]:
+    """The same network of one hidden layer, anew at each call."""
+    return _mlp
+
+
+@pytest.fixture(scope="session")
+def mlp() -> Fitted:
+    """Fitted for all three classes; not to be changed."""
+    model = _mlp()
+    x = torch.randn(96, 6, generator=torch.Generator().manual_seed(3))
+    return Fitted(model, InverseNetwork(model).fit(x, progress=False), x)
+
+
+@pytest.fixture(scope="session")
+def cnn() -> Fitted:
+    """Fitted for all three classes; not to be changed."""
+    model = _cnn()
+    x = torch.rand(96, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    return Fitted(model, InverseNetwork(model).fit(x, progress=False), x)
+
+
+@pytest.fixture
+def own_mlp(mlp: Fitted) -> Fitted:
+    """A copy of ``mlp`` that a test may change."""
+    model, inverse = copy.deepcopy((mlp.model, mlp.inverse))
+    return Fitted(model, inverse, mlp.x.clone())
+
+
+@pytest.fixture
+def own_cnn(cnn: Fitted) -> Fitted:
+    """A copy of ``cnn`` that a test may change."""
+    model, inverse = copy.deepcopy((cnn.model, cnn.inverse))
+    return Fitted(model, inverse, cnn.x.clone())
+
+
+def _bits(tensor: Tensor | None) -> bytes | None:
+    return None if tensor is None else tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _state(t: Tensor) -> tuple[Any, ...]:
+    version = None if t.is_inference() else t._version
+    return _bits(t), None if t.grad is None else (id(t.grad), _bits(t.grad)), version, bool(t._backward_hooks)
+
+
+def _traces(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Everything about a model, its inputs and the process that an explanation could leave a trace in."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        "weights": {
+            name: (id(t), t.dtype, t.shape, t.requires_grad, t.is_leaf, *_state(t)) for name, t in named
+        },
+        "state_dict": {name: _bits(t) for name, t in model.state_dict().items()},
+        "modules": {
+            path: (id(module), module.training, sorted(vars(module)))
+            for path, module in model.named_modules(remove_duplicate=False)
+        },
+        "hooks": {
+            (path, name): list(value)
+            for path, module in model.named_modules(remove_duplicate=False)
+            for name, value in vars(module).items()
+            if "hooks" in name and hasattr(value, "__len__")
+        },
+        "inputs": [(t.requires_grad, t.stride(), *_state(t)) for t in tensors],
+        "generators": (_bits(torch.get_rng_state()), str(np.random.get_state()), random.getstate()),  # noqa: NPY002
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
+    }  # fmt: skip
+
+
+@contextmanager
+def _untouched(model: nn.Module, *tensors: Tensor) -> Iterator[None]:
+    before = _traces(model, tensors)
+    try:
+        yield
+    finally:
+        after = _traces(model, tensors)
+        changed = [name for name in before if before[name] != after[name]]
+        assert not changed, f"changed: {changed}"
+
+
+@pytest.fixture
+def untouched() -> Callable[..., AbstractContextManager[None]]:
+    """To wrap around what must leave model, tensors and generators as they were, also after an exception."""
+    return _untouched
+
+
+@contextmanager
+def _survives(fitted: Fitted) -> Iterator[None]:
+    def results() -> tuple[Any, ...]:
+        found = fitted.mipin.attribute(fitted.x[:5], [0, 1, 2, 0, 1], return_convergence_delta=True)
+        return *map(_bits, found), fitted.inverse.targets, fitted.inverse.report
+
+    before = results()
+    try:
+        yield
+    finally:
+        assert results() == before, "what was fitted before has changed"
+
+
+@pytest.fixture
+def survives() -> Callable[[Fitted], AbstractContextManager[None]]:
+    """To wrap around what must leave an inverse fitted earlier with the same bits, also after an exception."""
+    return _survives

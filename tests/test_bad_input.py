@@ -1,0 +1,894 @@
+"""What cannot work is refused with what was found, what was expected and what to do, and leaves nothing half-done."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import captum_mipin
+from captum_mipin import (
+    CaptureError,
+    FitError,
+    InputError,
+    InverseFileError,
+    InverseNetwork,
+    LayerMIPINAttribution,
+    MIPINAttribution,
+    MIPINError,
+    ModelChangedError,
+    NotFittedError,
+    TargetError,
+    TargetRangeError,
+    TrainingModeError,
+    UnsupportedOperationError,
+    check,
+    storage,
+)
+
+
+class Steps(nn.Module):
+    """A small network around one odd step."""
+
+    def __init__(self, step: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.last, self.step = nn.Linear(6, 5), nn.Linear(5, 3), step
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.step(self.first(x)))
+
+
+class Scaled(nn.Module):
+    """One input and one further argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, scale: Any = 1.0) -> Tensor:
+        return self.last(torch.relu(self.first(x * scale)))
+
+
+class Batches:
+    """Batches of 16 that can be gone through again; ``odd`` may replace one, or raise.
+
+    A fit looks at the first batch (pass 0), goes through the data once for the outputs (pass 1) and once for each layer.
+    """
+
+    def __init__(self, x: Tensor, odd: Callable[[int, int, Tensor], Any] = lambda number, index, batch: batch) -> None:
+        self.batches, self.odd, self.passes = x.split(16), odd, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        number = self.passes - 1
+        for index, batch in enumerate(self.batches):
+            yield self.odd(number, index, batch)
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
+
+
+def _at(number: int, index: int, odd: Callable[[Tensor], Any]) -> Callable[[int, int, Tensor], Any]:
+    """Something odd at one batch of one pass."""
+    return lambda n, i, batch: odd(batch) if (n, i) == (number, index) else batch
+
+
+def _interrupt(batch: Tensor) -> Any:
+    raise KeyboardInterrupt
+
+
+def _fit(model: nn.Module, data: Any, **options: Any) -> InverseNetwork:
+    return InverseNetwork(model).fit(data, progress=False, **options)
+
+
+def _both(fitted: Any, survives: Any, error: type[BaseException], message: str, data: Any, **options: Any) -> None:
+    """A fresh fit and one that adds to an earlier one fail alike, and neither leaves anything."""
+    fresh = InverseNetwork(fitted.model)
+    with pytest.raises(error, match=message):
+        fresh.fit(data(), progress=False, **options)
+    assert fresh.targets == []
+    assert fresh.report.layers == ()
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        fresh.source_signal(fitted.x[:1], 0)
+    with pytest.raises(error, match=message), survives(fitted):
+        fitted.inverse.fit(data(), progress=False, **options)
+
+
+# ------------------------------------------------------------------------------------------------- the model
+
+
+def test_a_model_that_cannot_be_exported(untouched: Any, mlp: Any) -> None:
+    model = Steps(lambda h: h if h.sum() > 0 else -h).eval()
+    message = r"(?s)torch\.export cannot capture Steps for inputs .*data-dependent.*Control flow must not depend on the data"
+    for call in (lambda: _fit(model, mlp.x), lambda: check(model, mlp.x)):
+        with pytest.raises(CaptureError, match=message) as caught, untouched(model, mlp.x):
+            call()
+        assert caught.value.__cause__ is not None
+
+
+def test_a_model_that_is_a_function(mlp: Any) -> None:
+    for function in (lambda x: x, torch.nn.functional.relu, mlp.model.forward):
+        with pytest.raises(CaptureError, match=r"expected a torch\.nn\.Module.*Wrap a function in a small nn\.Module"):
+            _fit(function, mlp.x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        (torch.sigmoid, r"aten\.sigmoid\.default in the model itself: no rule covers it"),
+        (nn.GELU(), r"aten\.gelu\.default in step: no rule covers it"),
+        (lambda h: h * h, r"aten\.mul\.Tensor in the model itself: it multiplies .* two values that both depend on the input"),
+        (lambda h: h.clamp(-1, 1), r"clamp\(min=-1, max=1\) is not a ReLU"),
+        (lambda h: h.flip(0), r"aten\.flip\.default in the model itself: it works along the batch"),
+        (lambda h: h - h.mean(0), r"aten\.mean\.dim in the model itself: it does not keep the batch"),
+    ],
+)
+def test_an_operation_without_a_rule(untouched: Any, mlp: Any, step: Any, name: str) -> None:
+    model = Steps(step).eval()
+    way_out = r"(?s)" + name + r".*InverseNetwork\(model, layer=\.\.\.\).*check\(model, inputs\) lists all"
+    with pytest.raises(UnsupportedOperationError, match=way_out) as caught, untouched(model, mlp.x):
+        _fit(model, mlp.x)
+    assert isinstance(caught.value, NotImplementedError)
+    assert [row.path for row in check(model, mlp.x).refused] in ([""], ["step"])
+
+
+def test_the_way_out_of_an_operation_without_a_rule_works(mlp: Any) -> None:
+    model = Steps(nn.Sequential(nn.GELU(), nn.Linear(5, 5))).eval()
+    inverse = InverseNetwork(model, layer=model.step[1]).fit(mlp.x, progress=False)
+    assert LayerMIPINAttribution(model, inverse).attribute(mlp.x[:2], 0).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda y: (y, y), "returns 2 values, expected one tensor.*Wrap it"),
+        (lambda y: (y,), "expected one tensor.*Wrap it"),
+        (lambda y: {"logits": y}, "expected one tensor.*Wrap it"),
+        (lambda y: y.argmax(1), "does not depend on its input"),
+        (lambda y: y.detach() * 0 + 1, None),
+        (lambda y: y.sum(), None),
+        (lambda y: y.mean(0), "does not keep the batch"),
+    ],
+)
+def test_a_model_with_another_output_than_one_row_of_logits_an_example(mlp: Any, output: Any, message: str | None) -> None:
+    class Odd(Steps):
+        def forward(self, x: Tensor) -> Any:
+            return output(super().forward(x))
+
+    with pytest.raises(MIPINError, match=message):
+        _fit(Odd(nn.ReLU()).eval(), mlp.x)
+
+
+@pytest.mark.parametrize("part", [None, "0", "1"])
+def test_training_mode(own_mlp: Any, survives: Any, tmp_path: Path, part: str | None) -> None:
+    model, x = own_mlp.model, own_mlp.x
+    own_mlp.inverse.save(tmp_path / "file")
+    mipin, layer = own_mlp.mipin, LayerMIPINAttribution(model, own_mlp.inverse, model[1])
+    module = model if part is None else model.get_submodule(part)
+    count, first = (4, "(the model itself)") if part is None else (1, part)
+    message = rf"training mode \({count} modules, the first is '{first.replace('(', '.').replace(')', '.')}'\).*model\.eval\(\)"
+    with survives(own_mlp):
+        module.train()
+        for call in (
+            lambda: own_mlp.inverse.fit(x, progress=False),
+            lambda: _fit(model, x),
+            lambda: mipin.attribute(x[:2], 0),
+            lambda: mipin.source_signal(x[:2], 0),
+            lambda: mipin.class_attribution(0),
+            lambda: layer.attribute(x[:2], 0),
+            lambda: InverseNetwork.load(tmp_path / "file", model),
+            lambda: check(model, x),
+        ):
+            with pytest.raises(TrainingModeError, match=message):
+                call()
+        assert [m.training for m in model.modules()].count(True) == count, "the flag is left as it is"
+        model.eval()
+
+
+# ------------------------------------------------------------------------------------------------- weights changed
+
+
+def _in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[2].bias[0] += 1e-3
+
+
+def _one_step(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _data(model: nn.Module) -> None:
+    model[0].weight.data[3, 2] += 1
+
+
+def _replaced_data(model: nn.Module) -> None:
+    model[0].weight.data = model[0].weight.data + 1
+
+
+def _replaced(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach() + 1)
+
+
+def _loaded(model: nn.Module) -> None:
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+
+
+def _other_module(model: nn.Module) -> None:
+    model[0] = nn.Linear(6, 8).eval()
+
+
+@pytest.mark.parametrize("change", [_in_place, _one_step, _data, _replaced_data, _replaced, _loaded, _other_module])
+def test_weights_changed_since_the_fit(own_mlp: Any, survives: Any, change: Callable[[nn.Module], None]) -> None:
+    model, x, mipin = own_mlp.model, own_mlp.x, own_mlp.mipin
+    modules, kept = list(model), [(p, p.detach().clone()) for p in model.parameters()]
+    layer = LayerMIPINAttribution(model, own_mlp.inverse, model[1])
+    with survives(own_mlp):
+        change(model)
+        for call in (
+            lambda: mipin.attribute(x[:2], 0),
+            lambda: mipin.source_signal(x[:2], 0),
+            lambda: mipin.class_attribution(0),
+            lambda: layer.attribute(x[:2], 0),
+            lambda: own_mlp.inverse.fit(x, targets=0, progress=False),
+        ):
+            with pytest.raises(ModelChangedError, match=r"weights have changed since the inverse was fitted: fit a new"):
+                call()
+        model[0] = modules[0]
+        for (parameter, value), (path, name) in zip(
+            kept, (("0", "weight"), ("0", "bias"), ("2", "weight"), ("2", "bias")), strict=True
+        ):
+            parameter.data = value.clone()
+            setattr(model.get_submodule(path), name, parameter)
+
+
+def test_batch_statistics_changed_since_the_fit(own_cnn: Any, survives: Any) -> None:
+    mean = own_cnn.model[1].running_mean
+    with survives(own_cnn):
+        before = mean.clone()
+        mean += 1
+        with pytest.raises(ModelChangedError, match="weights have changed"):
+            own_cnn.mipin.attribute(own_cnn.x[:2], 0)
+        mean.copy_(before)
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_one_weight_of_many_changed_since_the_fit(through_data: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 2)).eval(), torch.randn(50, 40)
+    mipin = MIPINAttribution(model, _fit(model, x))
+    with torch.no_grad():
+        weight = model[0].weight.data if through_data else model[0].weight
+        weight[0, 1] += 100
+    with pytest.raises(ModelChangedError, match="weights have changed"):
+        mipin.attribute(x[:2], 0)
+
+
+def test_a_buffer_of_nan_is_no_change(mlp: Any) -> None:
+    model = Steps(nn.ReLU())
+    model.register_buffer("best", torch.tensor(float("nan")))
+    mipin = MIPINAttribution(model.eval(), _fit(model.eval(), mlp.x))
+    assert torch.isfinite(mipin.attribute(mlp.x[:2], 0)).all()
+
+
+# ------------------------------------------------------------------------------------------------- inputs to explain
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda x: x[:, :5], CaptureError, r"(?s)for inputs \(3, 5\) torch\.float32 on cpu.*must have the shape"),
+        (lambda x: x.double(), MIPINError, r"(?s)float64"),
+        (lambda x: x.half(), MIPINError, r"(?s)float16"),
+        (lambda x: x.to("meta"), MIPINError, r"(?s)meta"),
+        (lambda x: x.long(), InputError, r"dtype torch\.int64, expected a floating dtype.*Convert it"),
+        (lambda x: x > 0, InputError, r"dtype torch\.bool, expected a floating dtype"),
+        (lambda x: x + 0j, InputError, r"dtype torch\.complex64, expected a floating dtype"),
+        (lambda x: x[:0], InputError, r"input 0 is empty: its shape is \(0, 6\)"),
+        (lambda x: x[0, 0], InputError, r"input 0 is empty: its shape is \(\)"),
+        (lambda x: x.to_sparse(), InputError, r"torch\.sparse_coo, expected a dense tensor: call to_dense\(\)"),
+        (lambda x: (), InputError, "no input tensor was given"),
+        (lambda x: (x, x), MIPINError, None),
+        (lambda x: (x, 1.0), InputError, "input 1 is a float"),
+        (lambda x: [x], InputError, "inputs are a list, expected"),
+        (lambda x: x.numpy(), InputError, "inputs are a ndarray, expected"),
+        (lambda x: x / 0, InputError, "input 0 contains NaN or Inf"),
+        (lambda x: x * float("nan"), InputError, "input 0 contains NaN or Inf"),
+    ],
+)
+def test_inputs_that_cannot_be_explained(mlp: Any, survives: Any, wrong: Any, error: Any, message: str | None) -> None:
+    bad = wrong(mlp.x[:3])
+    layer = LayerMIPINAttribution(mlp.model, mlp.inverse, mlp.model[1])
+    for call in (mlp.mipin.attribute, mlp.mipin.source_signal, mlp.mipin.distractor, layer.attribute):
+        with pytest.raises(error, match=message), survives(mlp):
+            call(bad, 0)
+
+
+def test_wrong_further_arguments(mlp: Any, survives: Any) -> None:
+    with pytest.raises(CaptureError, match=r"(?s)cannot capture Sequential.*positional"), survives(mlp):
+        mlp.mipin.attribute(mlp.x[:2], 0, (1, 2))
+
+
+def _too_much(model: nn.Module) -> Tensor:
+    """Finite inputs that the first unit answers with infinity."""
+    return 3e38 * model[0].weight[:1].detach().sign().expand(2, 6)
+
+
+def test_activations_that_overflow(mlp: Any, survives: Any) -> None:
+    x = _too_much(mlp.model)
+    assert torch.isfinite(x).all()
+    assert not torch.isfinite(mlp.model(x)).any()
+    for call in (mlp.mipin.attribute, mlp.mipin.source_signal):
+        with pytest.raises(MIPINError, match=r"(?i)\bNaN\b|\bInf\b|finite"), survives(mlp):
+            call(x, 0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e10, 1e34, 1e35, 1e36, 1e37])
+def test_a_result_is_finite_or_an_error(mlp: Any, scale: float) -> None:
+    for call in (mlp.mipin.attribute, mlp.mipin.source_signal, mlp.mipin.distractor):
+        try:
+            found = call(scale * _too_much(mlp.model) / 3e38, 0)
+        except MIPINError:
+            continue
+        assert torch.isfinite(found).all()
+
+
+# ------------------------------------------------------------------------------------------------- data to fit on
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda x: 5, "cannot fit on a int: expected a tensor"),
+        (lambda x: None, "cannot fit on a NoneType: expected a tensor"),
+        (lambda x: "images", "cannot fit on a str: expected a tensor"),
+        (lambda x: {"x": x}, "cannot fit on a dict: expected a tensor"),
+        (lambda x: [{"x": x}], r"a batch is a dict, expected a tensor or a tuple .*unpack=lambda batch"),
+        (lambda x: ["images"], r"a batch is a str, expected a tensor or a tuple .*unpack=lambda batch"),
+        (lambda x: [x.numpy()], r"a batch is a ndarray, expected a tensor or a tuple .*unpack=lambda batch"),
+        (lambda x: x[:0], "yields no batch: nothing to fit on"),
+        (lambda x: [], "yields no batch: nothing to fit on"),
+        (lambda x: (), "yields no batch: nothing to fit on"),
+        (lambda x: [x[:0]], r"batch 0: input 0 is empty: its shape is \(0, 6\)"),
+        (lambda x: x[0, 0], r"\[\(\)\]"),
+        (lambda x: [x[0, 0]], r"batch 0: input 0 is empty: its shape is \(\)"),
+        (lambda x: x.long(), r"batch 0: input 0 has dtype torch\.int64, expected a floating dtype"),
+        (lambda x: TensorDataset(x.long()), r"batch 0: input 0 has dtype torch\.int64, expected a floating dtype"),
+        (lambda x: [x.to_sparse()], r"batch 0: .*torch\.sparse_coo, expected a dense tensor"),
+        (lambda x: x.to_sparse(), r"torch\.sparse_coo, expected a dense tensor"),
+        (lambda x: (x, x[:5]), r"differ in length: shapes \[\(96, 6\), \(5, 6\)\]"),
+        (lambda x: x[:1], "the data has 1 example, expected at least two"),
+        (lambda x: [x[:1]], "the data has 1 example, expected at least two"),
+        (lambda x: [x[:16], x[16:32, :5]], r"batch 1 has inputs of shape and dtype \[\(\(5,\).*the first batch had \[\(\(6,\)"),
+        (lambda x: [x[:16], x[16:32].double()], r"batch 1 has .*float64.*the first batch had .*float32"),
+        (lambda x: [x[:16], (x[:16], x[:16])[0] / 0], "batch 1: input 0 contains NaN or Inf"),
+        (lambda x: [x[:16], x[16:32], x[32:48] * float("nan")], "batch 2: input 0 contains NaN or Inf"),
+        (lambda x: [x[:16], "images"], "a batch is a str"),
+        (lambda x: [x[:16], x[:0]], r"batch 1: input 0 is empty"),
+    ],
+)
+def test_data_that_cannot_be_fitted_on(mlp: Any, survives: Any, data: Any, message: str) -> None:
+    _both(mlp, survives, FitError, message, lambda: data(mlp.x))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda x: x[:, :5], r"for inputs \(96, 5\) torch\.float32"),
+        (lambda x: x.double(), "float64"),
+        (lambda x: x.half(), "float16"),
+    ],
+)
+def test_data_that_the_model_does_not_take(mlp: Any, data: Any, message: str) -> None:
+    inverse = InverseNetwork(mlp.model)
+    with pytest.raises(MIPINError, match=message):
+        inverse.fit(data(mlp.x), progress=False)
+    assert inverse.targets == []
+
+
+def test_data_of_another_shape_than_that_of_earlier_fits(own_cnn: Any, survives: Any) -> None:
+    with pytest.raises(InputError, match="another shape, dtype or further arguments"), survives(own_cnn):
+        own_cnn.inverse.fit(torch.rand(20, 3, 9, 9), targets=0, progress=False)
+
+
+def test_a_used_up_generator(mlp: Any, survives: Any) -> None:
+    def used() -> Iterator[Tensor]:
+        generator = (batch for batch in mlp.x.split(16))
+        list(generator)
+        return generator
+
+    _both(mlp, survives, FitError, r"yields no batch: nothing to fit on \(an iterator that is used up\?\)", used)
+
+
+def test_every_kind_of_data_gives_the_same_inverse(mlp: Any) -> None:
+    class Items(Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return len(mlp.x)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return mlp.x[index], 0
+
+    expected = _fit(mlp.model, mlp.x, batch_size=16).source_signal(mlp.x[:5], 1)
+    inverse = _fit(mlp.model, -mlp.x)
+    kinds = [
+        (batch for batch in mlp.x.split(16)),  # goes through once
+        list(mlp.x.split(16)),
+        [(batch, torch.zeros(16)) for batch in mlp.x.split(16)],
+        [[(batch,), None] for batch in mlp.x.split(16)],
+        Batches(mlp.x),
+        TensorDataset(mlp.x),
+        Items(),
+        DataLoader(Items(), batch_size=16),
+        iter(DataLoader(Items(), batch_size=16)),
+        (mlp.x,),
+    ]
+    for kind in kinds:
+        inverse.fit(-mlp.x, progress=False)
+        assert not torch.equal(inverse.source_signal(mlp.x[:5], 1), expected)
+        inverse.fit(kind, batch_size=16, progress=False)
+        assert torch.equal(inverse.source_signal(mlp.x[:5], 1), expected), type(kind)
+    named = [{"image": batch} for batch in mlp.x.split(16)]
+    inverse.fit(named, unpack=lambda batch: (batch["image"], None), progress=False)
+    assert torch.equal(inverse.source_signal(mlp.x[:5], 1), expected)
+
+
+@pytest.mark.parametrize(
+    ("odd", "error", "message"),
+    [
+        (_at(1, 3, lambda x: x[:, :5]), FitError, "batch 3 has inputs of shape"),
+        (_at(2, 1, lambda x: x[:, :5]), FitError, "batch 1 has inputs of shape"),
+        (_at(3, 1, lambda x: x.double()), FitError, "batch 1 has inputs of .*float64"),
+        (_at(0, 0, lambda x: _raise(OSError("no such image"))), OSError, "no such image"),
+        (_at(1, 3, lambda x: _raise(OSError("no such image"))), OSError, "no such image"),
+        (_at(3, 3, lambda x: _raise(OSError("no such image"))), OSError, "no such image"),
+        (_at(1, 3, _interrupt), KeyboardInterrupt, "^$"),
+        (_at(3, 5, _interrupt), KeyboardInterrupt, "^$"),
+        (_at(1, 2, lambda x: x * float("nan")), FitError, "batch 2: input 0 contains NaN or Inf"),
+        (_at(3, 2, lambda x: x * float("inf")), FitError, "batch 2: input 0 contains NaN or Inf"),
+        (_at(2, 5, lambda x: x[:3]), FitError, "had 96 examples in the first pass and 83 in a later one"),
+        (_at(2, 5, lambda x: {"x": x}), FitError, "a batch is a dict"),
+    ],
+)
+def test_data_that_fails_midway(mlp: Any, survives: Any, odd: Any, error: Any, message: str) -> None:
+    _both(mlp, survives, error, message, lambda: Batches(mlp.x, odd))
+
+
+def test_a_loader_whose_number_of_examples_never_repeats_is_refused(mlp: Any, survives: Any) -> None:
+    class Once(Batches):
+        def __iter__(self) -> Iterator[Any]:
+            self.batches = self.batches[:-1]
+            return super().__iter__()
+
+    _both(mlp, survives, FitError, r"examples in the first pass and \d+ in a later one", lambda: Once(mlp.x))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [lambda x: (x, 3.0), lambda x: (x, None), lambda x: (x, torch.ones(6)), lambda x: (x, (2.0, 2.0))],
+)
+def test_further_arguments_that_change_between_batches(mlp: Any, others: Any) -> None:
+    model = Scaled().eval()
+    batches = [(mlp.x[:40], 2.0), others(mlp.x[40:80])]
+    with pytest.raises(FitError, match="batch 1"):
+        InverseNetwork(model).fit(batches, unpack=lambda batch: batch, progress=False)
+
+
+def test_nan_and_inf_in_the_output_name_their_batch(mlp: Any, survives: Any) -> None:
+    data = [mlp.x[:20], mlp.x[20:40], _too_much(mlp.model)]
+    _both(mlp, survives, FitError, "batch 2: the model's output contains NaN or Inf", lambda: data)
+
+
+def test_nan_and_inf_in_the_features_name_their_batch_and_module(mlp: Any) -> None:
+    class Forked(nn.Module):
+        """Its features reach -Inf where its output stays finite."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.a(torch.relu(h)) + self.b(torch.relu(h - 1))
+
+    model = Forked().eval()
+    with torch.no_grad():
+        model.first.weight.copy_(model.first.weight.abs())
+    low = torch.full((4, 6), -3e38)
+    assert torch.isfinite(model(low)).all()
+    assert torch.isinf(model.first(low)).any()
+    inverse = InverseNetwork(model)
+    with pytest.raises(FitError, match=r"batch 1: NaN or Inf in the features or the signal of first/"):
+        inverse.fit([mlp.x[:40], low], progress=False)
+    assert inverse.targets == []
+
+
+def test_a_class_with_a_constant_logit(mlp: Any, survives: Any) -> None:
+    x = mlp.x
+    dead = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        dead[2].weight[1] = 0
+    message = r"output for target 1 is .* for each of the 96 examples.*constant\. Fit it on data .*or leave it out"
+    inverse = InverseNetwork(dead)
+    with pytest.raises(FitError, match=message):
+        inverse.fit(x, progress=False)
+    assert inverse.targets == []
+    assert inverse.fit(x, targets=[0, 2], progress=False).targets == [0, 2]
+    with pytest.raises(FitError, match=r"output for target 0 is .* for each of the 10 examples"), survives(mlp):
+        mlp.inverse.fit(x[:1].expand(10, 6), targets=0, progress=False)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_features_that_never_vary(ridge: float) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        model[0].bias[1] = -100  # never active
+        model[3].bias[2:4] = -100
+    x = torch.randn(80, 2, 6, 6)
+    x[:, 1] = 0.3  # a constant channel
+    inverse = InverseNetwork(model, ridge=ridge).fit(x, progress=False)
+    mipin = MIPINAttribution(model, inverse)
+    dead = {fit.layer: fit.dead for fit in inverse.report.layers}
+    assert dead["3/linear"] >= 2
+    assert dead["0/conv2d"] >= 1
+    assert all(np.isfinite(fit.explained_variance) for fit in inverse.report.layers)
+    for call, local in ((mipin.attribute, True), (mipin.attribute, False), (mipin.source_signal, True)):
+        assert torch.isfinite(call(x[:4], [0, 1, 2, 0], local=local)).all()
+    assert (mipin.attribute(x[:4], 0)[:, 1] == 0).all(), "zero coefficients"
+    assert torch.allclose(mipin.source_signal(x[:4], 0)[:, 1], torch.tensor(0.3), atol=1e-5), "the constant is its bias"
+    hidden = LayerMIPINAttribution(model, inverse, model[3]).source_signal(x[:4], 0)
+    assert torch.isfinite(hidden).all()
+
+
+# ------------------------------------------------------------------------------------------------- classes and options
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        ([0, 7], TargetRangeError, r"target 7 is outside the model's outputs of shape \(3,\)"),
+        (-4, TargetRangeError, r"target -4 is outside"),
+        (["cat", "dog"], TargetError, "target 'cat' of type str is not valid: expected integers"),
+        ("cat", TargetError, "target 'cat' of type str is not valid"),
+        ([], TargetError, "list of targets is empty"),
+        ((0, 1), TargetError, r"has 2 indices, expected 1 for the model's outputs of shape \(3,\)"),
+        ([0.5], TargetError, "of type float is not valid"),
+        (torch.tensor([0.5]), TargetError, "of type float is not valid"),
+        ([True], TargetError, "of type bool is not valid"),
+    ],
+)
+def test_unknown_classes_to_fit(mlp: Any, survives: Any, targets: Any, error: Any, message: str) -> None:
+    _both(mlp, survives, error, message, lambda: mlp.x, targets=targets)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ridge": -1.0}, r"ridge=-1\.0 must be a number of at least 0"),
+        ({"ridge": float("nan")}, "ridge=nan must be a number of at least 0"),
+        ({"ridge": float("inf")}, "ridge=inf must be a number"),
+        ({"ridge_scale": "max"}, "ridge_scale='max' is not one of 'relative', 'mean', 'sum'"),
+        ({"pooling": "max"}, "pooling='max' is not one of 'shares', 'even'"),
+        ({"solver": "adam"}, "solver='adam' is not one of 'exact', 'sgd'"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+    ],
+)
+def test_options_out_of_range(mlp: Any, options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        InverseNetwork(mlp.model, **options)
+
+
+def test_a_diverging_descent(cnn: Any) -> None:
+    inverse = InverseNetwork(cnn.model, solver="sgd", epochs=3, learning_rate=1e30)
+    with pytest.raises(FitError, match=r"SGD diverged at 0/conv2d, target 0: lower learning_rate="):
+        inverse.fit(cnn.x, targets=0, progress=False)
+    assert inverse.targets == []
+
+
+def test_fitting_more_classes_keeps_those_before_to_the_bit(mlp: Any) -> None:
+    inverse = InverseNetwork(mlp.model).fit(mlp.x, targets=1, progress=False)
+    before = inverse.source_signal(mlp.x[:4], 1)
+    inverse.fit(mlp.x[:50], targets=[2, 0], progress=False)
+    assert inverse.targets == [1, 2, 0]
+    assert torch.equal(inverse.source_signal(mlp.x[:4], 1), before)
+    assert len(inverse.report.layers) == 6
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def saved(mlp: Any, tmp_path: Path) -> Path:
+    mlp.inverse.save(tmp_path / "file")
+    return tmp_path / "file"
+
+
+def test_a_saved_inverse_gives_the_same_bits(mlp: Any, cnn: Any, tmp_path: Path) -> None:
+    for fitted in (mlp, cnn):
+        fitted.inverse.save(tmp_path / "file")
+        loaded = InverseNetwork.load(tmp_path / "file", fitted.model)
+        assert loaded.targets == fitted.inverse.targets
+        assert loaded.report == fitted.inverse.report
+        assert loaded.settings == fitted.inverse.settings
+        x = fitted.x[:4]
+        assert torch.equal(loaded.source_signal(x, [0, 1, 2, 0]), fitted.inverse.source_signal(x, [0, 1, 2, 0]))
+        assert torch.equal(loaded.class_attribution(1), fitted.inverse.class_attribution(1))
+        loaded.fit(fitted.x, targets=1, progress=False)
+
+
+def test_a_saved_inverse_keeps_its_layer_and_settings(mlp: Any, tmp_path: Path) -> None:
+    inverse = InverseNetwork(mlp.model, layer=mlp.model[1], ridge=0.5, ridge_scale="mean", pooling="even")
+    inverse.fit(mlp.x, targets=2, progress=False).save(tmp_path / "file")
+    loaded = InverseNetwork.load(tmp_path / "file", mlp.model)
+    assert loaded.layer is mlp.model[1]
+    assert loaded.settings == inverse.settings
+    found, expected = (LayerMIPINAttribution(mlp.model, i).attribute(mlp.x[:3], 2) for i in (loaded, inverse))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9, 0.999])
+def test_a_truncated_file(mlp: Any, saved: Path, share: float) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(InverseFileError, match=r"file' is not a whole safetensors file"):
+        InverseNetwork.load(saved, mlp.model)
+
+
+def test_a_bit_flipped_file(mlp: Any, saved: Path) -> None:
+    whole = saved.read_bytes()
+    for position in range(0, len(whole), 23):
+        saved.write_bytes(whole[:position] + bytes([whole[position] ^ (1 << position % 8)]) + whole[position + 1 :])
+        with pytest.raises(InverseFileError, match=r"whole safetensors file|has format|damaged or was changed"):
+            InverseNetwork.load(saved, mlp.model)
+
+
+def test_a_foreign_file(mlp: Any, tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "foreign")
+    torch.save(mlp.model.state_dict(), tmp_path / "pickle")
+    (tmp_path / "text").write_text("hello")
+    for name, message in (("foreign", "has format None, expected"), ("pickle", "not a whole"), ("text", "not a whole")):
+        with pytest.raises(InverseFileError, match=message):
+            InverseNetwork.load(tmp_path / name, mlp.model)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        InverseNetwork.load(tmp_path / "nothing", mlp.model)
+
+
+@pytest.mark.parametrize("keep_digest", [True, False])
+def test_tampered_metadata(mlp: Any, saved: Path, keep_digest: bool) -> None:
+    with safe_open(saved, framework="pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(saved)
+    for content in (metadata["content"].replace('"ridge": 0.001', '"ridge": 0.01'), "{}", "[]", '{"targets": 5}', "not JSON"):
+        digest = metadata["digest"] if keep_digest else storage._digest(tensors, content)
+        save_file(tensors, saved, {**metadata, "content": content, "digest": digest})
+        if not keep_digest and content.startswith('{"dims'):
+            continue  # a consistent file
+        with pytest.raises(InverseFileError):
+            InverseNetwork.load(saved, mlp.model)
+
+
+def test_the_file_of_another_model(mlp: Any, cnn: Any, make_mlp: Any, saved: Path) -> None:
+    other = make_mlp()
+    _in_place(other)
+    for model in (cnn.model, other, nn.ReLU().eval(), nn.Sequential(mlp.model[0]).eval()):
+        with pytest.raises(
+            ModelChangedError, match=rf"fitted to another model, or to other weights, than this {type(model).__name__}"
+        ):
+            InverseNetwork.load(saved, model)
+    InverseNetwork.load(saved, make_mlp())
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Sigmoid(), nn.Sequential(nn.ReLU(), nn.Threshold(1.0, 0.0))])
+def test_the_file_of_another_model_with_the_same_weights(mlp: Any, saved: Path, between: nn.Module) -> None:
+    other = nn.Sequential(mlp.model[0], between.eval(), mlp.model[2]).eval()
+    with pytest.raises(MIPINError):
+        InverseNetwork.load(saved, other).source_signal(mlp.x[:2], 0)
+
+
+def test_saving_what_is_not_fitted(mlp: Any, tmp_path: Path) -> None:
+    with pytest.raises(NotFittedError, match=r"not fitted yet: call fit"):
+        InverseNetwork(mlp.model).save(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_into_a_missing_directory(mlp: Any, survives: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"), survives(mlp):
+        mlp.inverse.save(tmp_path / "nowhere" / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def _full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _half(tensors: Any, path: Any, metadata: Any) -> None:
+    Path(path).write_bytes(b"half of it")
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("where", "what"), [("storage.save_file", _full), ("storage.save_file", _half), ("storage.os.fsync", _full)]
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_a_full_disk(
+    mlp: Any, survives: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: Any, old: bool
+) -> None:
+    path = tmp_path / "file"
+    if old:
+        mlp.inverse.save(path)
+    before = path.read_bytes() if old else None
+    monkeypatch.setattr(f"captum_mipin.{where}", what)
+    with pytest.raises(OSError, match="No space left on device"), survives(mlp):
+        mlp.inverse.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == (["file"] if old else []), "no temporary file is left"
+    if old:
+        assert path.read_bytes() == before
+        InverseNetwork.load(path, mlp.model)
+
+
+KILLED = """
+import os, random, resource, signal, sys, time
+import torch
+from captum_mipin import storage
+
+path, random_ = sys.argv[1], random.Random(0)
+kinds = [{"a": torch.full((200_000,), float(n)), "b": torch.full((100_000,), float(n))} for n in range(2)]
+storage.save(path, kinds[0], {"kind": 0})
+
+def whole():
+    tensors, content = storage.load(path)
+    assert all(bool((t == content["kind"]).all()) for t in tensors.values())
+    assert tensors["a"].numel() == 200_000
+
+def forever():
+    number = 0
+    while True:
+        number = 1 - number
+        storage.save(path, kinds[number], {"kind": number})
+
+seen = set()
+for _ in range(12):
+    child = os.fork()
+    if child == 0:
+        forever()
+    time.sleep(0.01 + 0.05 * random_.random())
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    whole()
+    seen.add(storage.load(path)[1]["kind"])
+assert seen == {0, 1}, "the children did save"
+
+child = os.fork()
+if child == 0:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    before = len(os.listdir(os.path.dirname(path)))
+    try:
+        storage.save(path, kinds[1], {"kind": 1})
+    except OSError:
+        os._exit(0 if len(os.listdir(os.path.dirname(path))) == before else 4)
+    os._exit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "a file that may not grow is an OSError"
+whole()
+storage.save(path, kinds[1], {"kind": 1})
+assert storage.load(path)[1] == {"kind": 1}
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_killed_while_saving_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    root = str(Path(captum_mipin.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "file")],
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- interruption
+
+
+def _interrupted(model: nn.Module, x: Tensor, path: Path, at: tuple[int, int] = (3, 2)) -> InverseNetwork:
+    """A fit with a checkpoint, stopped at one batch of one pass: by default in the second of two layers."""
+    inverse = InverseNetwork(model)
+    with pytest.raises(KeyboardInterrupt):
+        inverse.fit(Batches(x, _at(*at, _interrupt)), [0, 2], progress=False, checkpoint=path)
+    assert inverse.targets == []
+    return inverse
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_an_interrupted_fit_goes_on_from_its_checkpoint(cnn: Any, tmp_path: Path, anew: bool) -> None:
+    path = tmp_path / "checkpoint"
+    complete, all_data = InverseNetwork(cnn.model), Batches(cnn.x)
+    complete.fit(all_data, [0, 2], progress=False)
+    inverse = _interrupted(cnn.model, cnn.x, path)
+    assert path.exists()
+    if anew:
+        inverse = InverseNetwork(cnn.model)
+    rest = Batches(cnn.x)
+    assert inverse.fit(rest, [0, 2], progress=False, checkpoint=path).targets == [0, 2]
+    assert rest.passes == all_data.passes - 1, "what was done is not done again"
+    assert not path.exists()
+    assert inverse.report == complete.report
+    for target in (0, 2):
+        assert torch.equal(inverse.source_signal(cnn.x[:4], target), complete.source_signal(cnn.x[:4], target))
+
+
+def test_a_fit_interrupted_before_anything_was_solved_begins_anew(mlp: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    inverse = _interrupted(mlp.model, mlp.x, path, (2, 3))
+    assert not path.exists()
+    inverse.fit(Batches(mlp.x), [0, 2], progress=False, checkpoint=path)
+    expected = InverseNetwork(mlp.model).fit(Batches(mlp.x), [0, 2], progress=False)
+    assert torch.equal(inverse.source_signal(mlp.x[:4], 2), expected.source_signal(mlp.x[:4], 2))
+    assert not path.exists()
+
+
+def test_the_checkpoint_of_a_fit_that_adds_classes(mlp: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    inverse = InverseNetwork(mlp.model).fit(Batches(mlp.x), 1, progress=False)
+    before = inverse.source_signal(mlp.x[:4], 1)
+    stopping = Batches(mlp.x, _at(3, 2, _interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        inverse.fit(stopping, [0, 2], progress=False, checkpoint=path)
+    assert inverse.targets == [1]
+    assert torch.equal(inverse.source_signal(mlp.x[:4], 1), before)
+    assert inverse.fit(Batches(mlp.x), [0, 2], progress=False, checkpoint=path).targets == [1, 0, 2]
+    complete = InverseNetwork(mlp.model).fit(Batches(mlp.x), progress=False)
+    for target in (0, 1, 2):
+        assert torch.equal(inverse.source_signal(mlp.x[:4], target), complete.source_signal(mlp.x[:4], target))
+
+
+def test_the_checkpoint_of_another_fit_is_refused_and_kept(mlp: Any, make_mlp: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    _interrupted(mlp.model, mlp.x, path)
+    kept = path.read_bytes()
+    changed = make_mlp()
+    _in_place(changed)
+    for inverse, targets, message in (
+        (InverseNetwork(mlp.model), [0, 1], "its unfinished differ"),
+        (InverseNetwork(mlp.model, ridge=0.5), [0, 2], "its settings differ"),
+        (InverseNetwork(mlp.model, layer=mlp.model[0]), [0, 2], "its layer differ"),
+        (InverseNetwork(changed), [0, 2], "its fingerprint differ"),
+    ):
+        with pytest.raises(InverseFileError, match=rf"checkpoint .* is of another fit: {message}"):
+            inverse.fit(Batches(mlp.x), targets, progress=False, checkpoint=path)
+        assert inverse.targets == []
+        assert path.read_bytes() == kept
+
+
+def test_a_checkpoint_is_no_inverse_and_an_inverse_no_checkpoint(mlp: Any, saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    _interrupted(mlp.model, mlp.x, path)
+    with pytest.raises(InverseFileError, match=r"checkpoint of an unfinished fit; continue it with fit\(checkpoint="):
+        InverseNetwork.load(path, mlp.model)
+    whole = saved.read_bytes()
+    with pytest.raises(InverseFileError, match="is of another fit: its unfinished differ"):
+        InverseNetwork(mlp.model).fit(mlp.x, progress=False, checkpoint=saved)
+    assert saved.read_bytes() == whole
+
+
+def test_a_damaged_checkpoint_is_refused_and_kept(mlp: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    _interrupted(mlp.model, mlp.x, path)
+    half = path.read_bytes()[:200]
+    path.write_bytes(half)
+    with pytest.raises(InverseFileError, match="not a whole safetensors file"):
+        InverseNetwork(mlp.model).fit(Batches(mlp.x), [0, 2], progress=False, checkpoint=path)
+    assert path.read_bytes() == half

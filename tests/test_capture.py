@@ -1,0 +1,227 @@
+"""From a model to its graph, and the table of what is supported."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captum_mipin import CaptureError, InputError, TrainingModeError, check
+from captum_mipin.capture import Signature, capture, first_example, module_output, place
+
+
+class Wants(nn.Module):
+    """Two inputs, a per-example tensor, a shared tensor and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 5)
+        self.second = nn.Linear(3, 5)
+        self.relu = nn.ReLU()
+        self.last = nn.Linear(5, 2)
+
+    def forward(
+        self, a: Tensor, b: Tensor, scale: Tensor | None = None, shared: Tensor | None = None, k: float = 1.0
+    ) -> Tensor:
+        h = self.relu(self.first(a) + self.second(b))
+        if scale is not None:
+            h = h * scale
+        if shared is not None:
+            h = h * shared
+        return self.last(h * k)
+
+
+def _values(model: nn.Module, inputs: tuple[Tensor, ...], extras: tuple[Any, ...] = ()) -> Tensor:
+    """The captured graph's own output, run operation by operation."""
+    captured = capture(model, inputs, extras)
+    values = captured.values(model, inputs, extras)
+    module = torch.fx.GraphModule(nn.Module(), captured.graph)
+    (output,) = module.forward(*(values.get(node.name) for node in captured.graph.nodes if node.op == "placeholder"))
+    return output
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("extras", ["none", "number", "per example", "shared"])
+def test_the_graph_computes_what_the_model_does(batch: int, extras: str) -> None:
+    model = Wants().eval()
+    a, b = torch.randn(batch, 4), torch.randn(batch, 3)
+    further: tuple[Any, ...] = {
+        "none": (),
+        "number": (None, None, 0.5),
+        "per example": (torch.rand(batch, 5),),
+        "shared": (None, torch.rand(5), 2),
+    }[extras]
+    assert torch.allclose(_values(model, (a, b), further), model(a, b, *further), atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [4, 5, 6])
+def test_a_shared_tensor_as_long_as_the_batch_is_still_shared(batch: int) -> None:
+    model = Wants().eval()
+    a, b, shared = torch.randn(batch, 4), torch.randn(batch, 3), torch.rand(5)
+    assert torch.allclose(_values(model, (a, b), (None, shared)), model(a, b, None, shared), atol=1e-6)
+
+
+def test_a_graph_captured_from_one_example_takes_any_batch() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2)).eval()
+    captured = capture(model, (torch.randn(1, 1, 5, 5),))
+    module = torch.fx.GraphModule(nn.Module(), captured.graph)
+    for batch in (1, 2, 9):
+        x = torch.randn(batch, 1, 5, 5)
+        values = captured.values(model, (x,), ())
+        (output,) = module.forward(*(values[node.name] for node in captured.graph.nodes if node.op == "placeholder"))
+        assert torch.allclose(output, model(x), atol=1e-6)
+
+
+def test_weights_are_read_as_they_are_at_each_call() -> None:
+    model = nn.Linear(2, 2).eval()
+    captured = capture(model, (torch.ones(1, 2),))
+    shared = [source for source in captured.constants.values() if isinstance(source, str)]
+    assert sorted(shared) == ["bias", "weight"]
+    values = captured.values(model, (torch.ones(1, 2),), ())
+    assert any(isinstance(v, Tensor) and v.data_ptr() == model.weight.data_ptr() for v in values.values())
+
+
+def test_signatures_tell_shapes_dtypes_and_further_arguments_apart_but_not_batches() -> None:
+    x = torch.ones(2, 3)
+    same = Signature.of((x,), ())
+    assert Signature.of((torch.zeros(5, 3),), ()) == same
+    assert Signature.from_json(same.to_json()) == same
+    others = [
+        ((torch.ones(2, 4),), ()),
+        ((x.double(),), ()),
+        ((x,), (1,)),
+        ((x,), (2,)),
+        ((x,), (None,)),
+        ((x, x), ()),
+        ((x,), (x,)),
+    ]
+    assert len({same, *(Signature.of(*other) for other in others)}) == len(others) + 1
+
+
+def test_the_first_example_is_zeros_and_its_own_further_arguments() -> None:
+    x, scale = torch.randn(4, 3), torch.arange(4.0)
+    (zeros,), (first, k) = first_example((x,), (scale, 7))
+    assert torch.equal(zeros, torch.zeros(1, 3))
+    assert torch.equal(first, torch.zeros(1))
+    assert k == 7
+
+
+class _Odd(nn.Module):
+    """Models that cannot be captured, by name."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.layer(x)
+        if self.kind == "branch":
+            return y if x.sum() > 0 else -y
+        if self.kind == "buffer":
+            self.calls += 1
+        if self.kind == "input":
+            x.mul_(2)
+        return {"pair": (y, y), "one-tuple": (y,), "dict": {"logits": y}, "nothing": None, "number": 1.0}.get(self.kind, y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "branch",
+            r"(?s)torch\.export cannot capture _Odd for inputs \(4, 3\) torch\.float32 on cpu.*must not depend on the data",
+        ),
+        ("buffer", r"writes to 'calls' while it runs"),
+        ("input", r"writes to 'x' while it runs"),
+        ("pair", r"returns 2 values, expected one tensor.*Wrap it"),
+        ("one-tuple", r"expected one tensor.*Wrap it"),
+        ("dict", r"expected one tensor.*Wrap it"),
+        ("nothing", r"expected one tensor"),
+        ("number", r"expected one tensor"),
+    ],
+)
+def test_models_that_cannot_be_captured_are_refused_with_a_reason(untouched: Any, kind: str, message: str) -> None:
+    model, x = _Odd(kind).eval(), torch.randn(4, 3)
+    with pytest.raises(CaptureError, match=message), untouched(model, x):
+        capture(model, (x,))
+
+
+def test_functions_and_training_models_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"function, expected a torch\.nn\.Module.*Wrap a function"):
+        capture(lambda x: x, (torch.ones(1, 1),))  # type: ignore[arg-type]
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout())).eval()
+    model[1][0].train()
+    with pytest.raises(TrainingModeError, match=r"training mode \(1 modules, the first is '1.0'\).*model\.eval\(\)"):
+        capture(model, (torch.ones(1, 2),))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((), "no input tensor"),
+        (([1.0],), "input 0 is a list, expected a torch.Tensor"),
+        ((torch.ones(2, 2, dtype=torch.long),), "dtype torch.int64, expected a floating dtype"),
+        ((torch.ones(2, 2, dtype=torch.bool),), "dtype torch.bool, expected a floating dtype"),
+        ((torch.ones(2, 2).to_sparse(),), "torch.sparse_coo, expected a dense tensor.*to_dense"),
+        ((torch.tensor(1.0),), r"input 0 is empty: its shape is \(\)"),
+        ((torch.ones(0, 2),), r"input 0 is empty: its shape is \(0, 2\)"),
+        ((torch.ones(2, 0),), r"input 0 is empty: its shape is \(2, 0\)"),
+        ((torch.ones(2, 2), torch.ones(3, 2)), "input 1 has 3 examples, input 0 has 2"),
+    ],
+)
+def test_inputs_that_carry_no_signal_are_refused(inputs: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        capture(nn.Linear(2, 2).eval(), inputs)
+
+
+def test_module_output_finds_a_layer_and_says_why_not() -> None:
+    class Reuse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.relu = nn.Linear(3, 3), nn.Linear(3, 2), nn.ReLU()
+            self.drop, self.idle = nn.Dropout(), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.relu(self.a(self.drop(self.relu(x)))))
+
+    model = Reuse().eval()
+    graph = capture(model, (torch.randn(2, 3),))
+    names = {node.name: node for node in graph.graph.nodes}
+    assert str(place(names[module_output(graph, model, model.a)])) == "a/linear"
+    assert module_output(graph, model, model) == graph.output.name
+    with pytest.raises(CaptureError, match="Linear is not a module of this Reuse"):
+        module_output(graph, model, nn.Linear(3, 3))
+    with pytest.raises(CaptureError, match=r"layer 'relu' \(ReLU\) has 2 outputs in the graph: it is called more than once"):
+        module_output(graph, model, model.relu)
+    for layer, name in ((model.drop, "drop"), (model.idle, "idle")):
+        with pytest.raises(CaptureError, match=rf"layer '{name}'.*not called, or does nothing.*Name the module before it"):
+            module_output(graph, model, layer)
+
+
+def test_check_lists_every_operation_with_what_becomes_of_it(untouched: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2), nn.Sigmoid()).eval()
+    x = torch.randn(2, 1, 5, 5)
+    with untouched(model, x):
+        report = check(model, x)
+    assert [(row.path, row.status) for row in report.rows] == [
+        ("0", "supported"), ("1", "supported"), ("2", "passes"), ("3", "supported"), ("4", "refused"),
+    ]  # fmt: skip
+    assert not report.ok
+    assert [row.operation for row in report.refused] == ["aten.sigmoid.default"]
+    lines = str(report).splitlines()
+    assert len(lines) == 6
+    assert all(row.operation in line for row, line in zip(report.rows, lines[1:], strict=True))
+
+
+def test_check_may_begin_at_a_layer() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid(), nn.Linear(3, 2)).eval()
+    assert not check(model, torch.ones(1, 3)).ok
+    assert check(model, torch.ones(1, 3), layer=model[1]).ok
+
+
+def test_check_takes_several_inputs_and_further_arguments() -> None:
+    report = check(Wants().eval(), (torch.ones(2, 4), torch.ones(2, 3)), (torch.ones(2, 5), None, 3.0))
+    assert report.ok
+    assert {"first", "second", "relu", "last", ""} == {row.path for row in report.rows}
