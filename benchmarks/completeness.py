@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--variants", type=int, default=10_000, help="training images for the rows that vary an option")
     arguments = parser.parse_args()
     for name in arguments.networks:
-        images = load(RECIPES[name][1], arguments.data)
+        images = load(RECIPES[name].data, arguments.data)
         model = trained(name, images)
         rows = measure(name, images, model, len(images.train))
         few = arguments.variants

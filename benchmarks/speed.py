@@ -65,7 +65,7 @@ def attribute(folder: str | None) -> list[dict[str, Any]]:
 
     rows = []
     for name in ("mlp-mnist", "cnn-mnist", "cnn-cifar10"):
-        images = load(RECIPES[name][1], folder)
+        images = load(RECIPES[name].data, folder)
         model = trained(name, images)
         inverse = InverseNetwork(model).fit(images.train[:1000], batch_size=500)
         x = images.test[:64]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
@@ -167,7 +167,10 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = ()) -> CapturedGr
     check_inputs(inputs)
     batch = len(inputs[0])
     arguments = pytree.tree_map(lambda leaf: _example(leaf, batch), (*inputs, *extras))
-    shapes = pytree.tree_map(lambda leaf: {0: Dim.DYNAMIC} if _per_example(leaf, batch) else None, (*inputs, *extras))
+    shapes = ShapesCollection()
+    for given, example in zip(pytree.tree_leaves((inputs, extras)), pytree.tree_leaves(arguments), strict=True):
+        if _per_example(given, batch):
+            shapes[example] = {0: Dim.DYNAMIC}
     try:
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     except Exception as error:
@@ -281,7 +284,7 @@ def _per_example(leaf: Any, batch: int) -> bool:
 def _example(leaf: Any, batch: int) -> Any:
     if not _per_example(leaf, batch):
         return leaf
-    return leaf.detach()[:1].expand(_EXAMPLE_BATCH, *leaf.shape[1:]).contiguous()
+    return leaf.detach()[:1].repeat(_EXAMPLE_BATCH, *(1,) * (leaf.ndim - 1))
 
 
 def _lookup(model: nn.Module, path: str) -> Tensor:

@@ -9,7 +9,8 @@ elements of X and whose signals are the patch of S that can reach each element:
 
 Applying g and correlating X with S are a convolution's own two gradients, so torch does both. What is left is the
 Gram matrix of the patches. For a convolution of stride 1 patches overlap so much that it has only (2k−1)^d distinct
-blocks, one a lag between two taps, up to the rows that padding cuts away; for other strides patches are unfolded.
+blocks, one a lag between two taps, up to the rows that padding cuts away: they are correlations of S with itself, taken
+by fast Fourier transform. For other strides patches are unfolded.
 """
 
 import itertools
@@ -194,23 +195,25 @@ class Geometry:
         return gram
 
     def _lags(self, s: Tensor) -> Tensor:
-        """Σ s_c[q] s_c'[q + dilation·lag] for every lag in [1−k, k−1]^d: (lags, groups, channels, channels).
+        """Σ_q s_c[q] s_c'[q + dilation·lag] for every lag in [1−k, k−1]^d: (lags, groups, channels, channels).
 
-        With a margin of zeros as wide as the reach after every line, a lag is one offset into flat memory.
+        By the correlation theorem, summed over the examples in the frequency domain, on a grid wide enough that
+        nothing wraps around.
         """
-        g, c = self.groups, self.channels[1]
-        size = [z + reach for z, reach in zip(s.shape[2:], self.reach, strict=True)]
-        padded = s.new_zeros(g, c, len(s), *size)
-        inner: tuple[Any, ...] = (..., *(slice(0, z) for z in s.shape[2:]))
-        padded[inner] = s.view(len(s), g, c, *s.shape[2:]).movedim(0, 2)
-        flat = padded.view(g, c, -1)
-        blocks: list[Tensor] = []
-        for lag in itertools.product(*(range(1 - k, k) for k in self.kernel)):
-            offset = sum(v * d * prod(size[i + 1 :]) for i, (v, d) in enumerate(zip(lag, self.dilation, strict=True)))
-            if lag <= (0,) * self.dims:  # the other half mirrors this one
-                offset = -offset
-                blocks.append(flat[..., offset:] @ flat[..., : flat.shape[-1] - offset].mT)
-        return torch.stack(blocks + [block.mT for block in blocks[-2::-1]])
+        g, c, dims = self.groups, self.channels[1], tuple(range(-self.dims, 0))
+        size = [_smooth(z + reach) for z, reach in zip(s.shape[2:], self.reach, strict=True)]
+        spectrum = torch.fft.rfftn(s, size, dims)
+        waves = spectrum.shape[2:]
+        spectrum = spectrum.view(len(s), g, c, -1).permute(3, 1, 2, 0).contiguous()
+        result = []
+        for part in torch.split(spectrum, max(1, CHUNK // (g * c * prod(size))), 2):  # some channels against all
+            power = (part.conj() @ spectrum.mT).permute(1, 2, 3, 0).reshape(g, -1, c, *waves)
+            correlation = torch.fft.irfftn(power, size, dims)
+            for dim, k, dilation, z in zip(dims, self.kernel, self.dilation, size, strict=True):
+                lags = s.new_tensor([lag * dilation % z for lag in range(1 - k, k)], dtype=torch.long)
+                correlation = correlation.index_select(dim, lags)
+            result.append(correlation.flatten(3))
+        return torch.cat(result, 1).permute(3, 0, 1, 2)
 
     def _cut_away(self, s: Tensor) -> Iterator[Tensor]:
         """Windows' worth of ``s`` around the positions that padding puts outside x, each position once."""
@@ -228,6 +231,18 @@ class Geometry:
                     strip = strip.narrow(i + 2, a, b - a + reach[i])
                 yield strip
             low[dim], high[dim] = padding, high[dim] - padding
+
+
+def _smooth(size: int) -> int:
+    """The smallest number from ``size`` on with no prime factor above 5, for which Fourier transforms are fast."""
+    while True:
+        rest = size
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return size
+        size += 1
 
 
 def _product(rows: Tensor) -> Tensor:

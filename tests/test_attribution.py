@@ -77,6 +77,25 @@ class Shaped(nn.Module):
         return self.last(torch.relu(self.first(x))).reshape(x.shape[0], *self.dims)
 
 
+class Turn(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class Remembers(nn.Module):
+    """Keeps notes of its own on what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 2)
+        self.calls, self.shapes = 0, [(0, 0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.shapes.append(tuple(x.shape))
+        return self.last(torch.relu(self.first(x)))
+
+
 @lru_cache
 def shaped(*dims: int) -> tuple[MIPINAttribution, Tensor]:
     torch.manual_seed(5)
@@ -279,8 +298,16 @@ def test_a_channels_last_model(cnn: Any) -> None:
     assert torch.allclose(found, cnn.mipin.attribute(cnn.x[:3], target=1), rtol=1e-2, atol=1e-4)
 
 
+def test_output_is_contiguous_where_the_model_turns_its_input() -> None:
+    model, x = nn.Sequential(Turn(), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2)).eval(), torch.randn(60, 3, 4)
+    mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False))
+    for found in (mipin.attribute(x[:2], [0, 1]), mipin.source_signal(x[:2], 0), mipin.class_attribution(1)):
+        assert found.shape[1:] == (3, 4)
+        assert found.is_contiguous()
+
+
 def test_options_are_what_they_say(cnn: Any) -> None:
-    x = cnn.x[:3].clone()
+    x = cnn.x[:3] - 0.5
     x[:, :, :2] = 0
     a, s = cnn.mipin.attribute(x, target=0), cnn.mipin.source_signal(x, target=0)
     assert torch.equal(cnn.mipin.attribute(x, target=0, multiply_by_inputs=True), a * x)
@@ -668,6 +695,16 @@ def test_nothing_is_touched_by_success(own_cnn: Any, untouched: Any, tmp_path: P
     own_cnn.x.requires_grad_(name == "source signal")
     with untouched(own_cnn.model, own_cnn.x):
         SUCCESSES[name](own_cnn, tmp_path / "file")
+
+
+def test_notes_that_a_model_keeps_are_untouched(untouched: Any) -> None:
+    model, x = Remembers().eval(), torch.randn(40, 4)
+    with untouched(model, x):
+        check(model, x)
+        mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False))
+        mipin.attribute(x[:2], 0)
+        mipin.source_signal(x[:1], [1])
+    assert (model.calls, model.shapes) == (0, [(0, 0)])
 
 
 class Fails:

@@ -121,6 +121,8 @@ class _Odd(nn.Module):
             return y if x.sum() > 0 else -y
         if self.kind == "buffer":
             self.calls += 1
+        if self.kind == "attribute":
+            self.seen = y
         if self.kind == "input":
             x.mul_(2)
         return {"pair": (y, y), "one-tuple": (y,), "dict": {"logits": y}, "nothing": None, "number": 1.0}.get(self.kind, y)
@@ -135,6 +137,7 @@ class _Odd(nn.Module):
         ),
         ("buffer", r"writes to 'calls' while it runs"),
         ("input", r"writes to 'x' while it runs"),
+        ("attribute", r"(?s)torch\.export cannot capture _Odd.*seen.*assigned during export"),
         ("pair", r"returns 2 values, expected one tensor.*Wrap it"),
         ("one-tuple", r"expected one tensor.*Wrap it"),
         ("dict", r"expected one tensor.*Wrap it"),

@@ -1,0 +1,206 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from captum_mipin import InverseNetwork, UnsupportedOperationError, check
+from captum_mipin.capture import capture
+from captum_mipin.errors import CaptureError
+from captum_mipin.propagation import Run, Surrogate
+from captum_mipin.rules import MIPIN
+
+
+class Function(nn.Module):
+    """A function of the input and of some layers, as a model."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(self.layers, *inputs)
+
+
+def dense(*sizes):
+    return nn.Linear(*sizes, dtype=torch.float64)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def surrogate_of(model, *inputs):
+    graph = capture(model.eval(), inputs)
+    return graph, Surrogate(graph, MIPIN)
+
+
+def forward(model, *inputs):
+    graph, surrogate = surrogate_of(model, *inputs)
+    return surrogate(Run(surrogate.steps), graph.values(model, inputs, ()))
+
+
+def residual():
+    torch.manual_seed(0)
+    return Function(
+        lambda m, x: m["c"](F.relu(m["b"](h := F.relu(m["a"](x))) + h)), a=dense(6, 6), b=dense(6, 6), c=dense(6, 3)
+    ).eval()
+
+
+def test_forward_values_are_the_models_bits():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), nn.Dropout(),
+        nn.ConvTranspose2d(4, 4, 2, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3),
+    ).eval()  # fmt: skip
+    x = torch.randn(4, 3, 9, 9)
+    with torch.no_grad():
+        assert torch.equal(forward(model, x), model(x))
+
+
+def test_code_shows_every_step():
+    _, surrogate = surrogate_of(residual(), normal(2, 6))
+    for key in surrogate.steps:
+        assert repr(key) in surrogate.code
+
+
+def test_steps_are_named_by_module_and_fitted_from_the_output_down():
+    _, surrogate = surrogate_of(residual(), normal(2, 6))
+    assert surrogate.learned == ("layers.c/linear", "layers.b/linear", "(model)/fork", "layers.a/linear")
+
+
+def test_a_layer_used_twice_has_two_steps():
+    model = Function(lambda m, x: m["a"](F.relu(m["a"](x))), a=dense(4, 4))
+    assert surrogate_of(model, normal(2, 4))[1].learned == ("layers.a/linear#2", "layers.a/linear")
+
+
+@pytest.mark.parametrize("double", [lambda x: x + x, lambda x: torch.cat([x, x], 1)], ids=["add", "cat"])
+def test_a_tensor_used_twice_by_one_operation_forks(double):
+    model = Function(lambda m, x: m["b"](double(F.relu(m["a"](x)))), a=dense(4, 4), b=dense(double(normal(1, 4)).shape[1], 2))
+    _, surrogate = surrogate_of(model, normal(2, 4))
+    assert surrogate.learned == ("layers.b/linear", "(model)/fork", "layers.a/linear")
+
+
+def test_an_input_with_lost_scale_is_calibrated_and_one_with_kept_scale_is_not():
+    scaled = Function(lambda m, x: m["a"]((x - 0.3) / 7), a=dense(4, 2))
+    plain = Function(lambda m, x: m["a"](x.view(x.shape[0], 4)), a=dense(4, 2))
+    assert surrogate_of(scaled, normal(2, 4))[1].learned == ("layers.a/linear", "input inputs_0/fork")
+    assert surrogate_of(plain, normal(2, 2, 2))[1].learned == ("layers.a/linear",)
+    x = normal(100, 4)
+    found = InverseNetwork(scaled.eval(), ridge=0).fit(x, 1, progress=False).source_signal(x, target=1)
+    inner = InverseNetwork(nn.Sequential(scaled.layers["a"]).eval(), ridge=0).fit((x - 0.3) / 7, 1, progress=False)
+    torch.testing.assert_close(found, inner.source_signal((x - 0.3) / 7, target=1) * 7 + 0.3)
+
+
+def test_each_of_two_inputs_that_are_added_is_reconstructed():
+    """Not the sum for each: the source signal of x is on the scale of x, whatever y's is."""
+    model = Function(lambda m, x, y: m["a"](x + y), a=dense(4, 2)).eval()
+    x, y = normal(400, 4), 0.01 * normal(400, 4, seed=1)
+    s, t = InverseNetwork(model).fit((x, y), 0, progress=False).source_signal((x, y), target=0)
+    assert float(t.std() / y.std()) < 1
+    assert float((x - s).square().sum()) < float((x - x.mean(0)).square().sum())
+    assert float((y - t).square().sum()) <= 1.001 * float((y - y.mean(0)).square().sum())
+
+
+REFUSED = {
+    "gelu": (lambda m, x: m["a"](F.gelu(x)), "aten.gelu.default"),
+    "softmax": (lambda m, x: m["a"](x).softmax(1), "softmax"),
+    "relu6": (lambda m, x: m["a"](F.relu6(x)), "aten.relu6.default"),
+    "clamp to one": (lambda m, x: m["a"](x.clamp(min=0, max=1)), "is not a ReLU"),
+    "clamp from below": (lambda m, x: m["a"](x.clamp(min=-1)), "is not a ReLU"),
+    "product": (lambda m, x: m["a"](x * x), "both depend on the input"),
+    "gate": (lambda m, x: m["a"](x * m["b"](x)), "both depend on the input"),
+    "ratio": (lambda m, x: m["a"](1 / x), "reciprocal|depends on the input"),
+    "mean over the batch": (lambda m, x: m["a"](x - x.mean(0, keepdim=True)), "over the batch|batch as the first"),
+    "sum over all": (lambda m, x: m["a"](x).sum(1) / x.abs().sum(), "no rule|sum"),
+    "flipped batch": (lambda m, x: m["a"](x.flip(0)), "along the batch"),
+    "part of the batch": (lambda m, x: m["a"](x[:1].expand(x.shape[0], 4)), "batch as the first"),
+    "batch last": (lambda m, x: m["a"](x.t().t()), "batch as the first"),
+    "examples against examples": (lambda m, x: (m["a"](x) + m["a"](x).unsqueeze(1)).sum(1), "batch as the first"),
+    "pool with indices": (lambda m, x: m["a"](F.max_pool1d(x.unsqueeze(1), 1, return_indices=True)[1].squeeze(1) * x), "used"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+    function, reason = REFUSED[name]
+    model = Function(function, a=dense(4, 4), b=dense(4, 4)).eval()
+    x = normal(3, 4)
+    with pytest.raises((UnsupportedOperationError, CaptureError), match=f"(?s)no signal can be sent back.*{reason}"):
+        InverseNetwork(model).fit(x, 0, progress=False)
+
+
+def test_what_is_refused_names_operation_path_and_way_out():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.GELU()), nn.Linear(4, 2)).eval()
+    with pytest.raises(
+        UnsupportedOperationError, match=r"(?s)aten\.gelu\.default in 1\.0: no rule.*layer=.*check\(model"
+    ) as caught:
+        InverseNetwork(model).fit(torch.randn(4, 4), 0, progress=False)
+    assert isinstance(caught.value, NotImplementedError)
+    inverse = InverseNetwork(model, layer=model[1]).fit(torch.randn(9, 4), 0, progress=False)  # the way out
+    assert inverse.targets == [0]
+
+
+def test_check_marks_every_operation():
+    model = Function(lambda m, x: m["b"](F.gelu(F.relu(m["a"](x)).view(x.shape[0], 4))), a=dense(4, 4), b=dense(4, 2)).eval()
+    report = check(model, normal(1, 4))
+    assert [row.status for row in report.rows] == ["supported", "supported", "passes", "refused", "supported"]
+    assert not report.ok
+    assert report.refused[0].operation == "aten.gelu.default"
+    assert check(model, normal(1, 4), layer=model.layers["b"]).ok
+
+
+def test_output_that_does_not_depend_on_the_input_is_refused():
+    model = Function(lambda m, x, y: m["a"](y), a=dense(4, 2)).eval()
+    with pytest.raises(CaptureError, match="does not depend on inputs_0"):
+        InverseNetwork(model).fit((normal(5, 4), normal(5, 4)), 0, progress=False)
+
+
+@st.composite
+def programs(draw):
+    """Random networks: each line takes earlier values and makes a new one."""
+    lines = []
+    for _ in range(draw(st.integers(1, 6))):
+        kind = draw(st.sampled_from(["dense", "relu", "add", "sub", "scale", "shift", "cat", "view"]))
+        lines.append((kind, draw(st.integers(0, 99)), draw(st.integers(0, 99))))
+    return lines
+
+
+@settings(deadline=None, max_examples=12)
+@given(programs(), st.integers(0, 3))
+def test_random_graphs_keep_values_and_identities(lines, seed):
+    """Forward values equal the model's; S − A does not depend on the logit; mixed targets equal one by one; order is free."""
+    torch.manual_seed(seed)
+    layers = {str(i): dense(4, 4) for i in range(len(lines))} | {"pair": dense(8, 4), "out": dense(4, 3)}
+
+    def program(m, x):
+        values = [x]
+        for number, (kind, i, j) in enumerate(lines):
+            a, b = values[-1 - i % len(values)], values[-1 - j % len(values)]
+            made = {
+                "dense": lambda a, b, n=number: m[str(n)](a), "relu": lambda a, b: F.relu(a), "add": lambda a, b: a + b,
+                "sub": lambda a, b: a - 0.5 * b, "scale": lambda a, b: 3 * a, "shift": lambda a, b: a - 1,
+                "cat": lambda a, b: m["pair"](torch.cat([a, b], 1)),
+                "view": lambda a, b: a.view(-1, 2, 2).permute(0, 2, 1).flatten(1),
+            }[kind](a, b)  # fmt: skip
+            values.append(made)
+        return m["out"](values[-1])
+
+    model, x = Function(program, **layers).eval(), normal(40, 4, seed=seed)
+    with torch.no_grad():
+        if (model(x).std(0) < 1e-9).any():
+            return
+        torch.testing.assert_close(forward(model, x), model(x))
+    inverse = InverseNetwork(model, ridge=1e-2).fit(x, progress=False)
+    mixed = torch.arange(6) % 3
+    found = inverse.explain((x[:6],), mixed, biases=(False, True))
+    (a,), (s,) = found.signals
+    assert torch.isfinite(a).all()
+    for i in range(6):
+        alone = inverse.explain((x[i : i + 1],), int(mixed[i]), biases=(False, True))
+        torch.testing.assert_close(alone.signals[0][0][0], a[i], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(alone.signals[1][0][0], s[i], rtol=1e-9, atol=1e-9)
+    shuffled = InverseNetwork(model, ridge=1e-2).fit(x.flip(0), progress=False, batch_size=7)
+    torch.testing.assert_close(shuffled.source_signal(x[:6], target=mixed), s, rtol=1e-7, atol=1e-7)
