@@ -8,6 +8,7 @@ touched.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ Extras = tuple[Any, ...]
 #: Batch size the example is captured with. Any; sizes 0 and 1 would be taken for constants.
 _EXAMPLE_BATCH = 3
 
+#: torch.export cannot run in two threads at once.
+_EXPORTING = Lock()
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -33,10 +37,11 @@ class Signature:
     structure: str
 
     @classmethod
-    def of(cls, inputs: Inputs, extras: Extras) -> "Signature":
-        """The signature of a call."""
+    def of(cls, inputs: Inputs, extras: Extras, shared: bool = False) -> "Signature":
+        """The signature of a call; ``shared`` as for :func:`capture`."""
         leaves, structure = pytree.tree_flatten((inputs, extras))
-        return cls(tuple(_describe(leaf, len(inputs[0])) for leaf in leaves), str(structure))
+        free = _per_example(inputs, extras, shared)
+        return cls(tuple(_describe(leaf, each) for leaf, each in zip(leaves, free, strict=True)), str(structure))
 
     def to_json(self) -> list[Any]:
         """As lists and strings."""
@@ -59,6 +64,7 @@ class CapturedGraph:
         arguments: Names of the placeholders of all inputs and extra arguments, in order; None where the graph has none.
         output: Node of the model's output.
         batch: The symbol of the batch size.
+        shared: See :func:`capture`.
     """
 
     graph: fx.Graph
@@ -67,6 +73,7 @@ class CapturedGraph:
     arguments: tuple[str | None, ...]
     output: fx.Node
     batch: str
+    shared: bool
 
     def values(self, model: nn.Module, inputs: Inputs, extras: Extras) -> dict[str, Any]:
         """The value of every placeholder, parameters and buffers as they are in ``model`` now."""
@@ -133,6 +140,8 @@ def check_inputs(inputs: Inputs) -> None:
     for index, x in enumerate(inputs):
         if not isinstance(x, Tensor):
             raise InputError(f"input {index} is a {type(x).__name__}, expected a torch.Tensor")
+        if x.is_meta:
+            raise InputError(f"input {index} is on the meta device: it has no values")
         if not x.is_floating_point():
             raise InputError(
                 f"input {index} has dtype {x.dtype}, expected a floating dtype: integers carry no signal. "
@@ -146,13 +155,14 @@ def check_inputs(inputs: Inputs) -> None:
             raise InputError(f"input {index} has {len(x)} examples, input 0 has {len(inputs[0])}")
 
 
-def capture(model: nn.Module, inputs: Inputs, extras: Extras = ()) -> CapturedGraph:
+def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool = False) -> CapturedGraph:
     """Capture ``model`` as a graph for inputs of these shapes, with any batch size.
 
     Args:
         model: Module in evaluation mode.
         inputs: Example inputs, first dimension the batch; only shapes, dtypes and devices count.
-        extras: Further arguments of ``forward``. Tensors whose first dimension equals the batch are per-example.
+        extras: Further arguments of ``forward``. Tensors whose first dimension equals the batch are per-example,
+        shared: unless this says that none is.
 
     Raises:
         CaptureError: ``torch.export`` cannot follow the model, or it has another output than one tensor.
@@ -165,21 +175,23 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = ()) -> CapturedGr
     """
     check_model(model)
     check_inputs(inputs)
-    batch = len(inputs[0])
-    arguments = pytree.tree_map(lambda leaf: _example(leaf, batch), (*inputs, *extras))
+    leaves, structure = pytree.tree_flatten(plain((*inputs, *extras)))
     shapes = ShapesCollection()
-    for given, example in zip(pytree.tree_leaves((inputs, extras)), pytree.tree_leaves(arguments), strict=True):
-        if _per_example(given, batch):
-            shapes[example] = {0: Dim.DYNAMIC}
+    for index, free in enumerate(_per_example(inputs, extras, shared)):
+        if free:
+            leaves[index] = leaves[index][:1].repeat(_EXAMPLE_BATCH, *(1,) * (leaves[index].ndim - 1))
+            shapes[leaves[index]] = {0: Dim.DYNAMIC}
+    arguments = pytree.tree_unflatten(leaves, structure)
     try:
-        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+        twin = copy.deepcopy(model, {id(tensor): tensor for _, tensor in named_tensors(model)})
     except Exception as error:
         raise CaptureError(
             f"the model cannot be copied ({type(error).__name__}: {error}). Its parameters are shared with the copy, "
             "everything else must allow copy.deepcopy."
         ) from error
     try:
-        program = export(twin, arguments, dynamic_shapes=shapes, strict=False).run_decompositions({})
+        with _EXPORTING:
+            program = export(twin, arguments, dynamic_shapes=shapes, strict=False).run_decompositions({})
     except Exception as error:
         given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in inputs)
         raise CaptureError(
@@ -187,23 +199,45 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = ()) -> CapturedGr
             "Control flow must not depend on the data, the batch size must be free (x.shape[0] keeps it so, len(x) "
             "does not), and inputs must have the shape, dtype and device that the model takes."
         ) from error
-    return _from_program(program, len(inputs))
+    return _from_program(program, len(inputs), shared)
 
 
-def first_example(inputs: Inputs, extras: Extras) -> tuple[Inputs, Extras]:
+def first_example(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Inputs, Extras]:
     """Zeros like the first example's inputs, and its extra arguments."""
-    batch = len(inputs[0])
-    first = pytree.tree_map(lambda leaf: leaf[:1].detach().clone() if _per_example(leaf, batch) else leaf, extras)
-    return tuple(torch.zeros_like(x[:1]) for x in inputs), first
+    first, extras = pick(inputs, extras, torch.tensor([0], device=inputs[0].device), shared)
+    return tuple(torch.zeros_like(x) for x in first), extras
 
 
-def pick(inputs: Inputs, extras: Extras, index: Tensor) -> tuple[Inputs, Extras]:
+def pick(inputs: Inputs, extras: Extras, index: Tensor, shared: bool) -> tuple[Inputs, Extras]:
     """The examples ``index`` of a batch; extra arguments that are not per example stay."""
-    batch = len(inputs[0])
-    chosen: tuple[Inputs, Extras] = pytree.tree_map(
-        lambda leaf: leaf[index] if _per_example(leaf, batch) else leaf, (inputs, extras)
-    )
+    leaves, structure = pytree.tree_flatten((inputs, extras))
+    free = _per_example(inputs, extras, shared)
+    picked = [leaf[index] if each else leaf for leaf, each in zip(leaves, free, strict=True)]
+    chosen: tuple[Inputs, Extras] = pytree.tree_unflatten(picked, structure)
     return chosen
+
+
+def plain(arguments: Any) -> Any:
+    """The same arguments, their tensors without gradients and fit for recording."""
+    return pytree.tree_map(
+        lambda leaf: (leaf.clone() if leaf.is_inference() else leaf.detach()) if isinstance(leaf, Tensor) else leaf, arguments
+    )
+
+
+def finite(x: Tensor) -> bool:
+    """Whether ``x`` holds neither NaN nor Inf; a finite sum says so at once."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """A model's parameters, buffers and tensors that are plain attributes of its modules."""
+    attributes = [
+        (f"{path}.{name}", value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    return [*model.named_parameters(), *model.named_buffers(), *attributes]
 
 
 def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -> str:
@@ -232,7 +266,7 @@ def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -
     raise CaptureError(f"layer {paths[0]!r} ({type(layer).__name__}) {reason}")
 
 
-def _from_program(program: ExportedProgram, count: int) -> CapturedGraph:
+def _from_program(program: ExportedProgram, count: int, shared: bool) -> CapturedGraph:
     signature = program.graph_signature
     mutated = {
         **signature.buffers_to_mutate,
@@ -259,32 +293,30 @@ def _from_program(program: ExportedProgram, count: int) -> CapturedGraph:
             raise CaptureError(f"the model takes an argument of kind {spec.kind.name}, which has no signal to explain")
     graph = program.graph
     (results,) = next(node for node in graph.nodes if node.op == "output").args
-    if not isinstance(results, Sequence) or len(results) != 1 or not isinstance(results[0], fx.Node):
-        raise CaptureError(
-            f"the model returns {len(results) if isinstance(results, Sequence) else 'no'} values, expected one tensor. "
-            "Wrap it in a module that returns the logits alone."
-        )
+    structure = program.call_spec.out_spec
+    if structure is None or not structure.is_leaf() or not isinstance(results, Sequence) or not isinstance(results[0], fx.Node):
+        kind = "no tensor" if structure is None or structure.is_leaf() else f"a {structure.type.__name__}"
+        raise CaptureError(f"the model returns {kind}, expected one tensor. Wrap it in a module that returns the logits alone.")
     inputs = tuple(str(name) for name in arguments[:count])
     nodes = {node.name: node for node in graph.nodes}
-    return CapturedGraph(graph, constants, inputs, tuple(arguments), results[0], str(nodes[inputs[0]].meta["val"].shape[0]))
+    batch = str(nodes[inputs[0]].meta["val"].shape[0])
+    return CapturedGraph(graph, constants, inputs, tuple(arguments), results[0], batch, shared)
 
 
-def _describe(leaf: Any, batch: int) -> tuple[str, ...]:
+def _describe(leaf: Any, free: bool) -> tuple[str, ...]:
     if isinstance(leaf, Tensor):
-        free = _per_example(leaf, batch)
         shape = leaf.shape[1:] if free else leaf.shape
-        return ("tensor", str(tuple(shape)), str(leaf.dtype), str(leaf.device), "per example" if free else "fixed")
+        return ("tensor", str(tuple(shape)), str(leaf.dtype), str(leaf.device), "per example" if free else "shared")
     return ("value", type(leaf).__name__, repr(leaf))
 
 
-def _per_example(leaf: Any, batch: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
-
-
-def _example(leaf: Any, batch: int) -> Any:
-    if not _per_example(leaf, batch):
-        return leaf
-    return leaf.detach()[:1].repeat(_EXAMPLE_BATCH, *(1,) * (leaf.ndim - 1))
+def _per_example(inputs: Inputs, extras: Extras, shared: bool) -> list[bool]:
+    """Which leaves of a call hold one row an example."""
+    leaves = pytree.tree_leaves(extras)
+    rows = len(inputs[0])
+    return [True] * len(inputs) + [
+        not shared and isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows for leaf in leaves
+    ]
 
 
 def _lookup(model: nn.Module, path: str) -> Tensor:

@@ -146,6 +146,7 @@ class Geometry:
     def moments(self, x: Tensor, s: Tensor) -> Moments:
         """Moments of the regression of ``x`` (n, in, *size) on the patches of ``s`` (n, out, *size)."""
         g, channels = self.groups, self.channels[0]
+        x, s = (t.float() if t.element_size() < 4 else t for t in (x, s))  # half precision cannot hold sums
         rows = x.shape[0] * prod(x.shape[2:])
         over = (0, *range(2, x.ndim))
         mean = x.double().mean(over)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from captum_mipin.capture import CapturedGraph, Extras, Inputs, check_inputs
+from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, check_inputs, finite, plain
 from captum_mipin.errors import FitError, InputError
 from captum_mipin.propagation import Run, Surrogate, Target
 from captum_mipin.regression import Moments, RidgeScale, solve
@@ -79,8 +79,10 @@ class Batches:
     def __init__(self, data: Any, batch_size: int, unpack: Unpack | None, device: torch.device) -> None:
         if isinstance(data, Tensor) or (isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data)):
             tensors = data if isinstance(data, tuple) else (data,)
-            if any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors):
-                raise FitError(f"the input tensors differ in length: shapes {[tuple(t.shape) for t in tensors]}")
+            try:
+                check_inputs(tensors)
+            except InputError as error:
+                raise FitError(f"the data cannot be fitted on: {error}") from error
             rows = range(0, len(tensors[0]), batch_size)
             data = [(tuple(t[i : i + batch_size] for t in tensors), None) for i in rows]
             unpack = lambda batch: batch  # noqa: E731
@@ -104,7 +106,7 @@ class Batches:
             extras = () if extras is None else extras if isinstance(extras, tuple) else (extras,)
             self._check(inputs, index)
             extras = tuple(e.to(self._device) if isinstance(e, Tensor) else e for e in extras)
-            yield tuple(x.to(self._device) for x in inputs), extras
+            yield plain((tuple(x.to(self._device) for x in inputs), extras))
             found = True
         if not found:
             raise FitError("the data yields no batch: nothing to fit on (an iterator that is used up?)")
@@ -119,7 +121,7 @@ class Batches:
         if found != expected:
             raise FitError(f"batch {index} has inputs of shape and dtype {found}, the first batch had {expected}")
         for number, x in enumerate(inputs):
-            if not torch.isfinite(x).all():
+            if not finite(x):
                 raise FitError(f"batch {index}: input {number} contains NaN or Inf")
 
 
@@ -158,6 +160,7 @@ class Fit:
         self._model, self._captured, self._surrogate, self._batches = model, captured, surrogate, batches
         self._targets, self._settings, self._progress = list(targets), settings, progress
         self._rows: int | None = None
+        self._signature: Signature | None = None
 
     def run(self, fitted: Fitted, done: Callable[[Fitted], None] = lambda fitted: None) -> Fitted:
         """Fit what ``fitted`` lacks; ``done`` is called after each regression solved.
@@ -189,10 +192,15 @@ class Fit:
         low = high = None
         rows = 0
         for index, (inputs, extras) in enumerate(self._batches):
-            with torch.no_grad():
-                output = self._surrogate(Run(self._surrogate.steps, fitting=""), self._values(inputs, extras))
+            signature = Signature.of(inputs, extras, self._captured.shared)
+            self._signature = self._signature or signature
+            if signature != self._signature:
+                raise FitError(
+                    f"batch {index} has further arguments {signature.leaves}, the first had {self._signature.leaves}"
+                )
+            output = self._surrogate(Run(self._surrogate.steps, fitting=""), self._values(inputs, extras))
             rows += len(output)
-            if not torch.isfinite(output).all():
+            if not finite(output):
                 raise FitError(f"batch {index}: the model's output contains NaN or Inf")
             low = output.amin(0) if low is None else torch.minimum(low, output.amin(0))
             high = output.amax(0) if high is None else torch.maximum(high, output.amax(0))

@@ -21,13 +21,15 @@ from captum_mipin.capture import (
     capture,
     check_inputs,
     check_model,
+    finite,
     first_example,
     module_output,
     pick,
+    plain,
 )  # fmt: skip
-from captum_mipin.errors import InputError, InverseFileError, ModelChangedError, NotFittedError
+from captum_mipin.errors import CaptureError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack, seed
-from captum_mipin.propagation import Run, Surrogate, Target, survey
+from captum_mipin.propagation import Run, Surrogate, Target, structure, survey
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
 from captum_mipin.rules import MIPIN, Inverse, Options
@@ -59,6 +61,7 @@ class _State:
     fitted: Fitted
     dims: tuple[int, ...]
     signature: Signature
+    structure: str
     example: Inputs
     extras: Extras | None
     watch: storage.Watch
@@ -183,17 +186,20 @@ class InverseNetwork:
         model, before = check_model(self.model), self._state
         if before is not None:
             self._check_unchanged(before)
-        with _generator_kept():
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size!r} must be at least 1")
+        with _generator_kept(), torch.inference_mode(False):
             batches = Batches(data, batch_size, unpack, _device(model))
             inputs, extras = next(iter(batches))
-            signature = Signature.of(inputs, extras)
+            graph, surrogate = self._surrogate(inputs, extras, self.layer)
+            signature = Signature.of(inputs, extras, graph.shared)
             if before is not None and before.signature != signature:
                 raise InputError("the data has another shape, dtype or further arguments than that of earlier fits")
-            graph, surrogate = self._surrogate(inputs, extras, self.layer)
             dims = tuple(int(n) for n in graph.output.meta["val"].shape[1:])
             chosen = several(targets, dims)
             watch = before.watch if before is not None else storage.Watch(model)
-            state = _State(Fitted(), dims, signature, *first_example(inputs, extras), watch)
+            example = first_example(inputs, extras, graph.shared)
+            state = _State(Fitted(), dims, signature, structure(graph, MIPIN), *example, watch)
             if checkpoint is not None and Path(checkpoint).exists():
                 state.fitted = self._resume(checkpoint, state, chosen)
             fit = Fit(model, graph, surrogate, batches, chosen, self.settings, progress)
@@ -310,7 +316,7 @@ class InverseNetwork:
         state = self._fitted()
         check_inputs(inputs)
         for index, x in enumerate(inputs):
-            if not torch.isfinite(x).all():
+            if not finite(x):
                 raise InputError(f"input {index} contains NaN or Inf")
         if layer is None and self.layer is not None:
             raise NotFittedError(
@@ -335,7 +341,7 @@ class InverseNetwork:
         check_model(self.model)
         self._check_unchanged(state)
         with torch.inference_mode(False), torch.enable_grad():
-            inputs = tuple(x.clone() if x.is_inference() else x.detach() for x in inputs)
+            inputs, extras = plain((inputs, extras))
             graph, surrogate = self._surrogate(inputs, extras, layer)
             dims = graph.output.meta["val"].shape[1:]
             targets = per_example(target, torch.empty(len(inputs[0]), *dims, device="meta"))
@@ -344,7 +350,7 @@ class InverseNetwork:
             mixed = targets[order[0]] != targets[order[-1]]
             if mixed:
                 targets = [targets[index] for index in order]
-                inputs, extras = pick(inputs, extras, torch.tensor(order, device=inputs[0].device))
+                inputs, extras = pick(inputs, extras, torch.tensor(order, device=inputs[0].device), graph.shared)
             run = Run(surrogate.steps, options, state.fitted.inverses, _groups(targets))
             output = surrogate(run, graph.values(self.model, inputs, extras))
             start = seed(output, targets, unit)
@@ -356,6 +362,8 @@ class InverseNetwork:
                 found = torch.autograd.grad(output, sources, start, retain_graph=len(biases) > 1)
                 if mask:
                     found = tuple(s * (x != 0) for s, x in zip(found, sources, strict=True))
+                if not all(finite(s) for s in found):
+                    raise InputError("the model's output or the signal overflows for these inputs: it contains NaN or Inf")
                 signals.append(tuple(s.detach()[back].contiguous() for s in found))
             features = tuple(x.detach()[back] for x in sources)
             explained = start.flatten(1).sum(1) if start.ndim > 1 else start
@@ -408,25 +416,38 @@ class InverseNetwork:
         """
         check_model(model)
         tensors, content = storage.load(path)
-        if content["unfinished"] is not None:
+        try:
+            return cls._from_content(tensors, content, model, os.fspath(path))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise InverseFileError(
-                f"{os.fspath(path)!r} is the checkpoint of an unfinished fit; continue it with fit(checkpoint=...)"
-            )
+                f"the content of {os.fspath(path)!r} is not that of an inverse network: {error!r}"
+            ) from error
+
+    @classmethod
+    def _from_content(
+        cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module, name: str
+    ) -> "InverseNetwork":
+        if content["unfinished"] is not None:
+            raise InverseFileError(f"{name!r} is the checkpoint of an unfinished fit; continue it with fit(checkpoint=...)")
         if content["fingerprint"] != storage.fingerprint(model):
             raise ModelChangedError(
-                f"{os.fspath(path)!r} was fitted to another model, or to other weights, than this {type(model).__name__}"
+                f"{name!r} was fitted to another model, or to other weights, than this {type(model).__name__}"
             )
-        settings = Settings(**content["settings"])
-        layer = None if content["layer"] is None else model.get_submodule(content["layer"])
-        inverse = cls(model, layer=layer)
-        inverse.settings = settings
-        example = tuple(torch.zeros(1, *shape, dtype=getattr(torch, dtype)) for shape, dtype in content["inputs"])
+        inverse = cls(model, layer=None if content["layer"] is None else model.get_submodule(content["layer"]))
+        inverse.settings = Settings(**content["settings"])
         device = _device(model)
-        extras = None if content["extras"] else ()
+        example = tuple(
+            torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in content["inputs"]
+        )
         inverse._state = _State(
-            _unpack_fitted(tensors, content, device), tuple(content["dims"]), Signature.from_json(content["signature"]),
-            tuple(x.to(device) for x in example), extras, storage.Watch(model, content["fingerprint"]),
-        )  # fmt: skip
+            _unpack_fitted(tensors, content, device),
+            tuple(content["dims"]),
+            Signature.from_json(content["signature"]),
+            content["structure"],
+            example,
+            None if content["extras"] else (),
+            storage.Watch(model, content["fingerprint"]),
+        )
         return inverse
 
     def _write(self, path: str | os.PathLike[str], state: _State, unfinished: Sequence[Target] | None) -> None:
@@ -443,6 +464,7 @@ class InverseNetwork:
             "layer": None if self.layer is None else self._path(self.layer),
             "settings": asdict(self.settings),
             "signature": state.signature.to_json(),
+            "structure": state.structure,
             "inputs": [(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for x in state.example],
             "extras": state.extras != (),
             "dims": state.dims,
@@ -460,6 +482,7 @@ class InverseNetwork:
             "layer": None if self.layer is None else self._path(self.layer),
             "settings": asdict(self.settings),
             "signature": state.signature.to_json(),
+            "structure": state.structure,
             "unfinished": [list(target) for target in chosen],
         }
         other = [name for name, value in same.items() if content[name] != value]
@@ -483,12 +506,8 @@ class InverseNetwork:
 
     def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> tuple[CapturedGraph, Surrogate]:
         """The graph and the surrogate for inputs of this kind, kept for the next call."""
-        signature = Signature.of(inputs, extras)
         with self._lock:
-            if signature not in self._graphs:
-                self._graphs[signature] = capture(self.model, inputs, extras)
-            self._graphs.move_to_end(signature)
-            graph = self._graphs[signature]
+            signature, graph = self._graph(inputs, extras)
             start = None if layer is None else module_output(graph, self.model, layer)
             if (signature, start) not in self._surrogates:
                 self._surrogates[signature, start] = Surrogate(graph, MIPIN, start, calibrate=layer is self.layer)
@@ -497,6 +516,31 @@ class InverseNetwork:
                 oldest, _ = self._graphs.popitem(last=False)
                 self._surrogates = {key: value for key, value in self._surrogates.items() if key[0] != oldest}
             return graph, surrogate
+
+    def _graph(self, inputs: Inputs, extras: Extras) -> tuple[Signature, CapturedGraph]:
+        """The graph for inputs of this kind, captured where there is none.
+
+        A further tensor as long as the batch may be per example or shared: what the fit found decides, else what
+        the model can be captured with.
+        """
+        choices = {Signature.of(inputs, extras, shared): shared for shared in (True, False)}
+        fitted = self._state.signature if self._state else None
+        failure: CaptureError | None = None
+        for signature in sorted(choices, key=lambda choice: (choice != fitted, choices[choice])):
+            if signature not in self._graphs:
+                try:
+                    graph = capture(self.model, inputs, extras, choices[signature])
+                except CaptureError as error:
+                    failure = failure or error
+                    continue
+                if self._state and structure(graph, MIPIN) != self._state.structure:
+                    raise ModelChangedError(
+                        "the model computes something else than the one the inverse was fitted to: fit a new InverseNetwork"
+                    )
+                self._graphs[signature] = graph
+            self._graphs.move_to_end(signature)
+            return signature, self._graphs[signature]
+        raise failure or CaptureError("the model cannot be captured")
 
     def _fitted(self) -> _State:
         if self._state is None:
@@ -574,7 +618,8 @@ def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: 
 
 
 def _get(tensors: dict[str, Tensor], name: str, device: torch.device) -> Tensor | None:
-    return tensors[name].to(device) if name in tensors else None
+    # a copy, since the file's own memory is aligned otherwise and matrix products would round otherwise
+    return tensors[name].to(device, copy=True) if name in tensors else None
 
 
 def _device(model: nn.Module) -> torch.device:

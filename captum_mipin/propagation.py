@@ -6,6 +6,7 @@ an operation like any other, whose inverse weighs what comes back from them. One
 the seeded output then *is* the method, and the gradient with respect to an operation's output is the signal there.
 """
 
+import hashlib
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from captum_mipin.capture import CapturedGraph, Place, place
-from captum_mipin.errors import CaptureError, UnsupportedOperationError
+from captum_mipin.errors import CaptureError, InputError, UnsupportedOperationError
 from captum_mipin.rules import FORK, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule
 
 #: A class, as the index of its logit among the model's outputs without the batch dimension.
@@ -200,8 +201,15 @@ class Surrogate:
 
     def __call__(self, run: Run, values: Mapping[str, Any]) -> Tensor:
         """The model's output, with a graph behind it whose backward pass is the method."""
-        with torch.enable_grad():
-            output: Tensor = self._module.forward(run, *(values[name] for name in self._order))
+        arguments = [values[name] for name in self._order]
+        try:
+            with torch.enable_grad():
+                output: Tensor = self._module.forward(run, *arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in arguments[-1:] if isinstance(x, Tensor))
+            raise InputError(f"the model cannot run on inputs of shape, dtype and device {given}: {error}") from error
         return output
 
     def _key(self, where: Place) -> str:
@@ -213,6 +221,8 @@ class Surrogate:
     def _replace(self, graph: fx.Graph, run: fx.Node, node: fx.Node, rules: Mapping[str, Rule]) -> fx.Node:
         """Put a step in the place of an operation, where its rule wants one."""
         rule = None if node.target is operator.getitem else rules[str(node.target)]
+        if node.target is torch.ops.aten.view.default:  # the export saw contiguous tensors; others need a copy
+            node.target = torch.ops.aten.reshape.default
         if not isinstance(rule, (Recorded, Learned)):
             return node
         assert callable(node.target)  # for mypy: it is an operation
@@ -244,6 +254,17 @@ class Surrogate:
             with graph.inserting_after(forked):
                 parts.insert(0, graph.call_function(operator.getitem, (forked, index)))
         _redirect(node, iter(parts), users)
+
+
+def structure(captured: CapturedGraph, rules: Mapping[str, Rule]) -> str:
+    """SHA-256 over a model's operations, where they are and how they are set, whatever the size of its inputs."""
+    lines = []
+    for node in captured.graph.nodes:
+        if node.op == "call_function" and isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+            sized = isinstance(rules.get(str(node.target)), Passes)
+            settings = "" if sized else repr(fx.node.map_arg((node.args, node.kwargs), lambda n: "·"))
+            lines.append(f"{place(node)} {node.target} {settings}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def survey(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None) -> list[Treatment]:

@@ -17,44 +17,39 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from captum_mipin.capture import named_tensors
 from captum_mipin.errors import InverseFileError
 
 FORMAT = "captum-mipin-inverse-1"
 
-#: Values of each weight that are compared at every call, evenly spaced.
-_PROBED = 256
+
+#: Attributes that every module has.
+_OWN = frozenset(vars(nn.Module()))
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and values of a model's parameters and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named_tensors(model):
         _digest_tensor(digest, name, tensor)
     return digest.hexdigest()
 
 
 class Watch:
-    """Notices when a model's weights change, cheaply enough to be asked at every call.
+    """Notices when a model changes, cheaply enough to be asked at every call.
 
-    A sample of each tensor's values is compared every time. What replaces or writes to a tensor in the ways torch
-    keeps count of is noticed as well, and then all values are compared by :func:`fingerprint`.
+    All weights are compared by a checksum that any change of a single value alters, and so are the numbers and strings
+    among the modules' attributes, which a captured graph has taken in.
     """
 
     def __init__(self, model: nn.Module, expected: str | None = None) -> None:
         self.fingerprint = expected or fingerprint(model)
-        self._probe, self._versions = _probe(model), _versions(model)
+        self._weights, self._attributes = _weights(model), _attributes(model)
 
     def changed(self, model: nn.Module) -> bool:
-        """Whether the weights are no longer those of the fingerprint."""
-        probe = _probe(model)
-        if probe.shape != self._probe.shape or not torch.equal(probe, self._probe):
-            return True
-        versions = _versions(model)
-        if versions != self._versions:
-            if fingerprint(model) != self.fingerprint:
-                return True
-            self._versions = versions
-        return False
+        """Whether the model is no longer as it was; attributes that are new do not count."""
+        now = _attributes(model)
+        return _weights(model) != self._weights or any(now.get(key) != value for key, value in self._attributes.items())
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
@@ -69,6 +64,8 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], content: M
         OSError: It cannot be written; a file that was there before is untouched.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {os.fspath(path)!r}: there is no folder {os.fspath(path.parent)!r}")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(content, sort_keys=True)
     metadata = {"format": FORMAT, "content": text, "digest": _digest(tensors, text)}
@@ -107,7 +104,12 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     text = metadata.get("content", "")
     if metadata.get("digest") != _digest(tensors, text):
         raise InverseFileError(f"{os.fspath(path)!r} is damaged or was changed: its contents do not match its digest")
-    content: dict[str, Any] = json.loads(text)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise InverseFileError(f"the content of {os.fspath(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InverseFileError(f"the content of {os.fspath(path)!r} is a {type(content).__name__}, expected a dictionary")
     return tensors, content
 
 
@@ -124,18 +126,30 @@ def _digest_tensor(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     digest.update(flat.view(torch.uint8).numpy().data)
 
 
-def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
+def _weights(model: nn.Module) -> tuple[list[int], list[Any]]:
+    tensors = named_tensors(model)
+    sums = [_checksum(tensor) for _, tensor in tensors]
+    shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
+    return torch.stack(sums).tolist() if sums else [], shapes
 
 
-def _probe(model: nn.Module) -> Tensor:
-    samples = [t.detach().reshape(-1) for _, t in _named_tensors(model)]
-    samples = [flat[:: max(1, flat.numel() // _PROBED)] for flat in samples]
-    return torch.cat([sample.double() for sample in samples]).cpu() if samples else torch.empty(0)
+def _attributes(model: nn.Module) -> dict[tuple[str, str], str]:
+    return {
+        (path, name): repr(value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, str, tuple)) and name not in _OWN
+    }
 
 
-def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    return [(id(tensor), tensor._version) for _, tensor in _named_tensors(model)]
+def _checksum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's memory, read as 64-bit integers."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()
+    octets = flat.view(torch.uint8)
+    whole = len(octets) // 8 * 8
+    return octets[:whole].view(torch.int64).sum() + octets[whole:].sum(dtype=torch.int64)
 
 
 def _umask() -> int:

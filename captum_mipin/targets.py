@@ -35,7 +35,7 @@ def per_example(target: Any, output: Tensor) -> list[Target]:
         raise TargetError("the model returns one number for the whole batch, expected one row of outputs an example")
     batch, dims = len(output), tuple(output.shape[1:])
     if isinstance(target, np.ndarray):
-        target = torch.from_numpy(target)
+        target = torch.from_numpy(target) if target.dtype.kind in "iufb" else target.tolist()
     if isinstance(target, Tensor):
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise TargetError(f"the target is a tensor of dtype {target.dtype}, expected integers")
@@ -56,6 +56,8 @@ def one(target: Any, dims: Sequence[int]) -> Target:
             raise TargetError(f"no target was given, but the model has outputs of shape {tuple(dims)}: choose one of them")
         return (0,) * len(dims)
     index = tuple(_integer(t, target) for t in (target if isinstance(target, tuple) else (target,)))
+    if all(n == 1 for n in dims[len(index) :]):
+        index += (0,) * (len(dims) - len(index))
     if len(index) != len(dims):
         raise TargetError(
             f"target {target!r} has {len(index)} indices, expected {len(dims)} for the model's outputs of shape {tuple(dims)}"

@@ -58,7 +58,11 @@ def test_the_graph_computes_what_the_model_does(batch: int, extras: str) -> None
 def test_a_shared_tensor_as_long_as_the_batch_is_still_shared(batch: int) -> None:
     model = Wants().eval()
     a, b, shared = torch.randn(batch, 4), torch.randn(batch, 3), torch.rand(5)
-    assert torch.allclose(_values(model, (a, b), (None, shared)), model(a, b, None, shared), atol=1e-6)
+    captured = capture(model, (a, b), (None, shared), shared=True)
+    module = torch.fx.GraphModule(nn.Module(), captured.graph)
+    values = captured.values(model, (a, b), (None, shared))
+    (output,) = module.forward(*(values[node.name] for node in captured.graph.nodes if node.op == "placeholder"))
+    assert torch.allclose(output, model(a, b, None, shared), atol=1e-6)
 
 
 def test_a_graph_captured_from_one_example_takes_any_batch() -> None:
@@ -100,7 +104,7 @@ def test_signatures_tell_shapes_dtypes_and_further_arguments_apart_but_not_batch
 
 def test_the_first_example_is_zeros_and_its_own_further_arguments() -> None:
     x, scale = torch.randn(4, 3), torch.arange(4.0)
-    (zeros,), (first, k) = first_example((x,), (scale, 7))
+    (zeros,), (first, k) = first_example((x,), (scale, 7), False)
     assert torch.equal(zeros, torch.zeros(1, 3))
     assert torch.equal(first, torch.zeros(1))
     assert k == 7
@@ -138,7 +142,7 @@ class _Odd(nn.Module):
         ("buffer", r"writes to 'calls' while it runs"),
         ("input", r"writes to 'x' while it runs"),
         ("attribute", r"(?s)torch\.export cannot capture _Odd.*seen.*assigned during export"),
-        ("pair", r"returns 2 values, expected one tensor.*Wrap it"),
+        ("pair", r"returns a tuple, expected one tensor.*Wrap it"),
         ("one-tuple", r"expected one tensor.*Wrap it"),
         ("dict", r"expected one tensor.*Wrap it"),
         ("nothing", r"expected one tensor"),
