@@ -28,6 +28,9 @@ Target = tuple[int, ...]
 Inverses = Mapping[str, Inverse]
 
 
+_SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous")
+
+
 @dataclass(frozen=True)
 class Treatment:
     """What becomes of one operation of the model.
@@ -257,10 +260,14 @@ class Surrogate:
 
 
 def structure(captured: CapturedGraph, rules: Mapping[str, Rule]) -> str:
-    """SHA-256 over a model's operations, where they are and how they are set, whatever the size of its inputs."""
+    """SHA-256 over a model's operations, where they are and how they are set, whatever the size of its inputs.
+
+    Changes of shape do not count: their arguments are sizes, and hooks of the user's put some in.
+    """
     lines = []
     for node in captured.graph.nodes:
-        if node.op == "call_function" and isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+        computes = node.op == "call_function" and isinstance(node.meta.get("val"), (Tensor, tuple, list))
+        if computes and place(node).operation not in _SHAPE:
             sized = isinstance(rules.get(str(node.target)), Passes)
             settings = "" if sized else repr(fx.node.map_arg((node.args, node.kwargs), lambda n: "·"))
             lines.append(f"{place(node)} {node.target} {settings}")
