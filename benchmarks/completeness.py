@@ -1,9 +1,11 @@
 """Completeness of the source signal on the paper's small networks (tables 1 and 3-5), with its controls.
 
-    python benchmarks/completeness.py mlp-mnist cnn-mnist cnn-cifar10 [--data FOLDER]
+    python benchmarks/completeness.py mlp-mnist cnn-mnist cnn-cifar10 [--data FOLDER] [--seeds N]
 
 Fits MIP-IN for every class on all training images, then measures on the test images of each class c how far Φ_c(S) is
-from Φ_c(X): APC (equation 10) and positive APC (equation 11). Controls, on the same images:
+from Φ_c(X): APC (equation 10) and positive APC (equation 11). Both divide by |Φ_c(X)|, so that one misclassified image
+with a logit near zero can outweigh a thousand others; the median error and the APC of the correctly classified images
+stand beside them. Controls, on the same images:
 
 - mean image: S replaced by the mean training image;
 - shuffled output: the inverse is given the Y_c of another test image, with the masks of this one;
@@ -30,21 +32,29 @@ logger = logging.getLogger("completeness")
 Signal = Callable[[Tensor, int], Tensor]
 
 
-def apc(model: nn.Module, images: Images, signal: Signal) -> tuple[float, float]:
-    """APC and positive APC in percent (equations 10, 11): per class over its test images, then over classes."""
-    errors = []
+def apc(model: nn.Module, images: Images, signal: Signal) -> dict[str, float]:
+    """APC and positive APC in percent (equations 10, 11): mean over each class's test images, then over classes."""
+    columns: list[list[Tensor]] = []
     for label in range(len(images.classes)):
         x = images.test[images.test_labels == label]
-        parts = []
+        outputs, found = [], []
         for part in x.split(250):
             with torch.no_grad():
-                found = model(signal(part, label))[:, label]
-                y = model(part)[:, label]
-            parts.append((y - found) / y.abs())
-        error = torch.cat(parts)
-        errors.append((error.abs().mean(), error.relu().mean()))
-    total, positive = torch.tensor(errors).mean(0).mul(100).tolist()
-    return total, positive
+                outputs.append(model(part))
+                found.append(model(signal(part, label))[:, label])
+        output = torch.cat(outputs)
+        y, right = output[:, label], output.argmax(1) == label
+        error = (y - torch.cat(found)) / y.abs()
+        columns.append(
+            [
+                error.abs().mean(),
+                error.relu().mean(),
+                error.abs().median(),
+                *(e[right].mean() for e in (error.abs(), error.relu())),
+            ]
+        )
+    names = ("APC %", "positive APC %", "median error %", "APC % (correct)", "positive APC % (correct)")
+    return dict(zip(names, torch.tensor(columns).mean(0).mul(100).tolist(), strict=True))
 
 
 def controls(model: nn.Module, images: Images, inverse: InverseNetwork) -> dict[str, Signal]:
@@ -73,34 +83,25 @@ def controls(model: nn.Module, images: Images, inverse: InverseNetwork) -> dict[
 
 
 def measure(
-    name: str, images: Images, model: nn.Module, count: int, fitted_on: str = "all classes", **options: Any
+    name: str, images: Images, model: nn.Module, count: int, *, plain: bool = True, own: bool = False, **options: Any
 ) -> list[dict[str, Any]]:
-    """Fit on ``count`` training images and measure S and the controls, or without controls where only options vary."""
+    """Fit on ``count`` training images, of each class its own only if ``own``; measure S, and unless ``plain`` the controls."""
     start = time.perf_counter()
-    if fitted_on == "all classes":
-        inverse = InverseNetwork(model, **options).fit(images.train[:count], batch_size=500)
-        inverses = dict.fromkeys(range(len(images.classes)), inverse)
+    x, labels, classes = images.train[:count], images.train_labels[:count], range(len(images.classes))
+    if own:
+        inverses = [InverseNetwork(model, **options).fit(x[labels == c], targets=c, batch_size=500) for c in classes]
     else:
-        inverses = {}
-        for label in range(len(images.classes)):
-            own = images.train[:count][images.train_labels[:count] == label]
-            inverses[label] = InverseNetwork(model, **options).fit(own, targets=label, batch_size=500)
+        inverses = [InverseNetwork(model, **options).fit(x, batch_size=500)] * len(classes)
     seconds = time.perf_counter() - start
-    if options or fitted_on != "all classes":
-        signals: dict[str, Signal] = {"S": lambda x, label: inverses[label].source_signal(x, target=label)}
-    else:
-        signals = controls(model, images, inverse)
-        logger.info("%s", inverse.report)
+    logger.info("%s", inverses[0].report)
+    signals = {"S": lambda x, c: inverses[c].source_signal(x, target=c)} if plain else controls(model, images, inverses[0])
     rows = []
     for kind, signal in signals.items():
-        total, positive = apc(model, images, signal)
-        rows.append(
-            {
-                "network": name, "signal": kind, "APC %": total, "positive APC %": positive, "fit images": count,
-                "fitted on": fitted_on, "ridge": options.get("ridge", 1e-3),
-                "ridge scale": options.get("ridge_scale", "relative"), "fit s": seconds,
-            }
-        )  # fmt: skip
+        settings = {
+            "fit images": count, "fitted on": "own class" if own else "all classes", "ridge": options.get("ridge", 1e-3),
+            "ridge scale": options.get("ridge_scale", "relative"), "fit s": seconds,
+        }  # fmt: skip
+        rows.append({"network": name, "signal": kind, **apc(model, images, signal), **settings})
         logger.info("%s", rows[-1])
     return rows
 
@@ -111,21 +112,23 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=["mlp-mnist", "cnn-mnist", "cnn-cifar10"], choices=RECIPES)
     parser.add_argument("--data", help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision")
     parser.add_argument("--variants", type=int, default=10_000, help="training images for the rows that vary an option")
+    parser.add_argument("--seeds", type=int, default=1, help="networks trained, with seeds 0, 1, ...")
     arguments = parser.parse_args()
     for name in arguments.networks:
         images = load(RECIPES[name].data, arguments.data)
-        model = trained(name, images)
-        rows = measure(name, images, model, len(images.train))
-        few = arguments.variants
-        rows += measure(name, images, model, few, ridge_scale="relative")
-        rows += measure(name, images, model, few, ridge_scale="mean")
-        rows += measure(name, images, model, few, ridge_scale="sum")
-        rows += measure(name, images, model, few, ridge=1e-1)
-        rows += measure(name, images, model, few, fitted_on="own class")
+        rows, accuracies = [], []
+        for seed in range(arguments.seeds):
+            model = trained(name, images, seed=seed)
+            accuracies.append(accuracy(model, images.test, images.test_labels))
+            new = measure(name, images, model, len(images.train), plain=False)
+            rows += [{"seed": seed, **row} for row in new]
+        model, few = trained(name, images), arguments.variants
+        for options in ({}, {"ridge_scale": "mean"}, {"ridge_scale": "sum"}, {"ridge": 0.1}, {"own": True}):
+            rows += [{"seed": 0, **row} for row in measure(name, images, model, few, **options)]
         settings = {
             "data": images.name, "fitted on split": "train", "evaluated on split": "test", "n": len(images.test),
             "target": "true class", "layer": "input", "reduction": "mean over a class, then over classes",
-            "tie policy": "none needed", "test accuracy": accuracy(model, images.test, images.test_labels),
+            "tie policy": "none needed", "test accuracy": accuracies,
         }  # fmt: skip
         write(f"completeness-{name}", rows, **settings)
         print(show(rows))

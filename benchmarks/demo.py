@@ -103,8 +103,7 @@ def main() -> None:
     logger.info("%s", inverse.report)
     rows = []
     for name, signal in controls(model, images, inverse).items():
-        total, positive = apc(model, images, signal)
-        rows.append({"signal": name, "APC %": total, "positive APC %": positive})
+        rows.append({"signal": name, **apc(model, images, signal)})
     arguments.out.mkdir(parents=True, exist_ok=True)
     figure(images, model, MIPINAttribution(model, inverse)).savefig(arguments.out / "side-by-side.png", dpi=110)
     text = (

@@ -131,11 +131,11 @@ def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -
     return model.eval()
 
 
-def trained(name: str, images: Images, cache: str | Path = ".cache/networks") -> Network:
+def trained(name: str, images: Images, seed: int = 0, cache: str | Path = ".cache/networks") -> Network:
     """The network ``name``, trained once and kept in ``cache``."""
-    path = Path(cache) / f"{name}.safetensors"
+    path = Path(cache) / f"{name}-{seed}.safetensors"
     if not path.exists():
-        model = train(name, images)
+        model = train(name, images, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), str(path))
     model = RECIPES[name].build().eval()
