@@ -95,8 +95,8 @@ class Geometry:
 
     def apply(self, s: Tensor, weight: Tensor, bias: Tensor | None, x_size: torch.Size) -> Tensor:
         """g(S): signals (n, channels of y, *size of y) to features of size ``x_size``."""
-        x = self.gradient(s, s.new_empty(1).expand(x_size), weight, of=0)
-        return x if bias is None else x + bias.view(-1, *(1,) * self.dims)
+        x = self.gradient(s, s.new_empty(x_size), weight, of=0)
+        return x if bias is None else x.add_(bias.view(-1, *(1,) * self.dims))
 
     def to_rows(self, weight: Tensor) -> Tensor:
         """A weight as regression coefficients (groups, channels of x, channels of s · taps)."""

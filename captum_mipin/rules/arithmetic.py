@@ -38,10 +38,11 @@ class Channelwise:
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
         shape = (self.channels, *(1,) * (signals[0].ndim - 2)) if signals[0].ndim > 1 else ()
-        total = torch.zeros_like(signals[0])
-        for s, weight in zip(signals, inverse.weight.unbind(1), strict=True):
-            total.addcmul_(s, weight.view(shape))
-        return total + inverse.bias.view(shape) if bias else total
+        weights = [weight.view(shape) for weight in inverse.weight.unbind(1)]
+        total = signals[0] * weights[0]
+        for s, weight in zip(signals[1:], weights[1:], strict=True):
+            total.addcmul_(s, weight)
+        return total.add_(inverse.bias.view(shape)) if bias else total
 
     def _rows(self, x: Tensor) -> Tensor:
         """``x`` as (channels, rows)."""

@@ -91,13 +91,13 @@ def _to_switches(switches: Tensor, size: torch.Size, dims: int, overlap: bool) -
 
     def place(s: Tensor) -> Tensor:
         field = s.new_zeros(*size[:-dims], prod(size[-dims:]))
-        return field.scatter_add_(-1, flat, s.flatten(-dims))
+        return field.scatter_add_(-1, flat, s)
 
     def back(s: Tensor) -> Tensor:
-        field = place(s)
+        s = s.flatten(-dims)
         if overlap:
-            field = _ratio(field, place(torch.ones_like(s)))
-        return field.view(size)
+            s = s / place(torch.ones_like(s)).gather(-1, flat)  # by the number of windows with the same maximum
+        return place(s).view(size)
 
     return back
 

@@ -1,0 +1,97 @@
+"""Write the README's tables from the results files: python benchmarks/tables.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, show
+
+README = Path(__file__).parents[1] / "README.md"
+NETWORKS = {
+    "mlp-mnist": ("MLP, MNIST", "10.1 / 2.6"),
+    "cnn-mnist": ("CNN, MNIST", "16.5 / 2.3"),
+    "cnn-cifar10": ("CNN, CIFAR-10", "21.1 / 10.6"),
+}
+
+
+def _load(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _pair(row: dict[str, Any], suffix: str = "") -> str:
+    return f"{row[f'APC %{suffix}']:.1f} / {row[f'positive APC %{suffix}']:.1f}"
+
+
+def completeness() -> str:
+    """APC / positive APC of S and the controls, for every network and seed."""
+    rows = []
+    for name, (title, paper) in NETWORKS.items():
+        result = _load(f"completeness-{name}")
+        full = [row for row in result["rows"] if row["fit images"] == max(r["fit images"] for r in result["rows"])]
+        for seed, accuracy in enumerate(result["settings"]["test accuracy"]):
+            found = {row["signal"]: row for row in full if row["seed"] == seed}
+            rows.append(
+                {
+                    "network": f"{title}, seed {seed} ({100 * accuracy:.1f} %)",
+                    "fitted on": found["S"]["fit images"],
+                    "paper": paper,
+                    "**S**": f"**{_pair(found['S'])}**",
+                    "S, correct images": _pair(found["S"], " (correct)"),
+                    "S, median": f"{found['S']['median error %']:.1f}",
+                    "S, input masked": _pair(found["S, input masked"]),
+                    "mask only": _pair(found["mask only"]),
+                    "shuffled output": _pair(found["shuffled output"]),
+                    "mean image": _pair(found["mean image"]),
+                }
+            )
+    return show(rows)
+
+
+def variants() -> str:
+    """APC / positive APC with other options, on fewer images."""
+    rows = []
+    for name, (title, _) in NETWORKS.items():
+        result = _load(f"completeness-{name}")
+        few = min(row["fit images"] for row in result["rows"])
+        row: dict[str, Any] = {"network": f"{title}, {few} images"}
+        for variant in (r for r in result["rows"] if r["fit images"] == few):
+            label = f"{variant['ridge scale']}, λ = {variant['ridge']:g}"
+            row["own class only" if variant["fitted on"] == "own class" else label] = _pair(variant, " (correct)")
+        rows.append(row)
+    return show(rows)
+
+
+def speed() -> str:
+    """Every ratio that was measured."""
+    rows = [
+        {
+            "": f"`attribute`, {row['network']}, {row['input']}, {row['targets']} target" + "s" * (row["targets"] == "mixed"),
+            "time": f"{row['ratio']:.2f} × Saliency",
+        }
+        for row in _load("speed-attribute")["rows"]
+    ]
+    (fit,) = _load("speed-fit")["rows"]
+    what = f"`fit`, MLP, {fit['targets']} classes, {fit['images']:,} images: {fit['fit s']:.1f} s"
+    rows.append({"": what, "time": f"{1 / fit['ratio']:.1f} × its matrix products alone"})
+    exact, sgd = _load("speed-sgd")["rows"]
+    errors = " and ".join(f"{row['error at the image']:.3f}" for row in (sgd, exact))
+    rows.append(
+        {"": f"SGD, 20 epochs ÷ exact, CNN, {exact['images']} images (error {errors})", "time": f"{sgd['ratio']:.0f} ×"}
+    )
+    return show(rows)
+
+
+def main() -> None:
+    text = README.read_text()
+    for table in (completeness, variants, speed):
+        begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise SystemExit(f"README.md has no place for the table {table.__name__!r}")
+        text = before + begin + "\n" + table() + "\n\n" + end + after
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
