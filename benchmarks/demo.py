@@ -28,7 +28,7 @@ from captum_mipin import InverseNetwork, MIPINAttribution
 logger = logging.getLogger("demo")
 
 #: Training images that MIP-IN is fitted on at most.
-FITTED = 10_000
+FITTED = 5_000
 
 
 def methods(model: Network, mipin: MIPINAttribution) -> dict[str, Callable[[Tensor, int], Tensor]]:

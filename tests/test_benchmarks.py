@@ -1,0 +1,53 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+
+
+@pytest.fixture
+def completeness(monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import completeness
+
+    yield completeness
+    for name in ("completeness", "common", "data", "networks"):
+        sys.modules.pop(name, None)
+
+
+def images(completeness, x, labels):
+    return completeness.Images("made up", x, labels, x, labels, ("a", "b"))
+
+
+def test_apc_by_hand(completeness):
+    """Logits are the pixels themselves. Class a: errors 50 % lost, 100 % too much; class b: 10 % lost on a wrong image."""
+    x = torch.tensor([[2.0, 0.0], [1.0, 0.0], [9.0, 5.0]])
+    found = {0: torch.tensor([[1.0, 0.0], [2.0, 0.0]]), 1: torch.tensor([[0.0, 4.5]])}
+    data = images(completeness, x, torch.tensor([0, 0, 1]))
+    result = completeness.apc(nn.Identity(), data, lambda part, label: found[label])
+    assert result["APC %"] == pytest.approx((75 + 10) / 2)
+    assert result["positive APC %"] == pytest.approx((25 + 10) / 2)
+
+
+def test_controls_do_what_they_say(completeness):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    x = torch.randn(60, 4)
+    labels = torch.arange(60) % 2
+    inverse = completeness.InverseNetwork(model).fit(x, progress=False)
+    signals = completeness.controls(model, images(completeness, x, labels), inverse)
+    part = x[:8]
+    torch.testing.assert_close(signals["S"](part, 1), inverse.source_signal(part, target=1))
+    assert torch.equal(signals["mean image"](part, 0)[3], x.mean(0))
+    with torch.no_grad():
+        mean = model(x)[:, 1].mean()
+    found = inverse.explain((part,), 1, biases=(False, True))
+    (a,), (s,) = found.signals
+    torch.testing.assert_close(
+        signals["mask only"](part, 1), s + a * (mean / found.output - 1).unsqueeze(1), rtol=1e-4, atol=1e-4
+    )
+    assert not torch.allclose(signals["shuffled output"](part, 1), s)
