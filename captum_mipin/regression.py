@@ -93,7 +93,7 @@ class Moments:
 
     def finite(self) -> bool:
         """Whether no NaN or Inf has come in."""
-        return bool(torch.isfinite(self.xx.sum() + self.mean_x.sum() + self.mean_s.sum() + self.ss.sum()))
+        return bool(torch.isfinite(self.xx.sum() + self.mean_s.sum() + self.ss.diagonal(dim1=1, dim2=2).sum()))
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,13 @@ def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative")
         weight = cross @ inverse
     weight = weight.masked_fill(dead.unsqueeze(1), 0.0)
     bias = moments.mean_x - (weight @ moments.mean_s.unsqueeze(2)).squeeze(2)
-    residual = moments.xx.sum() / rows - 2 * (weight * cross).sum() + ((weight @ gram) * weight).sum()
     total = moments.xx.sum() / rows
+    explained = (weight * (cross + (ridge * unit).view(-1, 1, 1) * weight)).sum()  # W·gram = cross − λ·unit·W
     norms = torch.linalg.matrix_norm(ridged, 1) * torch.linalg.matrix_norm(inverse, 1)
     return Solution(
         weight,
         bias,
-        explained_variance=float(1 - residual / total) if total > 0 else 1.0,
+        explained_variance=float(explained / total) if total > 0 else 1.0,
         dead=int(dead.sum()),
         condition=float(norms.max()),
     )
