@@ -25,6 +25,9 @@ Extras = tuple[Any, ...]
 #: Batch size the example is captured with. Any; sizes 0 and 1 would be taken for constants.
 _EXAMPLE_BATCH = 3
 
+#: Attributes that every module has.
+_OWN = frozenset(vars(nn.Module()))
+
 #: torch.export cannot run in two threads at once.
 _EXPORTING = Lock()
 
@@ -190,7 +193,7 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool 
             "everything else must allow copy.deepcopy."
         ) from error
     try:
-        with _EXPORTING:
+        with _EXPORTING, torch.autocast(inputs[0].device.type, enabled=False):
             program = export(twin, arguments, dynamic_shapes=shapes, strict=False).run_decompositions({})
     except Exception as error:
         given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in inputs)
@@ -199,6 +202,11 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool 
             "Control flow must not depend on the data, the batch size must be free (x.shape[0] keeps it so, len(x) "
             "does not), and inputs must have the shape, dtype and device that the model takes."
         ) from error
+    for symbol, bounds in program.range_constraints.items():
+        if bounds.lower > 2 or bounds.upper < 1 << 31:
+            raise CaptureError(
+                f"the model computes otherwise for batches outside {bounds} ({symbol}): the batch size must be free"
+            )
     return _from_program(program, len(inputs), shared)
 
 
@@ -229,6 +237,30 @@ def finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
+def memory(tensor: Tensor) -> Any:
+    """A tensor's values as bytes."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def glance(model: nn.Module) -> list[Any]:
+    """What a captured graph has taken in of a model besides its parameters and buffers.
+
+    Modules and their types, hooks, and attributes that are numbers, strings, containers or tensors. Where it differs, the
+    model is captured again.
+    """
+    seen: list[Any] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        seen.append((path, type(module), id(module)))
+        for name, value in vars(module).items():
+            if name in ("_forward_hooks", "_forward_pre_hooks"):
+                seen.extend((name, id(hook)) for hook in value.values())
+            elif isinstance(value, Tensor):
+                seen.append((name, id(value), value._version))
+            elif name not in _OWN and isinstance(value, (int, float, str, tuple, list, dict, set)):
+                seen.append((name, repr(value)))
+    return seen
+
+
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """A model's parameters, buffers and tensors that are plain attributes of its modules."""
     attributes = [
@@ -246,24 +278,26 @@ def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -
     Raises:
         CaptureError: ``layer`` is no part of the model, or it has not exactly one output in the graph.
     """
-    paths = [path for path, module in model.named_modules() if module is layer]
+    paths = {path for path, module in model.named_modules(remove_duplicate=False) if module is layer}
     if not paths:
         raise CaptureError(f"layer {type(layer).__name__} is not a module of this {type(model).__name__}")
     if layer is model:
         return str(captured.output.name)
-    inside = {node for node in captured.graph.nodes if paths[0] in place(node).stack}
+    name = min(paths)
+    inside = {node for node in captured.graph.nodes if paths & set(place(node).stack)}
+    calls = {key for node in inside for key, (path, _) in node.meta["nn_module_stack"].items() if path in paths}
     leaving = [
         node
         for node in captured.graph.nodes
         if node in inside and isinstance(node.meta.get("val"), Tensor) and any(user not in inside for user in node.users)
     ]
-    if len(leaving) == 1:
+    if len(leaving) == 1 and len(calls) == 1:
         return str(leaving[0].name)
     if not inside:
         reason = "leaves no operation in the graph: it is not called, or does nothing at inference. Name the module before it"
     else:
-        reason = f"has {len(leaving)} outputs in the graph: it is called more than once, or returns several tensors"
-    raise CaptureError(f"layer {paths[0]!r} ({type(layer).__name__}) {reason}")
+        reason = f"is called {len(calls)} times and has {len(leaving)} outputs in the graph, expected one of each"
+    raise CaptureError(f"layer {name!r} ({type(layer).__name__}) {reason}")
 
 
 def _from_program(program: ExportedProgram, count: int, shared: bool) -> CapturedGraph:

@@ -15,7 +15,7 @@ by fast Fourier transform. For other strides patches are unfolded.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -151,18 +151,39 @@ class Geometry:
         over = (0, *range(2, x.ndim))
         mean = x.double().mean(over)
         x = x - mean.to(x.dtype).view(-1, *(1,) * self.dims)
-        weight = x.new_empty(1).expand(self.weight_shape)
-        cross = self.to_rows(self.gradient(s, x, weight, of=1))
-        ones = x.new_ones(1, x.shape[1], *x.shape[2:])
-        sums, sizes = (
-            self.to_rows(self.gradient(t.sum(0, keepdim=True), ones, weight, of=1))[:, 0].double() for t in (s, s.abs())
-        )
-        gram = self.gram(s, x.shape)
+        level = s.mean(over).view(-1, *(1,) * self.dims)  # S = V + level inside its grid, 0 outside
+        v = s - level
+        level = level.double()
+        # What concerns all examples alike is taken from their sums, in float64.
+        v_sum, x_sum = v.double().sum(0, keepdim=True), x.double().sum(0, keepdim=True)
+        ones, x_ones = torch.ones_like(v_sum), torch.ones_like(x_sum)
+
+        def correlate(s: Tensor, x: Tensor) -> Tensor:
+            return self.to_rows(self.gradient(s, x, x.new_empty(self.weight_shape), of=1)).double()
+
+        cross = correlate(v, x) + correlate(level * ones, x_sum)
+        sums = correlate(v_sum + len(s) * level * ones, x_ones)[:, 0]
+        sizes = correlate(s.abs().sum(0, keepdim=True).double(), x_ones)[:, 0]
+        gram = self.gram(v, x.shape) + self._level_gram(v_sum, level, len(s), x.shape)
         unseen = sizes == 0  # lags and what padding cuts away leave rounding where a tap never sees a signal
         gram.masked_fill_(unseen.unsqueeze(1) | unseen.unsqueeze(2), 0.0)
         gram -= sums.unsqueeze(2) * sums.unsqueeze(1) / rows
         square = x.double().square().sum(over).view(g, channels)
         return Moments(rows, mean.view(g, channels), sums / rows, square, cross, gram)
+
+    def _level_gram(self, v_sum: Tensor, level: Tensor, rows: int, x_size: torch.Size) -> Tensor:
+        """What the level of each channel adds to the Gram matrix of V, from one map of sums and one of ones."""
+        g, c, k = self.groups, self.channels[1], prod(self.kernel)
+        size = v_sum.shape[2:]
+        maps = torch.cat([v_sum.view(1, g, c, *size), torch.ones_like(v_sum).view(1, g, c, *size)[:, :, :1]], 2)
+        first, second = self.weight_shape[:2]
+        shape = (first, second + 1) if self.transposed else (first + g, second)
+        wide = replace(self, weight_shape=(*shape, *self.kernel)).gram(maps.view(1, g * (c + 1), *size), x_size)
+        wide = wide.view(g, c + 1, k, c + 1, k)
+        level = level.view(g, c, 1, 1, 1)
+        across = wide[:, :c, :, c:] * level.view(g, 1, 1, c, 1)  # Σ v[j] · level'[j'], channel by channel
+        both = rows * wide[:, c:, :, c:] * level * level.view(g, 1, 1, c, 1)
+        return (across + across.permute(0, 3, 4, 1, 2) + both).reshape(g, c * k, c * k)
 
     def gram(self, s: Tensor, x_size: torch.Size) -> Tensor:
         """Gram matrix of the patches, not centred: (groups, channels of s · taps, the same), float64."""

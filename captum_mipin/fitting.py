@@ -168,7 +168,8 @@ class Fit:
         Raises:
             FitError: Fewer than two examples, a class whose output is constant, values that are not finite.
         """
-        self._check_outputs()
+        if self._rows is None:
+            self.look()
         work = len(self._surrogate.learned) * (self._rows or 0)
         with tqdm(total=work, unit="row", disable=not self._progress, unit_scale=True) as bar:
             for key in self._surrogate.learned:
@@ -187,8 +188,12 @@ class Fit:
         keys = self._surrogate.learned
         return len(keys) - 1 - keys.index(key) + bool(left)
 
-    def _check_outputs(self) -> None:
-        """Whether there are two examples and every target varies; counts the rows."""
+    def look(self) -> list[float]:
+        """Go through the data once: rows, and the range of each target's output, by which a resumed fit knows its data.
+
+        Raises:
+            FitError: Fewer than two examples, a target whose output is constant, values that are not finite.
+        """
         low = high = None
         rows = 0
         for index, (inputs, extras) in enumerate(self._batches):
@@ -213,6 +218,8 @@ class Fit:
                     "regressed on a constant. Fit it on data it responds to, or leave it out."
                 )
         self._rows = rows
+        ranges = [float(bound[target]) for target in self._targets for bound in (low, high)]
+        return [float(rows), *ranges]
 
     def _values(self, inputs: Inputs, extras: Extras) -> Mapping[str, Any]:
         return self._captured.values(self._model, inputs, extras)

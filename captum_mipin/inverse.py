@@ -23,6 +23,7 @@ from captum_mipin.capture import (
     check_model,
     finite,
     first_example,
+    glance,
     module_output,
     pick,
     plain,
@@ -125,6 +126,8 @@ class InverseNetwork:
             raise InputError(f"epochs={epochs!r} must be at least 1")
         self.model = model
         self.layer = layer
+        if learning_rate is not None and not learning_rate > 0:
+            raise InputError(f"learning_rate={learning_rate!r} must be above 0")
         self.settings = Settings(ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate)
         self._state: _State | None = None
         self._forget_graphs()
@@ -171,7 +174,7 @@ class InverseNetwork:
             batch_size: For data that does not come in batches.
             progress: Show a progress bar with layer, classes and rows a second.
             checkpoint: A file that keeps what is done after each layer. If it is there already, the fit that wrote
-                it is taken up where it stopped; it is removed at the end.
+                it is taken up where it stopped; it is removed at the end. Give the same data in the same batches.
 
         Returns:
             self
@@ -188,7 +191,7 @@ class InverseNetwork:
             self._check_unchanged(before)
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size!r} must be at least 1")
-        with _generator_kept(), torch.inference_mode(False):
+        with _generator_kept(), torch.inference_mode(False), torch.autocast(_device(model).type, enabled=False):
             batches = Batches(data, batch_size, unpack, _device(model))
             inputs, extras = next(iter(batches))
             graph, surrogate = self._surrogate(inputs, extras, self.layer)
@@ -199,14 +202,15 @@ class InverseNetwork:
             chosen = several(targets, dims)
             watch = before.watch if before is not None else storage.Watch(model)
             example = first_example(inputs, extras, graph.shared)
-            state = _State(Fitted(), dims, signature, structure(graph, MIPIN), *example, watch)
-            if checkpoint is not None and Path(checkpoint).exists():
-                state.fitted = self._resume(checkpoint, state, chosen)
+            state = _State(Fitted(), dims, signature, structure(graph), *example, watch)
             fit = Fit(model, graph, surrogate, batches, chosen, self.settings, progress)
+            unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
+            if checkpoint is not None and Path(checkpoint).exists():
+                state.fitted = self._resume(checkpoint, state, unfinished)
 
             def keep(fitted: Fitted) -> None:
                 if checkpoint is not None:
-                    self._write(checkpoint, state, chosen)
+                    self._write(checkpoint, state, unfinished)
 
             done = fit.run(state.fitted, keep)
         if before is not None:
@@ -340,7 +344,7 @@ class InverseNetwork:
     ) -> Explanation:
         check_model(self.model)
         self._check_unchanged(state)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             inputs, extras = plain((inputs, extras))
             graph, surrogate = self._surrogate(inputs, extras, layer)
             dims = graph.output.meta["val"].shape[1:]
@@ -450,7 +454,7 @@ class InverseNetwork:
         )
         return inverse
 
-    def _write(self, path: str | os.PathLike[str], state: _State, unfinished: Sequence[Target] | None) -> None:
+    def _write(self, path: str | os.PathLike[str], state: _State, unfinished: dict[str, Any] | None) -> None:
         fitted = state.fitted
         tensors = {}
         entries = []
@@ -470,11 +474,11 @@ class InverseNetwork:
             "dims": state.dims,
             "targets": entries,
             "layers": [asdict(layer) for layer in fitted.layers],
-            "unfinished": None if unfinished is None else list(unfinished),
+            "unfinished": unfinished,
         }
         storage.save(path, tensors, content)
 
-    def _resume(self, path: str | os.PathLike[str], state: _State, chosen: Sequence[Target]) -> Fitted:
+    def _resume(self, path: str | os.PathLike[str], state: _State, unfinished: dict[str, Any]) -> Fitted:
         """What an interrupted fit had done."""
         tensors, content = storage.load(path)
         same = {
@@ -483,9 +487,10 @@ class InverseNetwork:
             "settings": asdict(self.settings),
             "signature": state.signature.to_json(),
             "structure": state.structure,
-            "unfinished": [list(target) for target in chosen],
+            **unfinished,
         }
-        other = [name for name, value in same.items() if content[name] != value]
+        found = {**content, **(content["unfinished"] or {})}
+        other = [name for name, value in same.items() if found.get(name) != value]
         if other:
             raise InverseFileError(f"the checkpoint {os.fspath(path)!r} is of another fit: its {', '.join(other)} differ")
         return _unpack_fitted(tensors, content, _device(self.model))
@@ -493,7 +498,9 @@ class InverseNetwork:
     # ------------------------------------------------------------------------------------------------- parts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_surrogates", "_lock")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_surrogates", "_glance", "_lock")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -502,11 +509,17 @@ class InverseNetwork:
     def _forget_graphs(self) -> None:
         self._graphs: OrderedDict[Signature, CapturedGraph] = OrderedDict()
         self._surrogates: dict[tuple[Signature, str | None], Surrogate] = {}
+        self._glance: list[Any] = []
         self._lock = Lock()
 
     def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> tuple[CapturedGraph, Surrogate]:
         """The graph and the surrogate for inputs of this kind, kept for the next call."""
         with self._lock:
+            now = glance(self.model)
+            if now != self._glance:  # the graphs are of the model as it was
+                self._graphs.clear()
+                self._surrogates.clear()
+                self._glance = now
             signature, graph = self._graph(inputs, extras)
             start = None if layer is None else module_output(graph, self.model, layer)
             if (signature, start) not in self._surrogates:
@@ -533,7 +546,7 @@ class InverseNetwork:
                 except CaptureError as error:
                     failure = failure or error
                     continue
-                if self._state and structure(graph, MIPIN) != self._state.structure:
+                if self._state and structure(graph) != self._state.structure:
                     raise ModelChangedError(
                         "the model computes something else than the one the inverse was fitted to: fit a new InverseNetwork"
                     )

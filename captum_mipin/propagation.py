@@ -10,7 +10,7 @@ import hashlib
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.capture import CapturedGraph, Place, place
+from captum_mipin.capture import CapturedGraph, Place, memory, place
 from captum_mipin.errors import CaptureError, InputError, UnsupportedOperationError
 from captum_mipin.rules import FORK, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule
 
@@ -28,7 +28,8 @@ Target = tuple[int, ...]
 Inverses = Mapping[str, Inverse]
 
 
-_SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous")
+#: Operations that change a shape at most; sizes among their arguments are harmless.
+_SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,17 @@ class Surrogate:
         if refused:
             raise UnsupportedOperationError(_refusal(refused))
         self.steps: dict[str, Step] = {}
-        self._names: Counter[str] = Counter()
         order = [node.meta["origin"] for node in graph.nodes if node.op == "placeholder"]
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
             run = graph.placeholder("run")
         body = next(node for node in graph.nodes if node.op != "placeholder")
-        needs_scale = [calibrate and _unscaled(node, rules) for node in starts]
+        needs_scale = [_unscaled(node, rules) for node in starts]
+        if any(needs_scale) and not calibrate:
+            raise CaptureError(
+                f"the signal at {starts[0].meta['key']} lacks its scale: sums, scales or a batch norm follow it. Fit "
+                "InverseNetwork(model, layer=...) at this module, which learns it, or take the module behind them."
+            )
         for node in list(graph.nodes):
             if node._erased or node.op == "output" or not node.meta.get("signal"):
                 continue
@@ -182,14 +187,14 @@ class Surrogate:
                 with graph.inserting_before(body) if node.op == "placeholder" else graph.inserting_after(node):
                     result = graph.call_function(source, (run, index, node))
                 _redirect(node, repeat(result), users)
-                self._fork(graph, run, place(node), result, needs_scale[index])
+                self._fork(graph, run, node.meta["key"], result, needs_scale[index])
             elif isinstance(node.meta["val"], Tensor) or not isinstance(rules[str(node.target)], Passes):
                 result = self._replace(graph, run, node, rules)
-                self._fork(graph, run, place(node), result)
+                self._fork(graph, run, node.meta["key"], result)
         graph.eliminate_dead_code()
         graph.lint()
         self.starts = len(starts)
-        self._order = tuple(order)
+        self._order, self._inputs = tuple(order), captured.inputs
         self._module = fx.GraphModule(torch.nn.Module(), graph)
 
     @property
@@ -211,25 +216,18 @@ class Surrogate:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in arguments[-1:] if isinstance(x, Tensor))
+            shown = [values[name] for name in self._inputs]
+            given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in shown)
             raise InputError(f"the model cannot run on inputs of shape, dtype and device {given}: {error}") from error
         return output
-
-    def _key(self, where: Place) -> str:
-        name = str(where)
-        self._names[name] += 1
-        count = self._names[name]
-        return name if count == 1 else f"{name}#{count}"
 
     def _replace(self, graph: fx.Graph, run: fx.Node, node: fx.Node, rules: Mapping[str, Rule]) -> fx.Node:
         """Put a step in the place of an operation, where its rule wants one."""
         rule = None if node.target is operator.getitem else rules[str(node.target)]
-        if node.target is torch.ops.aten.view.default:  # the export saw contiguous tensors; others need a copy
-            node.target = torch.ops.aten.reshape.default
         if not isinstance(rule, (Recorded, Learned)):
             return node
         assert callable(node.target)  # for mypy: it is an operation
-        key = self._key(place(node))
+        key = node.meta["key"]
         self.steps[key] = Step(key, rule, node.target)
         with graph.inserting_after(node):
             new = graph.call_function(step, (run, key, *node.args), dict(node.kwargs))
@@ -242,13 +240,13 @@ class Surrogate:
         graph.erase_node(node)
         return new
 
-    def _fork(self, graph: fx.Graph, run: fx.Node, where: Place, node: fx.Node, needs_scale: bool = False) -> None:
+    def _fork(self, graph: fx.Graph, run: fx.Node, producer: str, node: fx.Node, needs_scale: bool = False) -> None:
         """Put a fork behind a tensor that feeds several branches, or whose signal lacks a scale."""
         users = _uses(node)
         count = sum(_count(user, node) for user in users)
         if count < 2 and not needs_scale:
             return
-        key = self._key(replace(where, operation="fork"))
+        key = f"{producer}/fork"
         self.steps[key] = Step(key, FORK, branches)
         with graph.inserting_after(node):
             forked = graph.call_function(step, (run, key, node, count))
@@ -259,19 +257,28 @@ class Surrogate:
         _redirect(node, iter(parts), users)
 
 
-def structure(captured: CapturedGraph, rules: Mapping[str, Rule]) -> str:
-    """SHA-256 over a model's operations, where they are and how they are set, whatever the size of its inputs.
+def structure(captured: CapturedGraph) -> str:
+    """SHA-256 over what a model computes: its operations, where they are, how they are set and wired; not the weights.
 
-    Changes of shape do not count: their arguments are sizes, and hooks of the user's put some in.
+    Changes of shape alone do not count: their arguments depend on the size of the inputs, and hooks put some in.
     """
-    lines = []
+    digest = hashlib.sha256()
+    names: dict[fx.Node, str] = {}
+    count = 0
     for node in captured.graph.nodes:
-        computes = node.op == "call_function" and isinstance(node.meta.get("val"), (Tensor, tuple, list))
-        if computes and place(node).operation not in _SHAPE:
-            sized = isinstance(rules.get(str(node.target)), Passes)
-            settings = "" if sized else repr(fx.node.map_arg((node.args, node.kwargs), lambda n: "·"))
-            lines.append(f"{place(node)} {node.target} {settings}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            names[node] = "size"
+        elif node.op == "placeholder":
+            constant = captured.constants.get(node.name, node.name)
+            names[node] = constant if isinstance(constant, str) else hashlib.sha256(memory(constant)).hexdigest()
+        elif node.op == "call_function" and place(node).operation in _SHAPE:
+            names[node] = names[node.all_input_nodes[0]]
+        elif node.op == "call_function":
+            count += 1
+            names[node] = f"%{count}"
+            line = f"{names[node]} {place(node)} {node.target} {fx.node.map_arg((node.args, node.kwargs), names.__getitem__)}"
+            digest.update(line.encode())
+    return digest.hexdigest()
 
 
 def survey(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None) -> list[Treatment]:
@@ -284,12 +291,19 @@ def _marked_copy(captured: CapturedGraph, start: str | None) -> tuple[fx.Graph, 
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(captured.graph, copied))
+    names = Counter[str]()
     for old, new in copied.items():
+        name = str(place(old))
+        names[name] += 1
         new.meta["origin"] = old.name  # a copy may have to take another
+        new.meta["key"] = name if names[name] == 1 else f"{name}#{names[name]}"
+        if new.target is torch.ops.aten.view.default:  # the export saw contiguous tensors; others need a copy
+            new.target = torch.ops.aten.reshape.default
+            new.meta["shown"] = old.target
     output = copied[captured.output]
     next(node for node in graph.nodes if node.op == "output").args = (output,)
-    names = captured.inputs if start is None else (start,)
-    starts = [next(new for old, new in copied.items() if old.name == name) for name in names]
+    wanted = captured.inputs if start is None else (start,)
+    starts = [next(new for old, new in copied.items() if old.name == name) for name in wanted]
     needed, stack = {output}, [output]
     while stack:
         for node in stack.pop().all_input_nodes:
@@ -302,6 +316,9 @@ def _marked_copy(captured: CapturedGraph, start: str | None) -> tuple[fx.Graph, 
     for node in graph.nodes:
         above = node in starts or any(n.meta.get("signal") for n in node.all_input_nodes)
         node.meta["signal"] = above and node in needed and _floating(node.meta.get("val"))
+        node.meta["other"] = (
+            above and node in needed and not node.meta["signal"] and isinstance(node.meta.get("val"), Tensor)
+        )  # the start reaches the output here, but not as a floating value
     lost = [node.name for node in starts if not node.meta.get("signal")]
     if lost or not output.meta["signal"]:
         raise CaptureError(
@@ -314,13 +331,17 @@ def _treatments(graph: fx.Graph, captured: CapturedGraph, rules: Mapping[str, Ru
     result = []
     for node in graph.nodes:
         follows = any(n.meta.get("signal") for n in node.all_input_nodes)
-        if node.op != "call_function" or not node.meta.get("signal") or not follows or node.target is operator.getitem:
+        carries = node.meta.get("signal") or node.meta.get("other")
+        if node.op != "call_function" or not carries or not follows or node.target is operator.getitem:
             continue
         rule = rules.get(str(node.target))
         reason = "no rule covers it" if rule is None else _objection(node, rule, captured.batch)
+        if node.meta["other"]:
+            reason = f"it turns the input into {node.meta['val'].dtype}, and what follows from that cannot be sent back"
         status = "passes" if isinstance(rule, Passes) else "supported"
         note = rule.note if rule is not None else ""
-        result.append(Treatment(place(node), str(node.target), "refused" if reason else status, reason or note))
+        name = str(node.meta.get("shown", node.target))
+        result.append(Treatment(place(node), name, "refused" if reason else status, reason or note))
     return result
 
 
@@ -330,6 +351,8 @@ def _objection(node: fx.Node, rule: Rule, batch: str) -> str | None:
     others += [n for argument in node.kwargs.values() for n in _nodes_in(argument)]
     if not rule.many and any(n.meta.get("signal") for n in others):
         return "a second argument of it depends on the input as well"
+    if place(node).operation not in _SHAPE and any(isinstance(n.meta.get("val"), torch.SymInt) for n in others):
+        return "it uses the size of the batch as a value, so an explanation would depend on the other examples"
     values = node.meta["val"]
     several = isinstance(values, (tuple, list))
     if several and not isinstance(rule, Passes):

@@ -71,6 +71,7 @@ class Moments:
         rows = x.shape[1]
         if rows == 0:
             return
+        x, s = (t.float() if t.element_size() < 4 else t for t in (x, s))  # half precision cannot hold sums
         mean_x, mean_s = x.double().mean(1), s.double().mean(1)
         x, s = x - mean_x.to(x.dtype).unsqueeze(1), s - mean_s.to(s.dtype).unsqueeze(1)
         self.add(Moments(rows, mean_x, mean_s, x.double().square().sum(1), x.mT @ s, s.mT @ s))

@@ -60,7 +60,8 @@ def one(target: Any, dims: Sequence[int]) -> Target:
         index += (0,) * (len(dims) - len(index))
     if len(index) != len(dims):
         raise TargetError(
-            f"target {target!r} has {len(index)} indices, expected {len(dims)} for the model's outputs of shape {tuple(dims)}"
+            f"target {target!r} has {len(index)} indices, expected {len(dims)} for the model's outputs of shape "
+            f"{tuple(dims)}; several classes are a list"
         )
     for i, n in zip(index, dims, strict=True):
         if not -n <= i < n:

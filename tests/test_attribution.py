@@ -643,7 +643,7 @@ def test_layers_that_have_no_one_output_are_refused(untouched: Any) -> None:
 
     model, x, foreign = Twice().eval(), torch.randn(40, 4), nn.Linear(4, 5)
     inverse = InverseNetwork(model).fit(x, progress=False)
-    with pytest.raises(CaptureError, match=r"layer 'relu' \(ReLU\) has 2 outputs.*called more than once"), untouched(model, x):
+    with pytest.raises(CaptureError, match=r"layer 'relu' \(ReLU\) is called 2 times"), untouched(model, x):
         LayerMIPINAttribution(model, inverse, model.relu).attribute(x[:2], 0)
     with pytest.raises(CaptureError, match="Linear is not a module of this Twice"), untouched(model, x):
         LayerMIPINAttribution(model, inverse, foreign).attribute(x[:2], 0)

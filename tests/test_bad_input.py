@@ -862,7 +862,7 @@ def test_the_checkpoint_of_another_fit_is_refused_and_kept(mlp: Any, make_mlp: A
     changed = make_mlp()
     _in_place(changed)
     for inverse, targets, message in (
-        (InverseNetwork(mlp.model), [0, 1], "its unfinished differ"),
+        (InverseNetwork(mlp.model), [0, 1], "its classes, data differ"),
         (InverseNetwork(mlp.model, ridge=0.5), [0, 2], "its settings differ"),
         (InverseNetwork(mlp.model, layer=mlp.model[0]), [0, 2], "its layer differ"),
         (InverseNetwork(changed), [0, 2], "its fingerprint differ"),
@@ -879,7 +879,7 @@ def test_a_checkpoint_is_no_inverse_and_an_inverse_no_checkpoint(mlp: Any, saved
     with pytest.raises(InverseFileError, match=r"checkpoint of an unfinished fit; continue it with fit\(checkpoint="):
         InverseNetwork.load(path, mlp.model)
     whole = saved.read_bytes()
-    with pytest.raises(InverseFileError, match="is of another fit: its unfinished differ"):
+    with pytest.raises(InverseFileError, match="is of another fit: its classes, data differ"):
         InverseNetwork(mlp.model).fit(mlp.x, progress=False, checkpoint=saved)
     assert saved.read_bytes() == whole
 

@@ -43,6 +43,7 @@ def test_controls_do_what_they_say(completeness):
     part = x[:8]
     torch.testing.assert_close(signals["S"](part, 1), inverse.source_signal(part, target=1))
     assert torch.equal(signals["mean image"](part, 0)[3], x.mean(0))
+    assert torch.equal(signals["mean image of the class"](part, 1)[3], x[1::2].mean(0))
     with torch.no_grad():
         mean = model(x)[:, 1].mean()
     found = inverse.explain((part,), 1, biases=(False, True))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import InverseNetwork, UnsupportedOperationError, check
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, UnsupportedOperationError, check
 from captum_mipin.capture import capture
 from captum_mipin.errors import CaptureError
 from captum_mipin.propagation import Run, Surrogate
@@ -68,7 +68,7 @@ def test_code_shows_every_step():
 
 def test_steps_are_named_by_module_and_fitted_from_the_output_down():
     _, surrogate = surrogate_of(residual(), normal(2, 6))
-    assert surrogate.learned == ("layers.c/linear", "layers.b/linear", "(model)/fork", "layers.a/linear")
+    assert surrogate.learned == ("layers.c/linear", "layers.b/linear", "(model)/relu/fork", "layers.a/linear")
 
 
 def test_a_layer_used_twice_has_two_steps():
@@ -80,13 +80,13 @@ def test_a_layer_used_twice_has_two_steps():
 def test_a_tensor_used_twice_by_one_operation_forks(double):
     model = Function(lambda m, x: m["b"](double(F.relu(m["a"](x)))), a=dense(4, 4), b=dense(double(normal(1, 4)).shape[1], 2))
     _, surrogate = surrogate_of(model, normal(2, 4))
-    assert surrogate.learned == ("layers.b/linear", "(model)/fork", "layers.a/linear")
+    assert surrogate.learned == ("layers.b/linear", "(model)/relu/fork", "layers.a/linear")
 
 
 def test_an_input_with_lost_scale_is_calibrated_and_one_with_kept_scale_is_not():
     scaled = Function(lambda m, x: m["a"]((x - 0.3) / 7), a=dense(4, 2))
     plain = Function(lambda m, x: m["a"](x.view(x.shape[0], 4)), a=dense(4, 2))
-    assert surrogate_of(scaled, normal(2, 4))[1].learned == ("layers.a/linear", "input inputs_0/fork")
+    assert surrogate_of(scaled, normal(2, 4))[1].learned == ("layers.a/linear", "input inputs_0/input/fork")
     assert surrogate_of(plain, normal(2, 2, 2))[1].learned == ("layers.a/linear",)
     x = normal(100, 4)
     found = InverseNetwork(scaled.eval(), ridge=0).fit(x, 1, progress=False).source_signal(x, target=1)
@@ -119,7 +119,10 @@ REFUSED = {
     "part of the batch": (lambda m, x: m["a"](x[:1].expand(x.shape[0], 4)), "batch as the first"),
     "batch last": (lambda m, x: m["a"](x.t().t()), "batch as the first"),
     "examples against examples": (lambda m, x: (m["a"](x) + m["a"](x).unsqueeze(1)).sum(1), "batch as the first"),
-    "pool with indices": (lambda m, x: m["a"](F.max_pool1d(x.unsqueeze(1), 1, return_indices=True)[1].squeeze(1) * x), "used"),
+    "own mask": (lambda m, x: m["a"](x * (x > 0)), "turns the input into torch.bool"),
+    "hidden coupling": (lambda m, x: m["a"](x * (x > 0).to(x.dtype).mean(0)), "turns the input into torch.bool"),
+    "batch size": (lambda m, x: m["a"](x) / x.shape[0], "size of the batch"),
+    "squeeze": (lambda m, x: m["a"](x.unsqueeze(1).squeeze()), "aten.squeeze"),
 }
 
 
@@ -130,6 +133,42 @@ def test_refused_by_name(name):
     x = normal(3, 4)
     with pytest.raises((UnsupportedOperationError, CaptureError), match=f"(?s)no signal can be sent back.*{reason}"):
         InverseNetwork(model).fit(x, 0, progress=False)
+
+
+def test_a_branch_on_the_batch_size_is_refused():
+    model = Function(lambda m, x: m["a"](x) * 2 if x.shape[0] > 8 else m["a"](x), a=dense(4, 4)).eval()
+    with pytest.raises(CaptureError, match="batch size must be free"):
+        InverseNetwork(model).fit(normal(30, 4), 0, progress=False)
+
+
+def test_steps_keep_their_names_wherever_the_signal_stops():
+    """Two calls of one layer, forks without a module of their own: a start in between must not rename what is above it."""
+    torch.manual_seed(0)
+    relu, behind = nn.ReLU(), nn.ReLU()
+    model = Function(
+        lambda m, x: m["c"](behind(m["b"](h := m["r"](m["a"](F.relu(m["a"](x)))) + 0) + h)),
+        a=dense(4, 4), b=dense(4, 4), c=dense(4, 2), r=relu,
+    ).eval()  # fmt: skip
+    graph = capture(model, (normal(2, 4),))
+    whole = Surrogate(graph, MIPIN).learned
+    start = next(node.name for node in graph.graph.nodes if node.name.startswith("add"))
+    part = Surrogate(graph, MIPIN, start).learned
+    assert part == whole[: len(part)]
+    assert len(part) == 3
+    assert len(whole) == 5
+
+
+def test_a_layer_whose_signal_lost_its_scale_is_refused_unless_it_is_fitted_there():
+    torch.manual_seed(0)
+    model = Function(lambda m, x: m["b"](10 * m["r"](m["a"](x))), a=dense(4, 4), r=nn.ReLU(), b=dense(4, 2)).eval()
+    x = normal(300, 4)
+    whole = InverseNetwork(model).fit(x, 0, progress=False)
+    with pytest.raises(CaptureError, match=r"lacks its scale.*layer="):
+        LayerMIPINAttribution(model, whole, model.layers["r"]).attribute(x, 0)
+    part = InverseNetwork(model, layer=model.layers["r"]).fit(x, 0, progress=False)
+    features = model.layers["r"](model.layers["a"](x)).detach()
+    signal = LayerMIPINAttribution(model, part).source_signal(x, 0)
+    assert float((features - signal).square().sum()) < float((features - features.mean(0)).square().sum())
 
 
 def test_what_is_refused_names_operation_path_and_way_out():

@@ -16,7 +16,7 @@ def _along_batch(node: fx.Node) -> str | None:
 
 _PLAIN = (
     "view.default", "_unsafe_view.default", "reshape.default", "flatten.using_ints", "unflatten.int",
-    "unsqueeze.default", "squeeze.default", "squeeze.dim", "squeeze.dims", "permute.default", "transpose.int",
+    "unsqueeze.default", "squeeze.dim", "squeeze.dims", "permute.default", "transpose.int",
     "t.default", "clone.default", "contiguous.default", "alias.default", "lift_fresh_copy.default",
     "select.int", "split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int",
     "constant_pad_nd.default", "_to_copy.default",
