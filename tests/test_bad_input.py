@@ -865,7 +865,7 @@ def test_the_checkpoint_of_another_fit_is_refused_and_kept(mlp: Any, make_mlp: A
         (InverseNetwork(mlp.model), [0, 1], "its classes, data differ"),
         (InverseNetwork(mlp.model, ridge=0.5), [0, 2], "its settings differ"),
         (InverseNetwork(mlp.model, layer=mlp.model[0]), [0, 2], "its layer differ"),
-        (InverseNetwork(changed), [0, 2], "its fingerprint differ"),
+        (InverseNetwork(changed), [0, 2], "its fingerprint, data differ"),
     ):
         with pytest.raises(InverseFileError, match=rf"checkpoint .* is of another fit: {message}"):
             inverse.fit(Batches(mlp.x), targets, progress=False, checkpoint=path)
