@@ -4,7 +4,7 @@
 
 - attribute: MIP-IN's ``attribute`` ÷ ``captum.attr.Saliency``, alternating, medians; small trained networks at batch 64
   (one class for the batch, and all ten mixed), VGG-11 and ResNet-18 at 224 x 224 with torchvision's random weights (the
-  time does not depend on them), fitted on 16 random images;
+  time does not depend on them), fitted on 8 random images;
 - fit: the MLP of table 3, ten classes, 50,000 images, against the time that its Gram matrices and cross products alone
   take at this machine's measured float32 matrix-multiply rate;
 - sgd: the exact solver against the paper's 20 epochs of SGD on the CNN of table 4, time and reconstruction error.
@@ -75,8 +75,8 @@ def attribute(folder: str | None) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     for name in ("vgg11", "resnet18"):
         model = torchvision.models.get_model(name, weights=None).eval()
-        inverse = InverseNetwork(model).fit(torch.randn(16, 3, 224, 224), targets=0, batch_size=8)
-        rows.append(against_saliency(name, model, torch.randn(4, 3, 224, 224), inverse, 0, 21))
+        inverse = InverseNetwork(model).fit(torch.randn(8, 3, 224, 224), targets=0, batch_size=8)
+        rows.append(against_saliency(name, model, torch.randn(2, 3, 224, 224), inverse, 0, 15))
         print(rows[-1])
     return rows
 

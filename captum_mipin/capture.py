@@ -42,9 +42,10 @@ class Signature:
     @classmethod
     def of(cls, inputs: Inputs, extras: Extras, shared: bool = False) -> "Signature":
         """The signature of a call; ``shared`` as for :func:`capture`."""
-        leaves, structure = pytree.tree_flatten((inputs, extras))
+        leaves, structure = pytree.tree_flatten(extras)
         free = _per_example(inputs, extras, shared)
-        return cls(tuple(_describe(leaf, each) for leaf, each in zip(leaves, free, strict=True)), str(structure))
+        described = tuple(_describe(leaf, each) for leaf, each in zip((*inputs, *leaves), free, strict=True))
+        return cls(described, str(structure) if extras else "")
 
     def to_json(self) -> list[Any]:
         """As lists and strings."""

@@ -536,7 +536,7 @@ class InverseNetwork:
         A further tensor as long as the batch may be per example or shared: what the fit found decides, else what
         the model can be captured with.
         """
-        choices = {Signature.of(inputs, extras, shared): shared for shared in (True, False)}
+        choices = {Signature.of(inputs, extras, shared): shared for shared in ((True, False) if extras else (False,))}
         fitted = self._state.signature if self._state else None
         failure: CaptureError | None = None
         for signature in sorted(choices, key=lambda choice: (choice != fitted, choices[choice])):
