@@ -4,7 +4,7 @@
 
 - attribute: MIP-IN's ``attribute`` ÷ ``captum.attr.Saliency``, alternating, medians; small trained networks at batch 64
   (one class for the batch, and all ten mixed), VGG-11 and ResNet-18 at 224 x 224 with torchvision's random weights (the
-  time does not depend on them), fitted on 8 random images;
+  time does not depend on them), fitted on two random images;
 - fit: the MLP of table 3, ten classes, 50,000 images, against the time that its Gram matrices and cross products alone
   take at this machine's measured float32 matrix-multiply rate;
 - sgd: the exact solver against the paper's 20 epochs of SGD on the CNN of table 4, time and reconstruction error.
@@ -67,7 +67,7 @@ def attribute(folder: str | None) -> list[dict[str, Any]]:
     for name in ("mlp-mnist", "cnn-mnist", "cnn-cifar10"):
         images = load(RECIPES[name].data, folder)
         model = trained(name, images)
-        inverse = InverseNetwork(model).fit(images.train[:1000], batch_size=500)
+        inverse = InverseNetwork(model).fit(images.train[:200], batch_size=200)
         x = images.test[:64]
         for target in (3, torch.arange(64) % 10):
             rows.append(against_saliency(name, model, x, inverse, target, 51))
@@ -75,7 +75,7 @@ def attribute(folder: str | None) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     for name in ("vgg11", "resnet18"):
         model = torchvision.models.get_model(name, weights=None).eval()
-        inverse = InverseNetwork(model).fit(torch.randn(8, 3, 224, 224), targets=0, batch_size=8)
+        inverse = InverseNetwork(model).fit(torch.randn(2, 3, 224, 224), targets=0, batch_size=2)
         rows.append(against_saliency(name, model, torch.randn(2, 3, 224, 224), inverse, 0, 15))
         print(rows[-1])
     return rows
@@ -99,7 +99,7 @@ def fit(folder: str | None) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def sgd(folder: str | None, count: int = 2000) -> list[dict[str, Any]]:
+def sgd(folder: str | None, count: int = 500) -> list[dict[str, Any]]:
     images = load("mnist", folder)
     model = trained("cnn-mnist", images)
     assert model.features is not None

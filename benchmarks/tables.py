@@ -22,18 +22,24 @@ def _pair(row: dict[str, Any], suffix: str = "") -> str:
     return f"{row[f'APC %{suffix}']:.1f} / {row[f'positive APC %{suffix}']:.1f}"
 
 
+def _fitted_on(result: dict[str, Any], most: bool) -> tuple[int, list[dict[str, Any]]]:
+    """The rows of the fits on all training images, or on few."""
+    count = (max if most else min)(row["fit images"] for row in result["rows"])
+    return count, [row for row in result["rows"] if row["fit images"] == count]
+
+
 def completeness() -> str:
-    """APC / positive APC of S and the controls, for every network and seed."""
+    """APC / positive APC of S, for every network and seed, fitted on all training images."""
     rows = []
     for name, (title, paper) in NETWORKS.items():
         result = _load(f"completeness-{name}")
-        full = [row for row in result["rows"] if row["fit images"] == max(r["fit images"] for r in result["rows"])]
+        count, full = _fitted_on(result, most=True)
         for seed, accuracy in enumerate(result["settings"]["test accuracy"]):
             found = {row["signal"]: row for row in full if row["seed"] == seed}
             rows.append(
                 {
-                    "network": f"{title}, seed {seed} ({100 * accuracy:.1f} %)",
-                    "fitted on": found["S"]["fit images"],
+                    "network (test accuracy)": f"{title}, seed {seed} ({100 * accuracy:.1f} %)",
+                    "fitted on": f"{count:,}",
                     "paper": paper,
                     "**S**": f"**{_pair(found['S'])}**",
                     "S, correct images": _pair(found["S"], " (correct)"),
@@ -47,15 +53,31 @@ def completeness() -> str:
     return show(rows)
 
 
-def variants() -> str:
-    """APC / positive APC with other options, on fewer images."""
+def controls() -> str:
+    """APC / positive APC of S and of the controls that keep what the label tells, on correct images."""
     rows = []
     for name, (title, _) in NETWORKS.items():
-        result = _load(f"completeness-{name}")
-        few = min(row["fit images"] for row in result["rows"])
-        row: dict[str, Any] = {"network": f"{title}, {few} images"}
-        for variant in (r for r in result["rows"] if r["fit images"] == few):
-            label = f"{variant['ridge scale']}, λ = {variant['ridge']:g}"
+        count, few = _fitted_on(_load(f"completeness-{name}"), most=False)
+        found = {row["signal"]: row for row in reversed(few) if row["fitted on"] == "all classes" and row["ridge"] == 1e-3}
+        columns = {
+            "**S**": "S",
+            "mask only, mean of the class": "mask only, mean of the class",
+            "shuffled within the class": "shuffled output within the class",
+            "mean image of the class": "mean image of the class",
+        }
+        cells = {column: _pair(found[signal], " (correct)") for column, signal in columns.items()}
+        rows.append({"network": title, "fitted on": f"{count:,}", **cells})
+    return show(rows)
+
+
+def variants() -> str:
+    """APC / positive APC of S with other options, on correct images."""
+    rows = []
+    for name, (title, _) in NETWORKS.items():
+        count, few = _fitted_on(_load(f"completeness-{name}"), most=False)
+        row: dict[str, Any] = {"network": title, "fitted on": f"{count:,}"}
+        for variant in (r for r in few if r["signal"] == "S"):
+            label = f"λ = {variant['ridge']:g}, {variant['ridge scale']}"
             row["own class only" if variant["fitted on"] == "own class" else label] = _pair(variant, " (correct)")
         rows.append(row)
     return show(rows)
@@ -83,7 +105,7 @@ def speed() -> str:
 
 def main() -> None:
     text = README.read_text()
-    for table in (completeness, variants, speed):
+    for table in (completeness, controls, variants, speed):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
