@@ -200,7 +200,7 @@ def test_module_output_finds_a_layer_and_says_why_not() -> None:
     assert module_output(graph, model, model) == graph.output.name
     with pytest.raises(CaptureError, match="Linear is not a module of this Reuse"):
         module_output(graph, model, nn.Linear(3, 3))
-    with pytest.raises(CaptureError, match=r"layer 'relu' \(ReLU\) has 2 outputs in the graph: it is called more than once"):
+    with pytest.raises(CaptureError, match=r"layer .relu. \(ReLU\) is called 2 times and has 2 outputs in the graph"):
         module_output(graph, model, model.relu)
     for layer, name in ((model.drop, "drop"), (model.idle, "idle")):
         with pytest.raises(CaptureError, match=rf"layer '{name}'.*not called, or does nothing.*Name the module before it"):
