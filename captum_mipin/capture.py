@@ -81,10 +81,13 @@ class CapturedGraph:
 
     def values(self, model: nn.Module, inputs: Inputs, extras: Extras) -> dict[str, Any]:
         """The value of every placeholder, parameters and buffers as they are in ``model`` now."""
-        values: dict[str, Any] = {
-            name: (_lookup(model, source) if isinstance(source, str) else source).detach()
-            for name, source in self.constants.items()
-        }
+        modules = dict(model.named_modules(remove_duplicate=False))
+        values: dict[str, Any] = {}
+        for name, source in self.constants.items():
+            if isinstance(source, str):
+                path, _, attribute = source.rpartition(".")
+                source = getattr(modules[path], attribute)
+            values[name] = source.detach()
         leaves = pytree.tree_leaves((inputs, extras))
         values.update((name, leaf) for name, leaf in zip(self.arguments, leaves, strict=True) if name is not None)
         return values
@@ -124,8 +127,8 @@ def check_model(model: object) -> nn.Module:
             f"the model is a {type(model).__name__}, expected a torch.nn.Module: its layers have to be known. "
             "Wrap a function in a small nn.Module that holds the network and calls it in forward()."
         )
-    training = [path or "(the model itself)" for path, module in model.named_modules() if module.training]
-    if training:
+    if any(module.training for module in model.modules()):
+        training = [path or "(the model itself)" for path, module in model.named_modules() if module.training]
         raise TrainingModeError(
             f"the model is in training mode ({len(training)} modules, the first is {training[0]!r}): dropout and batch "
             "statistics would make its explanation random. Call model.eval() first."
@@ -252,13 +255,16 @@ def glance(model: nn.Module) -> list[Any]:
     seen: list[Any] = []
     for path, module in model.named_modules(remove_duplicate=False):
         seen.append((path, type(module), id(module)))
+        seen.extend(id(hook) for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks.values())
         for name, value in vars(module).items():
-            if name in ("_forward_hooks", "_forward_pre_hooks"):
-                seen.extend((name, id(hook)) for hook in value.values())
+            if name in _OWN:
+                continue
+            if isinstance(value, (int, str)):
+                seen.append((name, value))
+            elif isinstance(value, (float, tuple, list, dict, set)):
+                seen.append((name, repr(value)))
             elif isinstance(value, Tensor):
                 seen.append((name, id(value), value._version))
-            elif name not in _OWN and isinstance(value, (int, float, str, tuple, list, dict, set)):
-                seen.append((name, repr(value)))
     return seen
 
 
@@ -352,9 +358,3 @@ def _per_example(inputs: Inputs, extras: Extras, shared: bool) -> list[bool]:
     return [True] * len(inputs) + [
         not shared and isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows for leaf in leaves
     ]
-
-
-def _lookup(model: nn.Module, path: str) -> Tensor:
-    module_path, _, name = path.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(module_path), name)
-    return tensor

@@ -142,7 +142,13 @@ def _look(model: nn.Module) -> tuple[list[Any], list[Tensor], list[int]]:
 
 def _marks(model: nn.Module) -> list[Any]:
     """What changes when a tensor is replaced, or written to in a way torch keeps count of."""
-    return [(name, tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype) for name, tensor in _named_tensors(model)]
+    return [
+        (name, tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
 
 
 def _words(tensor: Tensor) -> Tensor:
