@@ -95,11 +95,11 @@ def speed() -> str:
     (fit,) = _load("speed-fit")["rows"]
     what = f"`fit`, MLP, {fit['targets']} classes, {fit['images']:,} images: {fit['fit s']:.1f} s"
     rows.append({"": what, "time": f"{1 / fit['ratio']:.1f} × its matrix products alone"})
-    exact, sgd = _load("speed-sgd")["rows"]
-    errors = " and ".join(f"{row['error at the image']:.3f}" for row in (sgd, exact))
-    rows.append(
-        {"": f"SGD, 20 epochs ÷ exact, CNN, {exact['images']} images (error {errors})", "time": f"{sgd['ratio']:.0f} ×"}
-    )
+    exact, *descents = _load("speed-sgd")["rows"]
+    for sgd in descents:
+        errors = f"{100 * sgd['unexplained, conv 1']:.2f} % unexplained, exact {100 * exact['unexplained, conv 1']:.2f} %"
+        what = f'`solver="sgd"`, {sgd["epochs"]} epochs, CNN, {exact["images"]} images ({errors})'
+        rows.append({"": what, "time": f"{sgd['ratio']:.0f} × exact"})
     return show(rows)
 
 

@@ -161,7 +161,13 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 def _sums(words: list[Tensor]) -> list[int]:
-    sums: list[int] = torch.stack([w.sum(dtype=torch.int64) for w in words]).tolist() if words else []
+    """The sum of each large tensor, and one over all small ones, since a call costs more than adding them."""
+    sums: list[int] = []
+    for device in {w.device for w in words}:
+        here = [w for w in words if w.device == device]
+        small = [w.to(torch.int64) for w in here if w.numel() < 1 << 12]
+        parts = [w for w in here if w.numel() >= 1 << 12] + ([torch.cat(small)] if small else [])
+        sums += torch.stack([part.sum(dtype=torch.int64) for part in parts]).tolist()
     return sums
 
 
