@@ -4,8 +4,9 @@
 
 Fits MIP-IN for every class on all training images, then measures on the test images of each class c how far Φ_c(S) is
 from Φ_c(X): APC (equation 10) and positive APC (equation 11). Both divide by |Φ_c(X)|, so that one misclassified image
-with a logit near zero can outweigh a thousand others; the median error and the APC of the correctly classified images
-stand beside them. Controls, on the same images, where Y_c is the logit of the class c that is explained:
+with a logit near zero can outweigh a thousand others. Beside them stand the median error, the APC of the correctly
+classified images, and that of each image for the class the network puts it into ("predicted"). Controls, on the same
+images, where Y_c is the logit of the class c that is explained:
 
 - mean image: S replaced by the mean training image, of all classes or of class c;
 - shuffled output: the inverse is given the Y_c of another test image, of any class or of class c, with the masks of
@@ -38,27 +39,20 @@ Signal = Callable[[Tensor, int], Tensor]
 
 def apc(model: nn.Module, images: Images, signal: Signal) -> dict[str, float]:
     """APC and positive APC in percent (equations 10, 11): mean over each class's test images, then over classes."""
-    columns: list[list[Tensor]] = []
+    with torch.no_grad():
+        logits = torch.cat([model(x) for x in images.test.split(500)])
+    predicted, columns = logits.argmax(1), []
     for label in range(len(images.classes)):
-        x = images.test[images.test_labels == label]
-        outputs, found = [], []
-        for part in x.split(250):
-            with torch.no_grad():
-                outputs.append(model(part))
-                found.append(model(signal(part, label))[:, label])
-        output = torch.cat(outputs)
-        y, right = output[:, label], output.argmax(1) == label
-        error = (y - torch.cat(found)) / y.abs()
-        columns.append(
-            [
-                error.abs().mean(),
-                error.relu().mean(),
-                error.abs().median(),
-                *(e[right].mean() for e in (error.abs(), error.relu())),
-            ]
-        )
-    names = ("APC %", "positive APC %", "median error %", "APC % (correct)", "positive APC % (correct)")
-    return dict(zip(names, torch.tensor(columns).mean(0).mul(100).tolist(), strict=True))
+        chosen = (images.test_labels == label) | (predicted == label)
+        with torch.no_grad():
+            found = torch.cat([model(signal(x, label))[:, label] for x in images.test[chosen].split(250)])
+        y, true, named = logits[chosen, label], images.test_labels[chosen] == label, predicted[chosen] == label
+        error = (y - found) / y.abs()
+        pairs = [(e.abs().mean(), e.relu().mean()) for e in (error[true], error[true & named], error[named])]
+        columns.append([*(value for pair in pairs for value in pair), error[true].abs().median()])
+    names = [f"{kind} %{of}" for of in ("", " (correct)", " (predicted)") for kind in ("APC", "positive APC")]
+    values = torch.tensor(columns).mean(0).mul(100).tolist()
+    return dict(zip([*names, "median error %"], values, strict=True))
 
 
 def controls(model: nn.Module, images: Images, inverse: InverseNetwork) -> dict[str, Signal]:

@@ -85,7 +85,7 @@ RECIPES = {
     "mlp-mnist": Recipe(mlp, "mnist", 8, decay=3e-4),
     "cnn-mnist": Recipe(cnn_mnist, "mnist", 4),
     "cnn-fashion-mnist": Recipe(cnn_mnist, "fashion-mnist", 6),
-    "cnn-cifar10": Recipe(cnn_cifar, "cifar10", 16, augment=True),
+    "cnn-cifar10": Recipe(cnn_cifar, "cifar10", 16, decay=1e-3, augment=True),
 }
 
 

@@ -6,6 +6,7 @@ touched.
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection, export
+from torch.export import Dim, ExportedProgram, ShapesCollection, default_decompositions, export
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
@@ -197,8 +198,10 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool 
             "everything else must allow copy.deepcopy."
         ) from error
     try:
-        with _EXPORTING, torch.autocast(inputs[0].device.type, enabled=False):
-            program = export(twin, arguments, dynamic_shapes=shapes, strict=False).run_decompositions({})
+        with _EXPORTING, warnings.catch_warnings(), torch.autocast(inputs[0].device.type, enabled=False):
+            warnings.filterwarnings("error", message=".*was assigned during export")  # by a model that keeps state
+            program = export(twin, arguments, dynamic_shapes=shapes, strict=False)
+            program = program.run_decompositions(_decompositions())
     except Exception as error:
         given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in inputs)
         raise CaptureError(
@@ -212,6 +215,11 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool 
                 f"the model computes otherwise for batches outside {bounds} ({symbol}): the batch size must be free"
             )
     return _from_program(program, len(inputs), shared)
+
+
+def _decompositions() -> dict[Any, Any]:
+    """The few operations to be taken apart into simpler ones."""
+    return {op: how for op, how in default_decompositions().items() if str(op) == "aten.einsum.default"}
 
 
 def first_example(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Inputs, Extras]:

@@ -586,10 +586,10 @@ def check(
         CaptureError: The model as a whole cannot be captured.
 
     Examples:
-        >>> print(check(nn.Sequential(nn.Linear(4, 2), nn.GELU()).eval(), torch.ones(1, 4)))
+        >>> print(check(nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)).eval(), torch.ones(1, 4)))
         module  operation            status     what happens to the signal
         0       aten.linear.default  supported  learned dense inverse
-        1       aten.gelu.default    refused    no rule covers it
+        1       aten.softmax.int     refused    no rule covers it
     """
     graph = capture(model, as_inputs(example_inputs), as_extras(additional_forward_args))
     start = None if layer is None else module_output(graph, model, layer)

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from captum_mipin.batch import Layout, first_dimension, layout
 from captum_mipin.capture import CapturedGraph, Place, memory, place
 from captum_mipin.errors import CaptureError, InputError, UnsupportedOperationError
-from captum_mipin.rules import FORK, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule
+from captum_mipin.rules import FORK, RECORDABLE, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation
 
 #: A class, as the index of its logit among the model's outputs without the batch dimension.
 Target = tuple[int, ...]
@@ -30,6 +31,17 @@ Inverses = Mapping[str, Inverse]
 
 #: Operations that change a shape at most; sizes among their arguments are harmless.
 _SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
+
+
+#: Operations whose result follows from the shape of their argument alone.
+_BLANK = ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
+
+#: Operations that tell which dimension holds the channels.
+_CHANNELS = {
+    **dict.fromkeys(("linear", "layer_norm", "scaled_dot_product_attention", "matmul", "bmm"), -1),
+    **{f"{kind}{dims}d": 1 for dims in (1, 2, 3) for kind in ("conv", "conv_transpose", "max_pool", "avg_pool")},
+    **dict.fromkeys(("_native_batch_norm_legit_no_training", "group_norm"), 1),
+}
 
 
 @dataclass(frozen=True)
@@ -51,11 +63,19 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation with a rule, as the surrogate runs it."""
+    """One operation with a rule, as the surrogate runs it: on the argument that carries signal, then the others.
+
+    Attributes:
+        key: Its name in every fit.
+        rule: Where its signal goes.
+        operation: What it computes.
+        layout: Where the examples are in what it takes and gives.
+    """
 
     key: str
     rule: Recorded | Learned
     operation: Callable[..., Any]
+    layout: Layout = field(default_factory=Layout)
 
 
 @dataclass
@@ -80,13 +100,14 @@ class Run:
     observed: tuple[Inverter, Tensor, tuple[Tensor, ...]] | None = None
     sources: dict[int, Tensor] = field(default_factory=dict)
 
-    def invert(self, inverter: Inverter, key: str, *signals: Tensor) -> Tensor:
+    def invert(self, inverter: Inverter, step: Step, *signals: Tensor) -> Tensor:
         """g(S), for each example with the inverse of its own target."""
         parts: list[Tensor] = []
         for target, examples in self.groups:
-            inverse = self.inverses[target][key].to(signals[0])
-            parts.append(inverter.apply(inverse, tuple(s[examples] for s in signals), self.options.bias))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            inverse = self.inverses[target][step.key].to(signals[0])
+            own = tuple(step.layout.part(s, examples) for s in signals) if len(self.groups) > 1 else signals
+            parts.append(inverter.apply(inverse, own, self.options.bias))
+        return step.layout.join(parts)
 
 
 class _Invert(torch.autograd.Function):
@@ -106,7 +127,7 @@ def _forward(run: Run, step: Step, x: Tensor, arguments: Any, named: Any) -> tup
     if isinstance(step.rule, Recorded):
         return step.rule.run(run.options, step.operation, x, *arguments, **named)
     inverter = step.rule.inverter(x, *arguments, **named)
-    return step.operation(x, *arguments, **named), partial(run.invert, inverter, step.key)
+    return step.operation(x, *arguments, **named), partial(run.invert, inverter, step)
 
 
 def step(run: Run, key: str, x: Tensor, *arguments: Any, **named: Any) -> Any:
@@ -133,8 +154,8 @@ def source(run: Run, index: int, x: Tensor) -> Tensor:
     return x
 
 
-def branches(x: Tensor, count: int) -> tuple[Tensor, ...]:
-    """``x`` for each of ``count`` branches."""
+def branches(x: Tensor, count: int, channels: int | None) -> tuple[Tensor, ...]:
+    """``x``, whose channels are along a dimension, for each of ``count`` branches."""
     return tuple(x.detach() for _ in range(count))
 
 
@@ -162,10 +183,14 @@ class Surrogate:
     def __init__(
         self, captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None, calibrate: bool = True
     ) -> None:
-        graph, starts = _marked_copy(captured, start)
-        refused = [t for t in _treatments(graph, captured, rules) if t.status == "refused"]
+        graph, starts = _marked_copy(captured, rules, start)
+        refused = [t for t in _treatments(graph, rules) if t.status == "refused"]
         if refused:
             raise UnsupportedOperationError(_refusal(refused))
+        for node in graph.nodes:
+            if node.meta["signal"] and isinstance(node.meta["val"], Tensor):
+                node.meta["channels"] = _channels(node)
+        _cut_recordings(graph, rules)
         self.steps: dict[str, Step] = {}
         order = [node.meta["origin"] for node in graph.nodes if node.op == "placeholder"]
         first = next(iter(graph.nodes))
@@ -187,10 +212,10 @@ class Surrogate:
                 with graph.inserting_before(body) if node.op == "placeholder" else graph.inserting_after(node):
                     result = graph.call_function(source, (run, index, node))
                 _redirect(node, repeat(result), users)
-                self._fork(graph, run, node.meta["key"], result, needs_scale[index])
+                self._fork(graph, run, node.meta, result, needs_scale[index])
             elif isinstance(node.meta["val"], Tensor) or not isinstance(rules[str(node.target)], Passes):
                 result = self._replace(graph, run, node, rules)
-                self._fork(graph, run, node.meta["key"], result)
+                self._fork(graph, run, node.meta, result)
         graph.eliminate_dead_code()
         graph.lint()
         self.starts = len(starts)
@@ -228,7 +253,7 @@ class Surrogate:
             return node
         assert callable(node.target)  # for mypy: it is an operation
         key = node.meta["key"]
-        self.steps[key] = Step(key, rule, node.target)
+        self.steps[key] = Step(key, rule, node.target, node.meta["layout"])
         with graph.inserting_after(node):
             new = graph.call_function(step, (run, key, *node.args), dict(node.kwargs))
         new.meta = dict(node.meta)
@@ -240,16 +265,16 @@ class Surrogate:
         graph.erase_node(node)
         return new
 
-    def _fork(self, graph: fx.Graph, run: fx.Node, producer: str, node: fx.Node, needs_scale: bool = False) -> None:
+    def _fork(self, graph: fx.Graph, run: fx.Node, meta: Any, node: fx.Node, needs_scale: bool = False) -> None:
         """Put a fork behind a tensor that feeds several branches, or whose signal lacks a scale."""
         users = _uses(node)
         count = sum(_count(user, node) for user in users)
-        if count < 2 and not needs_scale:
+        if "channels" not in meta or (count < 2 and not needs_scale):
             return
-        key = f"{producer}/fork"
-        self.steps[key] = Step(key, FORK, branches)
+        key = f"{meta['key']}/fork"
+        self.steps[key] = Step(key, FORK, branches, meta["layout"])
         with graph.inserting_after(node):
-            forked = graph.call_function(step, (run, key, node, count))
+            forked = graph.call_function(step, (run, key, node, count, meta["channels"]))
         parts: list[fx.Node] = []
         for index in reversed(range(count)):
             with graph.inserting_after(forked):
@@ -283,11 +308,11 @@ def structure(captured: CapturedGraph) -> str:
 
 def survey(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None) -> list[Treatment]:
     """What becomes of every operation between the start (or the inputs) and the output, in order of execution."""
-    return _treatments(_marked_copy(captured, start)[0], captured, rules)
+    return _treatments(_marked_copy(captured, rules, start)[0], rules)
 
 
-def _marked_copy(captured: CapturedGraph, start: str | None) -> tuple[fx.Graph, list[fx.Node]]:
-    """A copy of the graph, cut to what the output needs, its nodes marked that carry signal from the start."""
+def _marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None) -> tuple[fx.Graph, list[fx.Node]]:
+    """A copy of the graph, cut to what the output needs, its nodes marked (see :func:`_mark`)."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(captured.graph, copied))
@@ -313,56 +338,138 @@ def _marked_copy(captured: CapturedGraph, start: str | None) -> tuple[fx.Graph, 
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and node not in needed:
             graph.erase_node(node)
+    _mark(graph, rules, starts, needed)
     for node in graph.nodes:
-        above = node in starts or any(n.meta.get("signal") for n in node.all_input_nodes)
-        node.meta["signal"] = above and node in needed and _floating(node.meta.get("val"))
-        node.meta["other"] = (
-            above and node in needed and not node.meta["signal"] and isinstance(node.meta.get("val"), Tensor)
-        )  # the start reaches the output here, but not as a floating value
+        if node.meta["depends"]:
+            node.meta["layout"] = Layout() if node in starts else layout(node, captured.batch)
     lost = [node.name for node in starts if not node.meta.get("signal")]
     if lost or not output.meta["signal"]:
         raise CaptureError(
             f"the model's output does not depend on {', '.join(lost) or 'its input'}, so nothing can be explained"
         )
+    for node in starts:
+        if not first_dimension(node.meta["val"], captured.batch):
+            shape = tuple(map(str, node.meta["val"].shape))
+            raise CaptureError(f"{node.meta['key']} has shape {shape}, expected the batch as its first dimension")
+    at = output.meta.get("layout")
+    if isinstance(at, Layout) and at.dim:
+        raise CaptureError(f"the model's output has the batch as its dimension {at.dim}, expected the first")
     return graph, starts
 
 
-def _treatments(graph: fx.Graph, captured: CapturedGraph, rules: Mapping[str, Rule]) -> list[Treatment]:
+def _mark(graph: fx.Graph, rules: Mapping[str, Rule], starts: Sequence[fx.Node], needed: set[fx.Node]) -> None:
+    """Mark each node's ``meta``: "depends" on the starts, carries "signal" to the output, or is "recorded" on the way.
+
+    "other" marks what would carry signal, had it a floating dtype.
+    """
+    for node in graph.nodes:
+        sized = isinstance(node.meta.get("val"), torch.SymInt) or operation(node) in _BLANK
+        follows = not sized and any(n.meta["depends"] for n in node.all_input_nodes)
+        node.meta["depends"] = node in needed and (node in starts or follows) and node.op != "output"
+    reached = {node for node in needed if any(user.op == "output" for user in node.users)}
+    for node in reversed(list(graph.nodes)):
+        if node in reached and node not in starts:
+            positions = _carriers(node, rules)
+            reached.update(n for position in positions for n in _nodes_in(node.args[position]) if n.meta["depends"])
+        carries, value = node in reached and node.meta["depends"], node.meta.get("val")
+        node.meta["signal"] = carries and _floating(value)
+        node.meta["other"] = carries and not _floating(value) and isinstance(value, Tensor)
+        node.meta["recorded"] = node.meta["depends"] and not carries and isinstance(value, Tensor)
+
+
+def _cut_recordings(graph: fx.Graph, rules: Mapping[str, Rule]) -> None:
+    """Detach what carries signal wherever it is used to make gates or weights, so that nothing comes back from there."""
+    for node in list(graph.nodes):
+        part = node.target is operator.getitem and node.meta["recorded"] and node.args[0].meta["signal"]
+        if not part and not (node.meta["signal"] and isinstance(node.meta["val"], Tensor)):
+            continue
+        carried = {user: _carriers(user, rules) if user.meta["signal"] or user.op == "output" else () for user in node.users}
+        sizes = [user for user in node.users if isinstance(user.meta.get("val"), torch.SymInt)]
+        users = [user for user in node.users if user not in sizes and _count(user, node) > _count(user, node, carried[user])]
+        if not users:
+            continue
+        with graph.inserting_after(node):
+            cut = graph.call_function(torch.ops.aten.detach.default, (node,))
+        cut.meta = {**node.meta, "signal": False}
+        for user in users:
+            spared = carried[user]
+            parts = [a if i in spared else _swapped(a, node, cut) for i, a in enumerate(user.args)]
+            user.args, user.kwargs = tuple(parts), _swapped(user.kwargs, node, cut)
+
+
+def _swapped(argument: Any, old: fx.Node, new: fx.Node) -> Any:
+    return fx.node.map_arg(argument, lambda n: new if n is old else n)
+
+
+def _channels(node: fx.Node) -> int | None:
+    """The dimension of a tensor's channels, as the operations nearest to it have it; None for one of one dimension."""
+    value = node.meta["val"]
+    if value.ndim < 2:
+        return None
+    at: Layout = node.meta["layout"]
+    for downwards in (True, False):
+        seen, queue = {node}, [node]
+        for this in queue:
+            for other in this.users if downwards else this.all_input_nodes:
+                dim = _CHANNELS.get(operation(other), at.dim) % value.ndim
+                if dim != at.dim:
+                    return int(dim)
+                alike = isinstance(other.meta.get("val"), Tensor) and str(other.meta["val"].shape) == str(value.shape)
+                if alike and other not in seen:
+                    seen.add(other)
+                    queue.append(other)
+    return 1 if at.dim != 1 else value.ndim - 1
+
+
+def _carriers(node: fx.Node, rules: Mapping[str, Rule]) -> Sequence[int]:
+    """Positions of the arguments that carry a node's signal."""
+    rule = rules.get(str(node.target))
+    if node.op == "output" or rule is None or not _floating(node.meta.get("val")):
+        return range(len(node.args))
+    return rule.carriers(node)
+
+
+def _treatments(graph: fx.Graph, rules: Mapping[str, Rule]) -> list[Treatment]:
     result = []
     for node in graph.nodes:
-        follows = any(n.meta.get("signal") for n in node.all_input_nodes)
-        carries = node.meta.get("signal") or node.meta.get("other")
-        if node.op != "call_function" or not carries or not follows or node.target is operator.getitem:
+        follows = any(n.meta["depends"] for n in node.all_input_nodes)
+        marked = node.meta["signal"] or node.meta["other"] or node.meta["recorded"]
+        if node.op != "call_function" or not marked or not follows or node.target is operator.getitem:
             continue
         rule = rules.get(str(node.target))
-        reason = "no rule covers it" if rule is None else _objection(node, rule, captured.batch)
         if node.meta["other"]:
             reason = f"it turns the input into {node.meta['val'].dtype}, and what follows from that cannot be sent back"
-        status = "passes" if isinstance(rule, Passes) else "supported"
-        note = rule.note if rule is not None else ""
+        elif rule is None and not (node.meta["recorded"] and str(node.target) in RECORDABLE):
+            reason = "no rule covers it"
+        else:
+            reason = _objection(node, rule) or ""
+        if node.meta["recorded"]:
+            status, note = "supported", "recorded: it makes gates or weights, and gets no signal"
+        else:
+            status, note = "passes" if isinstance(rule, Passes) else "supported", rule.note if rule else ""
         name = str(node.meta.get("shown", node.target))
         result.append(Treatment(place(node), name, "refused" if reason else status, reason or note))
     return result
 
 
-def _objection(node: fx.Node, rule: Rule, batch: str) -> str | None:
+def _objection(node: fx.Node, rule: Rule | None) -> str | None:
     """Why a rule cannot treat this node, if so."""
     others = [n for argument in node.args[1:] for n in _nodes_in(argument)]
     others += [n for argument in node.kwargs.values() for n in _nodes_in(argument)]
-    if not rule.many and any(n.meta.get("signal") for n in others):
-        return "a second argument of it depends on the input as well"
     if place(node).operation not in _SHAPE and any(isinstance(n.meta.get("val"), torch.SymInt) for n in others):
         return "it uses the size of the batch as a value, so an explanation would depend on the other examples"
+    at = node.meta["layout"]
+    mixes = at if isinstance(at, str) else None
+    if rule is None or node.meta["recorded"]:
+        return mixes
+    carried = {n for position in rule.carriers(node) for n in _nodes_in(node.args[position])}
+    if not rule.records and any(n.meta["depends"] for n in node.all_input_nodes if n not in carried):
+        return "a second argument of it depends on the input as well"
     values = node.meta["val"]
-    several = isinstance(values, (tuple, list))
-    if several and not isinstance(rule, Passes):
-        if any(user.target is operator.getitem and user.args[1] != 0 for user in node.users):
-            return "another of its outputs than the first is used"
-        values = values[:1]
-    for value in values if several else [values]:
-        if value.ndim == 0 or str(value.shape[0]) != batch or any(isinstance(d, torch.SymInt) for d in value.shape[1:]):
-            return f"it does not keep the batch as the first dimension: its result has shape {tuple(map(str, value.shape))}"
-    return rule.refuse(node)
+    several = isinstance(values, (tuple, list)) and not isinstance(rule, Passes)
+    if several and any(user.target is operator.getitem and user.args[1] != 0 for user in node.users):
+        return "another of its outputs than the first is used"
+    return mixes or rule.refuse(node)
 
 
 def _refusal(refused: Sequence[Treatment]) -> str:
@@ -395,8 +502,10 @@ def _uses(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.meta.get("signal") or user.op == "output"]
 
 
-def _count(user: fx.Node, node: fx.Node) -> int:
-    return sum(n is node for argument in (*user.args, *user.kwargs.values()) for n in _nodes_in(argument))
+def _count(user: fx.Node, node: fx.Node, positions: Sequence[int] | None = None) -> int:
+    """How often ``user`` uses ``node``, or does so at these positions."""
+    arguments = [*user.args, *user.kwargs.values()] if positions is None else [user.args[i] for i in positions]
+    return sum(n is node for argument in arguments for n in _nodes_in(argument))
 
 
 def _redirect(old: fx.Node, new: Iterator[fx.Node], users: Sequence[fx.Node]) -> None:

@@ -879,8 +879,8 @@ def test_captums_own_table(entry: dict[str, Any], untouched: Any) -> None:
 
 
 def test_an_unsupported_operation_is_refused_by_name(untouched: Any) -> None:
-    model, x = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)).eval(), torch.randn(8, 4)
-    with pytest.raises(UnsupportedOperationError, match=r"aten\.sigmoid\.default in 1: no rule covers it"), untouched(model, x):
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 2)).eval(), torch.randn(8, 4)
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.softmax\.int in 1: no rule covers it"), untouched(model, x):
         InverseNetwork(model).fit(x, progress=False)
 
 

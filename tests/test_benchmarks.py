@@ -24,13 +24,24 @@ def images(completeness, x, labels):
 
 
 def test_apc_by_hand(completeness):
-    """Logits are the pixels themselves. Class a: errors 50 % lost, 100 % too much; class b: 10 % lost on a wrong image."""
-    x = torch.tensor([[2.0, 0.0], [1.0, 0.0], [9.0, 5.0]])
-    found = {0: torch.tensor([[1.0, 0.0], [2.0, 0.0]]), 1: torch.tensor([[0.0, 4.5]])}
-    data = images(completeness, x, torch.tensor([0, 0, 1]))
+    """Logits are the pixels themselves. Class a: errors 50 % lost, 100 % too much; class b: 10 % lost on an image that is
+    taken for a (90 % too much there), 30 % lost on one that is not.
+    """
+    x = torch.tensor([[2.0, 0.0], [1.0, 0.0], [10.0, 5.0], [0.0, 10.0]])
+    found = {0: torch.tensor([[1.0, 0.0], [2.0, 0.0], [19.0, 0.0]]), 1: torch.tensor([[0.0, 4.5], [0.0, 7.0]])}
+    data = images(completeness, x, torch.tensor([0, 0, 1, 1]))
     result = completeness.apc(nn.Identity(), data, lambda part, label: found[label])
-    assert result["APC %"] == pytest.approx((75 + 10) / 2)
-    assert result["positive APC %"] == pytest.approx((25 + 10) / 2)
+    assert result == pytest.approx(
+        {
+            "APC %": (75 + 20) / 2,
+            "positive APC %": (25 + 20) / 2,
+            "APC % (correct)": (75 + 30) / 2,
+            "positive APC % (correct)": (25 + 30) / 2,
+            "APC % (predicted)": (80 + 30) / 2,
+            "positive APC % (predicted)": (50 / 3 + 30) / 2,
+            "median error %": (50 + 10) / 2,
+        }
+    )
 
 
 def test_controls_do_what_they_say(completeness):

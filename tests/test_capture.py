@@ -208,7 +208,7 @@ def test_module_output_finds_a_layer_and_says_why_not() -> None:
 
 
 def test_check_lists_every_operation_with_what_becomes_of_it(untouched: Any) -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2), nn.Sigmoid()).eval()
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2), nn.Softmax(1)).eval()
     x = torch.randn(2, 1, 5, 5)
     with untouched(model, x):
         report = check(model, x)
@@ -216,14 +216,14 @@ def test_check_lists_every_operation_with_what_becomes_of_it(untouched: Any) -> 
         ("0", "supported"), ("1", "supported"), ("2", "passes"), ("3", "supported"), ("4", "refused"),
     ]  # fmt: skip
     assert not report.ok
-    assert [row.operation for row in report.refused] == ["aten.sigmoid.default"]
+    assert [row.operation for row in report.refused] == ["aten.softmax.int"]
     lines = str(report).splitlines()
     assert len(lines) == 6
     assert all(row.operation in line for row, line in zip(report.rows, lines[1:], strict=True))
 
 
 def test_check_may_begin_at_a_layer() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid(), nn.Linear(3, 2)).eval()
+    model = nn.Sequential(nn.Linear(3, 3), nn.Softmax(1), nn.Linear(3, 2)).eval()
     assert not check(model, torch.ones(1, 3)).ok
     assert check(model, torch.ones(1, 3), layer=model[1]).ok
 

@@ -105,20 +105,28 @@ def test_each_of_two_inputs_that_are_added_is_reconstructed():
 
 
 REFUSED = {
-    "gelu": (lambda m, x: m["a"](F.gelu(x)), "aten.gelu.default"),
-    "softmax": (lambda m, x: m["a"](x).softmax(1), "softmax"),
-    "relu6": (lambda m, x: m["a"](F.relu6(x)), "aten.relu6.default"),
-    "clamp to one": (lambda m, x: m["a"](x.clamp(min=0, max=1)), "is not a ReLU"),
-    "clamp from below": (lambda m, x: m["a"](x.clamp(min=-1)), "is not a ReLU"),
+    "softmax": (lambda m, x: m["a"](F.softmax(x, 1)), "aten.softmax.int"),
+    "softmax of logits": (lambda m, x: m["a"](x).softmax(1), "aten.softmax.int"),
+    "clamp to one": (lambda m, x: m["a"](x.clamp(min=0.5, max=1)), "does not let 0 through"),
+    "clamp from below": (lambda m, x: m["a"](x.clamp(min=1)), "does not let 0 through"),
     "product": (lambda m, x: m["a"](x * x), "both depend on the input"),
     "gate": (lambda m, x: m["a"](x * m["b"](x)), "both depend on the input"),
     "ratio": (lambda m, x: m["a"](1 / x), "reciprocal|depends on the input"),
-    "mean over the batch": (lambda m, x: m["a"](x - x.mean(0, keepdim=True)), "over the batch|batch as the first"),
+    "mean over the batch": (lambda m, x: m["a"](x - x.mean(0, keepdim=True)), "keep the batch as one dimension"),
     "sum over all": (lambda m, x: m["a"](x).sum(1) / x.abs().sum(), "no rule|sum"),
     "flipped batch": (lambda m, x: m["a"](x.flip(0)), "along the batch"),
-    "part of the batch": (lambda m, x: m["a"](x[:1].expand(x.shape[0], 4)), "batch as the first"),
-    "batch last": (lambda m, x: m["a"](x.t().t()), "batch as the first"),
-    "examples against examples": (lambda m, x: (m["a"](x) + m["a"](x).unsqueeze(1)).sum(1), "batch as the first"),
+    "part of the batch": (lambda m, x: m["a"](x[:1].expand(x.shape[0], 4)), "keep the batch as one dimension"),
+    "batch as channels": (lambda m, x: m["a"](F.avg_pool1d(x.t().unsqueeze(0), 1).squeeze(0).t()), "works along the batch"),
+    "softmax over the batch": (lambda m, x: m["a"](x * F.softmax(x, 0)), "works along the batch"),
+    "attention over the batch": (
+        lambda m, x: m["a"](F.scaled_dot_product_attention(x[None], x[None], x[None])[0]),
+        "works along the batch",
+    ),
+    "folded otherwise": (
+        lambda m, x: m["a"](x[:, None].expand(x.shape[0], 4, 4).reshape(-1, 4).view(4, -1, 4)[0]),
+        "works along the batch",
+    ),
+    "examples against examples": (lambda m, x: (m["a"](x) + m["a"](x).unsqueeze(1)).sum(1), "keep the batch as one dimension"),
     "own mask": (lambda m, x: m["a"](x * (x > 0)), "turns the input into torch.bool"),
     "hidden coupling": (lambda m, x: m["a"](x * (x > 0).to(x.dtype).mean(0)), "turns the input into torch.bool"),
     "batch size": (lambda m, x: m["a"](x) / x.shape[0], "size of the batch"),
@@ -172,9 +180,9 @@ def test_a_layer_whose_signal_lost_its_scale_is_refused_unless_it_is_fitted_ther
 
 
 def test_what_is_refused_names_operation_path_and_way_out():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.GELU()), nn.Linear(4, 2)).eval()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Softmax(1)), nn.Linear(4, 2)).eval()
     with pytest.raises(
-        UnsupportedOperationError, match=r"(?s)aten\.gelu\.default in 1\.0: no rule.*layer=.*check\(model"
+        UnsupportedOperationError, match=r"(?s)aten\.softmax\.int in 1\.0: no rule.*layer=.*check\(model"
     ) as caught:
         InverseNetwork(model).fit(torch.randn(4, 4), 0, progress=False)
     assert isinstance(caught.value, NotImplementedError)
@@ -183,11 +191,13 @@ def test_what_is_refused_names_operation_path_and_way_out():
 
 
 def test_check_marks_every_operation():
-    model = Function(lambda m, x: m["b"](F.gelu(F.relu(m["a"](x)).view(x.shape[0], 4))), a=dense(4, 4), b=dense(4, 2)).eval()
+    model = Function(
+        lambda m, x: m["b"](F.softmax(F.relu(m["a"](x)).view(x.shape[0], 4), 1)), a=dense(4, 4), b=dense(4, 2)
+    ).eval()
     report = check(model, normal(1, 4))
     assert [row.status for row in report.rows] == ["supported", "supported", "passes", "refused", "supported"]
     assert not report.ok
-    assert report.refused[0].operation == "aten.gelu.default"
+    assert report.refused[0].operation == "aten.softmax.int"
     assert check(model, normal(1, 4), layer=model.layers["b"]).ok
 
 

@@ -10,7 +10,8 @@ from types import MappingProxyType
 
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC, FORK
-from captum_mipin.rules.base import Back, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule
+from captum_mipin.rules.attention import ATTENTION, RECORDABLE
+from captum_mipin.rules.base import Back, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.linear import LINEAR
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
@@ -18,7 +19,20 @@ from captum_mipin.rules.rearrangement import REARRANGEMENT
 
 #: Operation (as ``torch.export`` names it, "aten.relu.default") → rule.
 MIPIN: Mapping[str, Rule] = MappingProxyType(
-    {**LINEAR, **ACTIVATIONS, **POOLING, **NORMALIZATION, **ARITHMETIC, **REARRANGEMENT}
+    {**LINEAR, **ACTIVATIONS, **POOLING, **NORMALIZATION, **ARITHMETIC, **REARRANGEMENT, **ATTENTION}
 )
 
-__all__ = ["FORK", "MIPIN", "Back", "Inverse", "Inverter", "Learned", "Options", "Passes", "Recorded", "Rule"]
+__all__ = [
+    "FORK",
+    "MIPIN",
+    "RECORDABLE",
+    "Back",
+    "Inverse",
+    "Inverter",
+    "Learned",
+    "Options",
+    "Passes",
+    "Recorded",
+    "Rule",
+    "operation",
+]

@@ -1,5 +1,6 @@
-"""ReLU in every spelling: the forward mask (equation 9)."""
+"""Activations: the forward mask (equation 9) and, for those that are no mask, the gate it is a case of."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,56 @@ def relu(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: 
     return value, lambda s: torch.ops.aten.threshold_backward(s, kept, 0)  # s where kept > 0, else 0
 
 
-def _not_a_relu(node: fx.Node) -> str | None:
-    low, high = argument(node, 1, "min"), argument(node, 2, "max")
-    if low == 0 and high is None:
-        return None
-    return f"clamp(min={low}, max={high}) is not a ReLU; only clamp(min=0) is"
+def gate(options: Options, operation: Any, x: Tensor, *arguments: Any, rest: bool = False, **named: Any) -> tuple[Tensor, Back]:
+    """S ⊙ (f(x) − f(0)) / x, the share of its input that the activation f let through; 0 where x = 0.
 
+    For ReLU this is the mask of equation 9, for SiLU x σ(x) it is σ(x), for ReLU6 it is 6/x above 6.
+
+    Args:
+        rest: Whether f(0) is other than 0. The difference is then taken in float64.
+    """
+    value = operation(x, *arguments, **named)
+    if not options.local:
+        return value, lambda s: s
+    if rest:
+        wide = x.double()
+        zero = torch.zeros((), dtype=wide.dtype, device=x.device)
+        passed = operation(wide, *arguments, **named) - operation(zero, *arguments, **named)
+        share = (passed / wide.masked_fill(wide == 0, torch.inf)).to(x.dtype)
+    else:
+        share = value / x.masked_fill(x == 0, torch.inf)
+    return value, lambda s: s * share
+
+
+def clamp(options: Options, operation: Any, x: Tensor, *bounds: Any, **named: Any) -> tuple[Tensor, Back]:
+    """ReLU where that is what it amounts to, else the gate of ReLU6 and its like."""
+    low, high = (*bounds, None, None)[:2]
+    low, high = named.get("min", low), named.get("max", high)
+    return (relu if low == 0 and high is None else gate)(options, operation, x, *bounds, **named)
+
+
+def _without_zero(node: fx.Node) -> str | None:
+    operation = str(node.target).split(".")[1]
+    low, high = (-1, 1) if operation == "hardtanh" else (None, None)
+    low = argument(node, 1, "min", argument(node, 1, "min_val", low))
+    high = argument(node, 2, "max", argument(node, 2, "max_val", high))
+    if (low is None or low <= 0) and (high is None or high >= 0):
+        return None
+    return f"{operation} between {low} and {high} is no activation: it does not let 0 through"
+
+
+_MASK, _GATE = "forward mask", "recorded gate: the share of its input that it let through"
+_FROM_ZERO = (
+    "relu6", "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "mish", "tanh", "_prelu_kernel",
+    "prelu", "rrelu",
+)  # fmt: skip
+_SHIFTED = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid")
 
 ACTIVATIONS = {
-    "aten.relu.default": Recorded(run=relu, note="forward mask"),
-    "aten.clamp.default": Recorded(run=relu, note="forward mask", refuse=_not_a_relu),
-    "aten.clamp_min.default": Recorded(run=relu, note="forward mask", refuse=_not_a_relu),
+    "aten.relu.default": Recorded(run=relu, note=_MASK),
+    "aten.clamp.default": Recorded(run=clamp, note="forward mask or recorded gate", refuse=_without_zero),
+    "aten.clamp_min.default": Recorded(run=clamp, note="forward mask or recorded gate", refuse=_without_zero),
+    "aten.hardtanh.default": Recorded(run=gate, note=_GATE, refuse=_without_zero),
+    **{f"aten.{name}.default": Recorded(run=gate, note=_GATE) for name in _FROM_ZERO},
+    **{f"aten.{name}.default": Recorded(run=partial(gate, rest=True), note=_GATE, restores=False) for name in _SHIFTED},
 }

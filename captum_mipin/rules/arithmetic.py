@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, fx
 
 from captum_mipin.regression import Moments, Solution
-from captum_mipin.rules.base import Inverse, Learned, Passes
+from captum_mipin.rules.base import Inverse, Learned, Passes, every, is_gate
 
 
 @dataclass(frozen=True)
 class Channelwise:
     """x ≈ Σ_j a_j s_j + b, one regression a channel, over the signals s_j that come back from m branches.
 
-    A channel is an entry of dimension 1; a tensor of one dimension has one.
+    A channel is an entry of dimension ``dim``; with None, all is one channel.
     """
 
     channels: int
     branches: int
+    dim: int | None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -37,7 +38,7 @@ class Channelwise:
         return Inverse(solution.weight[:, 0].to(like).contiguous(), solution.bias[:, 0].to(like))
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
-        shape = (self.channels, *(1,) * (signals[0].ndim - 2)) if signals[0].ndim > 1 else ()
+        shape = () if self.dim is None else (self.channels, *(1,) * (signals[0].ndim - 1 - self.dim))
         weights = [weight.view(shape) for weight in inverse.weight.unbind(1)]
         total = signals[0] * weights[0]
         for s, weight in zip(signals[1:], weights[1:], strict=True):
@@ -46,30 +47,39 @@ class Channelwise:
 
     def _rows(self, x: Tensor) -> Tensor:
         """``x`` as (channels, rows)."""
-        return x.transpose(0, 1).reshape(self.channels, -1) if x.ndim > 1 else x.view(1, -1)
+        return x.reshape(1, -1) if self.dim is None else x.movedim(self.dim, 0).reshape(self.channels, -1)
 
 
-def fork(x: Tensor, branches: int) -> Channelwise:
-    """The inverse of handing ``x`` to several branches."""
-    return Channelwise(x.shape[1] if x.ndim > 1 else 1, branches)
+def fork(x: Tensor, branches: int, dim: int | None) -> Channelwise:
+    """The inverse of handing ``x``, whose channels are along ``dim``, to several branches."""
+    return Channelwise(1 if dim is None else x.shape[dim], branches, dim)
+
+
+def _factors(node: fx.Node) -> tuple[int, ...]:
+    """Positions of the factors that carry signal: those that are no recorded gates."""
+    positions = [i for i, n in enumerate(node.args) if isinstance(n, fx.Node) and n.meta.get("depends")]
+    return tuple(i for i in positions if not is_gate(node.args[i])) or tuple(positions)
 
 
 def _two_signals(node: fx.Node) -> str | None:
-    if sum(isinstance(a, fx.Node) and bool(a.meta.get("signal")) for a in node.args) > 1:
-        return "it multiplies or divides two values that both depend on the input"
+    if len(_factors(node)) > 1:
+        return "it multiplies two values that both depend on the input, and neither is a gate that a sigmoid made"
     return None
 
 
 def _divides_by_signal(node: fx.Node) -> str | None:
     divisor = node.args[1]
-    if isinstance(divisor, fx.Node) and divisor.meta.get("signal"):
+    if isinstance(divisor, fx.Node) and divisor.meta.get("depends"):
         return "it divides by a value that depends on the input"
     return None
 
 
-_SUM = Passes(note="the sum's signal goes to each term; its scale is learned", many=True, restores=False)
-_SCALE = Passes(note="adjoint; its scale is learned", many=True, restores=False, refuse=_two_signals)
-_RATIO = Passes(note="adjoint; its scale is learned", many=True, restores=False, refuse=_divides_by_signal)
+_SUM = Passes(note="the sum's signal goes to each term; its scale is learned", carriers=every, restores=False)
+_SCALE = Passes(
+    note="adjoint, gates as recorded; its scale is learned", carriers=_factors, records=True, restores=False,
+    refuse=_two_signals,
+)  # fmt: skip
+_RATIO = Passes(note="adjoint; its scale is learned", records=True, restores=False, refuse=_divides_by_signal)
 
 FORK = Learned(inverter=fork, note="learned weight a channel for each branch")
 ARITHMETIC = {

@@ -75,6 +75,10 @@ def _accept(node: fx.Node) -> str | None:
     return None
 
 
+def _first(node: fx.Node) -> tuple[int, ...]:
+    return (0,)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """How an operation is treated.
@@ -82,13 +86,15 @@ class Rule:
     Attributes:
         note: What it does with the signal, in a few words.
         refuse: Node → reason why this use of the operation cannot be treated, or None.
-        many: Whether more arguments than the first may carry signal.
+        carriers: Node → positions of the arguments that carry signal. Others are refused if they depend on the input,
+        records: unless this says that they are recorded, as gates and attention weights are: no signal goes there.
         restores: Whether the signal it returns is in the units of its input.
     """
 
     note: str
     refuse: Callable[[fx.Node], str | None] = _accept
-    many: bool = False
+    carriers: Callable[[fx.Node], tuple[int, ...]] = _first
+    records: bool = False
     restores: bool = True
 
 
@@ -122,6 +128,29 @@ class Learned(Rule):
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a node, however it was given."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def every(node: fx.Node) -> tuple[int, ...]:
+    """All arguments carry signal."""
+    return tuple(range(len(node.args)))
+
+
+def operation(node: Any) -> str:
+    """Name of a node's operation without its overload: "relu" for ``aten.relu.default``."""
+    return getattr(getattr(node, "target", None), "__name__", "").split(".")[0]
+
+
+def is_gate(node: Any) -> bool:
+    """Whether a value is a gate or attention weights: what a sigmoid or softmax made, at most rearranged."""
+    while operation(node) in _REARRANGED:
+        node = node.args[0]
+    return operation(node) in ("sigmoid", "hardsigmoid", "softmax", "_softmax")
+
+
+_REARRANGED = frozenset(
+    {"view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute", "transpose", "clone", "dropout",
+     "contiguous", "flatten", "unflatten", "slice", "select", "getitem", "chunk", "split", "alias", "_to_copy"}
+)  # fmt: skip
 
 
 def adjoint(operator: Callable[[Tensor], Tensor], like: Tensor) -> Back:

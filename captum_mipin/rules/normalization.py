@@ -12,8 +12,30 @@ def batch_norm(options: Options, operation: Any, x: Tensor, *arguments: Any) -> 
     return operation(x, *arguments)[0], lambda s: s
 
 
+def layer_norm(options: Options, operation: Any, x: Tensor, shape: list[int], *arguments: Any) -> tuple[Tensor, Back]:
+    """S · σ with the standard deviation σ that this sample was divided by; the rest is affine, and absorbed."""
+    dims = tuple(range(-len(shape), 0))
+    return operation(x, shape, *arguments), _rescaled(options, x, dims)
+
+
+def group_norm(options: Options, operation: Any, x: Tensor, groups: int, *arguments: Any) -> tuple[Tensor, Back]:
+    """As :func:`layer_norm`, with one σ a group of channels."""
+    parts = x.reshape(len(x), groups, -1)
+    back = _rescaled(options, parts, (-1,))
+    return operation(x, groups, *arguments), lambda s: back(s.reshape(parts.shape)).reshape(x.shape)
+
+
+def _rescaled(options: Options, x: Tensor, dims: tuple[int, ...]) -> Back:
+    if not options.local:
+        return lambda s: s
+    sigma = x.std(dims, correction=0, keepdim=True)
+    return lambda s: s * sigma
+
+
 NORMALIZATION = {
     "aten._native_batch_norm_legit_no_training.default": Recorded(
         run=batch_norm, note="passed on; the next inverse absorbs the affine map", restores=False
     ),
+    "aten.layer_norm.default": Recorded(run=layer_norm, note="times the recorded σ", restores=False),
+    "aten.group_norm.default": Recorded(run=group_norm, note="times the recorded σ", restores=False),
 }

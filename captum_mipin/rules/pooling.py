@@ -5,11 +5,11 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional as F
 
 from captum_mipin.convolution import Geometry
-from captum_mipin.rules.base import Back, Options, Recorded, adjoint, argument
+from captum_mipin.rules.base import Back, Options, Recorded, adjoint
 
 
 def max_pool(
@@ -111,13 +111,6 @@ def _each(value: Sequence[int], dims: int) -> Sequence[int]:
     return value if len(value) == dims else [value[0]] * dims
 
 
-def _over_batch(node: fx.Node) -> str | None:
-    dims, size = argument(node, 1, "dim"), node.args[0].meta["val"].ndim  # type: ignore[union-attr]  # a node by rule
-    if not dims or any(dim % size == 0 for dim in dims):
-        return "it reduces over the batch, so examples would depend on each other"
-    return None
-
-
 _MAX = {
     f"aten.max_pool{dims}d{form}.default": Recorded(run=max_pool, note="switches; mean where windows overlap")
     for dims in (1, 2, 3)
@@ -132,8 +125,5 @@ _AVERAGE = {
     for dims in (1, 2, 3)
     for form in ("", "adaptive_", "_adaptive_")
 }
-_REDUCTION = {
-    name: Recorded(run=average, note="recorded shares", refuse=_over_batch)
-    for name in ("aten.mean.dim", "aten.sum.dim_IntList")
-}
+_REDUCTION = {name: Recorded(run=average, note="recorded shares") for name in ("aten.mean.dim", "aten.sum.dim_IntList")}
 POOLING = {**_MAX, **_ADAPTIVE_MAX, **_AVERAGE, **_REDUCTION}

@@ -1,0 +1,339 @@
+"""Each rule against its own derivation, then whole networks that need them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torchvision import models
+from torchvision.models.googlenet import Inception
+
+from captum_mipin import InverseNetwork, check
+from captum_mipin.batch import Layout
+from captum_mipin.rules import MIPIN, Options
+
+
+class Function(nn.Module):
+    """A network given as a function of its modules and its input."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        self.parts = nn.ModuleDict(modules)
+
+    def forward(self, x):
+        return self.run(self.parts, x)
+
+
+def back(name, x, *arguments, local=True, **named):
+    """The rule's value, and what it sends back for a signal of ones."""
+    operation = getattr(torch.ops.aten, name).default
+    value, send = MIPIN[f"aten.{name}.default"].run(Options(local=local), operation, x, *arguments, **named)
+    assert torch.equal(value, operation(x, *arguments, **named))
+    return send(torch.ones_like(value))
+
+
+# ------------------------------------------------------------------------------------------------- activations
+
+GATES = {
+    "relu": ((), lambda x: x > 0),
+    "relu6": ((), lambda x: (x > 0) * min(1, 6 / abs(x))),
+    "hardtanh": ((-2, 3), lambda x: min(1, 3 / x) if x > 0 else min(1, -2 / x)),
+    "clamp": ((-1,), lambda x: 1 if x > 0 else min(1, -1 / x)),
+    "silu": ((), lambda x: 1 / (1 + math.exp(-x))),
+    "gelu": ((), lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2)))),
+    "hardswish": ((), lambda x: min(max(x + 3, 0), 6) / 6),
+    "leaky_relu": ((0.1,), lambda x: 1 if x > 0 else 0.1),
+    "elu": ((), lambda x: 1 if x > 0 else (math.exp(x) - 1) / x),
+    "mish": ((), lambda x: math.tanh(math.log1p(math.exp(x)))),
+    "tanh": ((), lambda x: math.tanh(x) / x),
+    "sigmoid": ((), lambda x: math.tanh(x / 2) / (2 * x)),
+    "hardsigmoid": ((), lambda x: min(abs(x), 3) / (6 * abs(x))),
+    "softplus": ((), lambda x: (math.log1p(math.exp(x)) - math.log(2)) / x),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates_are_the_share_let_through(name):
+    arguments, gate = GATES[name]
+    x = torch.tensor([-7.0, -2.5, -0.3, -1e-9, 1e-9, 0.4, 2.9, 8.0], dtype=torch.float64)
+    expected = torch.tensor([float(gate(v)) for v in x.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(back(name, x, *arguments), expected, rtol=1e-6, atol=1e-12)
+    assert back(name, torch.zeros(2), *arguments).abs().max() == 0  # what is 0 carries nothing
+    assert torch.equal(back(name, x, *arguments, local=False), torch.ones_like(x))  # the global view has no gates
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softplus", "hardsigmoid"])
+def test_gates_of_what_is_not_zero_at_zero_do_not_cancel(name):
+    small = torch.tensor([1e-6, -1e-5, 1e-4])
+    arguments, gate = GATES[name]
+    torch.testing.assert_close(
+        back(name, small, *arguments), torch.tensor([gate(v) for v in small.tolist()]), rtol=1e-4, atol=0
+    )
+
+
+SPELLINGS = {
+    "ReLU6": (F.relu6, nn.ReLU6(), lambda x: x.clamp(0, 6), lambda x: F.hardtanh(x, 0, 6), lambda x: x.clamp(min=0, max=6)),
+    "SiLU": (F.silu, nn.SiLU(inplace=True), lambda x: x * torch.sigmoid(x), lambda x: torch.sigmoid(x) * x),
+    "Hardswish": (F.hardswish, nn.Hardswish(inplace=True), lambda x: x * F.hardsigmoid(x)),
+    "LeakyReLU": (F.leaky_relu, nn.LeakyReLU(inplace=True), nn.PReLU(init=0.01)),
+    "GELU": (F.gelu, nn.GELU(), lambda x: x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+}
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_spelling_of_an_activation_does_not_matter(kind):
+    torch.manual_seed(0)
+    first, last, x = nn.Linear(5, 8), nn.Linear(8, 2), 3 * torch.randn(60, 5, dtype=torch.float64)
+    found = []
+    for spelling in SPELLINGS[kind]:
+        run = lambda m, x, f=spelling: m["last"](f(m["first"](x)))  # noqa: E731
+        modules = {"act": spelling} if isinstance(spelling, nn.Module) else {}
+        model = Function(run, first=first, last=last, **modules).double().eval()
+        if kind == "GELU" and spelling is SPELLINGS[kind][-1]:
+            assert not check(model, x).ok  # neither factor is a gate: refused, not guessed
+            continue
+        found.append(InverseNetwork(model).fit(x, targets=1, progress=False).source_signal(x[:7], target=1))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
+
+
+ACTIVATIONS = [
+    nn.ReLU6(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Hardswish(), nn.ELU(), nn.CELU(), nn.SELU(), nn.LeakyReLU(),
+    nn.PReLU(5), nn.Tanh(), nn.Sigmoid(), nn.Hardsigmoid(), nn.Softplus(), nn.Mish(), nn.LogSigmoid(), nn.Hardtanh(),
+    nn.RReLU(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_networks_of_every_activation(activation):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), activation, nn.Linear(5, 2)).double().eval()
+    x = torch.randn(50, 4, dtype=torch.float64)
+    behaves(model, x)
+
+
+def behaves(model, x, targets=(0, 1)):
+    """S is finite and A linear in the logit; a batch of mixed targets equals one by one; chunks do not matter."""
+    inverse = InverseNetwork(model).fit(x, targets=list(targets), progress=False)
+    parts = InverseNetwork(model).fit(list(x.split(7)), targets=list(targets), progress=False)
+    few = x[:4]
+    mixed = [targets[0], targets[1], targets[1], targets[0]]
+    found = inverse.explain((few,), mixed, biases=(True,))
+    ((s,),) = found.signals
+    assert torch.isfinite(s).all()
+    assert s.abs().max() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(found.output, model(few)[range(4), mixed])
+    close = {"rtol": 1e-6, "atol": 1e-6 * float(s.abs().max())}
+    for i, target in enumerate(mixed):
+        torch.testing.assert_close(inverse.source_signal(few[i : i + 1], target=target)[0], s[i], **close)
+    torch.testing.assert_close(parts.source_signal(few, target=mixed), s, rtol=1e-5, atol=1e-5 * float(s.abs().max()))
+    return inverse
+
+
+# ------------------------------------------------------------------------------------------------- gates, norms
+
+
+def test_gate_of_squeeze_and_excite_by_hand():
+    """For y = w · (x ⊙ σ(U x)): regression of x ⊙ g on y, times g, then one factor a feature; all without ridge."""
+    torch.manual_seed(0)
+    model = Function(lambda m, x: m["w"](x * torch.sigmoid(m["u"](x))), w=nn.Linear(3, 1), u=nn.Linear(3, 3)).double().eval()
+    x = torch.randn(40, 3, dtype=torch.float64)
+    inverse = InverseNetwork(model, ridge=0).fit(x, progress=False)
+
+    def regress(x, s):
+        slope = ((x - x.mean(0)) * (s - s.mean(0))).sum(0) / (s - s.mean(0)).square().sum(0)
+        return slope * s + x.mean(0) - slope * s.mean(0)
+
+    with torch.no_grad():
+        gate = torch.sigmoid(model.parts["u"](x))
+        above = regress(x * gate, model(x))
+    torch.testing.assert_close(inverse.source_signal(x), regress(x, above * gate))
+    assert [row.layer for row in inverse.report.layers] == ["parts.w/linear", "input x/input/fork"]  # the gate is not inverted
+
+
+def test_what_makes_a_gate_gets_no_signal():
+    """The attribution is that of the gate's recorded value, whatever made it."""
+    torch.manual_seed(0)
+    u, w = nn.Linear(4, 4), nn.Linear(4, 2)
+    deep = nn.Sequential(nn.Linear(4, 9), nn.SiLU(), nn.Linear(9, 4))
+    with torch.no_grad():
+        deep[2].weight.zero_()
+        deep[2].bias.copy_(torch.randn(4))
+        u.weight.zero_()
+        u.bias.copy_(deep[2].bias)
+    x = torch.randn(30, 4)
+    one, two = (
+        InverseNetwork(Function(lambda m, x: m["w"](torch.sigmoid(m["u"](x)) * x), w=w, u=made).eval()).fit(x, progress=False)
+        for made in (u, deep)
+    )
+    assert torch.equal(one.source_signal(x, target=1), two.source_signal(x, target=1))
+
+
+@pytest.mark.parametrize("shape, module, dims", [
+    ((6, 5), nn.LayerNorm(5), (1,)),
+    ((6, 4, 5), nn.LayerNorm([4, 5], elementwise_affine=False), (1, 2)),
+    ((6, 4, 3, 3), nn.GroupNorm(1, 4), (1, 2, 3)),
+])  # fmt: skip
+def test_norms_restore_the_deviation_they_divided_by(shape, module, dims):
+    x = 3 * torch.randn(*shape, dtype=torch.float64) + 1
+    if isinstance(module, nn.GroupNorm):
+        sent = back("group_norm", x, 1, None, None, 1e-5)
+    else:
+        sent = back("layer_norm", x, list(module.normalized_shape), None, None, 1e-5)
+    torch.testing.assert_close(sent, x.std(dims, correction=0, keepdim=True).expand(shape))
+
+
+def test_group_norm_group_by_group():
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    sent = back("group_norm", x, 2, None, None, 0.0)
+    torch.testing.assert_close(sent[:, 2:], x[:, 2:].std((1, 2), correction=0, keepdim=True).expand(2, 2, 3))
+
+
+# ------------------------------------------------------------------------------------------------- attention
+
+
+def attention_by(how):
+    def run(m, x):
+        q, k, v = m["qkv"](x).chunk(3, -1)
+        if how == "fused":
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif how == "matmul":
+            y = torch.softmax(q @ k.transpose(1, 2) / 2, -1) @ v
+        elif how == "einsum":
+            y = torch.einsum("nij,njc->nic", F.softmax(torch.einsum("nic,njc->nij", q, k) / 2, -1), v)
+        elif how == "bmm":
+            y = torch.bmm(F.softmax(torch.bmm(q, k.transpose(1, 2)) * 0.5, 2), v)
+        else:  # examples second, as nn.MultiheadAttention has them
+            q, k, v = (t.transpose(0, 1).reshape(5, -1, 4).transpose(0, 1) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(-1, 4)
+            return m["last"](m["out"](y).view(5, -1, 4).transpose(0, 1).mean(1))
+        return m["last"](m["out"](y).mean(1))
+
+    return run
+
+
+def test_spelling_of_attention_does_not_matter():
+    torch.manual_seed(0)
+    parts = {"qkv": nn.Linear(4, 12), "out": nn.Linear(4, 4), "last": nn.Linear(4, 2)}
+    x = torch.randn(40, 5, 4, dtype=torch.float64)
+    signals = []
+    for how in ("fused", "matmul", "einsum", "bmm", "examples second"):
+        model = Function(attention_by(how), **parts).double().eval()
+        signals.append(behaves(model, x).source_signal(x[:6], target=[0, 1, 0, 1, 1, 0]))
+    for other in signals[1:]:
+        torch.testing.assert_close(other, signals[0], rtol=1e-8, atol=1e-10)
+
+
+def test_attention_sends_each_value_its_recorded_weight_by_hand():
+    """For P v with P from the sample: each token's value gets Pᵀ s, then one factor a channel; queries and keys nothing."""
+    torch.manual_seed(0)
+    model = (
+        Function(lambda m, x: m["last"](F.scaled_dot_product_attention(x, x, x).flatten(1)), last=nn.Linear(6, 1))
+        .double()
+        .eval()
+    )
+    x = torch.randn(50, 3, 2, dtype=torch.float64)
+    inverse = InverseNetwork(model, ridge=0).fit(x, progress=False)
+    with torch.no_grad():
+        weights = torch.softmax(x @ x.mT / math.sqrt(2), -1)
+        y, h = model(x), (weights @ x).flatten(1)
+        slope = ((h - h.mean(0)) * (y - y.mean())).sum(0) / (y - y.mean()).square().sum()
+        s = weights.mT @ (slope * (y - y.mean()) + h.mean(0)).view(50, 3, 2)
+    mean_x, mean_s = x.mean((0, 1)), s.mean((0, 1))
+    factor = ((x - mean_x) * (s - mean_s)).sum((0, 1)) / (s - mean_s).square().sum((0, 1))
+    torch.testing.assert_close(inverse.source_signal(x), factor * (s - mean_s) + mean_x)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_multihead_attention_module(first):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=first)
+            self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = x if first else x.transpose(0, 1)
+            h = self.norm(h + self.attention(h, h, h, need_weights=False)[0])
+            return self.last(h[:, 0] if first else h[0])
+
+    torch.manual_seed(0)
+    behaves(Encoder().double().eval(), torch.randn(30, 5, 8, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------------------- batch layouts
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 6), st.integers(0, 2), st.data())
+@settings(deadline=None, max_examples=40)
+def test_parts_of_a_layout_are_the_examples(outer, inner, count, dim, data):
+    shape = [2, 3]
+    shape.insert(dim, count)
+    base = torch.arange(count).view([count if i == dim else 1 for i in range(3)]).expand(shape)
+    folded = torch.stack([torch.stack([base] * inner, dim + 1)] * outer, dim).flatten(dim, dim + 2)
+    layout = Layout(dim, outer, inner)
+    cut = data.draw(st.integers(1, count - 1))
+    parts = [layout.part(folded, slice(0, cut)), layout.part(folded, slice(cut, count))]
+    assert parts[0].max() == cut - 1
+    assert parts[1].min() == cut
+    assert torch.equal(layout.join(parts), folded)
+
+
+# ------------------------------------------------------------------------------------------------- networks
+
+
+def headed(channels, *blocks):
+    """Blocks between a stem and a head."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
+
+
+NETWORKS = {
+    "ResNet": lambda: headed(8, models.resnet.BasicBlock(8, 8), nn.MaxPool2d(3, 2, 1), models.resnet.BasicBlock(8, 8)),
+    "ResNeXt": lambda: headed(8, models.resnet.Bottleneck(8, 2, groups=2, base_width=128)),
+    "SqueezeNet": lambda: headed(12, models.squeezenet.Fire(8, 4, 6, 6), nn.MaxPool2d(3, 2, ceil_mode=True)),
+    "Inception": lambda: headed(88, Inception(8, 24, 4, 24, 4, 24, 16)),
+    "MobileNet v2": lambda: headed(8, *(models.mobilenetv2.InvertedResidual(8, 8, stride, 6) for stride in (1, 2))),
+    "MobileNet v3": lambda: models.MobileNetV3(
+        [
+            models.mobilenetv3.InvertedResidualConfig(16, 3, 16, 8, True, "RE", 2, 1, 1),
+            models.mobilenetv3.InvertedResidualConfig(8, 3, 16, 8, True, "HS", 1, 1, 1),
+        ],
+        32, num_classes=4,
+    ),
+    "DenseNet": lambda: models.DenseNet(8, (2, 2), 8, num_classes=4),
+    "ShuffleNet": lambda: models.ShuffleNetV2([2, 2, 2], [8, 16, 32, 64, 64], num_classes=4),
+    "EfficientNet": lambda: models.EfficientNet(
+        [models.efficientnet.MBConvConfig(4, 3, 2, 8, 16, 2, 1, 1)], dropout=0.1, num_classes=4
+    ),
+    "ConvNeXt": lambda: models.ConvNeXt(
+        [models.convnext.CNBlockConfig(8, 16, 1), models.convnext.CNBlockConfig(16, None, 1)], num_classes=4, layer_scale=0.1
+    ),
+    "ViT": lambda: models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=4),
+    "Swin": lambda: models.SwinTransformer([4, 4], 8, [2, 2], [2, 2], [2, 2], num_classes=4),
+    "Swin v2": lambda: models.SwinTransformer(
+        [4, 4], 8, [2, 2], [2, 2], [2, 2], num_classes=4, block=models.swin_transformer.SwinTransformerBlockV2,
+        downsample_layer=models.swin_transformer.PatchMergingV2,
+    ),
+    "MaxViT": lambda: models.MaxVit((32, 32), 8, 4, [8, 16], [1, 1], 4, 0.1, num_classes=4),
+    "RegNet": lambda: models.RegNet(
+        models.regnet.BlockParams([1, 1], [8, 16], [8, 8], [2, 2], [1, 1], se_ratio=0.25), num_classes=4
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_torchvision(name):
+    torch.manual_seed(0)
+    model = NETWORKS[name]().double()
+    x = torch.rand(16, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():  # heads and embeddings that begin with zeros are no test
+            if not parameter.any():
+                parameter.normal_(0, 0.1)
+        model.train()(x)  # batch statistics other than 0 and 1
+    behaves(model.eval(), x, targets=(0, 3))
