@@ -19,7 +19,8 @@ def _load(name: str) -> Any:
 
 
 def _pair(row: dict[str, Any], suffix: str = "") -> str:
-    return f"{row[f'APC %{suffix}']:.1f} / {row[f'positive APC %{suffix}']:.1f}"
+    names = f"APC %{suffix}", f"positive APC %{suffix}"
+    return " / ".join(f"{row[name]:.1f}" for name in names if name in row)
 
 
 def _fitted_on(result: dict[str, Any], most: bool) -> tuple[int, list[dict[str, Any]]]:
@@ -43,6 +44,7 @@ def completeness() -> str:
                     "paper": paper,
                     "**S**": f"**{_pair(found['S'])}**",
                     "S, correct images": _pair(found["S"], " (correct)"),
+                    "S, predicted class": _pair(found["S"], " (predicted)"),
                     "S, median": f"{found['S']['median error %']:.1f}",
                     "S, input masked": _pair(found["S, input masked"]),
                     "mask only": _pair(found["mask only"]),

@@ -119,7 +119,8 @@ _RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "flatten", "unflatten"
 _ALONG_DIMS: dict[str, tuple[Any, ...]] = {
     "slice": (1, "dim", 0), "flip": (1, "dims"), "roll": (2, "dims"), "cat": (1, "dim", 0),
     "softmax": (1, "dim"), "_softmax": (1, "dim"), "sum": (1, "dim"), "mean": (1, "dim"), "amax": (1, "dim"),
-    "linalg_vector_norm": (2, "dim"), "index_select": (1, "dim"), "split": (2, "dim", 0), "chunk": (2, "dim", 0),
+    "linalg_vector_norm": (2, "dim"), "index_select": (1, "dim"), "split": (2, "dim", 0), "unsafe_split": (2, "dim", 0),
+    "chunk": (2, "dim", 0),
     "split_with_sizes": (2, "dim", 0), "unbind": (1, "dim", 0), "select": (1, "dim"),
 }  # fmt: skip
 

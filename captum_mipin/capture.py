@@ -26,6 +26,9 @@ Extras = tuple[Any, ...]
 #: Batch size the example is captured with. Any; sizes 0 and 1 would be taken for constants.
 _EXAMPLE_BATCH = 3
 
+#: What torch warns of when it copies recurrent layers, whose weights are attributes as well.
+_RECURRENT = r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, )?)+ (was|were) assigned during export"
+
 #: Attributes that every module has.
 _OWN = frozenset(vars(nn.Module()))
 
@@ -199,7 +202,8 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool 
         ) from error
     try:
         with _EXPORTING, warnings.catch_warnings(), torch.autocast(inputs[0].device.type, enabled=False):
-            warnings.filterwarnings("error", message=".*was assigned during export")  # by a model that keeps state
+            warnings.filterwarnings("error", message=".* assigned during export")  # by a model that keeps state
+            warnings.filterwarnings("ignore", message=_RECURRENT)
             program = export(twin, arguments, dynamic_shapes=shapes, strict=False)
             program = program.run_decompositions(_decompositions())
     except Exception as error:
@@ -218,8 +222,10 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool 
 
 
 def _decompositions() -> dict[Any, Any]:
-    """The few operations to be taken apart into simpler ones."""
-    return {op: how for op, how in default_decompositions().items() if str(op) == "aten.einsum.default"}
+    """The few operations to be taken apart into simpler ones: recurrent layers into their steps."""
+    recurrent = [f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")]
+    apart = ("einsum", *recurrent)
+    return {op: how for op, how in default_decompositions().items() if str(op).split(".")[1] in apart}
 
 
 def first_example(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Inputs, Extras]:

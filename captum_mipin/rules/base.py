@@ -149,7 +149,8 @@ def is_gate(node: Any) -> bool:
 
 _REARRANGED = frozenset(
     {"view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute", "transpose", "clone", "dropout",
-     "contiguous", "flatten", "unflatten", "slice", "select", "getitem", "chunk", "split", "alias", "_to_copy"}
+     "contiguous", "flatten", "unflatten", "rsub", "slice", "select", "getitem", "chunk", "split",
+     "unsafe_split", "alias", "_to_copy"}
 )  # fmt: skip
 
 
