@@ -67,7 +67,7 @@ def layout(node: fx.Node, batch: str) -> Layout | str:
         if operation(node) in _RESHAPES:
             outer = _quotient(outer * prod(x.shape[: at.dim]), prod(value.shape[:dim]))
             inner = _quotient(inner * prod(x.shape[at.dim + 1 :]), prod(value.shape[dim + 1 :]))
-        if outer * inner != count or _works_along(operation(node), node, x, at, Layout(dim, outer, inner), value.ndim):
+        if outer * inner != count or _works_along(operation(node), node, n, at, Layout(dim, outer, inner)):
             return "it works along the batch, so examples would depend on each other"
         after.add(Layout(dim, outer, inner))
     if len(after) > 1:
@@ -91,19 +91,24 @@ def _quotient(above: int, below: int) -> int:
     return above // below if above % below == 0 else 0
 
 
-def _works_along(name: str, node: fx.Node, x: Tensor, at: Layout, after: Layout, ndim: int) -> bool:
-    """Whether the operation ``name`` works along the dimension of ``x`` that holds the examples."""
+def _works_along(name: str, node: fx.Node, source: fx.Node, at: Layout, after: Layout) -> bool:
+    """Whether the operation ``name`` works along the dimension of its input ``source`` that holds the examples."""
+    value = source.meta["val"]
+    x: Tensor = value[0] if isinstance(value, (tuple, list)) else value
     if name in _ALONG_DIMS:
         dims = argument(node, *_ALONG_DIMS[name])
         dims = range(x.ndim) if dims is None or dims == [] else dims if isinstance(dims, (tuple, list)) else [dims]
         whole = name == "slice" and _everything(node)
         return not whole and any(dim % x.ndim == at.dim for dim in dims)
+    if name in ("constant_pad_nd", "pad"):
+        pads = argument(node, 1, "pad")
+        return any(pads[2 * (x.ndim - 1 - at.dim) :][:2])
+    if name in ("matmul", "bmm", "linear"):  # what is summed over
+        return (node.args[0] is source and at.dim == x.ndim - 1) or (node.args[1] is source and at.dim == x.ndim - 2)
     if name == "layer_norm":
         return at.dim >= x.ndim - len(argument(node, 1, "normalized_shape"))
     if name == "scaled_dot_product_attention":
         return at.dim >= x.ndim - 2
-    if name in ("matmul", "bmm"):
-        return after.dim >= ndim - 2
     return name in _FIRST and (at.dim != 0 or after.dim != 0)
 
 

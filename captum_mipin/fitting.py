@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, check_inputs, finite, plain
+from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, check_inputs, finite, pick, plain
 from captum_mipin.errors import FitError, InputError
 from captum_mipin.propagation import Run, Surrogate, Target
 from captum_mipin.regression import Moments, RidgeScale, solve
@@ -207,6 +207,8 @@ class Fit:
             rows += len(output)
             if not finite(output):
                 raise FitError(f"batch {index}: the model's output contains NaN or Inf")
+            if index == 0:
+                self._check_apart(inputs, extras, output)
             low = output.amin(0) if low is None else torch.minimum(low, output.amin(0))
             high = output.amax(0) if high is None else torch.maximum(high, output.amax(0))
         if rows < 2 or low is None or high is None:
@@ -220,6 +222,20 @@ class Fit:
         self._rows = rows
         ranges = [float(bound[target]) for target in self._targets for bound in (low, high)]
         return [float(rows), *ranges]
+
+    def _check_apart(self, inputs: Inputs, extras: Extras, output: Tensor) -> None:
+        """Whether examples give the same output in other company and order: the last line of defence behind the rules."""
+        later = torch.arange(len(output) - 1, (len(output) - 1) // 2, -1, device=output.device)
+        if len(later) == 0:
+            return
+        fewer = pick(inputs, extras, later, self._captured.shared)
+        again = self._surrogate(Run(self._surrogate.steps, fitting=""), self._values(*fewer))
+        scale = float(output.abs().max()) * torch.finfo(output.dtype).eps ** 0.5
+        if again.shape != output[later].shape or float((again - output[later]).abs().max()) > scale:
+            raise FitError(
+                "the model's output for an example changes with the other examples of its batch, or at random, and so would "
+                "its explanation: remove what reads or mixes the batch, or what is random"
+            )
 
     def _values(self, inputs: Inputs, extras: Extras) -> Mapping[str, Any]:
         return self._captured.values(self._model, inputs, extras)

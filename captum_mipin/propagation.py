@@ -33,6 +33,9 @@ Inverses = Mapping[str, Inverse]
 _SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
 
 
+#: Values that follow from the size of the batch.
+_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
 #: Operations whose result follows from the shape of their argument alone.
 _BLANK = ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
 
@@ -352,8 +355,9 @@ def _marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str 
             shape = tuple(map(str, node.meta["val"].shape))
             raise CaptureError(f"{node.meta['key']} has shape {shape}, expected the batch as its first dimension")
     at = output.meta.get("layout")
-    if isinstance(at, Layout) and at.dim:
-        raise CaptureError(f"the model's output has the batch as its dimension {at.dim}, expected the first")
+    if isinstance(at, Layout) and at != Layout():
+        shape = tuple(map(str, output.meta["val"].shape))
+        raise CaptureError(f"the model's output has shape {shape}, expected the batch alone as its first dimension")
     return graph, starts
 
 
@@ -363,7 +367,7 @@ def _mark(graph: fx.Graph, rules: Mapping[str, Rule], starts: Sequence[fx.Node],
     "other" marks what would carry signal, had it a floating dtype.
     """
     for node in graph.nodes:
-        sized = isinstance(node.meta.get("val"), torch.SymInt) or operation(node) in _BLANK
+        sized = isinstance(node.meta.get("val"), _SIZES) or operation(node) in _BLANK
         follows = not sized and any(n.meta["depends"] for n in node.all_input_nodes)
         node.meta["depends"] = node in needed and (node in starts or follows) and node.op != "output"
     reached = {node for node in needed if any(user.op == "output" for user in node.users)}
@@ -374,7 +378,7 @@ def _mark(graph: fx.Graph, rules: Mapping[str, Rule], starts: Sequence[fx.Node],
         carries, value = node in reached and node.meta["depends"], node.meta.get("val")
         node.meta["signal"] = carries and _floating(value)
         node.meta["other"] = carries and not _floating(value) and isinstance(value, Tensor)
-        node.meta["recorded"] = node.meta["depends"] and not carries and isinstance(value, Tensor)
+        node.meta["recorded"] = node.meta["depends"] and not carries and isinstance(value, (Tensor, tuple, list))
 
 
 def _cut_recordings(graph: fx.Graph, rules: Mapping[str, Rule]) -> None:
@@ -384,7 +388,7 @@ def _cut_recordings(graph: fx.Graph, rules: Mapping[str, Rule]) -> None:
         if not part and not (node.meta["signal"] and isinstance(node.meta["val"], Tensor)):
             continue
         carried = {user: _carriers(user, rules) if user.meta["signal"] or user.op == "output" else () for user in node.users}
-        sizes = [user for user in node.users if isinstance(user.meta.get("val"), torch.SymInt)]
+        sizes = [user for user in node.users if isinstance(user.meta.get("val"), _SIZES)]
         users = [user for user in node.users if user not in sizes and _count(user, node) > _count(user, node, carried[user])]
         if not users:
             continue
@@ -410,6 +414,8 @@ def _channels(node: fx.Node) -> int | None:
     for downwards in (True, False):
         seen, queue = {node}, [node]
         for this in queue:
+            if not downwards and _CHANNELS.get(operation(this), at.dim) % value.ndim != at.dim:
+                return int(_CHANNELS[operation(this)] % value.ndim)
             for other in this.users if downwards else this.all_input_nodes:
                 dim = _CHANNELS.get(operation(other), at.dim) % value.ndim
                 if dim != at.dim:
@@ -418,7 +424,7 @@ def _channels(node: fx.Node) -> int | None:
                 if alike and other not in seen:
                     seen.add(other)
                     queue.append(other)
-    return 1 if at.dim != 1 else value.ndim - 1
+    return next(dim for dim in (1, value.ndim - 1, 0) if dim != at.dim)
 
 
 def _carriers(node: fx.Node, rules: Mapping[str, Rule]) -> Sequence[int]:
@@ -456,7 +462,7 @@ def _objection(node: fx.Node, rule: Rule | None) -> str | None:
     """Why a rule cannot treat this node, if so."""
     others = [n for argument in node.args[1:] for n in _nodes_in(argument)]
     others += [n for argument in node.kwargs.values() for n in _nodes_in(argument)]
-    if place(node).operation not in _SHAPE and any(isinstance(n.meta.get("val"), torch.SymInt) for n in others):
+    if place(node).operation not in _SHAPE and any(isinstance(n.meta.get("val"), _SIZES) for n in others):
         return "it uses the size of the batch as a value, so an explanation would depend on the other examples"
     at = node.meta["layout"]
     mixes = at if isinstance(at, str) else None

@@ -2,11 +2,15 @@
 
 from torch import fx
 
-from captum_mipin.rules.base import Passes, is_gate
+from captum_mipin.rules.base import Passes, argument, is_gate
 
 
 def _values(node: fx.Node) -> tuple[int, ...]:
     return (2,)
+
+
+def _random(node: fx.Node) -> str | None:
+    return "its dropout_p is not 0, so that it is random" if argument(node, 4, "dropout_p", 0.0) else None
 
 
 def _weighted(node: fx.Node) -> tuple[int, ...]:
@@ -16,7 +20,7 @@ def _weighted(node: fx.Node) -> tuple[int, ...]:
 
 
 def _no_weights(node: fx.Node) -> str | None:
-    if all(isinstance(n, fx.Node) and n.meta.get("depends") for n in node.args[:2]):
+    if any(map(is_gate, node.args[:2])) or all(isinstance(n, fx.Node) and n.meta.get("depends") for n in node.args[:2]):
         return (
             None
             if len(_weighted(node)) == 1
@@ -27,7 +31,9 @@ def _no_weights(node: fx.Node) -> str | None:
 
 _NOTE = "adjoint with the recorded attention weights; its scale is learned"
 ATTENTION = {
-    "aten.scaled_dot_product_attention.default": Passes(note=_NOTE, carriers=_values, records=True, restores=False),
+    "aten.scaled_dot_product_attention.default": Passes(
+        note=_NOTE, carriers=_values, records=True, restores=False, refuse=_random
+    ),
     **{
         f"aten.{name}.default": Passes(note=_NOTE, carriers=_weighted, records=True, restores=False, refuse=_no_weights)
         for name in ("matmul", "bmm")
