@@ -156,7 +156,7 @@ def check_inputs(inputs: Inputs) -> None:
         if not x.is_floating_point():
             raise InputError(
                 f"input {index} has dtype {x.dtype}, expected a floating dtype: integers carry no signal. "
-                "Convert it, or explain the output of the embedding with LayerMIPINAttribution."
+                "Convert it, or explain the part of the model behind its embedding, given the embedded values."
             )
         if x.layout != torch.strided:
             raise InputError(f"input {index} has layout {x.layout}, expected a dense tensor: call to_dense() first")
