@@ -7,9 +7,10 @@ touched.
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Condition
 from typing import Any
 
 import torch
@@ -32,8 +33,36 @@ _RECURRENT = r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, )?)+ (
 #: Attributes that every module has.
 _OWN = frozenset(vars(nn.Module()))
 
-#: torch.export cannot run in two threads at once.
-_EXPORTING = Lock()
+
+class _Turns:
+    """Lets explanations overlap each other, and an export nothing.
+
+    ``torch.export`` cannot run in two threads at once, and while it runs it switches oneDNN off for the whole process, so
+    that convolutions in other threads would round otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._changed, self._explaining = Condition(), 0
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        with self._changed:
+            self._explaining += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._explaining -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        with self._changed:  # held throughout, so that nothing else begins
+            self._changed.wait_for(lambda: self._explaining == 0)
+            yield
+
+
+TURNS = _Turns()
 
 
 @dataclass(frozen=True)
@@ -201,7 +230,7 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool 
             "everything else must allow copy.deepcopy."
         ) from error
     try:
-        with _EXPORTING, warnings.catch_warnings(), torch.autocast(inputs[0].device.type, enabled=False):
+        with TURNS.exporting(), warnings.catch_warnings(), torch.autocast(inputs[0].device.type, enabled=False):
             warnings.filterwarnings("error", message=".* assigned during export")  # by a model that keeps state
             warnings.filterwarnings("ignore", message=_RECURRENT)
             program = export(twin, arguments, dynamic_shapes=shapes, strict=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from captum_mipin import storage
 from captum_mipin.capture import (
+    TURNS,
     CapturedGraph,
     Extras,
     Inputs,
@@ -30,10 +31,11 @@ from captum_mipin.capture import (
 )  # fmt: skip
 from captum_mipin.errors import CaptureError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack, seed
-from captum_mipin.propagation import Run, Surrogate, Target, structure, survey
+from captum_mipin.propagation import Run, Surrogate, Target
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
 from captum_mipin.rules import MIPIN, Inverse, Options
+from captum_mipin.survey import structure, survey
 from captum_mipin.targets import one, per_example, several, shown
 
 #: Graphs kept for different input shapes.
@@ -358,19 +360,20 @@ class InverseNetwork:
                 targets = [targets[index] for index in order]
                 inputs, extras = pick(inputs, extras, torch.tensor(order, device=inputs[0].device), graph.shared)
             run = Run(surrogate.steps, options, state.fitted.inverses, _groups(targets))
-            output = surrogate(run, graph.values(self.model, inputs, extras))
-            start = seed(output, targets, unit)
-            sources = [run.sources[index] for index in range(surrogate.starts)]
-            back = torch.tensor(order, device=output.device).argsort() if mixed else slice(None)
-            signals: list[Inputs] = []
-            for bias in biases:
-                run.options = replace(options, bias=bias)
-                found = torch.autograd.grad(output, sources, start, retain_graph=len(biases) > 1)
-                if mask:
-                    found = tuple(s * (x != 0) for s, x in zip(found, sources, strict=True))
-                if not all(finite(s) for s in found):
-                    raise InputError("the model's output or the signal overflows for these inputs: it contains NaN or Inf")
-                signals.append(tuple(s.detach()[back].contiguous() for s in found))
+            with TURNS.explaining():
+                output = surrogate(run, graph.values(self.model, inputs, extras))
+                start = seed(output, targets, unit)
+                sources = [run.sources[index] for index in range(surrogate.starts)]
+                back = torch.tensor(order, device=output.device).argsort() if mixed else slice(None)
+                signals: list[Inputs] = []
+                for bias in biases:
+                    run.options = replace(options, bias=bias)
+                    found = torch.autograd.grad(output, sources, start, retain_graph=len(biases) > 1)
+                    if mask:
+                        found = tuple(s * (x != 0) for s, x in zip(found, sources, strict=True))
+                    if not all(finite(s) for s in found):
+                        raise InputError("the model's output or the signal overflows for these inputs: it contains NaN or Inf")
+                    signals.append(tuple(s.detach()[back].contiguous() for s in found))
             features = tuple(x.detach()[back] for x in sources)
             explained = start.flatten(1).sum(1) if start.ndim > 1 else start
             return Explanation(features, tuple(signals), explained[back])

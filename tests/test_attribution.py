@@ -35,9 +35,10 @@ from captum_mipin import (
     UnsupportedOperationError,
     check,
 )
+from captum_mipin.capture import capture
 
 matplotlib.use("Agg")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class TwoInputs(nn.Module):
@@ -815,6 +816,23 @@ def test_inverses_of_several_networks_may_be_used_in_threads(cnn: Any, mlp: Any)
     for n, found in enumerate(results):
         assert isinstance(found, Tensor), found
         assert torch.equal(found, (cnn if n % 2 else mlp).mipin.attribute(inputs[n], [0, 1, 2]))
+
+
+def test_a_capture_in_another_thread_changes_no_bit(cnn: Any) -> None:
+    """``torch.export`` switches oneDNN off for the whole process while it runs."""
+    expected, stop, other = cnn.mipin.attribute(cnn.x[:3], [0, 1, 2]), threading.Event(), copy.deepcopy(cnn.model)
+
+    def captures() -> None:
+        while not stop.is_set():
+            capture(other, (cnn.x[:3],))
+
+    thread = threading.Thread(target=captures)
+    thread.start()
+    try:
+        assert all(torch.equal(cnn.mipin.attribute(cnn.x[:3], [0, 1, 2]), expected) for _ in range(40))
+    finally:
+        stop.set()
+        thread.join()
 
 
 # ------------------------------------------------------------------------------------------------- warnings
