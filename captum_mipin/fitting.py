@@ -85,7 +85,7 @@ class Batches:
                 raise FitError(f"the data cannot be fitted on: {error}") from error
             rows = range(0, len(tensors[0]), batch_size)
             data = [(tuple(t[i : i + batch_size] for t in tensors), None) for i in rows]
-            unpack = lambda batch: batch  # noqa: E731
+            unpack = _as_it_is
         elif isinstance(data, Dataset):
             data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
         elif isinstance(data, Iterator):
@@ -123,6 +123,10 @@ class Batches:
         for number, x in enumerate(inputs):
             if not finite(x):
                 raise FitError(f"batch {index}: input {number} contains NaN or Inf")
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _unpack(batch: Any) -> tuple[Any, Any]:
@@ -225,9 +229,8 @@ class Fit:
 
     def _check_apart(self, inputs: Inputs, extras: Extras, output: Tensor) -> None:
         """Whether examples give the same output in other company and order: the last line of defence behind the rules."""
-        later = torch.arange(len(output) - 1, (len(output) - 1) // 2, -1, device=output.device)
-        if len(later) == 0:
-            return
+        rows = range(len(output) - 1, (len(output) - 1) // 2, -1) or (0, 0)  # one example is put beside itself
+        later = torch.tensor(rows, device=output.device)
         fewer = pick(inputs, extras, later, self._captured.shared)
         again = self._surrogate(Run(self._surrogate.steps, fitting=""), self._values(*fewer))
         scale = float(output.abs().max()) * torch.finfo(output.dtype).eps ** 0.5

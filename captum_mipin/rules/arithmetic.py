@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from captum_mipin.regression import Moments, Solution
-from captum_mipin.rules.base import Inverse, Learned, Passes, every, is_gate
+from captum_mipin.rules.base import Inverse, Learned, Passes, every, factors
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,8 @@ def fork(x: Tensor, branches: int, dim: int | None) -> Channelwise:
     return Channelwise(1 if dim is None else x.shape[dim], branches, dim)
 
 
-def _factors(node: fx.Node) -> tuple[int, ...]:
-    """Positions of the factors that carry signal: those that are no recorded gates."""
-    positions = [i for i, n in enumerate(node.args) if isinstance(n, fx.Node) and n.meta.get("depends")]
-    return tuple(i for i in positions if not is_gate(node.args[i])) or tuple(positions)
-
-
 def _two_signals(node: fx.Node) -> str | None:
-    if len(_factors(node)) > 1:
+    if len(factors(node)) > 1:
         return "it multiplies two values that both depend on the input, and neither is a gate that a sigmoid made"
     return None
 
@@ -76,7 +70,7 @@ def _divides_by_signal(node: fx.Node) -> str | None:
 
 _SUM = Passes(note="the sum's signal goes to each term; its scale is learned", carriers=every, restores=False)
 _SCALE = Passes(
-    note="adjoint, gates as recorded; its scale is learned", carriers=_factors, records=True, restores=False,
+    note="adjoint, gates as recorded; its scale is learned", carriers=factors, records=True, restores=False,
     refuse=_two_signals,
 )  # fmt: skip
 _RATIO = Passes(note="adjoint; its scale is learned", records=True, restores=False, refuse=_divides_by_signal)

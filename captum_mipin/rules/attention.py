@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from captum_mipin.rules.base import Passes, argument, is_gate
+from captum_mipin.rules.base import Passes, argument, factors, is_gate
 
 
 def _values(node: fx.Node) -> tuple[int, ...]:
@@ -13,20 +13,13 @@ def _random(node: fx.Node) -> str | None:
     return "its dropout_p is not 0, so that it is random" if argument(node, 4, "dropout_p", 0.0) else None
 
 
-def _weighted(node: fx.Node) -> tuple[int, ...]:
-    """The factor that attention weights multiply."""
-    positions = [i for i in (0, 1) if isinstance(node.args[i], fx.Node) and node.args[i].meta.get("depends")]  # type: ignore[union-attr]
-    return tuple(i for i in positions if not is_gate(node.args[i])) or tuple(positions)
-
-
 def _no_weights(node: fx.Node) -> str | None:
-    if any(map(is_gate, node.args[:2])) or all(isinstance(n, fx.Node) and n.meta.get("depends") for n in node.args[:2]):
-        return (
-            None
-            if len(_weighted(node)) == 1
-            else "it multiplies two values that both depend on the input, and neither is a softmax"
-        )
-    return "it multiplies by a constant matrix, whose inverse would have to be learned: use nn.Linear"
+    depend = [isinstance(n, fx.Node) and bool(n.meta.get("depends")) for n in node.args[:2]]
+    if not any(map(is_gate, node.args[:2])) and not all(depend):
+        return "it multiplies by a constant matrix, whose inverse would have to be learned: use nn.Linear"
+    if len(factors(node)) > 1:
+        return "it multiplies two values that both depend on the input, and neither is a softmax"
+    return None
 
 
 _NOTE = "adjoint with the recorded attention weights; its scale is learned"
@@ -35,7 +28,7 @@ ATTENTION = {
         note=_NOTE, carriers=_values, records=True, restores=False, refuse=_random
     ),
     **{
-        f"aten.{name}.default": Passes(note=_NOTE, carriers=_weighted, records=True, restores=False, refuse=_no_weights)
+        f"aten.{name}.default": Passes(note=_NOTE, carriers=factors, records=True, restores=False, refuse=_no_weights)
         for name in ("matmul", "bmm")
     },
 }

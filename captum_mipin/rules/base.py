@@ -147,6 +147,12 @@ def is_gate(node: Any) -> bool:
     return operation(node) in ("sigmoid", "hardsigmoid", "softmax", "_softmax")
 
 
+def factors(node: fx.Node) -> tuple[int, ...]:
+    """Positions of the factors of a product that carry signal: those that are no recorded gates."""
+    positions = [i for i, n in enumerate(node.args) if isinstance(n, fx.Node) and n.meta.get("depends")]
+    return tuple(i for i in positions if not is_gate(node.args[i])) or tuple(positions)
+
+
 _REARRANGED = frozenset(
     {"view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute", "transpose", "clone", "dropout",
      "contiguous", "flatten", "unflatten", "rsub", "slice", "select", "getitem", "chunk", "split",
