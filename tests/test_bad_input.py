@@ -120,7 +120,7 @@ def test_a_model_that_cannot_be_exported(untouched: Any, mlp: Any) -> None:
 def test_a_model_that_is_a_function(mlp: Any) -> None:
     for function in (lambda x: x, torch.nn.functional.relu, mlp.model.forward):
         with pytest.raises(CaptureError, match=r"expected a torch\.nn\.Module.*Wrap a function in a small nn\.Module"):
-            _fit(function, mlp.x)  # type: ignore[arg-type]
+            _fit(function, mlp.x)  # type: ignore[arg-type]  # no module, on purpose
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_a_used_up_generator(mlp: Any, survives: Any) -> None:
 
 
 def test_every_kind_of_data_gives_the_same_inverse(mlp: Any) -> None:
-    class Items(Dataset):  # type: ignore[type-arg]
+    class Items(Dataset):  # type: ignore[type-arg]  # what it yields does not matter
         def __len__(self) -> int:
             return len(mlp.x)
 
@@ -786,7 +786,7 @@ assert storage.load(path)[1] == {"kind": 1}
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to kill a process in the middle of saving")
 def test_a_process_killed_while_saving_leaves_the_old_file_whole(tmp_path: Path) -> None:
     root = str(Path(captum_mipin.__file__).parents[1])
     done = subprocess.run(

@@ -10,7 +10,7 @@ BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
 @pytest.fixture
 def completeness(monkeypatch):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn")  # the digits come with it; not needed by the package
     monkeypatch.syspath_prepend(BENCHMARKS)
     import completeness
 

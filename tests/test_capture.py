@@ -157,7 +157,7 @@ def test_models_that_cannot_be_captured_are_refused_with_a_reason(untouched: Any
 
 def test_functions_and_training_models_are_refused() -> None:
     with pytest.raises(CaptureError, match=r"function, expected a torch\.nn\.Module.*Wrap a function"):
-        capture(lambda x: x, (torch.ones(1, 1),))  # type: ignore[arg-type]
+        capture(lambda x: x, (torch.ones(1, 1),))  # type: ignore[arg-type]  # no module, on purpose
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout())).eval()
     model[1][0].train()
     with pytest.raises(TrainingModeError, match=r"training mode \(1 modules, the first is '1.0'\).*model\.eval\(\)"):

@@ -74,7 +74,7 @@ def test_moments_are_those_of_the_patches(parameters, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own, for even kernels: it copies the input
 def test_asymmetric_same_padding_is_a_convolution_that_drops_its_first_output():
     layer = nn.Conv2d(2, 3, (2, 3), padding="same", bias=False, dtype=torch.float64)
     x = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)

@@ -151,7 +151,7 @@ CNNS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own, for even kernels: it copies the input
 @pytest.mark.parametrize("name", CNNS)
 def test_cnn_equals_oracle(name):
     assert_like_oracle(CNNS[name](), normal(40, 2, 8, 8))

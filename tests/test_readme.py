@@ -7,7 +7,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_ten_lines_run(capsys):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn")  # the digits come with it; not needed by the package
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names = {}
     exec(compile(code, str(README), "exec"), names)

@@ -90,7 +90,10 @@ def test_spelling_of_an_activation_does_not_matter(kind):
     first, last, x = nn.Linear(5, 8), nn.Linear(8, 2), 3 * torch.randn(60, 5, dtype=torch.float64)
     found = []
     for spelling in SPELLINGS[kind]:
-        run = lambda m, x, f=spelling: m["last"](f(m["first"](x)))  # noqa: E731
+
+        def run(m, x, f=spelling):
+            return m["last"](f(m["first"](x)))
+
         modules = {"act": spelling} if isinstance(spelling, nn.Module) else {}
         model = Function(run, first=first, last=last, **modules).double().eval()
         if kind == "GELU" and spelling is SPELLINGS[kind][-1]:
@@ -321,12 +324,13 @@ def test_lstm_equals_its_steps_written_out():
 def test_cells_and_complements_of_gates():
     """A GRU as its papers write it, h = (1 − z) h + z n: 1 − z is a gate as z is."""
     torch.manual_seed(0)
+
+    def two_steps(m, x):
+        h = m["cell"](x[:, 1], m["cell"](x[:, 0]))
+        return m["last"](h[0] if isinstance(h, tuple) else h)
+
     for cell in (nn.GRUCell(4, 3), nn.LSTMCell(4, 3), nn.RNNCell(4, 3)):
-        if isinstance(cell, nn.LSTMCell):
-            run = lambda m, x: m["last"](m["cell"](x[:, 1], m["cell"](x[:, 0]))[0])  # noqa: E731
-        else:
-            run = lambda m, x: m["last"](m["cell"](x[:, 1], m["cell"](x[:, 0])))  # noqa: E731
-        model = Function(run, cell=cell, last=nn.Linear(3, 2)).double().eval()
+        model = Function(two_steps, cell=cell, last=nn.Linear(3, 2)).double().eval()
         behaves(model, torch.randn(40, 2, 4, dtype=torch.float64))
 
     def written(m, x):
@@ -416,6 +420,13 @@ def test_what_mixes_beside_or_before_the_layer_is_refused(run):
     model = Mixing(run).double().eval()
     with pytest.raises(MIPINError, match="batch"):
         InverseNetwork(model, layer=model.r).fit(torch.randn(24, 6, dtype=torch.float64), targets=[0, 1], progress=False)
+
+
+def test_what_reads_the_batch_is_refused_also_where_batches_begin_with_one_example():
+    torch.manual_seed(0)
+    model = Mixing(MIXING["sum of ones"]).double().eval()
+    with pytest.raises(MIPINError, match="other examples of its batch"):
+        InverseNetwork(model).fit(list(torch.randn(24, 6, dtype=torch.float64).split(1)), targets=0, progress=False)
 
 
 SPELLED = {
