@@ -1,5 +1,6 @@
 """From a model to its graph, and the table of what is supported."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -153,6 +154,13 @@ def test_models_that_cannot_be_captured_are_refused_with_a_reason(untouched: Any
     model, x = _Odd(kind).eval(), torch.randn(4, 3)
     with pytest.raises(CaptureError, match=message), untouched(model, x):
         capture(model, (x,))
+
+
+def test_a_model_that_keeps_state_is_refused_also_where_warnings_are_silenced() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(CaptureError, match="assigned during export"):
+            capture(_Odd("attribute").eval(), (torch.randn(4, 3),))
 
 
 def test_functions_and_training_models_are_refused() -> None:

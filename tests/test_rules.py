@@ -410,6 +410,26 @@ def test_examples_that_depend_on_each_other_are_refused(name):
         InverseNetwork(model).fit(torch.randn(24, 6, dtype=torch.float64), targets=[0, 1], progress=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "operation", "reason"),
+    [
+        ("maximum in a gate", "aten.max.dim", "no rule covers it"),
+        ("sort in a gate", "aten.sort.default", "no rule covers it"),
+        ("parts of the batch in a gate", "aten.split.Tensor", "does not keep the batch"),
+        ("shifted", "aten.pad.default", "works along the batch"),
+        ("shifted in a gate", "aten.pad.default", "works along the batch"),
+        ("shifted flat", "aten.pad.default", "works along the batch"),
+        ("size as a float", "aten.mul.Tensor", "uses the size of the batch as a value"),
+        ("root of the size", "aten.mul.Tensor", "uses the size of the batch as a value"),
+        ("dropout in attention", "aten.scaled_dot_product_attention.default", "it is random"),
+    ],
+)
+def test_check_names_what_mixes_examples(name, operation, reason):
+    torch.manual_seed(0)
+    refused = check(Mixing(MIXING[name]).double().eval(), torch.randn(4, 6, dtype=torch.float64)).refused
+    assert (operation, True) in [(row.operation, reason in row.note) for row in refused]
+
+
 @pytest.mark.parametrize("run", [
     lambda m, x: m.o(m.r(m.a(x)) * torch.sigmoid(m.b(x)).flip(0)),
     lambda m, x: m.o(m.r(m.a(x)) + m.b(x).cumsum(0)),
