@@ -14,7 +14,7 @@ by fast Fourier transform. For other strides patches are unfolded.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from captum_mipin.regression import Moments
+from captum_mipin.regression import Moments, gram_of_each
 
 #: Largest buffer of patches or of padded signals, in elements.
 CHUNK = 1 << 24
@@ -143,11 +143,14 @@ class Geometry:
         s = s.reshape(n, self.groups, channels // self.groups, -1, prod(self.kernel))
         return s.permute(1, 0, 3, 2, 4).reshape(self.groups, -1, self.features[1])
 
-    def moments(self, x: Tensor, s: Tensor) -> Moments:
-        """Moments of the regression of ``x`` (n, in, *size) on the patches of ``s`` (n, out, *size)."""
-        g, channels = self.groups, self.channels[0]
-        x, s = (t.float() if t.element_size() < 4 else t for t in (x, s))  # half precision cannot hold sums
+    def moments(self, x: Tensor, s: Tensor, own: Sequence[Tensor] = ()) -> Moments:
+        """Moments of the regression of ``x`` (n, in, *size) on the patches of ``s`` (n, out, *size), and on ``own``, like x."""
+        g, k, channels = self.groups, 1 + len(own), self.channels[0]
         rows = x.shape[0] * prod(x.shape[2:])
+        if own:  # of each group, channels of x, then of each own signal
+            x = torch.stack([t.unflatten(1, (g, channels)) for t in (x, *own)], 2).flatten(1, 3)
+        x, s = (t.float() if t.element_size() < 4 else t for t in (x, s))  # half precision cannot hold sums
+        wide = self._widened(k)
         over = (0, *range(2, x.ndim))
         mean = x.double().mean(over)
         x = x - mean.to(x.dtype).view(-1, *(1,) * self.dims)
@@ -159,7 +162,7 @@ class Geometry:
         ones, x_ones = torch.ones_like(v_sum), torch.ones_like(x_sum)
 
         def correlate(s: Tensor, x: Tensor) -> Tensor:
-            return self.to_rows(self.gradient(s, x, x.new_empty(self.weight_shape), of=1)).double()
+            return wide.to_rows(wide.gradient(s, x, x.new_empty(wide.weight_shape), of=1)).double()
 
         cross = correlate(v, x) + correlate(level * ones, x_sum)
         sums = correlate(v_sum + len(s) * level * ones, x_ones)[:, 0]
@@ -168,8 +171,15 @@ class Geometry:
         unseen = sizes == 0  # lags and what padding cuts away leave rounding where a tap never sees a signal
         gram.masked_fill_(unseen.unsqueeze(1) | unseen.unsqueeze(2), 0.0)
         gram -= sums.unsqueeze(2) * sums.unsqueeze(1) / rows
-        square = x.double().square().sum(over).view(g, channels)
-        return Moments(rows, mean.view(g, channels), sums / rows, square, cross, gram)
+        z = x.unflatten(1, (g, k, channels)).transpose(0, 1).transpose(1, 2)  # (g, k, n, channels, *size)
+        zz = gram_of_each(z, (2, *range(4, z.ndim)))
+        return Moments(rows, mean.view(g, k, channels), sums / rows, zz, cross.unflatten(1, (k, channels)), gram)
+
+    def _widened(self, k: int) -> "Geometry":
+        """This convolution with ``k`` times the channels of x."""
+        first, second = self.weight_shape[:2]
+        shape = (first * k, second) if self.transposed else (first, second * k)
+        return replace(self, weight_shape=(*shape, *self.kernel))
 
     def _level_gram(self, v_sum: Tensor, level: Tensor, rows: int, x_size: torch.Size) -> Tensor:
         """What the level of each channel adds to the Gram matrix of V, from one map of sums and one of ones."""

@@ -40,6 +40,7 @@ class Settings:
         solver: "exact", or the paper's "sgd" for convolutions.
         epochs: Of the SGD solver.
         learning_rate: Of the SGD solver; None for 1/L, L the largest curvature on the first batch.
+        joint: Whether what comes back to a tensor from several branches is learned together, or summed up.
     """
 
     ridge: float = 1e-3
@@ -48,6 +49,7 @@ class Settings:
     solver: Solver = "exact"
     epochs: int = 20
     learning_rate: float | None = None
+    joint: bool = True
 
 
 @dataclass
@@ -277,22 +279,22 @@ class Fit:
         targets = targets[:count]
         names = ", ".join(str(shown(target)) for target in targets)
         bar.set_description(f"{key} · class {names if len(names) < 30 else names[:27] + '...'}")
-        if self._settings.solver == "sgd" and isinstance(inverter, Convolution):
+        if self._settings.solver == "sgd" and isinstance(inverter, Convolution) and inverter.plain:
             return self._descend(key, targets, fitted, chain([first], passes), bar)
-        moments = {target: Moments.zeros(*inverter.size, device=x.device) for target in targets}
+        moments = {target: Moments.zeros(*inverter.size, x.device) for target in targets}
         for index, (inverter, x, signals) in enumerate(chain([first], passes)):
             for target in targets:
                 moments[target].add(inverter.moments(x, signals(target)))
                 if not moments[target].finite():
                     raise FitError(f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}")
-        groups, features, signals_each = inverter.size
+        groups, features, shared, own = inverter.size
         result: dict[Target, tuple[Inverse, LayerFit]] = {}
         for target in targets:
             part = moments.pop(target)
             solution = solve(part, self._settings.ridge, self._settings.ridge_scale)
             logger.debug("%s, target %s: explained variance %.3f", key, shown(target), solution.explained_variance)
             layer = LayerFit(
-                shown(target), key, part.count, groups * features, signals_each,
+                shown(target), key, part.count, groups * features, shared + own,
                 solution.explained_variance, solution.dead, solution.condition, "exact",
             )  # fmt: skip
             result[target] = inverter.inverse(solution, x), layer
@@ -313,13 +315,13 @@ class Fit:
                     states[target].step(epoch, x, s)
         result = {}
         for target, state in states.items():
-            groups, features, signals_each = state.inverter.size
+            groups, features, signals_each, _ = state.inverter.size
             layer = LayerFit(
                 shown(target), key, state.rows, groups * features, signals_each, state.explained_variance(), 0, None, "sgd"
             )
             if not torch.isfinite(state.weight).all():
                 raise FitError(f"SGD diverged at {key}, target {shown(target)}: lower learning_rate={state.rate:g}")
-            result[target] = Inverse(state.weight, state.bias), layer
+            result[target] = Inverse(state.weight.flatten(), state.bias), layer
         return result
 
 
@@ -327,8 +329,8 @@ class _Descent:
     """Gradient descent with momentum on ½ mean ‖X − g(S)‖² over the kernel and bias of one convolution's inverse."""
 
     def __init__(self, inverter: Convolution, x: Tensor, s: Tensor, rate: float | None) -> None:
-        self.inverter = inverter
-        self.weight = x.new_zeros(inverter.geometry.weight_shape)
+        self.inverter, (self._geometry,) = inverter, inverter.geometries
+        self.weight = x.new_zeros(self._geometry.weight_shape)
         self.bias = x.new_zeros(x.shape[1])
         self._velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         self.rate = rate or 1 / self._curvature(x, s)
@@ -344,13 +346,13 @@ class _Descent:
     def step(self, epoch: int, x: Tensor, s: Tensor) -> None:
         if epoch != self._epoch:
             self._epoch, self._residual, self._variance, self.rows = epoch, 0.0, 0.0, 0
-        error = self.inverter.apply(Inverse(self.weight, self.bias), (s,), True) - x
+        error = self.inverter.apply(Inverse(self.weight.flatten(), self.bias), (s,), True) - x
         over = (0, *range(2, x.ndim))
         rows = x.numel() // x.shape[1]
         self.rows += rows
         self._residual += float(error.square().sum())
         self._variance += float((x - x.mean(over, keepdim=True)).square().sum())
-        gradients = self.inverter.geometry.gradient(s, error, self.weight, of=1) / rows, error.sum(over) / rows
+        gradients = self._geometry.gradient(s, error, self.weight, of=1) / rows, error.sum(over) / rows
         for value, velocity, gradient in zip((self.weight, self.bias), self._velocity, gradients, strict=True):
             velocity.mul_(0.9).add_(gradient)
             value.sub_(self.rate * velocity)

@@ -38,6 +38,9 @@ from captum_mipin.rules import MIPIN, Inverse, Options
 from captum_mipin.survey import structure, survey
 from captum_mipin.targets import one, per_example, several, shown
 
+#: What an inverse is made of, in files.
+_PARTS = ("weight", "bias", "live", "own")
+
 #: Graphs kept for different input shapes.
 _GRAPHS = 8
 
@@ -83,6 +86,8 @@ class InverseNetwork:
         ridge_scale: What λ is measured in: "relative" to the mean variance of the signals, or against the "mean" or
             the "sum" of their Gram matrix; the paper does not say.
         pooling: Average pooling sends the signal back by recorded "shares" of the average, or spreads it "even".
+        forks: What comes back to a tensor from several branches (residual connections, say) is learned in one "joint"
+            regression, or is the "sum" of what each brings.
         solver: "exact" least squares, or for convolutions the paper's "sgd".
         epochs: Passes of the SGD solver over the data.
         learning_rate: Of the SGD solver; by default the inverse of the largest curvature on the first batch.
@@ -111,6 +116,7 @@ class InverseNetwork:
         ridge: float = 1e-3,
         ridge_scale: RidgeScale = "relative",
         pooling: Literal["shares", "even"] = "shares",
+        forks: Literal["joint", "sum"] = "joint",
         solver: Solver = "exact",
         epochs: int = 20,
         learning_rate: float | None = None,
@@ -118,6 +124,7 @@ class InverseNetwork:
         for name, value, known in (
             ("ridge_scale", ridge_scale, ("relative", "mean", "sum")),
             ("pooling", pooling, ("shares", "even")),
+            ("forks", forks, ("joint", "sum")),
             ("solver", solver, ("exact", "sgd")),
         ):
             if value not in known:
@@ -130,7 +137,7 @@ class InverseNetwork:
         self.layer = layer
         if learning_rate is not None and not learning_rate > 0:
             raise InputError(f"learning_rate={learning_rate!r} must be above 0")
-        self.settings = Settings(ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate)
+        self.settings = Settings(ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint")
         self._state: _State | None = None
         self._forget_graphs()
 
@@ -466,7 +473,7 @@ class InverseNetwork:
         for number, (target, inverses) in enumerate(fitted.inverses.items()):
             entries.append({"target": target, "keys": list(inverses)})
             for index, inverse in enumerate(inverses.values()):
-                parts = {"weight": inverse.weight, "bias": inverse.bias, "live": inverse.live}
+                parts = {name: getattr(inverse, name) for name in _PARTS}
                 tensors.update({f"{number}.{index}.{name}": t for name, t in parts.items() if t is not None})
         content = {
             "fingerprint": state.watch.fingerprint,
@@ -528,7 +535,9 @@ class InverseNetwork:
             signature, graph = self._graph(inputs, extras)
             start = None if layer is None else module_output(graph, self.model, layer)
             if (signature, start) not in self._surrogates:
-                self._surrogates[signature, start] = Surrogate(graph, MIPIN, start, calibrate=layer is self.layer)
+                self._surrogates[signature, start] = Surrogate(
+                    graph, MIPIN, start, calibrate=layer is self.layer, joint=self.settings.joint
+                )
             surrogate = self._surrogates[signature, start]
             if len(self._graphs) > _GRAPHS:
                 oldest, _ = self._graphs.popitem(last=False)
@@ -626,7 +635,7 @@ def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: 
     fitted = Fitted()
     for number, entry in enumerate(content["targets"]):
         fitted.inverses[tuple(entry["target"])] = {
-            key: Inverse(*(_get(tensors, f"{number}.{index}.{name}", device) for name in ("weight", "bias", "live")))  # type: ignore[arg-type]  # only live may be None
+            key: Inverse(*(_get(tensors, f"{number}.{index}.{name}", device) for name in _PARTS))  # type: ignore[arg-type]  # weight and bias are there
             for index, key in enumerate(entry["keys"])
         }
     for layer in content["layers"]:

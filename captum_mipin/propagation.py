@@ -19,7 +19,8 @@ from torch import Tensor, fx
 from captum_mipin.batch import Layout
 from captum_mipin.capture import CapturedGraph
 from captum_mipin.errors import CaptureError, InputError, UnsupportedOperationError
-from captum_mipin.rules import FORK, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule
+from captum_mipin.rules import Fork, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation
+from captum_mipin.rules.base import argument
 from captum_mipin.survey import (
     carrying_users,
     channels,
@@ -82,8 +83,10 @@ class Run:
         parts: list[Tensor] = []
         for target, examples in self.groups:
             inverse = self.inverses[target][step.key].to(signals[0])
-            own = tuple(step.layout.part(s, examples) for s in signals) if len(self.groups) > 1 else signals
-            parts.append(inverter.apply(inverse, own, self.options.bias))
+            if len(self.groups) == 1:
+                return inverter.apply(inverse, signals, self.options.bias)
+            own = tuple(step.layout.part(s, examples) for s in signals)
+            parts.append(inverter.part(examples).apply(inverse, own, self.options.bias))
         return step.layout.join(parts)
 
 
@@ -103,7 +106,7 @@ class _Invert(torch.autograd.Function):
 def _forward(run: Run, step: Step, x: Tensor, arguments: Any, named: Any) -> tuple[Any, Callable[..., Tensor]]:
     if isinstance(step.rule, Recorded):
         return step.rule.run(run.options, step.operation, x, *arguments, **named)
-    inverter = step.rule.inverter(x, *arguments, **named)
+    inverter = step.rule.inverter(run.options, x, *arguments, **named)
     return step.operation(x, *arguments, **named), partial(run.invert, inverter, step)
 
 
@@ -116,7 +119,7 @@ def step(run: Run, key: str, x: Tensor, *arguments: Any, **named: Any) -> Any:
         if key != run.fitting:
             return _forward(run, this, x, arguments, named)[0]
         assert isinstance(this.rule, Learned)  # for mypy: only these are fitted
-        inverter = this.rule.inverter(x, *arguments, **named)
+        inverter = this.rule.inverter(run.options, x, *arguments, **named)
         value = this.operation(x, *arguments, **named)
         outputs = value if isinstance(value, tuple) else (value,)
         outputs = tuple(output.detach().requires_grad_() for output in outputs)
@@ -131,11 +134,6 @@ def source(run: Run, index: int, x: Tensor) -> Tensor:
     return x
 
 
-def branches(x: Tensor, count: int, channels: int | None) -> tuple[Tensor, ...]:
-    """``x``, whose channels are along a dimension, for each of ``count`` branches."""
-    return tuple(x.detach() for _ in range(count))
-
-
 class Surrogate:
     """A model's graph whose backward pass is a method.
 
@@ -144,6 +142,7 @@ class Surrogate:
         rules: Operation → rule.
         start: Name of the node at whose output the signal is wanted; None for the inputs.
         calibrate: Learn the scale of the signal there where no learned inverse gives it.
+        joint: Learn what comes back to a tensor from all its branches together; otherwise it is summed up.
 
     Raises:
         UnsupportedOperationError: An operation between there and the output has no rule.
@@ -158,7 +157,12 @@ class Surrogate:
     """
 
     def __init__(
-        self, captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None, calibrate: bool = True
+        self,
+        captured: CapturedGraph,
+        rules: Mapping[str, Rule],
+        start: str | None = None,
+        calibrate: bool = True,
+        joint: bool = True,
     ) -> None:
         graph, starts = marked_copy(captured, rules, start)
         refused = [t for t in treatments(graph, rules) if t.status == "refused"]
@@ -169,6 +173,7 @@ class Surrogate:
                 node.meta["channels"] = channels(node)
         cut_recordings(graph, rules)
         self.steps: dict[str, Step] = {}
+        self._rules, self._joint = rules, joint
         order = [node.meta["origin"] for node in graph.nodes if node.op == "placeholder"]
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
@@ -246,14 +251,39 @@ class Surrogate:
         """Put a fork behind a tensor that feeds several branches, or whose signal lacks a scale."""
         users = carrying_users(node)
         count = sum(occurrences(user, node) for user in users)
-        if "channels" not in meta or (count < 2 and not needs_scale):
+        if "channels" not in meta or not (needs_scale or (count > 1 and self._joint)):
             return
+        weighed = self._weighed(node, users) if count > 1 else []
+        rules = [self._rules[str(user.target)] for user in weighed]
+        fork = Fork(
+            tuple(user.target for user in weighed if callable(user.target)),
+            tuple(rule.inverter for rule in rules if isinstance(rule, Learned)),
+            count - len(weighed),
+            meta["channels"],
+        )
         key = f"{meta['key']}/fork"
-        self.steps[key] = Step(key, FORK, branches, meta["layout"])
+        self.steps[key] = Step(key, fork.rule, fork, meta["layout"])
+        calls = [(user.args[1:], dict(user.kwargs)) for user in weighed]
         with graph.inserting_after(node):
-            forked = graph.call_function(step, (run, key, node, count, meta["channels"]))
+            forked = graph.call_function(step, (run, key, node, *calls))
         parts: list[fx.Node] = []
         for index in reversed(range(count)):
             with graph.inserting_after(forked):
                 parts.insert(0, graph.call_function(operator.getitem, (forked, index)))
-        redirect(node, iter(parts), users)
+        redirect(node, iter(parts[len(weighed) :]), [user for user in users if user not in weighed])
+        for user, part in zip(weighed, parts, strict=False):
+            part.meta = dict(user.meta)
+            user.replace_all_uses_with(part)
+            graph.erase_node(user)
+            self._fork(graph, run, part.meta, part)
+
+    def _weighed(self, node: fx.Node, users: Sequence[fx.Node]) -> list[fx.Node]:
+        """The operations with weights among the branches of ``node`` that can be inverted together."""
+        found: list[fx.Node] = []
+        for user in users:
+            others = [n for n in user.all_input_nodes if n is not node]
+            learned = isinstance(self._rules.get(str(user.target)), Learned) and user.args[0] is node
+            if learned and occurrences(user, node) == 1 and all(n.op == "placeholder" for n in others):
+                found.append(user)
+        kinds = [(operation(user) == "linear", argument(user, 6, "groups", 1)) for user in found]
+        return [user for user, kind in zip(found, kinds, strict=True) if kind == kinds[0]]

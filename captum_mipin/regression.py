@@ -2,10 +2,13 @@
 
 Every inverse of the paper is one regression of features x on signals s (equations 5-7). Its sufficient statistics
 are sums, kept here centred and in float64, so that the data may come in any chunks and any order, from one process
-or several. A leading group dimension carries independent regressions side by side: the groups of a grouped
-convolution, the channels of a channelwise inverse.
+or several. A leading group dimension carries independent regressions side by side, as grouped convolutions need them.
+
+Besides the signals that all features share, each feature may have signals of its own, as it has where one branch of a
+fork is the identity: x_i ≈ Σ_j W_ij s_j + Σ_k a_ik o_ik + b_i, all coefficients fitted together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,14 +23,16 @@ RidgeScale = Literal["relative", "mean", "sum"]
 
 @dataclass
 class Moments:
-    """Centred first and second moments of rows (x, s), for ``g`` groups side by side.
+    """Centred first and second moments of rows (z, s), for ``g`` groups side by side.
+
+    Of z, the first of ``k`` entries is the feature x, the others are its own signals.
 
     Attributes:
         count: Number of rows seen.
-        mean_x: (g, dx) float64.
+        mean_z: (g, k, dx) float64.
         mean_s: (g, ds) float64.
-        xx: (g, dx) float64, the sum of squared deviations of each feature x.
-        xs: (g, dx, ds) float64, the centred cross products.
+        zz: (g, dx, k, k) float64, the centred Gram matrix of each feature and its own signals.
+        zs: (g, k, dx, ds) float64, the centred cross products.
         ss: (g, ds, ds) float64, the centred Gram matrix of s.
 
     Examples:
@@ -41,40 +46,46 @@ class Moments:
     """
 
     count: int
-    mean_x: Tensor
+    mean_z: Tensor
     mean_s: Tensor
-    xx: Tensor
-    xs: Tensor
+    zz: Tensor
+    zs: Tensor
     ss: Tensor
 
     @classmethod
-    def zeros(cls, groups: int, features: int, signals: int, device: torch.device | str = "cpu") -> "Moments":
-        """Moments of no rows: ``groups`` regressions of ``features`` values on ``signals`` values each."""
+    def zeros(cls, groups: int, features: int, signals: int, own: int = 0, device: torch.device | str = "cpu") -> "Moments":
+        """Moments of no rows: ``groups`` regressions of ``features`` values on ``signals`` shared values and ``own`` each."""
 
         def zero(*shape: int) -> Tensor:
             return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
 
-        return cls(0, zero(features), zero(signals), zero(features), zero(features, signals), zero(signals, signals))
+        k = 1 + own
+        return cls(
+            0, zero(k, features), zero(signals), zero(features, k, k), zero(k, features, signals), zero(signals, signals)
+        )
 
     @staticmethod
-    def bytes_needed(groups: int, features: int, signals: int) -> int:
+    def bytes_needed(groups: int, features: int, signals: int, own: int = 0) -> int:
         """Memory of one such object, in bytes."""
-        return 8 * groups * (features * signals + signals * signals + 2 * features + signals)
+        k = 1 + own
+        return 8 * groups * (k * features * signals + signals * signals + (k + k * k) * features + signals)
 
-    def update(self, x: Tensor, s: Tensor) -> None:
+    def update(self, x: Tensor, s: Tensor, own: Sequence[Tensor] = ()) -> None:
         """Add rows.
 
         Args:
             x: (g, rows, dx) features.
             s: (g, rows, ds) signals. Products are taken in this dtype after centring, and summed in float64.
+            own: Each feature's own signals, each like ``x``.
         """
         rows = x.shape[1]
         if rows == 0:
             return
-        x, s = (t.float() if t.element_size() < 4 else t for t in (x, s))  # half precision cannot hold sums
-        mean_x, mean_s = x.double().mean(1), s.double().mean(1)
-        x, s = x - mean_x.to(x.dtype).unsqueeze(1), s - mean_s.to(s.dtype).unsqueeze(1)
-        self.add(Moments(rows, mean_x, mean_s, x.double().square().sum(1), x.mT @ s, s.mT @ s))
+        z = torch.stack([x, *own], 1) if own else x.unsqueeze(1)
+        z, s = (t.float() if t.element_size() < 4 else t for t in (z, s))  # half precision cannot hold sums
+        mean_z, mean_s = z.double().mean(2), s.double().mean(1)
+        z, s = z - mean_z.to(z.dtype).unsqueeze(2), s - mean_s.to(s.dtype).unsqueeze(1)
+        self.add(Moments(rows, mean_z, mean_s, gram_of_each(z, (2,)), z.mT @ s.unsqueeze(1), s.mT @ s))
 
     def add(self, other: "Moments") -> None:
         """Merge ``other`` in; its second moments may be of any floating dtype."""
@@ -82,34 +93,53 @@ class Moments:
         if other.count == 0:
             return
         share = other.count / count
-        dx, ds = other.mean_x - self.mean_x, other.mean_s - self.mean_s
+        dz, ds = other.mean_z - self.mean_z, other.mean_s - self.mean_s
         between = self.count * share
-        self.xx += other.xx + between * dx.square()
-        for total, part, left in ((self.xs, other.xs, dx), (self.ss, other.ss, ds)):
+        each = dz.mT  # (g, dx, k)
+        self.zz += other.zz + between * each.unsqueeze(3) * each.unsqueeze(2)
+        for total, part, left in ((self.zs.flatten(1, 2), other.zs.flatten(1, 2), dz.flatten(1)), (self.ss, other.ss, ds)):
             total += part
             total.baddbmm_(left.unsqueeze(2), ds.unsqueeze(1), alpha=between)
-        self.mean_x += share * dx
+        self.mean_z += share * dz
         self.mean_s += share * ds
         self.count = count
 
+    def placed(self, index: Tensor, signals: int) -> "Moments":
+        """The same moments, the shared signals in the places ``index`` of ``signals`` ones, of which the others are zero."""
+        groups, k, features = self.mean_z.shape
+        result = Moments.zeros(groups, features, signals, k - 1, self.ss.device)
+        mean_s, zs, ss = result.mean_s, result.zs, result.ss
+        mean_s[:, index], zs[..., index] = self.mean_s, self.zs
+        ss[:, index.unsqueeze(1), index] = self.ss
+        return Moments(self.count, self.mean_z, mean_s, self.zz, zs, ss)
+
     def finite(self) -> bool:
         """Whether no NaN or Inf has come in."""
-        return bool(torch.isfinite(self.xx.sum() + self.mean_s.sum() + self.ss.diagonal(dim1=1, dim2=2).sum()))
+        return bool(torch.isfinite(self.zz.sum() + self.mean_s.sum() + self.ss.diagonal(dim1=1, dim2=2).sum()))
+
+
+def gram_of_each(z: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Sums of products between the entries of dimension 1 of ``z`` over some dimensions: (g, dx, k, k) float64."""
+    k = z.shape[1]
+    rows = [[(z[:, i].double() * z[:, j]).sum([d - 1 for d in over]) for j in range(i + 1)] for i in range(k)]
+    return torch.stack([torch.stack([rows[max(i, j)][min(i, j)] for j in range(k)], -1) for i in range(k)], -2)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A solved regression x ≈ weight · s + bias.
+    """A solved regression x ≈ weight · s + own · o + bias.
 
     Attributes:
         weight: (g, dx, ds) float64.
+        own: (g, dx, k − 1) float64.
         bias: (g, dx) float64.
         explained_variance: 1 − residual / variance of x over all features, on the rows fitted; 1 where x never varies.
         dead: Number of signals that never vary; their coefficients are zero.
-        condition: 1-norm condition number of the matrix solved with, the largest over the groups.
+        condition: 1-norm condition number of the matrices solved with, the largest of them.
     """
 
     weight: Tensor
+    own: Tensor
     bias: Tensor
     explained_variance: float
     dead: int
@@ -117,13 +147,16 @@ class Solution:
 
 
 def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative") -> Solution:
-    """Ridge regression of x on s from their moments (equation 6).
+    """Ridge regression of x on s and o from their moments (equation 6).
+
+    The signals o of a feature are what is left of them, and of x, once both are regressed on s (Frisch and Waugh): the
+    same coefficients as of one regression on all, at the cost of the shared one.
 
     Args:
         moments: What :class:`Moments` has gathered.
-        ridge: λ of equation 6, at least 0. With 0, directions without variance get zero coefficients (minimum norm).
-        scale: What λ is measured in: ``"relative"``, the mean variance of the signals that vary at all;
-            ``"mean"``, the covariance (Gram matrix divided by the rows); ``"sum"``, the Gram matrix itself.
+        ridge: λ of equation 6, at least 0. With 0, directions without variance get zero coefficients.
+        scale: What λ is measured in: ``"relative"``, the mean variance of the signals that vary at all, shared and own
+            ones apart; ``"mean"``, the covariance (Gram matrix divided by the rows); ``"sum"``, the Gram matrix itself.
 
     Returns:
         The coefficients and what is worth knowing about the fit.
@@ -137,31 +170,55 @@ def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative")
         (3.0, 1.0)
     """
     rows = max(moments.count, 1)
-    gram, cross = moments.ss / rows, moments.xs / rows
-    variance = gram.diagonal(dim1=1, dim2=2)
-    dead = variance <= _CONSTANT * (variance + moments.mean_s.square())
-    alive = (~dead).sum(1).clamp(min=1)
-    unit = {"relative": variance.sum(1) / alive, "mean": torch.ones_like(variance[:, 0])}.get(
-        scale, torch.full_like(variance[:, 0], 1 / rows)
-    )
-    stand_in = dead * torch.where(unit > 0, unit, 1.0).unsqueeze(1)  # keeps the matrix regular; its column is zeroed
-    ridged = gram + torch.diag_embed((ridge * unit).unsqueeze(1) + stand_in)
-    factor, failed = torch.linalg.cholesky_ex(ridged)
-    if ridge > 0 and not failed.any():
-        weight = torch.cholesky_solve(cross.mT, factor).mT
-        inverse = torch.cholesky_inverse(factor)
-    else:
-        inverse = torch.linalg.pinv(ridged, hermitian=True)
-        weight = cross @ inverse
-    weight = weight.masked_fill(dead.unsqueeze(1), 0.0)
-    bias = moments.mean_x - (weight @ moments.mean_s.unsqueeze(2)).squeeze(2)
-    total = moments.xx.sum() / rows
-    explained = (weight * (cross + (ridge * unit).view(-1, 1, 1) * weight)).sum()  # W·gram = cross − λ·unit·W
-    norms = torch.linalg.matrix_norm(ridged, 1) * torch.linalg.matrix_norm(inverse, 1)
+    gram, cross, each = moments.ss / rows, moments.zs / rows, moments.zz / rows
+    penalty, dead = _penalty(gram.diagonal(dim1=1, dim2=2), moments.mean_s, ridge, scale, rows)
+    weights, condition = _ridge(gram, cross.flatten(1, 2).mT, penalty, dead, ridge)
+    weights = weights.mT.view_as(cross)  # of x, then of each o
+    left = each - torch.einsum("gixs,gjxs->gxij", weights, cross)  # what s does not explain
+    own_penalty, own_dead = _penalty(each.diagonal(dim1=2, dim2=3)[..., 1:], moments.mean_z[:, 1:].mT, ridge, scale, rows)
+    explained_by_s = each.diagonal(dim1=2, dim2=3)[..., 1:] * _CONSTANT**0.5 > left.diagonal(dim1=2, dim2=3)[..., 1:]
+    blank = own_dead | (explained_by_s if ridge == 0 else False)
+    own, own_condition = _ridge(left[..., 1:, 1:], left[..., 1:, :1], own_penalty, blank, ridge)
+    own = own.squeeze(3)
+    weight = weights[:, 0] - torch.einsum("gxj,gjxs->gxs", own, weights[:, 1:])
+    bias = moments.mean_z[:, 0] - (weight @ moments.mean_s.unsqueeze(2)).squeeze(2)
+    bias -= torch.einsum("gxj,gjx->gx", own, moments.mean_z[:, 1:])
+    total = each[..., 0, 0].sum()
+    # With G θ = c − Λ θ for all coefficients θ, the explained variance 2 θ·c − θ·G θ is θ·c + θ·Λ θ.
+    explained = (weight * (cross[:, 0] + penalty.unsqueeze(1) * weight)).sum() + (
+        own * (each[..., 0, 1:] + own_penalty * own)
+    ).sum()
     return Solution(
-        weight,
+        weight.contiguous(),
+        own.contiguous(),
         bias,
         explained_variance=float(explained / total) if total > 0 else 1.0,
-        dead=int(dead.sum()),
-        condition=float(norms.max()),
+        dead=int(dead.sum() + own_dead.sum()),
+        condition=max(condition, own_condition),
     )
+
+
+def _penalty(variance: Tensor, mean: Tensor, ridge: float, scale: RidgeScale, rows: int) -> tuple[Tensor, Tensor]:
+    """λ for each signal (the last dimension), and which of them never vary."""
+    dead = variance <= _CONSTANT * (variance + mean.square())
+    alive = (~dead).sum(-1, keepdim=True).clamp(min=1)
+    unit = {"relative": variance.sum(-1, keepdim=True) / alive, "sum": torch.full_like(alive, 1 / rows, dtype=variance.dtype)}
+    return (ridge * unit.get(scale, torch.ones_like(unit["relative"]))).expand_as(variance), dead
+
+
+def _ridge(gram: Tensor, cross: Tensor, penalty: Tensor, dead: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """(gram + penalty)⁻¹ cross, with zeros for dead signals, and the condition number of what was inverted."""
+    if gram.shape[-1] == 0:
+        return torch.zeros_like(cross), 1.0
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    gram = gram.masked_fill(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)
+    stand_in = dead * torch.where(scale > 0, scale, 1.0)  # keeps the matrix regular
+    ridged = gram + torch.diag_embed(penalty + stand_in)
+    factor, failed = torch.linalg.cholesky_ex(ridged)
+    if ridge > 0 and not failed.any():
+        result, inverse = torch.cholesky_solve(cross, factor), torch.cholesky_inverse(factor)
+    else:
+        inverse = torch.linalg.pinv(ridged, hermitian=True)
+        result = inverse @ cross
+    norms = torch.linalg.matrix_norm(ridged, 1) * torch.linalg.matrix_norm(inverse, 1)
+    return result.masked_fill(dead.unsqueeze(-1), 0.0), float(norms.max())

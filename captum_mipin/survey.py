@@ -9,6 +9,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, fx
 from captum_mipin.batch import Layout, first_dimension, layout
 from captum_mipin.capture import CapturedGraph, Place, memory, place
 from captum_mipin.errors import CaptureError
-from captum_mipin.rules import RECORDABLE, Learned, Passes, Rule, operation
+from captum_mipin.rules import RECORDABLE, Learned, Passes, PooledLinear, Rule, operation
+from captum_mipin.rules.base import argument
 
 #: Operations that change a shape at most; sizes among their arguments are harmless.
 _SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
@@ -28,6 +30,13 @@ _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 #: Operations whose result follows from the shape of their argument alone.
 _BLANK = ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
+
+#: Operations between a pooling over all places and a dense layer.
+_FLAT = ("view", "_unsafe_view", "reshape", "flatten", "squeeze", "clone", "alias", "contiguous", "dropout")
+
+#: Averages over places.
+_AVERAGES = ("mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d",
+             "_adaptive_avg_pool3d")  # fmt: skip
 
 #: Operations that tell which dimension holds the channels.
 _CHANNELS = {
@@ -110,6 +119,7 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and node not in needed:
             graph.erase_node(node)
+    _join_pools(graph, captured.batch, starts)
     _mark(graph, rules, starts, needed)
     for node in graph.nodes:
         if node.meta["depends"]:
@@ -128,6 +138,32 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
         shape = tuple(map(str, output.meta["val"].shape))
         raise CaptureError(f"the model's output has shape {shape}, expected the batch alone as its first dimension")
     return graph, starts
+
+
+def _join_pools(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
+    """Let a dense layer on averages over all places be inverted from there, see :class:`~captum_mipin.rules.PooledLinear`."""
+    for node in list(graph.nodes):
+        if operation(node) != "linear":
+            continue
+        pool, args = node.args[0], (*node.args, None)[:3]
+        while operation(pool) in _FLAT and len(pool.users) == 1 and pool not in starts:
+            pool = pool.args[0]
+        if operation(pool) not in _AVERAGES or len(pool.users) != 1 or pool in starts or node.meta["val"].ndim != 2:
+            continue
+        x = pool.args[0]
+        before, after = x.meta["val"], pool.meta["val"]
+        kept = [d for d in range(1, before.ndim) if d not in _averaged(pool, before.ndim)]
+        if len(kept) == 1 and prod(after.shape[1:]) == before.shape[kept[0]] and first_dimension(before, batch):
+            node.meta["shown"] = node.target
+            node.target, node.args, node.kwargs = PooledLinear(), (x, args[0], *args[1:], kept[0]), {}
+
+
+def _averaged(pool: fx.Node, ndim: int) -> set[int]:
+    """The dimensions that a pooling averages over."""
+    if operation(pool) != "mean":
+        return set(range(2, ndim))
+    dims = argument(pool, 1, "dim") or range(ndim)
+    return {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)}
 
 
 def _mark(graph: fx.Graph, rules: Mapping[str, Rule], starts: Sequence[fx.Node], needed: set[fx.Node]) -> None:

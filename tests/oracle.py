@@ -22,6 +22,33 @@ def regress(x, s, ridge, scale="relative"):
     return weight, x_mean - weight @ s_mean
 
 
+def regress_jointly(x, shared, own, ridge):
+    """Each feature of x (rows, dx) alone, on ``shared`` (rows, ds) and on its own column of each of ``own``, all at once.
+
+    The ridge is relative to the mean variance of the shared, and of its own, signals. Returns the coefficients, feature by
+    feature those of the shared signals and then its own, and the biases.
+    """
+    rows, weights = len(x), []
+    for feature in range(x.shape[1]):
+        columns = [o[:, feature] for o in own]
+        design = np.column_stack([shared, *columns])
+        centred = design - design.mean(axis=0)
+        units = [shared.var(axis=0).mean() if shared.size else 0] * shared.shape[1] + [np.var(columns, axis=1).mean()] * len(
+            own
+        )
+        gram = centred.T @ centred / rows + ridge * np.diag(units)
+        weights.append(np.linalg.solve(gram, centred.T @ (x[:, feature] - x[:, feature].mean()) / rows))
+    weights = np.stack(weights)
+    means = np.stack([np.append(shared.mean(axis=0), [o[:, f].mean() for o in own]) for f in range(x.shape[1])])
+    return weights, x.mean(axis=0) - (weights * means).sum(axis=1)
+
+
+def apply_jointly(weights, shared, own):
+    """The features without their biases."""
+    ds = shared.shape[1]
+    return shared @ weights[:, :ds].T + sum(o * weights[:, ds + j] for j, o in enumerate(own))
+
+
 def pair(value):
     return value if isinstance(value, tuple) else (value, value)
 

@@ -69,9 +69,26 @@ def test_moments_are_those_of_the_patches(parameters, monkeypatch):
     expected.update(rows, geometry.patches(s, x.shape))
     monkeypatch.setattr(convolution, "CHUNK", 1)  # one example at a time
     found.add(geometry.moments(x, s))
-    for name in ("count", "mean_x", "mean_s", "xx", "xs", "ss"):
+    same(found, expected)
+
+
+def same(found, expected):
+    for name in ("count", "mean_z", "mean_s", "zz", "zs", "ss"):
         a, b = (torch.as_tensor(getattr(m, name)) for m in (found, expected))
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("parameters", CASES[::7], ids=str)
+def test_moments_with_own_signals_are_those_of_rows(parameters):
+    _, geometry, x, s = case(*parameters)
+    groups, own = parameters[-1], [torch.randn_like(x) + 1, x + torch.randn_like(x)]
+
+    def rows(t):
+        return t.reshape(3, groups, 4 // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, 4 // groups)
+
+    expected = Moments.zeros(groups, *geometry.features, len(own))
+    expected.update(rows(x), geometry.patches(s, x.shape), [rows(o) for o in own])
+    same(geometry.moments(x, s, own), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own, for even kernels: it copies the input

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from oracle import (
     Oracle,
     adaptive_windows,
+    apply_jointly,
     apply_kernel,
     fit_kernel,
     from_torch,
     max_unpool,
     partners,
+    patches,
     regress,
+    regress_jointly,
     sliding_windows,
     window_table,
 )
@@ -471,31 +474,86 @@ def calibrated(x, signals, biases=True, of=None):
     return result
 
 
-def test_residual_branches_are_combined_by_least_squares():
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.branch, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-            self.act = nn.ReLU()
+class Residual(nn.Module):
+    """h = relu(stem(x)), then relu(branch(h) + h) or, with two branches of weights, relu(branch(h) + other(h) + h)."""
 
-        def forward(self, x):
-            h = self.stem(x).relu()
-            return self.head(self.act(self.branch(h) + h))
+    def __init__(self, stem, branch, head, other=None):
+        super().__init__()
+        self.stem, self.branch, self.head, self.other, self.act = stem, branch, head, other, nn.ReLU()
 
-    model, x = seeded(Residual()), normal(60, 6)
-    mipin = fitted(model, x, 1)
+    def forward(self, x):
+        h = self.stem(x).relu()
+        total = self.branch(h) + h
+        return self.head(self.act(total if self.other is None else total + self.other(h)).flatten(1))
+
+
+def forked(model, x, shared):
+    """S and A of the residual network ``model``, its fork by one regression; ``shared`` makes rows of signals above."""
     h = model.stem(x).relu().detach()
+    parts = [model.branch(h), h] + ([] if model.other is None else [model.other(h)])
+    above = model.act(sum(parts)).detach().numpy()
+    h, y = h.numpy(), model(x)[:, 1:2].detach().numpy()
+    flat = above.reshape(len(x), -1)
+    weight, bias = regress(flat, y, 1e-3)
+    s, a = ((v.reshape(above.shape) * (above != 0)) for v in (y @ weight.T + bias, y @ weight.T))
+
+    def rows(v):
+        return np.moveaxis(v, 1, -1).reshape(-1, v.shape[1])
+
+    weights, bias = regress_jointly(rows(h), shared(s), [rows(s)], 1e-3)
+    found = [apply_jointly(weights, shared(v), [rows(v)]) + b for v, b in ((s, bias), (a, 0))]
+    return [np.moveaxis(v.reshape(len(x), *h.shape[2:], -1), -1, 1) * (h != 0) for v in found]
+
+
+def test_residual_branches_are_learned_together():
+    model, x = seeded(Residual(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3))), normal(60, 6)
+    mipin = fitted(model, x, 1)
+    s, a = forked(model, x, lambda v: v)
+    weight, bias = regress(x.numpy(), s, 1e-3)
+    assert_close(mipin.source_signal(x, target=1), s @ weight.T + bias)
+    assert_close(mipin.attribute(x, target=1), a @ weight.T)
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_residual_convolutions_are_learned_together(two):
+    """Two convolutions of different kernels and the identity, one regression a channel on all their signals."""
+    other = nn.Conv2d(4, 4, 1) if two else None
+    model = Residual(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(100, 3), other)
+    model, x = seeded(model), normal(40, 2, 5, 5)
+    tables = [partners((5, 5), (5, 5), (k, k), (1, 1), (k // 2, k // 2), (1, 1)) for k in ((3, 1) if two else (3,))]
+    s, a = forked(model, x, lambda v: np.hstack([patches(v, table) for table in tables]))
+    mipin, point = fitted(model, x, 1), partners((5, 5), (5, 5), (1, 1), (1, 1), (0, 0), (1, 1))
+    kernels = fit_kernel(x.numpy(), s, point, 1, 1e-3)
+    assert_close(mipin.source_signal(x, target=1), apply_kernel(s, point, kernels, x.shape))
+    assert_close(mipin.attribute(x, target=1), apply_kernel(a, point, kernels, x.shape, biases=False))
+
+
+def test_residual_depthwise_convolutions_have_their_own_identity():
+    """Groups of one channel: nine taps and the identity are all the signals a channel has."""
+    model = Residual(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Linear(100, 3))
+    model, x = seeded(model), normal(40, 2, 5, 5)
+    table = partners((5, 5), (5, 5), (3, 3), (1, 1), (1, 1), (1, 1))
+    h = model.stem(x).relu().detach().numpy()
+    above = model.act(model.branch(model.stem(x).relu()) + model.stem(x).relu()).detach().numpy()
+    s = regressed(above.reshape(40, -1), model(x)[:, 1:2].detach().numpy()).reshape(above.shape) * (above != 0)
+    signal = np.empty_like(h)
+    for c in range(4):
+        column, taps = h[:, c].reshape(-1, 1), patches(s[:, c : c + 1], table)
+        weights, bias = regress_jointly(column, taps, [s[:, c].reshape(-1, 1)], 1e-3)
+        signal[:, c] = (apply_jointly(weights, taps, [s[:, c].reshape(-1, 1)]) + bias).reshape(40, 5, 5)
+    mipin, point = fitted(model, x, 1), partners((5, 5), (5, 5), (1, 1), (1, 1), (0, 0), (1, 1))
+    signal *= h != 0
+    kernels = fit_kernel(x.numpy(), signal, point, 1, 1e-3)
+    assert_close(mipin.source_signal(x, target=1), apply_kernel(signal, point, kernels, x.shape))
+
+
+def test_forks_can_be_summed_instead():
+    model, x = seeded(Residual(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3))), normal(60, 6)
+    mipin, h = fitted(model, x, 1, forks="sum"), model.stem(x).relu().detach()
     above = model.act(model.branch(h) + h).detach().numpy()
     h, y = h.numpy(), model(x)[:, 1:2].detach().numpy()
     s = regressed(above, y) * (above != 0)
-    of = [regressed(h, s), s]
-    s_fork = calibrated(h, of) * (h != 0)
-    assert_close(mipin.source_signal(x, target=1), regressed(x.numpy(), s_fork))
-    a = regressed(above, y, biases=False) * (above != 0)
-    weight, _ = regress(h, s, 1e-3)
-    a_fork = calibrated(h, [a @ weight.T, a], biases=False, of=of) * (h != 0)
-    weight, _ = regress(x.numpy(), s_fork, 1e-3)
-    assert_close(mipin.attribute(x, target=1), a_fork @ weight.T)
+    assert_close(mipin.source_signal(x, target=1), regressed(x.numpy(), (regressed(h, s) + s) * (h != 0)))
 
 
 def regressed(x, s, biases=True):
@@ -503,7 +561,7 @@ def regressed(x, s, biases=True):
     return s @ weight.T + (bias if biases else 0)
 
 
-def test_branches_that_fork_at_the_input_are_combined_by_least_squares():
+def test_branches_that_fork_at_the_input_are_learned_together():
     class Inception(nn.Module):
         def __init__(self):
             super().__init__()
@@ -515,23 +573,24 @@ def test_branches_that_fork_at_the_input_are_combined_by_least_squares():
     model, x = seeded(Inception()), normal(40, 2, 5, 5)
     joined = torch.cat([model.narrow(x), model.wide(x)], 1).relu().detach().numpy()
     s = regressed(joined.reshape(40, -1), model(x)[:, 1:2].detach().numpy()).reshape(joined.shape) * (joined != 0)
-    signals = []
+    design = []
     for part, kernel, padding in ((s[:, :3], (1, 1), (0, 0)), (s[:, 3:], (3, 3), (1, 1))):
-        table = partners((5, 5), (5, 5), kernel, (1, 1), padding, (1, 1))
-        signals.append(apply_kernel(part, table, fit_kernel(x.numpy(), part, table, 1, 1e-3), x.shape))
-    assert_close(fitted(model, x, 1).source_signal(x, target=1), calibrated(x.numpy(), signals))
+        design.append(patches(part, partners((5, 5), (5, 5), kernel, (1, 1), padding, (1, 1))))
+    expected = regressed(np.moveaxis(x.numpy(), 1, -1).reshape(-1, 2), np.hstack(design))
+    expected = np.moveaxis(expected.reshape(40, 5, 5, 2), -1, 1)
+    assert_close(fitted(model, x, 1).source_signal(x, target=1), expected)
 
 
 # Pooling.
 
 
 def pooled(pool, shape, seed=1, positive=False, **options):
-    """A model that pools its input and reads all of it, its fit, and data."""
+    """A model that pools its input and reads all of it, behind what hands on all signals as they are; its fit, and data."""
     x = normal(30, *shape, seed=seed)
     x = x.abs() if positive else x
     width = pool(x).flatten(1).shape[1]
-    model = nn.Sequential(pool, nn.Flatten(), nn.Linear(width, 2))
-    model[2].load_state_dict(seeded(nn.Linear(width, 2)).state_dict())
+    model = nn.Sequential(pool, nn.LeakyReLU(1.0), nn.Flatten(), nn.Linear(width, 2))
+    model[3].load_state_dict(seeded(nn.Linear(width, 2)).state_dict())
     model.double().eval()
     return fitted(model, x, 1, **options), x
 
@@ -591,14 +650,15 @@ def with_indices(pool):
 
 
 def average_back(s, x, axes, divisor=None, even=False):
-    """Each window gives its elements S · |x| / mean|x|; where windows overlap, the mean weighted by 1 / divisor."""
-    origin = np.ones(x.shape) if even else np.abs(x)
+    """Each window shares its S out among its elements of the sign of its average; overlaps: mean weighted by 1 / divisor."""
     total, weights = np.zeros(x.shape), np.zeros(x.shape)
     for output, inputs in window_table(axes):
         weight = 1 / (divisor or len(inputs))
-        mean = weight * sum(origin[(..., *i)] for i in inputs)
+        sign = np.sign(sum(x[(..., *i)] for i in inputs))
+        origin = {i: np.ones(x.shape[:2]) if even else np.maximum(sign * x[(..., *i)], 0) for i in inputs}
+        mean = weight * sum(origin.values())
         for i in inputs:
-            share = np.divide(origin[(..., *i)], mean, out=np.zeros(mean.shape), where=mean > 0)
+            share = np.divide(origin[i], mean, out=np.zeros(mean.shape), where=mean > 0)
             total[(..., *i)] += weight * s[(..., *output)] * share
             weights[(..., *i)] += weight
     return np.divide(total, weights, out=np.zeros(x.shape), where=weights > 0)
@@ -655,6 +715,73 @@ def test_global_average_by_channel(pooling):
     s = torch.as_tensor(at(pool, mipin, x, 1)).reshape(30, 4, 1, 1)
     shares = x / x.mean((2, 3), keepdim=True) if pooling == "shares" else torch.ones_like(x)
     assert_close(mipin.source_signal(x, target=1), s * shares, 1e-11)
+
+
+SPELLED_HEADS = {
+    "module": lambda h, linear: linear(nn.AdaptiveAvgPool2d(1)(h).flatten(1)),
+    "dropout": lambda h, linear: linear(F.dropout(h.mean([2, 3]), training=False)),
+    "kept": lambda h, linear: linear(h.mean((-2, -1), keepdim=True).squeeze(-1).squeeze(-1)),
+    "of flat": lambda h, linear: linear(h.flatten(2).mean(-1)),
+    "last": lambda h, linear: linear(h.permute(0, 2, 3, 1).mean((1, 2))),
+    "convolution": lambda h, linear: F.conv2d(h, linear.weight[:, :, None, None], linear.bias).mean((2, 3)),
+    "map": lambda h, linear: F.adaptive_avg_pool2d(linear(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 1).flatten(1),
+}
+
+
+class Pooled(nn.Module):
+    """A convolution, ReLU, and a dense layer on averages over all places, in one of its spellings."""
+
+    def __init__(self, spelling, relu=True):
+        super().__init__()
+        self.conv, self.act, self.linear = nn.Conv2d(2, 5, 3), nn.ReLU() if relu else nn.LeakyReLU(1.0), nn.Linear(5, 3)
+        self.spelling = spelling
+
+    def forward(self, x):
+        return SPELLED_HEADS[self.spelling](self.act(self.conv(x)), self.linear)
+
+
+@pytest.mark.parametrize("spelling", SPELLED_HEADS)
+@pytest.mark.parametrize("pooling", ["shares", "even"])
+def test_a_dense_layer_before_the_average_is_the_same_as_behind_it(spelling, pooling):
+    """W mean(x) = mean(W x): whether a network takes the average first or last is a matter of spelling."""
+    x, expected, found = normal(40, 2, 7, 6), seeded(Pooled("convolution")), seeded(Pooled(spelling))
+    assert_close(found(x).detach(), expected(x).detach())
+    one, other = (fitted(model, x, targets=[0, 2], pooling=pooling) for model in (expected, found))
+    targets = [0, 2, 2, 0, 2]
+    for local in (True, False):
+        for a, b in zip(both(one, x[:5], targets, local=local), both(other, x[:5], targets, local=local), strict=True):
+            assert_close(a, b, 1e-10)
+    assert_close(one.class_attribution(2), other.class_attribution(2), 1e-10)
+    assert_close(at(expected.act, one, x, 2), at(found.act, other, x, 2), 1e-10)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_pooled_logit_goes_where_it_came_from_by_hand(relu):
+    model, x = seeded(Pooled("module", relu)), normal(40, 2, 7, 6)
+    with torch.no_grad():
+        model.linear.bias -= model(x).mean(0)  # logits of both signs
+    mipin, h = fitted(model, x, 1), model.act(model.conv(x)).detach().numpy()
+    w, b = model.linear.weight[1].detach().numpy(), model.linear.bias[1].item()
+    evidence = np.einsum("nchw,c->nhw", h, w) + b
+    logit = evidence.mean(axis=(1, 2), keepdims=True)
+    assert_close(logit.ravel(), model(x)[:, 1].detach())
+    assert (logit > 0).any()
+    assert (logit < 0).any()
+    agreeing = np.maximum(evidence * np.sign(logit), 0)
+    s = logit * agreeing / agreeing.mean(axis=(1, 2), keepdims=True)
+    weight, bias = regress(np.moveaxis(h, 1, -1).reshape(-1, 5), s.reshape(-1, 1), 1e-3)
+    expected = np.moveaxis(s[..., None] * weight[:, 0] + bias, -1, 1) * (h != 0)
+    assert_close(at(model.act, mipin, x, 1), expected)
+
+
+def test_an_inverse_from_places_is_that_of_their_average():
+    """At the averages themselves the same coefficients hold: averaging is linear."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 5, 3), nn.LeakyReLU(1.0), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)
+    )  # fmt: skip
+    x = normal(40, 2, 7, 6)
+    mipin = fitted(seeded(model), x, 1)
+    assert_close(at(model[2], mipin, x, 1), at(model[1], mipin, x, 1).mean(axis=(2, 3), keepdims=True))
 
 
 def test_windows_of_zeros_receive_nothing():

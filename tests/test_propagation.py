@@ -68,7 +68,9 @@ def test_code_shows_every_step():
 
 def test_steps_are_named_by_module_and_fitted_from_the_output_down():
     _, surrogate = surrogate_of(residual(), normal(2, 6))
-    assert surrogate.learned == ("layers.c/linear", "layers.b/linear", "(model)/relu/fork", "layers.a/linear")
+    assert surrogate.learned == ("layers.c/linear", "(model)/relu/fork", "layers.a/linear")  # b is learned with the fork
+    captured = capture(residual(), (normal(2, 6),))
+    assert Surrogate(captured, MIPIN, joint=False).learned == ("layers.c/linear", "layers.b/linear", "layers.a/linear")
 
 
 def test_a_layer_used_twice_has_two_steps():
@@ -162,8 +164,8 @@ def test_steps_keep_their_names_wherever_the_signal_stops():
     start = next(node.name for node in graph.graph.nodes if node.name.startswith("add"))
     part = Surrogate(graph, MIPIN, start).learned
     assert part == whole[: len(part)]
-    assert len(part) == 3
-    assert len(whole) == 5
+    assert len(part) == 2
+    assert len(whole) == 4
 
 
 def test_a_layer_whose_signal_lost_its_scale_is_refused_unless_it_is_fitted_there():

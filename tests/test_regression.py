@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from captum_mipin.regression import Moments, solve
 
-FIELDS = ("mean_x", "mean_s", "xx", "xs", "ss")
+FIELDS = ("mean_z", "mean_s", "zz", "zs", "ss")
 
 
 def rows(seed, groups=2, n=60, dx=3, ds=4, dtype=torch.float64):
@@ -33,10 +33,10 @@ def test_moments_are_those_of_numpy():
     found = moments(x, s)
     for g in range(2):
         a, b = x[g].numpy(), s[g].numpy()
-        np.testing.assert_allclose(found.mean_x[g], a.mean(0))
+        np.testing.assert_allclose(found.mean_z[g, 0], a.mean(0))
         np.testing.assert_allclose(found.ss[g] / 60, np.cov(b.T, bias=True))
-        np.testing.assert_allclose(found.xs[g] / 60, np.cov(a.T, b.T, bias=True)[:3, 3:])
-        np.testing.assert_allclose(found.xx[g] / 60, a.var(0))
+        np.testing.assert_allclose(found.zs[g, 0] / 60, np.cov(a.T, b.T, bias=True)[:3, 3:])
+        np.testing.assert_allclose(found.zz[g, :, 0, 0] / 60, a.var(0))
 
 
 @settings(deadline=None, max_examples=30)
@@ -158,3 +158,90 @@ def test_not_finite_is_noticed():
     assert moments(x, s).finite()
     s[0, 3, 1] = float("nan")
     assert not moments(x, s).finite()
+
+
+def with_own(seed, groups=2, n=70, dx=3, ds=4, branches=2):
+    """Rows whose own signals go together with x, with s and with each other."""
+    x, s = rows(seed, groups, n, dx, ds)
+    own = [x * (j + 1) + torch.randn_like(x) + s[..., :dx] + 3 for j in range(branches)]
+    return x, s, own
+
+
+def moments_with_own(x, s, own):
+    result = Moments.zeros(len(x), x.shape[2], s.shape[2], len(own))
+    result.update(x, s, own)
+    return result
+
+
+def one_design(x, s, own, penalty, own_penalty):
+    """Each feature regressed alone, by NumPy, on all its signals at once: those shared and its own."""
+    weights, owns, biases = [], [], []
+    for feature in range(x.shape[2]):
+        design = np.hstack([s[0].numpy(), *(o[0, :, feature : feature + 1].numpy() for o in own)])
+        target = x[0, :, feature].numpy()
+        centred = design - design.mean(0)
+        added = np.diag([penalty] * s.shape[2] + [own_penalty(feature)] * len(own))
+        gram = centred.T @ centred / len(target) + added
+        theta = np.linalg.solve(gram, centred.T @ (target - target.mean()) / len(target))
+        weights.append(theta[: s.shape[2]])
+        owns.append(theta[s.shape[2] :])
+        biases.append(target.mean() - theta @ design.mean(0))
+    return np.stack(weights), np.stack(owns), np.stack(biases)
+
+
+@pytest.mark.parametrize("scale", ["relative", "mean", "sum"])
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.5])
+def test_shared_and_own_signals_are_one_regression(ridge, scale):
+    x, s, own = with_own(12, groups=1)
+    solution = solve(moments_with_own(x, s, own), ridge, scale)
+    unit = {"relative": s[0].var(0, correction=0).mean().item(), "mean": 1.0, "sum": 1 / 70}[scale]
+
+    def own_unit(feature):
+        variance = torch.stack([o[0, :, feature] for o in own]).var(1, correction=0).mean().item()
+        return ridge * {"relative": variance, "mean": 1.0, "sum": 1 / 70}[scale]
+
+    weight, of_own, bias = one_design(x, s, own, ridge * unit, own_unit)
+    np.testing.assert_allclose(solution.weight[0], weight, rtol=1e-7, atol=1e-10)
+    np.testing.assert_allclose(solution.own[0], of_own, rtol=1e-7, atol=1e-10)
+    np.testing.assert_allclose(solution.bias[0], bias, rtol=1e-7)
+    predicted = s @ solution.weight.mT + solution.bias + sum(o * solution.own[..., j] for j, o in enumerate(own))
+    total = (x - x.mean(1, keepdim=True)).square().sum()
+    assert solution.explained_variance == pytest.approx(float(1 - (x - predicted).square().sum() / total))
+
+
+def test_own_signals_alone_are_a_regression_a_feature():
+    x, s, own = with_own(13, groups=1)
+    solution = solve(moments_with_own(x, s[..., :0], own), 0)
+    for feature in range(3):
+        design = np.hstack([*(o[0, :, feature : feature + 1].numpy() for o in own), np.ones((70, 1))])
+        expected = np.linalg.lstsq(design, x[0, :, feature].numpy(), rcond=None)[0]
+        np.testing.assert_allclose(solution.own[0, feature], expected[:2])
+        np.testing.assert_allclose(solution.bias[0, feature], expected[2])
+
+
+def test_moments_with_own_signals_merge():
+    x, s, own = with_own(14)
+    merged = moments_with_own(x[:, :9], s[:, :9], [o[:, :9] for o in own])
+    merged.add(moments_with_own(x[:, 9:], s[:, 9:], [o[:, 9:] for o in own]))
+    close(merged, moments_with_own(x, s, own))
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_own_signals_that_bring_nothing_are_harmless(ridge):
+    """One that never varies, one that a shared signal equals: no division by nothing."""
+    x, s, own = with_own(15, groups=1)
+    own = [torch.full_like(x, 2.0), s[..., :3].contiguous()]
+    solution = solve(moments_with_own(x, s, own), ridge)
+    assert not solution.own[..., 0].any()
+    assert solution.dead == 3
+    predicted = s @ solution.weight.mT + solution.bias + own[1] * solution.own[..., 1]
+    alone = solve(moments(x, s), ridge)
+    torch.testing.assert_close(predicted, s @ alone.weight.mT + alone.bias, rtol=1e-2, atol=1e-2 if ridge else 1e-9)
+    assert abs(solution.own[..., 1]).max() < 10
+
+
+def test_moments_put_in_their_places():
+    x, s = rows(16)
+    wide = torch.zeros(2, 60, 7, dtype=torch.float64)
+    wide[..., [5, 0, 2, 3]] = s
+    close(moments(x, s).placed(torch.tensor([5, 0, 2, 3]), 7), moments(x, wide))

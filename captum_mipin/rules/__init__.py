@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from captum_mipin.rules.activations import ACTIVATIONS
-from captum_mipin.rules.arithmetic import ARITHMETIC, FORK
+from captum_mipin.rules.arithmetic import ARITHMETIC, Fork
 from captum_mipin.rules.attention import ATTENTION, RECORDABLE
 from captum_mipin.rules.base import Back, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation
-from captum_mipin.rules.linear import LINEAR
+from captum_mipin.rules.linear import LINEAR, PooledLinear
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
 from captum_mipin.rules.rearrangement import REARRANGEMENT
@@ -23,15 +23,16 @@ MIPIN: Mapping[str, Rule] = MappingProxyType(
 )
 
 __all__ = [
-    "FORK",
     "MIPIN",
     "RECORDABLE",
     "Back",
+    "Fork",
     "Inverse",
     "Inverter",
     "Learned",
     "Options",
     "Passes",
+    "PooledLinear",
     "Recorded",
     "Rule",
     "operation",

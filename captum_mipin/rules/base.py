@@ -33,29 +33,37 @@ class Inverse:
     """A fitted inverse of one operation for one target.
 
     Attributes:
-        weight: Shaped as its :class:`Inverter` wants it, in the dtype of the model.
+        weight: Coefficients of the signals that features share, shaped as its :class:`Inverter` wants them, in the dtype
+            of the model.
         bias: One value a feature or channel.
         live: Indices of the signals that ``weight`` has columns for; None for all.
+        own: (features or channels, branches) coefficients of the signals that each has of its own; None where it has none.
     """
 
     weight: Tensor
     bias: Tensor
     live: Tensor | None = None
+    own: Tensor | None = None
 
     def to(self, other: Tensor) -> "Inverse":
         """This inverse in the dtype and on the device of ``other``."""
         if self.weight.dtype == other.dtype and self.weight.device == other.device:
             return self
         live = None if self.live is None else self.live.to(other.device)
-        return Inverse(self.weight.to(other), self.bias.to(other), live)
+        own = None if self.own is None else self.own.to(other)
+        return Inverse(self.weight.to(other), self.bias.to(other), live, own)
 
 
 class Inverter(Protocol):
     """A family of inverses x ≈ g(s): its regression and its application."""
 
+    def part(self, examples: slice) -> "Inverter":
+        """The same for some of the examples of the batch."""
+        return self
+
     @property
-    def size(self) -> tuple[int, int, int]:
-        """Groups, regressed features and signals of the regression."""
+    def size(self) -> tuple[int, int, int, int]:
+        """Groups of the regression; in each the features, the signals they share, and the signals of each feature's own."""
         ...
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
@@ -119,7 +127,7 @@ class Learned(Rule):
     """An operation inverted by regression.
 
     Attributes:
-        inverter: (x, \\*arguments) → the family of its inverse.
+        inverter: (options, x, \\*arguments) → the family of its inverse.
     """
 
     inverter: Callable[..., Inverter]

@@ -1,75 +1,212 @@
-"""Operations with weights: their inverses are learned (equations 5-7)."""
+"""Operations with weights: their inverses are learned (equations 5-7).
 
-from dataclasses import dataclass
+Where a tensor feeds several branches, the inverses of the operations with weights that take it are learned together, as
+one regression on the signals of all branches; see :mod:`captum_mipin.rules.arithmetic`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_mipin.convolution import Geometry
+from captum_mipin.convolution import CHUNK, Geometry
 from captum_mipin.regression import Moments, Solution
-from captum_mipin.rules.base import Inverse, Learned
+from captum_mipin.rules.base import Inverse, Inverter, Learned, Options
+from captum_mipin.rules.pooling import shared_out
 
 
 @dataclass(frozen=True)
-class Dense:
-    """g(S) = W S + b for a dense layer (equation 6): x (..., features), s (..., signals)."""
+class Dense(Inverter):
+    """g(S) = W S + b + Σ a ⊙ O for dense layers (equation 6): x (..., features), s (..., signals), o (..., features).
+
+    Attributes:
+        features: Of x.
+        signals: Of each dense layer that x goes to.
+        own: Number of other branches that x goes to.
+    """
 
     features: int
-    signals: int
+    signals: tuple[int, ...]
+    own: int = 0
 
     @property
-    def size(self) -> tuple[int, int, int]:
-        return 1, self.features, self.signals
+    def size(self) -> tuple[int, int, int, int]:
+        return 1, self.features, sum(self.signals), self.own
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
-        moments = Moments.zeros(*self.size, device=x.device)
-        moments.update(x.reshape(1, -1, self.features), signals[0].reshape(1, -1, self.signals))
+        s, own = self._divided(signals)
+        moments = Moments.zeros(*self.size, x.device)
+        x, s, *own = (t.reshape(1, -1, t.shape[-1]) for t in (x, s, *own))
+        moments.update(x, s, own)
         return moments
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
-        weight = solution.weight[0]
+        weight, bias = solution.weight[0], solution.bias[0].to(like)
+        own = solution.own[0].to(like) if self.own else None
         live = weight.any(0).nonzero().squeeze(1)
-        if len(live) == self.signals:
-            return Inverse(weight.to(like), solution.bias[0].to(like))
-        return Inverse(weight[:, live].to(like), solution.bias[0].to(like), live)
+        if len(live) == weight.shape[1]:
+            return Inverse(weight.to(like), bias, own=own)
+        return Inverse(weight[:, live].to(like), bias, live, own)
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
-        (s,) = signals
+        s, own = self._divided(signals)
         if inverse.live is not None:
             s = s[..., inverse.live]
-        return torch.nn.functional.linear(s, inverse.weight, inverse.bias if bias else None)
+        x = torch.nn.functional.linear(s, inverse.weight, inverse.bias if bias else None)
+        return add_own(x, inverse, own, -1)
+
+    def _divided(self, signals: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        """The signals of dense layers side by side, and the others."""
+        shared, own = signals[: len(self.signals)], list(signals[len(self.signals) :])
+        return shared[0] if len(shared) == 1 else torch.cat(shared, -1), own
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """g(S), the transpose of a (transposed) convolution with a new kernel and a bias a channel (equation 7)."""
+class Convolution(Inverter):
+    """g(S), the transpose of (transposed) convolutions with new kernels, a bias a channel, and a ⊙ O (equation 7).
 
-    geometry: Geometry
+    Attributes:
+        geometries: Of each convolution that x goes to; their groups are alike.
+        x_size: Size of x.
+        own: Number of other branches that x goes to.
+    """
+
+    geometries: tuple[Geometry, ...]
     x_size: torch.Size
+    own: int = 0
 
     @property
-    def size(self) -> tuple[int, int, int]:
-        return self.geometry.groups, *self.geometry.features
+    def plain(self) -> bool:
+        """Whether it is the inverse of one convolution alone."""
+        return len(self.geometries) == 1 and not self.own
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        first = self.geometries[0]
+        return first.groups, first.channels[0], sum(geometry.features[1] for geometry in self.geometries), self.own
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
-        return self.geometry.moments(x, signals[0])
+        shared, own = signals[: len(self.geometries)], signals[len(self.geometries) :]
+        if len(shared) == 1:
+            return self.geometries[0].moments(x, shared[0], own)
+        moments = Moments.zeros(*self.size, x.device)
+        chunk = max(1, CHUNK // (self.size[0] * self.size[2] * prod(x.shape[2:])))
+        for part in zip(*(t.split(chunk) for t in (x, *signals)), strict=True):
+            part_x, part_s, part_own = part[0], part[1 : 1 + len(shared)], part[1 + len(shared) :]
+            patches = [g.patches(g.full(s), x.shape) for g, s in zip(self.geometries, part_s, strict=True)]
+            moments.update(self._rows(part_x), torch.cat(patches, 2), [self._rows(o) for o in part_own])
+        return moments
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """``x`` as (groups, rows, channels of a group)."""
+        n, (g, channels) = len(x), self.size[:2]
+        return x.reshape(n, g, channels, -1).permute(1, 0, 3, 2).reshape(g, -1, channels)
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
-        return Inverse(self.geometry.to_weight(solution.weight).to(like).contiguous(), solution.bias.flatten().to(like))
+        rows = solution.weight.split([geometry.features[1] for geometry in self.geometries], 2)
+        weights = [g.to_weight(part).flatten() for g, part in zip(self.geometries, rows, strict=True)]
+        own = solution.own.flatten(0, 1).to(like) if self.own else None
+        return Inverse(torch.cat(weights).to(like), solution.bias.flatten().to(like), own=own)
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
-        (s,) = signals
-        size = torch.Size([len(s), *self.x_size[1:]])
-        return self.geometry.apply(s, inverse.weight, inverse.bias if bias else None, size)
+        size = torch.Size([len(signals[0]), *self.x_size[1:]])
+        weights = inverse.weight.split([prod(geometry.weight_shape) for geometry in self.geometries])
+        x: Tensor | None = None
+        for geometry, weight, s in zip(self.geometries, weights, signals, strict=False):
+            part = geometry.apply(s, weight.view(geometry.weight_shape), inverse.bias if bias and x is None else None, size)
+            x = part if x is None else x.add_(part)
+        assert x is not None  # for mypy: there is a convolution
+        return add_own(x, inverse, signals[len(self.geometries) :], 1)
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Dense:
+@dataclass(frozen=True)
+class PooledDense(Inverter):
+    """The inverse of a dense layer on averages: each logit goes where it came from, then as :class:`Dense`, place by place.
+
+    The dense layer could as well come first: W mean(x) = mean(W x), so y = W x is the map whose average is the output. The
+    signal is shared out over it (:func:`~captum_mipin.rules.pooling.shared_out`), and x regressed on it at each place. Averages
+    inverted one by one instead would send the signal to wherever a channel is active, whatever it says of the output.
+
+    Attributes:
+        dense: The inverse at each place.
+        x: (n, ..., features), what is averaged.
+        weight, bias: Of the dense layer.
+        recorded: See :func:`~captum_mipin.rules.pooling.shared_out`.
+        dim: Where the channels are in x as it is given.
+    """
+
+    dense: Dense
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    recorded: bool
+    dim: int
+
+    def part(self, examples: slice) -> "PooledDense":
+        return replace(self, x=self.x[examples])
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        return self.dense.size
+
+    def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
+        live = signals[0].any(0).nonzero().squeeze(1)
+        dense = Dense(self.dense.features, (len(live),))
+        return dense.moments(self.x, (self._map(signals[0], live),)).placed(live, self.size[2])
+
+    def inverse(self, solution: Solution, like: Tensor) -> Inverse:
+        return self.dense.inverse(solution, like)
+
+    def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
+        live = torch.arange(self.size[2], device=signals[0].device) if inverse.live is None else inverse.live
+        whole = Inverse(inverse.weight, inverse.bias)
+        return self.dense.apply(whole, (self._map(signals[0], live),), bias).movedim(-1, self.dim)
+
+    def _map(self, s: Tensor, live: Tensor) -> Tensor:
+        """The signals ``live`` (n, outputs) at the places (n, ..., signals) they came from."""
+        bias = None if self.bias is None else self.bias[live]
+        y = torch.nn.functional.linear(self.x, self.weight[live], bias)
+        over = tuple(range(1, y.ndim - 1))
+        return shared_out(lambda t: t.mean(over), y, y.mean(over), self.recorded)(s[:, live])
+
+
+class PooledLinear:
+    """``linear(pooled, weight, bias)`` as an operation on what ``pooled`` is the average of; see :class:`PooledDense`."""
+
+    __name__ = "pooled_linear"
+
+    def __call__(self, x: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+        return torch.nn.functional.linear(pooled, weight, bias)
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+
+def pooled_dense(options: Options, x: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> PooledDense:
+    """The inverse of :class:`PooledLinear`; the channels of ``x`` are along ``dim``."""
+    inner = Dense(weight.shape[1], (weight.shape[0],))
+    return PooledDense(inner, x.detach().movedim(dim, -1), weight, bias, options.local and options.shares, dim)
+
+
+def add_own(x: Tensor, inverse: Inverse, own: Sequence[Tensor], dim: int) -> Tensor:
+    """``x`` + Σ a ⊙ O, the channels along ``dim``; changes ``x``."""
+    if inverse.own is not None:
+        shape = (-1, *(1,) * (x.ndim - 1 - dim % x.ndim))
+        for o, weight in zip(own, inverse.own.unbind(1), strict=True):
+            x.addcmul_(o, weight.view(shape))
+    return x
+
+
+def dense(options: Options, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Dense:
     """The inverse of ``linear(x, weight, bias)``."""
-    return Dense(weight.shape[1], weight.shape[0])
+    return Dense(weight.shape[1], (weight.shape[0],))
 
 
 def convolution(
+    options: Options,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -88,10 +225,11 @@ def convolution(
     elif padding == "valid":
         padding = 0
     geometry = Geometry(tuple(weight.shape), stride, _each(padding, dims), dilation, groups, skip=skip)
-    return Convolution(geometry, x.shape)
+    return Convolution((geometry,), x.shape)
 
 
 def transposed_convolution(
+    options: Options,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -105,7 +243,7 @@ def transposed_convolution(
     dims = weight.ndim - 2
     stride, padding, dilation, output_padding = (_each(v, dims) for v in (stride, padding, dilation, output_padding))
     geometry = Geometry(tuple(weight.shape), stride, padding, dilation, groups, True, output_padding)
-    return Convolution(geometry, x.shape)
+    return Convolution((geometry,), x.shape)
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
@@ -122,4 +260,11 @@ _TRANSPOSED = {
     f"aten.conv_transpose{name}": Learned(inverter=transposed_convolution, note="learned convolution")
     for name in ("1d.default", "2d.input", "3d.input")
 }
-LINEAR = {"aten.linear.default": Learned(inverter=dense, note="learned dense inverse"), **_CONVOLUTION, **_TRANSPOSED}
+LINEAR = {
+    "aten.linear.default": Learned(inverter=dense, note="learned dense inverse"),
+    str(PooledLinear()): Learned(
+        inverter=pooled_dense, note="learned dense inverse at each place, where the logit came from", records=True
+    ),
+    **_CONVOLUTION,
+    **_TRANSPOSED,
+}

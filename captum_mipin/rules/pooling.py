@@ -65,16 +65,22 @@ def adaptive_max_pool(options: Options, operation: Any, x: Tensor, size: Sequenc
 
 
 def average(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
-    """Send the signal to where the average, or sum, came from.
-
-    For y = P x with weights P ≥ 0, each window w gives its elements i the signal S_w |x_i| / (P |x|)_w, the soft form
-    of the max-pool switch; where windows overlap, the mean with weights P_wi. For x ≥ 0 the signal S = y returns x
-    itself. Signs do not count, so that shares stay bounded where positive and negative values cancel. Spread evenly
-    (``shares=False``, or without masks), |x| is replaced by 1.
-    """
+    """Send the signal to where the average, or sum, came from (:func:`shared_out`), or evenly if so wished or without masks."""
     value = operation(x, *arguments, **named)
-    origin = x.abs() if options.local and options.shares else torch.ones_like(x)
-    return value, _by_share(lambda t: operation(t, *arguments, **named), origin)
+    return value, shared_out(lambda t: operation(t, *arguments, **named), x, value, options.local and options.shares)
+
+
+def shared_out(operator: Callable[[Tensor], Tensor], x: Tensor, value: Tensor, recorded: bool) -> Back:
+    """Send the signal at the averages ``value`` = P x to the elements that they came from, the soft form of a switch.
+
+    An average came from the elements that agree with it in sign. With weights P ≥ 0, window w gives each of these the
+    signal S_w |x_i| / Σ_j P_wj |x_j|, over those alone, and the others nothing; where windows overlap, an element gets the
+    mean with weights P_wi. For x ≥ 0 the signal S = y returns x itself. Not ``recorded``, |x| is replaced by 1 throughout.
+    """
+    if not recorded:
+        return _by_share(operator, torch.ones_like(x))
+    above, below = _by_share(operator, x.clamp(min=0)), _by_share(operator, -x.clamp(max=0))
+    return lambda s: above(s * (value > 0)) + below(s * (value < 0))
 
 
 def _by_share(operator: Callable[[Tensor], Tensor], origin: Tensor) -> Back:
