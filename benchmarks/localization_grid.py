@@ -1,0 +1,225 @@
+"""The grid pointing game on networks with published weights: python benchmarks/localization_grid.py NETWORK --data FOLDER.
+
+A mosaic of n x n images of different classes, each of which the network classifies rightly with a confidence of at least
+0.99, is explained for the class in one of its cells. Score: positive attribution inside that cell / all positive
+attribution, channels summed up before; 0 where nothing is positive; chance is 1 / n². Every method is asked at the same
+layers. (Rao et al., CVPR 2022.)
+"""
+
+import argparse
+import csv
+import io
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pretrained
+import torch
+from captum.attr import (
+    InputXGradient,
+    IntegratedGradients,
+    LayerGradCam,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    Saliency,
+)  # fmt: skip
+from common import show, write
+from data import load
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+
+CONFIDENCE = 0.99
+Method = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Images (N, 3, H, W) in [0, 1] and their labels: those to fit on, and others to explain."""
+
+    fit: Tensor
+    test: Tensor
+    labels: Tensor
+
+
+def photos(name: str, folder: Path, count: int, generator: torch.Generator) -> Photos:
+    """CIFAR-10, or the photographs of twenty ImageNet classes: ``count`` to fit on, all there are to explain."""
+    size = pretrained.NETWORKS[name].size
+    if size == 32:
+        images = load("cifar10", folder)
+        chosen = torch.randperm(len(images.train), generator=generator)[:count]
+        return Photos(images.train[chosen], images.test, images.test_labels)
+    with zipfile.ZipFile(folder / "ilsvrc2012_val_600_boxes.zip") as archive:
+        rows = list(csv.DictReader(io.TextIOWrapper(archive.open("annotations.csv"), "utf-8")))
+        test = torch.stack([_image(archive, row["file"], size) for row in rows])
+        labels = torch.tensor([int(row["class_index"]) for row in rows])
+    with zipfile.ZipFile(folder / "imagenet20_train_128px.zip") as archive:
+        files = sorted(file for file in archive.namelist() if file.endswith(".JPEG"))
+        picked = torch.randperm(len(files), generator=generator)[:count].tolist()
+        fit = torch.stack([_image(archive, files[index], size) for index in picked])
+    return Photos(fit, test, labels)
+
+
+def _image(archive: zipfile.ZipFile, file: str, size: int) -> Tensor:
+    image = Image.open(io.BytesIO(archive.read(file))).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+
+
+@dataclass(frozen=True)
+class Mosaics:
+    """Mosaics of n x n images, and for each the cell to be found and its class."""
+
+    n: int
+    x: Tensor
+    cells: Tensor
+    targets: Tensor
+
+
+def mosaics(model: nn.Module, x: Tensor, labels: Tensor, n: int, count: int, classes: list[int], seed: int) -> Mosaics:
+    """``count`` mosaics of confidently recognised images, the class to be found being each of ``classes`` in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        sure = torch.cat([model(part).softmax(1) for part in x.split(100)]).gather(1, labels[:, None])[:, 0] >= CONFIDENCE
+    of = {int(c): (sure & (labels == c)).nonzero().flatten() for c in labels.unique()}
+    of = {c: index for c, index in of.items() if len(index)}
+    fields, cells, targets = [], [], []
+    for k in range(count):
+        wanted = [c for c in classes if c in of][k % len([c for c in classes if c in of])]
+        others = [c for c in of if c != wanted]
+        drawn = [others[i] for i in torch.randperm(len(others), generator=generator)[: n * n - 1].tolist()]
+        cell = int(torch.randint(n * n, (1,), generator=generator))
+        drawn.insert(cell, wanted)
+        tiles = [x[of[c][int(torch.randint(len(of[c]), (1,), generator=generator))]] for c in drawn]
+        fields.append(torch.cat([torch.cat(tiles[row * n : (row + 1) * n], 2) for row in range(n)], 1))
+        cells.append(cell)
+        targets.append(wanted)
+    return Mosaics(n, torch.stack(fields), torch.tensor(cells), torch.tensor(targets))
+
+
+def scores(maps: Tensor, grid: Mosaics) -> Tensor:
+    """The share of the positive attribution (N, C, h, w) that lies in the cell to be found."""
+    positive = maps.sum(1, keepdim=True).clamp(min=0).double()
+    cells = F.adaptive_avg_pool2d(positive, grid.n).flatten(1)
+    total = cells.sum(1)
+    return torch.where(total > 1e-12, cells.gather(1, grid.cells[:, None])[:, 0] / total.clamp(min=1e-12), 0.0)
+
+
+def peers(model: nn.Module, layer: nn.Module | None, seed: int) -> dict[str, Method]:
+    """What MIP-IN is compared with, at a layer or the input."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def features(x: Tensor) -> Tensor:
+        if layer is None:
+            return x
+        kept: list[Tensor] = []
+        handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output.detach()))
+        with torch.no_grad():
+            model(x)
+        handle.remove()
+        return kept[0]
+
+    def centre(x: Tensor, target: Tensor) -> Tensor:
+        h, w = features(x[:1]).shape[2:]
+        away = [(torch.arange(k) - (k - 1) / 2) / k for k in (h, w)]
+        return torch.exp(-8 * (away[0][:, None] ** 2 + away[1][None] ** 2)).expand(len(x), 1, h, w)
+
+    def gradient(x: Tensor, target: Tensor) -> Tensor:
+        if layer is None:
+            return Saliency(model).attribute(x.clone().requires_grad_(), target).detach()
+        product = LayerGradientXActivation(model, layer, multiply_by_inputs=False).attribute(x, target)
+        return product.detach().abs()
+
+    def by_gradient(x: Tensor, target: Tensor) -> Tensor:
+        if layer is None:
+            return InputXGradient(model).attribute(x.clone().requires_grad_(), target).detach()
+        return LayerGradientXActivation(model, layer).attribute(x, target).detach()
+
+    def integrated(x: Tensor, target: Tensor) -> Tensor:
+        method = IntegratedGradients(model) if layer is None else LayerIntegratedGradients(model, layer)
+        return method.attribute(x, target=target, n_steps=20, internal_batch_size=len(x)).detach()
+
+    found: dict[str, Method] = {
+        "random": lambda x, target: torch.rand(len(x), 1, *features(x).shape[2:], generator=generator),
+        "centre prior": centre,
+        "mask only": lambda x, target: (features(x) != 0).float(),
+        "Saliency": gradient,
+        "Input×Gradient": by_gradient,
+        "Integrated Gradients, 20 steps": integrated,
+    }
+    if layer is not None:
+        found["Grad-CAM"] = lambda x, target: LayerGradCam(model, layer).attribute(x, target, relu_attributions=True).detach()
+    return found
+
+
+def ours(model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, name: str) -> dict[str, Method]:
+    """MIP-IN as it is, times the feature, and its pattern without anything of the image."""
+    method: Any = MIPINAttribution(model, inverse) if layer is None else LayerMIPINAttribution(model, inverse, layer)
+    product = "multiply_by_inputs" if layer is None else "multiply_by_features"
+    found: dict[str, Method] = {
+        f"MIP-IN, {name}": lambda x, target: method.attribute(x, target=target),
+        f"MIP-IN, {name}, × feature": lambda x, target: method.attribute(x, target=target, **{product: True}),
+    }
+    if name == "shares, joint":
+        found["pattern only"] = lambda x, target: method.attribute(x, target=target, local=False)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("network", choices=pretrained.NETWORKS)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the images and weights/")
+    parser.add_argument("--fit", type=int, default=400, help="images to fit on")
+    parser.add_argument("--classes", type=int, default=10, help="number of classes to fit")
+    parser.add_argument("--mosaics", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--variants", action="store_true", help="even spread and summed forks as well")
+    arguments = parser.parse_args()
+    about = pretrained.NETWORKS[arguments.network]
+    model, normalise = pretrained.load(arguments.network, arguments.data / "weights")
+    images = photos(arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0))
+    fit, test = normalise(images.fit), normalise(images.test)
+    classes = sorted(set(images.labels.tolist()))[:: max(1, len(set(images.labels.tolist())) // arguments.classes)]
+    grids = [mosaics(model, test, images.labels, n, arguments.mosaics, classes, seed=n) for n in (2, 3)]
+    kinds: list[tuple[str, Literal["shares", "even"], Literal["joint", "sum"]]] = [("shares, joint", "shares", "joint")]
+    if arguments.variants:
+        kinds += [("even, joint", "even", "joint"), ("shares, sum", "shares", "sum"), ("even, sum", "even", "sum")]
+    inverses = {
+        name: InverseNetwork(model, pooling=pooling, forks=forks).fit(fit, classes, batch_size=50)
+        for name, pooling, forks in kinds
+    }
+    rows = []
+    for place, path in (("input", None), ("middle", about.middle), ("last", about.last)):
+        layer = None if path is None else model.get_submodule(path)
+        methods = peers(model, layer, seed=0)
+        for name, inverse in inverses.items():
+            methods.update(ours(model, inverse, layer, name))
+        for name, method in methods.items():
+            row: dict[str, Any] = {"layer": place, "path": path or "", "method": name}
+            for grid in grids:
+                parts = zip(grid.x.split(arguments.batch), grid.targets.split(arguments.batch), strict=True)
+                found = scores(torch.cat([method(x, target) for x, target in parts]), grid)
+                with torch.no_grad():
+                    logits = torch.cat([model(x) for x in grid.x.split(arguments.batch)]).gather(1, grid.targets[:, None])
+                positive = logits[:, 0] > 0
+                row[f"{grid.n}x{grid.n}"] = float(found.mean())
+                row[f"{grid.n}x{grid.n} standard error"] = float(found.std() / len(found) ** 0.5)
+                row[f"{grid.n}x{grid.n}, positive logit"] = float(found[positive].mean())
+                row[f"{grid.n}x{grid.n}, positive logits"] = float(positive.double().mean())
+            rows.append(row)
+            print(show([row]).splitlines()[-1], flush=True)
+    write(
+        f"localization-{arguments.network}", rows,
+        data="CIFAR-10 test" if about.size == 32 else "600 ILSVRC2012 validation images of 20 classes", size=about.size,
+        fit=arguments.fit, classes=classes, mosaics=arguments.mosaics, confidence=CONFIDENCE,
+        target="the class of the cell", reduction="sum over channels, then ReLU", ties="none: shares of a sum",
+    )  # fmt: skip
+    print(show(rows))
+
+
+if __name__ == "__main__":
+    main()
