@@ -83,7 +83,15 @@ class Run:
         for target, examples in self.groups:
             inverse = self.inverses[target][step.key].to(signals[0])
             own = tuple(step.layout.part(s, examples) for s in signals) if len(self.groups) > 1 else signals
-            parts.append(inverter.apply(inverse, own, self.options.bias))
+            try:
+                parts.append(inverter.apply(inverse, own, self.options.bias))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise InputError(
+                    f"the inverse of {step.key} does not fit signals of shape {', '.join(str(tuple(s.shape)) for s in own)}: "
+                    f"{error}. Give it inputs of the size it was fitted on, or fit another InverseNetwork."
+                ) from error
         return step.layout.join(parts)
 
 

@@ -9,15 +9,18 @@ import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from captum_mipin.batch import Layout, first_dimension, layout
 from captum_mipin.capture import CapturedGraph, Place, memory, place
 from captum_mipin.errors import CaptureError
-from captum_mipin.rules import RECORDABLE, Learned, Passes, Rule, operation
+from captum_mipin.rules import MIPIN, RECORDABLE, Learned, Passes, Rule, operation
+from captum_mipin.rules.base import is_gate
 
 #: Operations that change a shape at most; sizes among their arguments are harmless.
 _SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
@@ -60,6 +63,27 @@ def structure(captured: CapturedGraph) -> str:
     Changes of shape alone do not count: their arguments depend on the size of the inputs, and hooks put some in.
     """
     digest = hashlib.sha256()
+    for _, line, _ in _lines(captured):
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def difference(fitted: CapturedGraph, captured: CapturedGraph) -> str | None:
+    """The first operation in which a model computes otherwise for some inputs than for those fitted on; None if all agree.
+
+    Numbers that follow from the size of the inputs may differ where a rule restores the scale of the signal all the same:
+    windows of pooling, slices, paddings.
+    """
+    for one, other in zip_longest(_lines(fitted), _lines(captured)):
+        if one is None or other is None or one[2] != other[2]:
+            node = (other or one)[0]
+            name = node.target if isinstance(node.target, torch._ops.OpOverload) else operation(node)
+            return f"{name} in {place(node).path or 'the model itself'}"
+    return None
+
+
+def _lines(captured: CapturedGraph) -> Iterator[tuple[fx.Node, str, str]]:
+    """Each operation, how it is set and wired, and the same without the numbers that may follow from the inputs' size."""
     names: dict[fx.Node, str] = {}
     count = 0
     for node in captured.graph.nodes:
@@ -68,14 +92,47 @@ def structure(captured: CapturedGraph) -> str:
         elif node.op == "placeholder":
             constant = captured.constants.get(node.name, node.name)
             names[node] = constant if isinstance(constant, str) else hashlib.sha256(memory(constant)).hexdigest()
-        elif node.op == "call_function" and place(node).operation in _SHAPE:
+        elif node.op == "call_function" and place(node).operation in _SHAPE and not _added_up(node):
             names[node] = names[node.all_input_nodes[0]]
         elif node.op == "call_function":
             count += 1
             names[node] = f"%{count}"
-            line = f"{names[node]} {place(node)} {node.target} {fx.node.map_arg((node.args, node.kwargs), names.__getitem__)}"
-            digest.update(line.encode())
-    return digest.hexdigest()
+            what = f"{names[node]} {place(node)} {node.target} {_added_up(node)}"
+            arguments = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
+            rule = MIPIN.get(str(node.target))
+            sized = rule is not None and rule.restores and not isinstance(rule, Learned)
+            loose = pytree.tree_map(lambda a: "size" if type(a) is int else a, arguments) if sized else arguments
+            yield node, f"{what} {arguments}", f"{what} {loose}"
+
+
+def _added_up(node: fx.Node) -> list[int]:
+    """Sizes on which the scale of the signal depends: those over which a value is spread, and of attention weights."""
+    rule, value = MIPIN.get(str(node.target)), node.meta.get("val")
+    if not isinstance(rule, Passes) or rule.restores or not isinstance(value, Tensor):
+        return []
+    factors = [n for n in node.all_input_nodes if _batched(n)]
+    if operation(node) not in ("add", "sub", "rsub", "neg", "mul", "div", "expand"):
+        return [n for factor in factors for n in factor.meta["val"].shape[-2:] if type(n) is int]
+    spread = [n for n in factors if not _only_gate(n, node)]
+    return [size for n in spread for size in _copies(n.meta["val"], value)]
+
+
+def _batched(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
+
+
+def _only_gate(node: fx.Node, user: fx.Node) -> bool:
+    """Whether ``user`` takes ``node`` for a gate, to which no signal is sent."""
+    if operation(user) == "expand":
+        return bool(user.users) and all(_only_gate(user, other) for other in user.users)
+    others = [n for n in user.all_input_nodes if n is not node and _batched(n) and not is_gate(n)]
+    return operation(user) == "mul" and is_gate(node) and bool(others)
+
+
+def _copies(value: Tensor, result: Tensor) -> list[int]:
+    sizes = (1,) * (result.ndim - value.ndim) + tuple(value.shape)
+    return [n for m, n in zip(sizes, result.shape, strict=True) if type(m) is type(n) is int and m == 1 and n != 1]
 
 
 def survey(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None) -> list[Treatment]:
