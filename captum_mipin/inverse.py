@@ -77,6 +77,10 @@ class InverseNetwork:
 
     Nothing of the model is touched, now or later; the network's parameters are read as they are at each call.
 
+    An inverse fitted on inputs of one size explains those of others, such as larger images, where the network takes them
+    and nothing but sizes of pooling windows, slices and paddings differs there; else it says which operation does. It is
+    kept in the dtype of the model, which may be half precision; sums are always gathered in float64.
+
     Args:
         model: A ``torch.nn.Module`` in evaluation mode that returns logits (batch, classes), or (batch,). Behind
             ``nn.DataParallel`` or ``torch.compile``, the module itself is taken, and nothing is compiled.
