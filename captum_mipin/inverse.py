@@ -3,7 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -572,7 +572,7 @@ class InverseNetwork:
                     failure = failure or error
                     continue
                 if self._state and structure(graph) != self._state.structure:
-                    self._check_alike(self._state, signature, graph, extras)
+                    self._check_alike(self._state, signature, graph, inputs, extras)
                 self._graphs[signature] = graph
             self._graphs.move_to_end(signature)
             return signature, self._graphs[signature]
@@ -583,26 +583,27 @@ class InverseNetwork:
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
         return capture(self.model, inputs, extras, shared, output=self.output, explained=False)
 
-    def _check_alike(self, state: _State, signature: Signature, graph: CapturedGraph, extras: Extras) -> None:
-        """Whether a graph of inputs of another size than those fitted on differs in that alone."""
-        if signature != state.signature:
-            extras = first_example(state.example, extras, graph.shared)[1] if state.extras is None else state.extras
+    def _check_alike(self, state: _State, signature: Signature, graph: CapturedGraph, inputs: Inputs, extras: Extras) -> None:
+        """Whether a graph of inputs of another size than those fitted on differs in that alone.
+
+        The graph of those fitted on tells it from one of a changed model.
+        """
+        fitted = None if signature == state.signature else self._graphs.get(state.signature)
+        if fitted is None and signature != state.signature:
+            extras = first_example(inputs, extras, graph.shared)[1] if state.extras is None else state.extras
             shared = Signature.of(state.example, extras, True) == state.signature
-            try:
+            with suppress(CaptureError):
                 fitted = self._capture(state.example, extras, shared)
-            except CaptureError:
-                fitted = None
-            if fitted is not None and structure(fitted) == state.structure:
-                other = difference(fitted, graph)
-                if other is None:
-                    return
-                raise CaptureError(
-                    f"for inputs and further arguments {_shapes(signature)} the model computes otherwise than for those that "
-                    f"the inverse was fitted on, first at {other}.\n{self._way_out(state)}"
-                )
-        raise ModelChangedError(
-            "the model computes something else than the one the inverse was fitted to: fit a new InverseNetwork"
-        )
+        if fitted is None or structure(fitted) != state.structure:
+            raise ModelChangedError(
+                "the model computes something else than the one the inverse was fitted to: fit a new InverseNetwork"
+            )
+        other = difference(fitted, graph)
+        if other is not None:
+            raise CaptureError(
+                f"for inputs and further arguments {_shapes(signature)} the model computes otherwise than for those that the "
+                f"inverse was fitted on, first at {other}.\n{self._way_out(state)}"
+            )
 
     def _way_out(self, state: _State) -> str:
         return (

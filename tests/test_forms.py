@@ -300,6 +300,27 @@ def test_at_another_size_further_tensors_are_per_example_or_shared_as_they_were_
         torch.testing.assert_close(found[i : i + 1], alone)
 
 
+@pytest.mark.parametrize("window", [2, 3])
+def test_a_loaded_inverse_with_further_arguments_takes_another_size_of_the_same_model_alone(window, tmp_path):
+    def make(window):
+        torch.manual_seed(0)
+        return Function(
+            lambda m, x, scale: m["last"](F.avg_pool2d(m["body"](x), window)[:, :, : x.shape[2] // 4].mean((2, 3)) * scale),
+            body=nn.Conv2d(2, 4, 3),
+            last=nn.Linear(4, 3),
+        ).eval()
+
+    x, scale = normal(30, 2, 12, 12), torch.rand(30, 1)
+    data = [(x[:20], scale[:20]), (x[20:], scale[20:])]
+    InverseNetwork(make(2)).fit(data, 0, unpack=lambda batch: batch, progress=False).save(tmp_path / "file")
+    loaded = InverseNetwork.load(tmp_path / "file", make(window))
+    if window == 2:
+        assert loaded.source_signal(normal(3, 2, 16, 16), 0, scale[:3]).shape == (3, 2, 16, 16)
+    else:
+        with pytest.raises(ModelChangedError, match="computes something else"):
+            loaded.source_signal(normal(3, 2, 16, 16), 0, scale[:3])
+
+
 # ------------------------------------------------------------------------------------------------- wrapped models
 
 
@@ -338,6 +359,13 @@ def test_wrapped_models_are_those_they_wrap(how, mlp, tmp_path, untouched):
     layer = LayerMIPINAttribution(wrapped, inverse, mlp.model[1])
     assert torch.equal(layer.attribute(x, 0), LayerMIPINAttribution(mlp.model, mlp.inverse, mlp.model[1]).attribute(x, 0))
     assert torch.isfinite(NoiseTunnel(MIPINAttribution(wrapped, inverse)).attribute(x, nt_samples=2, target=0)).all()
+
+
+def test_the_module_of_a_distributed_model_is_taken(mlp):
+    distributed = object.__new__(nn.parallel.DistributedDataParallel)  # to make one takes a group of processes
+    nn.Module.__init__(distributed)
+    distributed.module = mlp.model
+    assert unwrapped(distributed) is mlp.model
 
 
 def test_a_wrapped_model_is_watched_and_must_not_train(own_mlp):
