@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
 
 CONFIDENCE = 0.99
-Method = Callable[[Tensor, Tensor], Tensor]
+Method = Callable[[Tensor, Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -128,20 +128,26 @@ def peers(model: nn.Module, layer: nn.Module | None, seed: int) -> dict[str, Met
         away = [(torch.arange(k) - (k - 1) / 2) / k for k in (h, w)]
         return torch.exp(-8 * (away[0][:, None] ** 2 + away[1][None] ** 2)).expand(len(x), 1, h, w)
 
-    def gradient(x: Tensor, target: Tensor) -> Tensor:
+    def gradient(x: Tensor, target: Tensor) -> Any:
         if layer is None:
             return Saliency(model).attribute(x.clone().requires_grad_(), target).detach()
-        product = LayerGradientXActivation(model, layer, multiply_by_inputs=False).attribute(x, target)
-        return product.detach().abs()
+        bare: Any = LayerGradientXActivation(model, layer, multiply_by_inputs=False)
+        return bare.attribute(x, target).detach().abs()
 
-    def by_gradient(x: Tensor, target: Tensor) -> Tensor:
+    def by_gradient(x: Tensor, target: Tensor) -> Any:
         if layer is None:
             return InputXGradient(model).attribute(x.clone().requires_grad_(), target).detach()
-        return LayerGradientXActivation(model, layer).attribute(x, target).detach()
+        product: Any = LayerGradientXActivation(model, layer)
+        return product.attribute(x, target).detach()
 
-    def integrated(x: Tensor, target: Tensor) -> Tensor:
-        method = IntegratedGradients(model) if layer is None else LayerIntegratedGradients(model, layer)
+    def integrated(x: Tensor, target: Tensor) -> Any:
+        method: Any = IntegratedGradients(model) if layer is None else LayerIntegratedGradients(model, layer)
         return method.attribute(x, target=target, n_steps=20, internal_batch_size=len(x)).detach()
+
+    def grad_cam(x: Tensor, target: Tensor) -> Any:
+        assert layer is not None
+        cam: Any = LayerGradCam(model, layer)
+        return cam.attribute(x, target, relu_attributions=True).detach()
 
     found: dict[str, Method] = {
         "random": lambda x, target: torch.rand(len(x), 1, *features(x).shape[2:], generator=generator),
@@ -152,7 +158,7 @@ def peers(model: nn.Module, layer: nn.Module | None, seed: int) -> dict[str, Met
         "Integrated Gradients, 20 steps": integrated,
     }
     if layer is not None:
-        found["Grad-CAM"] = lambda x, target: LayerGradCam(model, layer).attribute(x, target, relu_attributions=True).detach()
+        found["Grad-CAM"] = grad_cam
     return found
 
 

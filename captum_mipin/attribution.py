@@ -7,7 +7,7 @@ from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
 from captum_mipin._captum import captum_entry
-from captum_mipin.capture import Inputs
+from captum_mipin.capture import Inputs, select, unwrapped
 from captum_mipin.errors import InputError
 from captum_mipin.fitting import seed
 from captum_mipin.inverse import Explanation, InverseNetwork, as_extras, as_inputs, like
@@ -21,8 +21,8 @@ class MIPINAttribution(GradientAttribution):
     its answer with them (algorithm 1). Either takes one pass forward and one back, like a gradient.
 
     Args:
-        model: The network that ``inverse`` was fitted to.
-        inverse: Its fitted :class:`~captum_mipin.InverseNetwork`.
+        model: The network that ``inverse`` was fitted to, bare or behind ``nn.DataParallel`` or ``torch.compile``.
+        inverse: Its fitted :class:`~captum_mipin.InverseNetwork`, which also says which of several outputs is explained.
 
     Raises:
         InputError: ``inverse`` belongs to another model object.
@@ -40,7 +40,7 @@ class MIPINAttribution(GradientAttribution):
 
     def __init__(self, model: nn.Module, inverse: InverseNetwork) -> None:
         GradientAttribution.__init__(self, model)
-        self.model = model
+        self.model = unwrapped(model)
         self.inverse = _of(inverse, model)
 
     @captum_entry
@@ -135,14 +135,18 @@ class MIPINAttribution(GradientAttribution):
             (batch,)
         """
         extras = as_extras(additional_forward_args)
-        with torch.no_grad():
-            output = self.model(*as_inputs(inputs), *extras)
-        explained = _pick(output, target)
+        explained = self._explained(as_inputs(inputs), target, extras)
         return self._delta(as_inputs(source_signal), explained, target, extras)
 
     def _delta(self, signal: Inputs, explained: Tensor, target: Any, extras: Any) -> Tensor:
+        return self._explained(signal, target, extras) - explained
+
+    def _explained(self, inputs: Inputs, target: Any, extras: Any) -> Tensor:
+        """Φ_c of each example."""
         with torch.no_grad():
-            return _pick(self.model(*signal, *extras), target) - explained
+            output = select(self.model(*inputs, *extras), self.inverse.output)
+            picked = seed(output, per_example(target, output))
+        return picked.flatten(1).sum(1) if picked.ndim > 1 else picked
 
     def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not implemented, as for Captum's gradient methods."""
@@ -158,8 +162,9 @@ class LayerMIPINAttribution(LayerAttribution, GradientAttribution):
     """MIP-IN attributions at the output of a layer.
 
     Args:
-        model: The network that ``inverse`` was fitted to.
-        inverse: Its fitted :class:`~captum_mipin.InverseNetwork`, which may itself stop at a layer.
+        model: The network that ``inverse`` was fitted to, bare or behind ``nn.DataParallel`` or ``torch.compile``.
+        inverse: Its fitted :class:`~captum_mipin.InverseNetwork`, which may itself stop at a layer. If it does, the
+            model's inputs may be integers, such as the tokens of a text.
         layer: A module of the model with one output tensor, in or above what ``inverse`` inverts; by default the
             layer that ``inverse`` stops at. The forward mask (equation 9) applies to its output. Between a batch
             norm and its convolution, the signal is in units of the batch norm's output.
@@ -182,9 +187,9 @@ class LayerMIPINAttribution(LayerAttribution, GradientAttribution):
         layer = inverse.layer if layer is None else layer
         if layer is None:
             raise InputError("no layer was given, and this inverse does not stop at one: pass layer=")
-        LayerAttribution.__init__(self, model, layer)
+        LayerAttribution.__init__(self, model, unwrapped(layer))
         GradientAttribution.__init__(self, model)
-        self.model = model
+        self.model = unwrapped(model)
         self.inverse = inverse
 
     @captum_entry
@@ -237,12 +242,6 @@ class LayerMIPINAttribution(LayerAttribution, GradientAttribution):
 def _of(inverse: object, model: nn.Module) -> InverseNetwork:
     if not isinstance(inverse, InverseNetwork):
         raise InputError(f"inverse is a {type(inverse).__name__}, expected an InverseNetwork")
-    if inverse.model is not model:
+    if inverse.model is not unwrapped(model):
         raise InputError("the inverse belongs to another model object; InverseNetwork.load(path, model) binds one to this")
     return inverse
-
-
-def _pick(output: Tensor, target: Any) -> Tensor:
-    """Φ_c of each example."""
-    picked = seed(output, per_example(target, output))
-    return picked.flatten(1).sum(1) if picked.ndim > 1 else picked

@@ -6,10 +6,12 @@ touched.
 """
 
 import copy
+import linecache
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from threading import Condition
 from typing import Any
 
@@ -23,6 +25,8 @@ from captum_mipin.errors import CaptureError, InputError, TrainingModeError
 
 Inputs = tuple[Tensor, ...]
 Extras = tuple[Any, ...]
+#: Which of a model's outputs: an index, a key or a field's name, or several, one inside the other; None for its only one.
+Output = int | str | tuple[int | str, ...] | None
 
 #: Batch size the example is captured with. Any; sizes 0 and 1 would be taken for constants.
 _EXAMPLE_BATCH = 3
@@ -79,6 +83,10 @@ class Signature:
         free = _per_example(inputs, extras, shared)
         described = tuple(_describe(leaf, each) for leaf, each in zip((*inputs, *leaves), free, strict=True))
         return cls(described, str(structure) if extras else "")
+
+    def kinds(self) -> tuple[str, ...]:
+        """Which tensors are per example and which are shared."""
+        return tuple(leaf[-1] for leaf in self.leaves if leaf[0] == "tensor")
 
     def to_json(self) -> list[Any]:
         """As lists and strings."""
@@ -148,6 +156,74 @@ def place(node: fx.Node) -> Place:
     return Place(stack[-1] if stack else "", name, stack)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself behind ``nn.DataParallel``, ``DistributedDataParallel`` and ``torch.compile``; any other as it is.
+
+    Examples:
+        >>> model = nn.Linear(2, 1)
+        >>> unwrapped(nn.DataParallel(torch.compile(model))) is unwrapped(model) is model
+        True
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def select(value: Any, output: Output) -> Tensor:
+    """The tensor among a model's outputs that ``output`` leads to.
+
+    Raises:
+        CaptureError: It leads to none, or the model returns several and ``output`` is None.
+
+    Examples:
+        >>> select({"logits": torch.ones(1), "states": [torch.zeros(1)]}, ("states", 0))
+        tensor([0.])
+    """
+    done: tuple[int | str, ...] = ()
+    for key in () if output is None else output if isinstance(output, tuple) else (output,):
+        entries = _entries(value)
+        if key not in entries:
+            what = f"its output {_shown(done)!r}" if done else "what the model returns"
+            kind = "Tensor" if isinstance(value, Tensor) else type(value).__name__
+            known = f"expected one of {_listed(entries, done)}" if entries else f"expected output={_shown(done)!r}"
+            raise CaptureError(f"output={output!r} does not fit: {what} is a {kind}, {known}")
+        value, done = entries[key], (*done, key)
+    if isinstance(value, Tensor):
+        return value
+    what = f"has for output={_shown(done)!r}" if done else "returns"
+    entries = _entries(value)
+    choose = f"Choose one by output=, out of {_listed(entries, done)}. " if entries else ""
+    raise CaptureError(
+        f"the model {what} a {type(value).__name__}, expected one tensor. {choose}"
+        "Wrap it in a module that returns the logits alone, if none of its outputs is."
+    )
+
+
+def _entries(value: Any) -> dict[Any, Any]:
+    """What a container holds, by index, key or field; of a named tuple by either."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (tuple, list)):
+        names = {name: getattr(value, name) for name in getattr(value, "_fields", ())}
+        return {**names, **dict(enumerate(value)), **{i - len(value): v for i, v in enumerate(value)}}
+    if is_dataclass(value):
+        return {f.name: getattr(value, f.name) for f in fields(value)}
+    return {}
+
+
+def _listed(entries: Mapping[Any, Any], done: tuple[int | str, ...]) -> str:
+    names = [key for key in entries if not isinstance(key, int)] or [key for key in entries if key >= 0]
+    return ", ".join(repr(_shown((*done, name))) for name in names)
+
+
+def _shown(path: tuple[int | str, ...]) -> Output:
+    return path[0] if len(path) == 1 else path or None
+
+
 def check_model(model: object) -> nn.Module:
     """``model`` as a module in evaluation mode.
 
@@ -169,8 +245,12 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
-def check_inputs(inputs: Inputs) -> None:
+def check_inputs(inputs: Inputs, explained: bool = True) -> None:
     """Refuse what cannot carry a signal: nothing, integers, empty batches, unequal batches.
+
+    Args:
+        inputs: Tensors (batch, ...).
+        explained: Whether they are themselves explained. Where only a layer behind them is, they may be integers.
 
     Raises:
         InputError: Always with what was found and what was expected.
@@ -182,10 +262,10 @@ def check_inputs(inputs: Inputs) -> None:
             raise InputError(f"input {index} is a {type(x).__name__}, expected a torch.Tensor")
         if x.is_meta:
             raise InputError(f"input {index} is on the meta device: it has no values")
-        if not x.is_floating_point():
+        if x.is_complex() or (explained and not x.is_floating_point()):
             raise InputError(
                 f"input {index} has dtype {x.dtype}, expected a floating dtype: integers carry no signal. "
-                "Convert it, or explain the part of the model behind its embedding, given the embedded values."
+                "Convert it, or stop at a layer behind it, such as its embedding: InverseNetwork(model, layer=...)."
             )
         if x.layout != torch.strided:
             raise InputError(f"input {index} has layout {x.layout}, expected a dense tensor: call to_dense() first")
@@ -195,7 +275,15 @@ def check_inputs(inputs: Inputs) -> None:
             raise InputError(f"input {index} has {len(x)} examples, input 0 has {len(inputs[0])}")
 
 
-def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool = False) -> CapturedGraph:
+def capture(
+    model: nn.Module,
+    inputs: Inputs,
+    extras: Extras = (),
+    shared: bool = False,
+    *,
+    output: Output = None,
+    explained: bool = True,
+) -> CapturedGraph:
     """Capture ``model`` as a graph for inputs of these shapes, with any batch size.
 
     Args:
@@ -203,9 +291,11 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool 
         inputs: Example inputs, first dimension the batch; only shapes, dtypes and devices count.
         extras: Further arguments of ``forward``. Tensors whose first dimension equals the batch are per-example,
         shared: unless this says that none is.
+        output: Which output, where the model returns several, see :func:`select`.
+        explained: See :func:`check_inputs`.
 
     Raises:
-        CaptureError: ``torch.export`` cannot follow the model, or it has another output than one tensor.
+        CaptureError: ``torch.export`` cannot follow the model, or its output is not one tensor.
         InputError, TrainingModeError: See :func:`check_inputs`, :func:`check_model`.
 
     Examples:
@@ -214,7 +304,7 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool 
         ['0/linear']
     """
     check_model(model)
-    check_inputs(inputs)
+    check_inputs(inputs, explained)
     leaves, structure = pytree.tree_flatten(plain((*inputs, *extras)))
     shapes = ShapesCollection()
     for index, free in enumerate(_per_example(inputs, extras, shared)):
@@ -229,16 +319,19 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool 
             f"the model cannot be copied ({type(error).__name__}: {error}). Its parameters are shared with the copy, "
             "everything else must allow copy.deepcopy."
         ) from error
+    twin.register_forward_hook(lambda module, arguments, value: select(value, output))  # the last, and not on the model
     try:
         with TURNS.exporting(), warnings.catch_warnings(), torch.autocast(inputs[0].device.type, enabled=False):
             warnings.filterwarnings("error", message=".* assigned during export")  # by a model that keeps state
             warnings.filterwarnings("ignore", message=_RECURRENT)
             program = export(twin, arguments, dynamic_shapes=shapes, strict=False)
             program = program.run_decompositions(_decompositions())
+    except CaptureError:
+        raise
     except Exception as error:
         given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in inputs)
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__} for inputs {given}:\n{error}\n"
+            f"torch.export cannot capture {type(model).__name__} for inputs {given}{_where(error, twin)}:\n{error}\n"
             "Control flow must not depend on the data, the batch size must be free (x.shape[0] keeps it so, len(x) "
             "does not), and inputs must have the shape, dtype and device that the model takes."
         ) from error
@@ -248,6 +341,20 @@ def capture(model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool 
                 f"the model computes otherwise for batches outside {bounds} ({symbol}): the batch size must be free"
             )
     return _from_program(program, len(inputs), shared)
+
+
+def _where(error: Exception, model: nn.Module) -> str:
+    """The module and the line at which a model failed."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    frames = [(f, line) for f, line in traceback.walk_tb(error.__traceback__) if id(f.f_locals.get("self")) in paths]
+    if not frames:
+        return ""
+    frame, number = frames[-1]
+    module = frame.f_locals["self"]
+    path = paths[id(module)]
+    name = f"module {path!r} ({type(module).__name__})" if path else "the model itself"
+    line = linecache.getline(frame.f_code.co_filename, number).strip()
+    return f", at {line!r} in {name}" if line else f", in {name}"
 
 
 def _decompositions() -> dict[Any, Any]:
@@ -376,15 +483,11 @@ def _from_program(program: ExportedProgram, count: int, shared: bool) -> Capture
         else:
             raise CaptureError(f"the model takes an argument of kind {spec.kind.name}, which has no signal to explain")
     graph = program.graph
-    (results,) = next(node for node in graph.nodes if node.op == "output").args
-    structure = program.call_spec.out_spec
-    if structure is None or not structure.is_leaf() or not isinstance(results, Sequence) or not isinstance(results[0], fx.Node):
-        kind = "no tensor" if structure is None or structure.is_leaf() else f"a {structure.type.__name__}"
-        raise CaptureError(f"the model returns {kind}, expected one tensor. Wrap it in a module that returns the logits alone.")
+    ((result,),) = next(node for node in graph.nodes if node.op == "output").args
     inputs = tuple(str(name) for name in arguments[:count])
     nodes = {node.name: node for node in graph.nodes}
     batch = str(nodes[inputs[0]].meta["val"].shape[0])
-    return CapturedGraph(graph, constants, inputs, tuple(arguments), results[0], batch, shared)
+    return CapturedGraph(graph, constants, inputs, tuple(arguments), result, batch, shared)
 
 
 def _describe(leaf: Any, free: bool) -> tuple[str, ...]:

@@ -73,16 +73,17 @@ class Batches:
         batch_size: For data that is not batched yet.
         unpack: Batch → (inputs, additional_forward_args), where a batch is anything else.
         device: Where the model is.
+        explained: See :func:`captum_mipin.capture.check_inputs`.
 
     Raises:
         FitError: The data is of no known kind, empty, or a batch does not fit those before it.
     """
 
-    def __init__(self, data: Any, batch_size: int, unpack: Unpack | None, device: torch.device) -> None:
+    def __init__(self, data: Any, batch_size: int, unpack: Unpack | None, device: torch.device, explained: bool = True) -> None:
         if isinstance(data, Tensor) or (isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data)):
             tensors = data if isinstance(data, tuple) else (data,)
             try:
-                check_inputs(tensors)
+                check_inputs(tensors, explained)
             except InputError as error:
                 raise FitError(f"the data cannot be fitted on: {error}") from error
             rows = range(0, len(tensors[0]), batch_size)
@@ -97,7 +98,7 @@ class Batches:
                 f"cannot fit on a {type(data).__name__}: expected a tensor, a tuple of tensors, a Dataset, a DataLoader "
                 "or an iterable of batches"
             )
-        self._data, self._unpack, self._device = data, unpack or _unpack, device
+        self._data, self._unpack, self._device, self._explained = data, unpack or _unpack, device, explained
         self._like: Inputs | None = None
 
     def __iter__(self) -> Iterator[tuple[Inputs, Extras]]:
@@ -115,7 +116,7 @@ class Batches:
 
     def _check(self, inputs: Inputs, index: int) -> None:
         try:
-            check_inputs(inputs)
+            check_inputs(inputs, self._explained)
         except InputError as error:
             raise FitError(f"batch {index}: {error}") from error
         self._like = self._like or inputs

@@ -3,7 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -18,6 +18,7 @@ from captum_mipin.capture import (
     CapturedGraph,
     Extras,
     Inputs,
+    Output,
     Signature,
     capture,
     check_inputs,
@@ -28,6 +29,7 @@ from captum_mipin.capture import (
     module_output,
     pick,
     plain,
+    unwrapped,
 )  # fmt: skip
 from captum_mipin.errors import CaptureError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack, seed
@@ -35,7 +37,7 @@ from captum_mipin.propagation import Run, Surrogate, Target
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
 from captum_mipin.rules import MIPIN, Inverse, Options
-from captum_mipin.survey import structure, survey
+from captum_mipin.survey import difference, structure, survey
 from captum_mipin.targets import one, per_example, several, shown
 
 #: What an inverse is made of, in files.
@@ -78,10 +80,18 @@ class InverseNetwork:
 
     Nothing of the model is touched, now or later; the network's parameters are read as they are at each call.
 
+    An inverse fitted on inputs of one size explains those of others, such as larger images, where the network takes them
+    and nothing but sizes of pooling windows, slices and paddings differs there; else it says which operation does. It is
+    kept in the dtype of the model, which may be half precision; sums are always gathered in float64.
+
     Args:
-        model: A ``torch.nn.Module`` in evaluation mode that returns logits (batch, classes), or (batch,).
+        model: A ``torch.nn.Module`` in evaluation mode that returns logits (batch, classes), or (batch,). Behind
+            ``nn.DataParallel`` or ``torch.compile``, the module itself is taken, and nothing is compiled.
         layer: Stop at the output of this module of the model instead of the input: only what lies above it is
-            inverted (the paper's setting on ImageNet), and the forward mask applies to its output as well.
+            inverted (the paper's setting on ImageNet), and the forward mask applies to its output as well. The inputs
+            may then be integers: a text is explained at the output of its embedding.
+        output: Where the model returns several tensors, which of them: the index, key or field's name in a tuple, list,
+            dictionary, named tuple or dataclass; a tuple of them leads to one inside another.
         ridge: λ of equation 6.
         ridge_scale: What λ is measured in: "relative" to the mean variance of the signals, or against the "mean" or
             the "sum" of their Gram matrix; the paper does not say.
@@ -113,6 +123,7 @@ class InverseNetwork:
         model: nn.Module,
         *,
         layer: nn.Module | None = None,
+        output: Output = None,
         ridge: float = 1e-3,
         ridge_scale: RidgeScale = "relative",
         pooling: Literal["shares", "even"] = "shares",
@@ -133,8 +144,12 @@ class InverseNetwork:
             raise InputError(f"ridge={ridge!r} must be a number of at least 0")
         if epochs < 1:
             raise InputError(f"epochs={epochs!r} must be at least 1")
-        self.model = model
-        self.layer = layer
+        path = output if isinstance(output, tuple) else (output,)
+        if not all(type(key) in (int, str) for key in path) and output is not None:
+            raise InputError(f"output={output!r} must be an index, a key or a field's name, or a tuple of such")
+        self.model = unwrapped(model)
+        self.layer = None if layer is None else unwrapped(layer)
+        self.output = output
         if learning_rate is not None and not learning_rate > 0:
             raise InputError(f"learning_rate={learning_rate!r} must be above 0")
         self.settings = Settings(ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint")
@@ -201,7 +216,7 @@ class InverseNetwork:
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size!r} must be at least 1")
         with _generator_kept(), torch.inference_mode(False), torch.autocast(_device(model).type, enabled=False):
-            batches = Batches(data, batch_size, unpack, _device(model))
+            batches = Batches(data, batch_size, unpack, _device(model), explained=self.layer is None)
             inputs, extras = next(iter(batches))
             graph, surrogate = self._surrogate(inputs, extras, self.layer)
             signature = Signature.of(inputs, extras, graph.shared)
@@ -329,7 +344,7 @@ class InverseNetwork:
             NotFittedError, InputError, TargetError, CaptureError, ModelChangedError: As their descriptions say.
         """
         state = self._fitted()
-        check_inputs(inputs)
+        check_inputs(inputs, explained=self.layer is None)
         for index, x in enumerate(inputs):
             if not finite(x):
                 raise InputError(f"input {index} contains NaN or Inf")
@@ -423,14 +438,14 @@ class InverseNetwork:
 
         Args:
             path: A file written by :meth:`save`.
-            model: The model it was fitted to, with the same weights.
+            model: The model it was fitted to, with the same weights; bare or behind ``nn.DataParallel`` or ``torch.compile``.
 
         Raises:
             FileNotFoundError: There is no such file.
             InverseFileError: It is no such file, cut short, or changed.
             ModelChangedError: It was fitted to another model or other weights.
         """
-        check_model(model)
+        model = check_model(unwrapped(model))
         tensors, content = storage.load(path)
         try:
             return cls._from_content(tensors, content, model, os.fspath(path))
@@ -449,7 +464,9 @@ class InverseNetwork:
             raise ModelChangedError(
                 f"{name!r} was fitted to another model, or to other weights, than this {type(model).__name__}"
             )
-        inverse = cls(model, layer=None if content["layer"] is None else model.get_submodule(content["layer"]))
+        layer = None if content["layer"] is None else model.get_submodule(content["layer"])
+        output = tuple(content["output"]) if isinstance(content["output"], list) else content["output"]
+        inverse = cls(model, layer=layer, output=output)
         inverse.settings = Settings(**content["settings"])
         device = _device(model)
         example = tuple(
@@ -478,6 +495,7 @@ class InverseNetwork:
         content = {
             "fingerprint": state.watch.fingerprint,
             "layer": None if self.layer is None else self._path(self.layer),
+            "output": self.output,
             "settings": asdict(self.settings),
             "signature": state.signature.to_json(),
             "structure": state.structure,
@@ -496,6 +514,7 @@ class InverseNetwork:
         same = {
             "fingerprint": state.watch.fingerprint,
             "layer": None if self.layer is None else self._path(self.layer),
+            "output": list(self.output) if isinstance(self.output, tuple) else self.output,
             "settings": asdict(self.settings),
             "signature": state.signature.to_json(),
             "structure": state.structure,
@@ -552,22 +571,55 @@ class InverseNetwork:
         """
         choices = {Signature.of(inputs, extras, shared): shared for shared in ((True, False) if extras else (False,))}
         fitted = self._state.signature if self._state else None
+        kinds = fitted.kinds() if fitted else None
         failure: CaptureError | None = None
-        for signature in sorted(choices, key=lambda choice: (choice != fitted, choices[choice])):
+        for signature in sorted(choices, key=lambda choice: (choice.kinds() != kinds, choices[choice])):
             if signature not in self._graphs:
                 try:
-                    graph = capture(self.model, inputs, extras, choices[signature])
+                    graph = self._capture(inputs, extras, choices[signature])
                 except CaptureError as error:
                     failure = failure or error
                     continue
                 if self._state and structure(graph) != self._state.structure:
-                    raise ModelChangedError(
-                        "the model computes something else than the one the inverse was fitted to: fit a new InverseNetwork"
-                    )
+                    self._check_alike(self._state, signature, graph, inputs, extras)
                 self._graphs[signature] = graph
             self._graphs.move_to_end(signature)
             return signature, self._graphs[signature]
+        if failure is not None and self._state and fitted not in choices:
+            raise type(failure)(f"{failure}\n{self._way_out(self._state)}") from failure
         raise failure or CaptureError("the model cannot be captured")
+
+    def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
+        return capture(self.model, inputs, extras, shared, output=self.output, explained=False)
+
+    def _check_alike(self, state: _State, signature: Signature, graph: CapturedGraph, inputs: Inputs, extras: Extras) -> None:
+        """Whether a graph of inputs of another size than those fitted on differs in that alone.
+
+        The graph of those fitted on tells it from one of a changed model.
+        """
+        fitted = None if signature == state.signature else self._graphs.get(state.signature)
+        if fitted is None and signature != state.signature:
+            extras = first_example(inputs, extras, graph.shared)[1] if state.extras is None else state.extras
+            shared = Signature.of(state.example, extras, True) == state.signature
+            with suppress(CaptureError):
+                fitted = self._capture(state.example, extras, shared)
+        if fitted is None or structure(fitted) != state.structure:
+            raise ModelChangedError(
+                "the model computes something else than the one the inverse was fitted to: fit a new InverseNetwork"
+            )
+        other = difference(fitted, graph)
+        if other is not None:
+            raise CaptureError(
+                f"for inputs and further arguments {_shapes(signature)} the model computes otherwise than for those that the "
+                f"inverse was fitted on, first at {other}.\n{self._way_out(state)}"
+            )
+
+    def _way_out(self, state: _State) -> str:
+        return (
+            f"The inverse was fitted on {_shapes(state.signature)}. Give it such inputs, resized if need be, or fit another "
+            "InverseNetwork on the others. A network takes any size if it pools to a fixed one (nn.AdaptiveAvgPool2d) "
+            "before its dense layers."
+        )
 
     def _fitted(self) -> _State:
         if self._state is None:
@@ -583,7 +635,12 @@ class InverseNetwork:
 
 
 def check(
-    model: nn.Module, example_inputs: Tensor | Inputs, additional_forward_args: Any = None, *, layer: nn.Module | None = None
+    model: nn.Module,
+    example_inputs: Tensor | Inputs,
+    additional_forward_args: Any = None,
+    *,
+    layer: nn.Module | None = None,
+    output: Output = None,
 ) -> CheckReport:
     """Tell for every operation of a model whether the signal can be sent back through it.
 
@@ -592,6 +649,7 @@ def check(
         example_inputs: Tensor (batch, ...) or tuple of such; only shapes, dtypes and devices count.
         additional_forward_args: Further arguments of the model.
         layer: Look only at what lies above this module.
+        output: Which of several outputs, as for :class:`InverseNetwork`.
 
     Returns:
         A table of operations, each "supported", "passes" or "refused" with its reason.
@@ -605,8 +663,9 @@ def check(
         0       aten.linear.default  supported  learned dense inverse
         1       aten.softmax.int     refused    no rule covers it
     """
-    graph = capture(model, as_inputs(example_inputs), as_extras(additional_forward_args))
-    start = None if layer is None else module_output(graph, model, layer)
+    model, inputs, extras = unwrapped(model), as_inputs(example_inputs), as_extras(additional_forward_args)
+    graph = capture(model, inputs, extras, output=output, explained=layer is None)
+    start = None if layer is None else module_output(graph, model, unwrapped(layer))
     return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note) for t in survey(graph, MIPIN, start)))
 
 
@@ -642,6 +701,10 @@ def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: 
         target = tuple(layer["target"]) if isinstance(layer["target"], list) else layer["target"]
         fitted.layers.append(LayerFit(**{**layer, "target": target}))
     return fitted
+
+
+def _shapes(signature: Signature) -> str:
+    return ", ".join(" ".join(leaf[1:3]) for leaf in signature.leaves)
 
 
 def _get(tensors: dict[str, Tensor], name: str, device: torch.device) -> Tensor | None:

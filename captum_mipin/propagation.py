@@ -83,10 +83,17 @@ class Run:
         parts: list[Tensor] = []
         for target, examples in self.groups:
             inverse = self.inverses[target][step.key].to(signals[0])
-            if len(self.groups) == 1:
-                return inverter.apply(inverse, signals, self.options.bias)
-            own = tuple(step.layout.part(s, examples) for s in signals)
-            parts.append(inverter.part(examples).apply(inverse, own, self.options.bias))
+            several = len(self.groups) > 1
+            own = tuple(step.layout.part(s, examples) for s in signals) if several else signals
+            try:
+                parts.append((inverter.part(examples) if several else inverter).apply(inverse, own, self.options.bias))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise InputError(
+                    f"the inverse of {step.key} does not fit signals of shape {', '.join(str(tuple(s.shape)) for s in own)}: "
+                    f"{error}. Give it inputs of the size it was fitted on, or fit another InverseNetwork."
+                ) from error
         return step.layout.join(parts)
 
 

@@ -9,17 +9,19 @@ import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
+from captum_mipin.averages import join_averages
 from captum_mipin.batch import Layout, first_dimension, layout
 from captum_mipin.capture import CapturedGraph, Place, memory, place
 from captum_mipin.errors import CaptureError
-from captum_mipin.rules import RECORDABLE, Learned, Passes, PooledLinear, Rule, operation
-from captum_mipin.rules.base import argument
+from captum_mipin.rules import MIPIN, RECORDABLE, Learned, Passes, Rule, operation
+from captum_mipin.rules.base import is_gate
 
 #: Operations that change a shape at most; sizes among their arguments are harmless.
 _SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
@@ -30,13 +32,6 @@ _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 #: Operations whose result follows from the shape of their argument alone.
 _BLANK = ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
-
-#: Operations between a pooling over all places and a dense layer.
-_FLAT = ("view", "_unsafe_view", "reshape", "flatten", "squeeze", "clone", "alias", "contiguous", "dropout")
-
-#: Averages over places.
-_AVERAGES = ("mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d",
-             "_adaptive_avg_pool3d")  # fmt: skip
 
 #: Operations that tell which dimension holds the channels.
 _CHANNELS = {
@@ -69,6 +64,27 @@ def structure(captured: CapturedGraph) -> str:
     Changes of shape alone do not count: their arguments depend on the size of the inputs, and hooks put some in.
     """
     digest = hashlib.sha256()
+    for _, line, _ in _lines(captured):
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def difference(fitted: CapturedGraph, captured: CapturedGraph) -> str | None:
+    """The first operation in which a model computes otherwise for some inputs than for those fitted on; None if all agree.
+
+    Numbers that follow from the size of the inputs may differ where a rule restores the scale of the signal all the same:
+    windows of pooling, slices, paddings.
+    """
+    for one, other in zip_longest(_lines(fitted), _lines(captured)):
+        if one is None or other is None or one[2] != other[2]:
+            node = (other or one)[0]
+            name = node.target if isinstance(node.target, torch._ops.OpOverload) else operation(node)
+            return f"{name} in {place(node).path or 'the model itself'}"
+    return None
+
+
+def _lines(captured: CapturedGraph) -> Iterator[tuple[fx.Node, str, str]]:
+    """Each operation, how it is set and wired, and the same without the numbers that may follow from the inputs' size."""
     names: dict[fx.Node, str] = {}
     count = 0
     for node in captured.graph.nodes:
@@ -77,14 +93,47 @@ def structure(captured: CapturedGraph) -> str:
         elif node.op == "placeholder":
             constant = captured.constants.get(node.name, node.name)
             names[node] = constant if isinstance(constant, str) else hashlib.sha256(memory(constant)).hexdigest()
-        elif node.op == "call_function" and place(node).operation in _SHAPE:
+        elif node.op == "call_function" and place(node).operation in _SHAPE and not _added_up(node):
             names[node] = names[node.all_input_nodes[0]]
         elif node.op == "call_function":
             count += 1
             names[node] = f"%{count}"
-            line = f"{names[node]} {place(node)} {node.target} {fx.node.map_arg((node.args, node.kwargs), names.__getitem__)}"
-            digest.update(line.encode())
-    return digest.hexdigest()
+            what = f"{names[node]} {place(node)} {node.target} {_added_up(node)}"
+            arguments = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
+            rule = MIPIN.get(str(node.target))
+            sized = rule is not None and rule.restores and not isinstance(rule, Learned)
+            loose = pytree.tree_map(lambda a: "size" if type(a) is int else a, arguments) if sized else arguments
+            yield node, f"{what} {arguments}", f"{what} {loose}"
+
+
+def _added_up(node: fx.Node) -> list[int]:
+    """Sizes on which the scale of the signal depends: those over which a value is spread, and of attention weights."""
+    rule, value = MIPIN.get(str(node.target)), node.meta.get("val")
+    if not isinstance(rule, Passes) or rule.restores or not isinstance(value, Tensor):
+        return []
+    factors = [n for n in node.all_input_nodes if _batched(n)]
+    if operation(node) not in ("add", "sub", "rsub", "neg", "mul", "div", "expand"):
+        return [n for factor in factors for n in factor.meta["val"].shape[-2:] if type(n) is int]
+    spread = [n for n in factors if not _only_gate(n, node)]
+    return [size for n in spread for size in _copies(n.meta["val"], value)]
+
+
+def _batched(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
+
+
+def _only_gate(node: fx.Node, user: fx.Node) -> bool:
+    """Whether ``user`` takes ``node`` for a gate, to which no signal is sent."""
+    if operation(user) == "expand":
+        return bool(user.users) and all(_only_gate(user, other) for other in user.users)
+    others = [n for n in user.all_input_nodes if n is not node and _batched(n) and not is_gate(n)]
+    return operation(user) == "mul" and is_gate(node) and bool(others)
+
+
+def _copies(value: Tensor, result: Tensor) -> list[int]:
+    sizes = (1,) * (result.ndim - value.ndim) + tuple(value.shape)
+    return [n for m, n in zip(sizes, result.shape, strict=True) if type(m) is type(n) is int and m == 1 and n != 1]
 
 
 def survey(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None) -> list[Treatment]:
@@ -119,7 +168,7 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and node not in needed:
             graph.erase_node(node)
-    _join_pools(graph, captured.batch, starts)
+    join_averages(graph, captured.batch, starts)
     _mark(graph, rules, starts, needed)
     for node in graph.nodes:
         if node.meta["depends"]:
@@ -138,32 +187,6 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
         shape = tuple(map(str, output.meta["val"].shape))
         raise CaptureError(f"the model's output has shape {shape}, expected the batch alone as its first dimension")
     return graph, starts
-
-
-def _join_pools(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
-    """Let a dense layer on averages over all places be inverted from there, see :class:`~captum_mipin.rules.PooledLinear`."""
-    for node in list(graph.nodes):
-        if operation(node) != "linear":
-            continue
-        pool, args = node.args[0], (*node.args, None)[:3]
-        while operation(pool) in _FLAT and len(pool.users) == 1 and pool not in starts:
-            pool = pool.args[0]
-        if operation(pool) not in _AVERAGES or len(pool.users) != 1 or pool in starts or node.meta["val"].ndim != 2:
-            continue
-        x = pool.args[0]
-        before, after = x.meta["val"], pool.meta["val"]
-        kept = [d for d in range(1, before.ndim) if d not in _averaged(pool, before.ndim)]
-        if len(kept) == 1 and prod(after.shape[1:]) == before.shape[kept[0]] and first_dimension(before, batch):
-            node.meta["shown"] = node.target
-            node.target, node.args, node.kwargs = PooledLinear(), (x, args[0], *args[1:], kept[0]), {}
-
-
-def _averaged(pool: fx.Node, ndim: int) -> set[int]:
-    """The dimensions that a pooling averages over."""
-    if operation(pool) != "mean":
-        return set(range(2, ndim))
-    dims = argument(pool, 1, "dim") or range(ndim)
-    return {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)}
 
 
 def _mark(graph: fx.Graph, rules: Mapping[str, Rule], starts: Sequence[fx.Node], needed: set[fx.Node]) -> None:

@@ -117,8 +117,20 @@ def test_a_model_that_cannot_be_exported(untouched: Any, mlp: Any) -> None:
         assert caught.value.__cause__ is not None
 
 
+def test_a_part_that_cannot_be_exported_is_named_with_its_line(mlp: Any) -> None:
+    class Branches(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            if h.max() > 0:
+                return h
+            return -h
+
+    message = r"(?s)cannot capture Steps for inputs .*, at 'if h\.max\(\) > 0:' in module 'step' \(Branches\):.*data-dependent"
+    with pytest.raises(CaptureError, match=message):
+        _fit(Steps(Branches()).eval(), mlp.x)
+
+
 def test_a_model_that_is_a_function(mlp: Any) -> None:
-    for function in (lambda x: x, torch.nn.functional.relu, mlp.model.forward):
+    for function in (lambda x: x, torch.nn.functional.relu, mlp.model.forward, torch.compile(lambda x: x)):
         with pytest.raises(CaptureError, match=r"expected a torch\.nn\.Module.*Wrap a function in a small nn\.Module"):
             _fit(function, mlp.x)  # type: ignore[arg-type]  # no module, on purpose
 
@@ -314,6 +326,26 @@ def test_inputs_that_cannot_be_explained(mlp: Any, survives: Any, wrong: Any, er
     for call in (mlp.mipin.attribute, mlp.mipin.source_signal, mlp.mipin.distractor, layer.attribute):
         with pytest.raises(error, match=message), survives(mlp):
             call(bad, 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: x.to_sparse(), r"input 0 has layout torch\.sparse_coo, expected a dense tensor: call to_dense\(\)"),
+        (lambda x: x[:0], r"input 0 is empty: its shape is \(0, 4\)"),
+        (lambda x: x + 0j, r"input 0 has dtype torch\.complex64, expected a floating dtype"),
+        (lambda x: x.to("meta"), "input 0 is on the meta device"),
+        (lambda x: x.tolist(), "inputs are a list, expected"),
+    ],
+)
+def test_integer_inputs_that_cannot_be_explained(wrong: Any, message: str) -> None:
+    model, x = nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(12, 2)).eval(), torch.randint(9, (30, 4))
+    inverse = InverseNetwork(model, layer=model[0]).fit(x, progress=False)
+    with pytest.raises(InputError, match=message):
+        LayerMIPINAttribution(model, inverse).attribute(wrong(x[:3]), 0)
+    if not isinstance(wrong(x), list):
+        with pytest.raises(FitError, match=message):
+            InverseNetwork(model, layer=model[0]).fit([x, wrong(x)], progress=False)
 
 
 def test_wrong_further_arguments(mlp: Any, survives: Any) -> None:

@@ -722,6 +722,8 @@ SPELLED_HEADS = {
     "dropout": lambda h, linear: linear(F.dropout(h.mean([2, 3]), training=False)),
     "kept": lambda h, linear: linear(h.mean((-2, -1), keepdim=True).squeeze(-1).squeeze(-1)),
     "of flat": lambda h, linear: linear(h.flatten(2).mean(-1)),
+    "window": lambda h, linear: linear(F.avg_pool2d(h, h.shape[2:]).flatten(1)),
+    "steps": lambda h, linear: linear(F.avg_pool2d(h.mean(2, keepdim=True), (1, h.shape[3])).flatten(1)),
     "last": lambda h, linear: linear(h.permute(0, 2, 3, 1).mean((1, 2))),
     "convolution": lambda h, linear: F.conv2d(h, linear.weight[:, :, None, None], linear.bias).mean((2, 3)),
     "map": lambda h, linear: F.adaptive_avg_pool2d(linear(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 1).flatten(1),
