@@ -1,9 +1,12 @@
 """Where the examples of a batch are.
 
 Every tensor that depends on the input holds its examples along one dimension: (N, C, H, W), (tokens, N, features),
-(N · windows, tokens, features). An operation that does anything else lets examples depend on each other.
+(N · windows, tokens, features). An operation that does anything else lets examples depend on each other. Of an
+operation that is not built in, only what its shapes tell is known: it has to give the examples along the dimension where it
+takes them. That it keeps them apart is checked on the data of each fit.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.rules.base import argument, operation
+from captum_mipin.rules import MIPIN, RECORDABLE, operation
+from captum_mipin.rules.base import argument
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def layout(node: fx.Node, batch: str) -> Layout | str:
             inner = _quotient(inner * prod(x.shape[at.dim + 1 :]), prod(value.shape[dim + 1 :]))
         if outer * inner != count or _works_along(operation(node), node, n, at, Layout(dim, outer, inner)):
             return "it works along the batch, so examples would depend on each other"
+        if dim != at.dim and not _known(node):
+            return f"it takes the examples along dimension {at.dim} and gives them along {dim}: registered operations keep them"
         after.add(Layout(dim, outer, inner))
     if len(after) > 1:
         return "it takes examples in different orders, so that they would depend on each other"
@@ -110,6 +116,10 @@ def _works_along(name: str, node: fx.Node, source: fx.Node, at: Layout, after: L
     if name == "scaled_dot_product_attention":
         return at.dim >= x.ndim - 2
     return name in _FIRST and (at.dim != 0 or after.dim != 0)
+
+
+def _known(node: fx.Node) -> bool:
+    return node.target is operator.getitem or str(node.target) in MIPIN.keys() | RECORDABLE
 
 
 def _everything(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack,
 from captum_mipin.propagation import Run, Surrogate, Target
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
-from captum_mipin.rules import MIPIN, Inverse, Options
+from captum_mipin.rules import Inverse, Options, Rule, table
 from captum_mipin.survey import structure, survey
 from captum_mipin.targets import one, per_example, several, shown
 
@@ -204,7 +204,7 @@ class InverseNetwork:
             chosen = several(targets, dims)
             watch = before.watch if before is not None else storage.Watch(model)
             example = first_example(inputs, extras, graph.shared)
-            state = _State(Fitted(), dims, signature, structure(graph), *example, watch)
+            state = _State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
             fit = Fit(model, graph, surrogate, batches, chosen, self.settings, progress)
             unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
             if checkpoint is not None and Path(checkpoint).exists():
@@ -520,22 +520,23 @@ class InverseNetwork:
     def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> tuple[CapturedGraph, Surrogate]:
         """The graph and the surrogate for inputs of this kind, kept for the next call."""
         with self._lock:
-            now = glance(self.model)
-            if now != self._glance:  # the graphs are of the model as it was
+            rules = table()
+            now = [glance(self.model), rules]
+            if now != self._glance:  # the graphs are of the model and the rules as they were
                 self._graphs.clear()
                 self._surrogates.clear()
                 self._glance = now
-            signature, graph = self._graph(inputs, extras)
+            signature, graph = self._graph(inputs, extras, rules)
             start = None if layer is None else module_output(graph, self.model, layer)
             if (signature, start) not in self._surrogates:
-                self._surrogates[signature, start] = Surrogate(graph, MIPIN, start, calibrate=layer is self.layer)
+                self._surrogates[signature, start] = Surrogate(graph, rules, start, calibrate=layer is self.layer)
             surrogate = self._surrogates[signature, start]
             if len(self._graphs) > _GRAPHS:
                 oldest, _ = self._graphs.popitem(last=False)
                 self._surrogates = {key: value for key, value in self._surrogates.items() if key[0] != oldest}
             return graph, surrogate
 
-    def _graph(self, inputs: Inputs, extras: Extras) -> tuple[Signature, CapturedGraph]:
+    def _graph(self, inputs: Inputs, extras: Extras, rules: Mapping[str, Rule]) -> tuple[Signature, CapturedGraph]:
         """The graph for inputs of this kind, captured where there is none.
 
         A further tensor as long as the batch may be per example or shared: what the fit found decides, else what
@@ -551,9 +552,10 @@ class InverseNetwork:
                 except CaptureError as error:
                     failure = failure or error
                     continue
-                if self._state and structure(graph) != self._state.structure:
+                if self._state and structure(graph, rules) != self._state.structure:
                     raise ModelChangedError(
-                        "the model computes something else than the one the inverse was fitted to: fit a new InverseNetwork"
+                        "the model computes something else than the one the inverse was fitted to, or a registered rule has "
+                        "changed: fit a new InverseNetwork"
                     )
                 self._graphs[signature] = graph
             self._graphs.move_to_end(signature)
@@ -598,7 +600,7 @@ def check(
     """
     graph = capture(model, as_inputs(example_inputs), as_extras(additional_forward_args))
     start = None if layer is None else module_output(graph, model, layer)
-    return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note) for t in survey(graph, MIPIN, start)))
+    return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note) for t in survey(graph, table(), start)))
 
 
 def as_inputs(inputs: Any) -> Inputs:

@@ -195,7 +195,7 @@ class Surrogate:
                 self._fork(graph, run, node.meta, result)
         graph.eliminate_dead_code()
         graph.lint()
-        self.starts = len(starts)
+        self.starts, self.rules = len(starts), rules
         self._order, self._inputs = tuple(order), captured.inputs
         self._module = fx.GraphModule(torch.nn.Module(), graph)
 

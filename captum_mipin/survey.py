@@ -8,7 +8,7 @@ import hashlib
 import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from captum_mipin.batch import Layout, first_dimension, layout
 from captum_mipin.capture import CapturedGraph, Place, memory, place
 from captum_mipin.errors import CaptureError
-from captum_mipin.rules import RECORDABLE, Learned, Passes, Rule, operation
+from captum_mipin.rules import MIPIN, RECORDABLE, Learned, Passes, Rule, operation
 
 #: Operations that change a shape at most; sizes among their arguments are harmless.
 _SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
@@ -54,28 +54,39 @@ class Treatment:
     note: str
 
 
-def structure(captured: CapturedGraph) -> str:
+def structure(captured: CapturedGraph, rules: Mapping[str, Rule]) -> str:
     """SHA-256 over what a model computes: its operations, where they are, how they are set and wired; not the weights.
 
-    Changes of shape alone do not count: their arguments depend on the size of the inputs, and hooks put some in.
+    Changes of shape alone do not count: their arguments depend on the size of the inputs, and hooks put some in. Rules that
+    are not built in count with the operations that they are for.
     """
     digest = hashlib.sha256()
     names: dict[fx.Node, str] = {}
     count = 0
+    added = rules.keys() - MIPIN.keys()
     for node in captured.graph.nodes:
         if isinstance(node.meta.get("val"), torch.SymInt):
             names[node] = "size"
         elif node.op == "placeholder":
             constant = captured.constants.get(node.name, node.name)
             names[node] = constant if isinstance(constant, str) else hashlib.sha256(memory(constant)).hexdigest()
-        elif node.op == "call_function" and place(node).operation in _SHAPE:
+        elif node.op == "call_function" and operation(node) in _SHAPE:
             names[node] = names[node.all_input_nodes[0]]
         elif node.op == "call_function":
             count += 1
             names[node] = f"%{count}"
             line = f"{names[node]} {place(node)} {node.target} {fx.node.map_arg((node.args, node.kwargs), names.__getitem__)}"
             digest.update(line.encode())
+            if str(node.target) in added:
+                digest.update(_named(rules[str(node.target)]).encode())
     return digest.hexdigest()
+
+
+def _named(rule: Rule) -> str:
+    """A rule by its kind, its note and the names of its functions: the same in every process."""
+    values = [getattr(rule, part.name) for part in fields(rule)]
+    names = [getattr(value, "__qualname__", type(value).__name__) if callable(value) else str(value) for value in values]
+    return f"{type(rule).__name__} {names}"
 
 
 def survey(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None) -> list[Treatment]:
@@ -236,7 +247,7 @@ def _objection(node: fx.Node, rule: Rule | None) -> str | None:
     """Why a rule cannot treat this node, if so."""
     others = [n for argument in node.args[1:] for n in _nodes_in(argument)]
     others += [n for argument in node.kwargs.values() for n in _nodes_in(argument)]
-    if place(node).operation not in _SHAPE and any(isinstance(n.meta.get("val"), _SIZES) for n in others):
+    if operation(node) not in _SHAPE and any(isinstance(n.meta.get("val"), _SIZES) for n in others):
         return "it uses the size of the batch as a value, so an explanation would depend on the other examples"
     at = node.meta["layout"]
     mixes = at if isinstance(at, str) else None
@@ -259,8 +270,8 @@ def refusal(refused: Sequence[Treatment]) -> str:
         lines.append(f"  … and {len(refused) - 8} more")
     return (
         "no signal can be sent back through\n" + "\n".join(lines) + "\nStart above it, with InverseNetwork(model, "
-        "layer=...) at a module behind it, or write that part of the model with supported operations; "
-        "check(model, inputs) lists all."
+        "layer=...) at a module behind it, write that part of the model with supported operations, or give an operation "
+        "without a rule one of your own with captum_mipin.register_rule; check(model, inputs) lists all."
     )
 
 

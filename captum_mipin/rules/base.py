@@ -136,8 +136,11 @@ def every(node: fx.Node) -> tuple[int, ...]:
 
 
 def operation(node: Any) -> str:
-    """Name of a node's operation without its overload: "relu" for ``aten.relu.default``."""
-    return getattr(getattr(node, "target", None), "__name__", "").split(".")[0]
+    """Name of a node's operation without its overload: "relu" for ``aten.relu.default``, "mylib::relu" for one of another."""
+    target = getattr(node, "target", None)
+    name: str = getattr(target, "__name__", "").split(".")[0]
+    namespace = getattr(target, "namespace", "aten")
+    return name if namespace == "aten" else f"{namespace}::{name}"
 
 
 def is_gate(node: Any) -> bool:
