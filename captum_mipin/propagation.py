@@ -173,7 +173,7 @@ class Surrogate:
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
             run = graph.placeholder("run")
-        body = next(node for node in graph.nodes if node.op != "placeholder")
+        body = [node for node in graph.nodes if node.op == "placeholder"][-1].next
         needs_scale = [unscaled(node, rules) for node in starts]
         if any(needs_scale) and not calibrate:
             raise CaptureError(

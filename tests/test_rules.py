@@ -48,6 +48,10 @@ GATES = {
     "hardswish": ((), lambda x: min(max(x + 3, 0), 6) / 6),
     "leaky_relu": ((0.1,), lambda x: 1 if x > 0 else 0.1),
     "elu": ((), lambda x: 1 if x > 0 else (math.exp(x) - 1) / x),
+    "celu": ((2.0,), lambda x: 1 if x > 0 else 2 * (math.exp(x / 2) - 1) / x),
+    "selu": ((), lambda x: 1.0507009873554805 * (1 if x > 0 else 1.6732632423543772 * (math.exp(x) - 1) / x)),
+    "rrelu": ((), lambda x: 1 if x > 0 else (1 / 8 + 1 / 3) / 2),
+    "log_sigmoid": ((), lambda x: (math.log(2) - math.log1p(math.exp(-x))) / x),
     "mish": ((), lambda x: math.tanh(math.log1p(math.exp(x)))),
     "tanh": ((), lambda x: math.tanh(x) / x),
     "sigmoid": ((), lambda x: math.tanh(x / 2) / (2 * x)),
@@ -157,6 +161,25 @@ def test_gate_of_squeeze_and_excite_by_hand():
         above = regress(x * gate, model(x))
     torch.testing.assert_close(inverse.source_signal(x), regress(x, above * gate))
     assert [row.layer for row in inverse.report.layers] == ["parts.w/linear", "input x/input/fork"]  # the gate is not inverted
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_an_input_that_gates_itself_beside_another_input(target):
+    class Pair(nn.Module):
+        def __init__(self, gated):
+            super().__init__()
+            self.gated, self.v, self.w = gated, nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, *inputs):
+            a, b = inputs[self.gated], inputs[1 - self.gated]
+            return self.v(a * torch.sigmoid(a)) + self.w(b)
+
+    first, second = Pair(0).double().eval(), Pair(1).double().eval()
+    second.load_state_dict(first.state_dict())
+    a, b = torch.randn(2, 30, 3, dtype=torch.float64)
+    found = InverseNetwork(first).fit((a, b), target, progress=False).source_signal((a, b), target)
+    turned = InverseNetwork(second).fit((b, a), target, progress=False).source_signal((b, a), target)
+    torch.testing.assert_close(found, turned[::-1])
 
 
 def test_what_makes_a_gate_gets_no_signal():

@@ -64,7 +64,7 @@ _FROM_ZERO = (
 _SHIFTED = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid")
 
 ACTIVATIONS = {
-    "aten.relu.default": Recorded(run=relu, note=_MASK),
+    "aten.relu.default": Recorded(run=relu, note=_MASK, exact=True),
     "aten.clamp.default": Recorded(run=clamp, note="forward mask or recorded gate", refuse=_without_zero),
     "aten.clamp_min.default": Recorded(run=clamp, note="forward mask or recorded gate", refuse=_without_zero),
     "aten.hardtanh.default": Recorded(run=gate, note=_GATE, refuse=_without_zero),

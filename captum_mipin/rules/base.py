@@ -89,6 +89,7 @@ class Rule:
         carriers: Node → positions of the arguments that carry signal. Others are refused if they depend on the input,
         records: unless this says that they are recorded, as gates and attention weights are: no signal goes there.
         restores: Whether the signal it returns is in the units of its input.
+        exact: Whether it is the paper's, or the only one there can be; else it is one choice of several, to be told so.
     """
 
     note: str
@@ -96,6 +97,7 @@ class Rule:
     carriers: Callable[[fx.Node], tuple[int, ...]] = _first
     records: bool = False
     restores: bool = True
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,12 +114,16 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 
 _CONVOLUTION = {
-    f"aten.conv{dims}d.{form}": Learned(inverter=convolution, note="learned transposed convolution")
+    f"aten.conv{dims}d.{form}": Learned(inverter=convolution, note="learned transposed convolution", exact=True)
     for dims in (1, 2, 3)
     for form in ("default", "padding")
 }
 _TRANSPOSED = {
-    f"aten.conv_transpose{name}": Learned(inverter=transposed_convolution, note="learned convolution")
+    f"aten.conv_transpose{name}": Learned(inverter=transposed_convolution, note="learned convolution", exact=True)
     for name in ("1d.default", "2d.input", "3d.input")
 }
-LINEAR = {"aten.linear.default": Learned(inverter=dense, note="learned dense inverse"), **_CONVOLUTION, **_TRANSPOSED}
+LINEAR = {
+    "aten.linear.default": Learned(inverter=dense, note="learned dense inverse", exact=True),
+    **_CONVOLUTION,
+    **_TRANSPOSED,
+}

@@ -34,7 +34,7 @@ def _rescaled(options: Options, x: Tensor, dims: tuple[int, ...]) -> Back:
 
 NORMALIZATION = {
     "aten._native_batch_norm_legit_no_training.default": Recorded(
-        run=batch_norm, note="passed on; the next inverse absorbs the affine map", restores=False
+        run=batch_norm, note="passed on; the next inverse absorbs the affine map", restores=False, exact=True
     ),
     "aten.layer_norm.default": Recorded(run=layer_norm, note="times the recorded σ", restores=False),
     "aten.group_norm.default": Recorded(run=group_norm, note="times the recorded σ", restores=False),
