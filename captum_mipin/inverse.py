@@ -596,7 +596,7 @@ def check(
         >>> print(check(nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)).eval(), torch.ones(1, 4)))
         module  operation            status     what happens to the signal
         0       aten.linear.default  supported  learned dense inverse
-        1       aten.softmax.int     refused    no rule covers it
+        1       aten.softmax.int     refused    no rule covers it; where it ends the model, return the logits that go into it
     """
     graph = capture(model, as_inputs(example_inputs), as_extras(additional_forward_args))
     start = None if layer is None else module_output(graph, model, layer)

@@ -29,6 +29,11 @@ _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 #: Operations whose result follows from the shape of their argument alone.
 _BLANK = ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
 
+#: What to do about some operations without a rule.
+_HINTS = dict.fromkeys(
+    ("softmax", "_softmax", "log_softmax", "_log_softmax"), "; where it ends the model, return the logits that go into it"
+)
+
 #: Operations that tell which dimension holds the channels.
 _CHANNELS = {
     **dict.fromkeys(("linear", "layer_norm", "scaled_dot_product_attention", "matmul", "bmm"), -1),
@@ -231,7 +236,7 @@ def treatments(graph: fx.Graph, rules: Mapping[str, Rule]) -> list[Treatment]:
         if node.meta["other"]:
             reason = f"it turns the input into {node.meta['val'].dtype}, and what follows from that cannot be sent back"
         elif rule is None and not (node.meta["recorded"] and str(node.target) in RECORDABLE):
-            reason = "no rule covers it"
+            reason = "no rule covers it" + _HINTS.get(operation(node), "")
         else:
             reason = _objection(node, rule) or ""
         if node.meta["recorded"]:

@@ -13,9 +13,7 @@ from torchvision.models.googlenet import Inception
 from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, MIPINError, check
-from captum_mipin import inverse as inverse_module
 from captum_mipin.batch import Layout
-from captum_mipin.capture import Signature
 from captum_mipin.rules import MIPIN, Options
 
 
@@ -634,20 +632,6 @@ NETWORKS = {
     "LSTM": (lambda: Sequence(nn.LSTM), "embed", (4,)),
     "GRU, both ways": (lambda: Sequence(nn.GRU, bidirectional=True), "embed", (4,)),
 }  # fmt: skip
-
-
-@pytest.fixture
-def captured_once(monkeypatch):
-    """Let all that a test does with a model share one graph, for speed: graphs are never written to."""
-    graphs, capture = {}, inverse_module.capture
-
-    def once(model, inputs, extras=(), shared=False):
-        key = id(model), Signature.of(inputs, extras, shared)
-        if key not in graphs:
-            graphs[key] = capture(model, inputs, extras, shared)
-        return graphs[key]
-
-    monkeypatch.setattr(inverse_module, "capture", once)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
