@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_mipin import (
     CaptureError,
-    InputError,
+    FitError,
     InverseNetwork,
     MIPINAttribution,
     MIPINError,
