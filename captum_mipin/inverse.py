@@ -271,8 +271,8 @@ class InverseNetwork:
     def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
         """The global, unmasked map of a class (figure 3): the attribution of one unit of its logit.
 
-        Nothing of any example enters: no masks, and pooling spreads evenly. Gates that multiply, and attention weights, are
-        those of an input of zeros.
+        Nothing of any example enters: no masks, and pooling spreads evenly. Gates that multiply, attention weights, and the
+        switches of ``where`` and ``maximum``, are those of an input of zeros.
 
         Args:
             target: The class.
@@ -313,8 +313,8 @@ class InverseNetwork:
             target: As Captum's ``target``.
             extras: Further arguments of the model.
             biases: With or without the biases of the inverses: one pass back each, from one pass forward.
-            local: Use masks, switches and shares of each example. Gates that multiply, and attention weights, always are
-                each example's own.
+            local: Use masks, switches and shares of each example. Gates that multiply, attention weights, and the switches of
+                ``where`` and ``maximum``, always are each example's own.
             mask: Apply equation 9 to the inputs as well; to the output of ``layer`` it always is, if ``local``.
             layer: Stop at this module's output instead of the inputs.
 

@@ -136,6 +136,11 @@ def branches(x: Tensor, count: int, channels: int | None) -> tuple[Tensor, ...]:
     return tuple(x.detach() for _ in range(count))
 
 
+def _taking(operation: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """An operation that takes first what it has at this position."""
+    return operation if at == 0 else lambda x, *others, **named: operation(*others[:at], x, *others[at:], **named)
+
+
 class Surrogate:
     """A model's graph whose backward pass is a method.
 
@@ -230,9 +235,10 @@ class Surrogate:
             return node
         assert callable(node.target)  # for mypy: it is an operation
         key = node.meta["key"]
-        self.steps[key] = Step(key, rule, node.target, node.meta["layout"])
+        (at,) = rule.carriers(node)
+        self.steps[key] = Step(key, rule, _taking(node.target, at), node.meta["layout"])
         with graph.inserting_after(node):
-            new = graph.call_function(step, (run, key, *node.args), dict(node.kwargs))
+            new = graph.call_function(step, (run, key, node.args[at], *node.args[:at], *node.args[at + 1 :]), dict(node.kwargs))
         new.meta = dict(node.meta)
         for user in list(node.users):
             if user.target is operator.getitem:  # the step's value is the first of the operation's outputs

@@ -36,9 +36,11 @@ _HINTS = dict.fromkeys(
 
 #: Operations that tell which dimension holds the channels.
 _CHANNELS = {
-    **dict.fromkeys(("linear", "layer_norm", "scaled_dot_product_attention", "matmul", "bmm"), -1),
+    **dict.fromkeys(
+        ("linear", "layer_norm", "rms_norm", "scaled_dot_product_attention", "matmul", "bmm", "mm", "addmm", "baddbmm"), -1
+    ),
     **{f"{kind}{dims}d": 1 for dims in (1, 2, 3) for kind in ("conv", "conv_transpose", "max_pool", "avg_pool")},
-    **dict.fromkeys(("_native_batch_norm_legit_no_training", "group_norm"), 1),
+    **dict.fromkeys(("_native_batch_norm_legit_no_training", "group_norm", "instance_norm"), 1),
 }
 
 
@@ -261,6 +263,8 @@ def _objection(node: fx.Node, rule: Rule | None) -> str | None:
     carried = {n for position in rule.carriers(node) for n in _nodes_in(node.args[position])}
     if not rule.records and any(n.meta["depends"] for n in node.all_input_nodes if n not in carried):
         return "a second argument of it depends on the input as well"
+    if not isinstance(rule, Passes) and len(rule.carriers(node)) != 1:
+        return "its rule sends signal to other than one argument, which only Passes can"
     values = node.meta["val"]
     several = isinstance(values, (tuple, list)) and not isinstance(rule, Passes)
     if several and any(user.target is operator.getitem and user.args[1] != 0 for user in node.users):

@@ -76,6 +76,11 @@ def scaled(x: Tensor, by: Tensor) -> Tensor:
     return x * by
 
 
+@_operation("steered", lambda by, x: torch.empty_like(x))
+def steered(by: Tensor, x: Tensor) -> Tensor:
+    return x * by
+
+
 GATE = Recorded(run=gate, note="my gate")
 HALF = Recorded(run=lambda options, operation, x: (operation(x), lambda s: s / 2), note="half")
 
@@ -159,6 +164,18 @@ def test_carriers_and_records_of_an_own_operation(register: Any) -> None:
     found = InverseNetwork(model).fit(_data(), progress=False).source_signal(_data()[:5], 1)
     expected = _fitted(lambda h: h * torch.sigmoid(h)).source_signal(_data()[:5], 1)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_signal_through_another_argument_than_the_first(register: Any) -> None:
+    weight = torch.rand(5, dtype=torch.float64)
+    run = lambda options, operation, x, other: (operation(x, other), lambda s: s * other)  # noqa: E731
+    register("own::steered", Recorded(run=run, note="times", carriers=lambda node: (1,)))
+    found = _fitted(lambda h: steered(weight, h)).source_signal(_data()[:5], 1)
+    expected = _fitted(lambda h: weight * h).source_signal(_data()[:5], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    register("own::steered", Recorded(run=run, note="times", carriers=lambda node: (0, 1)), replace=True)
+    with pytest.raises(UnsupportedOperationError, match="sends signal to other than one argument, which only Passes can"):
+        _fitted(lambda h: steered(h, h))
 
 
 @pytest.mark.parametrize("name", ["aten::sin", "aten.sin", "aten.sin.default", torch.ops.aten.sin.default], ids=str)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import regress
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
@@ -44,6 +45,8 @@ GATES = {
     "relu6": ((), lambda x: (x > 0) * min(1, 6 / abs(x))),
     "hardtanh": ((-2, 3), lambda x: min(1, 3 / x) if x > 0 else min(1, -2 / x)),
     "clamp": ((-1,), lambda x: 1 if x > 0 else min(1, -1 / x)),
+    "clamp_max": ((2,), lambda x: 1 if x < 2 else 2 / x),
+    "threshold": ((1, 0), lambda x: x > 1),
     "silu": ((), lambda x: 1 / (1 + math.exp(-x))),
     "gelu": ((), lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2)))),
     "hardswish": ((), lambda x: min(max(x + 3, 0), 6) / 6),
@@ -81,6 +84,16 @@ def test_gates_of_what_is_not_zero_at_zero_do_not_cancel(name):
 
 
 SPELLINGS = {
+    "ReLU": (
+        F.relu,
+        lambda x: F.threshold(x, 0, 0),
+        lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+        lambda x: torch.where(x > 0, x, 0.0),
+        lambda x: torch.where(x <= 0, 0.0, x),
+        lambda x: x * (x > 0),
+        lambda x: x.masked_fill(torch.logical_not(x > 0), 0.0),
+        lambda x: -(-x).clamp_max(0).mul(-1).neg(),
+    ),
     "ReLU6": (F.relu6, nn.ReLU6(), lambda x: x.clamp(0, 6), lambda x: F.hardtanh(x, 0, 6), lambda x: x.clamp(min=0, max=6)),
     "SiLU": (F.silu, nn.SiLU(inplace=True), lambda x: x * torch.sigmoid(x), lambda x: torch.sigmoid(x) * x),
     "Hardswish": (F.hardswish, nn.Hardswish(inplace=True), lambda x: x * F.hardsigmoid(x)),
@@ -146,10 +159,16 @@ def behaves(model, x, targets=(0, 1)):
 # ------------------------------------------------------------------------------------------------- gates, norms
 
 
-def test_gate_of_squeeze_and_excite_by_hand():
+@pytest.mark.parametrize("made", [
+    torch.sigmoid, F.hardsigmoid, lambda u: 1 - torch.sigmoid(u), lambda u: 2 * torch.sigmoid(u),
+    lambda u: torch.sigmoid(u) + 0.3, lambda u: -torch.sigmoid(u) / 3 - torch.ones(3, dtype=u.dtype),
+    lambda u: torch.ones(3, dtype=u.dtype) - torch.sigmoid(u),
+    lambda u: u > 0, lambda u: 0.5 * (u > u.abs().square()).double() + 1,
+])  # fmt: skip
+def test_gate_of_squeeze_and_excite_by_hand(made):
     """For y = w · (x ⊙ σ(U x)): regression of x ⊙ g on y, times g, then one factor a feature; all without ridge."""
     torch.manual_seed(0)
-    model = Function(lambda m, x: m["w"](x * torch.sigmoid(m["u"](x))), w=nn.Linear(3, 1), u=nn.Linear(3, 3)).double().eval()
+    model = Function(lambda m, x: m["w"](x * made(m["u"](x))), w=nn.Linear(3, 1), u=nn.Linear(3, 3)).double().eval()
     x = torch.randn(40, 3, dtype=torch.float64)
     inverse = InverseNetwork(model, ridge=0).fit(x, progress=False)
 
@@ -158,7 +177,7 @@ def test_gate_of_squeeze_and_excite_by_hand():
         return slope * s + x.mean(0) - slope * s.mean(0)
 
     with torch.no_grad():
-        gate = torch.sigmoid(model.parts["u"](x))
+        gate = made(model.parts["u"](x))
         above = regress(x * gate, model(x))
     torch.testing.assert_close(inverse.source_signal(x), regress(x, above * gate))
     assert [row.layer for row in inverse.report.layers] == ["parts.w/linear", "input x/input/fork"]  # the gate is not inverted
@@ -215,10 +234,145 @@ def test_norms_restore_the_deviation_they_divided_by(shape, module, dims):
     torch.testing.assert_close(sent, x.std(dims, correction=0, keepdim=True).expand(shape))
 
 
+def test_rms_norm_restores_the_root_mean_square_it_divided_by():
+    x = 3 * torch.randn(6, 4, 5, dtype=torch.float64) + 1
+    sent = back("rms_norm", x, [4, 5], torch.rand(4, 5, dtype=torch.float64), None)
+    torch.testing.assert_close(sent, (x**2).mean((1, 2), keepdim=True).sqrt().expand(6, 4, 5))
+
+
+def test_instance_norm_is_group_norm_of_single_channels_or_batch_norm():
+    torch.manual_seed(0)
+    x, first, last = torch.randn(40, 2, 7, dtype=torch.float64), nn.Conv1d(2, 4, 2), nn.Linear(24, 2)
+    kept = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+    kept.running_mean.normal_()
+    kept.running_var.uniform_(0.5, 2)
+    batch = nn.BatchNorm1d(4)
+    batch.load_state_dict(kept.state_dict())
+    for norm, other in ((nn.InstanceNorm1d(4), nn.GroupNorm(4, 4, affine=False)), (kept, batch)):
+        one, two = (
+            InverseNetwork(nn.Sequential(first, n, nn.ReLU(), nn.Flatten(), last).double().eval()).fit(x, 1, progress=False)
+            for n in (norm, other)
+        )
+        torch.testing.assert_close(one.source_signal(x[:5], 1), two.source_signal(x[:5], 1))
+
+
 def test_group_norm_group_by_group():
     x = torch.randn(2, 4, 3, dtype=torch.float64)
     sent = back("group_norm", x, 2, None, None, 0.0)
     torch.testing.assert_close(sent[:, 2:], x[:, 2:].std((1, 2), correction=0, keepdim=True).expand(2, 2, 3))
+
+
+# ------------------------------------------------------------------------------------------------- switches, products
+
+
+def alike(x, *runs, **modules):
+    """Networks of the same modules that have to be explained alike."""
+    signals = []
+    for run in runs:
+        model = Function(run, **modules).double().eval()
+        signals.append(InverseNetwork(model).fit(x, 1, progress=False).source_signal(x[:6], 1))
+    for other in signals[1:]:
+        torch.testing.assert_close(other, signals[0], rtol=1e-9, atol=1e-9 * float(signals[0].abs().max()))
+
+
+def test_where_sends_each_signal_to_where_the_value_came_from_by_hand():
+    """For y = w · (U a where a_0 > 0, else V b), without ridge: regression on y, then each part on its share of the signal."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.u, self.v, self.w = nn.Linear(3, 4), nn.Linear(2, 4), nn.Linear(4, 1)
+
+        def forward(self, a, b):
+            return self.w(torch.where(a[:, :1] > 0, self.u(a), self.v(b)))
+
+    torch.manual_seed(0)
+    model, a, b = Pair().double().eval(), torch.randn(60, 3).double(), torch.randn(60, 2).double()
+    found = InverseNetwork(model, ridge=0).fit((a, b), progress=False).source_signal((a, b))
+    here = (a[:, :1] > 0).numpy()
+    with torch.no_grad():
+        h, y = torch.where(a[:, :1] > 0, model.u(a), model.v(b)).numpy(), model(a, b).numpy()
+    weight, bias = regress(h, y, 0)
+    above = y @ weight.T + bias
+    for x, signal, s in ((a, above * here, found[0]), (b, above * ~here, found[1])):
+        weight, bias = regress(x.numpy(), signal, 0)
+        torch.testing.assert_close(s, torch.as_tensor(signal @ weight.T + bias), rtol=1e-6, atol=1e-6)
+
+
+def test_maximum_is_a_switch_as_pooling_is():
+    torch.manual_seed(0)
+    x = torch.randn(60, 4, dtype=torch.float64)
+
+    def maxout(how):
+        return lambda m, x: m["last"](how(*m["first"](x).chunk(2, 1)))
+
+    alike(
+        x,
+        maxout(lambda a, b: F.max_pool1d(torch.stack([a, b], 2), 2).squeeze(2)),
+        *map(maxout, (torch.maximum, torch.max, lambda a, b: torch.where(a > b, a, b), lambda a, b: -torch.minimum(-a, -b))),
+        maxout(lambda a, b: -torch.min(-b, -a)),
+        first=nn.Linear(4, 6), last=nn.Linear(3, 2),
+    )  # fmt: skip
+
+
+def test_glu_is_the_product_with_its_gate():
+    torch.manual_seed(0)
+    x = torch.randn(60, 4, dtype=torch.float64)
+    for dim, shape in ((1, (-1, 6)), (-1, (-1, 3, 2)), (2, (-1, 3, 2))):
+        alike(
+            x,
+            lambda m, x, d=dim, s=shape: m["last"](F.glu(m["first"](x).view(s), d).flatten(1)),
+            lambda m, x, d=dim, s=shape: m["last"](
+                (lambda a, b: a * torch.sigmoid(b))(*m["first"](x).view(s).chunk(2, d)).flatten(1)
+            ),
+            first=nn.Linear(4, 6), last=nn.Linear(3, 2),
+        )  # fmt: skip
+
+
+def test_products_with_constant_matrices_are_dense_layers():
+    torch.manual_seed(0)
+    x = torch.randn(60, 4, dtype=torch.float64)
+    alike(
+        x,
+        lambda m, x: m["last"](F.linear(x, m["first"].weight).relu()),
+        lambda m, x: m["last"](torch.mm(x, m["first"].weight.t()).relu()),
+        first=nn.Linear(4, 5), last=nn.Linear(5, 2),
+    )  # fmt: skip
+    alike(
+        x,
+        lambda m, x: m["last"](m["first"](x).relu()),
+        lambda m, x: m["last"](torch.addmm(m["first"].bias, x, m["first"].weight.t()).relu()),
+        lambda m, x: m["last"](torch.addmm(m["first"].bias, x, m["first"].weight.t() / 2, alpha=2).relu()),
+        first=nn.Linear(4, 5), last=nn.Linear(5, 2),
+    )  # fmt: skip
+
+
+NOT_TREATED = {
+    "square": (torch.square, r"aten\.square\.default .*no rule covers it"),
+    "power": (lambda h: h**3, r"aten\.pow\.Tensor_Scalar .*no rule covers it"),
+    "exp": (torch.exp, r"aten\.exp\.default .*no rule covers it"),
+    "abs": (torch.abs, r"aten\.abs\.default .*no rule covers it"),
+    "product": (lambda h: h * h, "multiplies two values that both depend on the input"),
+    "ratio of gates": (lambda h: h * (1 / torch.sigmoid(h)), r"no rule covers it|multiplies two values"),
+    "constant by a gate": (lambda h: h * (torch.ones(()) / torch.sigmoid(h)), "divides by a value that depends on the input"),
+    "maximum with a constant": (lambda h: torch.maximum(h, torch.zeros(5)), "compares with a constant.*use clamp, or relu"),
+    "minimum with a constant": (lambda h: torch.min(torch.ones(5), h), "compares with a constant.*use clamp, or relu"),
+    "clamp_max below zero": (lambda h: torch.clamp_max(h, -1), "clamp_max to -1 is no activation: it does not let 0 through"),
+    "threshold that lifts": (lambda h: F.threshold(h, 1, 5), "threshold at 1 is no activation: it makes 5 of 0"),
+    "constant matrix": (lambda h: (torch.ones(5, 5) @ h.t()).t(), "multiplies by a constant matrix, .*: use nn.Linear"),
+    "matrix of the input": (lambda h: torch.mm(h[:, :5], h.t() @ h), "works along the batch|depends on the input as well"),
+    "glu of the batch": (lambda h: torch.cat([F.glu(torch.cat([h, h], 0), 0)], 1), "batch"),
+    "a choice of constants": (lambda h: h + torch.where(h > 0, torch.ones(5), torch.zeros(5)), "chooses between constants"),
+    "a comparison alone": (lambda h: (h > 0).float(), r"turns the input into torch\.bool"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TREATED)
+def test_what_is_not_treated_is_refused_by_name(name):
+    step, message = NOT_TREATED[name]
+    model = Function(lambda m, x: m["last"](step(m["first"](x))), first=nn.Linear(4, 5), last=nn.Linear(5, 2)).eval()
+    with pytest.raises(MIPINError, match=message):
+        InverseNetwork(model).fit(torch.randn(20, 4), 1, progress=False)
 
 
 # ------------------------------------------------------------------------------------------------- attention
@@ -233,6 +387,10 @@ def attention_by(how):
             y = torch.softmax(q @ k.transpose(1, 2) / 2, -1) @ v
         elif how == "einsum":
             y = torch.einsum("nij,njc->nic", F.softmax(torch.einsum("nic,njc->nij", q, k) / 2, -1), v)
+        elif how == "baddbmm":
+            y = torch.baddbmm(torch.zeros((), dtype=x.dtype), F.softmax(torch.bmm(q, k.mT) / 2, -1), v, alpha=3) / 3
+        elif how == "scaled by constants":
+            y = (2 * torch.softmax(torch.baddbmm(x.new_ones(1, 1, 1), q, k.mT, alpha=0.5), -1)) @ v / 2
         elif how == "bmm":
             y = torch.bmm(F.softmax(torch.bmm(q, k.transpose(1, 2)) * 0.5, 2), v)
         else:  # examples second, as nn.MultiheadAttention has them
@@ -249,7 +407,7 @@ def test_spelling_of_attention_does_not_matter():
     parts = {"qkv": nn.Linear(4, 12), "out": nn.Linear(4, 4), "last": nn.Linear(4, 2)}
     x = torch.randn(40, 5, 4, dtype=torch.float64)
     signals = []
-    for how in ("fused", "matmul", "einsum", "bmm", "examples second"):
+    for how in ("fused", "matmul", "einsum", "bmm", "baddbmm", "scaled by constants", "examples second"):
         model = Function(attention_by(how), **parts).double().eval()
         signals.append(behaves(model, x).source_signal(x[:6], target=[0, 1, 0, 1, 1, 0]))
     for other in signals[1:]:

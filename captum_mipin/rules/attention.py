@@ -22,6 +22,14 @@ def _no_weights(node: fx.Node) -> str | None:
     return None
 
 
+def _no_weights_to_add(node: fx.Node) -> str | None:
+    if not any(map(is_gate, node.args[1:3])):
+        return "it multiplies two values of which neither is a softmax"
+    if len([i for i in factors(node) if i > 0]) > 1:
+        return "it multiplies two values that both depend on the input"
+    return None
+
+
 _NOTE = "adjoint with the recorded attention weights; its scale is learned"
 ATTENTION = {
     "aten.scaled_dot_product_attention.default": Passes(
@@ -31,12 +39,15 @@ ATTENTION = {
         f"aten.{name}.default": Passes(note=_NOTE, carriers=factors, records=True, restores=False, refuse=_no_weights)
         for name in ("matmul", "bmm")
     },
+    "aten.baddbmm.default": Passes(note=_NOTE, carriers=factors, records=True, restores=False, refuse=_no_weights_to_add),
 }
 
 #: Operations that may compute what is recorded (attention weights, gates), besides those with a rule.
 RECORDABLE = frozenset(
     f"aten.{name}"
     for name in (
+        *(f"{name}.{kind}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for kind in ("Scalar", "Tensor")),
+        *(f"logical_{name}.default" for name in ("and", "or", "not")),
         "softmax.int", "_softmax.default", "linalg_vector_norm.default", "expand_as.default", "exp.default", "sqrt.default",
         "rsqrt.default", "pow.Tensor_Scalar", "masked_fill.Scalar", "amax.default", "maximum.default", "abs.default",
         "log.default", "reciprocal.default", "square.default",

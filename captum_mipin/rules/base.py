@@ -86,7 +86,8 @@ class Rule:
     Attributes:
         note: What it does with the signal, in a few words.
         refuse: Node → reason why this use of the operation cannot be treated, or None.
-        carriers: Node → positions of the arguments that carry signal. Others are refused if they depend on the input,
+        carriers: Node → positions of the arguments that carry signal, several only where the rule :class:`Passes`. Others are
+            refused if they depend on the input,
         records: unless this says that they are recorded, as gates and attention weights are: no signal goes there.
         restores: Whether the signal it returns is in the units of its input.
         exact: Whether it is the paper's, or the only one there can be; else it is one choice of several, to be told so.
@@ -110,7 +111,8 @@ class Recorded(Rule):
     """An operation inverted by what its forward pass records.
 
     Attributes:
-        run: (options, operation, x, \\*arguments) → the operation's value, and how a signal comes back.
+        run: (options, operation, x, \\*arguments) → the operation's value, and how a signal comes back. x is the argument
+            that carries signal, whatever its position; the operation is called in this order as well.
     """
 
     run: Callable[..., tuple[Tensor, Back]]
@@ -121,7 +123,7 @@ class Learned(Rule):
     """An operation inverted by regression.
 
     Attributes:
-        inverter: (x, \\*arguments) → the family of its inverse.
+        inverter: (x, \\*arguments) → the family of its inverse; x is the argument that carries signal.
     """
 
     inverter: Callable[..., Inverter]
@@ -146,18 +148,33 @@ def operation(node: Any) -> str:
 
 
 def is_gate(node: Any) -> bool:
-    """Whether a value is a gate or attention weights: what a sigmoid or softmax made, at most rearranged."""
-    while operation(node) in _REARRANGED:
-        node = node.args[0]
-    return operation(node) in ("sigmoid", "hardsigmoid", "softmax", "_softmax")
+    """Whether a value is a gate or attention weights: what a sigmoid, softmax or comparison made.
+
+    It may have been rearranged since, and scaled or shifted by constants.
+    """
+    while operation(node) in _REARRANGED | _SCALED:
+        made_from = node.args[:1] if operation(node) in _REARRANGED else [n for n in node.args if _depends(n)]
+        if len(made_from) != 1 or (operation(node) == "div" and made_from[0] is not node.args[0]):
+            return False
+        node = made_from[0]
+    return operation(node) in _GATES
 
 
 def factors(node: fx.Node) -> tuple[int, ...]:
     """Positions of the factors of a product that carry signal: those that are no recorded gates."""
-    positions = [i for i, n in enumerate(node.args) if isinstance(n, fx.Node) and n.meta.get("depends")]
+    positions = [i for i, n in enumerate(node.args) if _depends(n)]
     return tuple(i for i in positions if not is_gate(node.args[i])) or tuple(positions)
 
 
+def _depends(value: Any) -> bool:
+    return isinstance(value, fx.Node) and bool(value.meta.get("depends"))
+
+
+_GATES = frozenset(
+    {"sigmoid", "hardsigmoid", "softmax", "_softmax", "gt", "ge", "lt", "le", "eq", "ne",
+     "logical_and", "logical_or", "logical_not"}
+)  # fmt: skip
+_SCALED = frozenset({"mul", "div", "add", "sub", "neg"})
 _REARRANGED = frozenset(
     {"view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute", "transpose", "clone", "dropout",
      "contiguous", "flatten", "unflatten", "rsub", "slice", "select", "getitem", "chunk", "split",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from captum_mipin.convolution import Geometry
 from captum_mipin.regression import Moments, Solution
@@ -69,6 +69,15 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Dense:
     return Dense(weight.shape[1], weight.shape[0])
 
 
+def product(x: Tensor, *arguments: Tensor, **scales: Any) -> Dense:
+    """The inverse of ``mm(x, weight)`` and of ``addmm(bias, x, weight)``."""
+    return Dense(*arguments[-1].shape)
+
+
+def _second(node: fx.Node) -> tuple[int, ...]:
+    return (1,)
+
+
 def convolution(
     x: Tensor,
     weight: Tensor,
@@ -122,8 +131,11 @@ _TRANSPOSED = {
     f"aten.conv_transpose{name}": Learned(inverter=transposed_convolution, note="learned convolution", exact=True)
     for name in ("1d.default", "2d.input", "3d.input")
 }
+_DENSE = "learned dense inverse"
 LINEAR = {
-    "aten.linear.default": Learned(inverter=dense, note="learned dense inverse", exact=True),
+    "aten.linear.default": Learned(inverter=dense, note=_DENSE, exact=True),
+    "aten.mm.default": Learned(inverter=product, note=_DENSE, exact=True),
+    "aten.addmm.default": Learned(inverter=product, note=_DENSE, carriers=_second, exact=True),
     **_CONVOLUTION,
     **_TRANSPOSED,
 }

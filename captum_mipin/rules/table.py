@@ -20,10 +20,11 @@ from captum_mipin.rules.linear import LINEAR
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
 from captum_mipin.rules.rearrangement import REARRANGEMENT
+from captum_mipin.rules.selection import SELECTION
 
 #: Operation (as ``torch.export`` names it, "aten.relu.default") → rule.
 MIPIN: Mapping[str, Rule] = MappingProxyType(
-    {**LINEAR, **ACTIVATIONS, **POOLING, **NORMALIZATION, **ARITHMETIC, **REARRANGEMENT, **ATTENTION}
+    {**LINEAR, **ACTIVATIONS, **POOLING, **NORMALIZATION, **ARITHMETIC, **SELECTION, **REARRANGEMENT, **ATTENTION}
 )
 
 _LOCK = Lock()
@@ -42,8 +43,8 @@ def register_rule(operation: str | torch._ops.OpOverload, rule: Passes | Recorde
             ``torch.ops.mylib.swish.default``. The operation must keep the examples of a batch along the dimension where
             they are, and apart: that it does so is checked on the data of each fit.
         rule: :class:`Passes` where its autograd formula is the adjoint of a linear map; :class:`Recorded` where the forward
-            pass records how the signal comes back; :class:`Learned` where that is a regression. Signal comes back to its
-            first argument; name others in ``carriers``, or set ``records`` where they only steer.
+            pass records how the signal comes back; :class:`Learned` where that is a regression. Signal comes back to the
+            first argument; name another in ``carriers``, and set ``records`` where other arguments only steer.
         replace: Replace what was registered for this operation before. Built-in rules stay.
 
     Raises:
