@@ -361,6 +361,10 @@ NOT_TREATED = {
     "threshold that lifts": (lambda h: F.threshold(h, 1, 5), "threshold at 1 is no activation: it makes 5 of 0"),
     "constant matrix": (lambda h: (torch.ones(5, 5) @ h.t()).t(), "multiplies by a constant matrix, .*: use nn.Linear"),
     "matrix of the input": (lambda h: torch.mm(h[:, :5], h.t() @ h), "works along the batch|depends on the input as well"),
+    "baddbmm of three signals": (
+        lambda h: torch.baddbmm(h[:, None], h[:, None, :1], h[:, None]).squeeze(1),
+        "not just one is a softmax",
+    ),
     "glu of the batch": (lambda h: torch.cat([F.glu(torch.cat([h, h], 0), 0)], 1), "batch"),
     "a choice of constants": (lambda h: h + torch.where(h > 0, torch.ones(5), torch.zeros(5)), "chooses between constants"),
     "a comparison alone": (lambda h: (h > 0).float(), r"turns the input into torch\.bool"),
@@ -412,6 +416,23 @@ def test_spelling_of_attention_does_not_matter():
         signals.append(behaves(model, x).source_signal(x[:6], target=[0, 1, 0, 1, 1, 0]))
     for other in signals[1:]:
         torch.testing.assert_close(other, signals[0], rtol=1e-8, atol=1e-10)
+
+
+def test_what_is_added_to_attention_gets_signal_also_where_a_sigmoid_made_it():
+    torch.manual_seed(0)
+
+    def run(how):
+        def attend(m, x):
+            q, k, v = m["qkv"](x).chunk(3, -1)
+            return m["last"](how(torch.sigmoid(q), torch.softmax(q @ k.mT, -1), v).mean(1))
+
+        return attend
+
+    alike(
+        torch.randn(40, 5, 4, dtype=torch.float64),
+        run(lambda g, p, v: g + p @ v), run(torch.baddbmm), run(lambda g, p, v: torch.baddbmm(g, p, v, beta=1.0)),
+        qkv=nn.Linear(4, 12), last=nn.Linear(4, 2),
+    )  # fmt: skip
 
 
 def test_attention_sends_each_value_its_recorded_weight_by_hand():

@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from captum_mipin.rules.base import Passes, argument, factors, is_gate
+from captum_mipin.rules.base import Passes, argument, depends, factors, is_gate
 
 
 def _values(node: fx.Node) -> tuple[int, ...]:
@@ -22,11 +22,13 @@ def _no_weights(node: fx.Node) -> str | None:
     return None
 
 
-def _no_weights_to_add(node: fx.Node) -> str | None:
-    if not any(map(is_gate, node.args[1:3])):
-        return "it multiplies two values of which neither is a softmax"
-    if len([i for i in factors(node) if i > 0]) > 1:
-        return "it multiplies two values that both depend on the input"
+def _term_and_values(node: fx.Node) -> tuple[int, ...]:
+    return (*([0] if depends(node.args[0]) else []), *factors(node, 1))
+
+
+def _no_weights_in_product(node: fx.Node) -> str | None:
+    if not any(map(is_gate, node.args[1:3])) or len(factors(node, 1)) > 1:
+        return "it multiplies two values of which not just one is a softmax"
     return None
 
 
@@ -39,7 +41,9 @@ ATTENTION = {
         f"aten.{name}.default": Passes(note=_NOTE, carriers=factors, records=True, restores=False, refuse=_no_weights)
         for name in ("matmul", "bmm")
     },
-    "aten.baddbmm.default": Passes(note=_NOTE, carriers=factors, records=True, restores=False, refuse=_no_weights_to_add),
+    "aten.baddbmm.default": Passes(
+        note=_NOTE, carriers=_term_and_values, records=True, restores=False, refuse=_no_weights_in_product
+    ),
 }
 
 #: Operations that may compute what is recorded (attention weights, gates), besides those with a rule.

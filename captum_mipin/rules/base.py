@@ -153,20 +153,21 @@ def is_gate(node: Any) -> bool:
     It may have been rearranged since, and scaled or shifted by constants.
     """
     while operation(node) in _REARRANGED | _SCALED:
-        made_from = node.args[:1] if operation(node) in _REARRANGED else [n for n in node.args if _depends(n)]
+        made_from = node.args[:1] if operation(node) in _REARRANGED else [n for n in node.args if depends(n)]
         if len(made_from) != 1 or (operation(node) == "div" and made_from[0] is not node.args[0]):
             return False
         node = made_from[0]
     return operation(node) in _GATES
 
 
-def factors(node: fx.Node) -> tuple[int, ...]:
-    """Positions of the factors of a product that carry signal: those that are no recorded gates."""
-    positions = [i for i, n in enumerate(node.args) if _depends(n)]
+def factors(node: fx.Node, first: int = 0) -> tuple[int, ...]:
+    """Positions of the factors of a product, the first of them given, that carry signal: those that are no recorded gates."""
+    positions = [i for i, n in enumerate(node.args) if i >= first and depends(n)]
     return tuple(i for i in positions if not is_gate(node.args[i])) or tuple(positions)
 
 
-def _depends(value: Any) -> bool:
+def depends(value: Any) -> bool:
+    """Whether an argument is computed from what is explained."""
     return isinstance(value, fx.Node) and bool(value.meta.get("depends"))
 
 

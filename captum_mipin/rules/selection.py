@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from captum_mipin.rules.base import Passes
+from captum_mipin.rules.base import Passes, depends
 
 
 def _chosen(node: fx.Node) -> tuple[int, ...]:
@@ -10,7 +10,7 @@ def _chosen(node: fx.Node) -> tuple[int, ...]:
 
 
 def _constants(node: fx.Node) -> str | None:
-    if any(isinstance(n, fx.Node) and n.meta.get("depends") for n in node.args[1:3]):
+    if any(map(depends, node.args[1:3])):
         return None
     return "it chooses between constants, and what it chooses by gets no signal"
 
@@ -20,7 +20,7 @@ def _both(node: fx.Node) -> tuple[int, ...]:
 
 
 def _bound(node: fx.Node) -> str | None:
-    if all(isinstance(n, fx.Node) and n.meta.get("depends") for n in node.args[:2]):
+    if all(map(depends, node.args[:2])):
         return None
     return "it compares with a constant, as an activation does: use clamp, or relu"
 
