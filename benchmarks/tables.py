@@ -105,9 +105,25 @@ def speed() -> str:
     return show(rows)
 
 
+def invariance() -> str:
+    """What each method makes of the spellings of one network; spellings with the same answers in one row."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    methods: list[str] = []
+    for row in _load("invariance")["rows"]:
+        spelling, *methods = row
+        groups.setdefault(tuple(_differs(row[method]) for method in methods), []).append(f"`{row[spelling]}`")
+    rows = [{"written with": ", ".join(names), **dict(zip(methods, cells, strict=True))} for cells, names in groups.items()]
+    return show(rows)
+
+
+def _differs(cell: float | str) -> str:
+    """A relative difference, or an error."""
+    return "refused" if isinstance(cell, str) else "same" if cell <= 1e-6 else f"differs by {100 * cell:.0f} %"
+
+
 def main() -> None:
     text = README.read_text()
-    for table in (completeness, controls, variants, speed):
+    for table in (completeness, controls, variants, invariance, speed):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)

@@ -9,12 +9,14 @@ from captum_mipin.errors import (
     MIPINError,
     ModelChangedError,
     NotFittedError,
+    RuleError,
     TargetError,
     TargetRangeError,
     TrainingModeError,
     UnsupportedOperationError,
 )  # fmt: skip
 from captum_mipin.inverse import InverseNetwork, check
+from captum_mipin.rules import Learned, Passes, Recorded, register_rule, unregister_rule
 
 __version__ = "0.1.0"
 
@@ -25,14 +27,20 @@ __all__ = [
     "InverseFileError",
     "InverseNetwork",
     "LayerMIPINAttribution",
+    "Learned",
     "MIPINAttribution",
     "MIPINError",
     "ModelChangedError",
     "NotFittedError",
+    "Passes",
+    "Recorded",
+    "RuleError",
     "TargetError",
     "TargetRangeError",
     "TrainingModeError",
     "UnsupportedOperationError",
     "__version__",
     "check",
+    "register_rule",
+    "unregister_rule",
 ]

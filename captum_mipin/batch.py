@@ -1,9 +1,12 @@
 """Where the examples of a batch are.
 
 Every tensor that depends on the input holds its examples along one dimension: (N, C, H, W), (tokens, N, features),
-(N · windows, tokens, features). An operation that does anything else lets examples depend on each other.
+(N · windows, tokens, features). An operation that does anything else lets examples depend on each other. Of an
+operation that is not built in, only what its shapes tell is known: it has to give the examples along the dimension where it
+takes them. That it keeps them apart is checked on the data of each fit.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.rules.base import argument, operation
+from captum_mipin.rules import MIPIN, RECORDABLE, operation
+from captum_mipin.rules.base import argument
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def layout(node: fx.Node, batch: str) -> Layout | str:
             inner = _quotient(inner * prod(x.shape[at.dim + 1 :]), prod(value.shape[dim + 1 :]))
         if outer * inner != count or _works_along(operation(node), node, n, at, Layout(dim, outer, inner)):
             return "it works along the batch, so examples would depend on each other"
+        if dim != at.dim and not _known(node):
+            return f"it takes the examples along dimension {at.dim} and gives them along {dim}: registered operations keep them"
         after.add(Layout(dim, outer, inner))
     if len(after) > 1:
         return "it takes examples in different orders, so that they would depend on each other"
@@ -103,13 +109,18 @@ def _works_along(name: str, node: fx.Node, source: fx.Node, at: Layout, after: L
     if name in ("constant_pad_nd", "pad"):
         pads = argument(node, 1, "pad")
         return any(pads[2 * (x.ndim - 1 - at.dim) :][:2])
-    if name in ("matmul", "bmm", "linear"):  # what is summed over
-        return (node.args[0] is source and at.dim == x.ndim - 1) or (node.args[1] is source and at.dim == x.ndim - 2)
-    if name == "layer_norm":
+    if name in _PRODUCTS:  # what is summed over
+        left, right = node.args[_PRODUCTS[name] :][:2]
+        return (left is source and at.dim == x.ndim - 1) or (right is source and at.dim == x.ndim - 2)
+    if name in ("layer_norm", "rms_norm"):
         return at.dim >= x.ndim - len(argument(node, 1, "normalized_shape"))
     if name == "scaled_dot_product_attention":
         return at.dim >= x.ndim - 2
     return name in _FIRST and (at.dim != 0 or after.dim != 0)
+
+
+def _known(node: fx.Node) -> bool:
+    return node.target is operator.getitem or str(node.target) in MIPIN.keys() | RECORDABLE
 
 
 def _everything(node: fx.Node) -> bool:
@@ -118,6 +129,9 @@ def _everything(node: fx.Node) -> bool:
     return start in (None, 0) and (stop is None or (isinstance(stop, int) and stop >= 2**62)) and step == 1
 
 
+#: Matrix products, and the position of their first factor.
+_PRODUCTS = {"matmul": 0, "bmm": 0, "mm": 0, "linear": 0, "addmm": 1, "baddbmm": 1}
+
 _RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "flatten", "unflatten"})
 
 #: Operations that work along dimensions: position and name of the argument that says which, and its default.
@@ -125,7 +139,7 @@ _ALONG_DIMS: dict[str, tuple[Any, ...]] = {
     "slice": (1, "dim", 0), "flip": (1, "dims"), "roll": (2, "dims"), "cat": (1, "dim", 0),
     "softmax": (1, "dim"), "_softmax": (1, "dim"), "sum": (1, "dim"), "mean": (1, "dim"), "amax": (1, "dim"),
     "linalg_vector_norm": (2, "dim"), "index_select": (1, "dim"), "split": (2, "dim", 0), "unsafe_split": (2, "dim", 0),
-    "chunk": (2, "dim", 0),
+    "chunk": (2, "dim", 0), "glu": (1, "dim", -1),
     "split_with_sizes": (2, "dim", 0), "unbind": (1, "dim", 0), "select": (1, "dim"),
 }  # fmt: skip
 
@@ -133,6 +147,6 @@ _ALONG_DIMS: dict[str, tuple[Any, ...]] = {
 _FIRST = frozenset(
     {f"{kind}{dims}d" for kind in ("conv", "conv_transpose", "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool",
                                    "_adaptive_avg_pool") for dims in (1, 2, 3)}
-    | {"_native_batch_norm_legit_no_training", "group_norm", "native_group_norm", "max_pool2d_with_indices",
+    | {"_native_batch_norm_legit_no_training", "group_norm", "native_group_norm", "instance_norm", "max_pool2d_with_indices",
        "max_pool3d_with_indices", "pixel_shuffle", "channel_shuffle"}
 )  # fmt: skip

@@ -17,6 +17,10 @@ class UnsupportedOperationError(CaptureError, NotImplementedError):
     """The model uses an operation that no rule covers."""
 
 
+class RuleError(MIPINError, ValueError):
+    """A rule that cannot be registered."""
+
+
 class InputError(MIPINError, AssertionError, ValueError):
     """Inputs of the wrong kind: type, shape, dtype, device, empty, not finite."""
 

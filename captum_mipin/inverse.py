@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,8 +36,9 @@ from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack,
 from captum_mipin.propagation import Run, Surrogate, Target
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
-from captum_mipin.rules import MIPIN, Inverse, Options
-from captum_mipin.survey import difference, structure, survey
+from captum_mipin.rules import Inverse, Options, Rule, table
+from captum_mipin.structure import difference, structure
+from captum_mipin.survey import survey
 from captum_mipin.targets import one, per_example, several, shown
 
 #: What an inverse is made of, in files.
@@ -226,7 +227,7 @@ class InverseNetwork:
             chosen = several(targets, dims)
             watch = before.watch if before is not None else storage.Watch(model)
             example = first_example(inputs, extras, graph.shared)
-            state = _State(Fitted(), dims, signature, structure(graph), *example, watch)
+            state = _State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
             fit = Fit(model, graph, surrogate, batches, chosen, self.settings, progress)
             unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
             if checkpoint is not None and Path(checkpoint).exists():
@@ -293,8 +294,8 @@ class InverseNetwork:
     def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
         """The global, unmasked map of a class (figure 3): the attribution of one unit of its logit.
 
-        Nothing of any example enters: no masks, and pooling spreads evenly. Gates that multiply, and attention weights, are
-        those of an input of zeros.
+        Nothing of any example enters: no masks, and pooling spreads evenly. Gates that multiply, attention weights, and the
+        switches of ``where`` and ``maximum``, are those of an input of zeros.
 
         Args:
             target: The class.
@@ -335,8 +336,8 @@ class InverseNetwork:
             target: As Captum's ``target``.
             extras: Further arguments of the model.
             biases: With or without the biases of the inverses: one pass back each, from one pass forward.
-            local: Use masks, switches and shares of each example. Gates that multiply, and attention weights, always are
-                each example's own.
+            local: Use masks, switches and shares of each example. Gates that multiply, attention weights, and the switches of
+                ``where`` and ``maximum``, always are each example's own.
             mask: Apply equation 9 to the inputs as well; to the output of ``layer`` it always is, if ``local``.
             layer: Stop at this module's output instead of the inputs.
 
@@ -546,16 +547,17 @@ class InverseNetwork:
     def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> tuple[CapturedGraph, Surrogate]:
         """The graph and the surrogate for inputs of this kind, kept for the next call."""
         with self._lock:
-            now = glance(self.model)
-            if now != self._glance:  # the graphs are of the model as it was
+            rules = table()
+            now = [glance(self.model), rules]
+            if now != self._glance:  # the graphs are of the model and the rules as they were
                 self._graphs.clear()
                 self._surrogates.clear()
                 self._glance = now
-            signature, graph = self._graph(inputs, extras)
+            signature, graph = self._graph(inputs, extras, rules)
             start = None if layer is None else module_output(graph, self.model, layer)
             if (signature, start) not in self._surrogates:
                 self._surrogates[signature, start] = Surrogate(
-                    graph, MIPIN, start, calibrate=layer is self.layer, joint=self.settings.joint
+                    graph, rules, start, calibrate=layer is self.layer, joint=self.settings.joint
                 )
             surrogate = self._surrogates[signature, start]
             if len(self._graphs) > _GRAPHS:
@@ -563,7 +565,7 @@ class InverseNetwork:
                 self._surrogates = {key: value for key, value in self._surrogates.items() if key[0] != oldest}
             return graph, surrogate
 
-    def _graph(self, inputs: Inputs, extras: Extras) -> tuple[Signature, CapturedGraph]:
+    def _graph(self, inputs: Inputs, extras: Extras, rules: Mapping[str, Rule]) -> tuple[Signature, CapturedGraph]:
         """The graph for inputs of this kind, captured where there is none.
 
         A further tensor as long as the batch may be per example or shared: what the fit found decides, else what
@@ -580,8 +582,8 @@ class InverseNetwork:
                 except CaptureError as error:
                     failure = failure or error
                     continue
-                if self._state and structure(graph) != self._state.structure:
-                    self._check_alike(self._state, signature, graph, inputs, extras)
+                if self._state and structure(graph, rules) != self._state.structure:
+                    self._check_alike(self._state, signature, graph, inputs, extras, rules)
                 self._graphs[signature] = graph
             self._graphs.move_to_end(signature)
             return signature, self._graphs[signature]
@@ -592,7 +594,15 @@ class InverseNetwork:
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
         return capture(self.model, inputs, extras, shared, output=self.output, explained=False)
 
-    def _check_alike(self, state: _State, signature: Signature, graph: CapturedGraph, inputs: Inputs, extras: Extras) -> None:
+    def _check_alike(
+        self,
+        state: _State,
+        signature: Signature,
+        graph: CapturedGraph,
+        inputs: Inputs,
+        extras: Extras,
+        rules: Mapping[str, Rule],
+    ) -> None:
         """Whether a graph of inputs of another size than those fitted on differs in that alone.
 
         The graph of those fitted on tells it from one of a changed model.
@@ -603,11 +613,12 @@ class InverseNetwork:
             shared = Signature.of(state.example, extras, True) == state.signature
             with suppress(CaptureError):
                 fitted = self._capture(state.example, extras, shared)
-        if fitted is None or structure(fitted) != state.structure:
+        if fitted is None or structure(fitted, rules) != state.structure:
             raise ModelChangedError(
-                "the model computes something else than the one the inverse was fitted to: fit a new InverseNetwork"
+                "the model computes something else than the one the inverse was fitted to, or a registered rule has changed: "
+                "fit a new InverseNetwork"
             )
-        other = difference(fitted, graph)
+        other = difference(fitted, graph, rules)
         if other is not None:
             raise CaptureError(
                 f"for inputs and further arguments {_shapes(signature)} the model computes otherwise than for those that the "
@@ -661,12 +672,12 @@ def check(
         >>> print(check(nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)).eval(), torch.ones(1, 4)))
         module  operation            status     what happens to the signal
         0       aten.linear.default  supported  learned dense inverse
-        1       aten.softmax.int     refused    no rule covers it
+        1       aten.softmax.int     refused    no rule covers it; where it ends the model, return the logits that go into it
     """
     model, inputs, extras = unwrapped(model), as_inputs(example_inputs), as_extras(additional_forward_args)
     graph = capture(model, inputs, extras, output=output, explained=layer is None)
     start = None if layer is None else module_output(graph, model, unwrapped(layer))
-    return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note) for t in survey(graph, MIPIN, start)))
+    return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note) for t in survey(graph, table(), start)))
 
 
 def as_inputs(inputs: Any) -> Inputs:

@@ -21,6 +21,7 @@ from captum_mipin.capture import CapturedGraph
 from captum_mipin.errors import CaptureError, InputError, UnsupportedOperationError
 from captum_mipin.rules import Fork, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.base import argument
+from captum_mipin.rules.linear import TOGETHER
 from captum_mipin.survey import (
     carrying_users,
     channels,
@@ -141,6 +142,11 @@ def source(run: Run, index: int, x: Tensor) -> Tensor:
     return x
 
 
+def _taking(operation: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """An operation that takes first what it has at this position."""
+    return operation if at == 0 else lambda x, *others, **named: operation(*others[:at], x, *others[at:], **named)
+
+
 class Surrogate:
     """A model's graph whose backward pass is a method.
 
@@ -185,7 +191,7 @@ class Surrogate:
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
             run = graph.placeholder("run")
-        body = next(node for node in graph.nodes if node.op != "placeholder")
+        body = [node for node in graph.nodes if node.op == "placeholder"][-1].next
         needs_scale = [unscaled(node, rules) for node in starts]
         if any(needs_scale) and not calibrate:
             raise CaptureError(
@@ -207,7 +213,7 @@ class Surrogate:
                 self._fork(graph, run, node.meta, result)
         graph.eliminate_dead_code()
         graph.lint()
-        self.starts = len(starts)
+        self.starts, self.rules = len(starts), rules
         self._order, self._inputs = tuple(order), captured.inputs
         self._module = fx.GraphModule(torch.nn.Module(), graph)
 
@@ -242,9 +248,10 @@ class Surrogate:
             return node
         assert callable(node.target)  # for mypy: it is an operation
         key = node.meta["key"]
-        self.steps[key] = Step(key, rule, node.target, node.meta["layout"])
+        (at,) = rule.carriers(node)
+        self.steps[key] = Step(key, rule, _taking(node.target, at), node.meta["layout"])
         with graph.inserting_after(node):
-            new = graph.call_function(step, (run, key, *node.args), dict(node.kwargs))
+            new = graph.call_function(step, (run, key, node.args[at], *node.args[:at], *node.args[at + 1 :]), dict(node.kwargs))
         new.meta = dict(node.meta)
         for user in list(node.users):
             if user.target is operator.getitem:  # the step's value is the first of the operation's outputs
@@ -289,8 +296,9 @@ class Surrogate:
         found: list[fx.Node] = []
         for user in users:
             others = [n for n in user.all_input_nodes if n is not node]
-            learned = isinstance(self._rules.get(str(user.target)), Learned) and user.args[0] is node
+            rule = self._rules.get(str(user.target))
+            learned = isinstance(rule, Learned) and rule.inverter in TOGETHER and user.args[0] is node
             if learned and occurrences(user, node) == 1 and all(n.op == "placeholder" for n in others):
                 found.append(user)
-        kinds = [(operation(user) == "linear", argument(user, 6, "groups", 1)) for user in found]
+        kinds = [("conv" in operation(user), argument(user, 6, "groups", 1)) for user in found]
         return [user for user, kind in zip(found, kinds, strict=True) if kind == kinds[0]]

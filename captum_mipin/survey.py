@@ -4,27 +4,23 @@ Each node of the graph is marked by what it is to the signal on its way from the
 it, it is recorded (a gate or attention weights, to which nothing is sent), or neither.
 """
 
-import hashlib
 import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from captum_mipin.averages import join_averages
 from captum_mipin.batch import Layout, first_dimension, layout
-from captum_mipin.capture import CapturedGraph, Place, memory, place
+from captum_mipin.capture import CapturedGraph, Place, place
 from captum_mipin.errors import CaptureError
-from captum_mipin.rules import MIPIN, RECORDABLE, Learned, Passes, Rule, operation
-from captum_mipin.rules.base import is_gate
+from captum_mipin.rules import RECORDABLE, Learned, Passes, Rule, operation
 
 #: Operations that change a shape at most; sizes among their arguments are harmless.
-_SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
+SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
 
 
 #: Values that follow from the size of the batch.
@@ -33,11 +29,18 @@ _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 #: Operations whose result follows from the shape of their argument alone.
 _BLANK = ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
 
+#: What to do about some operations without a rule.
+_HINTS = dict.fromkeys(
+    ("softmax", "_softmax", "log_softmax", "_log_softmax"), "; where it ends the model, return the logits that go into it"
+)
+
 #: Operations that tell which dimension holds the channels.
 _CHANNELS = {
-    **dict.fromkeys(("linear", "layer_norm", "scaled_dot_product_attention", "matmul", "bmm"), -1),
+    **dict.fromkeys(
+        ("linear", "layer_norm", "rms_norm", "scaled_dot_product_attention", "matmul", "bmm", "mm", "addmm", "baddbmm"), -1
+    ),
     **{f"{kind}{dims}d": 1 for dims in (1, 2, 3) for kind in ("conv", "conv_transpose", "max_pool", "avg_pool")},
-    **dict.fromkeys(("_native_batch_norm_legit_no_training", "group_norm"), 1),
+    **dict.fromkeys(("_native_batch_norm_legit_no_training", "group_norm", "instance_norm"), 1),
 }
 
 
@@ -56,84 +59,6 @@ class Treatment:
     operation: str
     status: str
     note: str
-
-
-def structure(captured: CapturedGraph) -> str:
-    """SHA-256 over what a model computes: its operations, where they are, how they are set and wired; not the weights.
-
-    Changes of shape alone do not count: their arguments depend on the size of the inputs, and hooks put some in.
-    """
-    digest = hashlib.sha256()
-    for _, line, _ in _lines(captured):
-        digest.update(line.encode())
-    return digest.hexdigest()
-
-
-def difference(fitted: CapturedGraph, captured: CapturedGraph) -> str | None:
-    """The first operation in which a model computes otherwise for some inputs than for those fitted on; None if all agree.
-
-    Numbers that follow from the size of the inputs may differ where a rule restores the scale of the signal all the same:
-    windows of pooling, slices, paddings.
-    """
-    for one, other in zip_longest(_lines(fitted), _lines(captured)):
-        if one is None or other is None or one[2] != other[2]:
-            node = (other or one)[0]
-            name = node.target if isinstance(node.target, torch._ops.OpOverload) else operation(node)
-            return f"{name} in {place(node).path or 'the model itself'}"
-    return None
-
-
-def _lines(captured: CapturedGraph) -> Iterator[tuple[fx.Node, str, str]]:
-    """Each operation, how it is set and wired, and the same without the numbers that may follow from the inputs' size."""
-    names: dict[fx.Node, str] = {}
-    count = 0
-    for node in captured.graph.nodes:
-        if isinstance(node.meta.get("val"), torch.SymInt):
-            names[node] = "size"
-        elif node.op == "placeholder":
-            constant = captured.constants.get(node.name, node.name)
-            names[node] = constant if isinstance(constant, str) else hashlib.sha256(memory(constant)).hexdigest()
-        elif node.op == "call_function" and place(node).operation in _SHAPE and not _added_up(node):
-            names[node] = names[node.all_input_nodes[0]]
-        elif node.op == "call_function":
-            count += 1
-            names[node] = f"%{count}"
-            what = f"{names[node]} {place(node)} {node.target} {_added_up(node)}"
-            arguments = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
-            rule = MIPIN.get(str(node.target))
-            sized = rule is not None and rule.restores and not isinstance(rule, Learned)
-            loose = pytree.tree_map(lambda a: "size" if type(a) is int else a, arguments) if sized else arguments
-            yield node, f"{what} {arguments}", f"{what} {loose}"
-
-
-def _added_up(node: fx.Node) -> list[int]:
-    """Sizes on which the scale of the signal depends: those over which a value is spread, and of attention weights."""
-    rule, value = MIPIN.get(str(node.target)), node.meta.get("val")
-    if not isinstance(rule, Passes) or rule.restores or not isinstance(value, Tensor):
-        return []
-    factors = [n for n in node.all_input_nodes if _batched(n)]
-    if operation(node) not in ("add", "sub", "rsub", "neg", "mul", "div", "expand"):
-        return [n for factor in factors for n in factor.meta["val"].shape[-2:] if type(n) is int]
-    spread = [n for n in factors if not _only_gate(n, node)]
-    return [size for n in spread for size in _copies(n.meta["val"], value)]
-
-
-def _batched(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
-
-
-def _only_gate(node: fx.Node, user: fx.Node) -> bool:
-    """Whether ``user`` takes ``node`` for a gate, to which no signal is sent."""
-    if operation(user) == "expand":
-        return bool(user.users) and all(_only_gate(user, other) for other in user.users)
-    others = [n for n in user.all_input_nodes if n is not node and _batched(n) and not is_gate(n)]
-    return operation(user) == "mul" and is_gate(node) and bool(others)
-
-
-def _copies(value: Tensor, result: Tensor) -> list[int]:
-    sizes = (1,) * (result.ndim - value.ndim) + tuple(value.shape)
-    return [n for m, n in zip(sizes, result.shape, strict=True) if type(m) is type(n) is int and m == 1 and n != 1]
 
 
 def survey(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None) -> list[Treatment]:
@@ -279,7 +204,7 @@ def treatments(graph: fx.Graph, rules: Mapping[str, Rule]) -> list[Treatment]:
         if node.meta["other"]:
             reason = f"it turns the input into {node.meta['val'].dtype}, and what follows from that cannot be sent back"
         elif rule is None and not (node.meta["recorded"] and str(node.target) in RECORDABLE):
-            reason = "no rule covers it"
+            reason = "no rule covers it" + _HINTS.get(operation(node), "")
         else:
             reason = _objection(node, rule) or ""
         if node.meta["recorded"]:
@@ -295,7 +220,7 @@ def _objection(node: fx.Node, rule: Rule | None) -> str | None:
     """Why a rule cannot treat this node, if so."""
     others = [n for argument in node.args[1:] for n in _nodes_in(argument)]
     others += [n for argument in node.kwargs.values() for n in _nodes_in(argument)]
-    if place(node).operation not in _SHAPE and any(isinstance(n.meta.get("val"), _SIZES) for n in others):
+    if operation(node) not in SHAPE and any(isinstance(n.meta.get("val"), _SIZES) for n in others):
         return "it uses the size of the batch as a value, so an explanation would depend on the other examples"
     at = node.meta["layout"]
     mixes = at if isinstance(at, str) else None
@@ -304,6 +229,8 @@ def _objection(node: fx.Node, rule: Rule | None) -> str | None:
     carried = {n for position in rule.carriers(node) for n in _nodes_in(node.args[position])}
     if not rule.records and any(n.meta["depends"] for n in node.all_input_nodes if n not in carried):
         return "a second argument of it depends on the input as well"
+    if not isinstance(rule, Passes) and len(rule.carriers(node)) != 1:
+        return "its rule sends signal to other than one argument, which only Passes can"
     values = node.meta["val"]
     several = isinstance(values, (tuple, list)) and not isinstance(rule, Passes)
     if several and any(user.target is operator.getitem and user.args[1] != 0 for user in node.users):
@@ -318,8 +245,8 @@ def refusal(refused: Sequence[Treatment]) -> str:
         lines.append(f"  … and {len(refused) - 8} more")
     return (
         "no signal can be sent back through\n" + "\n".join(lines) + "\nStart above it, with InverseNetwork(model, "
-        "layer=...) at a module behind it, or write that part of the model with supported operations; "
-        "check(model, inputs) lists all."
+        "layer=...) at a module behind it, write that part of the model with supported operations, or give an operation "
+        "without a rule one of your own with captum_mipin.register_rule; check(model, inputs) lists all."
     )
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution
+from captum_mipin import inverse as inverse_module
+from captum_mipin.capture import Signature
 
 
 class Fitted(NamedTuple):
@@ -152,3 +154,18 @@ def _survives(fitted: Fitted) -> Iterator[None]:
 def survives() -> Callable[[Fitted], AbstractContextManager[None]]:
     """To wrap around what must leave an inverse fitted earlier with the same bits, also after an exception."""
     return _survives
+
+
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all that a test does with a model share one graph, for speed: graphs are never written to."""
+    graphs: dict[Any, Any] = {}
+    capture = inverse_module.capture
+
+    def once(model: nn.Module, inputs: Any, extras: Any = (), shared: bool = False) -> Any:
+        key = id(model), Signature.of(inputs, extras, shared)
+        if key not in graphs:
+            graphs[key] = capture(model, inputs, extras, shared)
+        return graphs[key]
+
+    monkeypatch.setattr(inverse_module, "capture", once)

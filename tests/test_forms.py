@@ -29,7 +29,8 @@ from captum_mipin import (
     check,
 )
 from captum_mipin.capture import Signature, unwrapped
-from captum_mipin.survey import structure
+from captum_mipin.rules import table
+from captum_mipin.structure import structure
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -186,7 +187,7 @@ def test_architectures_explain_other_sizes(name):
     y, mixed = normal(4, 3, 48, 40, seed=1, dtype=torch.float64), [0, 2, 2, 0]
     found = inverse.explain((y,), mixed, biases=(False, True))
     there, at = InverseNetwork(model), Signature.of((y,), ())  # a network captured at that size, with the same inverses
-    there._state = dataclasses.replace(inverse._state, signature=at, structure=structure(inverse._graphs[at]))
+    there._state = dataclasses.replace(inverse._state, signature=at, structure=structure(inverse._graphs[at], table()))
     expected = there.explain((y,), mixed, biases=(False, True))
     for (one,), (two,) in zip(found.signals, expected.signals, strict=True):
         assert torch.equal(one, two)

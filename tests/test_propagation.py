@@ -129,7 +129,7 @@ REFUSED = {
         "works along the batch",
     ),
     "examples against examples": (lambda m, x: (m["a"](x) + m["a"](x).unsqueeze(1)).sum(1), "keep the batch as one dimension"),
-    "own mask": (lambda m, x: m["a"](x * (x > 0)), "turns the input into torch.bool"),
+    "own mask as a term": (lambda m, x: m["a"](x + (x > 0)), "turns the input into torch.bool"),
     "hidden coupling": (lambda m, x: m["a"](x * (x > 0).to(x.dtype).mean(0)), "turns the input into torch.bool"),
     "batch size": (lambda m, x: m["a"](x) / x.shape[0], "size of the batch"),
     "squeeze": (lambda m, x: m["a"](x.unsqueeze(1).squeeze()), "aten.squeeze"),

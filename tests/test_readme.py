@@ -3,16 +3,38 @@ from pathlib import Path
 
 import pytest
 
+from captum_mipin import unregister_rule
+
 README = Path(__file__).parents[1] / "README.md"
+
+
+def run(section):
+    """The names that the one piece of code of a section defines."""
+    text = README.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(compile(code, str(README), "exec"), names)
+    return names
 
 
 def test_the_ten_lines_run(capsys):
     pytest.importorskip("sklearn")  # the digits come with it; not needed by the package
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    names = {}
-    exec(compile(code, str(README), "exec"), names)
+    names = run("Ten lines")
     assert names["attribution"].shape == names["signal"].shape == (5, 64)
     assert "0/linear" in capsys.readouterr().out
+
+
+def test_an_operation_of_your_own_runs(capsys):
+    try:
+        names = run("An operation of your own")
+    finally:
+        unregister_rule("mylib::swish")
+    assert names["signal"].shape == (5, 6)
+    assert "mylib.swish.default  supported  recorded gate" in capsys.readouterr().out
+
+
+def test_all_of_its_code_is_run():
+    assert README.read_text().count("```python") == 2
 
 
 def test_what_it_points_to_is_there():

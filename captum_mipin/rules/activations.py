@@ -46,6 +46,12 @@ def clamp(options: Options, operation: Any, x: Tensor, *bounds: Any, **named: An
     return (relu if low == 0 and high is None else gate)(options, operation, x, *bounds, **named)
 
 
+def glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> tuple[Tensor, Back]:
+    """S ⊙ σ(b) for y = a ⊙ σ(b), to the half a of x; nothing to the half b, which is recorded as any gate is."""
+    share = torch.sigmoid(x.chunk(2, dim)[1])
+    return operation(x, dim), lambda s: torch.cat([s * share, torch.zeros_like(s)], dim)
+
+
 def _without_zero(node: fx.Node) -> str | None:
     operation = str(node.target).split(".")[1]
     low, high = (-1, 1) if operation == "hardtanh" else (None, None)
@@ -56,6 +62,16 @@ def _without_zero(node: fx.Node) -> str | None:
     return f"{operation} between {low} and {high} is no activation: it does not let 0 through"
 
 
+def _below_zero(node: fx.Node) -> str | None:
+    high = argument(node, 1, "max")
+    return f"clamp_max to {high} is no activation: it does not let 0 through" if high < 0 else None
+
+
+def _replaces_zero(node: fx.Node) -> str | None:
+    limit, value = argument(node, 1, "threshold"), argument(node, 2, "value")
+    return f"threshold at {limit} is no activation: it makes {value} of 0" if limit >= 0 and value != 0 else None
+
+
 _MASK, _GATE = "forward mask", "recorded gate: the share of its input that it let through"
 _FROM_ZERO = (
     "relu6", "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "mish", "tanh", "_prelu_kernel",
@@ -64,9 +80,12 @@ _FROM_ZERO = (
 _SHIFTED = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid")
 
 ACTIVATIONS = {
-    "aten.relu.default": Recorded(run=relu, note=_MASK),
+    "aten.relu.default": Recorded(run=relu, note=_MASK, exact=True),
     "aten.clamp.default": Recorded(run=clamp, note="forward mask or recorded gate", refuse=_without_zero),
     "aten.clamp_min.default": Recorded(run=clamp, note="forward mask or recorded gate", refuse=_without_zero),
+    "aten.clamp_max.default": Recorded(run=gate, note=_GATE, refuse=_below_zero),
+    "aten.threshold.default": Recorded(run=gate, note=_GATE, refuse=_replaces_zero),
+    "aten.glu.default": Recorded(run=glu, note="one half as recorded gate of the other; its scale is learned", restores=False),
     "aten.hardtanh.default": Recorded(run=gate, note=_GATE, refuse=_without_zero),
     **{f"aten.{name}.default": Recorded(run=gate, note=_GATE) for name in _FROM_ZERO},
     **{f"aten.{name}.default": Recorded(run=partial(gate, rest=True), note=_GATE, restores=False) for name in _SHIFTED},

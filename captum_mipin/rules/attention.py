@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from captum_mipin.rules.base import Passes, argument, factors, is_gate
+from captum_mipin.rules.base import Passes, argument, depends, factors, is_gate
 
 
 def _values(node: fx.Node) -> tuple[int, ...]:
@@ -22,6 +22,16 @@ def _no_weights(node: fx.Node) -> str | None:
     return None
 
 
+def _term_and_values(node: fx.Node) -> tuple[int, ...]:
+    return (*([0] if depends(node.args[0]) else []), *factors(node, 1))
+
+
+def _no_weights_in_product(node: fx.Node) -> str | None:
+    if not any(map(is_gate, node.args[1:3])) or len(factors(node, 1)) > 1:
+        return "it multiplies two values of which not just one is a softmax"
+    return None
+
+
 _NOTE = "adjoint with the recorded attention weights; its scale is learned"
 ATTENTION = {
     "aten.scaled_dot_product_attention.default": Passes(
@@ -31,12 +41,17 @@ ATTENTION = {
         f"aten.{name}.default": Passes(note=_NOTE, carriers=factors, records=True, restores=False, refuse=_no_weights)
         for name in ("matmul", "bmm")
     },
+    "aten.baddbmm.default": Passes(
+        note=_NOTE, carriers=_term_and_values, records=True, restores=False, refuse=_no_weights_in_product
+    ),
 }
 
 #: Operations that may compute what is recorded (attention weights, gates), besides those with a rule.
 RECORDABLE = frozenset(
     f"aten.{name}"
     for name in (
+        *(f"{name}.{kind}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for kind in ("Scalar", "Tensor")),
+        *(f"logical_{name}.default" for name in ("and", "or", "not")),
         "softmax.int", "_softmax.default", "linalg_vector_norm.default", "expand_as.default", "exp.default", "sqrt.default",
         "rsqrt.default", "pow.Tensor_Scalar", "masked_fill.Scalar", "amax.default", "maximum.default", "abs.default",
         "log.default", "reciprocal.default", "square.default",

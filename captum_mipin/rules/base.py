@@ -94,9 +94,11 @@ class Rule:
     Attributes:
         note: What it does with the signal, in a few words.
         refuse: Node → reason why this use of the operation cannot be treated, or None.
-        carriers: Node → positions of the arguments that carry signal. Others are refused if they depend on the input,
+        carriers: Node → positions of the arguments that carry signal, several only where the rule :class:`Passes`. Others are
+            refused if they depend on the input,
         records: unless this says that they are recorded, as gates and attention weights are: no signal goes there.
         restores: Whether the signal it returns is in the units of its input.
+        exact: Whether it is the paper's, or the only one there can be; else it is one choice of several, to be told so.
     """
 
     note: str
@@ -104,6 +106,7 @@ class Rule:
     carriers: Callable[[fx.Node], tuple[int, ...]] = _first
     records: bool = False
     restores: bool = True
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,8 @@ class Recorded(Rule):
     """An operation inverted by what its forward pass records.
 
     Attributes:
-        run: (options, operation, x, \\*arguments) → the operation's value, and how a signal comes back.
+        run: (options, operation, x, \\*arguments) → the operation's value, and how a signal comes back. x is the argument
+            that carries signal, whatever its position; the operation is called in this order as well.
     """
 
     run: Callable[..., tuple[Tensor, Back]]
@@ -127,7 +131,7 @@ class Learned(Rule):
     """An operation inverted by regression.
 
     Attributes:
-        inverter: (options, x, \\*arguments) → the family of its inverse.
+        inverter: (options, x, \\*arguments) → the family of its inverse; x is the argument that carries signal.
     """
 
     inverter: Callable[..., Inverter]
@@ -144,23 +148,42 @@ def every(node: fx.Node) -> tuple[int, ...]:
 
 
 def operation(node: Any) -> str:
-    """Name of a node's operation without its overload: "relu" for ``aten.relu.default``."""
-    return getattr(getattr(node, "target", None), "__name__", "").split(".")[0]
+    """Name of a node's operation without its overload: "relu" for ``aten.relu.default``, "mylib::relu" for one of another."""
+    target = getattr(node, "target", None)
+    name: str = getattr(target, "__name__", "").split(".")[0]
+    namespace = getattr(target, "namespace", "aten")
+    return name if namespace == "aten" else f"{namespace}::{name}"
 
 
 def is_gate(node: Any) -> bool:
-    """Whether a value is a gate or attention weights: what a sigmoid or softmax made, at most rearranged."""
-    while operation(node) in _REARRANGED:
-        node = node.args[0]
-    return operation(node) in ("sigmoid", "hardsigmoid", "softmax", "_softmax")
+    """Whether a value is a gate or attention weights: what a sigmoid, softmax or comparison made.
+
+    It may have been rearranged since, and scaled or shifted by constants.
+    """
+    while operation(node) in _REARRANGED | _SCALED:
+        made_from = node.args[:1] if operation(node) in _REARRANGED else [n for n in node.args if depends(n)]
+        if len(made_from) != 1 or (operation(node) == "div" and made_from[0] is not node.args[0]):
+            return False
+        node = made_from[0]
+    return operation(node) in _GATES
 
 
-def factors(node: fx.Node) -> tuple[int, ...]:
-    """Positions of the factors of a product that carry signal: those that are no recorded gates."""
-    positions = [i for i, n in enumerate(node.args) if isinstance(n, fx.Node) and n.meta.get("depends")]
+def factors(node: fx.Node, first: int = 0) -> tuple[int, ...]:
+    """Positions of the factors of a product, the first of them given, that carry signal: those that are no recorded gates."""
+    positions = [i for i, n in enumerate(node.args) if i >= first and depends(n)]
     return tuple(i for i in positions if not is_gate(node.args[i])) or tuple(positions)
 
 
+def depends(value: Any) -> bool:
+    """Whether an argument is computed from what is explained."""
+    return isinstance(value, fx.Node) and bool(value.meta.get("depends"))
+
+
+_GATES = frozenset(
+    {"sigmoid", "hardsigmoid", "softmax", "_softmax", "gt", "ge", "lt", "le", "eq", "ne",
+     "logical_and", "logical_or", "logical_not"}
+)  # fmt: skip
+_SCALED = frozenset({"mul", "div", "add", "sub", "neg"})
 _REARRANGED = frozenset(
     {"view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute", "transpose", "clone", "dropout",
      "contiguous", "flatten", "unflatten", "rsub", "slice", "select", "getitem", "chunk", "split",

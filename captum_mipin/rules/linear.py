@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from captum_mipin.convolution import CHUNK, Geometry
 from captum_mipin.regression import Moments, Solution
@@ -182,7 +182,7 @@ class PooledLinear:
         return torch.nn.functional.linear(pooled, weight, bias)
 
     def __repr__(self) -> str:
-        return self.__name__
+        return f"captum_mipin.{self.__name__}.default"
 
 
 def pooled_dense(options: Options, x: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> PooledDense:
@@ -203,6 +203,16 @@ def add_own(x: Tensor, inverse: Inverse, own: Sequence[Tensor], dim: int) -> Ten
 def dense(options: Options, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Dense:
     """The inverse of ``linear(x, weight, bias)``."""
     return Dense(weight.shape[1], (weight.shape[0],))
+
+
+def product(options: Options, x: Tensor, *arguments: Tensor, **scales: Any) -> Dense:
+    """The inverse of ``mm(x, weight)`` and of ``addmm(bias, x, weight)``."""
+    features, signals = arguments[-1].shape
+    return Dense(features, (signals,))
+
+
+def _second(node: fx.Node) -> tuple[int, ...]:
+    return (1,)
 
 
 def convolution(
@@ -251,20 +261,26 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
     return values * dims if len(values) == 1 else values
 
 
+#: Families of inverses that can be learned together where a tensor feeds several of them.
+TOGETHER = (dense, product, convolution, transposed_convolution)
+
 _CONVOLUTION = {
-    f"aten.conv{dims}d.{form}": Learned(inverter=convolution, note="learned transposed convolution")
+    f"aten.conv{dims}d.{form}": Learned(inverter=convolution, note="learned transposed convolution", exact=True)
     for dims in (1, 2, 3)
     for form in ("default", "padding")
 }
 _TRANSPOSED = {
-    f"aten.conv_transpose{name}": Learned(inverter=transposed_convolution, note="learned convolution")
+    f"aten.conv_transpose{name}": Learned(inverter=transposed_convolution, note="learned convolution", exact=True)
     for name in ("1d.default", "2d.input", "3d.input")
 }
+_DENSE = "learned dense inverse"
 LINEAR = {
-    "aten.linear.default": Learned(inverter=dense, note="learned dense inverse"),
+    "aten.linear.default": Learned(inverter=dense, note=_DENSE, exact=True),
     str(PooledLinear()): Learned(
-        inverter=pooled_dense, note="learned dense inverse at each place, where the logit came from", records=True
+        inverter=pooled_dense, note="learned dense inverse at each place, where the output came from", records=True
     ),
+    "aten.mm.default": Learned(inverter=product, note=_DENSE, exact=True),
+    "aten.addmm.default": Learned(inverter=product, note=_DENSE, carriers=_second, exact=True),
     **_CONVOLUTION,
     **_TRANSPOSED,
 }

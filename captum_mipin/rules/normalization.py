@@ -18,6 +18,23 @@ def layer_norm(options: Options, operation: Any, x: Tensor, shape: list[int], *a
     return operation(x, shape, *arguments), _rescaled(options, x, dims)
 
 
+def rms_norm(options: Options, operation: Any, x: Tensor, shape: list[int], *arguments: Any) -> tuple[Tensor, Back]:
+    """As :func:`layer_norm`, with the root mean square that this sample was divided by."""
+    value = operation(x, shape, *arguments)
+    if not options.local:
+        return value, lambda s: s
+    root = x.square().mean(tuple(range(-len(shape), 0)), keepdim=True).sqrt()
+    return value, lambda s: s * root
+
+
+def instance_norm(
+    options: Options, operation: Any, x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, own: bool, *arguments: Any
+) -> tuple[Tensor, Back]:
+    """As :func:`group_norm` with one channel a group; with kept statistics instead of its ``own``, as :func:`batch_norm`."""
+    value = operation(x, weight, bias, mean, variance, own, *arguments)
+    return value, _rescaled(options, x, tuple(range(2, x.ndim))) if own else lambda s: s
+
+
 def group_norm(options: Options, operation: Any, x: Tensor, groups: int, *arguments: Any) -> tuple[Tensor, Back]:
     """As :func:`layer_norm`, with one σ a group of channels."""
     parts = x.reshape(len(x), groups, -1)
@@ -34,8 +51,10 @@ def _rescaled(options: Options, x: Tensor, dims: tuple[int, ...]) -> Back:
 
 NORMALIZATION = {
     "aten._native_batch_norm_legit_no_training.default": Recorded(
-        run=batch_norm, note="passed on; the next inverse absorbs the affine map", restores=False
+        run=batch_norm, note="passed on; the next inverse absorbs the affine map", restores=False, exact=True
     ),
     "aten.layer_norm.default": Recorded(run=layer_norm, note="times the recorded σ", restores=False),
+    "aten.rms_norm.default": Recorded(run=rms_norm, note="times the recorded root mean square", restores=False),
+    "aten.instance_norm.default": Recorded(run=instance_norm, note="times the recorded σ", restores=False),
     "aten.group_norm.default": Recorded(run=group_norm, note="times the recorded σ", restores=False),
 }

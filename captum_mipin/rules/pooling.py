@@ -130,6 +130,7 @@ _AVERAGE = {
     f"aten.{form}avg_pool{dims}d.default": Recorded(run=average, note="recorded shares")
     for dims in (1, 2, 3)
     for form in ("", "adaptive_", "_adaptive_")
+    if (form, dims) != ("_adaptive_", 1)
 }
 _REDUCTION = {name: Recorded(run=average, note="recorded shares") for name in ("aten.mean.dim", "aten.sum.dim_IntList")}
 POOLING = {**_MAX, **_ADAPTIVE_MAX, **_AVERAGE, **_REDUCTION}

@@ -20,7 +20,7 @@ _PLAIN = (
 )  # fmt: skip
 
 REARRANGEMENT = {
-    **{f"aten.{name}": Passes(note="adjoint") for name in _PLAIN},
-    "aten.pad.default": Passes(note="adjoint", refuse=_not_constant),
+    **{f"aten.{name}": Passes(note="adjoint", exact=True) for name in _PLAIN},
+    "aten.pad.default": Passes(note="adjoint", refuse=_not_constant, exact=True),
     "aten.expand.default": Passes(note="adjoint: the sum over the copies; its scale is learned", restores=False),
 }

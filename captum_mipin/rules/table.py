@@ -1,0 +1,118 @@
+"""Which rule an operation has: the built-in table, and what users add to it.
+
+What users add is the one thing that the whole process shares. A table is read when a surrogate is built, and again when
+what users added has changed since.
+"""
+
+from collections.abc import Mapping
+from threading import Lock
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from captum_mipin.errors import RuleError
+from captum_mipin.rules.activations import ACTIVATIONS
+from captum_mipin.rules.arithmetic import ARITHMETIC
+from captum_mipin.rules.attention import ATTENTION
+from captum_mipin.rules.base import Learned, Passes, Recorded, Rule
+from captum_mipin.rules.linear import LINEAR
+from captum_mipin.rules.normalization import NORMALIZATION
+from captum_mipin.rules.pooling import POOLING
+from captum_mipin.rules.rearrangement import REARRANGEMENT
+from captum_mipin.rules.selection import SELECTION
+
+#: Operation (as ``torch.export`` names it, "aten.relu.default") → rule.
+MIPIN: Mapping[str, Rule] = MappingProxyType(
+    {**LINEAR, **ACTIVATIONS, **POOLING, **NORMALIZATION, **ARITHMETIC, **SELECTION, **REARRANGEMENT, **ATTENTION}
+)
+
+_LOCK = Lock()
+_REGISTERED: dict[str, Rule] = {}
+
+
+def register_rule(operation: str | torch._ops.OpOverload, rule: Passes | Recorded | Learned, *, replace: bool = False) -> None:
+    """Say how a signal comes back through an operation that has no rule: one of your own, or one of PyTorch's.
+
+    Rules hold for the whole process, from the next call of anything on. An inverse goes only with the rules that it was
+    fitted with, also when it is loaded from a file: it knows them by their kind, their note and the names of their
+    functions, so change the note when you change what a rule does.
+
+    Args:
+        operation: "mylib::swish", for an overload other than the default "aten::where.self", or
+            ``torch.ops.mylib.swish.default``. The operation must keep the examples of a batch along the dimension where
+            they are, and apart: that it does so is checked on the data of each fit.
+        rule: :class:`Passes` where its autograd formula is the adjoint of a linear map; :class:`Recorded` where the forward
+            pass records how the signal comes back; :class:`Learned` where that is a regression. Signal comes back to the
+            first argument; name another in ``carriers``, and set ``records`` where other arguments only steer.
+        replace: Replace what was registered for this operation before. Built-in rules stay.
+
+    Raises:
+        RuleError: There is no such operation, it has a rule, or ``rule`` is none.
+
+    Examples:
+        >>> @torch.library.custom_op("doctest::swish", mutates_args=())
+        ... def swish(x: torch.Tensor) -> torch.Tensor:
+        ...     return x * torch.sigmoid(x)
+        >>> _ = swish.register_fake(torch.empty_like)
+        >>> def send_back(options, operation, x):
+        ...     share = torch.sigmoid(x)  # of x that it let through
+        ...     return operation(x), lambda s: s * share if options.local else s
+        >>> register_rule("doctest::swish", Recorded(run=send_back, note="recorded gate"))
+        >>> class Swish(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return swish(x)
+        >>> from captum_mipin import check
+        >>> print(check(torch.nn.Sequential(torch.nn.Linear(4, 2), Swish()).eval(), torch.ones(1, 4)))
+        module  operation              status     what happens to the signal
+        0       aten.linear.default    supported  learned dense inverse
+        1       doctest.swish.default  supported  recorded gate
+        >>> unregister_rule("doctest::swish")
+    """
+    name = _name(operation)
+    if not isinstance(rule, (Passes, Recorded, Learned)):
+        raise RuleError(f"the rule for {name} is a {type(rule).__name__}, expected a Passes, Recorded or Learned")
+    if name in MIPIN:
+        raise RuleError(
+            f"{name} has a built-in rule ({MIPIN[name].note}), which cannot be replaced. Wrap what shall go another way in a "
+            "torch.library.custom_op, and register a rule for that."
+        )
+    with _LOCK:
+        if name in _REGISTERED and not replace:
+            raise RuleError(f"{name} has a registered rule ({_REGISTERED[name].note}); pass replace=True to replace it")
+        _REGISTERED[name] = rule
+
+
+def unregister_rule(operation: str | torch._ops.OpOverload) -> None:
+    """Take back what :func:`register_rule` did.
+
+    Raises:
+        RuleError: No rule was registered for this operation.
+    """
+    name = _name(operation)
+    with _LOCK:
+        if _REGISTERED.pop(name, None) is None:
+            raise RuleError(f"no rule is registered for {name}")
+
+
+def table() -> Mapping[str, Rule]:
+    """Every rule there is now."""
+    with _LOCK:
+        return {**MIPIN, **_REGISTERED}
+
+
+def _name(operation: object) -> str:
+    """An operation as ``torch.export`` names it, once it is sure to exist."""
+    if isinstance(operation, torch._ops.OpOverload):
+        return str(operation)
+    if not isinstance(operation, str):
+        raise RuleError(
+            f"the operation is a {type(operation).__name__}, expected 'namespace::name' or torch.ops.namespace.name.default"
+        )
+    parts = operation.replace("::", ".", 1).split(".")
+    found: Any = torch.ops
+    for part in (*parts, "default")[: max(3, len(parts))]:
+        found = getattr(found, part, None)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise RuleError(f"there is no operation {operation!r}: define or import it first, and write 'namespace::name'")
+    return str(found)
