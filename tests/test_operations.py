@@ -170,7 +170,7 @@ class Found(NamedTuple):
 @pytest.fixture(scope="module")
 def found() -> dict[str, Found]:
     torch.manual_seed(0)
-    steps = {name: _of(name) for name in MIPIN}
+    steps = {name: _of(name) for name in TORCHS}
     model = Together({name.replace(".", " "): Headed(*steps[name]) for name in TORCHS}).double().eval()
     inputs = tuple(x for _, x in steps.values())
     with warnings.catch_warnings():
