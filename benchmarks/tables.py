@@ -121,9 +121,45 @@ def _differs(cell: float | str) -> str:
     return "refused" if isinstance(cell, str) else "same" if cell <= 1e-6 else f"differs by {100 * cell:.0f} %"
 
 
+def localization() -> str:
+    """The grid pointing game: every network that was measured, one block of columns a layer."""
+    rows = []
+    for path in sorted(RESULTS.glob("localization-*.json")):
+        result = json.loads(path.read_text())
+        name = path.stem.removeprefix("localization-")
+        for method in dict.fromkeys(row["method"] for row in result["rows"]):
+            line: dict[str, Any] = {"network": name, "method": method}
+            for row in (row for row in result["rows"] if row["method"] == method):
+                for grid in ("2x2", "3x3"):
+                    line[f"{row['layer']} {grid}"] = f"{row[grid]:.2f}"
+                    line[f"{row['layer']} {grid}, logit > 0"] = f"{row[f'{grid}, positive logit']:.2f}"
+            rows.append(line)
+    return show(rows)
+
+
+def zoo() -> str:
+    """What each of torchvision's networks costs."""
+    rows = []
+    for row in _load("zoo")["rows"]:
+        if "failed" in row or "refused" in row:
+            rows.append({"network": row["network"], "capture": row.get("failed") or row["refused"]})
+            continue
+        rows.append(
+            {
+                "network": row["network"],
+                "capture": f"{row['capture s']:.1f} s",
+                "fit": f"{row['fit s']:.0f} s, {row['fit images']} images",
+                "time": f"{row['time / Saliency']:.2f} × Saliency",
+                "memory": f"{row['memory / Saliency']:.2f} × Saliency",
+                "R² held out": f"{row['R² held out']:.2f}" if "R² held out" in row else "",
+            }
+        )
+    return show(rows)
+
+
 def main() -> None:
     text = README.read_text()
-    for table in (completeness, controls, variants, invariance, speed):
+    for table in (completeness, controls, variants, localization, invariance, speed, zoo):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)

@@ -1,0 +1,136 @@
+"""What MIP-IN costs and does on torchvision's classifiers as they come: python benchmarks/zoo.py [NAMES] [--data FOLDER].
+
+One process a network: seconds to capture, to fit one class on 64 images, `attribute` ÷ Captum's Saliency in time and in
+peak memory, both for one class and a batch of 2, and the variance of held-out images that S explains where weights are given.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pretrained
+import torch
+from captum.attr import Saliency
+from common import show, write
+from localization_grid import photos
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torchvision import models
+
+from captum_mipin import InverseNetwork, MIPINAttribution, check
+
+NAMES = (
+    "alexnet", "vgg11", "vgg16_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121",
+    "squeezenet1_1", "googlenet", "inception_v3", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large",
+    "mnasnet0_5", "efficientnet_b0", "efficientnet_v2_s", "shufflenet_v2_x1_0", "regnet_y_400mf", "convnext_tiny",
+    "vit_b_32", "swin_t", "swin_v2_t", "maxvit_t",
+)  # fmt: skip
+WITH_WEIGHTS = tuple(f"{name} (weights)" for name in pretrained.NETWORKS)
+HELD_OUT, BATCH, ROUNDS = 32, 2, 7
+
+
+def network(name: str, data: Path | None, count: int) -> tuple[nn.Module, Tensor, Tensor, int]:
+    """The network, images to fit on, others, and the class: with weights and photographs, or random ones of each."""
+    if name in WITH_WEIGHTS:
+        assert data is not None
+        name = name.split()[0]
+        model, normalise = pretrained.load(name, data / "weights")
+        images = photos(name, data, count, torch.Generator().manual_seed(0))
+        return model, normalise(images.fit), normalise(images.test[:HELD_OUT]), int(images.labels[0])
+    torch.manual_seed(0)
+    more = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model = getattr(models, name)(weights=None, **more).eval()
+    if name.startswith("vit"):  # its head is zero as it comes
+        nn.init.normal_(model.heads.head.weight, std=0.02)
+    size = 299 if name == "inception_v3" else 224
+    return model, torch.randn(count, 3, size, size), torch.randn(HELD_OUT, 3, size, size), 0
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """The most memory that tensors made by ``run`` took at once, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    now = most = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def ratio(ours: Callable[[], Any], theirs: Callable[[], Any]) -> float:
+    """Median time of ``ours`` ÷ that of ``theirs``, taken in turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS + 1):  # the first is not counted
+        for run, taken in zip((ours, theirs), times, strict=True):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+    return statistics.median(times[0][1:]) / statistics.median(times[1][1:])
+
+
+def measure(name: str, data: Path | None, count: int) -> dict[str, Any]:
+    model, fit, held_out, target = network(name, data, count)
+    row: dict[str, Any] = {"network": name, "parameters": sum(p.numel() for p in model.parameters())}
+    start = time.perf_counter()
+    refused = check(model, fit[:1]).refused
+    row["capture s"] = time.perf_counter() - start
+    if refused:
+        return row | {"refused": str(refused[0])}
+    start = time.perf_counter()
+    inverse = InverseNetwork(model).fit(fit, target, batch_size=8, progress=False)
+    row["fit images"] = count
+    row["fit s"] = time.perf_counter() - start
+    mipin, saliency, x = MIPINAttribution(model, inverse), Saliency(model), fit[:BATCH]
+    leaf = x.clone().requires_grad_()
+    both = (partial(mipin.attribute, x, target=target), partial(saliency.attribute, leaf, target=target))
+    row["time / Saliency"] = ratio(*both)
+    row["memory / Saliency"] = peak(both[0]) / peak(both[1])
+    if name in WITH_WEIGHTS:
+        signal = torch.cat([mipin.source_signal(part, target=target) for part in held_out.split(8)])
+        residual = (held_out - signal).square().sum() / (held_out - held_out.mean((0, 2, 3), keepdim=True)).square().sum()
+        row["R² held out"] = float(1 - residual)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--data", type=Path, help="folder with images and weights/, for the networks with weights")
+    parser.add_argument("--fit", type=int, default=64, help="images to fit on")
+    parser.add_argument("--one", action="store_true", help="measure the one network named, in this process")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.names[0], arguments.data, arguments.fit)))
+        return
+    names = arguments.names or [*NAMES, *(WITH_WEIGHTS if arguments.data else ())]
+    rows = []
+    for name in names:
+        command = [sys.executable, __file__, "--one", name, "--fit", str(arguments.fit)]
+        command += ["--data", str(arguments.data)] if arguments.data else []
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        failed = result.returncode != 0
+        reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        rows.append({"network": name, "failed": reason} if failed else json.loads(result.stdout.splitlines()[-1]))
+        print(show([rows[-1]]).splitlines()[-1], flush=True)
+        write(
+            "zoo",
+            rows,
+            held_out=HELD_OUT,
+            batch=BATCH,
+            rounds=ROUNDS,
+            target="one class",
+            data="random images, or as named",
+        )
+    print(show(rows))
+
+
+if __name__ == "__main__":
+    main()
