@@ -191,7 +191,7 @@ class Surrogate:
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
             run = graph.placeholder("run")
-        body = [node for node in graph.nodes if node.op == "placeholder"][-1].next
+        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
         needs_scale = [unscaled(node, rules) for node in starts]
         if any(needs_scale) and not calibrate:
             raise CaptureError(
@@ -204,7 +204,7 @@ class Surrogate:
             if node in starts:
                 index = starts.index(node)
                 users = carrying_users(node)
-                with graph.inserting_before(body) if node.op == "placeholder" else graph.inserting_after(node):
+                with graph.inserting_after(last if node.op == "placeholder" else node):
                     result = graph.call_function(source, (run, index, node))
                 redirect(node, repeat(result), users)
                 self._fork(graph, run, node.meta, result, needs_scale[index])

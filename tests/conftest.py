@@ -162,10 +162,10 @@ def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: dict[Any, Any] = {}
     capture = inverse_module.capture
 
-    def once(model: nn.Module, inputs: Any, extras: Any = (), shared: bool = False) -> Any:
-        key = id(model), Signature.of(inputs, extras, shared)
+    def once(model: nn.Module, inputs: Any, extras: Any = (), shared: bool = False, **options: Any) -> Any:
+        key = id(model), Signature.of(inputs, extras, shared), repr(options)
         if key not in graphs:
-            graphs[key] = capture(model, inputs, extras, shared)
+            graphs[key] = capture(model, inputs, extras, shared, **options)
         return graphs[key]
 
     monkeypatch.setattr(inverse_module, "capture", once)
