@@ -109,7 +109,7 @@ def scores(maps: Tensor, grid: Mosaics) -> Tensor:
     return torch.where(total > 1e-12, cells.gather(1, grid.cells[:, None])[:, 0] / total.clamp(min=1e-12), 0.0)
 
 
-def peers(model: nn.Module, layer: nn.Module | None, seed: int) -> dict[str, Method]:
+def peers(model: nn.Module, layer: nn.Module | None, seed: int, steps: int) -> dict[str, Method]:
     """What MIP-IN is compared with, at a layer or the input."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -142,7 +142,7 @@ def peers(model: nn.Module, layer: nn.Module | None, seed: int) -> dict[str, Met
 
     def integrated(x: Tensor, target: Tensor) -> Any:
         method: Any = IntegratedGradients(model) if layer is None else LayerIntegratedGradients(model, layer)
-        return method.attribute(x, target=target, n_steps=20, internal_batch_size=len(x)).detach()
+        return method.attribute(x, target=target, n_steps=steps, internal_batch_size=len(x)).detach()
 
     def grad_cam(x: Tensor, target: Tensor) -> Any:
         assert layer is not None
@@ -155,7 +155,7 @@ def peers(model: nn.Module, layer: nn.Module | None, seed: int) -> dict[str, Met
         "mask only": lambda x, target: (features(x) != 0).float(),
         "Saliency": gradient,
         "Input×Gradient": by_gradient,
-        "Integrated Gradients, 20 steps": integrated,
+        "Integrated Gradients": integrated,
     }
     if layer is not None:
         found["Grad-CAM"] = grad_cam
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=400, help="images to fit on")
     parser.add_argument("--classes", type=int, default=10, help="number of classes to fit")
     parser.add_argument("--mosaics", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=20, help="of Integrated Gradients")
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--variants", action="store_true", help="even spread and summed forks as well")
     arguments = parser.parse_args()
@@ -201,7 +202,7 @@ def main() -> None:
     rows = []
     for place, path in (("input", None), ("middle", about.middle), ("last", about.last)):
         layer = None if path is None else model.get_submodule(path)
-        methods = peers(model, layer, seed=0)
+        methods = peers(model, layer, 0, arguments.steps)
         for name, inverse in inverses.items():
             methods.update(ours(model, inverse, layer, name))
         for name, method in methods.items():
@@ -221,7 +222,7 @@ def main() -> None:
     write(
         f"localization-{arguments.network}", rows,
         data="CIFAR-10 test" if about.size == 32 else "600 ILSVRC2012 validation images of 20 classes", size=about.size,
-        fit=arguments.fit, classes=classes, mosaics=arguments.mosaics, confidence=CONFIDENCE,
+        fit=arguments.fit, classes=classes, mosaics=arguments.mosaics, steps=arguments.steps, confidence=CONFIDENCE,
         target="the class of the cell", reduction="sum over channels, then ReLU", ties="none: shares of a sum",
     )  # fmt: skip
     print(show(rows))

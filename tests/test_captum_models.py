@@ -47,7 +47,7 @@ FUTURES = CaptureError, r"returns a Future, expected one tensor"
 TOKENS = torch.arange(BATCH * 3).view(BATCH, 3) % 10
 SWITCHES = torch.arange(BATCH * 3).view(BATCH, 3) % 2 == 0
 
-torch.manual_seed(1)  # some of the models draw their weights
+torch.manual_seed(4)  # some of the models draw their weights
 CASES = {
     "BasicLinearReLULinear": Case(basic.BasicLinearReLULinear(4), ((4,),)),
     "MixedKwargsAndArgsModule": Case(basic.MixedKwargsAndArgsModule(), ((4,),), 1),
