@@ -45,7 +45,7 @@ def network(name: str, data: Path | None, count: int) -> tuple[nn.Module, Tensor
         images = photos(name, data, count, torch.Generator().manual_seed(0))
         return model, normalise(images.fit), normalise(images.test[:HELD_OUT]), int(images.labels[0])
     torch.manual_seed(0)
-    more = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    more = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model = getattr(models, name)(weights=None, **more).eval()
     if name.startswith("vit"):  # its head is zero as it comes
         nn.init.normal_(model.heads.head.weight, std=0.02)

@@ -10,13 +10,14 @@ elements of X and whose signals are the patch of S that can reach each element:
 Applying g and correlating X with S are a convolution's own two gradients, so torch does both. What is left is the
 Gram matrix of the patches. For a convolution of stride 1 patches overlap so much that it has only (2k−1)^d distinct
 blocks, one a lag between two taps, up to the rows that padding cuts away: they are correlations of S with itself, taken
-by fast Fourier transform. For other strides patches are unfolded.
+by fast Fourier transform. A convolution of another stride is several of stride 1, one for each offset of x from the grid of y.
+Patches are unfolded for transposed convolutions, and for kernels of one tap.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -198,16 +199,54 @@ class Geometry:
     def gram(self, s: Tensor, x_size: torch.Size) -> Tensor:
         """Gram matrix of the patches, not centred: (groups, channels of s · taps, the same), float64."""
         s = self.full(s)
-        lagged = not self.transposed and all(step == 1 for step in self.stride) and prod(self.kernel) > 1
+        if self.transposed or all(step == 1 for step in self.stride):
+            return self._gram_of_one_phase(s, x_size)
+        g, c, k = self.groups, self.channels[1], prod(self.kernel)
+        total = s.new_zeros(k, k, g, c, c, dtype=torch.float64)
+        for phase, taps, size in self._phases(x_size):
+            part = phase._gram_of_one_phase(s, size).view(g, c, len(taps), c, len(taps))
+            index = s.new_tensor(taps, dtype=torch.long)
+            total[index.unsqueeze(1), index] = part.permute(2, 4, 0, 1, 3)
+        return total.permute(2, 3, 0, 4, 1).reshape(g, c * k, c * k)
+
+    def _phases(self, x_size: torch.Size) -> Iterator[tuple["Geometry", list[int], torch.Size]]:
+        """A strided convolution as convolutions of stride 1, one for the elements of x at each offset from the grid of y.
+
+        Each has some of the taps: those by which y, which lies on every stride-th position, can reach such an element.
+        """
+        each: list[list[tuple[list[int], int, int, int]]] = []
+        for k, step, padding, dilation, z in zip(
+            self.kernel, self.stride, self.padding, self.dilation, x_size[2:], strict=True
+        ):
+            found = []
+            for offset in range(min(step, z)):
+                taps = [j for j in range(k) if (offset + padding - dilation * j) % step == 0]
+                if taps:
+                    first = (offset + padding - dilation * taps[0]) // step
+                    found.append((taps, first, dilation // gcd(dilation, step), -(-(z - offset) // step)))
+            each.append(found)
+        for parts in itertools.product(*each):
+            of_dims, paddings, dilations, sizes = zip(*parts, strict=True)
+            ones, kernel = (1,) * self.dims, tuple(len(taps) for taps in of_dims)
+            phase = replace(
+                self, weight_shape=(*self.weight_shape[:2], *kernel), stride=ones, padding=paddings, dilation=dilations, skip=()
+            )
+            index = [0]
+            for n, taps in zip(self.kernel, of_dims, strict=True):
+                index = [i * n + j for i in index for j in taps]
+            yield phase, index, torch.Size([*x_size[:2], *sizes])
+
+    def _gram_of_one_phase(self, s: Tensor, x_size: torch.Size) -> Tensor:
+        lagged = not self.transposed and prod(self.kernel) > 1
         width = prod(z + r for z, r in zip(s.shape[2:], self.reach, strict=True)) * s.shape[1]
         if not lagged:
             width = prod(x_size[2:]) * s.shape[1] * prod(self.kernel)
         total = s.new_zeros(self.groups, *(self.features[1],) * 2, dtype=torch.float64)
         for part in torch.split(s, max(1, CHUNK // width)):
-            total += self._gram_by_lags(part) if lagged else _product(self.patches(part, x_size))
+            total += self._gram_by_lags(part, x_size) if lagged else _product(self.patches(part, x_size))
         return total
 
-    def _gram_by_lags(self, s: Tensor) -> Tensor:
+    def _gram_by_lags(self, s: Tensor, x_size: torch.Size) -> Tensor:
         """The Gram matrix from correlations: taps j, j' meet at lag dilation·(j − j') wherever both see ``s``."""
         lags = self._lags(s)
         taps = list(itertools.product(*(range(k) for k in self.kernel)))
@@ -222,7 +261,7 @@ class Geometry:
         )
         g, c, k = self.groups, self.channels[1], len(taps)
         gram = lags[index].view(k, k, g, c, c).permute(2, 3, 0, 4, 1).reshape(g, c * k, c * k)
-        for strip in self._cut_away(s):
+        for strip in self._cut_away(s, x_size):
             gram = gram - _product(self._unfold(strip, (1,) * self.dims))
         return gram
 
@@ -247,22 +286,23 @@ class Geometry:
             result.append(correlation.flatten(3))
         return torch.cat(result, 1).permute(3, 0, 1, 2)
 
-    def _cut_away(self, s: Tensor) -> Iterator[Tensor]:
-        """Windows' worth of ``s`` around the positions that padding puts outside x, each position once."""
+    def _cut_away(self, s: Tensor, x_size: torch.Size) -> Iterator[Tensor]:
+        """Windows' worth of ``s`` around the positions that lie outside x, each position once."""
         reach, size = self.reach, s.shape[2:]
         s = F.pad(s, [n for r in reversed(reach) for n in (r, r)])
         low = [0] * self.dims
         high = [z + r for z, r in zip(size, reach, strict=True)]  # positions, those cut away included
-        for dim, padding in enumerate(self.padding):
-            if padding == 0:
-                continue
-            for start, stop in ((low[dim], padding), (high[dim] - padding, high[dim])):
+        for dim, (padding, z) in enumerate(zip(self.padding, x_size[2:], strict=True)):
+            first, last = min(max(padding, 0), high[dim]), max(min(padding + z, high[dim]), 0)
+            for start, stop in ((0, first), (max(first, last), high[dim])):
+                if start == stop:
+                    continue
                 strip = s
                 for i in range(self.dims):
                     a, b = (start, stop) if i == dim else (low[i], high[i])
                     strip = strip.narrow(i + 2, a, b - a + reach[i])
                 yield strip
-            low[dim], high[dim] = padding, high[dim] - padding
+            low[dim], high[dim] = first, max(first, last)
 
 
 def _smooth(size: int) -> int:

@@ -119,10 +119,15 @@ class Moments:
 
 
 def gram_of_each(z: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Sums of products between the entries of dimension 1 of ``z`` over some dimensions: (g, dx, k, k) float64."""
-    k = z.shape[1]
-    rows = [[(z[:, i].double() * z[:, j]).sum([d - 1 for d in over]) for j in range(i + 1)] for i in range(k)]
-    return torch.stack([torch.stack([rows[max(i, j)][min(i, j)] for j in range(k)], -1) for i in range(k)], -2)
+    """Sums of products between the entries of dimension 1 of ``z``, over some dimensions: (g, dx, k, k) float64.
+
+    Squares of a single entry are taken in float64, products in the dtype of ``z``.
+    """
+    if z.shape[1] == 1:
+        return z.double().square().sum(over).movedim(1, 2).unsqueeze(3)
+    kept = [dim for dim in range(2, z.ndim) if dim not in over]
+    rows = z.permute(0, *kept, 1, *over).flatten(3)
+    return (rows @ rows.mT).double()
 
 
 @dataclass(frozen=True)
