@@ -185,16 +185,19 @@ class Geometry:
     def _level_gram(self, v_sum: Tensor, level: Tensor, rows: int, x_size: torch.Size) -> Tensor:
         """What the level of each channel adds to the Gram matrix of V, from one map of sums and one of ones."""
         g, c, k = self.groups, self.channels[1], prod(self.kernel)
-        size = v_sum.shape[2:]
-        maps = torch.cat([v_sum.view(1, g, c, *size), torch.ones_like(v_sum).view(1, g, c, *size)[:, :, :1]], 2)
-        first, second = self.weight_shape[:2]
-        shape = (first, second + 1) if self.transposed else (first + g, second)
-        wide = replace(self, weight_shape=(*shape, *self.kernel)).gram(maps.view(1, g * (c + 1), *size), x_size)
-        wide = wide.view(g, c + 1, k, c + 1, k)
+        ones = torch.ones_like(v_sum[:, :1])
+        single = replace(self, weight_shape=(1, 1, *self.kernel), groups=1)
+        seen = single.patches(single.full(ones), x_size)[0].mT.reshape(1, k, *x_size[2:])  # where each tap sees S at all
+
+        def across(s: Tensor) -> Tensor:
+            shape = (k, s.shape[1]) if self.transposed else (s.shape[1], k)
+            wide = replace(self, weight_shape=(*shape, *self.kernel), groups=1)
+            return wide.to_rows(wide.gradient(s, seen, seen.new_empty(wide.weight_shape), of=1))[0]
+
         level = level.view(g, c, 1, 1, 1)
-        across = wide[:, :c, :, c:] * level.view(g, 1, 1, c, 1)  # Σ v[j] · level'[j'], channel by channel
-        both = rows * wide[:, c:, :, c:] * level * level.view(g, 1, 1, c, 1)
-        return (across + across.permute(0, 3, 4, 1, 2) + both).reshape(g, c * k, c * k)
+        mixed = across(v_sum).view(k, g, c, k).permute(1, 2, 3, 0).unsqueeze(3) * level.view(g, 1, 1, c, 1)
+        both = rows * across(ones).view(1, 1, k, 1, k) * level * level.view(g, 1, 1, c, 1)
+        return (mixed + mixed.permute(0, 3, 4, 1, 2) + both).reshape(g, c * k, c * k)
 
     def gram(self, s: Tensor, x_size: torch.Size) -> Tensor:
         """Gram matrix of the patches, not centred: (groups, channels of s · taps, the same), float64."""
