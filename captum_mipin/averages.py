@@ -21,30 +21,37 @@ def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
     for node in list(graph.nodes):
         if operation(node) != "linear" or node.meta["val"].ndim != 2:
             continue
-        x, averaged = _averaged(_source(node), starts)
+        chain, averaged = _averaged(_source(node), starts)
+        x = _source(chain[-1]) if chain else node
         kept = [dim for dim in range(1, x.meta["val"].ndim) if dim not in averaged]
-        if averaged and len(kept) == 1 and first_dimension(x.meta["val"], batch):
+        weight = argument(node, 1, "weight")
+        if not averaged or len(kept) != 1 or not first_dimension(x.meta["val"], batch):
+            continue
+        if x.meta["val"].shape[kept[0]] == weight.meta["val"].shape[1]:
             node.meta["shown"] = node.target
             node.target, node.args, node.kwargs = PooledLinear(), (x, *(*node.args, None)[:3], kept[0]), {}
+            for part in chain:
+                part.meta["joined"] = True
 
 
-def _averaged(node: fx.Node, starts: Sequence[fx.Node]) -> tuple[fx.Node, set[int]]:
-    """What ``node`` is the average of, and over which dimensions; none, where it is no average or used otherwise as well."""
+def _averaged(node: fx.Node, starts: Sequence[fx.Node]) -> tuple[list[fx.Node], set[int]]:
+    """The operations, last first, by which ``node`` is an average, and the dimensions averaged of what goes into them."""
+    chain: list[fx.Node] = []
     averaged = set[int]()
-    x = node
     while len(node.users) == 1 and node not in starts:
-        dims = _whole_dims(node)
-        if dims and (not averaged or node.meta["val"].ndim == x.meta["val"].ndim):
-            averaged |= dims
-            node = x = _source(node)
-        elif operation(node) in _FLAT and not averaged:
-            node = _source(node)
-        else:
+        dims = whole_dims(node)
+        if dims:
+            before, after = (n.meta["val"].ndim for n in (_source(node), node))
+            kept = [dim for dim in range(before) if before == after or dim not in dims]
+            averaged = {kept[dim] for dim in averaged} | dims
+        elif operation(node) not in _FLAT or averaged:
             break
-    return x, averaged
+        chain.append(node)
+        node = _source(node)
+    return (chain, averaged) if averaged else ([], averaged)
 
 
-def _whole_dims(node: fx.Node) -> set[int]:
+def whole_dims(node: fx.Node) -> set[int]:
     """The dimensions that an average takes whole; none for an average of parts, and for other operations."""
     name = operation(node)
     if name == "mean":
@@ -53,6 +60,8 @@ def _whole_dims(node: fx.Node) -> set[int]:
     if "avg_pool" not in name or any(_each(argument(node, 3, "padding", 0))) or argument(node, 6, "divisor_override"):
         return set()
     before, after = (n.meta["val"].shape[2:] for n in (_source(node), node))
+    if len(before) != int(name[-2]):  # no batch
+        return set()
     kernel = before if "adaptive" in name else _each(argument(node, 1, "kernel_size")) * len(before)
     whole = {dim + 2 for dim, (n, m, k) in enumerate(zip(before, after, kernel, strict=False)) if m == 1 and k == n}
     kept = [dim + 2 for dim, (n, m) in enumerate(zip(before, after, strict=True)) if n == m]

@@ -232,8 +232,8 @@ class Fit:
 
     def _check_apart(self, inputs: Inputs, extras: Extras, output: Tensor) -> None:
         """Whether examples give the same output in other company and order: the last line of defence behind the rules."""
-        rows = range(len(output) - 1, (len(output) - 1) // 2, -1) or (0, 0)  # one example is put beside itself
-        later = torch.tensor(rows, device=output.device)
+        order = torch.randperm(len(output), generator=torch.Generator().manual_seed(0))
+        later = (order[: len(output) // 2] if len(output) > 1 else torch.tensor([0, 0])).to(output.device)  # one, beside itself
         fewer = pick(inputs, extras, later, self._captured.shared)
         again = self._surrogate(Run(self._surrogate.steps, fitting=""), self._values(*fewer))
         scale = float(output.abs().max()) * torch.finfo(output.dtype).eps ** 0.5

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from captum_mipin.batch import Layout
 from captum_mipin.capture import CapturedGraph
 from captum_mipin.errors import CaptureError, InputError, UnsupportedOperationError
-from captum_mipin.rules import Fork, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation
+from captum_mipin.rules import MIPIN, Fork, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.base import argument
 from captum_mipin.rules.linear import TOGETHER
 from captum_mipin.survey import (
@@ -147,6 +147,16 @@ def _taking(operation: Callable[..., Any], at: int) -> Callable[..., Any]:
     return operation if at == 0 else lambda x, *others, **named: operation(*others[:at], x, *others[at:], **named)
 
 
+def _constants_first(graph: fx.Graph, last: fx.Node) -> None:
+    """Move what follows from parameters alone, such as normalised weights, behind the last placeholder."""
+    for node in list(graph.nodes):
+        constant = node.op == "call_function" and not node.meta["depends"]
+        if constant and all(n.op == "placeholder" or n.meta.get("constant") for n in node.all_input_nodes):
+            node.meta["constant"] = True
+            last.append(node)
+            last = node
+
+
 class Surrogate:
     """A model's graph whose backward pass is a method.
 
@@ -192,6 +202,7 @@ class Surrogate:
         with graph.inserting_before(first):
             run = graph.placeholder("run")
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        _constants_first(graph, last)
         needs_scale = [unscaled(node, rules) for node in starts]
         if any(needs_scale) and not calibrate:
             raise CaptureError(
@@ -296,9 +307,10 @@ class Surrogate:
         found: list[fx.Node] = []
         for user in users:
             others = [n for n in user.all_input_nodes if n is not node]
-            rule = self._rules.get(str(user.target))
+            rule = MIPIN.get(str(user.target))
             learned = isinstance(rule, Learned) and rule.inverter in TOGETHER and user.args[0] is node
-            if learned and occurrences(user, node) == 1 and all(n.op == "placeholder" for n in others):
+            if learned and occurrences(user, node) == 1 and not any(n.meta["depends"] for n in others):
                 found.append(user)
         kinds = [("conv" in operation(user), argument(user, 6, "groups", 1)) for user in found]
-        return [user for user, kind in zip(found, kinds, strict=True) if kind == kinds[0]]
+        most = max(kinds, key=lambda kind: (kinds.count(kind), kind[0], -kind[1]), default=None)
+        return [user for user, kind in zip(found, kinds, strict=True) if kind == most]

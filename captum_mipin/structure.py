@@ -4,14 +4,16 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from captum_mipin.averages import whole_dims
 from captum_mipin.capture import CapturedGraph, memory, place
 from captum_mipin.rules import MIPIN, Learned, Passes, Rule, operation
-from captum_mipin.rules.base import is_gate
+from captum_mipin.rules.base import gate_source, is_gate
 from captum_mipin.survey import SHAPE
 
 
@@ -58,13 +60,20 @@ def _lines(captured: CapturedGraph, rules: Mapping[str, Rule]) -> Iterator[tuple
             count += 1
             names[node] = f"%{count}"
             what = f"{names[node]} {place(node)} {node.target} {_added_up(node)}"
+            what += f" averages {sorted(whole_dims(node))}" if "avg_pool" in operation(node) else ""
             if str(node.target) in added:
                 what += _named(rules[str(node.target)])
             arguments = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
             rule = rules.get(str(node.target))
             sized = rule is not None and rule.restores and not isinstance(rule, Learned)
             loose = pytree.tree_map(lambda a: "size" if type(a) is int else a, arguments) if sized else arguments
-            yield node, f"{what} {arguments}", f"{what} {loose}"
+            yield node, f"{what} {arguments} {_shape(node)}", f"{what} {loose}"
+
+
+def _shape(node: fx.Node) -> list[int | str]:
+    """The shape of a result, by which changes of shape on the way to it are noticed."""
+    value = node.meta.get("val")
+    return [n if type(n) is int else "batch" for n in value.shape] if isinstance(value, Tensor) else []
 
 
 def _added_up(node: fx.Node) -> list[int]:
@@ -76,11 +85,14 @@ def _added_up(node: fx.Node) -> list[int]:
     if operation(node) not in ("add", "sub", "rsub", "neg", "mul", "div", "expand"):
         return [n for factor in factors for n in factor.meta["val"].shape[-2:] if type(n) is int]
     spread = [n for n in factors if not _only_gate(n, node)]
-    return [size for n in spread for size in _copies(n.meta["val"], value)]
+    weights = [n for n in factors if operation(node) == "mul" and "softmax" in operation(gate_source(n, _batched))]
+    return [size for n in spread for size in _copies(n.meta["val"], value)] + [
+        size for n in weights for size in n.meta["val"].shape if type(size) is int
+    ]
 
 
-def _batched(node: fx.Node) -> bool:
-    value = node.meta.get("val")
+def _batched(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return isinstance(value, Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
 
 

@@ -44,6 +44,10 @@ _CHANNELS = {
 }
 
 
+#: Operations that move values, so that their result is shaped like what they take by chance alone.
+_MOVES = ("permute", "transpose", "t")
+
+
 @dataclass(frozen=True)
 class Treatment:
     """What becomes of one operation of the model.
@@ -171,17 +175,26 @@ def channels(node: fx.Node) -> int | None:
     for downwards in (True, False):
         seen, queue = {node}, [node]
         for this in queue:
-            if not downwards and _CHANNELS.get(operation(this), at.dim) % value.ndim != at.dim:
-                return int(_CHANNELS[operation(this)] % value.ndim)
-            for other in this.users if downwards else this.all_input_nodes:
-                dim = _CHANNELS.get(operation(other), at.dim) % value.ndim
-                if dim != at.dim:
-                    return int(dim)
+            others = this.users if downwards else this.all_input_nodes
+            said = [_channels_of(other, this) for other in others] if downwards else [_channels_of(this, this)]
+            for dim in said:
+                if dim is not None and dim % value.ndim != at.dim:
+                    return int(dim % value.ndim)
+            if not downwards and operation(this) in _MOVES:
+                continue
+            for other in others:
                 alike = isinstance(other.meta.get("val"), Tensor) and str(other.meta["val"].shape) == str(value.shape)
-                if alike and other not in seen:
+                if alike and other not in seen and not (downwards and operation(other) in _MOVES):
                     seen.add(other)
                     queue.append(other)
     return next(dim for dim in (1, value.ndim - 1, 0) if dim != at.dim)
+
+
+def _channels_of(user: fx.Node, node: fx.Node) -> int | None:
+    """Where an operation has the channels of ``node``, which it takes or is."""
+    if operation(user) == "pooled_linear":
+        return int(user.args[-1]) if user.args[0] is node else None  # type: ignore[arg-type]  # see PooledLinear
+    return _CHANNELS.get(operation(user))
 
 
 def _carriers(node: fx.Node, rules: Mapping[str, Rule]) -> Sequence[int]:
@@ -207,7 +220,9 @@ def treatments(graph: fx.Graph, rules: Mapping[str, Rule]) -> list[Treatment]:
             reason = "no rule covers it" + _HINTS.get(operation(node), "")
         else:
             reason = _objection(node, rule) or ""
-        if node.meta["recorded"]:
+        if node.meta.get("joined"):
+            status, note = "supported", "taken together with the dense layer behind it"
+        elif node.meta["recorded"]:
             status, note = "supported", "recorded: it makes gates or weights, and gets no signal"
         else:
             status, note = "passes" if isinstance(rule, Passes) else "supported", rule.note if rule else ""

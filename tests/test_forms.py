@@ -734,3 +734,62 @@ def test_integers_beside_numbers():
     as_argument = InverseNetwork(Function(lambda m, numbers, tokens: m["model"](tokens, numbers), model=model).eval())
     as_argument.fit([data[::-1]], unpack=lambda batch: batch, progress=False)  # a further argument may be anything
     assert as_argument.source_signal(some[1], 0, some[0]).shape == (3, 4)
+
+
+class Attended(nn.Module):
+    """The mean of h over all places, weighted by a softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.weigh, self.head = nn.Linear(3, 6), nn.Linear(6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.embed(x).relu()
+        return self.head((h * torch.softmax(self.weigh(h), 1)).sum(1))
+
+
+CHANGING = {
+    "weights of a softmax": (Attended(), (5, 3), (9, 3)),
+    "a window that is the whole of one size": (
+        nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(4, 3)),
+        (2, 6, 6),
+        (2, 7, 7),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_would_go_another_way_at_another_size_is_refused_there(name):
+    model, size, other = CHANGING[name]
+    torch.manual_seed(0)
+    inverse = fitted(model, torch.randn(60, *size))
+    assert inverse.source_signal(torch.randn(3, *size), 0).isfinite().all()
+    with pytest.raises(CaptureError, match="computes otherwise"):
+        inverse.source_signal(torch.randn(3, *other), 0)
+
+
+class Shuffled(nn.Module):
+    """A channel shuffle whose groups are an attribute, before a grouped convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=4), nn.Linear(8, 3)
+        self.groups = 2
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        b, c, height, width = h.shape
+        h = h.view(b, self.groups, c // self.groups, height, width).transpose(1, 2).reshape(b, c, height, width)
+        return self.head(self.second(h).mean((2, 3)))
+
+
+def test_a_change_of_views_alone_is_a_change_of_the_model(tmp_path):
+    torch.manual_seed(0)
+    model, x = Shuffled(), torch.randn(40, 3, 6, 6)
+    inverse = fitted(model, x)
+    inverse.save(tmp_path / "file")
+    model.groups = 4
+    for changed in (inverse, InverseNetwork.load(tmp_path / "file", model)):
+        for some in (x[:2], torch.randn(2, 3, 8, 8)):
+            with pytest.raises(ModelChangedError):
+                changed.source_signal(some, 0)

@@ -547,6 +547,67 @@ def test_residual_depthwise_convolutions_have_their_own_identity():
     assert_close(mipin.source_signal(x, target=1), apply_kernel(signal, point, kernels, x.shape))
 
 
+class Terms(nn.Module):
+    """The head of a sum over branches of h = relu(stem(x)), in a given order."""
+
+    def __init__(self, order, **branches):
+        super().__init__()
+        self.stem, self.head, self.order = nn.Conv2d(2, 4, 1), nn.Linear(100, 3), order
+        self.branches = nn.ModuleDict(branches)
+
+    def forward(self, x):
+        h = self.stem(x).relu()
+        return self.head(sum(self.branches[name](h) if name else h for name in self.order).relu().flatten(1))
+
+
+def test_order_of_the_branches_does_not_matter():
+    def branches():
+        return {"full": nn.Conv2d(4, 4, 1), "deep": nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU())}
+
+    orders, x = (("", "full", "deep"), ("deep", "full", ""), ("full", "deep", "")), normal(40, 2, 5, 5)
+    found = [both(fitted(seeded(Terms(order, **branches())), x, 1), x[:5], 1) for order in orders]
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert_close(a, b, 1e-9)
+
+
+def test_weights_computed_in_the_network_are_weights_too():
+    x, plain = normal(40, 2, 5, 5), seeded(Terms(("conv", ""), conv=nn.Conv2d(4, 4, 3, padding=1)))
+    normed = copy.deepcopy(plain)
+    nn.utils.parametrizations.weight_norm(normed.branches["conv"])
+    normed.eval()
+    assert_close(normed(x).detach(), plain(x).detach())
+    for a, b in zip(both(fitted(plain, x, 1), x[:5], 1), both(fitted(normed, x, 1), x[:5], 1), strict=True):
+        assert_close(a, b, 1e-9)
+
+
+class Sequence(nn.Module):
+    """A dense layer on the average over time of two branches, channels first or last, and the average first or last."""
+
+    def __init__(self, last, mean_first=True):
+        super().__init__()
+        self.linear, self.last, self.mean_first = nn.Linear(4, 3), last, mean_first
+
+    def forward(self, x):
+        h = x.relu() + x.tanh()
+        if self.mean_first:
+            return self.linear(h.mean(1 if self.last else 2))
+        return self.linear(h if self.last else h.transpose(1, 2)).mean(1)
+
+
+@pytest.mark.parametrize("time", [4, 7])
+def test_factors_of_a_fork_are_those_of_channels_wherever_they_are(time):
+    """Also where there are as many channels as places, so that a transpose keeps the shape."""
+    x = normal(200, 4, time) * torch.tensor([1.0, 3.0, 0.3, 2.0]).view(4, 1)
+    found = []
+    for last, mean_first in itertools.product((False, True), (False, True)):
+        given = x.transpose(1, 2).contiguous() if last else x
+        signal = fitted(seeded(Sequence(last, mean_first)), given, 1).source_signal(given[:5], target=1)
+        found.append(signal.transpose(1, 2) if last else signal)
+    for signal in found[1:]:
+        assert_close(signal, found[0], 1e-9)
+
+
 def test_forks_can_be_summed_instead():
     model, x = seeded(Residual(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3))), normal(60, 6)
     mipin, h = fitted(model, x, 1, forks="sum"), model.stem(x).relu().detach()
@@ -724,6 +785,8 @@ SPELLED_HEADS = {
     "of flat": lambda h, linear: linear(h.flatten(2).mean(-1)),
     "window": lambda h, linear: linear(F.avg_pool2d(h, h.shape[2:]).flatten(1)),
     "steps": lambda h, linear: linear(F.avg_pool2d(h.mean(2, keepdim=True), (1, h.shape[3])).flatten(1)),
+    "one by one": lambda h, linear: linear(h.mean(2).mean(2)),
+    "one by one, last": lambda h, linear: linear(h.permute(0, 2, 3, 1).mean(1).mean(1)),
     "last": lambda h, linear: linear(h.permute(0, 2, 3, 1).mean((1, 2))),
     "convolution": lambda h, linear: F.conv2d(h, linear.weight[:, :, None, None], linear.bias).mean((2, 3)),
     "map": lambda h, linear: F.adaptive_avg_pool2d(linear(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 1).flatten(1),

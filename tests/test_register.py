@@ -24,7 +24,7 @@ from captum_mipin import (
     unregister_rule,
 )
 from captum_mipin.rules.activations import gate
-from captum_mipin.rules.linear import dense
+from captum_mipin.rules.linear import convolution, dense
 
 
 def _operation(name: str, like: Callable[..., Tensor] = lambda x, *_: torch.empty_like(x)) -> Any:
@@ -289,3 +289,52 @@ def test_an_inverse_goes_only_with_the_rules_it_was_fitted_with(register: Any, t
     register("own::dense", GATE)  # another operation's rule is no matter
     for this in each():
         assert torch.equal(this.source_signal(x, 1), before)
+
+
+class Run(nn.Module):
+    """A network given as a function of its modules and its input."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run, self.parts = run, nn.ModuleDict(modules)
+
+    def forward(self, x):
+        return self.run(self.parts, x)
+
+
+def test_examples_that_depend_on_their_neighbours_are_refused_by_the_data():
+    @torch.library.custom_op("mipin_tests::pairs", mutates_args=())
+    def pairs(x: torch.Tensor) -> torch.Tensor:
+        return x + 0.5 * x.view(-1, 2, x.shape[1]).flip(1).reshape(x.shape)
+
+    pairs.register_fake(torch.empty_like)
+    register_rule("mipin_tests::pairs", Recorded(run=lambda options, op, x: (op(x), lambda s: s), note="nothing"))
+    try:
+        model = Run(lambda m, x: m["b"](pairs(m["a"](x))), a=nn.Linear(4, 4), b=nn.Linear(4, 3)).eval()
+        with pytest.raises(FitError, match="other examples"):
+            InverseNetwork(model).fit(torch.randn(60, 4), 0, progress=False)
+    finally:
+        unregister_rule("mipin_tests::pairs")
+
+
+def test_what_is_learned_by_a_rule_of_ones_own_stays_apart_at_forks():
+    """Beside a dense layer and the identity, on the same tensor."""
+
+    @torch.library.custom_op("mipin_tests::filter", mutates_args=())
+    def apart(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv1d(x, weight, padding=1)
+
+    apart.register_fake(lambda x, weight: x.new_empty(x.shape))
+    rule = Learned(inverter=lambda options, x, weight: convolution(options, x, weight, padding=1), note="a convolution")
+    register_rule("mipin_tests::filter", rule)
+    torch.manual_seed(0)
+    conv, x = nn.Conv1d(4, 4, 3, padding=1, bias=False).double(), torch.randn(60, 4, 5, dtype=torch.float64)
+    parts = {"c": conv, "s": nn.Conv1d(4, 4, 1), "l": nn.Linear(5, 5), "o": nn.Linear(20, 3)}
+    try:
+        found = []
+        for run in (lambda m, h: apart(h, m["c"].weight), lambda m, h: m["c"](h + 0)):  # what adds something is apart as well
+            model = Run(lambda m, x, run=run: m["o"]((run(m, h := m["s"](x).relu()) + m["l"](h)).relu().flatten(1)), **parts)
+            found.append(InverseNetwork(model.double().eval()).fit(x, 0, progress=False).source_signal(x[:5], 0))
+        torch.testing.assert_close(found[0], found[1])
+    finally:
+        unregister_rule("mipin_tests::filter")

@@ -13,7 +13,7 @@ from torchvision import models
 from torchvision.models.googlenet import Inception
 from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 
-from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, MIPINError, check
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, MIPINError, UnsupportedOperationError, check
 from captum_mipin.batch import Layout
 from captum_mipin.rules import MIPIN, Options
 
@@ -858,3 +858,50 @@ def test_networks_of_every_family(name, captured_once, tmp_path):
     loaded = InverseNetwork.load(tmp_path / "file", model)
     assert torch.equal(loaded.source_signal(few, mixed), s)
     assert torch.equal(LayerMIPINAttribution(model, loaded, layer).attribute(few, mixed), found)
+
+
+SPREAD = {
+    "maximum": lambda x, y: torch.maximum(x[:, None], y),
+    "where": lambda x, y: torch.where(y > 0, x[:, None], y),
+    "masked_fill": lambda x, y: x[:, None].masked_fill(torch.ones(8, 4, dtype=torch.bool), 0.0) + y,
+}
+
+
+class Two(nn.Module):
+    """A dense layer on a function of two inputs."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run, self.linear = run, nn.Linear(32, 3)
+
+    def forward(self, x, y):
+        return self.linear(self.run(x, y).flatten(1))
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_a_switch_that_spreads_a_value_is_refused(name):
+    """Its signal would be a sum over the places it is chosen at."""
+    model = Two(SPREAD[name]).eval()
+    data = torch.randn(60, 4), torch.randn(60, 8, 4)
+    with pytest.raises(UnsupportedOperationError, match=r"spreads a smaller value.*expand"):
+        InverseNetwork(model).fit(data, 0, progress=False)
+
+
+def test_an_average_with_a_negative_divisor_is_refused():
+    model = Function(lambda m, x: m["l"](F.avg_pool2d(x, 2, divisor_override=-4).flatten(1)), l=nn.Linear(8, 3)).eval()
+    with pytest.raises(UnsupportedOperationError, match="divides by -4"):
+        InverseNetwork(model).fit(torch.randn(30, 2, 4, 4), 0, progress=False)
+
+
+@pytest.mark.parametrize("pool", [
+    lambda h: F.adaptive_avg_pool2d(h, (1, 1)),
+    lambda h: F.avg_pool2d(h, (3, 8), 1),
+    lambda h: F.adaptive_avg_pool2d(h, (3, 1)),
+])  # fmt: skip
+def test_pooling_that_takes_the_channels_for_rows_is_no_average_over_places(pool):
+    torch.manual_seed(0)
+    width = pool(torch.zeros(2, 3, 8)).flatten(1).shape[1]
+    model = Function(lambda m, x: m["l"](pool(m["c"](x)).flatten(1)), c=nn.Conv1d(2, 3, 3, padding=1), l=nn.Linear(width, 3))
+    x = torch.randn(40, 2, 8)
+    signal = InverseNetwork(model.double().eval()).fit(x.double(), 0, progress=False).source_signal(x[:3].double(), 0)
+    assert signal.isfinite().all()

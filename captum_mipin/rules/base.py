@@ -160,12 +160,17 @@ def is_gate(node: Any) -> bool:
 
     It may have been rearranged since, and scaled or shifted by constants.
     """
+    return operation(gate_source(node, depends)) in _GATES
+
+
+def gate_source(node: Any, depends: Callable[[Any], bool]) -> Any:
+    """What a value was made of before it was rearranged, scaled or shifted; ``depends`` tells constants apart."""
     while operation(node) in _REARRANGED | _SCALED:
         made_from = node.args[:1] if operation(node) in _REARRANGED else [n for n in node.args if depends(n)]
         if len(made_from) != 1 or (operation(node) == "div" and made_from[0] is not node.args[0]):
-            return False
+            return None
         node = made_from[0]
-    return operation(node) in _GATES
+    return node
 
 
 def factors(node: fx.Node, first: int = 0) -> tuple[int, ...]:

@@ -5,11 +5,11 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from captum_mipin.convolution import Geometry
-from captum_mipin.rules.base import Back, Options, Recorded, adjoint
+from captum_mipin.rules.base import Back, Options, Recorded, adjoint, argument
 
 
 def max_pool(
@@ -119,6 +119,11 @@ def _each(value: Sequence[int], dims: int) -> Sequence[int]:
     return value if len(value) == dims else [value[0]] * dims
 
 
+def _negative(node: fx.Node) -> str | None:
+    divisor = argument(node, 6, "divisor_override")
+    return f"it divides by {divisor}, a negative number: no share in an average can be negative" if (divisor or 1) < 0 else None
+
+
 _MAX = {
     f"aten.max_pool{dims}d{form}.default": Recorded(run=max_pool, note="switches; mean where windows overlap")
     for dims in (1, 2, 3)
@@ -129,7 +134,7 @@ _ADAPTIVE_MAX = {
     for dims in (1, 2, 3)
 }
 _AVERAGE = {
-    f"aten.{form}avg_pool{dims}d.default": Recorded(run=average, note="recorded shares")
+    f"aten.{form}avg_pool{dims}d.default": Recorded(run=average, note="recorded shares", refuse=_negative)
     for dims in (1, 2, 3)
     for form in ("", "adaptive_", "_adaptive_")
     if (form, dims) != ("_adaptive_", 1)
