@@ -126,13 +126,13 @@ def localization() -> str:
     rows = []
     for path in sorted(RESULTS.glob("localization-*.json")):
         result = json.loads(path.read_text())
-        name = path.stem.removeprefix("localization-")
+        settings = result["settings"]
+        name = f"{path.stem.removeprefix('localization-')}, {len(settings['classes'])} classes, {settings['mosaics']} mosaics"
         for method in dict.fromkeys(row["method"] for row in result["rows"]):
             line: dict[str, Any] = {"network": name, "method": method}
             for row in (row for row in result["rows"] if row["method"] == method):
                 for grid in ("2x2", "3x3"):
-                    line[f"{row['layer']} {grid}"] = f"{row[grid]:.2f}"
-                    line[f"{row['layer']} {grid}, logit > 0"] = f"{row[f'{grid}, positive logit']:.2f}"
+                    line[f"{row['layer']} {grid}"] = f"{row[grid]:.2f} ({row[f'{grid}, positive logit']:.2f})"
             rows.append(line)
     return show(rows)
 

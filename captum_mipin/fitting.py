@@ -210,7 +210,7 @@ class Fit:
                 raise FitError(
                     f"batch {index} has further arguments {signature.leaves}, the first had {self._signature.leaves}"
                 )
-            output = self._surrogate(Run(self._surrogate.steps, fitting=""), self._values(inputs, extras))
+            output = self._surrogate(Run(self._surrogate.steps, fitting="", proving=index == 0), self._values(inputs, extras))
             rows += len(output)
             if not finite(output):
                 raise FitError(f"batch {index}: the model's output contains NaN or Inf")

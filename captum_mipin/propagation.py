@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from captum_mipin.batch import Layout
 from captum_mipin.capture import CapturedGraph
-from captum_mipin.errors import CaptureError, InputError, UnsupportedOperationError
+from captum_mipin.errors import CaptureError, InputError, RuleError, UnsupportedOperationError
 from captum_mipin.rules import MIPIN, Fork, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.base import argument
 from captum_mipin.rules.linear import TOGETHER
@@ -69,6 +69,7 @@ class Run:
         fitting: Key of the step whose regression is wanted, if one is: only what lies above it takes part in the backward pass.
         observed: Its inverter, its input x and its outputs.
         sources: The tensors at which the signal is wanted.
+        proving: Make sure that what rules compute is what their operations do.
     """
 
     steps: Mapping[str, Step]
@@ -78,6 +79,7 @@ class Run:
     fitting: str | None = None
     observed: tuple[Inverter, Tensor, tuple[Tensor, ...]] | None = None
     sources: dict[int, Tensor] = field(default_factory=dict)
+    proving: bool = False
 
     def invert(self, inverter: Inverter, step: Step, *signals: Tensor) -> Tensor:
         """g(S), for each example with the inverse of its own target."""
@@ -113,9 +115,27 @@ class _Invert(torch.autograd.Function):
 
 def _forward(run: Run, step: Step, x: Tensor, arguments: Any, named: Any) -> tuple[Any, Callable[..., Tensor]]:
     if isinstance(step.rule, Recorded):
-        return step.rule.run(run.options, step.operation, x, *arguments, **named)
+        found = step.rule.run(run.options, step.operation, x, *arguments, **named)
+        if run.proving:
+            _prove(step, found, step.operation(x, *arguments, **named))
+        return found
     inverter = step.rule.inverter(run.options, x, *arguments, **named)
     return step.operation(x, *arguments, **named), partial(run.invert, inverter, step)
+
+
+def _prove(step: Step, found: Any, expected: Any) -> None:
+    """Whether a rule gives the value of its operation, and a way back."""
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and callable(found[1])):
+        raise RuleError(
+            f"the rule of {step.key} returns a {type(found).__name__}, expected the value and a function back from it"
+        )
+    value = found[0]
+    scale = float(expected.abs().max()) * torch.finfo(expected.dtype).eps ** 0.5 if expected.numel() else 0.0
+    if value.shape != expected.shape or not bool(((value - expected).abs() <= scale).all()):
+        raise RuleError(
+            f"the rule of {step.key} computes another value than its operation: a rule says how a signal comes back"
+        )
 
 
 def step(run: Run, key: str, x: Tensor, *arguments: Any, **named: Any) -> Any:

@@ -338,3 +338,23 @@ def test_what_is_learned_by_a_rule_of_ones_own_stays_apart_at_forks():
         torch.testing.assert_close(found[0], found[1])
     finally:
         unregister_rule("mipin_tests::filter")
+
+
+@pytest.mark.parametrize(("run", "message"), [
+    (lambda options, op, x: (-op(x), lambda s: -s), "another value"),
+    (lambda options, op, x: (op(x)[:, :2], lambda s: s), "another value"),
+    (lambda options, op, x: op(x), "returns a Tensor"),
+])  # fmt: skip
+def test_a_rule_that_computes_something_else_is_refused(run, message):
+    @torch.library.custom_op("mipin_tests::same", mutates_args=())
+    def same(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    same.register_fake(torch.empty_like)
+    register_rule("mipin_tests::same", Recorded(run=run, note="wrong"))
+    try:
+        model = Run(lambda m, x: m["b"](same(m["a"](x)).mean(1, keepdim=True)), a=nn.Linear(4, 4), b=nn.Linear(1, 3)).eval()
+        with pytest.raises(RuleError, match=message):
+            InverseNetwork(model).fit(torch.randn(30, 4), 0, progress=False)
+    finally:
+        unregister_rule("mipin_tests::same")
