@@ -215,8 +215,8 @@ def _ridge(gram: Tensor, cross: Tensor, penalty: Tensor, dead: Tensor, ridge: fl
     """(gram + penalty)⁻¹ cross, with zeros for dead signals, and the condition number of what was inverted."""
     if gram.shape[-1] == 0:
         return torch.zeros_like(cross), 1.0
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     gram = gram.masked_fill(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)
+    scale = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
     stand_in = dead * torch.where(scale > 0, scale, 1.0)  # keeps the matrix regular
     ridged = gram + torch.diag_embed(penalty + stand_in)
     factor, failed = torch.linalg.cholesky_ex(ridged)
