@@ -272,7 +272,7 @@ class Geometry:
         """Σ_q s_c[q] s_c'[q + dilation·lag] for every lag in [1−k, k−1]^d: (lags, groups, channels, channels).
 
         By the correlation theorem, summed over the examples in the frequency domain, on a grid wide enough that
-        nothing wraps around.
+        nothing wraps around. Of the way back only these few lags are taken.
         """
         g, c, dims = self.groups, self.channels[1], tuple(range(-self.dims, 0))
         size = [_smooth(z + reach) for z, reach in zip(s.shape[2:], self.reach, strict=True)]
@@ -281,13 +281,12 @@ class Geometry:
         spectrum = spectrum.view(len(s), g, c, -1).permute(3, 1, 2, 0).contiguous()
         result = []
         for part in torch.split(spectrum, max(1, CHUNK // (g * c * prod(size))), 2):  # some channels against all
-            power = (part.conj() @ spectrum.mT).permute(1, 2, 3, 0).reshape(g, -1, c, *waves)
-            correlation = torch.fft.irfftn(power, size, dims)
-            for dim, k, dilation, z in zip(dims, self.kernel, self.dilation, size, strict=True):
-                lags = s.new_tensor([lag * dilation % z for lag in range(1 - k, k)], dtype=torch.long)
-                correlation = correlation.index_select(dim, lags)
-            result.append(correlation.flatten(3))
-        return torch.cat(result, 1).permute(3, 0, 1, 2)
+            field = part.conj() @ spectrum.mT  # (waves, groups, channels, channels)
+            for i in reversed(range(self.dims)):
+                basis = _waves_at(size[i], self.kernel[i], self.dilation[i], i == self.dims - 1, field)
+                field = basis @ field.reshape(prod(waves[:i]), waves[i], -1)
+            result.append(field.real.reshape(-1, *part.shape[1:3], c))
+        return torch.cat(result, 2)
 
     def _cut_away(self, s: Tensor, x_size: torch.Size) -> Iterator[Tensor]:
         """Windows' worth of ``s`` around the positions that lie outside x, each position once."""
@@ -306,6 +305,15 @@ class Geometry:
                     strip = strip.narrow(i + 2, a, b - a + reach[i])
                 yield strip
             low[dim], high[dim] = first, max(first, last)
+
+
+def _waves_at(size: int, k: int, dilation: int, half: bool, like: Tensor) -> Tensor:
+    """The inverse Fourier transform at the lags dilation · [1−k, k−1] alone: (lags, waves); of a real result, if ``half``."""
+    lags = torch.arange(1 - k, k, dtype=torch.float64, device=like.device) * dilation
+    waves = torch.arange(size // 2 + 1 if half else size, dtype=torch.float64, device=like.device)
+    twice = 1 + ((waves > 0) & (2 * waves < size)).to(waves.dtype) if half else torch.ones_like(waves)  # waves with a mirror
+    angle = 2 * torch.pi / size * lags.unsqueeze(1) * waves
+    return torch.polar(twice.div(size).expand_as(angle).contiguous(), angle).to(like.dtype)
 
 
 def _smooth(size: int) -> int:
