@@ -4,13 +4,12 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx
 
 from captum_mipin.batch import first_dimension
 from captum_mipin.rules import PooledLinear, operation
-from captum_mipin.rules.base import argument
+from captum_mipin.rules.base import argument, each
 
 #: Operations between averages and a dense layer that change a shape at most.
 _FLAT = ("view", "_unsafe_view", "reshape", "flatten", "squeeze", "clone", "alias", "contiguous", "dropout")
@@ -57,13 +56,18 @@ def whole_dims(node: fx.Node) -> set[int]:
     if name == "mean":
         ndim, dims = _source(node).meta["val"].ndim, argument(node, 1, "dim")
         return {dim % ndim for dim in dims} if dims else set()
-    if "avg_pool" not in name or any(_each(argument(node, 3, "padding", 0))) or argument(node, 6, "divisor_override"):
+    if "avg_pool" not in name:
         return set()
     before, after = (n.meta["val"].shape[2:] for n in (_source(node), node))
     if len(before) != int(name[-2]):  # no batch
         return set()
-    kernel = before if "adaptive" in name else _each(argument(node, 1, "kernel_size")) * len(before)
-    whole = {dim + 2 for dim, (n, m, k) in enumerate(zip(before, after, kernel, strict=False)) if m == 1 and k == n}
+    if "adaptive" in name:
+        kernel = tuple(before)
+    elif any(each(argument(node, 3, "padding", 0), len(before))) or argument(node, 6, "divisor_override"):
+        return set()
+    else:
+        kernel = each(argument(node, 1, "kernel_size"), len(before))
+    whole = {dim + 2 for dim, (n, m, k) in enumerate(zip(before, after, kernel, strict=True)) if m == 1 and k == n}
     kept = [dim + 2 for dim, (n, m) in enumerate(zip(before, after, strict=True)) if n == m]
     return whole if len(whole | set(kept)) == len(before) else set()
 
@@ -71,7 +75,3 @@ def whole_dims(node: fx.Node) -> set[int]:
 def _source(node: fx.Node) -> fx.Node:
     """The tensor that an operation works on."""
     return node.all_input_nodes[0]
-
-
-def _each(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (tuple, list)) else [value]

@@ -18,7 +18,7 @@ class UnsupportedOperationError(CaptureError, NotImplementedError):
 
 
 class RuleError(MIPINError, ValueError):
-    """A rule that cannot be registered."""
+    """A rule that cannot be registered, or that computes something else than its operation."""
 
 
 class InputError(MIPINError, AssertionError, ValueError):

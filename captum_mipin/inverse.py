@@ -210,6 +210,7 @@ class InverseNetwork:
             TargetError: A target that the model does not have.
             ModelChangedError: The model changed since earlier classes were fitted.
             InverseFileError: The checkpoint is damaged, or of another fit.
+            RuleError: A registered rule gives another value than its operation.
         """
         model, before = check_model(self.model), self._state
         if before is not None:

@@ -115,7 +115,7 @@ def _traces(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
             if "hooks" in name and hasattr(value, "__len__")
         },
         "inputs": [(t.requires_grad, t.stride(), *_state(t)) for t in tensors],
-        "generators": (_bits(torch.get_rng_state()), str(np.random.get_state()), random.getstate()),  # noqa: NPY002
+        "generators": (_bits(torch.get_rng_state()), str(np.random.get_state()), random.getstate()),  # noqa: NPY002  # as above
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from captum.attr import NoiseTunnel
 from oracle import Oracle, from_torch, regress
+from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
@@ -33,24 +34,8 @@ from captum_mipin.rules import table
 from captum_mipin.structure import structure
 
 
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def ids(*shape, seed=0, words=12):
     return torch.randint(words, shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Function(nn.Module):
-    """A network given as a function of its modules and its inputs."""
-
-    def __init__(self, run, **modules):
-        super().__init__()
-        self.run = run
-        self.parts = nn.ModuleDict(modules)
-
-    def forward(self, *inputs):
-        return self.run(self.parts, *inputs)
 
 
 def fitted(model, x, **options):
@@ -111,8 +96,8 @@ def test_another_size_equals_the_oracle_with_the_inverses_of_the_size_fitted(hea
     if loaded:
         inverse.save(tmp_path / "file")
         inverse = InverseNetwork.load(tmp_path / "file", model)
-    last = PooledDense(*(p.detach().numpy() for p in model.parts["last"].parameters()))
-    oracle = Oracle([*from_torch(model.parts["body"]), last]).fit(x.numpy(), 1)
+    last = PooledDense(*(p.detach().numpy() for p in model.layers["last"].parameters()))
+    oracle = Oracle([*from_torch(model.layers["body"]), last]).fit(x.numpy(), 1)
     for size in ((11, 9), (6, 16)) if head == "mean" else ((11, 9),):
         some = normal(3, 2, *size, seed=1, dtype=torch.float64)
         for local in (True, False):
@@ -273,7 +258,7 @@ def test_a_longer_sequence_is_refused_by_recurrent_layers_and_taken_by_a_mean():
         lambda m, x: m["last"](m["rnn"](x)[0][:, -1]), rnn=nn.RNN(3, 4, batch_first=True), last=nn.Linear(4, 2)
     )
     inverse = fitted(recurrent, normal(30, 2, 3))
-    with pytest.raises(CaptureError, match=r"first at \S+ in parts\.rnn"):
+    with pytest.raises(CaptureError, match=r"first at \S+ in layers\.rnn"):
         inverse.source_signal(normal(2, 3, 3), 0)
     tokenwise = Function(lambda m, x: m["last"](m["first"](x).relu().mean(1)), first=nn.Linear(3, 4), last=nn.Linear(4, 2))
     assert fitted(tokenwise, normal(30, 5, 3)).source_signal(normal(2, 6, 3), 0).shape == (2, 6, 3)

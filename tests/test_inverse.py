@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small import normal
 from torch import nn
 
 from captum_mipin import (
@@ -13,10 +14,6 @@ from captum_mipin import (
     TargetError,
     check,
 )
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def mlp(middle=None, dtype=torch.float32):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import Function
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,18 +11,6 @@ from captum_mipin.capture import capture
 from captum_mipin.errors import CaptureError
 from captum_mipin.propagation import Run, Surrogate
 from captum_mipin.rules import MIPIN
-
-
-class Function(nn.Module):
-    """A function of the input and of some layers, as a model."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.layers = nn.ModuleDict(layers)
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(self.layers, *inputs)
 
 
 def dense(*sizes):

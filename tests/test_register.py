@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import Function
 from torch import Tensor, nn
 
 from captum_mipin import (
@@ -155,7 +156,10 @@ def test_an_own_operation_is_inverted_as_the_built_in_one(
 
 def test_carriers_and_records_of_an_own_operation(register: Any) -> None:
     """For h ⊙ by, where ``by`` depends on the input as well: refused unless it is said to be recorded, then a gate like any."""
-    run = lambda options, operation, x, by: (operation(x, by), lambda s: s * by)  # noqa: E731
+
+    def run(options, operation, x, by):
+        return operation(x, by), lambda s: s * by
+
     model = _model(lambda h: scaled(h, torch.sigmoid(h)))
     register("own::scaled", Recorded(run=run, note="times"))
     with pytest.raises(UnsupportedOperationError, match="a second argument of it depends on the input as well"):
@@ -168,7 +172,10 @@ def test_carriers_and_records_of_an_own_operation(register: Any) -> None:
 
 def test_signal_through_another_argument_than_the_first(register: Any) -> None:
     weight = torch.rand(5, dtype=torch.float64)
-    run = lambda options, operation, x, other: (operation(x, other), lambda s: s * other)  # noqa: E731
+
+    def run(options, operation, x, other):
+        return operation(x, other), lambda s: s * other
+
     register("own::steered", Recorded(run=run, note="times", carriers=lambda node: (1,)))
     found = _fitted(lambda h: steered(weight, h)).source_signal(_data()[:5], 1)
     expected = _fitted(lambda h: weight * h).source_signal(_data()[:5], 1)
@@ -291,17 +298,6 @@ def test_an_inverse_goes_only_with_the_rules_it_was_fitted_with(register: Any, t
         assert torch.equal(this.source_signal(x, 1), before)
 
 
-class Run(nn.Module):
-    """A network given as a function of its modules and its input."""
-
-    def __init__(self, run, **modules):
-        super().__init__()
-        self.run, self.parts = run, nn.ModuleDict(modules)
-
-    def forward(self, x):
-        return self.run(self.parts, x)
-
-
 def test_examples_that_depend_on_their_neighbours_are_refused_by_the_data():
     @torch.library.custom_op("mipin_tests::pairs", mutates_args=())
     def pairs(x: torch.Tensor) -> torch.Tensor:
@@ -310,7 +306,7 @@ def test_examples_that_depend_on_their_neighbours_are_refused_by_the_data():
     pairs.register_fake(torch.empty_like)
     register_rule("mipin_tests::pairs", Recorded(run=lambda options, op, x: (op(x), lambda s: s), note="nothing"))
     try:
-        model = Run(lambda m, x: m["b"](pairs(m["a"](x))), a=nn.Linear(4, 4), b=nn.Linear(4, 3)).eval()
+        model = Function(lambda m, x: m["b"](pairs(m["a"](x))), a=nn.Linear(4, 4), b=nn.Linear(4, 3)).eval()
         with pytest.raises(FitError, match="other examples"):
             InverseNetwork(model).fit(torch.randn(60, 4), 0, progress=False)
     finally:
@@ -333,7 +329,9 @@ def test_what_is_learned_by_a_rule_of_ones_own_stays_apart_at_forks():
     try:
         found = []
         for run in (lambda m, h: apart(h, m["c"].weight), lambda m, h: m["c"](h + 0)):  # what adds something is apart as well
-            model = Run(lambda m, x, run=run: m["o"]((run(m, h := m["s"](x).relu()) + m["l"](h)).relu().flatten(1)), **parts)
+            model = Function(
+                lambda m, x, run=run: m["o"]((run(m, h := m["s"](x).relu()) + m["l"](h)).relu().flatten(1)), **parts
+            )
             found.append(InverseNetwork(model.double().eval()).fit(x, 0, progress=False).source_signal(x[:5], 0))
         torch.testing.assert_close(found[0], found[1])
     finally:
@@ -353,7 +351,9 @@ def test_a_rule_that_computes_something_else_is_refused(run, message):
     same.register_fake(torch.empty_like)
     register_rule("mipin_tests::same", Recorded(run=run, note="wrong"))
     try:
-        model = Run(lambda m, x: m["b"](same(m["a"](x)).mean(1, keepdim=True)), a=nn.Linear(4, 4), b=nn.Linear(1, 3)).eval()
+        model = Function(
+            lambda m, x: m["b"](same(m["a"](x)).mean(1, keepdim=True)), a=nn.Linear(4, 4), b=nn.Linear(1, 3)
+        ).eval()
         with pytest.raises(RuleError, match=message):
             InverseNetwork(model).fit(torch.randn(30, 4), 0, progress=False)
     finally:

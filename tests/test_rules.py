@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import regress
+from small import Function
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
@@ -16,18 +17,6 @@ from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, In
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, MIPINError, UnsupportedOperationError, check
 from captum_mipin.batch import Layout
 from captum_mipin.rules import MIPIN, Options
-
-
-class Function(nn.Module):
-    """A network given as a function of its modules and its input."""
-
-    def __init__(self, run, **modules):
-        super().__init__()
-        self.run = run
-        self.parts = nn.ModuleDict(modules)
-
-    def forward(self, x):
-        return self.run(self.parts, x)
 
 
 def back(name, x, *arguments, local=True, **named):
@@ -177,10 +166,10 @@ def test_gate_of_squeeze_and_excite_by_hand(made):
         return slope * s + x.mean(0) - slope * s.mean(0)
 
     with torch.no_grad():
-        gate = made(model.parts["u"](x))
+        gate = made(model.layers["u"](x))
         above = regress(x * gate, model(x))
     torch.testing.assert_close(inverse.source_signal(x), regress(x, above * gate))
-    assert [row.layer for row in inverse.report.layers] == ["parts.w/linear", "input x/input/fork"]  # the gate is not inverted
+    assert [row.layer for row in inverse.report.layers] == ["layers.w/linear", "input inputs_0/input/fork"]  # the gate is not inverted
 
 
 @pytest.mark.parametrize("target", [0, 1])
@@ -867,21 +856,10 @@ SPREAD = {
 }
 
 
-class Two(nn.Module):
-    """A dense layer on a function of two inputs."""
-
-    def __init__(self, run):
-        super().__init__()
-        self.run, self.linear = run, nn.Linear(32, 3)
-
-    def forward(self, x, y):
-        return self.linear(self.run(x, y).flatten(1))
-
-
 @pytest.mark.parametrize("name", SPREAD)
 def test_a_switch_that_spreads_a_value_is_refused(name):
     """Its signal would be a sum over the places it is chosen at."""
-    model = Two(SPREAD[name]).eval()
+    model = Function(lambda m, x, y: m["l"](SPREAD[name](x, y).flatten(1)), l=nn.Linear(32, 3)).eval()
     data = torch.randn(60, 4), torch.randn(60, 8, 4)
     with pytest.raises(UnsupportedOperationError, match=r"spreads a smaller value.*expand"):
         InverseNetwork(model).fit(data, 0, progress=False)

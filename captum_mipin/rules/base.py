@@ -142,6 +142,12 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def each(value: Any, dims: int) -> tuple[int, ...]:
+    """One number a dimension, from one for all or one each."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
 def every(node: fx.Node) -> tuple[int, ...]:
     """All arguments carry signal."""
     return tuple(range(len(node.args)))

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from captum_mipin.convolution import CHUNK, Geometry
 from captum_mipin.regression import Moments, Solution
-from captum_mipin.rules.base import Inverse, Inverter, Learned, Options
+from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, each
 from captum_mipin.rules.pooling import shared_out
 
 
@@ -227,14 +227,14 @@ def convolution(
 ) -> Convolution:
     """The inverse of ``conv{1,2,3}d``; ``padding`` may be "same" or "valid"."""
     dims = weight.ndim - 2
-    stride, dilation = _each(stride, dims), _each(dilation, dims)
+    stride, dilation = each(stride, dims), each(dilation, dims)
     skip: tuple[int, ...] = ()
     if padding == "same":
         total = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
         padding, skip = tuple(n - n // 2 for n in total), tuple(n % 2 for n in total)
     elif padding == "valid":
         padding = 0
-    geometry = Geometry(tuple(weight.shape), stride, _each(padding, dims), dilation, groups, skip=skip)
+    geometry = Geometry(tuple(weight.shape), stride, each(padding, dims), dilation, groups, skip=skip)
     return Convolution((geometry,), x.shape)
 
 
@@ -251,14 +251,9 @@ def transposed_convolution(
 ) -> Convolution:
     """The inverse of ``conv_transpose{1,2,3}d``."""
     dims = weight.ndim - 2
-    stride, padding, dilation, output_padding = (_each(v, dims) for v in (stride, padding, dilation, output_padding))
+    stride, padding, dilation, output_padding = (each(v, dims) for v in (stride, padding, dilation, output_padding))
     geometry = Geometry(tuple(weight.shape), stride, padding, dilation, groups, True, output_padding)
     return Convolution((geometry,), x.shape)
-
-
-def _each(value: Any, dims: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * dims if len(values) == 1 else values
 
 
 #: Families of inverses that can be learned together where a tensor feeds several of them.

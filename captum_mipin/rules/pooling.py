@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from captum_mipin.convolution import Geometry
-from captum_mipin.rules.base import Back, Options, Recorded, adjoint, argument
+from captum_mipin.rules.base import Back, Options, Recorded, adjoint, argument, each
 
 
 def max_pool(
@@ -28,7 +28,7 @@ def max_pool(
     it receives their mean: adding them up would count it twice, overwriting would keep an arbitrary one.
     """
     dims = len(kernel)
-    stride, padding, dilation = stride or kernel, _each(padding, dims), _each(dilation, dims)
+    stride, padding, dilation = stride or kernel, each(padding, dims), each(dilation, dims)
     pool: Any = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
     value, switches = pool(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
@@ -113,10 +113,6 @@ def _to_switches(switches: Tensor, size: torch.Size, dims: int, overlap: bool) -
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
     """Above / below, and 0 where nothing is below."""
     return above / below.masked_fill(below == 0, torch.inf)
-
-
-def _each(value: Sequence[int], dims: int) -> Sequence[int]:
-    return value if len(value) == dims else [value[0]] * dims
 
 
 def _negative(node: fx.Node) -> str | None:
