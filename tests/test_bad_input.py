@@ -924,3 +924,11 @@ def test_a_damaged_checkpoint_is_refused_and_kept(mlp: Any, tmp_path: Path) -> N
     with pytest.raises(InverseFileError, match="not a whole safetensors file"):
         InverseNetwork(mlp.model).fit(Batches(mlp.x), [0, 2], progress=False, checkpoint=path)
     assert path.read_bytes() == half
+
+
+def test_a_network_that_overflows_is_no_fault_of_a_rule() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    with pytest.raises(FitError, match=r"batch 0: the model's output contains NaN or Inf"):
+        InverseNetwork(model).fit(torch.randn(20, 6), progress=False)

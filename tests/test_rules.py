@@ -169,7 +169,10 @@ def test_gate_of_squeeze_and_excite_by_hand(made):
         gate = made(model.layers["u"](x))
         above = regress(x * gate, model(x))
     torch.testing.assert_close(inverse.source_signal(x), regress(x, above * gate))
-    assert [row.layer for row in inverse.report.layers] == ["layers.w/linear", "input inputs_0/input/fork"]  # the gate is not inverted
+    assert [row.layer for row in inverse.report.layers] == [
+        "layers.w/linear",
+        "input inputs_0/input/fork",
+    ]  # the gate is not inverted
 
 
 @pytest.mark.parametrize("target", [0, 1])
