@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from captum_mipin._captum import captum_entry
 from captum_mipin.capture import Inputs, select, unwrapped
 from captum_mipin.errors import InputError
-from captum_mipin.fitting import seed
 from captum_mipin.inverse import Explanation, InverseNetwork, as_extras, as_inputs, like
+from captum_mipin.propagation import seed
 from captum_mipin.targets import per_example
 
 

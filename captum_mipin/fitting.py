@@ -1,7 +1,7 @@
 """Algorithm 1: from the output down, one regression a layer and target."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -19,11 +19,9 @@ from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse, Inverter, Options
 from captum_mipin.rules.linear import Convolution
 from captum_mipin.targets import shown
+from captum_mipin.trace import Trace
 
 logger = logging.getLogger(__name__)
-
-#: Memory for the moments of the targets fitted in one pass over the data, in bytes; more targets take more passes.
-MOMENTS_BUDGET = 4 << 30
 
 Unpack = Callable[[Any], tuple[Any, Any]]
 Solver = Literal["exact", "sgd"]
@@ -151,6 +149,7 @@ class Fit:
         batches: The data.
         targets: Classes to fit.
         settings: How the regressions are solved.
+        memory: Bytes for what is kept of the data between layers, and as many for moments. What does not fit is computed again.
         progress: Show a progress bar.
     """
 
@@ -162,11 +161,13 @@ class Fit:
         batches: Batches,
         targets: Sequence[Target],
         settings: Settings,
+        memory: int,
         progress: bool,
     ) -> None:
         self._model, self._captured, self._surrogate, self._batches = model, captured, surrogate, batches
-        self._targets, self._settings, self._progress = list(targets), settings, progress
+        self._targets, self._settings, self._memory, self._progress = list(targets), settings, memory, progress
         self._rows: int | None = None
+        self._kept: list[Trace] | None = []
         self._signature: Signature | None = None
 
     def run(self, fitted: Fitted, done: Callable[[Fitted], None] = lambda fitted: None) -> Fitted:
@@ -202,7 +203,7 @@ class Fit:
             FitError: Fewer than two examples, a target whose output is constant, values that are not finite.
         """
         low = high = None
-        rows = 0
+        rows = size = 0
         for index, (inputs, extras) in enumerate(self._batches):
             signature = Signature.of(inputs, extras, self._captured.shared)
             self._signature = self._signature or signature
@@ -210,12 +211,19 @@ class Fit:
                 raise FitError(
                     f"batch {index} has further arguments {signature.leaves}, the first had {self._signature.leaves}"
                 )
-            output = self._surrogate(Run(self._surrogate.steps, fitting="", proving=index == 0), self._values(inputs, extras))
+            keys = () if self._kept is None else self._surrogate.learned
+            trace = self._trace(inputs, extras, keys, proving=index == 0)
+            output = trace.output.detach()
             rows += len(output)
             if not finite(output):
                 raise FitError(f"batch {index}: the model's output contains NaN or Inf")
             if index == 0:
                 self._check_apart(inputs, extras, output)
+            size += trace.size
+            if size > self._memory:
+                self._kept = None
+            elif self._kept is not None:
+                self._kept.append(trace)
             low = output.amin(0) if low is None else torch.minimum(low, output.amin(0))
             high = output.amax(0) if high is None else torch.maximum(high, output.amax(0))
         if rows < 2 or low is None or high is None:
@@ -235,7 +243,7 @@ class Fit:
         order = torch.randperm(len(output), generator=torch.Generator().manual_seed(0))
         later = (order[: len(output) // 2] if len(output) > 1 else torch.tensor([0, 0])).to(output.device)  # one, beside itself
         fewer = pick(inputs, extras, later, self._captured.shared)
-        again = self._surrogate(Run(self._surrogate.steps, fitting=""), self._values(*fewer))
+        again = self._trace(*fewer).output
         scale = float(output.abs().max()) * torch.finfo(output.dtype).eps ** 0.5
         if again.shape != output[later].shape or float((again - output[later]).abs().max()) > scale:
             raise FitError(
@@ -243,31 +251,39 @@ class Fit:
                 "its explanation: remove what reads or mixes the batch, or what is random"
             )
 
-    def _values(self, inputs: Inputs, extras: Extras) -> Mapping[str, Any]:
-        return self._captured.values(self._model, inputs, extras)
+    def _trace(self, inputs: Inputs, extras: Extras, keys: Sequence[str] = (), proving: bool = False) -> Trace:
+        """A batch run forward, for a fit of the steps ``keys``."""
+        run = Run(self._surrogate.steps, Options(shares=self._settings.shares), fitting=keys, proving=proving)
+        return Trace(run, self._surrogate(run, self._captured.values(self._model, inputs, extras)))
+
+    def _traces(self, key: str) -> Iterator[Trace]:
+        """Every batch, as far down as ``key``: as it was kept, or run forward once more."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        keys = self._surrogate.learned
+        keys = keys[: keys.index(key) + 1]
+        rows = 0
+        for inputs, extras in self._batches:
+            yield (trace := self._trace(inputs, extras, keys))
+            rows += len(trace.output)
+        if rows != self._rows:
+            raise FitError(f"the data had {self._rows} examples in the first pass and {rows} in a later one")
 
     def _signals(
         self, key: str, fitted: Fitted, bar: "tqdm[Any]"
     ) -> Iterator[tuple[Inverter, Tensor, Callable[[Target], tuple[Tensor, ...]]]]:
         """For each batch: the inverter of ``key``, its features, and target → the source signals above it (algorithm 1)."""
-        rows = 0
-        for inputs, extras in self._batches:
-            run = Run(self._surrogate.steps, Options(shares=self._settings.shares), fitted.inverses, fitting=key)
-            output = self._surrogate(run, self._values(inputs, extras))
-            assert run.observed is not None  # for mypy: every learned step lies on the way to the output
-            inverter, x, above = run.observed
+        keep = self._kept is not None and self._memory >= sum(t.size + t.widest * len(self._targets) for t in self._kept)
+        for trace in self._traces(key):
+            seen = trace.seen(key)
 
-            def signals(target: Target, run: Run = run, output: Tensor = output, above: Any = above) -> tuple[Tensor, ...]:
-                run.groups = ((target, slice(None)),)
-                start = seed(output, [target] * len(output))
-                found: tuple[Tensor, ...] = torch.autograd.grad(output, above, start, retain_graph=True)
-                return found
+            def signals(target: Target, trace: Trace = trace) -> tuple[Tensor, ...]:
+                return trace.signals(key, target, fitted.inverses.get(target, {}), keep)
 
-            yield inverter, x, signals
-            rows += len(output)
-            bar.update(len(output))
-        if rows != self._rows:
-            raise FitError(f"the data had {self._rows} examples in the first pass and {rows} in a later one")
+            yield seen.inverter, seen.x.detach(), signals
+            trace.forget(self._targets)
+            bar.update(len(trace.output))
 
     def _solve(
         self, key: str, targets: Sequence[Target], fitted: Fitted, bar: "tqdm[Any]"
@@ -276,7 +292,7 @@ class Fit:
         passes = self._signals(key, fitted, bar)
         first = next(passes)
         inverter, x, _ = first
-        count = max(1, MOMENTS_BUDGET // Moments.bytes_needed(*inverter.size))
+        count = max(1, self._memory // Moments.bytes_needed(*inverter.size))
         targets = targets[:count]
         names = ", ".join(str(shown(target)) for target in targets)
         bar.set_description(f"{key} · class {names if len(names) < 30 else names[:27] + '...'}")
@@ -361,15 +377,3 @@ class _Descent:
     def explained_variance(self) -> float:
         """Over the last epoch, each batch before its own step."""
         return 1 - self._residual / self._variance if self._variance else 1.0
-
-
-def seed(output: Tensor, targets: Sequence[Target], unit: bool = False) -> Tensor:
-    """S_L = Y_c: the output, or one unit of it, with everything but each example's target set to zero."""
-    result = torch.zeros_like(output)
-    if len(set(targets)) == 1:
-        index: tuple[Any, ...] = (slice(None), *targets[0])
-    else:
-        chosen = torch.tensor(targets, device=output.device)
-        index = (torch.arange(len(output), device=output.device), *chosen.unbind(1))
-    result[index] = 1 if unit else output.detach()[index]
-    return result

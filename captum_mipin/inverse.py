@@ -32,8 +32,8 @@ from captum_mipin.capture import (
     unwrapped,
 )  # fmt: skip
 from captum_mipin.errors import CaptureError, InputError, InverseFileError, ModelChangedError, NotFittedError
-from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack, seed
-from captum_mipin.propagation import Run, Surrogate, Target
+from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack
+from captum_mipin.propagation import Run, Surrogate, Target, seed
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
 from captum_mipin.rules import Inverse, Options, Rule, table
@@ -183,12 +183,13 @@ class InverseNetwork:
         *,
         unpack: Unpack | None = None,
         batch_size: int = 256,
+        memory: int = 2 << 30,
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> "InverseNetwork":
         """Learn the inverse for some classes (algorithm 1); classes fitted before are kept.
 
-        All examples are used for every class. They are gone through once a layer, in any chunks and any order. If the
+        All examples are used for every class. They are gone through once, or once a layer, in any chunks and any order. If the
         fit fails or is interrupted, everything is as it was before.
 
         Args:
@@ -197,6 +198,9 @@ class InverseNetwork:
             targets: The class or classes, as Captum's ``target``; None for all outputs.
             unpack: Batch → (inputs, additional_forward_args), where a batch is anything else.
             batch_size: For data that does not come in batches.
+            memory: Bytes that may be taken by what is kept of the data between the layers, and by as many for moments. Data
+                of which more would have to be kept is gone through once a layer; moments for which there is no room take
+                further passes.
             progress: Show a progress bar with layer, classes and rows a second.
             checkpoint: A file that keeps what is done after each layer. If it is there already, the fit that wrote
                 it is taken up where it stopped; it is removed at the end. Give the same data in the same batches.
@@ -229,7 +233,7 @@ class InverseNetwork:
             watch = before.watch if before is not None else storage.Watch(model)
             example = first_example(inputs, extras, graph.shared)
             state = _State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
-            fit = Fit(model, graph, surrogate, batches, chosen, self.settings, progress)
+            fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress)
             unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
             if checkpoint is not None and Path(checkpoint).exists():
                 state.fitted = self._resume(checkpoint, state, unfinished)

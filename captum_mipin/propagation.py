@@ -7,7 +7,7 @@ the seeded output then *is* the method, and the gradient with respect to an oper
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -57,6 +57,15 @@ class Step:
     layout: Layout = field(default_factory=Layout)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a fit sees of a learned step: x, whose way back ends at the outputs of the steps below, and its own outputs."""
+
+    inverter: Inverter
+    x: Tensor
+    outputs: tuple[Tensor, ...]
+
+
 @dataclass
 class Run:
     """One pass: how rules are read, which inverses apply to which examples, and what is recorded.
@@ -66,8 +75,10 @@ class Run:
         options: How rules are read.
         inverses: Target → its inverses.
         groups: (target, its examples), one after the other the whole batch.
-        fitting: Key of the step whose regression is wanted, if one is: only what lies above it takes part in the backward pass.
-        observed: Its inverter, its input x and its outputs.
+        fitting: Keys of the learned steps that a fit wants to see, if it is one: there the backward pass is cut, and below the
+            lowest of them nothing is recorded.
+        seen: What it saw there.
+        recorded: Bytes of what the steps of a fit took, about what it keeps for the way back.
         sources: The tensors at which the signal is wanted.
         proving: Make sure that what rules compute is what their operations do.
     """
@@ -76,8 +87,9 @@ class Run:
     options: Options = field(default_factory=Options)
     inverses: Mapping[Target, Inverses] = field(default_factory=dict)
     groups: Sequence[tuple[Target, slice]] = ()
-    fitting: str | None = None
-    observed: tuple[Inverter, Tensor, tuple[Tensor, ...]] | None = None
+    fitting: Collection[str] | None = None
+    seen: dict[str, "Seen"] = field(default_factory=dict)
+    recorded: int = 0
     sources: dict[int, Tensor] = field(default_factory=dict)
     proving: bool = False
 
@@ -141,17 +153,24 @@ def _prove(step: Step, found: Any, expected: Any) -> None:
 def step(run: Run, key: str, x: Tensor, *arguments: Any, **named: Any) -> Any:
     """Run the operation ``key`` on ``x``; backward, the signal takes the way of its rule."""
     this = run.steps[key]
+    if run.fitting is not None and key in run.fitting:
+        return _cut(run, this, x, arguments, named)
     if x.requires_grad:
+        run.recorded += x.nbytes
         return _Invert.apply(x, run, this, arguments, named)
     with torch.no_grad():
-        if key != run.fitting:
-            return _forward(run, this, x, arguments, named)[0]
-        assert isinstance(this.rule, Learned)  # for mypy: only these are fitted
-        inverter = this.rule.inverter(run.options, x, *arguments, **named)
+        return _forward(run, this, x, arguments, named)[0]
+
+
+def _cut(run: Run, this: Step, x: Tensor, arguments: Any, named: Any) -> Any:
+    """Run a learned step of a fit: the way back from what lies above ends at its outputs."""
+    assert isinstance(this.rule, Learned)  # for mypy: only these are fitted
+    with torch.no_grad():
+        inverter = this.rule.inverter(run.options, x.detach(), *arguments, **named)
         value = this.operation(x, *arguments, **named)
-        outputs = value if isinstance(value, tuple) else (value,)
-        outputs = tuple(output.detach().requires_grad_() for output in outputs)
-        run.observed = inverter, x, outputs
+    outputs = tuple(output.detach().requires_grad_() for output in (value if isinstance(value, tuple) else (value,)))
+    run.seen[this.key] = Seen(inverter, x, outputs)
+    run.recorded += x.nbytes
     return outputs if isinstance(value, tuple) else outputs[0]
 
 
@@ -160,6 +179,18 @@ def source(run: Run, index: int, x: Tensor) -> Tensor:
     x = x.detach()
     run.sources[index] = x.requires_grad_() if run.fitting is None else x
     return x
+
+
+def seed(output: Tensor, targets: Sequence[Target], unit: bool = False) -> Tensor:
+    """S_L = Y_c: the output, or one unit of it, with everything but each example's target set to zero."""
+    result = torch.zeros_like(output)
+    if len(set(targets)) == 1:
+        index: tuple[Any, ...] = (slice(None), *targets[0])
+    else:
+        chosen = torch.tensor(targets, device=output.device)
+        index = (torch.arange(len(output), device=output.device), *chosen.unbind(1))
+    result[index] = 1 if unit else output.detach()[index]
+    return result
 
 
 def _taking(operation: Callable[..., Any], at: int) -> Callable[..., Any]:

@@ -139,12 +139,12 @@ def test_a_checkpoint_knows_its_data(tmp_path):
     class Stops:
         def __iter__(self):
             passes.append(0)
-            if len(passes) == 4:  # the first batch, the look at the data, one layer, then this
+            if len(passes) == 4:  # the first batch, the look at the data, one layer, then this, if nothing is kept
                 raise KeyboardInterrupt
             return iter(batches)
 
     with pytest.raises(KeyboardInterrupt):
-        InverseNetwork(model).fit(Stops(), 0, progress=False, checkpoint=path)
+        InverseNetwork(model).fit(Stops(), 0, progress=False, checkpoint=path, memory=0)
     assert path.exists()
     with pytest.raises(InverseFileError, match="of another fit: its data differ"):
         InverseNetwork(model).fit([5 * b + 3 for b in batches], 0, progress=False, checkpoint=path)

@@ -1,0 +1,95 @@
+"""A fit keeps of the data what memory allows: less memory costs time, and changes no bit."""
+
+import pytest
+import torch
+from small import normal
+from torch import nn
+from torch.nn import functional as F
+
+from captum_mipin import InverseNetwork
+from captum_mipin.capture import capture
+from captum_mipin.propagation import Run, Surrogate
+from captum_mipin.rules import MIPIN
+from captum_mipin.trace import Trace
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.two(F.relu(self.one(x))))
+        return self.head(F.max_pool2d(x, 2).mean((2, 3)))
+
+
+class Counted:
+    def __init__(self, batches):
+        self.batches, self.passes = batches, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.batches)
+
+
+def fitted(model, batches, memory, solver="exact"):
+    inverse = InverseNetwork(model, solver=solver, epochs=2)
+    data = Counted(batches)
+    inverse.fit(data, [0, 2], memory=memory, progress=False)
+    return inverse, data.passes
+
+
+@pytest.mark.parametrize("solver", ["exact", "sgd"])
+def test_memory_changes_the_passes_over_the_data_and_nothing_else(solver):
+    torch.manual_seed(0)
+    model = Residual().eval()
+    batches = list(normal(30, 2, 6, 6).split(12))
+    whole, once = fitted(model, batches, 2 << 30, solver)
+    assert once == 2  # for the shape of the first batch, then for all
+    found = set()
+    for power in range(8, 24):
+        part, passes = fitted(model, batches, 1 << power, solver)
+        found.add(passes)
+        for target in (0, 2):
+            assert torch.equal(part.source_signal(batches[0], target), whole.source_signal(batches[0], target))
+        assert [(row.layer, row.explained_variance) for row in sorted(part.report.layers, key=str)] == [
+            (row.layer, row.explained_variance) for row in sorted(whole.report.layers, key=str)
+        ]
+    assert once in found
+    assert max(found) > once + 4  # one a layer and class
+
+
+def test_signals_that_cannot_be_kept_come_down_again(monkeypatch):
+    """Between keeping all and nothing: the data is kept, each class's signal starts from the output at each layer."""
+    torch.manual_seed(0)
+    model, batches = Residual().eval(), list(normal(30, 2, 6, 6).split(12))
+    whole, _ = fitted(model, batches, 2 << 30)
+    send, sent, counted = Trace._send, [], []
+    monkeypatch.setattr(Trace, "_send", lambda self, *arguments: (counted.append(0), send(self, *arguments)))
+    for power in range(10, 24):
+        counted.clear()
+        part, passes = fitted(model, batches, 1 << power)
+        sent.append((passes, len(counted)))
+        assert torch.equal(part.source_signal(batches[0], 0), whole.source_signal(batches[0], 0))
+    least = min(count for _, count in sent)
+    assert sent[-1] == (2, least)
+    assert any(passes == 2 and count > least for passes, count in sent)
+
+
+def test_what_all_classes_have_passed_is_let_go():
+    torch.manual_seed(0)
+    model, x = Residual().eval(), normal(12, 2, 6, 6)
+    inverses = InverseNetwork(model).fit(x, [0, 2], progress=False)._state.fitted.inverses
+    graph = capture(model, (x,))
+    surrogate = Surrogate(graph, MIPIN)
+    run = Run(surrogate.steps, fitting=surrogate.learned)
+    trace = Trace(run, surrogate(run, graph.values(model, (x,), ())))
+    targets = [(0,), (2,)]
+    for number, key in enumerate(surrogate.learned):
+        for target in targets:
+            trace.signals(key, target, inverses[target], keep=True)
+        trace.forget(targets)
+        assert len(trace._seen) == len(surrogate.learned) - number
