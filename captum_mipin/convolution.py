@@ -144,14 +144,22 @@ class Geometry:
         s = s.reshape(n, self.groups, channels // self.groups, -1, prod(self.kernel))
         return s.permute(1, 0, 3, 2, 4).reshape(self.groups, -1, self.features[1])
 
-    def moments(self, x: Tensor, s: Tensor, own: Sequence[Tensor] = ()) -> Moments:
-        """Moments of the regression of ``x`` (n, in, *size) on the patches of ``s`` (n, out, *size), and on ``own``, like x."""
+    def moments(self, x: Tensor, s: Tensor, own: Sequence[Tensor] = (), pointwise: Sequence[Tensor] = ()) -> Moments:
+        """Moments of the regression of ``x`` on the patches of ``s``, and on further signals.
+
+        Args:
+            x: (n, in, *size) features.
+            s: (n, out, *size of y) signals.
+            own: Each feature's own signals, like ``x``.
+            pointwise: Further signals (n, channels, *size) that the features share, of which only those at its own place reach
+                an element.
+        """
         g, k, channels = self.groups, 1 + len(own), self.channels[0]
         rows = x.shape[0] * prod(x.shape[2:])
-        if own:  # of each group, channels of x, then of each own signal
-            x = torch.stack([t.unflatten(1, (g, channels)) for t in (x, *own)], 2).flatten(1, 3)
+        if own or pointwise:  # of each group, channels of x, then of each own signal, then of each pointwise one
+            x = torch.cat([t.unflatten(1, (g, -1)) for t in (x, *own, *pointwise)], 2).flatten(1, 2)
         x, s = (t.float() if t.element_size() < 4 else t for t in (x, s))  # half precision cannot hold sums
-        wide = self._widened(k)
+        wide = self._widened(x.shape[1] // g)
         over = (0, *range(2, x.ndim))
         mean = x.double().mean(over)
         x = x - mean.to(x.dtype).view(-1, *(1,) * self.dims)
@@ -160,44 +168,61 @@ class Geometry:
         level = level.double()
         # What concerns all examples alike is taken from their sums, in float64.
         v_sum, x_sum = v.double().sum(0, keepdim=True), x.double().sum(0, keepdim=True)
-        ones, x_ones = torch.ones_like(v_sum), torch.ones_like(x_sum)
+        ones, x_ones = torch.ones_like(v_sum), torch.ones_like(x_sum[:, :: x.shape[1] // g])
+        narrow = self._widened(1)
 
-        def correlate(s: Tensor, x: Tensor) -> Tensor:
-            return wide.to_rows(wide.gradient(s, x, x.new_empty(wide.weight_shape), of=1)).double()
+        def correlate(geometry: "Geometry", s: Tensor, x: Tensor) -> Tensor:
+            return geometry.to_rows(geometry.gradient(s, x, x.new_empty(geometry.weight_shape), of=1)).double()
 
-        cross = correlate(v, x) + correlate(level * ones, x_sum)
-        sums = correlate(v_sum + len(s) * level * ones, x_ones)[:, 0]
-        sizes = correlate(s.abs().sum(0, keepdim=True).double(), x_ones)[:, 0]
-        gram = self.gram(v, x.shape) + self._level_gram(v_sum, level, len(s), x.shape)
+        cross = correlate(wide, v, x) + correlate(wide, level * ones, x_sum)
+        sums = correlate(narrow, v_sum + len(s) * level * ones, x_ones)[:, 0]
+        sizes = correlate(narrow, s.abs().sum(0, keepdim=True).double(), x_ones)[:, 0]
+        gram = self.gram(v, x.shape)
+        left, right = self._level_factors(v_sum, level, len(s), x.shape)
+        mean_s = (sums / rows).unsqueeze(2)
+        gram.baddbmm_(torch.cat([left, right, -sums.unsqueeze(2)], 2), torch.cat([right, left, mean_s], 2).mT)
         unseen = sizes == 0  # lags and what padding cuts away leave rounding where a tap never sees a signal
-        gram.masked_fill_(unseen.unsqueeze(1) | unseen.unsqueeze(2), 0.0)
-        gram -= sums.unsqueeze(2) * sums.unsqueeze(1) / rows
-        z = x.unflatten(1, (g, k, channels)).transpose(0, 1).transpose(1, 2)  # (g, k, n, channels, *size)
-        zz = gram_of_each(z, (2, *range(4, z.ndim)))
-        return Moments(rows, mean.view(g, k, channels), sums / rows, zz, cross.unflatten(1, (k, channels)), gram)
+        if unseen.any():
+            gram.masked_fill_(unseen.unsqueeze(1) | unseen.unsqueeze(2), 0.0)
+        own_channels = k * channels
+        z = x.unflatten(1, (g, -1))[:, :, :own_channels].unflatten(2, (k, channels)).transpose(0, 1).transpose(1, 2)
+        mean_z, zz = mean.view(g, -1), gram_of_each(z, (2, *range(4, z.ndim)))  # z: (g, k, n, channels, *size)
+        mean_s, zs = mean_s.squeeze(2), cross[:, :own_channels].unflatten(1, (k, channels))
+        if pointwise:
+            maps = x.unflatten(1, (g, -1)).movedim(0, 2).flatten(2)  # (g, all channels, rows)
+            beside = (maps @ maps[:, own_channels:].mT).double()
+            mean_s = torch.cat([mean_s, mean_z[:, own_channels:]], 1)
+            zs = torch.cat([zs, beside[:, :own_channels].unflatten(1, (k, channels))], 3)
+            between, among = cross[:, own_channels:], beside[:, own_channels:]
+            gram = torch.cat([torch.cat([gram, between.mT], 2), torch.cat([between, among], 2)], 1)
+        return Moments(rows, mean_z[:, :own_channels].unflatten(1, (k, channels)), mean_s, zz, zs, gram)
 
-    def _widened(self, k: int) -> "Geometry":
-        """This convolution with ``k`` times the channels of x."""
+    def _widened(self, channels: int) -> "Geometry":
+        """This convolution with so many channels of x in each group."""
         first, second = self.weight_shape[:2]
-        shape = (first * k, second) if self.transposed else (first, second * k)
+        shape = (self.groups * channels, second) if self.transposed else (first, channels)
         return replace(self, weight_shape=(*shape, *self.kernel))
 
-    def _level_gram(self, v_sum: Tensor, level: Tensor, rows: int, x_size: torch.Size) -> Tensor:
-        """What the level of each channel adds to the Gram matrix of V, from one map of sums and one of ones."""
+    def _level_factors(self, v_sum: Tensor, level: Tensor, rows: int, x_size: torch.Size) -> tuple[Tensor, Tensor]:
+        """What the level of each channel adds to the Gram matrix of V is L Rᵀ + R Lᵀ, of the rank of the taps.
+
+        It takes one map of sums and one of ones. L and R are (groups, channels of s · taps, taps).
+        """
         g, c, k = self.groups, self.channels[1], prod(self.kernel)
         ones = torch.ones_like(v_sum[:, :1])
         single = replace(self, weight_shape=(1, 1, *self.kernel), groups=1)
         seen = single.patches(single.full(ones), x_size)[0].mT.reshape(1, k, *x_size[2:])  # where each tap sees S at all
 
         def across(s: Tensor) -> Tensor:
+            """Sums of the patches of ``s`` over where each tap sees S: (channels of s · taps, taps)."""
             shape = (k, s.shape[1]) if self.transposed else (s.shape[1], k)
             wide = replace(self, weight_shape=(*shape, *self.kernel), groups=1)
-            return wide.to_rows(wide.gradient(s, seen, seen.new_empty(wide.weight_shape), of=1))[0]
+            return wide.to_rows(wide.gradient(s, seen, seen.new_empty(wide.weight_shape), of=1))[0].mT
 
-        level = level.view(g, c, 1, 1, 1)
-        mixed = across(v_sum).view(k, g, c, k).permute(1, 2, 3, 0).unsqueeze(3) * level.view(g, 1, 1, c, 1)
-        both = rows * across(ones).view(1, 1, k, 1, k) * level * level.view(g, 1, 1, c, 1)
-        return (mixed + mixed.permute(0, 3, 4, 1, 2) + both).reshape(g, c * k, c * k)
+        level = level.view(g, c, 1, 1)
+        left = across(v_sum).reshape(g, c, k, k) + level * across(ones) * (rows / 2)
+        right = level * torch.eye(k, dtype=level.dtype, device=level.device)
+        return left.reshape(g, c * k, k), right.reshape(g, c * k, k)
 
     def gram(self, s: Tensor, x_size: torch.Size) -> Tensor:
         """Gram matrix of the patches, not centred: (groups, channels of s · taps, the same), float64."""
@@ -234,10 +259,7 @@ class Geometry:
             phase = replace(
                 self, weight_shape=(*self.weight_shape[:2], *kernel), stride=ones, padding=paddings, dilation=dilations, skip=()
             )
-            index = [0]
-            for n, taps in zip(self.kernel, of_dims, strict=True):
-                index = [i * n + j for i in index for j in taps]
-            yield phase, index, torch.Size([*x_size[:2], *sizes])
+            yield phase, _flat(of_dims, self.kernel), torch.Size([*x_size[:2], *sizes])
 
     def _gram_of_one_phase(self, s: Tensor, x_size: torch.Size) -> Tensor:
         lagged = not self.transposed and prod(self.kernel) > 1
@@ -263,10 +285,12 @@ class Geometry:
             dtype=torch.long,
         )
         g, c, k = self.groups, self.channels[1], len(taps)
-        gram = lags[index].view(k, k, g, c, c).permute(2, 3, 0, 4, 1).reshape(g, c * k, c * k)
-        for strip in self._cut_away(s, x_size):
-            gram = gram - _product(self._unfold(strip, (1,) * self.dims))
-        return gram
+        blocks = lags[index].view(k, k, g, c, c).double()
+        for strip, part, live in self._cut_away(s, x_size):
+            seen = part._unfold(strip, (1,) * self.dims)
+            at = s.new_tensor(live, dtype=torch.long)
+            blocks[at.unsqueeze(1), at] -= _product(seen).view(g, c, len(live), c, len(live)).permute(2, 4, 0, 1, 3)
+        return blocks.permute(2, 3, 0, 4, 1).reshape(g, c * k, c * k)
 
     def _lags(self, s: Tensor) -> Tensor:
         """Σ_q s_c[q] s_c'[q + dilation·lag] for every lag in [1−k, k−1]^d: (lags, groups, channels, channels).
@@ -288,23 +312,43 @@ class Geometry:
             result.append(field.real.reshape(-1, *part.shape[1:3], c))
         return torch.cat(result, 2)
 
-    def _cut_away(self, s: Tensor, x_size: torch.Size) -> Iterator[Tensor]:
-        """Windows' worth of ``s`` around the positions that lie outside x, each position once."""
+    def _cut_away(self, s: Tensor, x_size: torch.Size) -> Iterator[tuple[Tensor, "Geometry", list[int]]]:
+        """Windows' worth of ``s`` around the positions that lie outside x, each position once.
+
+        There only some taps see ``s``: with each strip, a convolution of these alone, and which they are.
+        """
         reach, size = self.reach, s.shape[2:]
         s = F.pad(s, [n for r in reversed(reach) for n in (r, r)])
         low = [0] * self.dims
         high = [z + r for z, r in zip(size, reach, strict=True)]  # positions, those cut away included
         for dim, (padding, z) in enumerate(zip(self.padding, x_size[2:], strict=True)):
             first, last = min(max(padding, 0), high[dim]), max(min(padding + z, high[dim]), 0)
+            k, dilation, r = self.kernel[dim], self.dilation[dim], reach[dim]
             for start, stop in ((0, first), (max(first, last), high[dim])):
                 if start == stop:
                     continue
+                # the tap that lies dilation·t behind a position sees s from position r − dilation·t on, for size[dim] ones
+                steps = [t for t in range(k) if start < r - dilation * t + size[dim] and stop > r - dilation * t]
+                if not steps:
+                    continue
                 strip = s
                 for i in range(self.dims):
-                    a, b = (start, stop) if i == dim else (low[i], high[i])
-                    strip = strip.narrow(i + 2, a, b - a + reach[i])
-                yield strip
+                    a, b, more = low[i], high[i], reach[i]
+                    if i == dim:
+                        a, b, more = start + dilation * steps[0], stop + dilation * steps[0], dilation * (steps[-1] - steps[0])
+                    strip = strip.narrow(i + 2, a, b - a + more)
+                kernel = (*self.kernel[:dim], len(steps), *self.kernel[dim + 1 :])
+                taps = [[k - 1 - t for t in reversed(steps)] if i == dim else list(range(n)) for i, n in enumerate(self.kernel)]
+                yield strip, replace(self, weight_shape=(*self.weight_shape[:2], *kernel)), _flat(taps, self.kernel)
             low[dim], high[dim] = first, max(first, last)
+
+
+def _flat(taps: Sequence[Sequence[int]], kernel: Sequence[int]) -> list[int]:
+    """Places of taps among all, from those along each dimension."""
+    index = [0]
+    for n, along in zip(kernel, taps, strict=True):
+        index = [i * n + j for i in index for j in along]
+    return index
 
 
 def _waves_at(size: int, k: int, dilation: int, half: bool, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, check_inputs, finite, pick, plain
+from captum_mipin.convolution import CHUNK
 from captum_mipin.errors import FitError, InputError
 from captum_mipin.propagation import Run, Surrogate, Target
 from captum_mipin.regression import Moments, RidgeScale, solve
@@ -24,6 +25,8 @@ from captum_mipin.trace import Trace
 logger = logging.getLogger(__name__)
 
 Unpack = Callable[[Any], tuple[Any, Any]]
+#: What is regressed on what: the inverter, its features, and target → the signals.
+_Regressed = tuple[Inverter, Tensor, Callable[[Target], tuple[Tensor, ...]]]
 Solver = Literal["exact", "sgd"]
 
 
@@ -270,9 +273,7 @@ class Fit:
         if rows != self._rows:
             raise FitError(f"the data had {self._rows} examples in the first pass and {rows} in a later one")
 
-    def _signals(
-        self, key: str, fitted: Fitted, bar: "tqdm[Any]"
-    ) -> Iterator[tuple[Inverter, Tensor, Callable[[Target], tuple[Tensor, ...]]]]:
+    def _signals(self, key: str, fitted: Fitted, bar: "tqdm[Any]") -> Iterator[_Regressed]:
         """For each batch: the inverter of ``key``, its features, and target → the source signals above it (algorithm 1)."""
         keep = self._kept is not None and self._memory >= sum(t.size + t.widest * len(self._targets) for t in self._kept)
         for trace in self._traces(key):
@@ -284,6 +285,17 @@ class Fit:
             yield seen.inverter, seen.x.detach(), signals
             trace.forget(self._targets)
             bar.update(len(trace.output))
+
+    def _joined(self, batches: Iterable[_Regressed]) -> Iterator[_Regressed]:
+        """Small batches put together where that can be done: what moments cost a batch, they cost less often."""
+        waiting: list[_Regressed] = []
+        for batch in batches:
+            joins = self._kept is not None and batch[0].joins
+            if waiting and not (joins and sum(x.numel() for _, x, _ in (*waiting, batch)) <= CHUNK // 4):
+                yield _together(waiting)
+                waiting = []
+            waiting.append(batch)
+        yield _together(waiting)
 
     def _solve(
         self, key: str, targets: Sequence[Target], fitted: Fitted, bar: "tqdm[Any]"
@@ -299,7 +311,7 @@ class Fit:
         if self._settings.solver == "sgd" and isinstance(inverter, Convolution) and inverter.plain:
             return self._descend(key, targets, fitted, chain([first], passes), bar)
         moments = {target: Moments.zeros(*inverter.size, x.device) for target in targets}
-        for index, (inverter, x, signals) in enumerate(chain([first], passes)):
+        for index, (inverter, x, signals) in enumerate(self._joined(chain([first], passes))):
             for target in targets:
                 moments[target].add(inverter.moments(x, signals(target)))
                 if not moments[target].finite():
@@ -340,6 +352,14 @@ class Fit:
                 raise FitError(f"SGD diverged at {key}, target {shown(target)}: lower learning_rate={state.rate:g}")
             result[target] = Inverse(state.weight.flatten(), state.bias), layer
         return result
+
+
+def _together(batches: Sequence[_Regressed]) -> _Regressed:
+    """Several batches as one."""
+    inverters, xs, signals = zip(*batches, strict=True)
+    if len(xs) == 1:
+        return batches[0]
+    return inverters[0], torch.cat(xs), lambda target: tuple(map(torch.cat, zip(*(of(target) for of in signals), strict=True)))
 
 
 class _Descent:

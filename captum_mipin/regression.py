@@ -113,6 +113,11 @@ class Moments:
         ss[:, index.unsqueeze(1), index] = self.ss
         return Moments(self.count, self.mean_z, mean_s, self.zz, zs, ss)
 
+    def among(self, index: Tensor) -> "Moments":
+        """The moments of the shared signals ``index`` alone, in this order."""
+        ss = self.ss[:, index.unsqueeze(1), index]
+        return Moments(self.count, self.mean_z, self.mean_s[:, index], self.zz, self.zs[..., index], ss)
+
     def finite(self) -> bool:
         """Whether no NaN or Inf has come in."""
         return bool(torch.isfinite(self.zz.sum() + self.mean_s.sum() + self.ss.diagonal(dim1=1, dim2=2).sum()))
@@ -140,7 +145,7 @@ class Solution:
         bias: (g, dx) float64.
         explained_variance: 1 − residual / variance of x over all features, on the rows fitted; 1 where x never varies.
         dead: Number of signals that never vary; their coefficients are zero.
-        condition: 1-norm condition number of the matrices solved with, the largest of them.
+        condition: 1-norm condition number of the matrices solved with, the largest of them, as estimated.
     """
 
     weight: Tensor
@@ -221,9 +226,24 @@ def _ridge(gram: Tensor, cross: Tensor, penalty: Tensor, dead: Tensor, ridge: fl
     ridged = gram + torch.diag_embed(penalty + stand_in)
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if ridge > 0 and not failed.any():
-        result, inverse = torch.cholesky_solve(cross, factor), torch.cholesky_inverse(factor)
+        result, norm = torch.cholesky_solve(cross, factor), _norm_of_inverse(factor)
     else:
         inverse = torch.linalg.pinv(ridged, hermitian=True)
-        result = inverse @ cross
-    norms = torch.linalg.matrix_norm(ridged, 1) * torch.linalg.matrix_norm(inverse, 1)
-    return result.masked_fill(dead.unsqueeze(-1), 0.0), float(norms.max())
+        result, norm = inverse @ cross, torch.linalg.matrix_norm(inverse, 1)
+    condition = torch.linalg.matrix_norm(ridged, 1) * norm
+    return result.masked_fill(dead.unsqueeze(-1), 0.0), float(condition.max())
+
+
+def _norm_of_inverse(factor: Tensor) -> Tensor:
+    """The 1-norm of (factor factorᵀ)⁻¹, or a little less: Hager's estimate (Higham, 2002, algorithm 15.1)."""
+    x = torch.full_like(factor[..., :1], 1 / factor.shape[-1])
+    norm = torch.zeros_like(x[..., 0, 0])
+    for _ in range(5):
+        y = torch.cholesky_solve(x, factor)
+        found = y.abs().sum((-2, -1))
+        if not (found > norm).any():
+            break
+        norm = torch.maximum(norm, found)
+        slope = torch.cholesky_solve(y.sign(), factor)
+        x = torch.zeros_like(x).scatter_(-2, slope.abs().argmax(-2, keepdim=True), 1.0)
+    return norm

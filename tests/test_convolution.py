@@ -7,6 +7,7 @@ from torch import nn
 from captum_mipin import convolution
 from captum_mipin.convolution import Geometry
 from captum_mipin.regression import Moments
+from captum_mipin.rules.linear import Convolution
 
 LAYERS = {False: (nn.Conv1d, nn.Conv2d, nn.Conv3d), True: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
 
@@ -89,6 +90,27 @@ def test_moments_with_own_signals_are_those_of_rows(parameters):
     expected = Moments.zeros(groups, *geometry.features, len(own))
     expected.update(rows(x), geometry.patches(s, x.shape), [rows(o) for o in own])
     same(geometry.moments(x, s, own), expected)
+
+
+@pytest.mark.parametrize("parameters", CASES[::7], ids=str)
+@pytest.mark.parametrize("first", [True, False])
+def test_moments_with_further_convolutions_of_one_tap_are_those_of_rows(parameters, first):
+    """As in the first block of a stage of a residual network: a wide convolution and a shortcut with a stride."""
+    dims, *_, groups = parameters
+    _, geometry, x, s = case(*parameters)
+    _, point, _, s_point = case(dims, False, 1, 2, 0, 1, groups, seed=1)
+    _, same_place, _, s_same = case(dims, False, 1, 1, 0, 1, groups, seed=2)
+    parts = [(geometry, s), (point, s_point)] if first else [(same_place, s_same), (geometry, s), (point, s_point)]
+    own = (torch.randn_like(x) + 1,)
+
+    def rows(t):
+        return t.reshape(3, groups, 4 // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, 4 // groups)
+
+    inverter = Convolution(tuple(g for g, _ in parts), x.shape, 1)
+    expected = Moments.zeros(*inverter.size)
+    patches = torch.cat([g.patches(t, x.shape) for g, t in parts], 2)
+    expected.update(rows(x), patches, [rows(o) for o in own])
+    same(inverter.moments(x, (*(t for _, t in parts), *own)), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own, for even kernels: it copies the input

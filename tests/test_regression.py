@@ -146,6 +146,19 @@ def test_condition_is_the_1_norm_condition_number():
     assert solve(moments(x, s)).condition == pytest.approx(np.linalg.cond(ridged, 1))
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 60])
+def test_the_condition_of_ill_scaled_signals_is_hardly_underestimated(size):
+    torch.manual_seed(size)
+    s = (
+        torch.randn(1, 100, size, dtype=torch.float64)
+        * torch.logspace(0, 3, size, dtype=torch.float64)
+        @ torch.randn(size, size).double()
+    )
+    gram = np.cov(s[0].numpy().T, bias=True).reshape(size, size)
+    exact = np.linalg.cond(gram + 1e-6 * gram.diagonal().mean() * np.eye(size), 1)
+    assert exact / 2 <= solve(moments(s, s), 1e-6).condition <= exact * (1 + 1e-9)
+
+
 def test_collinear_signals_without_ridge_give_the_smallest_coefficients():
     x, s = rows(10, groups=1)
     s = torch.cat([s, s[..., :1]], 2)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -55,7 +55,13 @@ class Inverse:
 
 
 class Inverter(Protocol):
-    """A family of inverses x ≈ g(s): its regression and its application."""
+    """A family of inverses x ≈ g(s): its regression and its application.
+
+    Attributes:
+        joins: Whether :meth:`moments` looks at nothing but its arguments, so that it can be given several batches as one.
+    """
+
+    joins: ClassVar[bool] = False
 
     def part(self, examples: slice) -> "Inverter":
         """The same for some of the examples of the batch."""

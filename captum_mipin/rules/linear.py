@@ -28,6 +28,7 @@ class Dense(Inverter):
         own: Number of other branches that x goes to.
     """
 
+    joins = True
     features: int
     signals: tuple[int, ...]
     own: int = 0
@@ -74,6 +75,7 @@ class Convolution(Inverter):
         own: Number of other branches that x goes to.
     """
 
+    joins = True
     geometries: tuple[Geometry, ...]
     x_size: torch.Size
     own: int = 0
@@ -92,6 +94,9 @@ class Convolution(Inverter):
         shared, own = signals[: len(self.geometries)], signals[len(self.geometries) :]
         if len(shared) == 1:
             return self.geometries[0].moments(x, shared[0], own)
+        wide = [index for index, geometry in enumerate(self.geometries) if geometry.transposed or prod(geometry.kernel) > 1]
+        if len(wide) == 1:
+            return self._moments_of_one_wide(wide[0], x, list(shared), own)
         moments = Moments.zeros(*self.size, x.device)
         chunk = max(1, CHUNK // (self.size[0] * self.size[2] * prod(x.shape[2:])))
         for part in zip(*(t.split(chunk) for t in (x, *signals)), strict=True):
@@ -99,6 +104,18 @@ class Convolution(Inverter):
             patches = [g.patches(g.full(s), x.shape) for g, s in zip(self.geometries, part_s, strict=True)]
             moments.update(self._rows(part_x), torch.cat(patches, 2), [self._rows(o) for o in part_own])
         return moments
+
+    def _moments_of_one_wide(self, wide: int, x: Tensor, shared: list[Tensor], own: Sequence[Tensor]) -> Moments:
+        """Where all convolutions but one have a single tap: patches of single taps are maps, and no others need to be made."""
+        geometry, s, g = self.geometries[wide], shared.pop(wide), self.size[0]
+        others = [other for index, other in enumerate(self.geometries) if index != wide]
+        maps = [other.patches(other.full(t), x.shape) for other, t in zip(others, shared, strict=True)]
+        pointwise = [m.view(g, len(x), -1, m.shape[2]).permute(1, 0, 3, 2).reshape(len(x), -1, *x.shape[2:]) for m in maps]
+        moments = geometry.moments(x, s, own, pointwise)
+        counts = [other.features[1] for other in others]
+        before, total = sum(counts[:wide]), geometry.features[1]
+        order = [*range(total, total + before), *range(total), *range(total + before, total + sum(counts))]
+        return moments if before == 0 else moments.among(torch.tensor(order, device=x.device))
 
     def _rows(self, x: Tensor) -> Tensor:
         """``x`` as (groups, rows, channels of a group)."""
