@@ -286,16 +286,17 @@ class Fit:
             trace.forget(self._targets)
             bar.update(len(trace.output))
 
-    def _joined(self, batches: Iterable[_Regressed]) -> Iterator[_Regressed]:
+    def _joined(self, key: str, batches: Iterable[_Regressed]) -> Iterator[_Regressed]:
         """Small batches put together where that can be done: what moments cost a batch, they cost less often."""
         waiting: list[_Regressed] = []
+        join = self._surrogate.steps[key].layout.join
         for batch in batches:
             joins = self._kept is not None and batch[0].joins
             if waiting and not (joins and sum(x.numel() for _, x, _ in (*waiting, batch)) <= CHUNK // 4):
-                yield _together(waiting)
+                yield _together(waiting, join)
                 waiting = []
             waiting.append(batch)
-        yield _together(waiting)
+        yield _together(waiting, join)
 
     def _solve(
         self, key: str, targets: Sequence[Target], fitted: Fitted, bar: "tqdm[Any]"
@@ -311,7 +312,7 @@ class Fit:
         if self._settings.solver == "sgd" and isinstance(inverter, Convolution) and inverter.plain:
             return self._descend(key, targets, fitted, chain([first], passes), bar)
         moments = {target: Moments.zeros(*inverter.size, x.device) for target in targets}
-        for index, (inverter, x, signals) in enumerate(self._joined(chain([first], passes))):
+        for index, (inverter, x, signals) in enumerate(self._joined(key, chain([first], passes))):
             for target in targets:
                 moments[target].add(inverter.moments(x, signals(target)))
                 if not moments[target].finite():
@@ -354,12 +355,16 @@ class Fit:
         return result
 
 
-def _together(batches: Sequence[_Regressed]) -> _Regressed:
+def _together(batches: Sequence[_Regressed], join: Callable[[list[Tensor]], Tensor]) -> _Regressed:
     """Several batches as one."""
     inverters, xs, signals = zip(*batches, strict=True)
     if len(xs) == 1:
         return batches[0]
-    return inverters[0], torch.cat(xs), lambda target: tuple(map(torch.cat, zip(*(of(target) for of in signals), strict=True)))
+
+    def joined(target: Target) -> tuple[Tensor, ...]:
+        return tuple(join(list(parts)) for parts in zip(*(of(target) for of in signals), strict=True))
+
+    return inverters[0], join(list(xs)), joined
 
 
 class _Descent:

@@ -729,7 +729,7 @@ def _load_foreign(fitted: Any, path: Path) -> None:
 
 FAILURES: dict[str, tuple[type[Exception], Callable[[Any, Path], Any]]] = {
     "check of a wrong shape": (CaptureError, lambda f, path: check(f.model, f.x[:, :2])),
-    "fit of raising data": (OSError, lambda f, path: InverseNetwork(f.model).fit(Fails(f.x), progress=False)),
+    "fit of raising data": (OSError, lambda f, path: InverseNetwork(f.model).fit(Fails(f.x), memory=0, progress=False)),
     "fit of an unknown class": (TargetRangeError, lambda f, path: InverseNetwork(f.model).fit(f.x, 5, progress=False)),
     "attribute for a bad target": (TargetError, lambda f, path: f.mipin.attribute(f.x[:3], (9999,) * 20)),
     "attribute of a wrong shape": (CaptureError, lambda f, path: f.mipin.attribute(f.x[:3, :2], 0)),

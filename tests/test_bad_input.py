@@ -35,6 +35,7 @@ from captum_mipin import (
     check,
     storage,
 )
+from captum_mipin.regression import Moments
 
 
 class Steps(nn.Module):
@@ -494,7 +495,7 @@ def test_every_kind_of_data_gives_the_same_inverse(mlp: Any) -> None:
     ],
 )
 def test_data_that_fails_midway(mlp: Any, survives: Any, odd: Any, error: Any, message: str) -> None:
-    _both(mlp, survives, error, message, lambda: Batches(mlp.x, odd))
+    _both(mlp, survives, error, message, lambda: Batches(mlp.x, odd), memory=mlp.x.nbytes)
 
 
 def test_a_loader_whose_number_of_examples_never_repeats_is_refused(mlp: Any, survives: Any) -> None:
@@ -503,7 +504,9 @@ def test_a_loader_whose_number_of_examples_never_repeats_is_refused(mlp: Any, su
             self.batches = self.batches[:-1]
             return super().__iter__()
 
-    _both(mlp, survives, FitError, r"examples in the first pass and \d+ in a later one", lambda: Once(mlp.x))
+    _both(
+        mlp, survives, FitError, r"examples in the first pass and \d+ in a later one", lambda: Once(mlp.x), memory=mlp.x.nbytes
+    )
 
 
 @pytest.mark.parametrize(
@@ -835,11 +838,16 @@ def test_a_process_killed_while_saving_leaves_the_old_file_whole(tmp_path: Path)
 # ------------------------------------------------------------------------------------------------- interruption
 
 
+def _settings(x: Tensor) -> dict[str, Any]:
+    """So little memory that the data is gone through once a layer."""
+    return {"memory": x.nbytes, "progress": False}
+
+
 def _interrupted(model: nn.Module, x: Tensor, path: Path, at: tuple[int, int] = (3, 2)) -> InverseNetwork:
     """A fit with a checkpoint, stopped at one batch of one pass: by default in the second of two layers."""
     inverse = InverseNetwork(model)
     with pytest.raises(KeyboardInterrupt):
-        inverse.fit(Batches(x, _at(*at, _interrupt)), [0, 2], progress=False, checkpoint=path)
+        inverse.fit(Batches(x, _at(*at, _interrupt)), [0, 2], checkpoint=path, **_settings(x))
     assert inverse.targets == []
     return inverse
 
@@ -848,13 +856,13 @@ def _interrupted(model: nn.Module, x: Tensor, path: Path, at: tuple[int, int] = 
 def test_an_interrupted_fit_goes_on_from_its_checkpoint(cnn: Any, tmp_path: Path, anew: bool) -> None:
     path = tmp_path / "checkpoint"
     complete, all_data = InverseNetwork(cnn.model), Batches(cnn.x)
-    complete.fit(all_data, [0, 2], progress=False)
+    complete.fit(all_data, [0, 2], **_settings(cnn.x))
     inverse = _interrupted(cnn.model, cnn.x, path)
     assert path.exists()
     if anew:
         inverse = InverseNetwork(cnn.model)
     rest = Batches(cnn.x)
-    assert inverse.fit(rest, [0, 2], progress=False, checkpoint=path).targets == [0, 2]
+    assert inverse.fit(rest, [0, 2], checkpoint=path, **_settings(cnn.x)).targets == [0, 2]
     assert rest.passes == all_data.passes - 1, "what was done is not done again"
     assert not path.exists()
     assert inverse.report == complete.report
@@ -862,27 +870,49 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(cnn: Any, tmp_path: Path
         assert torch.equal(inverse.source_signal(cnn.x[:4], target), complete.source_signal(cnn.x[:4], target))
 
 
+def test_a_fit_that_keeps_its_data_goes_on_from_its_checkpoint(cnn: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path, add, calls = tmp_path / "checkpoint", Moments.add, []
+
+    def interrupted(self: Moments, other: Moments) -> None:
+        calls.append(0)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        add(self, other)
+
+    batches = list(cnn.x.split(16))
+    complete = InverseNetwork(cnn.model).fit(batches, [0, 2], progress=False)
+    monkeypatch.setattr(Moments, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        InverseNetwork(cnn.model).fit(batches, [0, 2], progress=False, checkpoint=path)
+    monkeypatch.undo()
+    assert path.exists()
+    resumed = InverseNetwork(cnn.model).fit(batches, [0, 2], progress=False, checkpoint=path)
+    assert resumed.report == complete.report
+    for target in (0, 2):
+        assert torch.equal(resumed.source_signal(cnn.x[:4], target), complete.source_signal(cnn.x[:4], target))
+
+
 def test_a_fit_interrupted_before_anything_was_solved_begins_anew(mlp: Any, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     inverse = _interrupted(mlp.model, mlp.x, path, (2, 3))
     assert not path.exists()
-    inverse.fit(Batches(mlp.x), [0, 2], progress=False, checkpoint=path)
-    expected = InverseNetwork(mlp.model).fit(Batches(mlp.x), [0, 2], progress=False)
+    inverse.fit(Batches(mlp.x), [0, 2], checkpoint=path, **_settings(mlp.x))
+    expected = InverseNetwork(mlp.model).fit(Batches(mlp.x), [0, 2], **_settings(mlp.x))
     assert torch.equal(inverse.source_signal(mlp.x[:4], 2), expected.source_signal(mlp.x[:4], 2))
     assert not path.exists()
 
 
 def test_the_checkpoint_of_a_fit_that_adds_classes(mlp: Any, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    inverse = InverseNetwork(mlp.model).fit(Batches(mlp.x), 1, progress=False)
+    inverse = InverseNetwork(mlp.model).fit(Batches(mlp.x), 1, **_settings(mlp.x))
     before = inverse.source_signal(mlp.x[:4], 1)
     stopping = Batches(mlp.x, _at(3, 2, _interrupt))
     with pytest.raises(KeyboardInterrupt):
-        inverse.fit(stopping, [0, 2], progress=False, checkpoint=path)
+        inverse.fit(stopping, [0, 2], checkpoint=path, **_settings(mlp.x))
     assert inverse.targets == [1]
     assert torch.equal(inverse.source_signal(mlp.x[:4], 1), before)
-    assert inverse.fit(Batches(mlp.x), [0, 2], progress=False, checkpoint=path).targets == [1, 0, 2]
-    complete = InverseNetwork(mlp.model).fit(Batches(mlp.x), progress=False)
+    assert inverse.fit(Batches(mlp.x), [0, 2], checkpoint=path, **_settings(mlp.x)).targets == [1, 0, 2]
+    complete = InverseNetwork(mlp.model).fit(Batches(mlp.x), **_settings(mlp.x))
     for target in (0, 1, 2):
         assert torch.equal(inverse.source_signal(mlp.x[:4], target), complete.source_signal(mlp.x[:4], target))
 
@@ -900,7 +930,7 @@ def test_the_checkpoint_of_another_fit_is_refused_and_kept(mlp: Any, make_mlp: A
         (InverseNetwork(changed), [0, 2], "its fingerprint, data differ"),
     ):
         with pytest.raises(InverseFileError, match=rf"checkpoint .* is of another fit: {message}"):
-            inverse.fit(Batches(mlp.x), targets, progress=False, checkpoint=path)
+            inverse.fit(Batches(mlp.x), targets, checkpoint=path, **_settings(mlp.x))
         assert inverse.targets == []
         assert path.read_bytes() == kept
 
@@ -912,7 +942,7 @@ def test_a_checkpoint_is_no_inverse_and_an_inverse_no_checkpoint(mlp: Any, saved
         InverseNetwork.load(path, mlp.model)
     whole = saved.read_bytes()
     with pytest.raises(InverseFileError, match="is of another fit: its classes, data differ"):
-        InverseNetwork(mlp.model).fit(mlp.x, progress=False, checkpoint=saved)
+        InverseNetwork(mlp.model).fit(mlp.x, checkpoint=saved, **_settings(mlp.x))
     assert saved.read_bytes() == whole
 
 
@@ -922,7 +952,7 @@ def test_a_damaged_checkpoint_is_refused_and_kept(mlp: Any, tmp_path: Path) -> N
     half = path.read_bytes()[:200]
     path.write_bytes(half)
     with pytest.raises(InverseFileError, match="not a whole safetensors file"):
-        InverseNetwork(mlp.model).fit(Batches(mlp.x), [0, 2], progress=False, checkpoint=path)
+        InverseNetwork(mlp.model).fit(Batches(mlp.x), [0, 2], checkpoint=path, **_settings(mlp.x))
     assert path.read_bytes() == half
 
 

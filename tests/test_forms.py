@@ -527,13 +527,13 @@ def test_a_checkpoint_of_another_output_is_refused(tmp_path):
             return iter(list(x.split(20)))
 
     with pytest.raises(KeyboardInterrupt):
-        InverseNetwork(model, output=(1, 0)).fit(Stops(), 0, progress=False, checkpoint=path)
+        InverseNetwork(model, output=(1, 0)).fit(Stops(), 0, memory=0, progress=False, checkpoint=path)
     with pytest.raises(InverseFileError, match="of another fit: its output differ"):
         InverseNetwork(model, output=0).fit(list(x.split(20)), 0, progress=False, checkpoint=path)
-    resumed = InverseNetwork(model, output=(1, 0)).fit(list(x.split(20)), 0, progress=False, checkpoint=path)
+    resumed = InverseNetwork(model, output=(1, 0)).fit(list(x.split(20)), 0, memory=0, progress=False, checkpoint=path)
     assert torch.equal(
         resumed.source_signal(x[:3], 0),
-        InverseNetwork(model, output=0).fit(list(x.split(20)), 0, progress=False).source_signal(x[:3], 0),
+        InverseNetwork(model, output=0).fit(list(x.split(20)), 0, memory=0, progress=False).source_signal(x[:3], 0),
     )
 
 
