@@ -1,9 +1,9 @@
 """Algorithm 1: from the output down, one regression a layer and target."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, check_inputs, finite, pick, plain
 from captum_mipin.convolution import CHUNK
 from captum_mipin.errors import FitError, InputError
-from captum_mipin.propagation import Run, Surrogate, Target
+from captum_mipin.propagation import Inverses, Run, Surrogate, Target
 from captum_mipin.regression import Moments, RidgeScale, solve
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse, Inverter, Options
@@ -170,7 +170,10 @@ class Fit:
         self._model, self._captured, self._surrogate, self._batches = model, captured, surrogate, batches
         self._targets, self._settings, self._memory, self._progress = list(targets), settings, memory, progress
         self._rows: int | None = None
-        self._kept: list[Trace] | None = []
+        self._kept: list[Trace] = []
+        self._covered: Sequence[str] = surrogate.learned  # the steps that what is kept serves
+        self._sizes: Mapping[str, float] = {}  # of what is kept for each step, bytes an example
+        self._widest = 0.0  # of the signals of one class, bytes an example
         self._signature: Signature | None = None
 
     def run(self, fitted: Fitted, done: Callable[[Fitted], None] = lambda fitted: None) -> Fitted:
@@ -181,23 +184,38 @@ class Fit:
         """
         if self._rows is None:
             self.look()
-        work = len(self._surrogate.learned) * (self._rows or 0)
-        with tqdm(total=work, unit="row", disable=not self._progress, unit_scale=True) as bar:
-            for key in self._surrogate.learned:
-                left = [target for target in self._targets if not fitted.has(target, key)]
-                while left:
-                    solved = self._solve(key, left, fitted, bar)
-                    left = left[len(solved) :]
-                    for target, (inverse, layer) in solved.items():
-                        fitted.inverses.setdefault(target, {})[key] = inverse
-                        fitted.layers.append(layer)
-                    bar.total = bar.n + (work // len(self._surrogate.learned)) * self._passes_left(key, left)
-                    done(fitted)
+        learned, groups = self._surrogate.learned, self._groups()
+        with tqdm(unit="row", disable=not self._progress, unit_scale=True) as bar:
+            for index, group in enumerate(groups):
+                for number, key in enumerate(learned):
+                    left = [target for target in group if not fitted.has(target, key)]
+                    while left:
+                        passes = len(learned) * (len(groups) - index) - number
+                        bar.total = bar.n + passes * (self._rows or 0)
+                        solved = self._solve(key, left, fitted, bar)
+                        left = left[len(solved) :]
+                        for target, (inverse, layer) in solved.items():
+                            fitted.inverses.setdefault(target, {})[key] = inverse
+                            fitted.layers.append(layer)
+                        done(fitted)
+                for trace in self._kept:
+                    trace.drop(group)
         return fitted
 
-    def _passes_left(self, key: str, left: Sequence[Target]) -> int:
+    def _groups(self) -> list[list[Target]]:
+        """The targets whose signals come down together: as many as there is memory for, where all else is kept."""
+        rows, count = self._rows or 0, len(self._targets)
+        if self._covered:
+            free = self._memory - rows * sum(self._sizes.values())
+            count = min(count, max(1, int(free // (rows * self._widest))))
+        return [self._targets[i : i + count] for i in range(0, len(self._targets), count)]
+
+    def _segment(self, key: str) -> Sequence[str]:
+        """The steps from ``key`` down for which what a pass over the data sees can be kept."""
         keys = self._surrogate.learned
-        return len(keys) - 1 - keys.index(key) + bool(left)
+        keys, rows = keys[keys.index(key) :], self._rows or 0
+        total = list(accumulate((self._sizes[k] for k in keys), initial=len(self._targets) * self._widest))
+        return keys[: sum(rows * size <= self._memory for size in total[1:])]
 
     def look(self) -> list[float]:
         """Go through the data once: rows, and the range of each target's output, by which a resumed fit knows its data.
@@ -206,7 +224,7 @@ class Fit:
             FitError: Fewer than two examples, a target whose output is constant, values that are not finite.
         """
         low = high = None
-        rows = size = 0
+        rows = 0
         for index, (inputs, extras) in enumerate(self._batches):
             signature = Signature.of(inputs, extras, self._captured.shared)
             self._signature = self._signature or signature
@@ -214,19 +232,16 @@ class Fit:
                 raise FitError(
                     f"batch {index} has further arguments {signature.leaves}, the first had {self._signature.leaves}"
                 )
-            keys = () if self._kept is None else self._surrogate.learned
-            trace = self._trace(inputs, extras, keys, proving=index == 0)
+            trace = self._trace(inputs, extras, self._covered, proving=index == 0)
             output = trace.output.detach()
             rows += len(output)
             if not finite(output):
                 raise FitError(f"batch {index}: the model's output contains NaN or Inf")
             if index == 0:
                 self._check_apart(inputs, extras, output)
-            size += trace.size
-            if size > self._memory:
-                self._kept = None
-            elif self._kept is not None:
-                self._kept.append(trace)
+                self._sizes = {key: size / len(output) for key, size in trace.sizes.items()}
+                self._widest = trace.widest / len(output)
+            self._keep(trace, rows)
             low = output.amin(0) if low is None else torch.minimum(low, output.amin(0))
             high = output.amax(0) if high is None else torch.maximum(high, output.amax(0))
         if rows < 2 or low is None or high is None:
@@ -259,28 +274,39 @@ class Fit:
         run = Run(self._surrogate.steps, Options(shares=self._settings.shares), fitting=keys, proving=proving)
         return Trace(run, self._surrogate(run, self._captured.values(self._model, inputs, extras)))
 
-    def _traces(self, key: str) -> Iterator[Trace]:
+    def _keep(self, trace: Trace, rows: int) -> None:
+        """Keep what the first pass over the data sees, as long as it fits, with the signals of a class at least."""
+        self._kept.append(trace)
+        if rows * (sum(self._sizes.values()) + self._widest) > self._memory:
+            self._kept, self._covered = [], ()
+
+    def _traces(self, key: str, inverses: Mapping[Target, Inverses]) -> Iterator[Trace]:
         """Every batch, as far down as ``key``: as it was kept, or run forward once more."""
-        if self._kept is not None:
+        if key in self._covered:
             yield from self._kept
             return
-        keys = self._surrogate.learned
-        keys = keys[: keys.index(key) + 1]
-        rows = 0
+        self._kept, self._covered = [], ()
+        segment, keys, rows, kept = self._segment(key), self._surrogate.learned, 0, []
         for inputs, extras in self._batches:
-            yield (trace := self._trace(inputs, extras, keys))
+            trace = self._trace(inputs, extras, keys[: keys.index(key) + max(1, len(segment))])
+            if segment:
+                for target in self._targets:
+                    trace.signals(key, target, inverses.get(target, {}))
+                trace.forget(self._targets)
+                kept.append(trace)
+            yield trace
             rows += len(trace.output)
         if rows != self._rows:
             raise FitError(f"the data had {self._rows} examples in the first pass and {rows} in a later one")
+        self._kept, self._covered = kept, segment
 
     def _signals(self, key: str, fitted: Fitted, bar: "tqdm[Any]") -> Iterator[_Regressed]:
         """For each batch: the inverter of ``key``, its features, and target → the source signals above it (algorithm 1)."""
-        keep = self._kept is not None and self._memory >= sum(t.size + t.widest * len(self._targets) for t in self._kept)
-        for trace in self._traces(key):
+        for trace in self._traces(key, fitted.inverses):
             seen = trace.seen(key)
 
             def signals(target: Target, trace: Trace = trace) -> tuple[Tensor, ...]:
-                return trace.signals(key, target, fitted.inverses.get(target, {}), keep)
+                return trace.signals(key, target, fitted.inverses.get(target, {}))
 
             yield seen.inverter, seen.x.detach(), signals
             trace.forget(self._targets)
@@ -291,7 +317,7 @@ class Fit:
         waiting: list[_Regressed] = []
         join = self._surrogate.steps[key].layout.join
         for batch in batches:
-            joins = self._kept is not None and batch[0].joins
+            joins = key in self._covered and batch[0].joins
             if waiting and not (joins and sum(x.numel() for _, x, _ in (*waiting, batch)) <= CHUNK // 4):
                 yield _together(waiting, join)
                 waiting = []

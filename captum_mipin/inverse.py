@@ -183,7 +183,7 @@ class InverseNetwork:
         *,
         unpack: Unpack | None = None,
         batch_size: int = 256,
-        memory: int = 2 << 30,
+        memory: int = 4 << 30,
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> "InverseNetwork":

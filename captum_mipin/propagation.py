@@ -78,7 +78,7 @@ class Run:
         fitting: Keys of the learned steps that a fit wants to see, if it is one: there the backward pass is cut, and below the
             lowest of them nothing is recorded.
         seen: What it saw there.
-        recorded: Bytes of what the steps of a fit took, about what it keeps for the way back.
+        sizes: About the bytes of what is kept for the way back through each of these steps and what lies below it.
         sources: The tensors at which the signal is wanted.
         proving: Make sure that what rules compute is what their operations do.
     """
@@ -89,7 +89,7 @@ class Run:
     groups: Sequence[tuple[Target, slice]] = ()
     fitting: Collection[str] | None = None
     seen: dict[str, "Seen"] = field(default_factory=dict)
-    recorded: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
     sources: dict[int, Tensor] = field(default_factory=dict)
     proving: bool = False
 
@@ -156,7 +156,8 @@ def step(run: Run, key: str, x: Tensor, *arguments: Any, **named: Any) -> Any:
     if run.fitting is not None and key in run.fitting:
         return _cut(run, this, x, arguments, named)
     if x.requires_grad:
-        run.recorded += x.nbytes
+        if run.seen:  # on the way from the last of these steps to the next one
+            run.sizes[next(reversed(run.seen))] += x.nbytes
         return _Invert.apply(x, run, this, arguments, named)
     with torch.no_grad():
         return _forward(run, this, x, arguments, named)[0]
@@ -170,7 +171,7 @@ def _cut(run: Run, this: Step, x: Tensor, arguments: Any, named: Any) -> Any:
         value = this.operation(x, *arguments, **named)
     outputs = tuple(output.detach().requires_grad_() for output in (value if isinstance(value, tuple) else (value,)))
     run.seen[this.key] = Seen(inverter, x, outputs)
-    run.recorded += x.nbytes
+    run.sizes[this.key] = x.nbytes
     return outputs if isinstance(value, tuple) else outputs[0]
 
 

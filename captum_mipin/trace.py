@@ -20,12 +20,12 @@ class Trace:
 
     Attributes:
         output: The model's.
-        size: About the bytes of what is kept for the way back.
+        sizes: About the bytes of what is kept for the way back through each step, and on to the steps below.
         widest: About the bytes of the signals of one class that are kept between two steps.
     """
 
     def __init__(self, run: Run, output: Tensor) -> None:
-        self.output, self.size = output, run.recorded
+        self.output, self.sizes = output, run.sizes
         self._seen = {key: run.seen[key] for key in reversed(tuple(run.fitting or ()))}
         self.widest = max((sum(s.nbytes for s in (seen.x, *seen.outputs)) for seen in self._seen.values()), default=0)
         self._waiting: dict[Target, _Waiting] = {}
@@ -34,14 +34,13 @@ class Trace:
         """A step's inverter, input and outputs."""
         return self._seen[key]
 
-    def signals(self, key: str, target: Target, inverses: Inverses, keep: bool) -> tuple[Tensor, ...]:
-        """S at the outputs of a step, once all steps above it have their inverses.
+    def signals(self, key: str, target: Target, inverses: Inverses) -> tuple[Tensor, ...]:
+        """S at the outputs of a step, once all steps above it have their inverses; the next step goes on from here.
 
         Args:
             key: The step.
             target: The class.
             inverses: Its inverses of the steps above.
-            keep: Keep the signals, so that the next step goes on from here instead of from the output.
         """
         waiting = self._waiting.get(target)
         if waiting is None:
@@ -53,8 +52,7 @@ class Trace:
             if seen.x.requires_grad:
                 found = _filled(signals, seen)
                 self._send(seen.x, seen.inverter.apply(inverses[above].to(found[0]), found, True), waiting)
-        if keep:
-            self._waiting[target] = waiting
+        self._waiting[target] = waiting
         return _filled(waiting[key], self._seen[key])
 
     def forget(self, targets: Iterable[Target]) -> None:
@@ -62,6 +60,11 @@ class Trace:
         if all(target in self._waiting for target in targets):
             needed = {key for waiting in self._waiting.values() for key in waiting}
             self._seen = {key: seen for key, seen in self._seen.items() if key in needed}
+
+    def drop(self, targets: Iterable[Target]) -> None:
+        """Let go of the signals of targets that are done."""
+        for target in targets:
+            self._waiting.pop(target, None)
 
     def _send(self, x: Tensor, signal: Tensor, waiting: _Waiting) -> None:
         """Send the signal at ``x`` back to the outputs of the steps below."""

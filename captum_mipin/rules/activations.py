@@ -33,10 +33,14 @@ def gate(options: Options, operation: Any, x: Tensor, *arguments: Any, rest: boo
         wide = x.double()
         zero = torch.zeros((), dtype=wide.dtype, device=x.device)
         passed = operation(wide, *arguments, **named) - operation(zero, *arguments, **named)
-        share = (passed / wide.masked_fill(wide == 0, torch.inf)).to(x.dtype)
+        share = _zero_for_nan(passed.div_(wide)).to(x.dtype)
     else:
-        share = value / x.masked_fill(x == 0, torch.inf)
+        share = _zero_for_nan(value / x)
     return value, lambda s: s * share
+
+
+def _zero_for_nan(share: Tensor) -> Tensor:
+    return share.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
 def clamp(options: Options, operation: Any, x: Tensor, *bounds: Any, **named: Any) -> tuple[Tensor, Back]:
