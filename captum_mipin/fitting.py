@@ -15,10 +15,10 @@ from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, check
 from captum_mipin.convolution import CHUNK
 from captum_mipin.errors import FitError, InputError
 from captum_mipin.propagation import Inverses, Run, Surrogate, Target
-from captum_mipin.regression import Moments, RidgeScale, solve
+from captum_mipin.regression import Moments, RidgeScale, Rows, solve, solve_rows
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse, Inverter, Options
-from captum_mipin.rules.linear import Convolution
+from captum_mipin.rules.linear import Convolution, Dense
 from captum_mipin.targets import shown
 from captum_mipin.trace import Trace
 
@@ -331,12 +331,17 @@ class Fit:
         passes = self._signals(key, fitted, bar)
         first = next(passes)
         inverter, x, _ = first
-        count = max(1, self._memory // Moments.bytes_needed(*inverter.size))
-        targets = targets[:count]
+        rows = self._regressed_rows(key, inverter, x)
+        by_rows = isinstance(inverter, Dense) and not inverter.own and rows < inverter.size[2]
+        needed = 8 * rows * inverter.size[2] if by_rows else Moments.bytes_needed(*inverter.size)
+        targets = targets[: max(1, self._memory // needed)]
         names = ", ".join(str(shown(target)) for target in targets)
         bar.set_description(f"{key} · class {names if len(names) < 30 else names[:27] + '...'}")
         if self._settings.solver == "sgd" and isinstance(inverter, Convolution) and inverter.plain:
             return self._descend(key, targets, fitted, chain([first], passes), bar)
+        if by_rows:
+            assert isinstance(inverter, Dense)  # for mypy: as above
+            return self._solve_by_rows(key, inverter, targets, chain([first], passes))
         moments = {target: Moments.zeros(*inverter.size, x.device) for target in targets}
         for index, (inverter, x, signals) in enumerate(self._joined(key, chain([first], passes))):
             for target in targets:
@@ -354,6 +359,37 @@ class Fit:
                 solution.explained_variance, solution.dead, solution.condition, "exact",
             )  # fmt: skip
             result[target] = inverter.inverse(solution, x), layer
+        return result
+
+    def _regressed_rows(self, key: str, inverter: Inverter, x: Tensor) -> int:
+        """Rows of a step's regression over all data, from the features ``x`` of a batch."""
+        layout, (groups, features, *_) = self._surrogate.steps[key].layout, inverter.size
+        examples = x.shape[layout.dim] // (layout.outer * layout.inner)
+        return x.numel() // (groups * features) * (self._rows or 0) // max(examples, 1)
+
+    def _solve_by_rows(
+        self, key: str, inverter: Dense, targets: Sequence[Target], batches: Iterable[_Regressed]
+    ) -> dict[Target, tuple[Inverse, LayerFit]]:
+        """The inverses of a dense layer from fewer rows than signals."""
+        xs: list[Tensor] = []
+        parts: dict[Target, list[Tensor]] = {target: [] for target in targets}
+        for index, (_, x, signals) in enumerate(batches):
+            xs.append(x.reshape(-1, inverter.features))
+            for target in targets:
+                s = torch.cat(signals(target), -1)
+                parts[target].append(s.reshape(-1, s.shape[-1]))
+                if not (finite(s) and finite(x)):
+                    raise FitError(f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}")
+        rows, result = Rows(torch.cat(xs)), {}
+        for target in targets:
+            s = torch.cat(parts.pop(target))
+            live = s.any(0).nonzero().squeeze(1)
+            solution = solve_rows(rows, s[:, live], self._settings.ridge, self._settings.ridge_scale)
+            layer = LayerFit(
+                shown(target), key, len(s), inverter.features, s.shape[1], solution.explained_variance,
+                solution.dead + s.shape[1] - len(live), solution.condition, "exact",
+            )  # fmt: skip
+            result[target] = inverter.inverse_of_rows(solution, live, rows), layer
         return result
 
     def _descend(

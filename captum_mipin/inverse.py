@@ -42,7 +42,7 @@ from captum_mipin.survey import survey
 from captum_mipin.targets import one, per_example, several, shown
 
 #: What an inverse is made of, in files.
-_PARTS = ("weight", "bias", "live", "own")
+_PARTS = ("weight", "bias", "live", "own", "rows")
 
 #: Graphs kept for different input shapes.
 _GRAPHS = 8
@@ -169,9 +169,17 @@ class InverseNetwork:
 
     def to(self, device: torch.device | str) -> "InverseNetwork":
         """Move the fitted inverses to a device; returns self. Otherwise each call moves what it needs."""
+        moved: dict[int, tuple[Tensor, Tensor]] = {}  # what classes share stays shared
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor, tensor.to(device)
+            return moved[id(tensor)][1]
+
         for inverses in self._fitted().fitted.inverses.values():
             for key, inverse in inverses.items():
-                inverses[key] = inverse.to(inverse.weight.to(device))
+                parts = (getattr(inverse, part) for part in _PARTS)
+                inverses[key] = Inverse(*(None if part is None else move(part) for part in parts))  # type: ignore[arg-type]  # as above
         return self
 
     # ------------------------------------------------------------------------------------------------- fit
@@ -491,13 +499,19 @@ class InverseNetwork:
 
     def _write(self, path: str | os.PathLike[str], state: _State, unfinished: dict[str, Any] | None) -> None:
         fitted = state.fitted
-        tensors = {}
-        entries = []
+        tensors: dict[str, Tensor] = {}
+        entries: list[dict[str, Any]] = []
+        names: dict[int, str] = {}
+        same: dict[str, str] = {}  # what classes share is written once
         for number, (target, inverses) in enumerate(fitted.inverses.items()):
             entries.append({"target": target, "keys": list(inverses)})
             for index, inverse in enumerate(inverses.values()):
-                parts = {name: getattr(inverse, name) for name in _PARTS}
-                tensors.update({f"{number}.{index}.{name}": t for name, t in parts.items() if t is not None})
+                for part in _PARTS:
+                    name, tensor = f"{number}.{index}.{part}", getattr(inverse, part)
+                    if id(tensor) in names:
+                        same[name] = names[id(tensor)]
+                    elif tensor is not None:
+                        tensors[name], names[id(tensor)] = tensor, name
         content = {
             "fingerprint": state.watch.fingerprint,
             "layer": None if self.layer is None else self._path(self.layer),
@@ -509,6 +523,7 @@ class InverseNetwork:
             "extras": state.extras != (),
             "dims": state.dims,
             "targets": entries,
+            "same": same,
             "layers": [asdict(layer) for layer in fitted.layers],
             "unfinished": unfinished,
         }
@@ -707,10 +722,13 @@ def like(inputs: Any, results: Inputs) -> Any:
 
 
 def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: torch.device) -> Fitted:
+    # copies, since the file's own memory is aligned otherwise and matrix products would round otherwise
+    found = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+    found.update((name, found[first]) for name, first in content["same"].items())
     fitted = Fitted()
     for number, entry in enumerate(content["targets"]):
         fitted.inverses[tuple(entry["target"])] = {
-            key: Inverse(*(_get(tensors, f"{number}.{index}.{name}", device) for name in _PARTS))  # type: ignore[arg-type]  # weight and bias are there
+            key: Inverse(*(found.get(f"{number}.{index}.{part}") for part in _PARTS))  # type: ignore[arg-type]  # weight and bias are there
             for index, key in enumerate(entry["keys"])
         }
     for layer in content["layers"]:
@@ -721,11 +739,6 @@ def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: 
 
 def _shapes(signature: Signature) -> str:
     return ", ".join(" ".join(leaf[1:3]) for leaf in signature.leaves)
-
-
-def _get(tensors: dict[str, Tensor], name: str, device: torch.device) -> Tensor | None:
-    # a copy, since the file's own memory is aligned otherwise and matrix products would round otherwise
-    return tensors[name].to(device, copy=True) if name in tensors else None
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -208,6 +208,75 @@ def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative")
     )
 
 
+class Rows:
+    """Features of few examples, row by row, centred: for regressions with more signals than rows.
+
+    Args:
+        x: (rows, features).
+
+    Attributes:
+        x: (rows, features) centred, in the dtype given.
+        mean: (features,) float64.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.mean = x.double().mean(0)
+        self.x = x - self.mean.to(x.dtype)
+        self.gram = (self.x @ self.x.mT).double()
+
+
+@dataclass(frozen=True)
+class RowSolution:
+    """A solved regression x ≈ Xᵀ coefficients · s + bias, where X are the centred :class:`Rows`.
+
+    Attributes:
+        coefficients: (rows, ds) float64.
+        bias: (dx,) float64.
+        explained_variance, dead, condition: As for :class:`Solution`.
+    """
+
+    coefficients: Tensor
+    bias: Tensor
+    explained_variance: float
+    dead: int
+    condition: float
+
+
+def solve_rows(rows: Rows, s: Tensor, ridge: float = 1e-3, scale: RidgeScale = "relative") -> RowSolution:
+    """The regression of :func:`solve` by its dual: cov(X, S) (cov(S, S) + λI)⁻¹ = Xᵀ (S Sᵀ + nλI)⁻¹ S (equation 6).
+
+    It takes a matrix of rows by rows instead of one of signals by signals.
+
+    Args:
+        rows: Of the features.
+        s: (rows, ds) signals.
+        ridge, scale: As for :func:`solve`.
+
+    Examples:
+        >>> x, s = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 30, dtype=torch.float64)
+        >>> solution = solve_rows(Rows(x), s, ridge=0)
+        >>> torch.allclose(s @ solution.coefficients.mT @ Rows(x).x + solution.bias, x)
+        True
+    """
+    s = s.double()
+    n, mean = len(s), s.mean(0)
+    s = s - mean
+    penalty, dead = _penalty(s.square().mean(0), mean, ridge, scale, n)
+    s = s.masked_fill(dead, 0.0)
+    gram = s @ s.mT
+    left = n * float(penalty.max())  # the same for all signals
+    coefficients, condition = _ridge(
+        gram, s, torch.full_like(gram[0], left), torch.zeros_like(gram[0], dtype=torch.bool), ridge
+    )
+    bias = rows.mean - (rows.x.mT @ (coefficients @ mean).to(rows.x.dtype)).double()
+    total = rows.gram.diagonal().sum()
+    # Predicted are P = S Sᵀ K X with K = (S Sᵀ + nλI)⁻¹ or the pseudo-inverse: the residual is (I − S Sᵀ K) X.
+    residual = torch.eye(n, dtype=gram.dtype, device=gram.device) - coefficients @ s.mT
+    unexplained = (residual @ rows.gram * residual).sum()
+    explained = float(1 - unexplained / total) if total > 0 else 1.0
+    return RowSolution(coefficients, bias, explained, int(dead.sum()), condition)
+
+
 def _penalty(variance: Tensor, mean: Tensor, ridge: float, scale: RidgeScale, rows: int) -> tuple[Tensor, Tensor]:
     """λ for each signal (the last dimension), and which of them never vary."""
     dead = variance <= _CONSTANT * (variance + mean.square())

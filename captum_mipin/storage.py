@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from captum_mipin.capture import memory
 from captum_mipin.errors import InverseFileError
 
-FORMAT = "captum-mipin-inverse-2"
+FORMAT = "captum-mipin-inverse-3"
 
 
 def fingerprint(model: nn.Module) -> str:

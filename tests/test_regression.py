@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captum_mipin.regression import Moments, solve
+from captum_mipin.regression import Moments, Rows, solve, solve_rows
 
 FIELDS = ("mean_z", "mean_s", "zz", "zs", "ss")
 
@@ -258,3 +258,39 @@ def test_moments_put_in_their_places():
     wide = torch.zeros(2, 60, 7, dtype=torch.float64)
     wide[..., [5, 0, 2, 3]] = s
     close(moments(x, s).placed(torch.tensor([5, 0, 2, 3]), 7), moments(x, wide))
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("scale", ["relative", "mean", "sum"])
+@pytest.mark.parametrize("count", [2, 5, 11, 40])
+def test_the_dual_is_the_same_regression(ridge, scale, count):
+    torch.manual_seed(count)
+    x, s = (
+        torch.randn(count, 7, dtype=torch.float64) + 3,
+        torch.randn(count, 12, dtype=torch.float64) @ torch.randn(12, 12).double() - 2,
+    )
+    s[:, 4], s[:, 7] = 5.0, 0.0  # never vary
+    gathered = Moments.zeros(1, 7, 12)
+    gathered.update(x[None], s[None])
+    primal = solve(gathered, ridge, scale)
+    rows = Rows(x)
+    dual = solve_rows(rows, s, ridge, scale)
+    weight = rows.x.mT @ dual.coefficients
+    torch.testing.assert_close(weight, primal.weight[0], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(dual.bias, primal.bias[0], rtol=1e-6, atol=1e-8)
+    assert dual.explained_variance == pytest.approx(primal.explained_variance, abs=1e-7)
+    assert dual.dead == primal.dead == 2
+    assert not weight[:, [4, 7]].any()
+    assert dual.condition >= 1 - 1e-12
+
+
+def test_the_dual_of_constant_features_or_signals_is_their_mean():
+    rows, s = Rows(torch.ones(3, 2, dtype=torch.float64)), torch.randn(3, 9, dtype=torch.float64)
+    solution = solve_rows(rows, s)
+    assert solution.explained_variance == 1.0
+    assert solution.bias.tolist() == [1.0, 1.0]
+    x = torch.randn(3, 2, dtype=torch.float64)
+    solution = solve_rows(Rows(x), torch.ones(3, 9, dtype=torch.float64))
+    assert not solution.coefficients.any()
+    torch.testing.assert_close(solution.bias, x.mean(0))
+    assert solution.explained_variance == pytest.approx(0.0)

@@ -87,3 +87,66 @@ def test_what_all_classes_have_passed_is_let_go():
             trace.signals(key, target, inverses[target])
         trace.forget(targets)
         assert len(trace._seen) == len(surrogate.learned) - number
+
+
+def wide(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 3)
+    ).to(dtype).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", [0, 5000, 4 << 30])
+def test_wide_layers_are_inverted_row_by_row_and_the_inverse_is_the_same(memory, monkeypatch, tmp_path):
+    model, x = wide(), normal(12, 50, dtype=torch.float64)
+    inverse = InverseNetwork(model).fit(x, [0, 2], batch_size=5, memory=memory, progress=False)
+    first, second = (inverse._state.fitted.inverses[target]["0/linear"] for target in ((0,), (2,)))
+    assert first.rows.shape == (12, 50)
+    if memory > 5000:
+        assert first.rows is second.rows, "classes share them"
+    monkeypatch.setattr("captum_mipin.fitting.Fit._regressed_rows", lambda *arguments: 1 << 20)
+    primal = InverseNetwork(model).fit(x, [0, 2], batch_size=5, progress=False)
+    assert primal._state.fitted.inverses[(0,)]["0/linear"].rows is None
+    for target in (0, 2):
+        for local in (True, False):
+            close(inverse.source_signal(x, target, local=local), primal.source_signal(x, target, local=local))
+        close(inverse.class_attribution(target), primal.class_attribution(target))
+    for one, other in zip(sorted(inverse.report.layers, key=str), sorted(primal.report.layers, key=str), strict=True):
+        assert one.explained_variance == pytest.approx(other.explained_variance, abs=1e-9)
+        assert (one.dead, one.rows, one.signals) == (other.dead, other.rows, other.signals)
+    inverse.save(tmp_path / "inverse")
+    loaded = InverseNetwork.load(tmp_path / "inverse", model)
+    for target in (0, 2):
+        assert torch.equal(loaded.source_signal(x, target), inverse.source_signal(x, target))
+    first, second = (loaded._state.fitted.inverses[target]["0/linear"] for target in ((0,), (2,)))
+    assert (first.rows is second.rows) == (memory > 5000)
+    loaded.to("cpu")
+
+
+def test_tokens_are_rows_whatever_dimension_the_batch_has():
+    """Rows are counted over all dimensions but the features': seven tokens of five examples are 35."""
+
+    class Tokens(nn.Module):
+        def __init__(self, transposed):
+            super().__init__()
+            self.inner, self.head, self.transposed = nn.Linear(10, 40), nn.Linear(40 * 7, 2), transposed
+
+        def forward(self, x):
+            if self.transposed:
+                x = x.transpose(0, 1)
+            x = F.relu(self.inner(x))
+            return self.head((x.transpose(0, 1) if self.transposed else x).flatten(1))
+
+    torch.manual_seed(0)
+    model = Tokens(False).double().eval()
+    other = Tokens(True).double().eval()
+    other.load_state_dict(model.state_dict())
+    for count, by_rows in ((5, True), (6, False)):
+        x = normal(count, 7, 10, dtype=torch.float64)
+        one, two = (InverseNetwork(m).fit(x, 0, batch_size=2, progress=False) for m in (model, other))
+        close(one.source_signal(x, 0), two.source_signal(x, 0))
+        for inverse in (one, two):
+            rows = {layer.layer: layer.rows for layer in inverse.report.layers}
+            assert rows["inner/linear"] == 7 * count
+            solved = inverse._state.fitted.inverses[(0,)]["inner/linear"]
+            assert solved.rows is None or by_rows

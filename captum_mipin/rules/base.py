@@ -38,20 +38,23 @@ class Inverse:
         bias: One value a feature or channel.
         live: Indices of the signals that ``weight`` has columns for; None for all.
         own: (features or channels, branches) coefficients of the signals that each has of its own; None where it has none.
+        rows: (rows, features) where there were fewer examples than signals: ``weight`` (rows, signals) is to be multiplied by
+            its transpose. Classes share it.
     """
 
     weight: Tensor
     bias: Tensor
     live: Tensor | None = None
     own: Tensor | None = None
+    rows: Tensor | None = None
 
     def to(self, other: Tensor) -> "Inverse":
         """This inverse in the dtype and on the device of ``other``."""
         if self.weight.dtype == other.dtype and self.weight.device == other.device:
             return self
         live = None if self.live is None else self.live.to(other.device)
-        own = None if self.own is None else self.own.to(other)
-        return Inverse(self.weight.to(other), self.bias.to(other), live, own)
+        own, rows = (None if part is None else part.to(other) for part in (self.own, self.rows))
+        return Inverse(self.weight.to(other), self.bias.to(other), live, own, rows)
 
 
 class Inverter(Protocol):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from captum_mipin.convolution import CHUNK, Geometry
-from captum_mipin.regression import Moments, Solution
+from captum_mipin.regression import Moments, Rows, RowSolution, Solution
 from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, each
 from captum_mipin.rules.pooling import shared_out
 
@@ -52,11 +52,23 @@ class Dense(Inverter):
             return Inverse(weight.to(like), bias, own=own)
         return Inverse(weight[:, live].to(like), bias, live, own)
 
+    def inverse_of_rows(self, solution: RowSolution, live: Tensor, rows: Rows) -> Inverse:
+        """The inverse that a regression on the signals ``live`` solved row by row stands for, in its smaller form."""
+        weight, bias = solution.coefficients.to(rows.x), solution.bias.to(rows.x)
+        n, signals = weight.shape
+        index = None if signals == sum(self.signals) else live
+        if n * (signals + self.features) < signals * self.features:
+            return Inverse(weight, bias, index, rows=rows.x)
+        return Inverse(rows.x.mT @ weight, bias, index)
+
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
         s, own = self._divided(signals)
         if inverse.live is not None:
             s = s[..., inverse.live]
-        x = torch.nn.functional.linear(s, inverse.weight, inverse.bias if bias else None)
+        weight = inverse.weight
+        if inverse.rows is not None:
+            s, weight = torch.nn.functional.linear(s, weight), inverse.rows.mT
+        x = torch.nn.functional.linear(s, weight, inverse.bias if bias else None)
         return add_own(x, inverse, own, -1)
 
     def _divided(self, signals: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
