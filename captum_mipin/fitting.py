@@ -342,10 +342,13 @@ class Fit:
         if by_rows:
             assert isinstance(inverter, Dense)  # for mypy: as above
             return self._solve_by_rows(key, inverter, targets, chain([first], passes))
-        moments = {target: Moments.zeros(*inverter.size, x.device) for target in targets}
+        moments: dict[Target, Moments] = {}
         for index, (inverter, x, signals) in enumerate(self._joined(key, chain([first], passes))):
             for target in targets:
-                moments[target].add(inverter.moments(x, signals(target)))
+                found = inverter.moments(x, signals(target))
+                moments.setdefault(target, found)
+                if moments[target] is not found:
+                    moments[target].add(found)
                 if not moments[target].finite():
                     raise FitError(f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}")
         groups, features, shared, own = inverter.size

@@ -34,6 +34,8 @@ class Moments:
         zz: (g, dx, k, k) float64, the centred Gram matrix of each feature and its own signals.
         zs: (g, k, dx, ds) float64, the centred cross products.
         ss: (g, ds, ds) float64, the centred Gram matrix of s.
+        live: Where only some of the signals have been other than zero: which, in order, and of how many. The other fields
+            are of these alone.
 
     Examples:
         >>> x, s = torch.randn(1, 50, 3), torch.randn(1, 50, 2)
@@ -51,6 +53,7 @@ class Moments:
     zz: Tensor
     zs: Tensor
     ss: Tensor
+    live: tuple[Tensor, int] | None = None
 
     @classmethod
     def zeros(cls, groups: int, features: int, signals: int, own: int = 0, device: torch.device | str = "cpu") -> "Moments":
@@ -89,6 +92,9 @@ class Moments:
 
     def add(self, other: "Moments") -> None:
         """Merge ``other`` in; its second moments may be of any floating dtype."""
+        if not _alike(self.live, other.live):
+            self.__dict__.update(vars(self.whole()))
+            other = other.whole()
         count = self.count + other.count
         if other.count == 0:
             return
@@ -104,8 +110,11 @@ class Moments:
         self.mean_s += share * ds
         self.count = count
 
-    def placed(self, index: Tensor, signals: int) -> "Moments":
-        """The same moments, the shared signals in the places ``index`` of ``signals`` ones, of which the others are zero."""
+    def whole(self) -> "Moments":
+        """The same, with those signals in their places that have always been zero."""
+        if self.live is None:
+            return self
+        index, signals = self.live
         groups, k, features = self.mean_z.shape
         result = Moments.zeros(groups, features, signals, k - 1, self.ss.device)
         mean_s, zs, ss = result.mean_s, result.zs, result.ss
@@ -121,6 +130,10 @@ class Moments:
     def finite(self) -> bool:
         """Whether no NaN or Inf has come in."""
         return bool(torch.isfinite(self.zz.sum() + self.mean_s.sum() + self.ss.diagonal(dim1=1, dim2=2).sum()))
+
+
+def _alike(live: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:
+    return live is other or (live is not None and other is not None and torch.equal(live[0], other[0]))
 
 
 def gram_of_each(z: Tensor, over: tuple[int, ...]) -> Tensor:
@@ -140,12 +153,13 @@ class Solution:
     """A solved regression x ≈ weight · s + own · o + bias.
 
     Attributes:
-        weight: (g, dx, ds) float64.
+        weight: (g, dx, ds) float64, of the ``live`` signals.
         own: (g, dx, k − 1) float64.
         bias: (g, dx) float64.
         explained_variance: 1 − residual / variance of x over all features, on the rows fitted; 1 where x never varies.
         dead: Number of signals that never vary; their coefficients are zero.
         condition: 1-norm condition number of the matrices solved with, the largest of them, as estimated.
+        live: As for :class:`Moments`.
     """
 
     weight: Tensor
@@ -154,6 +168,7 @@ class Solution:
     explained_variance: float
     dead: int
     condition: float
+    live: Tensor | None = None
 
 
 def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative") -> Solution:
@@ -203,8 +218,9 @@ def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative")
         own.contiguous(),
         bias,
         explained_variance=float(explained / total) if total > 0 else 1.0,
-        dead=int(dead.sum() + own_dead.sum()),
+        dead=int(dead.sum() + own_dead.sum()) + len(dead) * (moments.live[1] - len(moments.live[0]) if moments.live else 0),
         condition=max(condition, own_condition),
+        live=moments.live[0] if moments.live else None,
     )
 
 
@@ -220,8 +236,11 @@ class Rows:
     """
 
     def __init__(self, x: Tensor) -> None:
-        self.mean = x.double().mean(0)
-        self.x = x - self.mean.to(x.dtype)
+        mean = x.mean(0)
+        self.x = x - mean
+        rest = self.x.mean(0)  # what rounding left; a copy in float64 would take twice the memory
+        self.x -= rest
+        self.mean = mean.double() + rest.double()
         self.gram = (self.x @ self.x.mT).double()
 
 
@@ -258,11 +277,11 @@ def solve_rows(rows: Rows, s: Tensor, ridge: float = 1e-3, scale: RidgeScale = "
         >>> torch.allclose(s @ solution.coefficients.mT @ Rows(x).x + solution.bias, x)
         True
     """
-    s = s.double()
+    s = s.to(torch.float64, copy=True)
     n, mean = len(s), s.mean(0)
-    s = s - mean
+    s -= mean
     penalty, dead = _penalty(s.square().mean(0), mean, ridge, scale, n)
-    s = s.masked_fill(dead, 0.0)
+    s.masked_fill_(dead, 0.0)
     gram = s @ s.mT
     left = n * float(penalty.max())  # the same for all signals
     coefficients, condition = _ridge(

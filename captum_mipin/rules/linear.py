@@ -39,18 +39,21 @@ class Dense(Inverter):
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         s, own = self._divided(signals)
-        moments = Moments.zeros(*self.size, x.device)
         x, s, *own = (t.reshape(1, -1, t.shape[-1]) for t in (x, s, *own))
-        moments.update(x, s, own)
-        return moments
+        live = s[0].any(0).nonzero().squeeze(1)
+        some = 2 * len(live) < s.shape[2]  # of the logits, only the target's is there
+        moments = Moments.zeros(1, self.features, len(live) if some else s.shape[2], self.own, x.device)
+        moments.update(x, s[..., live] if some else s, own)
+        return replace(moments, live=(live, s.shape[2])) if some else moments
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
         weight, bias = solution.weight[0], solution.bias[0].to(like)
         own = solution.own[0].to(like) if self.own else None
         live = weight.any(0).nonzero().squeeze(1)
-        if len(live) == weight.shape[1]:
-            return Inverse(weight.to(like), bias, own=own)
-        return Inverse(weight[:, live].to(like), bias, live, own)
+        if len(live) < weight.shape[1]:
+            weight, places = weight[:, live], live if solution.live is None else solution.live[live]
+            return Inverse(weight.to(like), bias, places, own)
+        return Inverse(weight.to(like), bias, solution.live, own)
 
     def inverse_of_rows(self, solution: RowSolution, live: Tensor, rows: Rows) -> Inverse:
         """The inverse that a regression on the signals ``live`` solved row by row stands for, in its smaller form."""
@@ -183,8 +186,8 @@ class PooledDense(Inverter):
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         live = signals[0].any(0).nonzero().squeeze(1)
-        dense = Dense(self.dense.features, (len(live),))
-        return dense.moments(self.x, (self._map(signals[0], live),)).placed(live, self.size[2])
+        moments = Dense(self.dense.features, (len(live),)).moments(self.x, (self._map(signals[0], live),)).whole()
+        return replace(moments, live=(live, self.size[2]))
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
         return self.dense.inverse(solution, like)
