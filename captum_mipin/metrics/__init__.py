@@ -17,6 +17,7 @@ from captum_mipin.metrics.localization import (
     mosaics,
     pointing_game,
 )
+from captum_mipin.metrics.perturbation import deletion, infidelity, insertion, sensitivity_n
 from captum_mipin.metrics.result import Result
 
 __all__ = [
@@ -27,8 +28,12 @@ __all__ = [
     "bounding_box_accuracy",
     "box_masks",
     "completeness",
+    "deletion",
     "effective_heat_ratio",
     "grid_pointing_game",
+    "infidelity",
+    "insertion",
     "mosaics",
     "pointing_game",
+    "sensitivity_n",
 ]

@@ -117,8 +117,7 @@ class Examples:
 
 def explain(method: Method, examples: Examples, batch_size: int | None = None) -> tuple[Tensor, ...]:
     """The maps of a method, one tensor for each that it gives, detached."""
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size={batch_size!r} must be at least 1")
+    at_least("batch_size", 1 if batch_size is None else batch_size, 1)
     if isinstance(method, (Tensor, tuple)):
         return _maps(method, examples)
     found = [ask(method, part) for part in examples.chunks(batch_size or EXPLAINED)]
@@ -231,8 +230,7 @@ def pick_target(found: Tensor, target: Any, score: Score = "logit") -> Tensor:
 
 def rows_at_once(x: Tensor, batch_size: int | None) -> int:
     """How many inputs a model is given at once."""
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size={batch_size!r} must be at least 1")
+    at_least("batch_size", 1 if batch_size is None else batch_size, 1)
     return batch_size or max(1, ELEMENTS // max(1, prod(x.shape[1:])))
 
 
@@ -273,9 +271,15 @@ def resized(heat: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(heat.unsqueeze(1), tuple(size), mode=modes[len(size)], align_corners=False).squeeze(1)
 
 
+def hottest_first(flat: Tensor, random: Tensor) -> Tensor:
+    """Places (examples, places) from hot to cold, those of the same heat by ``random``."""
+    shuffled = random.argsort(stable=True)
+    return shuffled.gather(1, flat.gather(1, shuffled).argsort(descending=True, stable=True))
+
+
 def finite_rows(*tensors: Tensor) -> Tensor:
     """(examples,) on the CPU: whether all of an example's entries are finite."""
-    return torch.stack([t.flatten(1).isfinite().all(1).cpu() for t in tensors]).all(0)
+    return torch.stack([t.reshape(len(t), -1).isfinite().all(1).cpu() for t in tensors]).all(0)
 
 
 def seeded(generator: torch.Generator | None) -> torch.Generator:
@@ -288,12 +292,23 @@ def uniform(generator: torch.Generator, *shape: int, device: torch.device | None
     return torch.rand(shape, generator=generator, device=generator.device).to(device or generator.device)
 
 
+def normal_like(generator: torch.Generator, x: Tensor) -> Tensor:
+    """Standard normal numbers shaped, typed and placed like ``x``, the same on whatever device it is."""
+    return torch.randn(x.shape, generator=generator, device=generator.device).to(x)
+
+
 def described(method: Any, examples: Examples, maps: Sequence[Tensor] = (), **more: Any) -> dict[str, Any]:
     """The settings that all results have."""
     target = examples.target
     target = target.tolist() if isinstance(target, Tensor) else target
     shapes = ", ".join("x".join(map(str, one.shape[1:])) for one in maps)
     return {"method": name(method), "target": target, **({"maps": shapes} if maps else {}), **more}
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Refuse a number below the least that an option can have."""
+    if not value >= least:
+        raise InputError(f"{name}={value!r} must be at least {least}")
 
 
 def option(name: str, value: Any, known: Any) -> None:

@@ -13,10 +13,12 @@ from captum_mipin.metrics.common import (
     Examples,
     Method,
     Reduction,
+    at_least,
     described,
     explain,
     finite_rows,
     heat,
+    hottest_first,
     model_of,
     option,
     raw_outputs,
@@ -112,7 +114,7 @@ def bounding_box_accuracy(
     else:
         _, tied = _expected_share(flat, inside, n)
         random = uniform(seeded(generator), *flat.shape, device=flat.device) if ties == "random" else torch.zeros_like(flat)
-        values = inside.gather(1, _order(flat, random)).cumsum(1).gather(1, (n - 1).clamp(min=0)[:, None])[:, 0] / n
+        values = inside.gather(1, hottest_first(flat, random)).cumsum(1).gather(1, (n - 1).clamp(min=0)[:, None])[:, 0] / n
     settings = described(method, examples, maps, reduction=reduction, ties=ties, largest=largest)
     reasons = {"empty": n == 0, "large": n > largest * inside.shape[1], "NaN": ~finite_rows(warm)}
     parts = {"tied": Result.of("tied", tied, "neither", settings, reasons)}
@@ -151,8 +153,7 @@ def pointing_game(
         [0.0, 1.0]
     """
     option("average", average, ("samples", "classes"))
-    if not tolerance >= 0:
-        raise InputError(f"tolerance={tolerance!r} must be at least 0")
+    at_least("tolerance", tolerance, 0)
     examples, warm, masks, maps = _looked_at("pointing_game", method, inputs, target, boxes, reduction,
                                              additional_forward_args, batch_size)  # fmt: skip
     near = _near(masks, tolerance).flatten(1).to(warm.device)
@@ -386,12 +387,6 @@ def _expected_share(flat: Tensor, inside: Tensor, n: Tensor) -> tuple[Tensor, Te
     taken = free / tie.sum(1)
     values = ((above & inside).sum(1) + taken * (tie & inside).sum(1)) / n
     return values, torch.where(tie.sum(1) > free, free, 0) / n
-
-
-def _order(flat: Tensor, random: Tensor) -> Tensor:
-    """Pixels from hot to cold, ties by ``random``."""
-    shuffled = random.argsort(stable=True)
-    return shuffled.gather(1, flat.gather(1, shuffled).argsort(descending=True, stable=True))
 
 
 def _near(masks: Tensor, tolerance: float) -> Tensor:

@@ -73,7 +73,7 @@ class Result:
             rows = rows[left[rows]]
             left[rows] = False
             if len(rows):
-                found[reason] = found.get(reason, ()) + tuple(rows.tolist())
+                found[reason] = tuple(sorted({*found.get(reason, ()), *rows.tolist()}))
         curves = None if curves is None else curves.detach().to("cpu", torch.float64)
         classes = None if classes is None else classes.detach().cpu()
         ordered = {reason: found[reason] for reason in sorted(found)}
