@@ -19,6 +19,7 @@ from captum_mipin.metrics.localization import (
 )
 from captum_mipin.metrics.perturbation import deletion, infidelity, insertion, sensitivity_n
 from captum_mipin.metrics.result import Result
+from captum_mipin.metrics.sensitivity import class_sensitivity, sensitivity_max
 
 __all__ = [
     "Boxes",
@@ -27,6 +28,7 @@ __all__ = [
     "Result",
     "bounding_box_accuracy",
     "box_masks",
+    "class_sensitivity",
     "completeness",
     "deletion",
     "effective_heat_ratio",
@@ -35,5 +37,6 @@ __all__ = [
     "insertion",
     "mosaics",
     "pointing_game",
+    "sensitivity_max",
     "sensitivity_n",
 ]

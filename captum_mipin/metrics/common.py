@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ Reduction = Literal["sum", "relu_of_sum", "sum_of_relu", "sum_of_abs", "max_of_a
 
 #: Examples that a method is asked for at once, unless ``batch_size`` says.
 EXPLAINED = 32
-#: Elements of the inputs that a model is given at once, unless ``batch_size`` says.
-ELEMENTS = 1 << 23
+#: Elements of the inputs that a model is given at once, unless ``batch_size`` says: on the CPU, where more run out of its
+#: caches, but at least so many examples; and elsewhere.
+ELEMENTS, LEAST, ELEMENTS_ELSEWHERE = 1 << 17, 16, 1 << 25
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda maps: maps.sum(1),
@@ -117,10 +118,10 @@ class Examples:
 
 def explain(method: Method, examples: Examples, batch_size: int | None = None) -> tuple[Tensor, ...]:
     """The maps of a method, one tensor for each that it gives, detached."""
-    at_least("batch_size", 1 if batch_size is None else batch_size, 1)
+    size = explained_at_once(batch_size)
     if isinstance(method, (Tensor, tuple)):
         return _maps(method, examples)
-    found = [ask(method, part) for part in examples.chunks(batch_size or EXPLAINED)]
+    found = [ask(method, part) for part in examples.chunks(size)]
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
@@ -224,14 +225,23 @@ def pick_target(found: Tensor, target: Any, score: Score = "logit") -> Tensor:
     elif score != "logit":
         raise InputError(f"score={score!r} is not one of 'logit', 'softmax', or a function of the outputs")
     index = per_example(target, found)
+    if all(i is index[0] for i in index):  # one for all
+        return found.movedim(0, -1)[index[0]].double()
     rows = torch.arange(len(found), device=found.device)
     return found[(rows, *(torch.tensor(i, device=found.device) for i in zip(*index, strict=True)))].double()
+
+
+def explained_at_once(batch_size: int | None) -> int:
+    """How many examples a method is asked for."""
+    at_least("batch_size", 1 if batch_size is None else batch_size, 1)
+    return batch_size or EXPLAINED
 
 
 def rows_at_once(x: Tensor, batch_size: int | None) -> int:
     """How many inputs a model is given at once."""
     at_least("batch_size", 1 if batch_size is None else batch_size, 1)
-    return batch_size or max(1, ELEMENTS // max(1, prod(x.shape[1:])))
+    on_cpu, size = x.device.type == "cpu", max(1, prod(x.shape[1:]))
+    return batch_size or max(LEAST, (ELEMENTS if on_cpu else ELEMENTS_ELSEWHERE) // size)
 
 
 def all_outputs(model: Callable[..., Any], examples: Examples, batch_size: int | None, score: Score = "logit") -> Tensor:
@@ -311,8 +321,7 @@ def at_least(name: str, value: float, least: float) -> None:
         raise InputError(f"{name}={value!r} must be at least {least}")
 
 
-def option(name: str, value: Any, known: Any) -> None:
+def option(name: str, value: Any, known: Sequence[Any]) -> None:
     """Refuse a value that an option does not have."""
-    known = known if isinstance(known, tuple) else get_args(known)
     if value not in known:
         raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.common import (
-    EXPLAINED,
     Examples,
     Inputs,
     all_outputs,
     ask,
     described,
+    explained_at_once,
     model_of,
     option,
     pick_target,
@@ -91,7 +91,7 @@ def completeness(
     before = pick_target(everything, examples.target)
     others = _other_outputs(everything, examples, seeded(generator)) if control else before
     after, shuffled = [], []
-    size = batch_size or EXPLAINED
+    size = explained_at_once(batch_size)
     for part, y, other in zip(examples.chunks(size), before.split(size), others.split(size), strict=True):
         signal = ask(method.source_signal, part)
         after.append(all_outputs(model, part.with_inputs(*signal), batch_size))

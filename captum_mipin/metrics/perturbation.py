@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.common import (
-    EXPLAINED,
     Examples,
     Inputs,
     Method,
@@ -21,6 +20,7 @@ from captum_mipin.metrics.common import (
     at_least,
     described,
     explain,
+    explained_at_once,
     finite_rows,
     heat,
     hottest_first,
@@ -225,7 +225,7 @@ def infidelity(
         left = tuple(one - t for one, t in zip(x if isinstance(x, tuple) else (x,), taken, strict=True))
         return (taken, left) if isinstance(x, tuple) else (taken[0], left[0])
 
-    values, size, rows = [], batch_size or EXPLAINED, rows_at_once(examples.inputs[0], batch_size)
+    values, size, rows = [], explained_at_once(batch_size), rows_at_once(examples.inputs[0], batch_size)
     for part, *own in zip(examples.chunks(size), *(m.split(size) for m in maps), strict=True):
         values.append(
             captum_infidelity(
