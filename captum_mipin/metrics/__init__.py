@@ -18,6 +18,7 @@ from captum_mipin.metrics.localization import (
     pointing_game,
 )
 from captum_mipin.metrics.perturbation import deletion, infidelity, insertion, sensitivity_n
+from captum_mipin.metrics.randomization import randomization
 from captum_mipin.metrics.result import Result
 from captum_mipin.metrics.sensitivity import class_sensitivity, sensitivity_max
 
@@ -37,6 +38,7 @@ __all__ = [
     "insertion",
     "mosaics",
     "pointing_game",
+    "randomization",
     "sensitivity_max",
     "sensitivity_n",
 ]
