@@ -171,7 +171,7 @@ def test_what_cannot_be_a_question_is_refused(mlp):
         (lambda: explain("Saliency", Examples.of(x, 0)), InputError, "the method is a str"),
         (lambda: explain(x[:2], Examples.of(x, 0)), InputError, "one map for each of 4"),
         (lambda: explain(lambda a, b: a, Examples.of(x, 0), 0), InputError, "batch_size=0"),
-        (lambda: completeness(x, x, 0), InputError, "with source_signal, Tensor has none"),
+        (lambda: completeness(x, x, 0), InputError, "that has source_signal"),
         (lambda: completeness(mlp.inverse, x, 0), InputError, "pass control=False"),
         (lambda: completeness(mlp.inverse, x, 0, control=False), InputError, "pass model="),
         (lambda: completeness(mlp.mipin, x, 0, average="both"), InputError, "average='both'"),

@@ -25,7 +25,7 @@ Reduction = Literal["sum", "relu_of_sum", "sum_of_relu", "sum_of_abs", "max_of_a
 EXPLAINED = 32
 #: Elements of the inputs that a model is given at once, unless ``batch_size`` says: on the CPU, where more run out of its
 #: caches, but at least so many examples; and elsewhere.
-ELEMENTS, LEAST, ELEMENTS_ELSEWHERE = 1 << 17, 16, 1 << 25
+ELEMENTS, LEAST, ELEMENTS_ELSEWHERE = 1 << 17, 4, 1 << 25
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda maps: maps.sum(1),

@@ -83,9 +83,9 @@ def completeness(
     """
     option("average", average, ("classes", "samples"))
     if not isinstance(method, HasSourceSignal):
-        raise InputError(f"completeness needs a method with source_signal, {type(method).__name__} has none")
+        raise InputError("completeness needs a method that has source_signal")
     if control and not hasattr(method, "attribute"):
-        raise InputError(f"the control needs an attribute method as well, {type(method).__name__} has none: pass control=False")
+        raise InputError("the control needs a method that has attribute as well: pass control=False to do without")
     examples, model = Examples.of(inputs, target, additional_forward_args), model_of(method, model)
     everything = torch.cat([raw_outputs(model, part) for part in examples.chunks(rows_at_once(examples.inputs[0], batch_size))])
     before = pick_target(everything, examples.target)

@@ -51,7 +51,7 @@ def randomization(
     ``lambda model: MIPINAttribution(model, InverseNetwork(model).fit(x))``, the method is made anew for each random network.
 
     Args:
-        method: An ``Attribution``, or its bound ``attribute``; with ``refit`` also a callable, or the maps of the network itself.
+        method: An ``Attribution``, or its bound ``attribute``; with ``refit`` also a callable, or the trained network's maps.
         inputs: Tensor (examples, ...) or tuple of such.
         target: As Captum takes it.
         refit: Model → method. Needed where the method does not know its model, and for Captum's classes the class itself.
