@@ -221,12 +221,15 @@ class Comparison:
                     axis.set_title(title, fontsize=8)
         return drawn
 
-    def save_html(self, path: str | PathLike[str], title: str = "Attributions side by side") -> None:
+    def save_html(
+        self, path: str | PathLike[str], title: str = "Attributions side by side", images: Sequence[int] | None = None
+    ) -> None:
         """Write one page that needs nothing else: the table, which sorts, and the maps over the images, with a slider.
 
         Args:
             path: The file.
             title: Its heading.
+            images: Numbers of the images to show, by default the first 24; the table is of all.
 
         Raises:
             InputError: There are no images, but other inputs.
@@ -242,13 +245,11 @@ class Comparison:
             page.Line(row.name, row.control, row.error, tuple((self._cell(row, m), self._mean(row, m)) for m in self.metrics))
             for row in self.rows
         ]
-        grid = [
-            (row.name, [self._heat(row, number) for number in range(len(self.images))])
-            for row in self.rows
-            if row.maps is not None
-        ]
+        chosen = list(range(min(24, len(self.images))) if images is None else images)
+        shown, titles = page.pictures(self.images[chosen]), [self.titles[number] for number in chosen]
+        grid = [(row.name, [self._heat(row, number) for number in chosen]) for row in self.rows if row.maps is not None]
         notes = [str(result).splitlines()[0] for row in self.rows for result in row.results.values()]
-        page.write(path, title, columns, scores, page.pictures(self.images), self.titles, grid, notes + self._failed())
+        page.write(path, title, len(self.images), columns, scores, shown, titles, grid, notes + self._failed())
 
     def to_dict(self) -> dict[str, Any]:
         """All but images and maps, as what JSON can hold."""
@@ -312,8 +313,10 @@ class Comparison:
         """One map without channels, its largest absolute value 1; or why there is none to be seen."""
         if row.maps is None:
             return "failed"
-        found = heat(row.maps[number : number + 1], self.images[:1])
-        found = resized(found, self.images.shape[2:])[0].cpu()
+        try:
+            found = resized(heat(row.maps[number : number + 1], self.images[:1]), self.images.shape[2:])[0].cpu()
+        except InputError:
+            return "no image"
         if not found.isfinite().all():
             return "NaN"
         return found / found.abs().max() if found.any() else "all 0"
@@ -379,8 +382,8 @@ def compare(
     named = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
     asked = _asked_metrics(metrics, images, boxes)
     _check_names(named, asked)
-    if boxes is not None and len(box_masks(boxes, images.shape[2:])) != len(images):
-        raise InputError(f"there are boxes for {len(box_masks(boxes, images.shape[2:]))} images, but {len(images)} images")
+    if boxes is not None:
+        _check_boxes(boxes, images)
     shown = _titles(titles, examples)
     model = _model(named, model, inverse)
     made = _made(named, model, inverse, layer)
@@ -424,6 +427,14 @@ def _check_names(named: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     for title, metric in asked.items():
         if not callable(metric):
             raise InputError(f"metric {title!r} is a {type(metric).__name__}, expected a function")
+
+
+def _check_boxes(boxes: Boxes, images: Tensor) -> None:
+    if images.ndim != 4:
+        raise InputError(f"boxes need images (images, channels, height, width), found inputs of shape {tuple(images.shape)}")
+    known = len(box_masks(boxes, images.shape[2:]))
+    if known != len(images):
+        raise InputError(f"there are boxes for {known} images, but {len(images)} images")
 
 
 def _titles(titles: Sequence[str] | None, examples: Examples) -> tuple[str, ...]:

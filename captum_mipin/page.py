@@ -90,6 +90,7 @@ def png(pixels: Tensor) -> str:
 def write(
     path: str | PathLike[str],
     title: str,
+    count: int,
     columns: Sequence[Column],
     lines: Sequence[Line],
     images: Tensor,
@@ -102,6 +103,7 @@ def write(
     Args:
         path: The file.
         title: The heading.
+        count: Of the images that the table is of.
         columns, lines: The table.
         images: (images, height, width, 3) in bytes.
         titles: What is written beside each image.
@@ -111,7 +113,7 @@ def write(
     small = "pixel" if max(images.shape[1:3]) < _SMALL else ""
     text = Template(resources.files("captum_mipin").joinpath("page.html").read_text("utf-8")).substitute(
         title=escape(title),
-        images=len(images),
+        images=count,
         pictures="\n".join(f".i{number}{{background-image:url({png(image)})}}" for number, image in enumerate(images)),
         table=_table(columns, lines),
         small=small,

@@ -193,6 +193,7 @@ def test_what_cannot_be_compared_is_refused(cnn):
         (lambda: compare(["Saliency"], x, 0, model=model, metrics={"a": "deletion"}), "expected a function"),
         (lambda: compare(["Saliency"], x, 0, model=model, boxes=BOXES[:2]), "boxes for 2 images, but 3"),
         (lambda: compare(["Saliency"], x, 0, model=model, titles=["a"]), "1 titles, but 3 images"),
+        (lambda: compare(["Saliency"], x.flatten(1), 0, model=model, boxes=BOXES), "boxes need images"),
         (lambda: compare(["Saliency"], (x, x), 0, model=model), "one input tensor"),
         (lambda: compare(["Saliency"], x, [0], model=model), "1 targets were given for 3"),
     ):
@@ -217,6 +218,22 @@ def test_other_inputs_have_a_table_but_no_picture(mlp):
     assert not any(row.errors for row in found.rows)
     with pytest.raises(InputError, match="pictures need images"):
         found.figure()
+
+
+def test_maps_that_are_no_images_are_said_to_be_none(cnn, tmp_path):
+    found = compare({"flat": lambda x, t: x.flatten(1)}, cnn.x[:2], 0, metrics=[], progress=False)
+    assert {text.get_text() for axis in found.figure().axes for text in axis.texts} == {"no image"}
+    found.save_html(tmp_path / "page.html")
+    assert "<span>no image</span>" in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_of_many_images_shows_some(cnn, tmp_path):
+    found = compare({"a": lambda x, t: x}, cnn.x[:40], 0, metrics=[], controls=False, progress=False)
+    for chosen, count in ((None, 24), ([3, 39], 2)):
+        found.save_html(tmp_path / "page.html", images=chosen)
+        text = (tmp_path / "page.html").read_text()
+        assert text.count("<img") == count
+        assert "40 images" in text
 
 
 def test_progress_goes_to_the_error_stream_and_can_be_left_out(cnn, capsys):

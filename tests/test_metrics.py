@@ -201,6 +201,23 @@ def test_reductions_by_hand():
     assert heat(normal(2, 5), normal(2, 5)).shape == (2, 5)
 
 
+def test_tokens_are_not_taken_for_pixels():
+    """A transformer's layer gives (examples, tokens, features), which looks like maps without channels."""
+    x = torch.zeros(2, 3, 32, 32)
+    with pytest.raises(InputError, match="other proportions"):
+        bounding_box_accuracy(normal(2, 17, 64), x, boxes=[(0, 0, 8, 8)] * 2)
+    for places in ((4, 4), (3, 4), (13, 13), (40, 40)):
+        assert bounding_box_accuracy(normal(2, *places), x, boxes=[(0, 0, 8, 8)] * 2).n == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+def test_maps_of_any_dtype(dtype):
+    maps = torch.arange(64).view(1, 1, 8, 8).to(dtype)
+    result = bounding_box_accuracy(maps, maps.float(), boxes=[(0, 7, 8, 8)])
+    assert result.values.dtype == torch.float64
+    assert result.mean == pytest.approx(1 if dtype != torch.bool else 1 / 63 * 8)
+
+
 # --------------------------------------------------------------------------------------------------------- completeness
 
 
@@ -417,6 +434,7 @@ def test_pointing_game_by_hand():
     maps[0, 0, 10, 12] = 1
     for tolerance, hit in ((4, 0), (5, 1), (4.9, 0), (100, 1)):  # 3 and 4 pixels away from the box's corner (8, 7)
         assert pointing_game(maps, maps, boxes=[(0, 0, 9, 8)], tolerance=tolerance).mean == hit
+    assert pointing_game(maps, maps, boxes=[(0, 0, 1, 1)], tolerance=math.inf).mean == 1
     both = maps.clone()
     both[0, 0, 0, 0] = 1
     assert pointing_game(both, both, boxes=[(0, 0, 9, 8)], tolerance=0).mean == 0.5

@@ -90,13 +90,13 @@ class Examples:
 
     def pick(self, index: Tensor) -> "Examples":
         """Some of them, in any order and number."""
-        rows = index.tolist()
-        return Examples(
-            tuple(x[index.to(x.device)] for x in self.inputs),
-            self.alone,
-            [self.target[i] for i in rows] if isinstance(self.target, list) else self._row(self.target, index),
-            tuple(self._row(extra, index) for extra in self.extras),
-        )
+        return self.pick_for(index, *(x[index.to(x.device)] for x in self.inputs))
+
+    def pick_for(self, index: Tensor, *inputs: Tensor) -> "Examples":
+        """Other inputs, with the targets and further arguments of some of the examples."""
+        one_each = isinstance(self.target, list)
+        target = [self.target[i] for i in index.tolist()] if one_each else self._row(self.target, index)
+        return Examples(inputs, self.alone, target, tuple(self._row(extra, index) for extra in self.extras))
 
     def with_inputs(self, *inputs: Tensor) -> "Examples":
         """Others in their place."""
@@ -272,12 +272,20 @@ def heat(maps: Tensor, like: Tensor, reduction: Reduction = "sum") -> Tensor:
 
 
 def resized(heat: Tensor, size: Sequence[int]) -> Tensor:
-    """Heat (examples, *places) at another resolution: linear interpolation, as Captum's ``LayerAttribution.interpolate``."""
-    if tuple(heat.shape[1:]) == tuple(size):
+    """Heat (examples, *places) at another resolution: linear interpolation, as Captum's ``LayerAttribution.interpolate``.
+
+    Raises:
+        InputError: It has other dimensions, or, but for two places, other proportions: tokens and their features, say.
+    """
+    places = tuple(heat.shape[1:])
+    if places == tuple(size):
         return heat
     modes = {1: "linear", 2: "bilinear", 3: "trilinear"}
-    if heat.ndim != len(size) + 1 or len(size) not in modes:
-        raise InputError(f"maps with places {tuple(heat.shape[1:])} cannot be laid over {tuple(size)}")
+    if len(places) != len(size) or len(size) not in modes:
+        raise InputError(f"maps with places {places} cannot be laid over {tuple(size)}")
+    scale = places[0] / size[0]
+    if any(abs(scale * whole - part) > 2 for whole, part in zip(size, places, strict=True)):
+        raise InputError(f"maps with places {places} have other proportions than {tuple(size)}: rearrange tokens as they lie")
     return F.interpolate(heat.unsqueeze(1), tuple(size), mode=modes[len(size)], align_corners=False).squeeze(1)
 
 

@@ -391,7 +391,7 @@ def _expected_share(flat: Tensor, inside: Tensor, n: Tensor) -> tuple[Tensor, Te
 
 def _near(masks: Tensor, tolerance: float) -> Tensor:
     """Which pixels are at most ``tolerance`` from the mask."""
-    reach = int(tolerance)
+    reach = int(min(tolerance, max(masks.shape[1:]) * 1.5))  # farther than any pixel
     away = torch.arange(-reach, reach + 1)
     disk = (away[:, None] ** 2 + away**2 <= tolerance**2).float()
     return F.conv2d(masks[:, None].float(), disk[None, None], padding=reach)[:, 0] > 0.5

@@ -323,7 +323,7 @@ def _with(
     for rows, places in zip(which.split(size), changed.split(size), strict=True):
         at = rows.to(start.device)
         x = torch.where(places.view(-1, *shape), finish[at], start[at])
-        found.append(outputs(model, examples.pick(rows).with_inputs(x), score))
+        found.append(outputs(model, examples.pick_for(rows, x), score))
     return torch.cat(found)
 
 
