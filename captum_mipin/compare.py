@@ -22,8 +22,11 @@ from captum_mipin.errors import InputError, NotFittedError
 from captum_mipin.inverse import InverseNetwork
 from captum_mipin.metrics import Boxes, Method, Result, box_masks
 from captum_mipin.metrics.common import Examples, explain, heat, owner, resized, seeded
+from captum_mipin.metrics.result import Better
 
 Metric = Callable[..., Result]
+#: A metric, and one of its parts or "".
+Column = tuple[str, str]
 
 #: Metrics that ask for nothing but the maps, which are made once.
 _OF_MAPS: tuple[Any, ...] = (
@@ -152,22 +155,24 @@ class Comparison:
     def __str__(self) -> str:
         return str(self.table())
 
-    def table(self, form: Literal["text", "markdown", "pandas"] = "text") -> Any:
+    def table(self, form: Literal["text", "markdown", "pandas"] = "text", parts: bool = False) -> Any:
         """One row a method: mean ± standard error of each metric, and how many images were scored if not all.
 
         Args:
             form: "text", "markdown", or "pandas" for a ``DataFrame`` with mean, standard error and n in columns of their own.
+            parts: Show the parts of each result as well, such as positive APC or SSIM.
 
         Raises:
             InputError: Another form.
             ImportError: pandas is not installed.
         """
         if form == "pandas":
-            return self._frame()
+            return self._frame(parts)
         if form not in ("text", "markdown"):
             raise InputError(f"form={form!r} is not one of 'text', 'markdown', 'pandas'")
-        header = ["method", *(self._heading(metric) for metric in self.metrics)]
-        cells = [[row.name, *(self._cell(row, metric) for metric in self.metrics)] for row in self.rows]
+        columns = self._columns(parts)
+        header = ["method", *map(self._heading, columns)]
+        cells = [[row.name, *(self._cell(row, column) for column in columns)] for row in self.rows]
         if form == "markdown":
             lines = [header, ["---"] * len(header), *cells]
             drawn = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -222,7 +227,11 @@ class Comparison:
         return drawn
 
     def save_html(
-        self, path: str | PathLike[str], title: str = "Attributions side by side", images: Sequence[int] | None = None
+        self,
+        path: str | PathLike[str],
+        title: str = "Attributions side by side",
+        images: Sequence[int] | None = None,
+        parts: bool = False,
     ) -> None:
         """Write one page that needs nothing else: the table, which sorts, and the maps over the images, with a slider.
 
@@ -230,19 +239,15 @@ class Comparison:
             path: The file.
             title: Its heading.
             images: Numbers of the images to show, by default the first 24; the table is of all.
+            parts: As for :meth:`table`.
 
         Raises:
             InputError: There are no images, but other inputs.
         """
-        columns = [
-            page.Column(
-                self._heading(metric),
-                next((row.results[metric].better for row in self.rows if metric in row.results), "neither"),
-            )
-            for metric in self.metrics
-        ]
+        asked = self._columns(parts)
+        columns = [page.Column(self._heading(column), self._better(column)) for column in asked]
         scores = [
-            page.Line(row.name, row.control, row.error, tuple((self._cell(row, m), self._mean(row, m)) for m in self.metrics))
+            page.Line(row.name, row.control, row.error, tuple((self._cell(row, c), _mean(row, c)) for c in asked))
             for row in self.rows
         ]
         chosen = list(range(min(24, len(self.images))) if images is None else images)
@@ -274,26 +279,33 @@ class Comparison:
                 rows.setdefault((metric, why), []).append(row.name)
         return [f"{metric or 'failed'} ({', '.join(names)}): {why}" for (metric, why), names in rows.items()]
 
-    def _better(self, metric: str) -> str:
-        return next((row.results[metric].better for row in self.rows if metric in row.results), "neither")
+    def _columns(self, parts: bool) -> list[Column]:
+        """Each metric, and if asked for the parts that any of its results has."""
+        found: list[Column] = []
+        for metric in self.metrics:
+            found.append((metric, ""))
+            results = [row.results[metric] for row in self.rows if metric in row.results] if parts else []
+            found += [(metric, part) for part in dict.fromkeys(part for result in results for part in result.parts)]
+        return found
 
-    def _mean(self, row: Row, metric: str) -> float | None:
-        return row.results[metric].mean if metric in row.results else None
+    def _better(self, column: Column) -> Better:
+        results = [result for row in self.rows if (result := _result(row, column)) is not None]
+        return results[0].better if results else "neither"
 
-    def _heading(self, metric: str) -> str:
-        return metric.replace("_", " ") + {"higher": " ↑", "lower": " ↓", "neither": ""}[self._better(metric)]
+    def _heading(self, column: Column) -> str:
+        metric, part = column
+        name = metric.replace("_", " ") + (f", {part}" if part else "")
+        return name + {"higher": " ↑", "lower": " ↓", "neither": ""}[self._better(column)]
 
-    def _cell(self, row: Row, metric: str) -> str:
-        if row.error:
-            return "failed"
-        if metric not in row.results:
-            return "–"
-        result = row.results[metric]
+    def _cell(self, row: Row, column: Column) -> str:
+        result = _result(row, column)
+        if result is None:
+            return "failed" if row.error else "–"
         scored = "" if result.n == len(result) else f" ({result.n} of {len(result)})"
         spread = "" if isnan(result.standard_error) else f" ± {result.standard_error:.2g}"
         return f"{result.mean:.3g}{spread}{scored}"
 
-    def _frame(self) -> Any:
+    def _frame(self, parts: bool) -> Any:
         try:
             import pandas
         except ImportError as error:
@@ -301,11 +313,11 @@ class Comparison:
         lines = []
         for row in self.rows:
             line: dict[str, Any] = {"control": row.control}
-            for metric in self.metrics:
-                result = row.results.get(metric)
-                line[metric] = None if result is None else result.mean
-                line[f"{metric}, standard error"] = None if result is None else result.standard_error
-                line[f"{metric}, n"] = 0 if result is None else result.n
+            for column in self._columns(parts):
+                result, name = _result(row, column), ", ".join(filter(None, column))
+                line[name] = None if result is None else result.mean
+                line[f"{name}, standard error"] = None if result is None else result.standard_error
+                line[f"{name}, n"] = 0 if result is None else result.n
             lines.append({**line, "error": row.error})
         return pandas.DataFrame(lines, index=[row.name for row in self.rows])
 
@@ -538,6 +550,17 @@ def _scored(
         return replace(row, results={**row.results, title: replace(result, settings={**result.settings, "method": row.name})})
     except Exception as error:  # whatever a metric does, the others go on
         return replace(row, errors={**row.errors, title: _why(error)})
+
+
+def _result(row: Row, column: Column) -> Result | None:
+    metric, part = column
+    found = row.results.get(metric)
+    return found.parts.get(part) if found is not None and part else found
+
+
+def _mean(row: Row, column: Column) -> float | None:
+    found = _result(row, column)
+    return None if found is None else found.mean
 
 
 def _why(error: Exception) -> str:

@@ -264,6 +264,16 @@ def test_tables_say_what_was_measured(found):
         found.table("latex")
 
 
+def test_parts_have_columns_if_asked_for(found):
+    header = found.table("markdown", parts=True).splitlines()[0]
+    assert header.strip("| ").split(" | ") == [
+        "method", "bounding box accuracy ↑", "bounding box accuracy, tied", "deletion ↓", "completeness ↓",
+        "completeness, positive APC ↓", "completeness, shuffled output ↓", "completeness, shuffled output, positive ↓",
+    ]  # fmt: skip
+    line = found.table("markdown", parts=True).splitlines()[2].split(" | ")
+    assert line[5].startswith(f"{found['MIP-IN'].results['completeness'].parts['positive APC'].mean:.3g}")
+
+
 def test_a_table_for_pandas(found, monkeypatch):
     frame = lambda lines, index: (lines, index)  # noqa: E731
     monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=frame))

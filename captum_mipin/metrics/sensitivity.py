@@ -43,8 +43,9 @@ def class_sensitivity(
     """Distance between the maps for two classes (section 6.4, appendix B).
 
     The score is the paper's: the L2 norm of the difference of both maps, as the method gives them, so that twice as large maps
-    have twice the distance. Across methods the parts can be compared: "normalised L2", of maps divided by the sum of their
-    absolute values, and "cosine" of both; "SSIM" of their sums over channels, where these are images of at least 3 x 3.
+    have twice the distance, and neither higher nor lower is better. Across methods the parts can be compared: "normalised L2",
+    of maps divided by the sum of their absolute values, and "cosine" of both; "SSIM" of their sums over channels, where these
+    are images of at least 3 x 3.
 
     Args:
         method: See :data:`~captum_mipin.metrics.Method`; not maps.
@@ -84,7 +85,7 @@ def class_sensitivity(
     window = ssim_window(*first.shape[1:]) if len(one) == 1 and first.ndim == 3 else None
     if window is not None:
         parts["SSIM"] = Result.of("SSIM", ssim(first, second, window), "lower", {**settings, "window": window}, broken)
-    return Result.of("class sensitivity", (a - b).norm(dim=1), "higher", settings, broken, parts=parts)
+    return Result.of("class sensitivity", (a - b).norm(dim=1), "neither", settings, broken, parts=parts)
 
 
 def sensitivity_max(
