@@ -445,6 +445,15 @@ def test_a_page_is_whole_and_needs_nothing_else(html, found):
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in read.all("meta")
 
 
+def test_a_page_marks_the_best_method_of_each_metric(html, found):
+    cells = [c for c in Reader(html.read_text()).all("td") if "data-value" in c]
+    for column, (metric, best) in enumerate((("bounding_box_accuracy", max), ("deletion", min), ("completeness", min))):
+        scores = [row.results[metric].mean for row in found.rows if not row.control and metric in row.results]
+        best = best(score for score in scores if not math.isnan(score))
+        marked = {float(c["data-value"]) for c in cells[column::3] if c.get("class") == "best"}
+        assert marked == {best}
+
+
 needs_browser = pytest.mark.skipif(not browser.available(), reason="needs chromedriver and Chromium")
 NAMES = "return [...document.querySelectorAll('#scores tbody tr')].map(row => row.cells[0].firstChild.textContent)"
 

@@ -466,6 +466,12 @@ def test_effective_heat_ratio_by_hand():
         effective_heat_ratio(maps, maps, boxes=[(0, 0, 2, 1)], threshold=1)
 
 
+def test_pixels_within_a_hundredth_of_the_hottest_are_hot_at_every_threshold():
+    maps = torch.tensor([[[[1.0, 0.995], [0.5, 0.0]]]])
+    result = effective_heat_ratio(maps, maps, boxes=[(0, 0, 1, 1)], largest=0.5)
+    assert result.curves[0, -1].item() == pytest.approx(1 / 2)
+
+
 def test_quantiles_are_those_of_numpy():
     maps = torch.rand(1, 1, 8, 8, generator=generator(5), dtype=torch.float64)
     warm, inside = (maps / maps.max()).flatten().numpy(), masks(BOXES[0]).flatten().numpy()

@@ -123,6 +123,8 @@ def test_zero_and_broken_maps_are_counted(cnn):
     result = class_sensitivity(lambda inputs, target: inputs * (1 + target), x, 0, 1)
     assert result.parts["cosine"].unscored == result.parts["normalised L2"].unscored == {"zero map": (1,)}
     assert result.unscored == result.parts["SSIM"].unscored == {}
+    vanishing = class_sensitivity(lambda inputs, target: inputs * (1 - target), x, 0, 1)  # the second alone is zero
+    assert vanishing.parts["cosine"].unscored == {"zero map": (0, 1, 2)}
     x[2, 0, 0, 0] = math.nan
     result = class_sensitivity(lambda inputs, target: inputs * (1 + target), x, 0, 1)
     assert [part.unscored.get("NaN") for part in (result, *result.parts.values())] == [(2,)] * 4
