@@ -30,9 +30,9 @@ from common import show, write
 from data import load
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.metrics import grid_pointing_game, mosaics
 
 CONFIDENCE = 0.99
 Method = Callable[[Tensor, Tensor], Any]
@@ -68,45 +68,6 @@ def photos(name: str, folder: Path, count: int, generator: torch.Generator) -> P
 def _image(archive: zipfile.ZipFile, file: str, size: int) -> Tensor:
     image = Image.open(io.BytesIO(archive.read(file))).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
-
-
-@dataclass(frozen=True)
-class Mosaics:
-    """Mosaics of n x n images, and for each the cell to be found and its class."""
-
-    n: int
-    x: Tensor
-    cells: Tensor
-    targets: Tensor
-
-
-def mosaics(model: nn.Module, x: Tensor, labels: Tensor, n: int, count: int, classes: list[int], seed: int) -> Mosaics:
-    """``count`` mosaics of confidently recognised images, the class to be found being each of ``classes`` in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        sure = torch.cat([model(part).softmax(1) for part in x.split(100)]).gather(1, labels[:, None])[:, 0] >= CONFIDENCE
-    of = {int(c): (sure & (labels == c)).nonzero().flatten() for c in labels.unique()}
-    of = {c: index for c, index in of.items() if len(index)}
-    fields, cells, targets = [], [], []
-    for k in range(count):
-        wanted = [c for c in classes if c in of][k % len([c for c in classes if c in of])]
-        others = [c for c in of if c != wanted]
-        drawn = [others[i] for i in torch.randperm(len(others), generator=generator)[: n * n - 1].tolist()]
-        cell = int(torch.randint(n * n, (1,), generator=generator))
-        drawn.insert(cell, wanted)
-        tiles = [x[of[c][int(torch.randint(len(of[c]), (1,), generator=generator))]] for c in drawn]
-        fields.append(torch.cat([torch.cat(tiles[row * n : (row + 1) * n], 2) for row in range(n)], 1))
-        cells.append(cell)
-        targets.append(wanted)
-    return Mosaics(n, torch.stack(fields), torch.tensor(cells), torch.tensor(targets))
-
-
-def scores(maps: Tensor, grid: Mosaics) -> Tensor:
-    """The share of the positive attribution (N, C, h, w) that lies in the cell to be found."""
-    positive = maps.sum(1, keepdim=True).clamp(min=0).double()
-    cells = F.adaptive_avg_pool2d(positive, grid.n).flatten(1)
-    total = cells.sum(1)
-    return torch.where(total > 1e-12, cells.gather(1, grid.cells[:, None])[:, 0] / total.clamp(min=1e-12), 0.0)
 
 
 def peers(model: nn.Module, layer: nn.Module | None, seed: int, steps: int) -> dict[str, Method]:
@@ -191,7 +152,13 @@ def main() -> None:
     images = photos(arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0))
     fit, test = normalise(images.fit), normalise(images.test)
     classes = sorted(set(images.labels.tolist()))[:: max(1, len(set(images.labels.tolist())) // arguments.classes)]
-    grids = [mosaics(model, test, images.labels, n, arguments.mosaics, classes, seed=n) for n in (2, 3)]
+    grids = [
+        mosaics(
+            model, test, images.labels, n, arguments.mosaics,
+            confidence=CONFIDENCE, classes=classes, generator=torch.Generator().manual_seed(n),
+        )
+        for n in (2, 3)
+    ]  # fmt: skip
     kinds: list[tuple[str, Literal["shares", "even"], Literal["joint", "sum"]]] = [("shares, joint", "shares", "joint")]
     if arguments.variants:
         kinds += [("even, joint", "even", "joint"), ("shares, sum", "shares", "sum"), ("even, sum", "even", "sum")]
@@ -209,12 +176,13 @@ def main() -> None:
             row: dict[str, Any] = {"layer": place, "path": path or "", "method": name}
             for grid in grids:
                 parts = zip(grid.x.split(arguments.batch), grid.targets.split(arguments.batch), strict=True)
-                found = scores(torch.cat([method(x, target) for x, target in parts]), grid)
+                result = grid_pointing_game(torch.cat([method(x, target) for x, target in parts]), grid)
+                found = result.values
                 with torch.no_grad():
                     logits = torch.cat([model(x) for x in grid.x.split(arguments.batch)]).gather(1, grid.targets[:, None])
                 positive = logits[:, 0] > 0
-                row[f"{grid.n}x{grid.n}"] = float(found.mean())
-                row[f"{grid.n}x{grid.n} standard error"] = float(found.std() / len(found) ** 0.5)
+                row[f"{grid.n}x{grid.n}"] = result.mean
+                row[f"{grid.n}x{grid.n} standard error"] = result.standard_error
                 row[f"{grid.n}x{grid.n}, positive logit"] = float(found[positive].mean())
                 row[f"{grid.n}x{grid.n}, positive logits"] = float(positive.double().mean())
             rows.append(row)

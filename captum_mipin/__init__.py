@@ -1,6 +1,7 @@
 """MIP-IN for Captum: attributions from a learned inverse of the network."""
 
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.compare import Comparison, compare
 from captum_mipin.errors import (
     CaptureError,
     FitError,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "Comparison",
     "FitError",
     "InputError",
     "InverseFileError",
@@ -41,6 +43,7 @@ __all__ = [
     "UnsupportedOperationError",
     "__version__",
     "check",
+    "compare",
     "register_rule",
     "unregister_rule",
 ]

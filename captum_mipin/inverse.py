@@ -102,6 +102,8 @@ class InverseNetwork:
         solver: "exact" least squares, or for convolutions the paper's "sgd".
         epochs: Passes of the SGD solver over the data.
         learning_rate: Of the SGD solver; by default the inverse of the largest curvature on the first batch.
+        changed: "refuse" to explain once the model's weights differ from those it was fitted to; "ignore" is for tests that
+            make the weights random. Also an attribute, and not kept in files.
 
     Raises:
         InputError: An option out of its range.
@@ -132,8 +134,10 @@ class InverseNetwork:
         solver: Solver = "exact",
         epochs: int = 20,
         learning_rate: float | None = None,
+        changed: Literal["refuse", "ignore"] = "refuse",
     ) -> None:
         for name, value, known in (
+            ("changed", changed, ("refuse", "ignore")),
             ("ridge_scale", ridge_scale, ("relative", "mean", "sum")),
             ("pooling", pooling, ("shares", "even")),
             ("forks", forks, ("joint", "sum")),
@@ -151,6 +155,7 @@ class InverseNetwork:
         self.model = unwrapped(model)
         self.layer = None if layer is None else unwrapped(layer)
         self.output = output
+        self.changed = changed
         if learning_rate is not None and not learning_rate > 0:
             raise InputError(f"learning_rate={learning_rate!r} must be above 0")
         self.settings = Settings(ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint")
@@ -383,7 +388,8 @@ class InverseNetwork:
         unit: bool = False,
     ) -> Explanation:
         check_model(self.model)
-        self._check_unchanged(state)
+        if self.changed != "ignore":
+            self._check_unchanged(state)
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             inputs, extras = plain((inputs, extras))
             graph, surrogate = self._surrogate(inputs, extras, layer)
@@ -659,7 +665,10 @@ class InverseNetwork:
 
     def _check_unchanged(self, state: _State) -> None:
         if state.watch.changed(self.model):
-            raise ModelChangedError("the model's weights have changed since the inverse was fitted: fit a new InverseNetwork")
+            raise ModelChangedError(
+                "the model's weights have changed since the inverse was fitted: fit a new InverseNetwork, or keep the old one "
+                "with changed='ignore'"
+            )
 
     def _path(self, layer: nn.Module | None) -> str:
         return next((path for path, module in self.model.named_modules() if module is layer), "")

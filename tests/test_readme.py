@@ -33,8 +33,27 @@ def test_an_operation_of_your_own_runs(capsys):
     assert "mylib.swish.default  supported  recorded gate" in capsys.readouterr().out
 
 
+def test_methods_side_by_side_run(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    names = run("Side by side, and measured")
+    assert not any(row.errors for row in names["found"].rows)
+    assert "insertion ↑" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"side-by-side.png", "side-by-side.html"}
+
+
+def test_its_table_of_metrics_is_whole():
+    from captum_mipin import metrics
+    from captum_mipin.compare import METRICS
+
+    section = README.read_text().split("\n## Side by side, and measured\n")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", section)) & set(metrics.__all__)
+    assert named == METRICS.keys() | {"mosaics"}
+    assert METRICS.keys() <= set(metrics.__all__)
+
+
 def test_all_of_its_code_is_run():
-    assert README.read_text().count("```python") == 2
+    assert README.read_text().count("```python") == 3
 
 
 def test_what_it_points_to_is_there():

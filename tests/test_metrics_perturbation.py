@@ -1,0 +1,254 @@
+"""Insertion, deletion, sensitivity-n, infidelity: against loops, closed forms and Captum."""
+
+import math
+
+import pytest
+import torch
+from captum.attr import InputXGradient, LayerGradCam, Saliency
+from captum.metrics import infidelity as captum_infidelity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import normal
+from torch import nn
+
+from captum_mipin import InputError
+from captum_mipin.metrics import deletion, infidelity, insertion, sensitivity_n
+from captum_mipin.metrics.perturbation import _numbers, blur
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def one_by_one(model, maps, x, target, step, start, finish):
+    """The protocol, one image and one step at a time; maps without ties."""
+    curves = []
+    for image, heat, first, last in zip(x, maps.sum(1), start, finish, strict=True):
+        order = heat.flatten().argsort(descending=True)
+        scores = []
+        for done in range(0, len(order) + step, step):
+            now = first.clone()
+            for pixel in order[:done].tolist():
+                row, column = divmod(pixel, image.shape[2])
+                now[:, row, column] = last[:, row, column]
+            scores.append(float(model(now[None]).softmax(1)[0, target]))
+        curves.append(scores)
+    return torch.tensor(curves, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_insertion_and_deletion_are_the_protocol_of_rise(cnn, size):
+    x = cnn.x[:3]
+    (maps,) = (normal(3, 3, 8, 8, seed=1),)
+    with torch.no_grad():
+        gone = one_by_one(cnn.model, maps, x, 1, 8, x, torch.zeros_like(x))
+        back = one_by_one(cnn.model, maps, x, 1, 8, blur(x), x)
+    for metric, curves in ((deletion, gone), (insertion, back)):
+        result = metric(maps, x, 1, model=cnn.model, batch_size=size)
+        assert result.settings["step"] == 8
+        torch.testing.assert_close(result.curves, curves, rtol=1e-5, atol=1e-6)
+        area = (curves.sum(1) - curves[:, 0] / 2 - curves[:, -1] / 2) / 8  # as RISE writes it
+        torch.testing.assert_close(result.values, area, rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_step_may_be_smaller():
+    x = torch.arange(5.0)[None]
+    result = deletion(x, x, model=lambda x: x.sum(1), score="logit", step=2)
+    assert result.curves.tolist() == [[10, 3, 0, 0]]
+
+
+def test_known_maps_of_a_linear_model_are_best_and_worst():
+    """Deletion by the terms of a sum is lowest in their order, highest in the reverse, and in between for random maps."""
+    x, weight = normal(40, 12), normal(12, seed=1)
+    terms = x * weight
+    ask = {"model": lambda x: x @ weight, "score": "logit"}
+    best, worst = (deletion(maps, x, **ask) for maps in (terms, -terms))
+    random, constant = (deletion(maps, x, **ask) for maps in (normal(40, 12, seed=2), torch.ones(40, 12)))
+    for between in (random, constant):
+        assert (best.values <= between.values + 1e-9).all()
+        assert (between.values <= worst.values + 1e-9).all()
+    halves = terms.sum(1).double() / 2  # what a random order leaves on average
+    draws = torch.stack([deletion(torch.ones(40, 12), x, generator=generator(s), **ask).values for s in range(60)])
+    assert ((draws.mean(0) - halves).abs() < 5 * draws.std(0) / 60**0.5).all()
+    put = insertion(terms, x, baseline=0.0, **ask)
+    torch.testing.assert_close(put.values, worst.values, rtol=1e-5, atol=1e-5)  # put in first is left out last
+
+
+def test_every_step_goes_through_the_model_in_few_calls(cnn):
+    calls = []
+
+    def spy(x):
+        calls.append(len(x))
+        return cnn.model(x)
+
+    deletion(torch.rand(4, 8, 8), cnn.x[:4], 0, model=spy)
+    assert calls == [4 * 9]
+    calls.clear()
+    deletion(torch.rand(4, 8, 8), cnn.x[:4], 0, model=spy, batch_size=10)
+    assert calls == [10, 10, 10, 6]
+
+
+def test_each_example_has_its_own_target_and_arguments():
+    x, scale = normal(3, 4).abs(), torch.tensor([[1.0], [2.0], [3.0]])
+    found = deletion(x, x, [0, 1, 2], model=lambda x, s: x * s, score="logit", additional_forward_args=scale, batch_size=2)
+    for i in range(3):
+        alone = deletion(
+            x[i : i + 1], x[i : i + 1], i, model=lambda x, s: x * s, score="logit", additional_forward_args=scale[i : i + 1]
+        )
+        assert torch.equal(found.curves[i], alone.curves[0])
+
+
+def test_blur_is_that_of_rise():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    import numpy as np
+
+    point = np.zeros((11, 11))
+    point[5, 5] = 1
+    kernel = torch.from_numpy(ndimage.gaussian_filter(point, 5))
+    x = normal(2, 3, 20, 14, dtype=torch.float64)
+    expected = nn.functional.conv2d(x.view(6, 1, 20, 14), kernel[None, None], padding=5).view_as(x)
+    torch.testing.assert_close(blur(x), expected)
+
+
+def test_baselines_of_every_kind(cnn):
+    x = cnn.x[:2]
+    maps, model = torch.rand(2, 8, 8, generator=generator(1)), cnn.model
+    ends = [
+        float(deletion(maps, x, 0, model=model, baseline=b, score="logit").curves[1, -1])
+        for b in (0.5, torch.full((3, 8, 8), 0.5), lambda x: torch.full_like(x, 0.5))
+    ]
+    with torch.no_grad():
+        assert ends == pytest.approx([float(model(torch.full_like(x, 0.5))[1, 0])] * 3)
+    for bad, message in (("noise", "is not 'blur'"), (torch.ones(5), "does not fit inputs")):
+        with pytest.raises(InputError, match=message):
+            deletion(maps, x, 0, model=model, baseline=bad)
+    with pytest.raises(InputError, match="a blur needs images"):
+        insertion(normal(2, 6), normal(2, 6), model=lambda x: x)
+
+
+def test_maps_of_a_layer_and_methods(cnn, untouched):
+    x = cnn.x[:2]
+    with untouched(cnn.model, x):
+        cam = insertion(LayerGradCam(cnn.model, cnn.model[3]), x, [0, 2])
+        pixels = insertion(Saliency(cnn.model), x, [0, 2])
+    assert cam.settings["maps"] == "1x4x4"
+    assert pixels.settings["maps"] == "3x8x8"
+    assert torch.equal(cam.curves[:, [0, -1]], pixels.curves[:, [0, -1]])  # shared ends
+
+
+def test_nan_is_counted_and_others_go_on(cnn):
+    x, maps = cnn.x[:3].clone(), torch.rand(3, 8, 8, generator=generator(1))
+    maps[1, 2, 2] = math.nan
+    for metric in (deletion, insertion, sensitivity_n):
+        result = metric(maps, x, 0, model=cnn.model)
+        assert result.unscored == {"NaN": (1,)}
+        assert result.values[[0, 2]].isfinite().all()
+    x[0, 0, 0, 0] = math.nan
+    assert deletion(maps, x, 0, model=cnn.model).unscored == {"NaN": (0, 1)}
+
+
+@given(
+    st.integers(1, 3), st.lists(st.integers(1, 4), min_size=0, max_size=3), st.integers(1, 3), st.integers(1, 9),
+    st.integers(0, 2**31), st.sampled_from([1, 3]),
+)  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_any_shape_begins_whole_and_ends_at_the_baseline(count, places, channels, step, seed, levels):
+    x = torch.rand(count, channels, *places, generator=generator(seed)) + 0.1
+    maps = (levels * torch.rand(x.shape, generator=generator(seed + 1))).round()
+    result = deletion(maps, x, model=lambda x: x.flatten(1).sum(1), score="logit", step=step)
+    pixels = math.prod(places) if places else channels
+    assert result.curves.shape == (count, -(-pixels // step) + 1)
+    torch.testing.assert_close(result.curves[:, 0], x.flatten(1).sum(1).double())
+    assert (result.curves[:, -1] == 0).all()
+    assert (result.curves.diff(dim=1) <= 1e-6).all()  # nothing comes back
+
+
+def test_sensitivity_n_of_known_maps():
+    x, weight = normal(5, 10), normal(10, seed=1)
+    terms = x * weight
+    ask = {"model": lambda x: x @ weight, "samples": 40}
+    assert sensitivity_n(terms, x, **ask).values.tolist() == pytest.approx([1] * 5)
+    assert sensitivity_n(3 * terms, x, **ask).values.tolist() == pytest.approx([1] * 5)
+    assert sensitivity_n(-terms, x, **ask).values.tolist() == pytest.approx([-1] * 5)
+    assert sensitivity_n(torch.ones(5, 10), x, **ask).unscored == {"constant": (0, 1, 2, 3, 4)}
+    random = sensitivity_n(normal(200, 10, seed=2), normal(200, 10), **ask)
+    assert abs(random.mean) < 4 * random.standard_error
+
+
+def test_sensitivity_n_of_images_by_hand(cnn):
+    """One pixel at a time: the sets of the example are drawn again, and each pixel's loss is measured for itself."""
+    x, maps = cnn.x[:1], normal(1, 3, 8, 8)
+    result = sensitivity_n(maps, x, 1, model=cnn.model, n=[1, 5], samples=30, generator=generator(7))
+    random = generator(7)
+    torch.rand(1, 64, generator=random)  # breaks ties, of which there are none
+    order = torch.rand(30, 64, generator=random).argsort().argsort()
+    sums, losses = [], []
+    with torch.no_grad():
+        for one in order:
+            pixel = int((one == 0).nonzero())
+            without = x.clone()
+            without[0, :, pixel // 8, pixel % 8] = 0
+            sums.append(float(maps[0, :, pixel // 8, pixel % 8].sum()))
+            losses.append(float(cnn.model(x)[0, 1] - cnn.model(without)[0, 1]))
+    expected = torch.corrcoef(torch.tensor([sums, losses], dtype=torch.float64))[0, 1]
+    assert float(result.curves[0, 0]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_numbers_of_pixels_are_log_spaced():
+    assert _numbers(50176)[0] == 1
+    assert _numbers(50176)[-1] == round(0.8 * 50176)
+    assert len(_numbers(50176)) == 16
+    assert _numbers(1) == [1]
+    for bad in ([], [0], [65]):
+        with pytest.raises(InputError, match="from 1 to 64"):
+            sensitivity_n(torch.rand(1, 8, 8), torch.rand(1, 1, 8, 8), model=lambda x: x.flatten(1).sum(1), n=bad)
+
+
+def test_infidelity_is_captums(mlp):
+    x, target = mlp.x[:7], [0, 1, 2, 0, 1, 2, 0]
+    method = InputXGradient(mlp.model)
+
+    def perturb(x):
+        return 0.1 * torch.ones_like(x), x - 0.1
+
+    maps = method.attribute(x.clone().requires_grad_(), target).detach()
+    for normalize in (False, True):
+        expected = captum_infidelity(mlp.model, perturb, x, maps, target=target, normalize=normalize)
+        for size in (None, 3):
+            result = infidelity(method, x, target, perturb=perturb, normalize=normalize, batch_size=size)
+            torch.testing.assert_close(result.values, expected.double())
+    assert result.settings["perturb"] == "perturb"
+
+
+def test_infidelity_of_known_maps():
+    x, weight = normal(6, 5), normal(5, seed=1)
+    model = lambda x: x @ weight  # noqa: E731
+    assert infidelity(weight.expand(6, 5), x, model=model).mean < 1e-10
+    off = infidelity(torch.zeros(6, 5), x, model=model, samples=4000, noise=0.5)
+    assert off.mean == pytest.approx(0.25 * float(weight @ weight), rel=0.05)  # the variance of noise · w
+    both = infidelity((weight.expand(6, 5),) * 2, (x, x), model=lambda a, b: (a + b) @ weight)
+    assert both.mean < 1e-10
+
+
+def test_infidelity_draws_from_the_generator_alone(mlp, untouched):
+    with untouched(mlp.model, mlp.x):
+        first, again, other = (infidelity(Saliency(mlp.model), mlp.x[:4], 0, generator=generator(s)).values for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_what_cannot_be_disturbed_is_refused(cnn):
+    x = cnn.x[:2]
+    for bad, message in (
+        (lambda: infidelity(LayerGradCam(cnn.model, cnn.model[3]), x, 0), "shaped like the inputs"),
+        (lambda: infidelity(x, x, 0, model=cnn.model, samples=0), "samples=0 must be at least 1"),
+        (lambda: sensitivity_n(x, x, 0, model=cnn.model, samples=1), "samples=1 must be at least 2"),
+        (lambda: deletion(x, x, 0, model=cnn.model, step=0), "step=0"),
+        (lambda: deletion(x, x, 0), "pass model="),
+        (lambda: deletion((x, x), (x, x), 0, model=cnn.model), "one input tensor"),
+        (lambda: deletion(x, torch.ones(2), model=cnn.model), "needs inputs"),
+        (lambda: deletion(torch.ones(2, 3), torch.ones(2, 4), 0, model=lambda x: x), "map of shape"),
+        (lambda: deletion(x, x, 0, model=lambda x: x.flatten(1).sum(1)), "use score='logit'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            bad()
