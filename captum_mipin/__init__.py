@@ -1,6 +1,7 @@
 """MIP-IN for Captum: attributions from a learned inverse of the network."""
 
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.bottleneck import Bottleneck
 from captum_mipin.errors import (
     CaptureError,
     FitError,
@@ -15,12 +16,15 @@ from captum_mipin.errors import (
     TrainingModeError,
     UnsupportedOperationError,
 )  # fmt: skip
+from captum_mipin.iba import IBA
 from captum_mipin.inverse import InverseNetwork, check
 from captum_mipin.rules import Learned, Passes, Recorded, register_rule, unregister_rule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IBA",
+    "Bottleneck",
     "CaptureError",
     "FitError",
     "InputError",

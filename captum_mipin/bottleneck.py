@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from captum_mipin.errors import InputError, TargetError
+from captum_mipin.errors import CaptureError, InputError, TargetError
 from captum_mipin.propagation import Target
 
 #: Steps over which the loss is averaged where a sample stops once it has settled.
@@ -178,6 +178,7 @@ def optimise(
 
     Raises:
         InputError: A loss or gradient is NaN or Inf.
+        CaptureError: The cross entropy has no gradient.
     """
     kind = torch.promote_types(x.dtype, torch.float32)
     mean, std, active = (part.to(x.device, kind) for part in (noise.mean, noise.std, noise.active))
@@ -193,6 +194,8 @@ def optimise(
         draw = torch.randn(how.copies, *r.shape[1:], generator=generator, device=x.device).to(kind).unsqueeze(1)
         z = ((passed * r + blocked * draw) * std + mean) * active
         entropy = cross_entropy(z.to(x.dtype)).to(kind)
+        if not entropy.requires_grad:
+            raise CaptureError("no gradient of the model's output reaches the layer: nothing of it can be weighed")
         loss = entropy + how.beta * told.flatten(1).mean(1)
         (gradient,) = torch.autograd.grad(loss.sum(), alpha)
         _check(loss, gradient, step, first)

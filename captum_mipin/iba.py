@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -23,6 +24,9 @@ from captum_mipin.parts import Graphs, Part, Parts, tensor_name
 from captum_mipin.propagation import Target
 from captum_mipin.statistics import Statistics
 from captum_mipin.targets import per_example
+
+#: Masked values that a CPU takes at a time, and samples that other devices do.
+_CPU_VALUES, _MANY = 1 << 21, 1 << 10
 
 #: Named settings: as published, and a faster one whose agreement with it the README tells.
 IBA_SETTINGS = {"published": Bottleneck(), "fast": Bottleneck(copies=2)}
@@ -253,7 +257,8 @@ class IBA(Attribution):
                 input tensor with positions like the layer's. "layer": bits of each feature, shaped like the layer's output.
             per_position: Without channels: (batch, height, width), (batch, tokens).
             generator: Of the noise; one number is drawn from it. By default the noise is the same at each call.
-            internal_batch_size: Samples optimised together, by default all; memory goes with it, results do not.
+            internal_batch_size: Samples optimised together. By default all, on a CPU as many as its caches like; time and
+                memory go with it, results do not.
             return_information: Return also the total bits of each sample.
             progress: Show a progress bar.
 
@@ -321,14 +326,23 @@ class IBA(Attribution):
             raise ModelChangedError("the model's weights have changed since the features were estimated: call estimate again")
         inputs, extras = plain((inputs, extras))
         rows, parts = len(inputs[0]), self._graphs(inputs, extras)
+        size = size or self._together(parts)
         dims = parts.captured.output.meta["val"].shape[1:]
         targets = per_example(target, torch.empty(rows, *dims, device="meta"))
         cases = []
-        for some in torch.arange(rows, device=inputs[0].device).split(size or rows):
+        for some in torch.arange(rows, device=inputs[0].device).split(size):
             first, last = int(some[0]), int(some[-1]) + 1
             picked = pick(inputs, extras, some, parts.captured.shared) if len(some) < rows else (inputs, extras)
             cases.append(Case(parts, *picked, targets[first:last], first))
         return cases
+
+    def _together(self, parts: Parts) -> int:
+        """How many samples to optimise together: on a CPU, large arrays are slower than small ones."""
+        if device_of(self.model).type != "cpu":
+            return _MANY
+        name = self.name(parts)
+        (value,) = (node.meta["val"] for node in parts.captured.graph.nodes if node.name == name)
+        return max(1, _CPU_VALUES // (self.settings.copies * prod(map(int, value.shape[1:]))))
 
     def restrict(self, case: "Case", chosen: int, bar: "tqdm[Any] | None" = None) -> Optimised:
         """The bottlenecks of one group."""
