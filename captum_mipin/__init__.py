@@ -17,6 +17,7 @@ from captum_mipin.errors import (
     UnsupportedOperationError,
 )  # fmt: skip
 from captum_mipin.iba import IBA
+from captum_mipin.input_iba import Adversary, InputIBA, ThreeStages
 from captum_mipin.inverse import InverseNetwork, check
 from captum_mipin.rules import Learned, Passes, Recorded, register_rule, unregister_rule
 
@@ -24,10 +25,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IBA",
+    "Adversary",
     "Bottleneck",
     "CaptureError",
     "FitError",
     "InputError",
+    "InputIBA",
     "InverseFileError",
     "InverseNetwork",
     "LayerMIPINAttribution",
@@ -41,6 +44,7 @@ __all__ = [
     "RuleError",
     "TargetError",
     "TargetRangeError",
+    "ThreeStages",
     "TrainingModeError",
     "UnsupportedOperationError",
     "__version__",

@@ -186,7 +186,7 @@ def optimise(
     generator = torch.Generator(x.device).manual_seed(seed)
     alpha = torch.full_like(r, how.start).requires_grad_()
     adam = torch.optim.Adam([alpha], lr=how.learning_rate)
-    settled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    stopped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     losses, entropies = (torch.full((how.steps, len(x)), math.nan, dtype=kind, device=x.device) for _ in range(2))
     for step in range(how.steps):
         passed, blocked = mask(alpha, how.sigma, positions)
@@ -199,15 +199,15 @@ def optimise(
         loss = entropy + how.beta * told.flatten(1).mean(1)
         (gradient,) = torch.autograd.grad(loss.sum(), alpha)
         _check(loss, gradient, step, first)
-        losses[step], entropies[step] = (value.detach().where(~settled, math.nan) for value in (loss, entropy))
-        settled |= _settled(losses[: step + 1], how.tolerance)
+        losses[step], entropies[step] = (value.detach().where(~stopped, math.nan) for value in (loss, entropy))
+        stopped |= settled(losses[: step + 1], how.tolerance)
         before, alpha.grad = alpha.detach().clone(), gradient
         adam.step()
         with torch.no_grad():
-            alpha[settled] = before[settled]
+            alpha[stopped] = before[stopped]
         if bar is not None:
             bar.update(len(x))
-        if bool(settled.all()):
+        if bool(stopped.all()):
             break
     with torch.no_grad():
         told = information(r, *mask(alpha, how.sigma, positions), prior) * active / math.log(2)
@@ -224,7 +224,7 @@ def _check(loss: Tensor, gradient: Tensor, step: int, first: int) -> None:
         )
 
 
-def _settled(losses: Tensor, tolerance: float | None) -> Tensor:
+def settled(losses: Tensor, tolerance: float | None) -> Tensor:
     """Whether the loss of a sample has hardly changed of late."""
     if tolerance is None or len(losses) < 2 * _WINDOW:
         return torch.zeros(losses.shape[1], dtype=torch.bool, device=losses.device)

@@ -1,7 +1,7 @@
 """IBA: how many bits of a layer's features a prediction needs, and where they are."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
@@ -329,12 +329,8 @@ class IBA(Attribution):
         size = size or self._together(parts)
         dims = parts.captured.output.meta["val"].shape[1:]
         targets = per_example(target, torch.empty(rows, *dims, device="meta"))
-        cases = []
-        for some in torch.arange(rows, device=inputs[0].device).split(size):
-            first, last = int(some[0]), int(some[-1]) + 1
-            picked = pick(inputs, extras, some, parts.captured.shared) if len(some) < rows else (inputs, extras)
-            cases.append(Case(parts, *picked, targets[first:last], first))
-        return cases
+        case = Case(parts, inputs, extras, targets, 0)
+        return [case.pick(some) for some in torch.arange(rows, device=inputs[0].device).split(size)] if rows > size else [case]
 
     def _together(self, parts: Parts) -> int:
         """How many samples to optimise together: on a CPU, large arrays are slower than small ones."""
@@ -362,20 +358,24 @@ class IBA(Attribution):
     def _fits(self, x: Tensor, noise: Noise) -> bool:
         return x.ndim - 1 == noise.mean.ndim and all(n in (1, m) for n, m in zip(noise.mean.shape, x.shape[1:], strict=True))
 
-    def bottleneck(self, case: "Case", part: Part, copies: int) -> tuple[Tensor, Any, CrossEntropy]:
+    def bottleneck(self, case: "Case", part: Part, copies: int) -> tuple[Tensor, Callable[[Tensor], Tensor], CrossEntropy]:
         """A tensor, what the model makes of masked copies of it, and the cross entropy of that."""
-        captured = case.parts.captured
         with torch.no_grad():
-            x, others = part.below(captured.values(self.model, case.inputs, case.extras))
+            x, others = part.below(case.values(self.model))
             logits = part.above(x, others)
-            if part.bypassed:  # what goes round the tensor, for each copy
-                again = torch.arange(len(x), device=x.device).repeat(copies)
-                repeated = pick(case.inputs, case.extras, again, captured.shared)
-                _, others = part.below(captured.values(self.model, *repeated))
+            others = self.beside(case, part, copies, others)
         if not finite(logits):
             raise InputError("the model's output overflows for these inputs: it contains NaN or Inf")
         entropy = CrossEntropy(logits, case.targets, self.classes)
         return x, lambda z: part.above(z.flatten(0, 1), others), entropy
+
+    def beside(self, case: "Case", part: Part, copies: int, others: Sequence[Any]) -> Sequence[Any]:
+        """What goes round a tensor, for copies of it."""
+        if not part.bypassed:
+            return others
+        index = torch.arange(len(case.targets), device=case.inputs[0].device).repeat(copies)
+        with torch.no_grad():
+            return part.below(case.pick(index).values(self.model))[1]
 
     def part(self, parts: Parts) -> Part:
         """The model from the layer on."""
@@ -408,15 +408,12 @@ class IBA(Attribution):
     def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file holds."""
         state = self._estimated()
-        layer = self.layer
-        if isinstance(layer, nn.Module):
-            path = next((path for path, module in self.model.named_modules() if module is layer), None)
         statistics = state.statistics
         tensors = {"mean": statistics.mean, "squares": statistics.squares, "nonzero": statistics.nonzero}
         content = {
             "method": "IBA",
             "fingerprint": state.watch.fingerprint,
-            "layer": {"tensor": layer} if isinstance(layer, str) else {"module": path},
+            "layer": self.where(self.layer),
             "settings": asdict(self.settings),
             "output": self.output,
             "options": {
@@ -461,16 +458,26 @@ class IBA(Attribution):
             raise ModelChangedError(
                 f"{name!r} was estimated on another model, or with other weights, than this {type(model).__name__}"
             )
-        where = content["layer"]
-        layer = where["tensor"] if "tensor" in where else model.get_submodule(where["module"])
         output = tuple(content["output"]) if isinstance(content["output"], list) else content["output"]
-        iba = cls(model, layer, Bottleneck(**content["settings"]), output=output, **content["options"])
+        settings = Bottleneck(**content["settings"])
+        iba = cls(model, cls.found(content["layer"], model), settings, output=output, **content["options"])
         kinds = tuple(content["kinds"])
         mean, squares, nonzero = (tensors[key].clone() for key in ("mean", "squares", "nonzero"))
         iba._graphs.kinds = kinds
         statistics = Statistics(content["count"], mean, squares, nonzero)
         iba._state = _State(statistics, kinds, storage.Watch(model, content["fingerprint"]))
         return iba
+
+    def where(self, layer: nn.Module | str) -> dict[str, str]:
+        """A layer, as files name it."""
+        if isinstance(layer, str):
+            return {"tensor": layer}
+        return {"module": next(path for path, module in self.model.named_modules() if module is layer)}
+
+    @staticmethod
+    def found(where: dict[str, str], model: nn.Module) -> nn.Module | str:
+        """The inverse of :meth:`where`."""
+        return where["tensor"] if "tensor" in where else model.get_submodule(where["module"])
 
     def _estimated(self) -> _State:
         if self._state is None:
@@ -494,6 +501,16 @@ class Case:
     extras: Extras
     targets: list[Target]
     first: int
+
+    def values(self, model: nn.Module) -> dict[str, Any]:
+        """The value of every placeholder of the graph."""
+        return self.parts.captured.values(model, self.inputs, self.extras)
+
+    def pick(self, index: Tensor) -> "Case":
+        """Some of the samples, or the same ones repeatedly."""
+        inputs, extras = pick(self.inputs, self.extras, index, self.parts.captured.shared)
+        targets = [self.targets[i] for i in index.tolist()]
+        return Case(self.parts, inputs, extras, targets, self.first + int(index[0]))
 
 
 def positions(x: Tensor, channels: int) -> list[int]:
