@@ -90,17 +90,14 @@ class ThreeStages:
     input: Bottleneck = field(default_factory=lambda: Bottleneck(beta=20, steps=60))
 
 
-#: Named settings: as released for VGG16 on ImageNet and for an LSTM on IMDB, and a faster one for images.
+#: Named settings: as released for VGG16 on ImageNet and for an LSTM on IMDB, and one for images with a short game.
 INPUT_IBA_SETTINGS = {
     "images": ThreeStages(),
     "text": ThreeStages(
         Bottleneck(beta=15, sigma=0), Adversary(mask_rate=0.03, noise="position"),
         Bottleneck(beta=30, steps=30, learning_rate=0.5, sigma=0),
     ),
-    "fast": ThreeStages(
-        Bottleneck(beta=20, sigma=0, copies=2), Adversary(samples=40, epochs=5, batch=8, width=0.125),
-        Bottleneck(beta=20, steps=60, copies=2),
-    ),
+    "fast": ThreeStages(prior=Adversary(samples=32, groups=8, epochs=1, width=0.125)),
 }  # fmt: skip
 
 
