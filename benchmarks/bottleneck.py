@@ -397,7 +397,7 @@ def text(count: int) -> None:
     print(f"{len(x)} passages to train on, {len(test)} to test on, accuracy {accuracy:.3f}")
     chosen = right.nonzero().flatten()[:count]
     tokens, target = test[chosen], labels[chosen]
-    options: Any = {"channels": -1, "across": (1,)}
+    options: Any = {"channels": -1, "input_channels": -1, "across": (1,)}
     both = InputIBA(model, model.lstm, "text", input_layer=model.words, **options).estimate(x[:1000], progress=False)
     how = replace(IBA_SETTINGS["published"], sigma=0)
     alone = IBA(model, model.words, how, **options).estimate(x[:1000], progress=False)

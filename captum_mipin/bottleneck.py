@@ -191,7 +191,7 @@ def optimise(
     for step in range(how.steps):
         passed, blocked = mask(alpha, how.sigma, positions)
         told = information(r, passed, blocked, prior) * active
-        draw = torch.randn(how.copies, *r.shape[1:], generator=generator, device=x.device).to(kind).unsqueeze(1)
+        draw = normal(generator, how.copies, 1, *r.shape[1:]).to(kind)
         z = ((passed * r + blocked * draw) * std + mean) * active
         entropy = cross_entropy(z.to(x.dtype)).to(kind)
         if not entropy.requires_grad:
@@ -212,6 +212,11 @@ def optimise(
     with torch.no_grad():
         told = information(r, *mask(alpha, how.sigma, positions), prior) * active / math.log(2)
     return Optimised(told, alpha.detach(), losses, entropies)
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal noise in float32, so that it is the same for tensors of any dtype."""
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def _check(loss: Tensor, gradient: Tensor, step: int, first: int) -> None:

@@ -16,7 +16,19 @@ from tqdm.auto import tqdm
 from captum_mipin import storage
 from captum_mipin._captum import captum_entry
 from captum_mipin.bottleneck import Bottleneck, CrossEntropy, Noise, Optimised, optimise
-from captum_mipin.capture import Extras, Inputs, Output, Signature, check_inputs, check_model, finite, pick, plain, unwrapped
+from captum_mipin.capture import (
+    TURNS,
+    Extras,
+    Inputs,
+    Output,
+    Signature,
+    check_inputs,
+    check_model,
+    finite,
+    pick,
+    plain,
+    unwrapped,
+)
 from captum_mipin.errors import FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.fitting import Batches, Unpack
 from captum_mipin.inverse import as_extras, as_inputs, device_of, generator_kept, like
@@ -83,6 +95,7 @@ class IBA(Attribution):
         output: Which of several outputs, as for :class:`~captum_mipin.InverseNetwork`.
         channels: The dimension of the layer's output that holds the channels; all others but the first are positions. 1 for
             images (batch, channels, height, width), -1 for sequences (batch, tokens, features).
+        input_channels: That of the input, where it has one. By default 1 if ``channels`` is; else it has to be said.
         classes: The dimension of the model's output that holds the classes.
         across: Dimensions of the layer's output across which elements share mean and standard deviation, such as the
             tokens of a sequence; their sizes may then differ between calls.
@@ -110,6 +123,7 @@ class IBA(Attribution):
         *,
         output: Output = None,
         channels: int = 1,
+        input_channels: int | None = None,
         classes: int = 1,
         across: Sequence[int] = (),
         min_std: float = 0.01,
@@ -125,13 +139,14 @@ class IBA(Attribution):
             raise InputError(f"min_std={min_std!r} must be above 0")
         if not 0 <= active < 1:
             raise InputError(f"active={active!r} must be at least 0 and below 1")
-        if channels == 0 or classes == 0 or 0 in across:
-            raise InputError("channels, classes and across name dimensions other than the first, which is the batch")
+        if 0 in (channels, input_channels, classes, *across):
+            raise InputError("channels, input_channels, classes and across name dimensions other than the first, the batch")
         Attribution.__init__(self, model)
         self.model = unwrapped(model)
         self.layer = layer if isinstance(layer, str) else unwrapped(layer)
         self.settings = settings
         self.output, self.channels, self.classes, self.across = output, channels, classes, tuple(across)
+        self.input_channels = 1 if input_channels is None and channels == 1 else input_channels
         self.min_std, self.active = min_std, active
         self._graphs = Graphs(self.model, output)
         self._state: _State | None = None
@@ -283,7 +298,8 @@ class IBA(Attribution):
         if at == "layer":
             maps = bits.sum(self.channels) if per_position else bits
             return (maps, total) if return_information else maps
-        maps = spread(at_input(bits, tensors, self.channels), tensors[0], self.channels, per_position)
+        grid = at_input(bits, tensors, self.channels, self.input_channels)
+        maps = spread(grid, tensors[0], self.input_channels or -1, per_position)
         return (like(inputs, (maps,)), total) if return_information else like(inputs, (maps,))
 
     def explain(
@@ -350,10 +366,11 @@ class IBA(Attribution):
                 f"the layer's output has shape {tuple(x.shape[1:])} for these inputs, the statistics are of "
                 f"{tuple(noise.mean.shape)}: resize the inputs, or share statistics between positions with across="
             )
-        return optimise(
-            x, noise, lambda z: entropy(above(z)), self.settings, positions=positions(x, self.channels), seed=chosen,
-            first=case.first, bar=bar,
-        )  # fmt: skip
+        with TURNS.explaining():
+            return optimise(
+                x, noise, lambda z: entropy(above(z)), self.settings, positions=positions(x, self.channels), seed=chosen,
+                first=case.first, bar=bar,
+            )  # fmt: skip
 
     def _fits(self, x: Tensor, noise: Noise) -> bool:
         return x.ndim - 1 == noise.mean.ndim and all(n in (1, m) for n, m in zip(noise.mean.shape, x.shape[1:], strict=True))
@@ -418,6 +435,7 @@ class IBA(Attribution):
             "output": self.output,
             "options": {
                 "channels": self.channels,
+                "input_channels": self.input_channels,
                 "classes": self.classes,
                 "across": self.across,
                 "min_std": self.min_std,
@@ -518,7 +536,7 @@ def positions(x: Tensor, channels: int) -> list[int]:
     return [dim for dim in range(1, x.ndim) if dim != channels % x.ndim]
 
 
-def at_input(bits: Tensor, inputs: Inputs, channels: int) -> Tensor:
+def at_input(bits: Tensor, inputs: Inputs, channels: int, input_channels: int | None) -> Tensor:
     """Bits of features (batch, ...) as bits of the input's positions, with the same total.
 
     Interpolated linearly and scaled. The published scale is h·w of the layer over that of the input, which keeps the total
@@ -536,7 +554,12 @@ def at_input(bits: Tensor, inputs: Inputs, channels: int) -> Tensor:
             f"the layer's output of shape {tuple(bits.shape[1:])}, channels along dimension {channels}, has no positions like "
             f"those of inputs of shape {shapes}: ask with at='layer', or say where the channels are with channels="
         )
-    shape = [x.shape[dim] for dim in positions(x, channels)] if x.ndim - count == 2 else list(x.shape[1:])
+    bare = x.ndim - count == 1
+    if not bare and input_channels is None:
+        raise InputError(
+            f"which dimension of inputs of shape {tuple(x.shape)} holds their channels? Say it with input_channels="
+        )
+    shape = list(x.shape[1:]) if bare else [x.shape[dim] for dim in positions(x, input_channels or -1)]
     if shape == list(grid.shape[1:]):
         return grid
     mode = ("linear", "bilinear", "trilinear")[count - 1]

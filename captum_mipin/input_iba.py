@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from captum_mipin import storage
 from captum_mipin._captum import captum_entry
-from captum_mipin.bottleneck import Bottleneck, Noise, Optimised, mask, optimise, settled
-from captum_mipin.capture import Inputs, Output, check_model, unwrapped
+from captum_mipin.bottleneck import Bottleneck, Noise, Optimised, mask, normal, optimise, settled
+from captum_mipin.capture import TURNS, Inputs, Output, check_model, unwrapped
 from captum_mipin.errors import InputError, InverseFileError
 from captum_mipin.fitting import Unpack
 from captum_mipin.iba import IBA, Case, EstimateReport, at_input, calm, joined, positions, seed
@@ -128,8 +128,8 @@ class InputIBA(Attribution):
     model is touched.
 
     Args:
-        model, layer, output, channels, classes, across, min_std, active: As for :class:`~captum_mipin.IBA`. ``channels``
-            is that of the input as well.
+        model, layer, output, channels, input_channels, classes, across, min_std, active: As for
+            :class:`~captum_mipin.IBA`; the input is the output of ``input_layer``, where that is given.
         settings: "images", "text", "fast" (images), or a :class:`~captum_mipin.ThreeStages`.
         input_layer: A module, or the name of a tensor, whose output stands for the input: the embedding of tokens.
 
@@ -158,6 +158,7 @@ class InputIBA(Attribution):
         input_layer: nn.Module | str | None = None,
         output: Output = None,
         channels: int = 1,
+        input_channels: int | None = None,
         classes: int = 1,
         across: Sequence[int] = (),
         min_std: float = 0.01,
@@ -172,9 +173,11 @@ class InputIBA(Attribution):
         Attribution.__init__(self, model)
         #: The first stage.
         self.feature = IBA(
-            model, layer, settings.feature, output=output, channels=channels, classes=classes, across=across,
-            min_std=min_std, active=active,
+            model, layer, settings.feature, output=output, channels=channels, input_channels=input_channels,
+            classes=classes, across=across, min_std=min_std, active=active,
         )  # fmt: skip
+        if self.feature.input_channels is None:
+            raise InputError("which dimension of the input holds its channels? Say it with input_channels=")
         self.model, self.settings = self.feature.model, settings
         self.input_layer = unwrapped(input_layer) if isinstance(input_layer, nn.Module) else input_layer
 
@@ -230,7 +233,7 @@ class InputIBA(Attribution):
         maps = found.alpha.sigmoid() if kind == "mask" else found.information
         x = tensors[0]
         if per_position or (x.ndim == maps.ndim - 1 and self.input_layer is not None):
-            maps = maps.mean(self.feature.channels) if kind == "mask" else maps.sum(self.feature.channels)
+            maps = maps.mean(self._channels) if kind == "mask" else maps.sum(self._channels)
         maps = maps.to(x.dtype if x.is_floating_point() else maps.dtype).contiguous()
         shaped = like(inputs, (maps,)) if len(tensors) == 1 else maps
         return (shaped, total) if return_information else shaped
@@ -280,6 +283,11 @@ class InputIBA(Attribution):
                 ]
         return Stages(joined(features), torch.cat(priors), torch.stack(critics, 1), torch.stack(generators, 1), joined(found))
 
+    @property
+    def _channels(self) -> int:
+        assert self.feature.input_channels is not None  # for mypy: __init__ refuses that
+        return self.feature.input_channels
+
     def _input(self, case: Case, count: int) -> str:
         """The tensor that stands for the input."""
         if self.input_layer is not None:
@@ -313,27 +321,30 @@ class InputIBA(Attribution):
                 beside[rows] = self.feature.beside(case, part, rows, others)
             return part.above(masked.to(x.dtype), beside[rows]).to(kind)
 
-        initial = self._initial(told.to(kind), x, channels)
-        return adversarial_mask(
-            x.to(kind), features.to(kind), weight.to(kind), initial, above, how, channels=channels, seed=chosen,
-            first=case.first, bar=bar,
-        )  # fmt: skip
+        initial = self._initial(told.to(kind), x)
+        with TURNS.explaining():
+            return adversarial_mask(
+                x.to(kind), features.to(kind), weight.to(kind), initial, above, how, channels=channels,
+                input_channels=self._channels, seed=chosen, first=case.first, bar=bar,
+            )  # fmt: skip
 
-    def _initial(self, told: Tensor, x: Tensor, channels: int) -> Tensor:
+    def _initial(self, told: Tensor, x: Tensor) -> Tensor:
         """The bits of the layer at the input's positions; zeros where it has no such."""
         if told.ndim != x.ndim or told.ndim < 3:
             return torch.zeros_like(x, dtype=told.dtype)
-        return at_input(told, (x,), channels).unsqueeze(channels % x.ndim).expand(x.shape).contiguous()
+        grid = at_input(told, (x,), self.feature.channels, self._channels)
+        return grid.unsqueeze(self._channels % x.ndim).expand(x.shape).contiguous()
 
     def _restrict(self, case: Case, start: str, prior: Tensor, chosen: int, bar: "tqdm[Any]") -> Optimised:
         """The bottlenecks at the input."""
         how = self.settings.input
         x, above, entropy = self.feature.bottleneck(case, case.parts(start), how.copies)
         one = torch.ones((), device=x.device)
-        return optimise(
-            x, Noise(torch.zeros_like(one), one, one), lambda z: entropy(above(z)), how,
-            positions=positions(x, self.feature.channels), prior=prior, seed=chosen, first=case.first, bar=bar,
-        )  # fmt: skip
+        with TURNS.explaining():
+            return optimise(
+                x, Noise(torch.zeros_like(one), one, one), lambda z: entropy(above(z)), how,
+                positions=positions(x, self._channels), prior=prior, seed=chosen, first=case.first, bar=bar,
+            )  # fmt: skip
 
     def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not implemented, as for Captum's gradient methods."""
@@ -382,6 +393,7 @@ def adversarial_mask(
     how: Adversary,
     *,
     channels: int = 1,
+    input_channels: int = 1,
     seed: int = 0,
     first: int = 0,
     bar: "tqdm[Any] | None" = None,
@@ -395,7 +407,7 @@ def adversarial_mask(
         initial: Of the mask's parameter, whose sigmoid is the mask.
         above: Masked inputs → features.
         how: How.
-        channels: The dimension of both that holds the channels.
+        channels, input_channels: The dimension of the features, and of the input, that holds the channels.
         seed: Of all that is random.
         first: Number of the sample, for errors.
         bar: Moved by each epoch.
@@ -407,17 +419,12 @@ def adversarial_mask(
         InputError: A loss is NaN or Inf; a critic of these features is not known.
     """
     draw = torch.Generator(x.device).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw, device=x.device).to(x.dtype)
-
     size = how.samples // how.groups
-    means, deviations = (torch.rand(2, how.groups, 1, *(1,) * (features.ndim - 1), generator=draw, device=x.device)).unbind()
-    noise = normal(how.groups, size, *features.shape[1:])
-    noise = 5 * deviations.to(x.dtype) * noise + 4 * means.to(x.dtype) - 2
-    real = (weight * features + (1 - weight) * noise).flatten(0, 1)
+    levels = torch.rand(2, how.groups, *(1,) * features.ndim, generator=draw, device=x.device, dtype=torch.float32)
+    noise = 5 * levels[1] * normal(draw, how.groups, size, *features.shape[1:]) + 4 * levels[0] - 2
+    real = (weight * features + (1 - weight) * noise.to(x.dtype)).flatten(0, 1)
     critic = Critic(features, channels, how.width, draw)
-    own = [dim for dim in range(1, x.ndim) if (dim == channels % x.ndim) == (how.noise == "channel")]
+    own = [dim for dim in range(1, x.ndim) if (dim == input_channels % x.ndim) == (how.noise == "channel")]
     shape = [x.shape[dim] if dim in own else 1 for dim in range(x.ndim)]
     alpha, mean, std = initial.clone(), x.new_zeros(shape), x.new_ones(shape)
     for parameter in (alpha, mean, std):
@@ -443,7 +450,7 @@ def adversarial_mask(
     for epoch in range(how.epochs):
         for index, some in enumerate(torch.randperm(how.samples, generator=draw, device=x.device).split(how.batch)):
             at = epoch * rows + index
-            z = normal(len(some), *x.shape[1:])
+            z = normal(draw, len(some), *x.shape[1:]).to(x.dtype)
 
             def fake(z: Tensor = z) -> Tensor:
                 passed = alpha.sigmoid()

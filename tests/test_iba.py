@@ -245,6 +245,51 @@ def test_a_dense_layer(mlp):
         iba.attribute(mlp.x[:4], 1)
 
 
+def test_features_with_their_channels_last_under_images(x):
+    """What the input's channels are does not follow from the layer's, so it is asked for, not guessed."""
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(3, 5, 2, stride=2), nn.Linear(80, 3)
+    plain = nn.Sequential(first, nn.Flatten(), last).eval()
+    moved = Function(
+        lambda m, x: m["last"](m["norm"](m["first"](x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).flatten(1)), first=first,
+        norm=nn.Hardtanh(-1e9, 1e9), last=last,
+    ).eval()  # fmt: skip
+    expected = IBA(plain, first, SHORT).estimate(x, progress=False).attribute(x[:2], 1)
+    how = Bottleneck(steps=3, copies=4)
+    unsaid = IBA(moved, moved.layers["norm"], how, channels=-1).estimate(x, progress=False)
+    assert unsaid.attribute(x[:2], 1, at="layer").shape == (2, 4, 4, 5)
+    with pytest.raises(InputError, match=r"which dimension of inputs of shape \(2, 3, 8, 8\) holds their channels"):
+        unsaid.attribute(x[:2], 1)
+    said = IBA(moved, moved.layers["norm"], how, channels=-1, input_channels=1).estimate(x, progress=False)
+    found = said.attribute(x[:2], 1)
+    assert found.shape == expected.shape
+    assert torch.equal(found[:, 0], found[:, 2]), "each channel has an equal share"
+    torch.testing.assert_close(found.sum((1, 2, 3)), unsaid.attribute(x[:2], 1, at="layer").sum((1, 2, 3)))
+
+
+def test_several_outputs_half_precision_and_other_defaults(model, x):
+    class Dictionary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return {"logits": self.inner(x), "input": x}
+
+    expected = IBA(model, model[1], SHORT).estimate(x, progress=False).attribute(x[:2], 1)
+    other = IBA(Dictionary().eval(), model[1], SHORT, output="logits").estimate(x, progress=False)
+    assert torch.equal(other.attribute(x[:2], 1), expected)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(other.attribute(x[:2], 1), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    half = copy.deepcopy(model).bfloat16()
+    found = IBA(half, half[1], SHORT).estimate(x.bfloat16(), progress=False).attribute(x[:2].bfloat16(), 1)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.02
+
+
 def test_one_logit(x):
     torch.manual_seed(0)
     for last in (nn.Linear(192, 1), nn.Sequential(nn.Linear(192, 1), nn.Flatten(0))):

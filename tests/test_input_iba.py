@@ -63,7 +63,7 @@ def text():
         lstm=nn.LSTM(6, 7, batch_first=True), last=nn.Linear(7, 2),
     ).eval()  # fmt: skip
     tokens = torch.randint(20, (30, 9))
-    options = {"channels": -1, "across": (1,)}
+    options = {"channels": -1, "input_channels": -1, "across": (1,)}
     iba = InputIBA(model, model.layers["lstm"], SHORT_TEXT, input_layer=model.layers["words"], **options)
     return iba.estimate(tokens, progress=False), model, tokens
 
@@ -106,7 +106,7 @@ def test_the_third_stage_is_a_bottleneck_at_the_input_beyond_the_prior(iba, mode
 def test_the_prior_starts_as_the_bits_of_the_layer(model, x):
     how = replace(SHORT, prior=replace(SHORT.prior, epochs=0))
     found = InputIBA(model, model[4], how).estimate(x, progress=False).explain((x[:3],), 1)
-    bits = at_input(found.feature.information, (x[:3],), 1)
+    bits = at_input(found.feature.information, (x[:3],), 1, 1)
     torch.testing.assert_close(found.prior, bits.sigmoid().unsqueeze(1).expand(-1, 3, -1, -1))
     assert found.critic.shape == found.generator.shape == (0, 3)
 
@@ -121,7 +121,7 @@ def test_the_adversarial_mask_lets_through_what_the_bottleneck_does(maps):
     weight[:, :8] += 0 if maps else 1
     how = Adversary(samples=64, groups=1, epochs=80, batch=32, critic_rate=3e-3, clip=0.3, critic_steps=2, mask_rate=0.02)
     passed, critic, generator = adversarial_mask(
-        x, x, weight, torch.zeros(shape), lambda z: z, how, channels=1 if maps else -1
+        x, x, weight, torch.zeros(shape), lambda z: z, how, channels=1 if maps else -1, input_channels=1 if maps else -1
     )  # fmt: skip
     real, other = passed[weight == 1], passed[weight == 0]
     assert float(real.mean() - other.mean()) > 0.1
@@ -313,7 +313,7 @@ def test_embedded_sequences_are_explained_as_their_tokens_are(text):
     iba, model, tokens = text
     upper = Function(lambda m, x: m["last"](m["lstm"](x)[0][:, -1]), **{k: model.layers[k] for k in ("lstm", "last")}).eval()
     embedded = model.layers["words"](tokens).detach()
-    options = {"channels": -1, "across": (1,)}
+    options = {"channels": -1, "input_channels": -1, "across": (1,)}
     other = InputIBA(upper, upper.layers["lstm"], SHORT_TEXT, **options).estimate(embedded, progress=False)
     found = other.attribute(embedded[:3], 1)
     assert found.shape == (3, 9, 6)
@@ -363,7 +363,7 @@ def test_nothing_estimated_yet(model, x):
 
 def test_inputs_that_cannot_be_masked(iba, text, x):
     _, model, tokens = text
-    plain = InputIBA(model, model.layers["lstm"], SHORT_TEXT, channels=-1).estimate(tokens, progress=False)
+    plain = InputIBA(model, model.layers["lstm"], SHORT_TEXT, channels=-1, input_channels=-1).estimate(tokens, progress=False)
     with pytest.raises(InputError, match=r"inputs of dtype torch.int64 cannot be masked with noise: pass input_layer="):
         plain.attribute(tokens[:2], 1)
     with pytest.raises(TargetRangeError):
@@ -372,6 +372,11 @@ def test_inputs_that_cannot_be_masked(iba, text, x):
         iba.attribute(x[:2] / 0, 0)
     with pytest.raises(InputError, match="kind='both' is not one of"):
         iba.attribute(x[:2], 0, kind="both")
+
+
+def test_channels_that_are_not_said(model):
+    with pytest.raises(InputError, match="which dimension of the input holds its channels"):
+        InputIBA(model, model[4], SHORT, channels=-1)
 
 
 def test_an_input_layer_behind_the_layer(model, x):
