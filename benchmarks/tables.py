@@ -159,22 +159,22 @@ def zoo() -> str:
 
 def bottlenecks() -> str:
     """Information bottlenecks and their peers on photographs."""
-    rows = []
-    for name in ("bottleneck-images", "bottleneck-input"):
-        result = _load(name)
-        for row in result["rows"]:
-            rows.append(
-                {
-                    "method": row["method"],
-                    "layer, reduction over channels": row["layer, reduction"],
-                    "images": result["settings"]["images"],
-                    "box accuracy": f"{row['box accuracy']:.2f} ± {row['standard error']:.2f}",
-                    "insertion": f"{row['insertion']:.2f}",
-                    "deletion": f"{row['deletion']:.3f}",
-                    "s an image": f"{row['s an image']:.2g}" if row["s an image"] >= 0.01 else "",
-                }
-            )
-    return show(rows)
+    results = [_load(name) for name in ("bottleneck-images", "bottleneck-input")]
+    return show(
+        [
+            {
+                "method": row["method"],
+                "layer, reduction over channels": row["layer, reduction"],
+                "images": result["settings"]["images"],
+                "box accuracy": f"{row['box accuracy']:.2f} ± {row['standard error']:.2f}",
+                "insertion": f"{row['insertion']:.2f}",
+                "deletion": f"{row['deletion']:.3f}",
+                "s an image": f"{row['s an image']:.2g}" if row["s an image"] >= 0.01 else "",
+            }
+            for result in results
+            for row in result["rows"]
+        ]
+    )
 
 
 def bottlenecks_text() -> str:
@@ -223,18 +223,8 @@ def bottlenecks_speed() -> str:
 
 def main() -> None:
     text = README.read_text()
-    for table in (
-        completeness,
-        controls,
-        variants,
-        localization,
-        invariance,
-        speed,
-        zoo,
-        bottlenecks,
-        bottlenecks_text,
-        bottlenecks_speed,
-    ):
+    own = (completeness, controls, variants, localization, invariance, speed, zoo)
+    for table in (*own, bottlenecks, bottlenecks_text, bottlenecks_speed):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
