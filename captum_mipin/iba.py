@@ -37,8 +37,8 @@ from captum_mipin.propagation import Target
 from captum_mipin.statistics import Statistics
 from captum_mipin.targets import per_example
 
-#: Masked values that a CPU takes at a time, and samples that other devices do.
-_CPU_VALUES, _MANY = 1 << 21, 1 << 10
+#: Masked values that a CPU takes at a time, and that other devices do.
+_CPU_VALUES, _VALUES = 1 << 21, 1 << 26
 
 #: Named settings: as published, and a faster one whose agreement with it the README tells.
 IBA_SETTINGS = {"published": Bottleneck(), "fast": Bottleneck(copies=2)}
@@ -272,8 +272,8 @@ class IBA(Attribution):
                 input tensor with positions like the layer's. "layer": bits of each feature, shaped like the layer's output.
             per_position: Without channels: (batch, height, width), (batch, tokens).
             generator: Of the noise; one number is drawn from it. By default the noise is the same at each call.
-            internal_batch_size: Samples optimised together. By default all, on a CPU as many as its caches like; time and
-                memory go with it, results do not.
+            internal_batch_size: Samples optimised together; by default so many that memory stays bounded, and on a CPU small
+                enough to be fast. Results do not go with it.
             return_information: Return also the total bits of each sample.
             progress: Show a progress bar.
 
@@ -349,12 +349,11 @@ class IBA(Attribution):
         return [case.pick(some) for some in torch.arange(rows, device=inputs[0].device).split(size)] if rows > size else [case]
 
     def _together(self, parts: Parts) -> int:
-        """How many samples to optimise together: on a CPU, large arrays are slower than small ones."""
-        if device_of(self.model).type != "cpu":
-            return _MANY
+        """How many samples to optimise together: memory is bounded, and on a CPU large arrays are slower than small ones."""
+        most = _CPU_VALUES if device_of(self.model).type == "cpu" else _VALUES
         name = self.name(parts)
         (value,) = (node.meta["val"] for node in parts.captured.graph.nodes if node.name == name)
-        return max(1, _CPU_VALUES // (self.settings.copies * prod(map(int, value.shape[1:]))))
+        return max(1, most // (self.settings.copies * prod(map(int, value.shape[1:]))))
 
     def restrict(self, case: "Case", chosen: int, bar: "tqdm[Any] | None" = None) -> Optimised:
         """The bottlenecks of one group."""

@@ -383,6 +383,17 @@ def test_further_arguments(x, shared):
         torch.testing.assert_close(alone[0], found[i], rtol=1e-4, atol=1e-6)
 
 
+def test_a_shared_argument_as_long_as_the_batch():
+    """The data told that it is shared."""
+    torch.manual_seed(0)
+    model = Function(lambda m, x, s: m["last"](m["first"](x * s).relu()), first=nn.Linear(6, 5), last=nn.Linear(5, 3)).eval()
+    x, scale = normal(40, 6), torch.linspace(0.1, 3, 6)
+    iba = IBA(model, model.layers["first"], SHORT).estimate([(x, scale)], unpack=lambda batch: batch, progress=False)
+    found = iba.attribute(x[:6], 1, scale, at="layer")
+    alone = [iba.attribute(x[i : i + 1], 1, scale, at="layer") for i in range(6)]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-6)
+
+
 def test_several_inputs(x):
     torch.manual_seed(0)
     model = Function(
