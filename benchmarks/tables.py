@@ -157,9 +157,74 @@ def zoo() -> str:
     return show(rows)
 
 
+def bottlenecks() -> str:
+    """Information bottlenecks and their peers on photographs."""
+    results = [_load(name) for name in ("bottleneck-images", "bottleneck-input")]
+    return show(
+        [
+            {
+                "method": row["method"],
+                "layer, reduction over channels": row["layer, reduction"],
+                "images": result["settings"]["images"],
+                "box accuracy": f"{row['box accuracy']:.2f} ± {row['standard error']:.2f}",
+                "insertion": f"{row['insertion']:.2f}",
+                "deletion": f"{row['deletion']:.3f}",
+                "s an image": f"{row['s an image']:.2g}" if row["s an image"] >= 0.01 else "",
+            }
+            for result in results
+            for row in result["rows"]
+        ]
+    )
+
+
+def bottlenecks_text() -> str:
+    """The same on passages of text."""
+    return show(
+        [
+            {
+                "method": row["method"],
+                "insertion": f"{row['insertion']:.3f}",
+                "deletion": f"{row['deletion']:.3f}",
+                "s a passage": f"{row['s a passage']:.2g}" if row["s a passage"] >= 1e-3 else "",
+            }
+            for row in _load("bottleneck-text")["rows"]
+        ]
+    )
+
+
+def bottlenecks_speed() -> str:
+    """Sixteen images together and one by one, and what the presets cost and keep."""
+    rows: list[dict[str, Any]] = [
+        {
+            "": f"IBA, {row['network']}, `{row['layer']}`",
+            "s an image": f"{row['batch, s an image']:.2g}",
+            "one by one": f"{row['one by one ÷ batch']:.1f} ×",
+            "published loop": f"{row['published loop ÷ batch']:.1f} ×",
+            "difference": f"{100 * row['difference']:.2g} %",
+            "fast": f"{row['batch ÷ fast']:.1f} × faster",
+            "rank correlation, fast": f"{row['rank, fast']:.2f}",
+            "other noise": f"{row['rank, other noise']:.2f}",
+        }
+        for row in _load("bottleneck-speed")["rows"]
+    ]
+    presets = _load("bottleneck-presets")
+    full, fast = presets["rows"]
+    rows.append(
+        {
+            "": f"InputIBA, {presets['settings']['network']}, `{presets['settings']['layer']}`",
+            "s an image": f"{full['s an image']:.2g}",
+            "fast": f"{full['s an image'] / fast['s an image']:.1f} × faster",
+            "rank correlation, fast": f"{fast['rank']:.2f}",
+            "other noise": f"{full['rank, other noise']:.2f}",
+        }
+    )
+    return show(rows)
+
+
 def main() -> None:
     text = README.read_text()
-    for table in (completeness, controls, variants, localization, invariance, speed, zoo):
+    own = (completeness, controls, variants, localization, invariance, speed, zoo)
+    for table in (*own, bottlenecks, bottlenecks_text, bottlenecks_speed):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)

@@ -1,6 +1,7 @@
 """MIP-IN for Captum: attributions from a learned inverse of the network."""
 
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.bottleneck import Bottleneck
 from captum_mipin.compare import Comparison, compare
 from captum_mipin.errors import (
     CaptureError,
@@ -16,16 +17,22 @@ from captum_mipin.errors import (
     TrainingModeError,
     UnsupportedOperationError,
 )  # fmt: skip
+from captum_mipin.iba import IBA
+from captum_mipin.input_iba import Adversary, InputIBA, ThreeStages
 from captum_mipin.inverse import InverseNetwork, check
 from captum_mipin.rules import Learned, Passes, Recorded, register_rule, unregister_rule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IBA",
+    "Adversary",
+    "Bottleneck",
     "CaptureError",
     "Comparison",
     "FitError",
     "InputError",
+    "InputIBA",
     "InverseFileError",
     "InverseNetwork",
     "LayerMIPINAttribution",
@@ -39,6 +46,7 @@ __all__ = [
     "RuleError",
     "TargetError",
     "TargetRangeError",
+    "ThreeStages",
     "TrainingModeError",
     "UnsupportedOperationError",
     "__version__",

@@ -63,3 +63,48 @@ def test_controls_do_what_they_say(completeness):
         signals["mask only"](part, 1), s + a * (mean / found.output - 1).unsqueeze(1), rtol=1e-4, atol=1e-4
     )
     assert not torch.allclose(signals["shuffled output"](part, 1), s)
+
+
+@pytest.fixture
+def bottleneck(monkeypatch):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bottleneck
+
+    yield bottleneck
+    for name in ("bottleneck", "common", "data", "networks", "pretrained", "localization_grid"):
+        sys.modules.pop(name, None)
+
+
+def test_box_accuracy_by_hand(bottleneck):
+    """Three pixels inside; of the three highest-scored, two are. Ties fall to chance: half of the pixels are inside."""
+    scores = torch.tensor([[[9.0, 8.0], [7.0, 1.0], [2.0, 3.0]]])
+    boxes = torch.tensor([[[True, False], [True, False], [True, False]]])
+    order = bottleneck.ranked(scores, torch.Generator().manual_seed(0))
+    assert order.tolist() == [[0, 1, 2, 5, 4, 3]]
+    assert bottleneck.box_accuracy(order, boxes).tolist() == pytest.approx([2 / 3])
+    flat = bottleneck.ranked(torch.zeros(500, 3, 2), torch.Generator().manual_seed(0))
+    assert float(bottleneck.box_accuracy(flat, boxes.expand(500, -1, -1)).mean()) == pytest.approx(0.5, abs=0.03)
+
+
+def test_deletion_and_insertion_by_hand(bottleneck):
+    """The probability is the share of a constant image that is left; blurring keeps such an image as it is."""
+
+    class Amount(nn.Module):
+        def forward(self, x):
+            share = x.flatten(1).mean(1)
+            return torch.stack([share, 1 - share], 1).clamp(min=1e-9).log()
+
+    x, steps = torch.ones(2, 1, 12, 12), 8
+    order = bottleneck.ranked(torch.rand(2, 12, 12), torch.Generator().manual_seed(0))
+    deletion, insertion = bottleneck.curves(Amount(), x, order, torch.tensor([0, 1]), steps)
+    torch.testing.assert_close(deletion, torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(insertion, torch.tensor([1.0, 0.0]), rtol=1e-5, atol=1e-5)
+
+
+def test_rank_correlation_is_spearmans(bottleneck):
+    stats = pytest.importorskip("scipy.stats")  # comes with scikit-learn
+    a, b = torch.rand(3, 5, 4), torch.rand(3, 5, 4)
+    expected = sum(stats.spearmanr(p.flatten(), q.flatten()).statistic for p, q in zip(a, b, strict=True)) / 3
+    assert bottleneck.rank(a, b) == pytest.approx(expected)

@@ -52,6 +52,14 @@ def test_its_table_of_metrics_is_whole():
     assert METRICS.keys() <= set(metrics.__all__)
 
 
+def test_the_bottleneck_runs(capsys):
+    pytest.importorskip("sklearn")
+    names = run("Information bottlenecks")
+    assert names["bits"].shape == (5, 1, 8, 8)
+    assert (names["bits"].sum((1, 2, 3)) / names["total"]).tolist() == pytest.approx([1] * 5)
+    assert "512 features of 1797 examples" in capsys.readouterr().out
+
+
 def test_all_of_its_code_is_run():
     assert README.read_text().count("```python") == 3
 

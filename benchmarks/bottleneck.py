@@ -1,0 +1,472 @@
+"""Information bottlenecks on real networks: python benchmarks/bottleneck.py images|input|speed|text --data FOLDER.
+
+- images: bounding-box accuracy, insertion and deletion of IBA, MIP-IN, Grad-CAM and SmoothGrad on photographs of ImageNet's
+  validation set whose boxes cover at most a third; every layer method at the same layer;
+- input: the same of InputIBA;
+- speed: batches of sixteen against one sample at a time, the loop as published, and presets;
+- text: an LSTM that tells two libraries apart by sentences of their documentation.
+
+Bounding-box accuracy: of the n highest-scored pixels, the share inside the boxes, n being the number of pixels inside.
+Deletion: mean probability of the target as the highest-scored pixels are set to 0 (the mean colour), an eighth at a time;
+insertion: as they are put into a blurred copy (kernel 11, σ 5), likewise; trapezoid rule. Ties are broken at random.
+"""
+
+import argparse
+import ast
+import csv
+import importlib.util
+import io
+import json
+import math
+import re
+import time
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pretrained
+import torch
+from captum.attr import LayerGradCam, LayerGradientXActivation, NoiseTunnel, Saliency
+from common import show, write
+from data import load
+from localization_grid import _image
+from networks import trained
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import gaussian_blur
+
+from captum_mipin import IBA, InputIBA, InverseNetwork, LayerMIPINAttribution
+from captum_mipin.bottleneck import information, mask
+from captum_mipin.iba import IBA_SETTINGS
+from captum_mipin.input_iba import INPUT_IBA_SETTINGS
+
+LAYER = "features.7"
+CLASSES = 4
+Method = Callable[[Tensor, Tensor], Tensor]
+
+
+def photographs(folder: Path, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (N, 3, 224, 224) in [0, 1], labels, and masks of their boxes: boxes of at most a third."""
+    with zipfile.ZipFile(folder / "ilsvrc2012_val_600_boxes.zip") as archive:
+        rows = list(csv.DictReader(io.TextIOWrapper(archive.open("annotations.csv"), "utf-8")))
+        boxes = [_boxes(json.loads(row["boxes_xyxy_norm"])) for row in rows]
+        fine = [i for i, mask in enumerate(boxes) if 0 < mask.double().mean() <= 1 / 3]
+        sizes = Counter(int(rows[i]["class_index"]) for i in fine)
+        classes = {c for c, _ in sizes.most_common(CLASSES)}
+        chosen = [i for i in fine if int(rows[i]["class_index"]) in classes]
+        chosen = [chosen[k] for k in torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:count].tolist()]
+        images = torch.stack([_image(archive, rows[i]["file"], 224) for i in chosen])
+    labels = torch.tensor([int(rows[i]["class_index"]) for i in chosen])
+    return images, labels, torch.stack([boxes[i] for i in chosen])
+
+
+def _boxes(boxes: Sequence[Sequence[float]]) -> Tensor:
+    mask = torch.zeros(224, 224, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes:
+        mask[round(224 * y0) : round(224 * y1), round(224 * x0) : round(224 * x1)] = True
+    return mask
+
+
+def training(folder: Path, count: int) -> Tensor:
+    """Images of ImageNet's training set, of the same twenty classes."""
+    with zipfile.ZipFile(folder / "imagenet20_train_128px.zip") as archive:
+        files = sorted(file for file in archive.namelist() if file.endswith(".JPEG"))
+        picked = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
+        return torch.stack([_image(archive, files[index], 224) for index in picked])
+
+
+def ranked(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Pixels of each map (N, H, W), the highest-scored first, equal ones in random order."""
+    flat = scores.flatten(1).double()
+    order = torch.rand(flat.shape, generator=generator).argsort(1)
+    return order.gather(1, flat.gather(1, order).argsort(dim=1, descending=True, stable=True))
+
+
+def box_accuracy(order: Tensor, boxes: Tensor) -> Tensor:
+    inside = boxes.flatten(1)
+    count = inside.sum(1)
+    first = torch.arange(order.shape[1])[None] < count[:, None]
+    return (inside.gather(1, order) & first).sum(1) / count
+
+
+def curves(model: nn.Module, x: Tensor, order: Tensor, target: Tensor, steps: int = 8) -> tuple[Tensor, Tensor]:
+    """Deletion and insertion of each image."""
+    rank = order.argsort(1).view(len(x), 1, *x.shape[2:])
+    blurred = gaussian_blur(x, [11, 11], [5.0, 5.0])
+    found = []
+    for start, end in ((x, torch.zeros_like(x)), (blurred, x)):
+        probabilities = []
+        for step in range(steps + 1):
+            image = torch.where(rank < round(step * order.shape[1] / steps), end, start)
+            with torch.no_grad():
+                probabilities.append(model(image).softmax(1).gather(1, target[:, None])[:, 0])
+        found.append(torch.trapezoid(torch.stack(probabilities), dx=1 / steps, dim=0))
+    return found[0], found[1]
+
+
+def resized(maps: Tensor) -> Tensor:
+    """(N, h, w) at the input's size."""
+    return F.interpolate(maps.unsqueeze(1), size=(224, 224), mode="bilinear", align_corners=False).squeeze(1)
+
+
+def methods(model: nn.Module, fit: Tensor, known: Tensor, classes: list[int]) -> dict[str, tuple[str, Method]]:
+    """Name → (layer and reduction, attribution as a map of pixels)."""
+    layer, last = model.get_submodule(LAYER), model.get_submodule("features.12")
+    inverse = InverseNetwork(model, layer=layer).fit(fit, classes, batch_size=20)
+    mipin: Any = LayerMIPINAttribution(model, inverse)
+    iba = {name: IBA(model, layer, name).estimate(known, batch_size=20) for name in ("published", "fast")}
+    print(iba["fast"].report)
+    generator = torch.Generator().manual_seed(0)
+    away = ((torch.arange(224) - 111.5) / 224) ** 2
+    tunnel = NoiseTunnel(Saliency(model))
+
+    def smooth_grad(x: Tensor, t: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        found: Any = tunnel.attribute(
+            x, target=t, nt_samples=20, stdevs=0.15 * float(x.max() - x.min()), nt_samples_batch_size=5
+        )
+        total: Tensor = found.abs().sum(1).detach()
+        return total
+
+    def present(x: Tensor, t: Tensor) -> Tensor:
+        return resized((inverse.explain((x,), t, layer=layer).features[0] != 0).float().sum(1))
+
+    def grad_cam(module: nn.Module) -> Method:
+        cam: Any = LayerGradCam(model, module)
+        return lambda x, t: resized(cam.attribute(x, t, relu_attributions=True).detach().sum(1))
+
+    def ours(**options: Any) -> Method:
+        return lambda x, t: resized(mipin.attribute(x, target=t, **options).sum(1).clamp(min=0))
+
+    at = f"{LAYER}, "
+    return {
+        "random": ("input", lambda x, t: torch.rand(len(x), 224, 224, generator=generator)),
+        "centre prior": ("input", lambda x, t: -(away[:, None] + away[None]).expand(len(x), -1, -1)),
+        "mask only": (
+            at + "sum",
+            lambda x, t: resized((inverse.explain((x,), t, layer=layer).features[0] != 0).float().sum(1)),
+        ),
+        "pattern only": (at + "sum, ReLU", ours(local=False)),
+        "MIP-IN": (at + "sum, ReLU", ours()),
+        "MIP-IN, × feature": (at + "sum, ReLU", ours(multiply_by_features=True)),
+        "Grad-CAM": (at + "sum, ReLU", grad_cam(layer)),
+        "Grad-CAM, last layer": ("features.12, sum, ReLU", grad_cam(last)),
+        "SmoothGrad": ("input, absolute, sum", smooth_grad),
+        "IBA": (at + "sum", lambda x, t: iba["published"].attribute(x, t, per_position=True)),
+        "IBA, fast": (at + "sum", lambda x, t: iba["fast"].attribute(x, t, per_position=True)),
+    }
+
+
+def measured(
+    name: str, where: str, maps: Tensor, taken: float, model: nn.Module, x: Tensor, t: Tensor, boxes: Tensor
+) -> dict[str, Any]:
+    order = ranked(maps, torch.Generator().manual_seed(1))
+    accuracy = box_accuracy(order, boxes)
+    deletion, insertion = (torch.cat(part) for part in zip(*(curves(model, *part) for part in zip(*(
+        some.split(10) for some in (x, order, t)), strict=True)), strict=True))  # fmt: skip
+    row = {
+        "method": name, "layer, reduction": where, "box accuracy": float(accuracy.mean()),
+        "standard error": float(accuracy.std() / len(x) ** 0.5), "insertion": float(insertion.mean()),
+        "deletion": float(deletion.mean()), "s an image": taken / len(x),
+    }  # fmt: skip
+    print(show([row]).splitlines()[-1], flush=True)
+    return row
+
+
+SETTINGS = {
+    "data": "ILSVRC2012 validation photographs, boxes of at most a third, squashed to 224 x 224",
+    "fit": "ILSVRC2012 training photographs of twenty classes, these among them",
+    "network": "squeezenet1_0", "target": "the label", "ties": "at random", "steps": 8,
+}  # fmt: skip
+
+
+def images(folder: Path, count: int, fitted: int, estimated: int, pictures: Path | None) -> None:
+    model, normalise = pretrained.load("squeezenet1_0", folder / "weights")
+    photos, t, boxes = photographs(folder, count)
+    x, classes = normalise(photos), sorted(set(t.tolist()))
+    rows, kept, known = [], {}, normalise(training(folder, estimated))
+    for name, (where, method) in methods(model, known[:fitted], known, classes).items():
+        method(x[:1], t[:1])
+        start = time.perf_counter()
+        maps = torch.cat([method(*part) for part in zip(x.split(10), t.split(10), strict=True)])
+        rows.append(measured(name, where, maps, time.perf_counter() - start, model, x, t, boxes))
+        kept[name] = maps
+    settings = {"images": len(x), "fitted": fitted, "estimated": estimated, "classes": classes}
+    write("bottleneck-images", rows, **SETTINGS, **settings, fast_rank=rank(kept["IBA, fast"], kept["IBA"]))
+    print(show(rows))
+    if pictures:
+        torch.save({"images": photos, "boxes": boxes, "maps": kept}, pictures)
+
+
+def inputs(folder: Path, count: int, estimated: int, pictures: Path | None) -> None:
+    """InputIBA on the same photographs, in fewer copies than published, for time."""
+    model, normalise = pretrained.load("squeezenet1_0", folder / "weights")
+    photos, t, boxes = photographs(folder, count)
+    x = normalise(photos)
+    fast = INPUT_IBA_SETTINGS["fast"]
+    how = replace(fast, feature=replace(fast.feature, copies=2), input=replace(fast.input, copies=2))
+    iba = InputIBA(model, model.get_submodule(LAYER), how).estimate(normalise(training(folder, estimated)), batch_size=20)
+    start = time.perf_counter()
+    found = [iba.explain((part,), some) for part, some in zip(x.split(1), t.split(1), strict=True)]
+    taken = time.perf_counter() - start
+    rows = []
+    for kind in ("mask", "information"):
+        maps = torch.cat([f.input.alpha.sigmoid().mean(1) if kind == "mask" else f.input.information.sum(1) for f in found])
+        name = f"InputIBA, fast with 2 copies, {kind}"
+        where = f"{LAYER} and input, " + ("mean" if kind == "mask" else "sum")
+        rows.append(measured(name, where, maps, taken, model, x, t, boxes))
+        if pictures:
+            torch.save({"images": photos, "boxes": boxes, "maps": maps}, f"{pictures}.{kind}")
+    write("bottleneck-input", rows, **SETTINGS, images=len(x), estimated=estimated)
+    print(show(rows))
+
+
+def rank(a: Tensor, b: Tensor) -> float:
+    """Spearman's correlation of maps (N, ...), mean over them."""
+    ranks = [m.flatten(1).argsort(1).argsort(1).double() for m in (a, b)]
+    return float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*ranks, strict=True)]).mean())
+
+
+def speed(folder: Path) -> None:
+    """Batches of sixteen, the loop as published, and presets."""
+    digits = load("digits", folder)
+    rows = [
+        compared(
+            "cnn-digits", trained("cnn-digits", digits), "features.1", digits.train[:1000], digits.test, digits.test_labels
+        )
+    ]
+    cifar = load("cifar10", folder)
+    resnet, normalise = pretrained.load("resnet20", folder / "weights")
+    known, x, t = normalise(cifar.train[:1000]), normalise(cifar.test[:16]), cifar.test_labels[:16]
+    rows.append(compared("resnet20", resnet, "layer2", known, x, t))
+    write("bottleneck-speed", rows, batch=16)
+    print(show(rows))
+    presets: list[dict[str, Any]] = []
+    maps: list[Tensor] = []
+    for name in ("images", "fast"):
+        iba = InputIBA(resnet, resnet.get_submodule("layer2"), INPUT_IBA_SETTINGS[name]).estimate(known, progress=False)
+        start = time.perf_counter()
+        maps.append(iba.attribute(x[:2], t[:2], per_position=True))
+        seconds = (time.perf_counter() - start) / 2
+        again = iba.attribute(x[:2], t[:2], per_position=True, generator=torch.Generator().manual_seed(5))
+        agree = {"rank": rank(maps[-1], maps[0]), "rank, other noise": rank(again, maps[0])}
+        presets.append({"settings": name, "s an image": seconds, **agree})
+    write("bottleneck-presets", presets, network="resnet20", layer="layer2", data="CIFAR-10 test", images=2)
+    print(show(presets))
+
+
+def compared(network: str, model: nn.Module, path: str, known: Tensor, x: Tensor, t: Tensor) -> dict[str, Any]:
+    """Sixteen images together, one by one, four by the published loop, with other noise, and by the fast preset."""
+    x, t, layer = x[:16], t[:16], model.get_submodule(path)
+    iba, fast = (IBA(model, layer, IBA_SETTINGS[name]).estimate(known, batch_size=20) for name in ("published", "fast"))
+    maps, taken = dict[str, Tensor](), dict[str, float]()
+    runs: dict[str, Callable[[], Tensor]] = {
+        "one by one": lambda: torch.cat([iba.attribute(*one, at="layer") for one in zip(x.split(1), t.split(1), strict=True)]),
+        "batch": lambda: iba.attribute(x, t, at="layer"),
+        "loop": lambda: published_loop(model, layer, iba, x[:4], t[:4]),
+        "other noise": lambda: iba.attribute(x, t, at="layer", generator=torch.Generator().manual_seed(5)),
+        "fast": lambda: fast.attribute(x, t, at="layer"),
+    }
+    for method in (iba, fast):
+        method.attribute(x[:1], t[:1], at="layer")
+    for name, run in runs.items():
+        start = time.perf_counter()
+        maps[name] = run()
+        taken[name] = (time.perf_counter() - start) / len(maps[name])
+    grids = {name: found.sum(1) for name, found in maps.items()}
+    row = {
+        "network": network, "layer": path, "images": len(x), "batch, s an image": taken["batch"],
+        "one by one ÷ batch": taken["one by one"] / taken["batch"], "published loop ÷ batch": taken["loop"] / taken["batch"],
+        "difference": float((maps["batch"] - maps["one by one"]).norm() / maps["one by one"].norm()),
+        "batch ÷ fast": taken["batch"] / taken["fast"], "rank, fast": rank(grids["fast"], grids["batch"]),
+        "rank, other noise": rank(grids["other noise"], grids["batch"]), "rank, loop": rank(grids["loop"], grids["batch"][:4]),
+    }  # fmt: skip
+    print(show([row]).splitlines()[-1], flush=True)
+    return row
+
+
+def published_loop(model: nn.Module, layer: nn.Module, iba: IBA, x: Tensor, t: Tensor) -> Tensor:
+    """One image at a time, the whole network in each step, gradients of its parameters and all, as in the released code."""
+    noise, how, found = iba.noise, iba.settings, []
+    mean, std, active = (part.float() for part in (noise.mean, noise.std, noise.active))
+    spatial = list(range(2, mean.ndim + 1))
+    for image, target in zip(x, t, strict=True):
+        alpha = torch.full_like(mean, how.start).unsqueeze(0).requires_grad_()
+        adam = torch.optim.Adam([alpha], lr=how.learning_rate)
+        told = alpha
+
+        def squeeze(module: nn.Module, arguments: Any, r: Tensor, alpha: Tensor = alpha) -> Tensor:
+            nonlocal told
+            passed, blocked = mask(alpha, how.sigma, spatial)
+            told = information((r[:1] - mean) / std, passed, blocked) * active
+            return (passed * r + blocked * (mean + std * torch.randn_like(r))) * active
+
+        handle = layer.register_forward_hook(squeeze)
+        for _ in range(how.steps):
+            adam.zero_grad()
+            logits = model(image.expand(how.copies, *image.shape))
+            loss: Any = how.beta * told.mean() - logits.log_softmax(1)[:, int(target)].mean()
+            loss.backward()
+            adam.step()
+        handle.remove()
+        found.append(told.detach() / math.log(2))
+    model.zero_grad()
+    return torch.cat(found)
+
+
+# ------------------------------------------------------------------------------------------------- text
+
+
+class Reader(nn.Module):
+    """An LSTM that reads sixteen words."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.words, self.lstm, self.last = nn.Embedding(words, 32), nn.LSTM(32, 64, batch_first=True), nn.Linear(64, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.lstm(self.words(tokens))[0][:, -1])
+        return logits
+
+
+def passages(package: str, length: int = 16) -> tuple[list[list[str]], list[list[str]]]:
+    """Passages of so many words from the docstrings of an installed package, of four files in five and of the others."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    parts: tuple[list[list[str]], list[list[str]]] = [], []
+    for file in sorted(Path(spec.origin).parent.rglob("*.py")):
+        if "tests" in file.parts or "testing" in file.parts:
+            continue
+        tree = ast.parse(file.read_text(errors="ignore"))
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+        words = re.findall(r"[a-z]{2,}", " ".join(texts).lower())
+        words = [word for word in words if word not in NAMES]
+        held_out = zlib.crc32(file.name.encode()) % 5 == 0
+        parts[held_out].extend(words[i : i + length] for i in range(0, len(words) - length + 1, length))
+    return parts
+
+
+#: Words that give a library away.
+NAMES = {"torch", "pytorch", "sklearn", "scikit", "learn", "tensor", "tensors", "scipy", "numpy"}
+#: What words outside the vocabulary are, and what deleted ones become.
+UNKNOWN = 0
+
+
+def text(count: int) -> None:
+    packages = ("torch", "sklearn")
+    found = [passages(package) for package in packages]
+    size = [min(len(part[i]) for part in found) for i in (0, 1)]
+    drawn = torch.Generator().manual_seed(0)
+    counts = Counter(word for part in found for passage in part[0] for word in passage)
+    vocabulary = {word: i + 1 for i, (word, _) in enumerate(counts.most_common(4000))}
+
+    def encoded(split: int) -> tuple[Tensor, Tensor, list[list[str]]]:
+        chosen = [
+            (part[split][i], label) for label, part in enumerate(found)
+            for i in torch.randperm(len(part[split]), generator=drawn)[: size[split]].tolist()
+        ]  # fmt: skip
+        chosen = [chosen[i] for i in torch.randperm(len(chosen), generator=drawn).tolist()]
+        tokens = torch.tensor([[vocabulary.get(word, UNKNOWN) for word in passage] for passage, _ in chosen])
+        return tokens, torch.tensor([label for _, label in chosen]), [passage for passage, _ in chosen]
+
+    (x, t, _), (test, labels, shown) = encoded(0), encoded(1)
+    torch.manual_seed(0)
+    model = Reader(len(vocabulary) + 1)
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(2):
+        for index in torch.randperm(len(x), generator=drawn).split(64):
+            optimiser.zero_grad()
+            known = x[index]
+            known = known.where(torch.rand(known.shape, generator=drawn) > 0.1, UNKNOWN)  # so that it knows what that is
+            loss: Any = F.cross_entropy(model(known), t[index])
+            loss.backward()
+            optimiser.step()
+    model.eval()
+    optimiser.zero_grad()
+    with torch.no_grad():
+        right = model(test).argmax(1) == labels
+    accuracy = float(right.double().mean())
+    print(f"{len(x)} passages to train on, {len(test)} to test on, accuracy {accuracy:.3f}")
+    chosen = right.nonzero().flatten()[:count]
+    tokens, target = test[chosen], labels[chosen]
+    options: Any = {"channels": -1, "input_channels": -1, "across": (1,)}
+    both = InputIBA(model, model.lstm, "text", input_layer=model.words, **options).estimate(x[:1000], progress=False)
+    how = replace(IBA_SETTINGS["published"], sigma=0)
+    alone = IBA(model, model.words, how, **options).estimate(x[:1000], progress=False)
+    inverse = InverseNetwork(model, layer=model.words).fit(x[:1000], progress=False)
+    mipin: Any = LayerMIPINAttribution(model, inverse)
+    gradients: Any = LayerGradientXActivation(model, model.words)
+    random = torch.Generator().manual_seed(1)
+    rows = []
+    maps: dict[str, Tensor] = {}
+    stages: list[Tensor] = []
+
+    def informed() -> Tensor:
+        found = both.explain((tokens,), target).input
+        stages.append(found.information.sum(2))
+        return found.alpha.sigmoid().mean(2)
+
+    named: dict[str, Callable[[], Tensor]] = {
+        "random": lambda: torch.rand(tokens.shape, generator=random),
+        "Gradient × embedding": lambda: gradients.attribute(tokens, target).sum(2).detach(),
+        "MIP-IN, × feature": lambda: mipin.attribute(tokens, target=target, multiply_by_features=True).sum(2),
+        "IBA at the embedding": lambda: alone.attribute(tokens, target),
+        "InputIBA, mask": informed,
+        "InputIBA, information": lambda: stages[0],
+    }
+    for name, method in named.items():
+        start = time.perf_counter()
+        maps[name] = method()
+        taken = time.perf_counter() - start
+        order = ranked(maps[name].unsqueeze(1), torch.Generator().manual_seed(2))
+        place = order.argsort(1)
+        values = []
+        for keep in (False, True):
+            probabilities = []
+            for step in range(9):
+                first = place < round(step * tokens.shape[1] / 8)
+                with torch.no_grad():
+                    logits = model(tokens.where(first if keep else ~first, UNKNOWN))
+                probabilities.append(logits.softmax(1).gather(1, target[:, None])[:, 0])
+            values.append(float(torch.trapezoid(torch.stack(probabilities), dx=1 / 8, dim=0).mean()))
+        rows.append({"method": name, "deletion": values[0], "insertion": values[1], "s a passage": taken / len(tokens)})
+        print(show(rows[-1:]).splitlines()[-1], flush=True)
+    write(
+        "bottleneck-text", rows, data="passages of 16 words from the docstrings of torch and of scikit-learn, by files",
+        train=len(x), test=len(test), accuracy=accuracy, passages=len(tokens), target="the label, which is predicted",
+        network="LSTM, 32 dimensions, 64 units", layer="lstm, words", reduction="sum or mean over dimensions",
+        ties="at random", deleted="words become the unknown one",
+    )  # fmt: skip
+    for i in range(min(4, count)):
+        for name in ("InputIBA, mask", "MIP-IN, × feature"):
+            best = [shown[int(chosen[i])][k] for k in maps[name][i].argsort(descending=True)[:5]]
+            print(packages[int(target[i])], name, "·", " ".join(shown[int(chosen[i])]), "·", best)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("images", "input", "speed", "text"))
+    parser.add_argument("--data", type=Path, help="folder with the images and weights/")
+    parser.add_argument("--images", type=int, default=50)
+    parser.add_argument("--fit", type=int, default=60, help="images to fit MIP-IN on")
+    parser.add_argument("--estimate", type=int, default=400, help="images to estimate features on")
+    parser.add_argument("--maps", type=Path, help="where to keep the maps")
+    arguments = parser.parse_args()
+    if arguments.part == "images":
+        images(arguments.data, arguments.images, arguments.fit, arguments.estimate, arguments.maps)
+    elif arguments.part == "input":
+        inputs(arguments.data, arguments.images, arguments.estimate, arguments.maps)
+    elif arguments.part == "speed":
+        speed(arguments.data)
+    else:
+        text(arguments.images)
+
+
+if __name__ == "__main__":
+    main()
