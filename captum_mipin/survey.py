@@ -17,7 +17,7 @@ from captum_mipin.averages import join_averages
 from captum_mipin.batch import Layout, first_dimension, layout
 from captum_mipin.capture import CapturedGraph, Place, place
 from captum_mipin.errors import CaptureError
-from captum_mipin.rules import RECORDABLE, Learned, Passes, Rule, operation
+from captum_mipin.rules import RECORDABLE, Learned, Passes, Recorded, Rule, operation
 
 #: Operations that change a shape at most; sizes among their arguments are harmless.
 SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
@@ -57,12 +57,14 @@ class Treatment:
         operation: The operation as ``torch.export`` names it.
         status: "supported": inverted by a rule; "passes": its adjoint is right; "refused".
         note: What happens to the signal, or why the operation is refused.
+        caveat: What of the method does not hold there.
     """
 
     place: Place
     operation: str
     status: str
     note: str
+    caveat: str = ""
 
 
 def survey(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None) -> list[Treatment]:
@@ -97,7 +99,7 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and node not in needed:
             graph.erase_node(node)
-    join_averages(graph, captured.batch, starts)
+    getattr(rules, "rewrite", join_averages)(graph, captured.batch, starts)
     _mark(graph, rules, starts, needed)
     for node in graph.nodes:
         if node.meta["depends"]:
@@ -227,7 +229,8 @@ def treatments(graph: fx.Graph, rules: Mapping[str, Rule]) -> list[Treatment]:
         else:
             status, note = "passes" if isinstance(rule, Passes) else "supported", rule.note if rule else ""
         name = str(node.meta.get("shown", node.target))
-        result.append(Treatment(place(node), name, "refused" if reason else status, reason or note))
+        caveat = rule.caveat(node) if rule and not (reason or node.meta["recorded"]) else None
+        result.append(Treatment(place(node), name, "refused" if reason else status, reason or note, caveat or ""))
     return result
 
 
@@ -244,11 +247,12 @@ def _objection(node: fx.Node, rule: Rule | None) -> str | None:
     carried = {n for position in rule.carriers(node) for n in _nodes_in(node.args[position])}
     if not rule.records and any(n.meta["depends"] for n in node.all_input_nodes if n not in carried):
         return "a second argument of it depends on the input as well"
-    if not isinstance(rule, Passes) and len(rule.carriers(node)) != 1:
+    several = isinstance(rule, Passes) or (isinstance(rule, Recorded) and rule.several)
+    if not several and len(rule.carriers(node)) != 1:
         return "its rule sends signal to other than one argument, which only Passes can"
     values = node.meta["val"]
-    several = isinstance(values, (tuple, list)) and not isinstance(rule, Passes)
-    if several and any(user.target is operator.getitem and user.args[1] != 0 for user in node.users):
+    outputs = isinstance(values, (tuple, list)) and not isinstance(rule, Passes)
+    if outputs and any(user.target is operator.getitem and user.args[1] != 0 for user in node.users):
         return "another of its outputs than the first is used"
     return mixes or rule.refuse(node)
 
