@@ -16,17 +16,21 @@ from captum_mipin.errors import (
     UnsupportedOperationError,
 )  # fmt: skip
 from captum_mipin.inverse import InverseNetwork, check
+from captum_mipin.methods import Deconvnet, GuidedBackprop, LayerPropagation
 from captum_mipin.rules import Learned, Passes, Recorded, register_rule, unregister_rule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "Deconvnet",
     "FitError",
+    "GuidedBackprop",
     "InputError",
     "InverseFileError",
     "InverseNetwork",
     "LayerMIPINAttribution",
+    "LayerPropagation",
     "Learned",
     "MIPINAttribution",
     "MIPINError",

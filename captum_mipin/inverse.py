@@ -140,9 +140,7 @@ class InverseNetwork:
             raise InputError(f"ridge={ridge!r} must be a number of at least 0")
         if epochs < 1:
             raise InputError(f"epochs={epochs!r} must be at least 1")
-        path = output if isinstance(output, tuple) else (output,)
-        if not all(type(key) in (int, str) for key in path) and output is not None:
-            raise InputError(f"output={output!r} must be an index, a key or a field's name, or a tuple of such")
+        check_output(output)
         self.model = unwrapped(model)
         self.layer = None if layer is None else unwrapped(layer)
         self.output = output
@@ -615,6 +613,7 @@ def check(
     *,
     layer: nn.Module | None = None,
     output: Output = None,
+    method: Any = None,
 ) -> CheckReport:
     """Tell for every operation of a model whether the signal can be sent back through it.
 
@@ -624,6 +623,8 @@ def check(
         additional_forward_args: Further arguments of the model.
         layer: Look only at what lies above this module.
         output: Which of several outputs, as for :class:`InverseNetwork`.
+        method: Another method of this package than MIP-IN: its class, or ``LRP(model, ...)`` with the options to look at. Where
+            it does not conserve, or its definition does not reach, a column more says so.
 
     Returns:
         A table of operations, each "supported", "passes" or "refused" with its reason.
@@ -640,7 +641,16 @@ def check(
     model, inputs, extras = unwrapped(model), as_inputs(example_inputs), as_extras(additional_forward_args)
     graph = capture(model, inputs, extras, output=output, explained=layer is None)
     start = None if layer is None else module_output(graph, model, unwrapped(layer))
-    return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note) for t in survey(graph, table(), start)))
+    method = method(model) if isinstance(method, type) else method
+    found = survey(graph, table(), start) if method is None else method.survey(graph, start)
+    return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note, t.caveat) for t in found))
+
+
+def check_output(output: Any) -> None:
+    """Refuse what cannot say which output is meant."""
+    path = output if isinstance(output, tuple) else (output,)
+    if not all(type(key) in (int, str) for key in path) and output is not None:
+        raise InputError(f"output={output!r} must be an index, a key or a field's name, or a tuple of such")
 
 
 def as_inputs(inputs: Any) -> Inputs:

@@ -258,7 +258,7 @@ class Surrogate:
         graph, starts = marked_copy(captured, rules, start)
         refused = [t for t in treatments(graph, rules) if t.status == "refused"]
         if refused:
-            raise UnsupportedOperationError(refusal(refused))
+            raise UnsupportedOperationError(refusal(refused, rules))
         for node in graph.nodes:
             if node.meta["signal"] and isinstance(node.meta["val"], Tensor):
                 node.meta["channels"] = channels(node)
