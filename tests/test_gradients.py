@@ -66,7 +66,7 @@ GATES = {
     "silu": (nn.SiLU(), F.silu, lambda h: h * torch.sigmoid(h), lambda h: h.sigmoid() * h),
     "hardswish": (nn.Hardswish(), F.hardswish, lambda h: h * F.hardsigmoid(h)),
     "gelu": (nn.GELU(), F.gelu),
-    "leaky_relu": (nn.LeakyReLU(0.2), lambda h: F.leaky_relu(h, 0.2), nn.PReLU(init=0.2)),
+    "leaky_relu": (nn.LeakyReLU(0.25), lambda h: F.leaky_relu(h, 0.25), nn.PReLU(init=0.25)),
 }  # fmt: skip
 DERIVATIVES = {
     "relu": lambda h: (h > 0).double(),
@@ -74,7 +74,7 @@ DERIVATIVES = {
     "silu": lambda h: h.sigmoid() * (1 + h * (1 - h.sigmoid())),
     "hardswish": lambda h: ((h > -3) & (h < 3)) * (h / 3 + 0.5) + (h >= 3).double(),
     "gelu": lambda h: 0.5 * (1 + torch.erf(h / 2**0.5)) + h * torch.exp(-h * h / 2) / (2 * torch.pi) ** 0.5,
-    "leaky_relu": lambda h: 0.2 + 0.8 * (h > 0).double(),
+    "leaky_relu": lambda h: 0.25 + 0.75 * (h > 0).double(),
 }
 
 

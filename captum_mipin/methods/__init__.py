@@ -2,5 +2,19 @@
 
 from captum_mipin.methods.base import LayerPropagation
 from captum_mipin.methods.gradients import Deconvnet, GuidedBackprop
+from captum_mipin.methods.lrp import LRP, AlphaBeta, DeepTaylor, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
-__all__ = ["Deconvnet", "GuidedBackprop", "LayerPropagation"]
+__all__ = [
+    "LRP",
+    "AlphaBeta",
+    "Deconvnet",
+    "DeepTaylor",
+    "Epsilon",
+    "Flat",
+    "Gamma",
+    "GuidedBackprop",
+    "LayerPropagation",
+    "WSquare",
+    "ZBox",
+    "ZPlus",
+]

@@ -143,8 +143,8 @@ def _convolution_backward(s: Tensor, x: Tensor, weight: Tensor, geometry: tuple[
     return found
 
 
-#: Module path, layer, and whether the input goes there first → name of the layer's rule.
-Choose = Callable[[Layer, bool], str]
+#: (layer, whether the input goes there before any other, whether the output comes from there) → name of the layer's rule.
+Choose = Callable[[Layer, bool, bool], str]
 
 _CONVOLUTIONS = {f"conv{dims}d": dims for dims in (1, 2, 3)}
 _TRANSPOSED = {f"conv_transpose{dims}d": dims for dims in (1, 2, 3)}
@@ -171,12 +171,14 @@ def layers(graph: fx.Graph, batch: str, starts: Sequence[fx.Node], choose: Choos
             _becomes(node, node.meta.get("shown", node.target))
     if fold:
         for node in list(graph.nodes):
-            if operation(node) == _BATCH_NORM and node.args[0].meta["val"].ndim > 1:
+            if node not in found and operation(node) == _BATCH_NORM and node.args[0].meta["val"].ndim > 1:
                 norm, layer = _normed(graph, node, starts, found)
                 found[norm] = layer
-    first = _first(graph, batch, found)
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and _per_example(node, batch)]
+    first = _next(inputs, found, lambda node: list(node.users))
+    last = _next([node for node in graph.nodes if node.op == "output"], found, lambda node: node.all_input_nodes)
     for node, layer in found.items():
-        node.target = replace(layer, rule=choose(layer, node in first))
+        node.target = replace(layer, rule=choose(layer, node in first, node in last))
 
 
 def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
@@ -248,18 +250,17 @@ def _normed(graph: fx.Graph, node: Any, starts: Sequence[fx.Node], found: dict[A
     return value, layer
 
 
-def _first(graph: fx.Graph, batch: str, found: Mapping[Any, Layer]) -> set[fx.Node]:
-    """The layers that the inputs go to before any other."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and _per_example(node, batch)]
-    first, seen = set[fx.Node](), set[fx.Node](inputs)
-    while inputs:
-        for user in inputs.pop().users:
-            if user in found:
-                first.add(user)
-            elif user not in seen and isinstance(user.meta.get("val"), (Tensor, tuple, list)):
-                seen.add(user)
-                inputs.append(user)
-    return first
+def _next(nodes: list[Any], found: Mapping[Any, Layer], near: Callable[[Any], list[Any]]) -> set[Any]:
+    """The layers next to these nodes in one direction, with none between."""
+    result, seen = set[Any](), set[Any](nodes)
+    while nodes:
+        for node in near(nodes.pop()):
+            if node in found:
+                result.add(node)
+            elif node not in seen and isinstance(node.meta.get("val"), (Tensor, tuple, list)):  # no sizes
+                seen.add(node)
+                nodes.append(node)
+    return result
 
 
 def _per_example(node: Any, batch: str) -> bool:
