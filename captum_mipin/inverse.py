@@ -214,8 +214,8 @@ class InverseNetwork:
             self._check_unchanged(before)
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size!r} must be at least 1")
-        with _generator_kept(), torch.inference_mode(False), torch.autocast(_device(model).type, enabled=False):
-            batches = Batches(data, batch_size, unpack, _device(model), explained=self.layer is None)
+        with generator_kept(), torch.inference_mode(False), torch.autocast(device_of(model).type, enabled=False):
+            batches = Batches(data, batch_size, unpack, device_of(model), explained=self.layer is None)
             inputs, extras = next(iter(batches))
             graph, surrogate = self._surrogate(inputs, extras, self.layer)
             signature = Signature.of(inputs, extras, graph.shared)
@@ -467,7 +467,7 @@ class InverseNetwork:
         output = tuple(content["output"]) if isinstance(content["output"], list) else content["output"]
         inverse = cls(model, layer=layer, output=output)
         inverse.settings = Settings(**content["settings"])
-        device = _device(model)
+        device = device_of(model)
         example = tuple(
             torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in content["inputs"]
         )
@@ -523,7 +523,7 @@ class InverseNetwork:
         other = [name for name, value in same.items() if found.get(name) != value]
         if other:
             raise InverseFileError(f"the checkpoint {os.fspath(path)!r} is of another fit: its {', '.join(other)} differ")
-        return _unpack_fitted(tensors, content, _device(self.model))
+        return _unpack_fitted(tensors, content, device_of(self.model))
 
     # ------------------------------------------------------------------------------------------------- parts
 
@@ -696,7 +696,8 @@ def _get(tensors: dict[str, Tensor], name: str, device: torch.device) -> Tensor 
     return tensors[name].to(device, copy=True) if name in tensors else None
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
     first = next(iter(model.parameters()), next(iter(model.buffers()), None))
     return torch.device("cpu") if first is None else first.device
 
@@ -708,7 +709,7 @@ def _groups(targets: Sequence[Target]) -> list[tuple[Target, slice]]:
 
 
 @contextmanager
-def _generator_kept() -> Iterator[None]:
+def generator_kept() -> Iterator[None]:
     """Leave torch's global generator as it was: a ``DataLoader`` draws a seed from it each time it is gone through."""
     state = torch.get_rng_state()
     try:

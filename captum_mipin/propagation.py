@@ -203,16 +203,12 @@ def _taking(operation: Callable[..., Any], at: int) -> Callable[..., Any]:
     return operation if at == 0 else lambda x, *others, **named: operation(*others[:at], x, *others[at:], **named)
 
 
-def _taking_several(operation: Callable[..., Any], positions: Sequence[int]) -> Callable[..., Any]:
-    """An operation that takes first, as a tuple, what it has at these positions."""
-
-    def run(x: tuple[Tensor, ...], *others: Any, **named: Any) -> Any:
-        arguments = list(others)
-        for at, part in sorted(zip(positions, x, strict=True), key=lambda pair: pair[0]):
-            arguments.insert(at, part)
-        return operation(*arguments, **named)
-
-    return run
+def _placed(operation: Callable[..., Any], positions: Sequence[int], x: tuple[Tensor, ...], *others: Any, **named: Any) -> Any:
+    """Run an operation on what carries signal, at these positions, and the rest."""
+    arguments = list(others)
+    for at, part in sorted(zip(positions, x, strict=True), key=lambda pair: pair[0]):
+        arguments.insert(at, part)
+    return operation(*arguments, **named)
 
 
 def _constants_first(graph: fx.Graph, last: fx.Node) -> None:
@@ -286,6 +282,7 @@ class Surrogate:
                 users = carrying_users(node)
                 with graph.inserting_after(last if node.op == "placeholder" else node):
                     result = graph.call_function(source, (run, index, node))
+                result.meta = dict(node.meta)
                 redirect(node, repeat(result), users)
                 self._fork(graph, run, node.meta, result, needs_scale[index])
             elif isinstance(node.meta["val"], Tensor) or not isinstance(rules[str(node.target)], Passes):
@@ -332,7 +329,7 @@ class Surrogate:
         carried = tuple(node.args[at] for at in carriers)
         others = [argument for at, argument in enumerate(node.args) if at not in carriers]
         several = isinstance(rule, Recorded) and rule.several
-        run_on = _taking_several(node.target, carriers) if several else _taking(node.target, carriers[0])
+        run_on = partial(_placed, node.target, carriers) if several else _taking(node.target, carriers[0])
         self.steps[key] = Step(key, rule, run_on, node.meta["layout"])
         with graph.inserting_after(node):
             new = graph.call_function(step, (run, key, carried if several else carried[0], *others), dict(node.kwargs))

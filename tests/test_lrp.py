@@ -277,7 +277,8 @@ def test_every_rule_through_its_jacobian(name, normed):
     expected = {
         Epsilon(0.1): z / (y[target] + 0.1 * (1 if y[target] >= 0 else -1)),
         Gamma(0.5): (z + 0.5 * agreeing) / ((z + 0.5 * agreeing).sum() + b[target] + 0.5 * agreeing_bias),
-        AlphaBeta(3, 2): 3 * up / (up.sum() + b[target].clamp(min=0)) - 2 * down / (down.sum() + b[target].clamp(max=0)),
+        AlphaBeta(3, 2): (3 * up / (up.sum() + b[target].clamp(min=0))).nan_to_num(0)
+        - (2 * down / (down.sum() + b[target].clamp(max=0))).nan_to_num(0),
         ZPlus(): up / (up.sum() + b[target].clamp(min=0)),
         WSquare(): w[target] ** 2 / (w[target] ** 2).sum(),
         Flat(): pattern[target] / pattern[target].sum(),
@@ -308,6 +309,22 @@ def test_sums_share_by_contribution(shift):
         second = x * ((r * g / z / (g / -2)) @ b.weight)
         found = LRP(model, rule=Epsilon(0), bias=bias).attribute(x, 1)
         torch.testing.assert_close(found, (first + second).detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", [Epsilon(0), Gamma()])
+def test_operations_right_at_the_input_share_it_out(rule):
+    def run(m, x):
+        return m["last"](F.avg_pool1d(((2 * x - 3) / 2 + m["b"](x) - x).unsqueeze(1), 2).flatten(1))
+
+    model = Function(run, b=nn.Linear(4, 4), last=nn.Linear(2, 3)).double().eval()
+    x = normal(5, 4, dtype=torch.float64)
+    probe = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(probe)[:, 1].sum(), probe)
+    found = LRP(model, rule=rule).attribute(x, 1)
+    assert isinstance(rule, Gamma) or torch.allclose(found, x * gradient)
+    found, delta = LRP(model, rule=rule, bias="none").attribute(x, 1, return_convergence_delta=True)
+    assert delta.abs().max() < 1e-9
+    assert found.any()
 
 
 def test_gates_attention_and_norms_hand_all_on():
@@ -435,6 +452,7 @@ def test_the_innvestigate_preset_by_hand():
     norm.running_mean.normal_()
     model.eval()
     x = normal(6, 2, 2, 2, dtype=torch.float64)
+    last.bias.data -= model(x).detach().mean(0)
     h = F.relu(norm(conv(x)) + skip(x)).detach()
     pooled = h.mean((2, 3))
     y = last(pooled).detach()[:, 1:]

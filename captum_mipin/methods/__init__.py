@@ -1,8 +1,10 @@
 """Further methods on the same mechanism: each a table of rules, and a Captum attribution."""
 
 from captum_mipin.methods.base import LayerPropagation
+from captum_mipin.methods.excitation import ExcitationBackprop
 from captum_mipin.methods.gradients import Deconvnet, GuidedBackprop
 from captum_mipin.methods.lrp import LRP, AlphaBeta, DeepTaylor, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
+from captum_mipin.methods.patterns import PatternAttribution, PatternNet, Patterns
 
 __all__ = [
     "LRP",
@@ -10,10 +12,14 @@ __all__ = [
     "Deconvnet",
     "DeepTaylor",
     "Epsilon",
+    "ExcitationBackprop",
     "Flat",
     "Gamma",
     "GuidedBackprop",
     "LayerPropagation",
+    "PatternAttribution",
+    "PatternNet",
+    "Patterns",
     "WSquare",
     "ZBox",
     "ZPlus",

@@ -317,7 +317,7 @@ class LRP(Relevance):
 
     def _others(self) -> Mapping[str, Rule]:
         """The rules of everything without weights."""
-        return _relevance(self.bias == "take")
+        return relevance(self.bias == "take")
 
     def _chosen(self, layer: Layer, first: bool, last: bool) -> LayerRule | None:
         """The rule of a layer, where it does not go by ``composite``."""
@@ -555,7 +555,7 @@ _ALONE = "captum_mipin.alone"
 _BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
 
 
-def _relevance(kept: bool) -> dict[str, Rule]:
+def relevance(kept: bool) -> dict[str, Rule]:
     """The rules of everything without weights."""
     table: dict[str, Rule] = {name: rule for name, rule in MIPIN.items() if isinstance(rule, Passes)}
     rule: Rule
