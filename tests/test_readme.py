@@ -33,8 +33,15 @@ def test_an_operation_of_your_own_runs(capsys):
     assert "mylib.swish.default  supported  recorded gate" in capsys.readouterr().out
 
 
+def test_the_other_methods_run(capsys):
+    names = run("The other methods of the paper's tables")
+    assert names["relevance"].shape == names["attribution"].shape == (4, 3, 8, 8)
+    assert names["at_the_pool"].shape == (4, 8, 3, 3)
+    assert "LRP-γ" not in capsys.readouterr().out  # the only convolution is that of the input
+
+
 def test_all_of_its_code_is_run():
-    assert README.read_text().count("```python") == 2
+    assert README.read_text().count("```python") == 3
 
 
 def test_what_it_points_to_is_there():
