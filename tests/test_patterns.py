@@ -272,3 +272,20 @@ def test_with_captums_noise_tunnel_and_a_delta():
     torch.testing.assert_close(delta, model(x)[:, 1].detach() - found.sum(1))
     for method in (attribution, PatternNet(model, patterns)):
         assert NoiseTunnel(method).attribute(x, nt_samples=2, target=1).shape == x.shape
+
+
+def test_recurrent_networks_have_patterns_step_by_step():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.last = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(self.layer(x)[0][:, -1])
+
+    model, x = Recurrent().double().eval(), normal(30, 5, 3, dtype=torch.float64)
+    patterns = Patterns(model).fit(x, batch_size=8, progress=False)
+    for method in (PatternNet(model, patterns), PatternAttribution(model, patterns)):
+        found = method.attribute(x[:4], [0, 1, 1, 0])
+        assert found.any()
+        torch.testing.assert_close(method.attribute(x[2:3], 1), found[2:3])
