@@ -24,10 +24,9 @@ from captum_mipin.capture import (
     unwrapped,
 )  # fmt: skip
 from captum_mipin.errors import InputError
-from captum_mipin.fitting import seed
 from captum_mipin.graphs import Graphs
 from captum_mipin.inverse import as_extras, as_inputs, check_output, like
-from captum_mipin.propagation import Run, Surrogate, Target
+from captum_mipin.propagation import Run, Surrogate, Target, seed
 from captum_mipin.rules import Rule
 from captum_mipin.survey import Treatment, survey
 from captum_mipin.targets import per_example

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_mipin.capture import Output
-from captum_mipin.fitting import seed
 from captum_mipin.methods.gradients import derivative
 from captum_mipin.methods.lrp import LRP, LayerRule, relevance, stabilised
 from captum_mipin.methods.weights import Layer
-from captum_mipin.propagation import Target
+from captum_mipin.propagation import Target, seed
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.base import Back

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.fitting import seed
 from captum_mipin.methods.base import Signal, Table
-from captum_mipin.propagation import Target
+from captum_mipin.propagation import Target, seed
 from captum_mipin.rules import Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.base import Back, argument, depends, gate_source
 from captum_mipin.survey import BLANK, SIZES

@@ -379,7 +379,7 @@ class _Fitting(Signal):
     def observe(self, inputs: Inputs, extras: Extras) -> Tensor:
         """The output for one batch, which is summed up on the way."""
         captured, surrogate = self._surrogate(inputs, extras, None)
-        return surrogate(Run(surrogate.steps, fitting=""), captured.values(self.model, inputs, extras))
+        return surrogate(Run(surrogate.steps, fitting=()), captured.values(self.model, inputs, extras))
 
     def _table(self) -> Table:
         return _rules(self._layer, self._merge, attribution=True)
