@@ -221,9 +221,21 @@ def bottlenecks_speed() -> str:
     return show(rows)
 
 
+def class_sensitivity() -> str:
+    """Cosines between the maps of two classes, every network that was measured."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(RESULTS.glob("class-sensitivity-*.json")):
+        result = json.loads(path.read_text())
+        name = f"{path.stem.removeprefix('class-sensitivity-')}, {result['settings']['images']} images"
+        for row in result["rows"]:
+            cells = {key: value if isinstance(value, str) else f"{value:.2f}" for key, value in row.items()}
+            rows.append({"network": name, **cells})
+    return show(rows)
+
+
 def main() -> None:
     text = README.read_text()
-    own = (completeness, controls, variants, localization, invariance, speed, zoo)
+    own = (completeness, controls, variants, localization, invariance, class_sensitivity, speed, zoo)
     for table in (*own, bottlenecks, bottlenecks_text, bottlenecks_speed):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         before, found, rest = text.partition(begin)

@@ -120,7 +120,7 @@ def _works_along(name: str, node: fx.Node, source: fx.Node, at: Layout, after: L
 
 
 def _known(node: fx.Node) -> bool:
-    return node.target is operator.getitem or str(node.target) in MIPIN.keys() | RECORDABLE
+    return node.target is operator.getitem or str(node.meta.get("shown", node.target)) in MIPIN.keys() | RECORDABLE
 
 
 def _everything(node: fx.Node) -> bool:

@@ -1,12 +1,10 @@
 """The inverse network: fitted to a model and data, it sends a class's logit back to the input or to a layer."""
 
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -25,7 +23,6 @@ from captum_mipin.capture import (
     check_model,
     finite,
     first_example,
-    glance,
     module_output,
     pick,
     plain,
@@ -33,6 +30,7 @@ from captum_mipin.capture import (
 )  # fmt: skip
 from captum_mipin.errors import CaptureError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack
+from captum_mipin.graphs import Graphs
 from captum_mipin.propagation import Run, Surrogate, Target, seed
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
@@ -43,9 +41,6 @@ from captum_mipin.targets import one, per_example, several, shown
 
 #: What an inverse is made of, in files.
 _PARTS = ("weight", "bias", "live", "own", "rows")
-
-#: Graphs kept for different input shapes.
-_GRAPHS = 8
 
 
 @dataclass(frozen=True)
@@ -149,9 +144,7 @@ class InverseNetwork:
             raise InputError(f"ridge={ridge!r} must be a number of at least 0")
         if epochs < 1:
             raise InputError(f"epochs={epochs!r} must be at least 1")
-        path = output if isinstance(output, tuple) else (output,)
-        if not all(type(key) in (int, str) for key in path) and output is not None:
-            raise InputError(f"output={output!r} must be an index, a key or a field's name, or a tuple of such")
+        check_output(output)
         self.model = unwrapped(model)
         self.layer = None if layer is None else unwrapped(layer)
         self.output = output
@@ -160,7 +153,7 @@ class InverseNetwork:
             raise InputError(f"learning_rate={learning_rate!r} must be above 0")
         self.settings = Settings(ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint")
         self._state: _State | None = None
-        self._forget_graphs()
+        self._graphs = Graphs()
 
     @property
     def targets(self) -> list[int | tuple[int, ...] | None]:
@@ -556,66 +549,29 @@ class InverseNetwork:
     # ------------------------------------------------------------------------------------------------- parts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_surrogates", "_glance", "_lock")
-        }
+        return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget_graphs()
-
-    def _forget_graphs(self) -> None:
-        self._graphs: OrderedDict[Signature, CapturedGraph] = OrderedDict()
-        self._surrogates: dict[tuple[Signature, str | None], Surrogate] = {}
-        self._glance: list[Any] = []
-        self._lock = Lock()
+        self._graphs = Graphs()
 
     def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> tuple[CapturedGraph, Surrogate]:
         """The graph and the surrogate for inputs of this kind, kept for the next call."""
-        with self._lock:
-            rules = table()
-            now = [glance(self.model), rules]
-            if now != self._glance:  # the graphs are of the model and the rules as they were
-                self._graphs.clear()
-                self._surrogates.clear()
-                self._glance = now
-            signature, graph = self._graph(inputs, extras, rules)
-            start = None if layer is None else module_output(graph, self.model, layer)
-            if (signature, start) not in self._surrogates:
-                self._surrogates[signature, start] = Surrogate(
-                    graph, rules, start, calibrate=layer is self.layer, joint=self.settings.joint
-                )
-            surrogate = self._surrogates[signature, start]
-            if len(self._graphs) > _GRAPHS:
-                oldest, _ = self._graphs.popitem(last=False)
-                self._surrogates = {key: value for key, value in self._surrogates.items() if key[0] != oldest}
-            return graph, surrogate
+        rules, state = table(), self._state
 
-    def _graph(self, inputs: Inputs, extras: Extras, rules: Mapping[str, Rule]) -> tuple[Signature, CapturedGraph]:
-        """The graph for inputs of this kind, captured where there is none.
+        def accept(signature: Signature, graph: CapturedGraph) -> None:
+            if state and structure(graph, rules) != state.structure:
+                self._check_alike(state, signature, graph, inputs, extras, rules)
 
-        A further tensor as long as the batch may be per example or shared: what the fit found decides, else what
-        the model can be captured with.
-        """
-        choices = {Signature.of(inputs, extras, shared): shared for shared in ((True, False) if extras else (False,))}
-        fitted = self._state.signature if self._state else None
-        kinds = fitted.kinds() if fitted else None
-        failure: CaptureError | None = None
-        for signature in sorted(choices, key=lambda choice: (choice.kinds() != kinds, choices[choice])):
-            if signature not in self._graphs:
-                try:
-                    graph = self._capture(inputs, extras, choices[signature])
-                except CaptureError as error:
-                    failure = failure or error
-                    continue
-                if self._state and structure(graph, rules) != self._state.structure:
-                    self._check_alike(self._state, signature, graph, inputs, extras, rules)
-                self._graphs[signature] = graph
-            self._graphs.move_to_end(signature)
-            return signature, self._graphs[signature]
-        if failure is not None and self._state and fitted not in choices:
-            raise type(failure)(f"{failure}\n{self._way_out(self._state)}") from failure
-        raise failure or CaptureError("the model cannot be captured")
+        def find() -> Signature:
+            fitted = state.signature if state else None
+            hint = (lambda: self._way_out(state)) if state else str
+            return self._graphs.find(inputs, extras, self._capture, fitted, accept, hint)
+
+        def build(graph: CapturedGraph, start: str | None) -> Surrogate:
+            return Surrogate(graph, rules, start, calibrate=layer is self.layer, joint=self.settings.joint)
+
+        return self._graphs.surrogate(self.model, layer, rules, find, build)
 
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
         return capture(self.model, inputs, extras, shared, output=self.output, explained=False)
@@ -681,6 +637,7 @@ def check(
     *,
     layer: nn.Module | None = None,
     output: Output = None,
+    method: Any = None,
 ) -> CheckReport:
     """Tell for every operation of a model whether the signal can be sent back through it.
 
@@ -690,6 +647,8 @@ def check(
         additional_forward_args: Further arguments of the model.
         layer: Look only at what lies above this module.
         output: Which of several outputs, as for :class:`InverseNetwork`.
+        method: Another method of this package than MIP-IN: its class, or ``LRP(model, ...)`` with the options to look at. Where
+            it does not conserve, or its definition does not reach, a column more says so.
 
     Returns:
         A table of operations, each "supported", "passes" or "refused" with its reason.
@@ -706,7 +665,16 @@ def check(
     model, inputs, extras = unwrapped(model), as_inputs(example_inputs), as_extras(additional_forward_args)
     graph = capture(model, inputs, extras, output=output, explained=layer is None)
     start = None if layer is None else module_output(graph, model, unwrapped(layer))
-    return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note) for t in survey(graph, table(), start)))
+    method = method(model) if isinstance(method, type) else method
+    found = survey(graph, table(), start) if method is None else method.survey(graph, start)
+    return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note, t.caveat) for t in found))
+
+
+def check_output(output: Any) -> None:
+    """Refuse what cannot say which output is meant."""
+    path = output if isinstance(output, tuple) else (output,)
+    if not all(type(key) in (int, str) for key in path) and output is not None:
+        raise InputError(f"output={output!r} must be an index, a key or a field's name, or a tuple of such")
 
 
 def as_inputs(inputs: Any) -> Inputs:

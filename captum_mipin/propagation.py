@@ -42,7 +42,8 @@ Inverses = Mapping[str, Inverse]
 
 @dataclass(frozen=True)
 class Step:
-    """One operation with a rule, as the surrogate runs it: on the argument that carries signal, then the others.
+    """One operation with a rule, as the surrogate runs it: on the argument that carries signal, or a tuple of several, then
+    on the others.
 
     Attributes:
         key: Its name in every fit.
@@ -116,16 +117,18 @@ class _Invert(torch.autograd.Function):
     """Runs a step forward; its backward pass is the step's rule."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Run, step: Step, arguments: Any, named: Any) -> Any:
-        value, ctx.back = _forward(run, step, x, arguments, named)
+    def forward(ctx: Any, run: Run, step: Step, arguments: Any, named: Any, *x: Tensor) -> Any:
+        several = isinstance(step.rule, Recorded) and step.rule.several
+        value, ctx.back = _forward(run, step, x if several else x[0], arguments, named)
         return value
 
     @staticmethod
     def backward(ctx: Any, *signals: Tensor) -> Any:
-        return ctx.back(*signals), None, None, None, None
+        found = ctx.back(*signals)
+        return None, None, None, None, *(found if isinstance(found, tuple) else (found,))
 
 
-def _forward(run: Run, step: Step, x: Tensor, arguments: Any, named: Any) -> tuple[Any, Callable[..., Tensor]]:
+def _forward(run: Run, step: Step, x: Any, arguments: Any, named: Any) -> tuple[Any, Callable[..., Tensor]]:
     if isinstance(step.rule, Recorded):
         found = step.rule.run(run.options, step.operation, x, *arguments, **named)
         if run.proving:
@@ -150,15 +153,16 @@ def _prove(step: Step, found: Any, expected: Any) -> None:
         )
 
 
-def step(run: Run, key: str, x: Tensor, *arguments: Any, **named: Any) -> Any:
+def step(run: Run, key: str, x: Any, *arguments: Any, **named: Any) -> Any:
     """Run the operation ``key`` on ``x``; backward, the signal takes the way of its rule."""
     this = run.steps[key]
     if run.fitting is not None and key in run.fitting:
         return _cut(run, this, x, arguments, named)
-    if x.requires_grad:
+    carried = x if isinstance(x, tuple) else (x,)
+    if any(part.requires_grad for part in carried):
         if run.seen:  # on the way from the last of these steps to the next one
-            run.sizes[next(reversed(run.seen))] += x.nbytes
-        return _Invert.apply(x, run, this, arguments, named)
+            run.sizes[next(reversed(run.seen))] += sum(part.nbytes for part in carried)
+        return _Invert.apply(run, this, arguments, named, *carried)
     with torch.no_grad():
         return _forward(run, this, x, arguments, named)[0]
 
@@ -197,6 +201,14 @@ def seed(output: Tensor, targets: Sequence[Target], unit: bool = False) -> Tenso
 def _taking(operation: Callable[..., Any], at: int) -> Callable[..., Any]:
     """An operation that takes first what it has at this position."""
     return operation if at == 0 else lambda x, *others, **named: operation(*others[:at], x, *others[at:], **named)
+
+
+def _placed(operation: Callable[..., Any], positions: Sequence[int], x: tuple[Tensor, ...], *others: Any, **named: Any) -> Any:
+    """Run an operation on what carries signal, at these positions, and the rest."""
+    arguments = list(others)
+    for at, part in sorted(zip(positions, x, strict=True), key=lambda pair: pair[0]):
+        arguments.insert(at, part)
+    return operation(*arguments, **named)
 
 
 def _constants_first(graph: fx.Graph, last: fx.Node) -> None:
@@ -242,7 +254,7 @@ class Surrogate:
         graph, starts = marked_copy(captured, rules, start)
         refused = [t for t in treatments(graph, rules) if t.status == "refused"]
         if refused:
-            raise UnsupportedOperationError(refusal(refused))
+            raise UnsupportedOperationError(refusal(refused, rules))
         for node in graph.nodes:
             if node.meta["signal"] and isinstance(node.meta["val"], Tensor):
                 node.meta["channels"] = channels(node)
@@ -255,7 +267,8 @@ class Surrogate:
             run = graph.placeholder("run")
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
         _constants_first(graph, last)
-        needs_scale = [unscaled(node, rules) for node in starts]
+        learns = any(isinstance(rule, Learned) for rule in rules.values())
+        needs_scale = [learns and unscaled(node, rules) for node in starts]
         if any(needs_scale) and not calibrate:
             raise CaptureError(
                 f"the signal at {starts[0].meta['key']} lacks its scale: sums, scales or a batch norm follow it. Fit "
@@ -269,6 +282,7 @@ class Surrogate:
                 users = carrying_users(node)
                 with graph.inserting_after(last if node.op == "placeholder" else node):
                     result = graph.call_function(source, (run, index, node))
+                result.meta = dict(node.meta)
                 redirect(node, repeat(result), users)
                 self._fork(graph, run, node.meta, result, needs_scale[index])
             elif isinstance(node.meta["val"], Tensor) or not isinstance(rules[str(node.target)], Passes):
@@ -311,10 +325,14 @@ class Surrogate:
             return node
         assert callable(node.target)  # for mypy: it is an operation
         key = node.meta["key"]
-        (at,) = rule.carriers(node)
-        self.steps[key] = Step(key, rule, _taking(node.target, at), node.meta["layout"])
+        carriers = rule.carriers(node)
+        carried = tuple(node.args[at] for at in carriers)
+        others = [argument for at, argument in enumerate(node.args) if at not in carriers]
+        several = isinstance(rule, Recorded) and rule.several
+        run_on = partial(_placed, node.target, carriers) if several else _taking(node.target, carriers[0])
+        self.steps[key] = Step(key, rule, run_on, node.meta["layout"])
         with graph.inserting_after(node):
-            new = graph.call_function(step, (run, key, node.args[at], *node.args[:at], *node.args[at + 1 :]), dict(node.kwargs))
+            new = graph.call_function(step, (run, key, carried if several else carried[0], *others), dict(node.kwargs))
         new.meta = dict(node.meta)
         for user in list(node.users):
             if user.target is operator.getitem:  # the step's value is the first of the operation's outputs

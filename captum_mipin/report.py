@@ -78,6 +78,7 @@ class CheckRow:
     operation: str
     status: str
     note: str
+    caveat: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,20 @@ class CheckReport:
         return tuple(row for row in self.rows if row.status == "refused")
 
     @property
+    def caveats(self) -> tuple[CheckRow, ...]:
+        """The operations at which the method does not conserve, or that lie outside of its definition."""
+        return tuple(row for row in self.rows if row.caveat)
+
+    @property
     def ok(self) -> bool:
         """Whether the whole model can be inverted."""
         return not self.refused
 
     def __str__(self) -> str:
-        rows = [(row.path or "(model)", row.operation, row.status, row.note) for row in self.rows]
-        return table(("module", "operation", "status", "what happens to the signal"), rows, left=4)
+        header = ("module", "operation", "status", "what happens to the signal", "but")
+        rows = [(row.path or "(model)", row.operation, row.status, row.note, row.caveat) for row in self.rows]
+        columns = 5 if self.caveats else 4
+        return table(header[:columns], [row[:columns] for row in rows], left=columns)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

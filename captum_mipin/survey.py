@@ -17,17 +17,17 @@ from captum_mipin.averages import join_averages
 from captum_mipin.batch import Layout, first_dimension, layout
 from captum_mipin.capture import CapturedGraph, Place, place
 from captum_mipin.errors import CaptureError
-from captum_mipin.rules import RECORDABLE, Learned, Passes, Rule, operation
+from captum_mipin.rules import RECORDABLE, Learned, Passes, Recorded, Rule, operation
 
 #: Operations that change a shape at most; sizes among their arguments are harmless.
 SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
 
 
 #: Values that follow from the size of the batch.
-_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 #: Operations whose result follows from the shape of their argument alone.
-_BLANK = ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
+BLANK = ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
 
 #: What to do about some operations without a rule.
 _HINTS = dict.fromkeys(
@@ -57,12 +57,14 @@ class Treatment:
         operation: The operation as ``torch.export`` names it.
         status: "supported": inverted by a rule; "passes": its adjoint is right; "refused".
         note: What happens to the signal, or why the operation is refused.
+        caveat: What of the method does not hold there.
     """
 
     place: Place
     operation: str
     status: str
     note: str
+    caveat: str = ""
 
 
 def survey(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None) -> list[Treatment]:
@@ -97,7 +99,7 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and node not in needed:
             graph.erase_node(node)
-    join_averages(graph, captured.batch, starts)
+    getattr(rules, "rewrite", join_averages)(graph, captured.batch, starts)
     _mark(graph, rules, starts, needed)
     for node in graph.nodes:
         if node.meta["depends"]:
@@ -124,7 +126,7 @@ def _mark(graph: fx.Graph, rules: Mapping[str, Rule], starts: Sequence[fx.Node],
     "other" marks what would carry signal, had it a floating dtype.
     """
     for node in graph.nodes:
-        sized = isinstance(node.meta.get("val"), _SIZES) or operation(node) in _BLANK
+        sized = isinstance(node.meta.get("val"), SIZES) or operation(node) in BLANK
         follows = not sized and any(n.meta["depends"] for n in node.all_input_nodes)
         node.meta["depends"] = node in needed and (node in starts or follows) and node.op != "output"
     reached = {node for node in needed if any(user.op == "output" for user in node.users)}
@@ -145,7 +147,7 @@ def cut_recordings(graph: fx.Graph, rules: Mapping[str, Rule]) -> None:
         if not part and not (node.meta["signal"] and isinstance(node.meta["val"], Tensor)):
             continue
         carried = {user: _carriers(user, rules) if user.meta["signal"] or user.op == "output" else () for user in node.users}
-        sizes = [user for user in node.users if isinstance(user.meta.get("val"), _SIZES)]
+        sizes = [user for user in node.users if isinstance(user.meta.get("val"), SIZES)]
         users = [
             user
             for user in node.users
@@ -227,7 +229,8 @@ def treatments(graph: fx.Graph, rules: Mapping[str, Rule]) -> list[Treatment]:
         else:
             status, note = "passes" if isinstance(rule, Passes) else "supported", rule.note if rule else ""
         name = str(node.meta.get("shown", node.target))
-        result.append(Treatment(place(node), name, "refused" if reason else status, reason or note))
+        caveat = rule.caveat(node) if rule and not (reason or node.meta["recorded"]) else None
+        result.append(Treatment(place(node), name, "refused" if reason else status, reason or note, caveat or ""))
     return result
 
 
@@ -235,7 +238,7 @@ def _objection(node: fx.Node, rule: Rule | None) -> str | None:
     """Why a rule cannot treat this node, if so."""
     others = [n for argument in node.args[1:] for n in _nodes_in(argument)]
     others += [n for argument in node.kwargs.values() for n in _nodes_in(argument)]
-    if operation(node) not in SHAPE and any(isinstance(n.meta.get("val"), _SIZES) for n in others):
+    if operation(node) not in SHAPE and any(isinstance(n.meta.get("val"), SIZES) for n in others):
         return "it uses the size of the batch as a value, so an explanation would depend on the other examples"
     at = node.meta["layout"]
     mixes = at if isinstance(at, str) else None
@@ -244,25 +247,30 @@ def _objection(node: fx.Node, rule: Rule | None) -> str | None:
     carried = {n for position in rule.carriers(node) for n in _nodes_in(node.args[position])}
     if not rule.records and any(n.meta["depends"] for n in node.all_input_nodes if n not in carried):
         return "a second argument of it depends on the input as well"
-    if not isinstance(rule, Passes) and len(rule.carriers(node)) != 1:
+    several = isinstance(rule, Passes) or (isinstance(rule, Recorded) and rule.several)
+    if not several and len(rule.carriers(node)) != 1:
         return "its rule sends signal to other than one argument, which only Passes can"
     values = node.meta["val"]
-    several = isinstance(values, (tuple, list)) and not isinstance(rule, Passes)
-    if several and any(user.target is operator.getitem and user.args[1] != 0 for user in node.users):
+    outputs = isinstance(values, (tuple, list)) and not isinstance(rule, Passes)
+    if outputs and any(user.target is operator.getitem and user.args[1] != 0 for user in node.users):
         return "another of its outputs than the first is used"
     return mixes or rule.refuse(node)
 
 
-def refusal(refused: Sequence[Treatment]) -> str:
+#: What to do where operations are refused.
+_WAY_OUT = (
+    "Start above it, with InverseNetwork(model, layer=...) at a module behind it, write that part of the model with supported "
+    "operations, or give an operation without a rule one of your own with captum_mipin.register_rule; check(model, inputs) "
+    "lists all."
+)
+
+
+def refusal(refused: Sequence[Treatment], rules: Mapping[str, Rule]) -> str:
     """What is said of refused operations: their names, their places, and the way out."""
     lines = [f"  {t.operation} in {t.place.path or 'the model itself'!s}: {t.note}" for t in refused[:8]]
     if len(refused) > 8:
         lines.append(f"  … and {len(refused) - 8} more")
-    return (
-        "no signal can be sent back through\n" + "\n".join(lines) + "\nStart above it, with InverseNetwork(model, "
-        "layer=...) at a module behind it, write that part of the model with supported operations, or give an operation "
-        "without a rule one of your own with captum_mipin.register_rule; check(model, inputs) lists all."
-    )
+    return "no signal can be sent back through\n" + "\n".join(lines) + "\n" + getattr(rules, "way_out", _WAY_OUT)
 
 
 def unscaled(node: fx.Node, rules: Mapping[str, Rule]) -> bool:

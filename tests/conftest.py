@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from captum_mipin import InverseNetwork, MIPINAttribution
 from captum_mipin import inverse as inverse_module
 from captum_mipin.capture import Signature
+from captum_mipin.methods import base as base_module
 
 
 class Fitted(NamedTuple):
@@ -169,3 +170,4 @@ def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return graphs[key]
 
     monkeypatch.setattr(inverse_module, "capture", once)
+    monkeypatch.setattr(base_module, "capture", once)

@@ -18,3 +18,27 @@ class Function(nn.Module):
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def varied(model, *shape, zero_biases=False, eps=None):
+    """``model`` in float64 with batch norms that do something: drawn parameters, and the statistics of noise of this shape.
+
+    With ``zero_biases`` every bias is 0, and so are the shifts of the batch norms and the means they subtract.
+    """
+    torch.manual_seed(5)
+    model = model.double().train()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        nn.init.uniform_(m.weight, 0.5, 1.5)
+        nn.init.normal_(m.bias, 0, 0.3)
+        m.momentum = None
+    with torch.no_grad():
+        model(normal(16, *shape, seed=6, dtype=torch.float64))
+        for name, p in model.named_parameters():
+            if name.endswith("bias") and (zero_biases or (p.ndim == 1 and not p.any())):
+                p.zero_() if zero_biases else p.normal_(0, 0.1)
+        for m in norms:
+            m.eps = m.eps if eps is None else eps
+            if zero_biases:
+                m.running_mean.zero_()
+    return model.eval()

@@ -60,6 +60,13 @@ def test_the_bottleneck_runs(capsys):
     assert "512 features of 1797 examples" in capsys.readouterr().out
 
 
+def test_the_other_methods_run(capsys):
+    names = run("The other methods of the paper's tables")
+    assert names["relevance"].shape == names["attribution"].shape == (4, 3, 8, 8)
+    assert names["at_the_pool"].shape == (4, 8, 3, 3)
+    assert "LRP-γ" not in capsys.readouterr().out  # the only convolution is that of the input
+
+
 def test_all_of_its_code_is_run():
     assert README.read_text().count("```python") == 3
 

@@ -108,6 +108,7 @@ class Rule:
         records: unless this says that they are recorded, as gates and attention weights are: no signal goes there.
         restores: Whether the signal it returns is in the units of its input.
         exact: Whether it is the paper's, or the only one there can be; else it is one choice of several, to be told so.
+        caveat: Node → what of the method does not hold there, or None.
     """
 
     note: str
@@ -116,6 +117,7 @@ class Rule:
     records: bool = False
     restores: bool = True
     exact: bool = False
+    caveat: Callable[[fx.Node], str | None] = _accept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +132,11 @@ class Recorded(Rule):
     Attributes:
         run: (options, operation, x, \\*arguments) → the operation's value, and how a signal comes back. x is the argument
             that carries signal, whatever its position; the operation is called in this order as well.
+        several: Whether x is a tuple of all arguments that carry signal, and what comes back a tuple of their signals.
     """
 
-    run: Callable[..., tuple[Tensor, Back]]
+    run: Callable[..., tuple[Tensor, Callable[[Tensor], Any]]]
+    several: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,125 @@
+"""Speed of the methods beside MIP-IN, as ratios to Saliency in the same run: python benchmarks/speed_methods.py.
+
+VGG-16 and ResNet-50 at 224 x 224, batches of two images, torchvision's random weights (the time does not depend on them); ours
+beside Captum's and zennit's implementation of the same method, in turn, medians. Theirs are timed right or wrong.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torchvision
+import zennit.attribution
+import zennit.composites
+import zennit.rules
+import zennit.torchvision
+import zennit.types
+from captum.attr import LRP as CaptumsLRP  # noqa: N811  # to tell it from ours
+from captum.attr import Deconvolution, Saliency
+from captum.attr import GuidedBackprop as CaptumsGuidedBackprop
+from common import show, write
+from speed import seconds
+from torch import Tensor, nn
+
+from captum_mipin import (
+    LRP,
+    Deconvnet,
+    DeepTaylor,
+    Epsilon,
+    ExcitationBackprop,
+    Gamma,
+    GuidedBackprop,
+    PatternAttribution,
+    PatternNet,
+    Patterns,
+    ZPlus,
+)
+
+Call = Callable[[], object]
+
+
+def zennits(model: nn.Module, x: Tensor, composite: Any) -> Call:
+    """A call of zennit, which changes the model while it runs and puts it back."""
+
+    def run() -> object:
+        start = torch.zeros(len(x), 1000)
+        start[:, 0] = 1
+        with zennit.attribution.Gradient(model=model, composite=composite) as attributor:
+            return attributor(x.clone(), start)
+
+    return run
+
+
+def methods(model: nn.Module, x: Tensor) -> dict[str, dict[str, Call]]:
+    """Method → whose → call."""
+    patterns = Patterns(model).fit(x, progress=False)
+    canonizers = [
+        (
+            zennit.torchvision.ResNetCanonizer
+            if isinstance(model, torchvision.models.ResNet)
+            else zennit.torchvision.VGGCanonizer
+        )()
+    ]
+
+    def ours(method: Any) -> dict[str, Call]:
+        return {"ours": lambda: method.attribute(x, 0)}
+
+    def captums(method: Any) -> Call:
+        return lambda: method.attribute(x.clone(), target=0)
+
+    def rules(rule: Any) -> Any:
+        layers = [(zennit.types.Convolution, rule), (zennit.types.Linear, rule)]
+        return zennit.composites.LayerMapComposite(layers + zennit.composites.layer_map_base(), canonizers)
+
+    zennit_gradient = {"Deconvnet": zennit.composites.DeconvNet(), "Guided Backprop": zennit.composites.GuidedBackprop()}
+    return {
+        "Deconvnet": {
+            **ours(Deconvnet(model)), "Captum": captums(Deconvolution(model)),
+            "zennit": zennits(model, x, zennit_gradient["Deconvnet"]),
+        },
+        "Guided Backprop": {
+            **ours(GuidedBackprop(model)), "Captum": captums(CaptumsGuidedBackprop(model)),
+            "zennit": zennits(model, x, zennit_gradient["Guided Backprop"]),
+        },
+        "LRP-ε": {
+            **ours(LRP(model, rule=Epsilon())), "Captum": captums(CaptumsLRP(model)),
+            "zennit": zennits(model, x, rules(zennit.rules.Epsilon())),
+        },
+        "LRP-γ": {**ours(LRP(model, rule=Gamma())), "zennit": zennits(model, x, rules(zennit.rules.Gamma()))},
+        "LRP-z⁺": {**ours(LRP(model, rule=ZPlus())), "zennit": zennits(model, x, rules(zennit.rules.ZPlus()))},
+        "Deep Taylor": ours(DeepTaylor(model)),
+        "Excitation backprop": ours(ExcitationBackprop(model)),
+        "PatternNet": ours(PatternNet(model, patterns)),
+        "PatternAttribution": ours(PatternAttribution(model, patterns)),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=["vgg16", "resnet50"], help="names of torchvision")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows: list[dict[str, Any]] = []
+    for name in arguments.networks:
+        torch.manual_seed(0)
+        model = torchvision.models.get_model(name, weights=None).eval()
+        x = torch.randn(2, 3, 224, 224)
+        saliency = Saliency(model)
+        for method, calls in methods(model, x).items():
+            times = seconds([partial(saliency.attribute, x, 0), *calls.values()], arguments.repeats)
+            base, *others = (statistics.median(each) for each in times)
+            found = {f"{whose} ÷ Saliency": taken / base for whose, taken in zip(calls, others, strict=True)}
+            rows.append({"network": name, "method": method, **found, "Saliency ms": 1e3 * base})
+            print(rows[-1], time.strftime("%X"), flush=True)
+    write("speed-methods", rows, repeats=arguments.repeats, batch=2, size=224)
+    print(show(rows))
+
+
+if __name__ == "__main__":
+    main()

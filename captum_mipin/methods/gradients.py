@@ -1,0 +1,272 @@
+"""Methods that are gradients but for their activations: Deconvnet and Guided Backprop.
+
+Every operation has its derivative, except rectifiers, which gate what is sent back: Deconvnet by the sign of that itself,
+Guided Backprop by that and by what the forward pass recorded. Both were defined for ReLU. For its bounded and smooth kin the
+derivative stands where the mask of ReLU is; sigmoids and tanh are no rectifiers, and keep their derivative in both methods.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from captum_mipin.methods.base import Signal, Table
+from captum_mipin.propagation import Target, seed
+from captum_mipin.rules import Options, Passes, Recorded, Rule, operation
+from captum_mipin.rules.base import Back, argument, depends, gate_source
+from captum_mipin.survey import BLANK, SIZES
+
+#: Operations that are rectifiers whatever their arguments, besides ReLU.
+_RECTIFIERS = (
+    "threshold", "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "mish", "softplus",
+    "_prelu_kernel", "prelu", "rrelu",
+)  # fmt: skip
+#: Activations that are none.
+_OTHERS = ("tanh", "sigmoid", "hardsigmoid", "log_sigmoid", "glu")
+_COMPARISONS = ("gt", "ge", "lt", "le")
+
+
+class Deconvnet(Signal):
+    """Deconvnet: a gradient whose rectifiers let pass what is positive of what is sent back, whatever the forward pass did.
+
+    Max pooling sends back to its switches, and everything else has its derivative. Rectifiers are ReLU in any spelling (as a
+    module, in place, as a function, ``clamp``, ``maximum`` with 0, ``where`` and products with comparisons), ReLU6 and other
+    ``clamp`` from 0, threshold, SiLU (``x * sigmoid(x)`` as well), GELU, Hardswish, LeakyReLU, PReLU, ELU, CELU, SELU, Mish and
+    softplus; sigmoid, tanh and the like are none.
+
+    Args:
+        model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
+
+    Source: Zeiler and Fergus, ECCV 2014.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+        >>> Deconvnet(model).attribute(torch.randn(2, 4), target=1).shape
+        torch.Size([2, 4])
+    """
+
+    _name = "Deconvnet"
+
+    def _table(self) -> Table:
+        return _gated(forward=False)
+
+    def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
+        return seed(output, targets, unit=True)
+
+
+class GuidedBackprop(Signal):
+    """Guided Backprop: a gradient whose rectifiers let pass only what is positive of what is sent back.
+
+    Rectifiers are those of :class:`Deconvnet`. Of ReLU6, SiLU, GELU and their like, the derivative stands for the mask of ReLU.
+
+    Args:
+        model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
+
+    Source: Springenberg et al., ICLR 2015 (workshop).
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+        >>> GuidedBackprop(model).attribute(torch.randn(2, 4), target=[1, 2]).shape
+        torch.Size([2, 4])
+    """
+
+    _name = "Guided Backprop"
+
+    def _table(self) -> Table:
+        return _gated(forward=True)
+
+    def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
+        return seed(output, targets, unit=True)
+
+
+def _gated(forward: bool) -> Table:
+    """The table of Deconvnet, or with the forward pass that of Guided Backprop."""
+    note = "what is positive of what is sent back" + (", times the forward mask" if forward else "")
+    kin = "what is positive of what is sent back" + (", times the derivative" if forward else "")
+    rules: dict[str, Rule] = {
+        "aten.relu.default": Recorded(run=partial(_relu, forward), note=note, exact=True),
+        **{f"aten.{name}.default": Recorded(run=partial(_rectifier, forward), note=kin, caveat=_kin) for name in _RECTIFIERS},
+        **{f"aten.{name}.default": Passes(note="derivative", caveat=_none) for name in _OTHERS},
+    }
+    for what, run in (("clip", _clip), ("bound", _bound), ("switch", _switch)):
+        rules[str(Gate(what))] = Recorded(
+            run=partial(run, forward), note=note, carriers=_carrier, records=True, caveat=_spelled
+        )
+    other = Passes(note="derivative", carriers=_floating, records=True, refuse=_hidden)
+    return Table(rules, rewrite=_gates, other=other)
+
+
+def derivative(operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any) -> tuple[Tensor, Any]:
+    """An operation's value, and what autograd sends back through it: one tensor for each of ``x``."""
+    with torch.enable_grad():
+        probes = tuple(part.detach().requires_grad_() for part in x)
+        value = operation(probes, *arguments, **named)
+    return value.detach(), lambda s: torch.autograd.grad(value, probes, s, retain_graph=True)
+
+
+def _relu(forward: bool, options: Options, operation: Any, x: Tensor) -> tuple[Tensor, Back]:
+    value = operation(x).detach()
+    if not forward:
+        return value, lambda s: s.clamp(min=0)
+    return value, lambda s: torch.ops.aten.threshold_backward(s.clamp(min=0), value, 0)
+
+
+def _rectifier(
+    forward: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, Back]:
+    """s⁺, with ``forward`` times the derivative."""
+    if not forward:
+        return operation(x, *arguments, **named), lambda s: s.clamp(min=0)
+    value, back = derivative(lambda xs, *others, **more: operation(*xs, *others, **more), (x,), *arguments, **named)
+    return value, lambda s: back(s.clamp(min=0))[0]
+
+
+def _clip(forward: bool, options: Options, operation: Any, x: Tensor, low: Any, high: Any) -> tuple[Tensor, Back]:
+    """ReLU, ReLU6 and their like, however they are written: nothing comes back from where x is on a bound or outside."""
+    value = operation(x, low, high)
+    if not forward:
+        return value, lambda s: s.clamp(min=0)
+    kept = x < high if low is None else x > low if high is None else (x > low) & (x < high)
+    return value, lambda s: s.clamp(min=0) * kept
+
+
+def _bound(forward: bool, options: Options, operation: Any, x: Tensor, bound: Tensor) -> tuple[Tensor, Back]:
+    """``maximum`` or ``minimum`` of x and a constant."""
+    value = operation(x, bound)
+    kept = (value == x) & (x != bound)
+    return value, lambda s: (s.clamp(min=0) * kept if forward else s.clamp(min=0)).sum_to_size(x.shape)
+
+
+def _switch(forward: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
+    """X where a comparison of the example holds, else a constant."""
+    if not forward:
+        return operation(x, *arguments, **named), lambda s: s.clamp(min=0).sum_to_size(x.shape)
+    return _rectifier(forward, options, operation, x, *arguments, **named)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A rectifier that is written otherwise, as an operation of the graph.
+
+    Attributes:
+        what: "clip", "bound" or "switch".
+        name: Of the operation that it was made of.
+        operation: It.
+        at: Position of the argument that carries signal.
+    """
+
+    what: str
+    name: str = ""
+    operation: Any = None
+    at: int = 0
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return f"captum_mipin.{self.what}"
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Run it."""
+        return self.operation(*arguments, **named)
+
+
+def _gates(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
+    """Let rectifiers that are written with bounds, comparisons and masks be operations of their own."""
+    reached = followers(starts)
+    node: Any
+    for node in list(graph.nodes):
+        if node not in reached or node.op != "call_function":
+            continue
+        name, shown = operation(node), node.meta.get("shown", node.target)
+        if name in ("clamp", "clamp_min", "clip", "clamp_max", "hardtanh", "relu6"):
+            low, high = _bounds(node, name)
+            constant = not isinstance(low, fx.Node) and not isinstance(high, fx.Node)
+            if constant and not (low is not None and low < 0 and high is not None):
+                node.target, node.args, node.kwargs = Gate("clip", name, torch.clamp), (node.args[0], low, high), {}
+        elif name in ("maximum", "max", "minimum", "min") and len(node.args) == 2 and sum(n in reached for n in node.args) == 1:
+            node.target = Gate("bound", name, node.target, at=0 if node.args[0] in reached else 1)
+        elif name in ("where", "masked_fill"):
+            at = [i for i, n in enumerate(node.args) if n in reached and _is_floating(n)]
+            if len(at) == 1 and node.args[name == "masked_fill"] in reached:
+                node.target = Gate("switch", name, node.target, at[0])
+        elif name == "mul" and len(node.all_input_nodes) == 2:
+            _product(node, reached)
+        if node.target is not shown:
+            node.meta["shown"] = shown
+
+
+def _product(node: Any, reached: set[fx.Node]) -> None:
+    """Recognise ``x * (x > 0)``, ``x * sigmoid(x)`` and ``x * hardsigmoid(x)``."""
+    for at, (x, gate) in enumerate((node.args, node.args[::-1])):
+        source = gate_source(gate, reached.__contains__)
+        if operation(source) in _COMPARISONS and source in reached and x in reached and _is_floating(x):
+            node.target = Gate("switch", "mul", node.target, at)
+            return
+        smooth = {"sigmoid": torch.ops.aten.silu.default, "hardsigmoid": torch.ops.aten.hardswish.default}
+        if operation(gate) in smooth and gate.args[0] is x:
+            node.target, node.args = smooth[operation(gate)], (x,)
+            return
+
+
+def followers(starts: Sequence[fx.Node]) -> set[fx.Node]:
+    """What is computed from these nodes, they included; not what follows from their shapes alone."""
+    reached, queue = set(starts), list(starts)
+    while queue:
+        users = [user for user in queue.pop().users if user not in reached and operation(user) not in BLANK]
+        new = [user for user in users if not isinstance(user.meta.get("val"), SIZES)]
+        reached.update(new)
+        queue.extend(new)
+    return reached
+
+
+def _bounds(node: Any, name: str) -> tuple[Any, Any]:
+    if name == "relu6":
+        return 0.0, 6.0
+    if name == "clamp_max":
+        return None, argument(node, 1, "max")
+    if name == "hardtanh":
+        return argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+    return argument(node, 1, "min"), argument(node, 2, "max")
+
+
+def _is_floating(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _floating(node: fx.Node) -> tuple[int, ...]:
+    """The arguments that a derivative is taken by."""
+    return tuple(i for i, n in enumerate(node.args) if any(map(_is_floating, n if isinstance(n, (tuple, list)) else (n,))))
+
+
+def _carrier(node: Any) -> tuple[int, ...]:
+    return (node.target.at,)
+
+
+def _hidden(node: fx.Node) -> str | None:
+    """Whether a rectifier may hide in an operation that has its derivative, or a derivative in its further arguments."""
+    switches = [n for n in node.all_input_nodes if depends(n) and not _is_floating(n)]
+    if switches and operation(node) not in ("mul", "_to_copy"):
+        return "it chooses by a comparison of values that depend on the input, as a rectifier does: use relu, clamp or maximum"
+    if any(depends(n) and _is_floating(n) for n in node.kwargs.values()):
+        return "a further argument of it depends on the input as well"
+    return None
+
+
+def _kin(node: fx.Node) -> str:
+    return "outside of the definition: kin of ReLU, treated as one"
+
+
+def _none(node: fx.Node) -> str:
+    return "outside of the definition: no rectifier, has its derivative"
+
+
+def _spelled(node: Any) -> str | None:
+    high = node.args[2] if node.target.what == "clip" else None
+    return None if high is None else _kin(node)

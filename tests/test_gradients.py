@@ -1,0 +1,196 @@
+"""Deconvnet and Guided Backprop: equal to Captum's where those are right, and right for every spelling of a gate."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import invariance
+import pytest
+import torch
+from captum.attr import Deconvolution, NoiseTunnel, Saliency
+from captum.attr import GuidedBackprop as CaptumsGuidedBackprop
+from captum.metrics import sensitivity_max
+from small import Function, normal
+from torch import nn
+from torch.nn import functional as F
+
+from captum_mipin import Deconvnet, GuidedBackprop, InputError, LayerPropagation, UnsupportedOperationError, check
+
+BOTH = pytest.mark.parametrize("method", [Deconvnet, GuidedBackprop])
+CAPTUMS = {Deconvnet: Deconvolution, GuidedBackprop: CaptumsGuidedBackprop}
+
+
+def _plain():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 8, 3, groups=2),
+        nn.ReLU(), nn.AvgPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3),
+    ).double().eval()  # fmt: skip
+
+
+def _captums(method, model, x, target):
+    with pytest.warns(UserWarning):
+        return CAPTUMS[method](model).attribute(x.clone(), target=target)
+
+
+@BOTH
+def test_equals_captum_on_plain_modules(method):
+    model, x, target = _plain(), normal(4, 3, 8, 8, dtype=torch.float64), [0, 1, 2, 2]
+    found = method(model).attribute(x, target)
+    assert found.any()
+    torch.testing.assert_close(found, _captums(method, model, x, target), rtol=1e-6, atol=1e-12)
+
+
+@BOTH
+def test_spellings_of_a_residual_network_are_the_same(method):
+    x, target = invariance.images(4), [0, 1, 2, 0]
+    reference = invariance.network(invariance.SPELLINGS[invariance.REFERENCE])
+    expected = _captums(method, reference, x, target)  # its ReLUs are modules, its sums need nothing
+    for name in ("one nn.ReLU reused", "clamp(min=0)", "y += x", "functional throughout"):
+        found = method(invariance.network(invariance.SPELLINGS[name])).attribute(x, target)
+        assert invariance.difference(found, expected) < 1e-6, name
+
+
+GATES = {
+    "relu": (
+        torch.relu, nn.ReLU(), nn.ReLU(inplace=True), F.relu, lambda h: h.clamp(min=0), lambda h: h.clamp_min(0),
+        lambda h: torch.maximum(h, torch.zeros(())), lambda h: torch.max(torch.zeros_like(h), h), lambda h: h * (h > 0),
+        lambda h: torch.where(h > 0, h, 0.0), lambda h: h.masked_fill(h <= 0, 0), lambda h: (h > 0).to(h.dtype) * h,
+        lambda h: F.threshold(h, 0.0, 0.0), lambda h: F.leaky_relu(h, 0.0), lambda h: h.clip(0),
+    ),
+    "relu6": (
+        nn.ReLU6(), F.relu6, lambda h: h.clamp(0, 6), lambda h: F.hardtanh(h, 0.0, 6.0), lambda h: h.clamp(min=0).clamp(max=6),
+        lambda h: torch.relu(h).clamp_max(6.0), lambda h: torch.minimum(torch.relu(h), torch.full((), 6.0)),
+    ),
+    "silu": (nn.SiLU(), F.silu, lambda h: h * torch.sigmoid(h), lambda h: h.sigmoid() * h),
+    "hardswish": (nn.Hardswish(), F.hardswish, lambda h: h * F.hardsigmoid(h)),
+    "gelu": (nn.GELU(), F.gelu),
+    "leaky_relu": (nn.LeakyReLU(0.25), lambda h: F.leaky_relu(h, 0.25), nn.PReLU(init=0.25)),
+}  # fmt: skip
+DERIVATIVES = {
+    "relu": lambda h: (h > 0).double(),
+    "relu6": lambda h: ((h > 0) & (h < 6)).double(),
+    "silu": lambda h: h.sigmoid() * (1 + h * (1 - h.sigmoid())),
+    "hardswish": lambda h: ((h > -3) & (h < 3)) * (h / 3 + 0.5) + (h >= 3).double(),
+    "gelu": lambda h: 0.5 * (1 + torch.erf(h / 2**0.5)) + h * torch.exp(-h * h / 2) / (2 * torch.pi) ** 0.5,
+    "leaky_relu": lambda h: 0.25 + 0.75 * (h > 0).double(),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates_by_hand_in_every_spelling(name, captured_once):
+    w, v = normal(6, 5, dtype=torch.float64), normal(2, 6, seed=1, dtype=torch.float64)
+    x = 4 * normal(7, 5, seed=2, dtype=torch.float64)
+    x[0] = 0  # on the bound
+    h = x @ w.T
+    passed = v[1].clamp(min=0).expand_as(h)
+    for number, gate in enumerate(GATES[name]):
+        first, last = nn.Linear(5, 6, bias=False), nn.Linear(6, 2, bias=False)
+        first.weight, last.weight = nn.Parameter(w), nn.Parameter(v)
+        inner = {"gate": gate} if isinstance(gate, nn.Module) else {}
+        model = Function(lambda m, x, gate=gate: m["last"](gate(m["first"](x))), first=first, last=last, **inner)
+        model = model.double().eval()
+        guided, deconvnet = GuidedBackprop(model).attribute(x, 1), Deconvnet(model).attribute(x, 1)
+        torch.testing.assert_close(guided, (passed * DERIVATIVES[name](h)) @ w, rtol=1e-9, atol=1e-9, msg=f"spelling {number}")
+        torch.testing.assert_close(deconvnet, passed @ w, rtol=1e-9, atol=1e-9, msg=f"spelling {number}")
+
+
+def test_sigmoids_keep_their_derivative_and_are_told():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 2)).double().eval()
+    x = normal(4, 5, dtype=torch.float64)
+    gradient = Saliency(model).attribute(x.clone().requires_grad_(), target=0, abs=False)
+    torch.testing.assert_close(GuidedBackprop(model).attribute(x, 0), gradient)
+    report = check(model, x, method=GuidedBackprop)
+    assert [row.path for row in report.caveats] == ["1", "3"]
+    assert "no rectifier" in str(report)
+
+
+@pytest.mark.parametrize("gate", [lambda h: torch.where(h > 0, h, 0.1 * h), lambda h: torch.where(h > 0, h.exp(), h)])
+def test_choices_between_signals_by_comparisons_are_refused(gate):
+    model = Function(lambda m, x: m["last"](gate(m["first"](x))), first=nn.Linear(5, 6), last=nn.Linear(6, 2)).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.where\.self in the model itself: it chooses by a comparison"):
+        GuidedBackprop(model).attribute(normal(2, 5), 0)
+    assert not check(model, normal(2, 5), method=GuidedBackprop).ok
+
+
+@BOTH
+def test_captums_contract(method, untouched):
+    model, x = _plain().float(), normal(4, 3, 8, 8)
+    found = method(model)
+    with untouched(model, x), torch.no_grad():
+        whole = found.attribute(x, torch.tensor([0, 1, 2, 0]))
+        one, several = found.attribute(x, target=1), found.attribute((x,), 1)
+    assert isinstance(several, tuple)
+    assert torch.equal(several[0], one)
+    assert whole.shape == x.shape
+    assert not whole.requires_grad
+    assert torch.equal(whole, found.attribute(x, [0, 1, 2, 0]))
+    torch.testing.assert_close(found.attribute(x[1:2], 1), whole[1:2])
+    torch.testing.assert_close(found.attribute(x, 1, multiply_by_inputs=True), one * x)
+    for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert torch.equal(other.attribute(x, 1), one)
+    with ThreadPoolExecutor(4) as pool:
+        for answer in pool.map(partial(found.attribute, x), [1] * 8):
+            assert torch.equal(answer, one)
+    assert NoiseTunnel(found).attribute(x, nt_samples=3, target=[0, 1, 2, 0]).shape == x.shape
+    assert sensitivity_max(found.attribute, x, target=1).shape == (4,)
+    assert not found.has_convergence_delta()
+    with pytest.raises(NotImplementedError, match=method.__name__):
+        found.attribute_future()
+    with pytest.raises(AssertionError, match="list"):
+        found.attribute([x], 1)
+    with pytest.raises(IndexError):
+        found.attribute(x, 7)
+    with pytest.raises(AssertionError, match="no target"), untouched(model, x):
+        found.attribute(x)
+    with pytest.raises(InputError, match="NaN"):
+        found.attribute(x * torch.nan, 1)
+
+
+@BOTH
+def test_several_inputs_extra_arguments_and_outputs(method):
+    def run(m, x, y, scale):
+        h = F.relu(m["a"](x) * scale + m["b"](y))
+        return {"logits": m["last"](h), "h": h}
+
+    model = Function(run, a=nn.Linear(3, 5), b=nn.Linear(4, 5), last=nn.Linear(5, 2)).double().eval()
+    x, y, scale = (normal(6, n, seed=n, dtype=torch.float64) for n in (3, 4, 1))
+    found = method(model, output="logits").attribute((x, y), 0, scale)
+    h = model(x, y, scale)["h"]
+    s = model.layers["last"].weight[0].clamp(min=0) * ((h > 0) if method is GuidedBackprop else 1)
+    s = s.expand_as(h)
+    torch.testing.assert_close(found[0], (s * scale) @ model.layers["a"].weight)
+    torch.testing.assert_close(found[1], s @ model.layers["b"].weight)
+    with pytest.raises(InputError, match="output="):
+        method(model, output=1.5)
+
+
+def test_at_a_layer():
+    model, x = _plain(), normal(4, 3, 8, 8, dtype=torch.float64)
+    found = LayerPropagation(GuidedBackprop(model), model[3])
+    whole = GuidedBackprop(model[4:].eval()).attribute(model[:4](x).detach(), 1)
+    torch.testing.assert_close(found.attribute(x, 1), whole)
+    torch.testing.assert_close(found.attribute(x, 1, multiply_by_features=True), whole * model[:4](x).detach())
+    assert LayerPropagation.interpolate(whole.sum(1, keepdim=True), (8, 8)).shape == (4, 1, 8, 8)
+    tokens = torch.randint(0, 9, (4, 5))
+    text = nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    assert LayerPropagation(Deconvnet(text), text[0]).attribute(tokens, 0).shape == (4, 5, 6)
+    with pytest.raises(AssertionError, match="integers carry no signal"):
+        Deconvnet(text).attribute(tokens, 0)
+    with pytest.raises(InputError, match="expected a method of this package"):
+        LayerPropagation(Saliency(model), model[3])
+    with pytest.raises(InputError, match="attribute_to_layer_input"):
+        found.attribute(x, 1, None, True)
+
+
+def test_a_model_that_changes_is_captured_again():
+    model, x = _plain(), normal(2, 3, 8, 8, dtype=torch.float64)
+    found = GuidedBackprop(model)
+    before = found.attribute(x, 1)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    assert not torch.equal(found.attribute(x, 1), before)
+    model[2] = nn.Tanh().eval()
+    torch.testing.assert_close(found.attribute(x, 1), GuidedBackprop(model).attribute(x, 1))
+    torch.testing.assert_close(found.attribute(x[..., :7], 1), GuidedBackprop(model).attribute(x[..., :7], 1))

@@ -1,0 +1,479 @@
+"""LRP and Deep Taylor against Captum and zennit where those are right, second derivations, and conservation."""
+
+import copy
+import pickle
+
+import invariance
+import pytest
+import torch
+from captum.attr import LRP as CaptumsLRP  # noqa: N811  # to tell it from ours
+from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, GammaRule
+from captum.attr._utils.lrp_rules import EpsilonRule as CaptumsEpsilon
+from small import Function, normal, varied
+from torch import nn
+from torch.nn import functional as F
+from torchvision import models
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.vgg import VGG, make_layers
+
+from captum_mipin import InputError, LayerPropagation, UnsupportedOperationError, check
+from captum_mipin.methods import LRP, AlphaBeta, DeepTaylor, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
+
+
+def _vgg(bn=True):
+    model = VGG(make_layers([6, "M", 8, "M"], batch_norm=bn), num_classes=3)
+    model.avgpool = nn.AdaptiveAvgPool2d(2)
+    model.classifier = nn.Sequential(nn.Linear(32, 40), nn.ReLU(), nn.Dropout(), nn.Linear(40, 3))
+    return model
+
+
+def _resnet():
+    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=3)
+
+
+NETWORKS = {
+    "VGG": (_vgg, 16),
+    "ResNet": (_resnet, 32),
+    "DenseNet": (lambda: models.DenseNet(4, (2, 2), 6, num_classes=3), 32),
+    "MobileNet": (lambda: models.MobileNetV2(3, 0.5, [[1, 16, 1, 1], [6, 16, 2, 2]]), 32),
+    "SqueezeNet": (
+        lambda: nn.Sequential(
+            models.squeezenet1_1(num_classes=3).features[:6], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 3)
+        ),
+        32,
+    ),
+}  # fmt: skip
+RULES = (Epsilon(1e-9), Epsilon(0), Gamma(0.3), ZPlus(), AlphaBeta(1, 0))
+TARGET = [0, 1, 2]
+
+
+def _images(size, count=3):
+    return normal(count, 3, size, size, dtype=torch.float64)
+
+
+def _outputs(model, x, target=TARGET):
+    return model(x).detach()[range(len(x)), target]
+
+
+# ------------------------------------------------------------------------------------------------- conservation
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_conserves_conserves_without_biases(name, captured_once):
+    make, size = NETWORKS[name]
+    model, x = varied(make(), 3, size, size, zero_biases=True), _images(size)
+    output = _outputs(model, x)
+    rules = {"VGG": (*RULES, AlphaBeta(2, 1)), "ResNet": (*RULES, AlphaBeta(2, 1)), "MobileNet": RULES[:3]}.get(name, RULES)
+    for rule in rules:
+        for bias in ("take", "none"):
+            found, delta = LRP(model, rule=rule, bias=bias).attribute(x, TARGET, return_convergence_delta=True)
+            torch.testing.assert_close(found.flatten(1).sum(1), output, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(delta, output - found.flatten(1).sum(1))
+    methods = [LRP(model, rule=Epsilon(0), input_rule=first) for first in (Flat(), WSquare(), ZBox(-9, 9))]
+    if name != "MobileNet":  # some of its outputs below 0, which no ReLU follows, have no positive inputs
+        methods += [DeepTaylor(model), DeepTaylor(model, low=-9, high=9)]
+    for method in methods:
+        torch.testing.assert_close(method.attribute(x, TARGET).flatten(1).sum(1), output, rtol=1e-6, atol=1e-9)
+
+
+def test_biases_without_their_share_take_nothing():
+    model, x = varied(_vgg(), 3, 16, 16), _images(16)
+    dense = nn.Sequential(nn.Linear(6, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 3))
+    dense, rows = varied(dense, 6), normal(3, 6, dtype=torch.float64)
+    for method in (LRP(dense, rule=Epsilon(0), bias="none"), LRP(dense, rule=Gamma(), bias="none"), DeepTaylor(dense)):
+        found, delta = method.attribute(rows, TARGET, return_convergence_delta=True)
+        torch.testing.assert_close(found.sum(1), _outputs(dense, rows), rtol=1e-6, atol=1e-9)
+        assert delta.abs().max() < 1e-9
+    kept = LRP(model, rule=ZPlus())
+    found, delta = kept.attribute(x, TARGET, return_convergence_delta=True)
+    torch.testing.assert_close(delta, _outputs(model, x) - found.flatten(1).sum(1))
+    assert delta.abs().max() > 1e-3
+    taking = [row.path for row in check(model, x, method=kept).caveats if "its bias takes relevance" in row.caveat]
+    assert taking == ["features.0", "features.4", "classifier.0", "classifier.3"]
+    report = check(model, x, method=DeepTaylor)
+    assert [(row.path, row.caveat) for row in report.caveats] == [
+        ("classifier.3", "loses what reaches outputs to which nothing contributes in one direction")
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- identities
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "MobileNet"])  # its ReLU6 is not piecewise through 0
+def test_lrp_0_is_input_times_gradient(name):
+    make, size = NETWORKS[name]
+    model, x = varied(make(), 3, size, size), _images(size)
+    probe = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(probe)[range(3), TARGET].sum(), probe)
+    found = LRP(model, rule=Epsilon(0)).attribute(x, TARGET)
+    torch.testing.assert_close(found, x * gradient, rtol=1e-6, atol=1e-6 * float(found.abs().max()))
+
+
+def test_spellings_of_a_residual_network_are_the_same():
+    x, target = invariance.images(4), [0, 1, 2, 0]
+    for method in (LRP, DeepTaylor):
+        expected = None
+        for name in (invariance.REFERENCE, "one nn.ReLU reused", "y.add_(x)", "mean((2, 3))", "functional throughout"):
+            found = method(invariance.network(invariance.SPELLINGS[name])).attribute(x, target)
+            expected = found if expected is None else expected
+            assert invariance.difference(found, expected) < 1e-6, name
+
+
+# ------------------------------------------------------------------------------------------------- other libraries
+
+
+def _plain():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, stride=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1, bias=False),
+        nn.ReLU(), nn.AvgPool2d(2), nn.Dropout(), nn.Conv2d(8, 9, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), Columns(),
+        nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 3),
+    ).double().eval()  # fmt: skip
+
+
+class Columns(nn.Dropout):
+    """Flattening, as something that Captum's LRP lets pass."""
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+CAPTUMS = {
+    "ε": (lambda: CaptumsEpsilon(1e-4), Epsilon(1e-4), "take"),
+    "γ": (lambda: GammaRule(0.25), Gamma(0.25, 1e-9), "take"),
+    "α1β0": (lambda: Alpha1_Beta0_Rule(set_bias_to_zero=True), ZPlus(1e-9), "none"),
+}
+
+
+@pytest.mark.parametrize("name", CAPTUMS)
+def test_equals_captum_where_that_is_right(name):
+    make, rule, bias = CAPTUMS[name]
+    model, x = _plain(), _images(16).abs()  # Captum does not split the inputs of a rule by sign
+    if name != "ε":
+        model[8] = nn.ReLU().eval()
+        if name == "γ":  # nor does it scale biases
+            for module in model:
+                if getattr(module, "bias", None) is not None:
+                    module.bias.data.zero_()
+    theirs = copy.deepcopy(model)
+    theirs[10].rule = CaptumsEpsilon(1e-12)
+    for module in theirs:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.rule = make() if name != "γ" or module is not theirs[13] else CaptumsEpsilon(1e-9)
+    expected = invariance.captum(CaptumsLRP, theirs, x, TARGET)
+    composite = [("13", Epsilon(1e-9))] if name == "γ" else []  # of negative outputs it knows nothing either
+    found = LRP(model, rule=rule, bias=bias, composite=composite).attribute(x, TARGET)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+def _zennits(model, x, rule, first=None):
+    core, rules, types = (pytest.importorskip(f"zennit.{name}") for name in ("core", "rules", "types"))
+    from zennit.attribution import Gradient
+    from zennit.composites import LayerMapComposite, SpecialFirstLayerMapComposite
+    from zennit.layer import Sum
+    from zennit.torchvision import ResNetCanonizer, VGGCanonizer
+
+    assert core
+    tiny = 1e-30
+    layers = [(types.Convolution, rule), (types.Linear, rule)]
+    others = [(types.Activation, rules.Pass()), (types.AvgPool, rules.Norm(tiny)), (Sum, rules.Norm(tiny)),
+              (types.BatchNorm, rules.Pass())]  # fmt: skip
+    canonizers = [ResNetCanonizer() if isinstance(model, ResNet) else VGGCanonizer()]
+    composite = LayerMapComposite(layers + others, canonizers)
+    if first is not None:
+        composite = SpecialFirstLayerMapComposite(layers + others, [(types.Convolution, first)], canonizers)
+    start = torch.zeros(3, 3, dtype=x.dtype)
+    start[range(3), TARGET] = _outputs(model, x)
+    with Gradient(model=copy.deepcopy(model), composite=composite) as attributor:
+        return attributor(x.clone(), start)[1]
+
+
+@pytest.mark.parametrize("make", [_vgg, _resnet])
+def test_equals_zennit(make, captured_once):
+    rules = pytest.importorskip("zennit.rules")
+    model, x = varied(make(), 3, 32, 32, eps=0.0), _images(32)  # zennit leaves the ε of a batch norm that it merges
+    tiny = 1e-30
+    cases = [
+        (LRP(model), rules.Epsilon(1e-6), None),
+        (LRP(model, rule=Epsilon(0.1), bias="none"), rules.Epsilon(0.1, zero_params="bias"), None),
+        (LRP(model, rule=ZPlus(1e-6)), rules.ZPlus(1e-6), None),
+        (LRP(model, rule=ZPlus(1e-6), bias="none"), rules.ZPlus(1e-6, zero_params="bias"), None),
+        (LRP(model, rule=AlphaBeta(2, 1, 1e-6)), rules.AlphaBeta(2, 1, 1e-6), None),
+        (LRP(model, rule=Gamma(0.4, 1e-6)), rules.Gamma(0.4, 1e-6), None),
+        (LRP(model, rule=ZPlus(1e-6), input_rule=Flat()), rules.ZPlus(1e-6), rules.Flat(tiny)),
+        (LRP(model, rule=ZPlus(1e-6), input_rule=WSquare()), rules.ZPlus(1e-6), rules.WSquare(tiny, zero_params="bias")),
+        (LRP(model, input_rule=ZBox(-9, 9, 1e-6)), rules.Epsilon(1e-6), rules.ZBox(-9.0, 9.0, 1e-6)),
+        (DeepTaylor(model, low=-9, high=9), rules.ZPlus(tiny, zero_params="bias"), rules.ZBox(-9.0, 9.0, tiny)),
+    ]
+    for method, rule, first in cases:
+        expected = _zennits(model, x, rule, first)
+        found = method.attribute(x, TARGET)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()), msg=str(method.rule))
+
+
+@pytest.mark.parametrize("rule", [Flat(), WSquare()])
+def test_rules_of_inputs_in_every_layer_equal_zennits(rule):
+    rules = pytest.importorskip("zennit.rules")
+    model, x = varied(_vgg(), 3, 16, 16, eps=0.0), _images(16)
+    theirs = rules.Flat(1e-30) if isinstance(rule, Flat) else rules.WSquare(1e-30, zero_params="bias")
+    torch.testing.assert_close(LRP(model, rule=rule).attribute(x, TARGET), _zennits(model, x, theirs), rtol=1e-6, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------- second derivations
+
+
+def _matrix(operation, x):
+    """J of a linear operation without constants on one example: (outputs, inputs)."""
+    zero = torch.zeros_like(x)
+    return torch.func.jacfwd(lambda t: operation(t).flatten())(zero).reshape(-1, x.numel())
+
+
+LAYERS = {
+    "dense": (nn.Linear(7, 5), (7,)),
+    "tokens": (nn.Linear(3, 4), (5, 3)),
+    "conv1d, same": (nn.Conv1d(4, 6, 4, padding="same", dilation=2, groups=2), (4, 9)),
+    "conv2d": (nn.Conv2d(3, 4, (3, 2), stride=2, padding=(1, 0), dilation=(1, 2)), (3, 6, 7)),
+    "conv3d": (nn.Conv3d(2, 3, 2, stride=(1, 2, 1), padding=1), (2, 3, 4, 3)),
+    "transposed 1d": (nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2, output_padding=1), (4, 5)),
+    "transposed 2d": (nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, dilation=2), (3, 4, 3)),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4, bias=False), (4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("normed", [False, True])
+def test_every_rule_through_its_jacobian(name, normed):
+    layer, shape = LAYERS[name]
+    layer = copy.deepcopy(layer).double()
+    x = normal(1, *shape, dtype=torch.float64)
+    norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(shape) - 1]
+    norm = norm(layer(x).shape[1]).double() if normed and name != "tokens" else nn.Identity()
+    if normed and name != "tokens":
+        for t in (norm.weight, norm.bias, norm.running_mean):
+            t.data.normal_()
+        norm.running_var.uniform_(0.5, 2)
+
+    class Whole(nn.Module):
+        """All entries of a layer's output are outputs of the model."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = layer, norm
+
+        def forward(self, x):
+            return self.norm(self.layer(x)).flatten(1)
+
+    model = Whole().eval()
+    y, b = model(x).detach()[0], model(torch.zeros_like(x)).detach()[0]
+    w = _matrix(lambda t: model(t) - b, x)
+    v, target = x.flatten(), 3
+    pattern = (_matrix(lambda t: Whole()._modules["layer"](t) - layer(torch.zeros_like(x)), x) != 0).double()
+    z = w[target] * v
+    up, down, positive = z.clamp(min=0), z.clamp(max=0), y[target] > 0
+    low, high = -4.0, 5.0
+    boxed = z - low * w[target].clamp(min=0) - high * w[target].clamp(max=0)
+    agreeing = z.clamp(min=0) if positive else z.clamp(max=0)
+    agreeing_bias = b[target].clamp(min=0) if positive else b[target].clamp(max=0)
+    expected = {
+        Epsilon(0.1): z / (y[target] + 0.1 * (1 if y[target] >= 0 else -1)),
+        Gamma(0.5): (z + 0.5 * agreeing) / ((z + 0.5 * agreeing).sum() + b[target] + 0.5 * agreeing_bias),
+        AlphaBeta(3, 2): (3 * up / (up.sum() + b[target].clamp(min=0))).nan_to_num(0)
+        - (2 * down / (down.sum() + b[target].clamp(max=0))).nan_to_num(0),
+        ZPlus(): up / (up.sum() + b[target].clamp(min=0)),
+        WSquare(): w[target] ** 2 / (w[target] ** 2).sum(),
+        Flat(): pattern[target] / pattern[target].sum(),
+        ZBox(low, high): boxed / boxed.sum(),
+    }
+    for rule, shares in expected.items():
+        found = LRP(model, rule=rule).attribute(x, target)
+        torch.testing.assert_close(found.flatten(), y[target] * shares.nan_to_num(0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7])
+def test_sums_share_by_contribution(shift):
+    def run(m, x):
+        h = m["a"](x)
+        return m["last"](torch.sub(h, m["b"](x), alpha=2) + shift)
+
+    a, b, last = (nn.Linear(4, 3, bias=False) for _ in range(3))
+    last = nn.Linear(3, 2, bias=False)
+    model = Function(run, a=a, b=b, last=last).double().eval()
+    x = normal(5, 4, dtype=torch.float64)
+    h, g = a(x), -2 * b(x)
+    r = (h + g + shift) * last.weight[1]  # at the sum, by LRP-0
+    for bias, z in (("take", h + g + shift), ("none", h + g)):
+        if bias == "none":
+            logit = last((h + g) + shift)[:, 1]
+            assert logit.shape == (5,)
+        first = r * h / z @ torch.zeros(3, 4, dtype=x.dtype) + x * ((r * h / z / h) @ a.weight)
+        second = x * ((r * g / z / (g / -2)) @ b.weight)
+        found = LRP(model, rule=Epsilon(0), bias=bias).attribute(x, 1)
+        torch.testing.assert_close(found, (first + second).detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", [Epsilon(0), Gamma()])
+def test_operations_right_at_the_input_share_it_out(rule):
+    def run(m, x):
+        return m["last"](F.avg_pool1d(((2 * x - 3) / 2 + m["b"](x) - x).unsqueeze(1), 2).flatten(1))
+
+    model = Function(run, b=nn.Linear(4, 4), last=nn.Linear(2, 3)).double().eval()
+    x = normal(5, 4, dtype=torch.float64)
+    probe = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(probe)[:, 1].sum(), probe)
+    found = LRP(model, rule=rule).attribute(x, 1)
+    assert isinstance(rule, Gamma) or torch.allclose(found, x * gradient)
+    found, delta = LRP(model, rule=rule, bias="none").attribute(x, 1, return_convergence_delta=True)
+    assert delta.abs().max() < 1e-9
+    assert found.any()
+
+
+def test_gates_attention_and_norms_hand_all_on():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.gate, self.norm = nn.Linear(6, 8, bias=False), nn.Linear(6, 8), nn.LayerNorm(8)
+            self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+            self.last = nn.Linear(8, 3, bias=False)
+
+        def forward(self, x):
+            h = F.silu(self.first(x)) * torch.sigmoid(self.gate(x))
+            h = self.norm(F.gelu(h))
+            return self.last((h + self.attention(h, h, h, need_weights=False)[0]).mean(1))
+
+    model, x = Net().double().eval(), normal(4, 5, 6, dtype=torch.float64)
+    for rule in (Epsilon(0), Gamma(0.25)):
+        found, delta = LRP(model, rule=rule).attribute(x, 1, return_convergence_delta=True)
+        assert delta.abs().max() < 1e-9 * found.abs().sum()
+    outside = {row.operation for row in check(model, x, method=LRP).caveats if "outside" in row.caveat}
+    assert {"aten.mul.Tensor", "aten.layer_norm.default", "aten.scaled_dot_product_attention.default"} <= outside
+
+
+# ------------------------------------------------------------------------------------------------- options
+
+
+def test_composites_by_type_name_and_function():
+    model, x = varied(_vgg(), 3, 16, 16), _images(16)
+    found = LRP(model, rule=Epsilon(0.1), composite=[("features.0", Flat()), (nn.Conv2d, Gamma(0.2))]).attribute(x, 0)
+    same = LRP(model, rule=Gamma(0.2), input_rule=Flat(), composite=[(lambda path, m: path.startswith("class"), Epsilon(0.1))])
+    torch.testing.assert_close(same.attribute(x, 0), found)
+    assert not torch.allclose(LRP(model, rule=Epsilon(0.1)).attribute(x, 0), found)
+    assert [row.note for row in check(model, x, method=same).rows if "conv" in row.operation] == ["flat", "LRP-γ, γ = 0.2"]
+    functional = Function(
+        lambda m, x: F.linear(F.conv2d(x, m["conv"].weight).flatten(1), m["last"].weight),
+        conv=nn.Conv2d(3, 2, 16), last=nn.Linear(2, 3),
+    ).double().eval()  # fmt: skip
+    notes = [row.note for row in check(functional, x, method=LRP(functional, composite=[(nn.Conv2d, ZPlus())])).rows]
+    assert notes == ["z⁺", "adjoint", "LRP-ε, ε = 1e-06"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": Epsilon}, "is no rule"),
+        ({"composite": [(3, ZPlus())]}, "no type of modules"),
+        ({"composite": [("0", "z+")]}, "is no rule"),
+        ({"bias": "zero"}, "bias='zero' is not one of 'take', 'none'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        LRP(_plain(), **options)
+
+
+def test_bad_rules():
+    for make in (lambda: Epsilon(-1), lambda: Gamma(float("nan")), lambda: AlphaBeta(2, 2), lambda: ZBox(1, 0)):
+        with pytest.raises(InputError):
+            make()
+    for options in ({"low": 0}, {"preset": "x"}, {"preset": "innvestigate", "bias": "full"}, {"bias": "take"}):
+        with pytest.raises(InputError):
+            DeepTaylor(_plain(), **options)
+    with pytest.raises(InputError, match=r"'nothing.\*' matches no layer"):
+        LRP(_plain(), composite=[("nothing.*", ZPlus())]).attribute(_images(16), 0)
+    with pytest.raises(InputError, match="z^B at 0/conv2d is for inputs between low and high".replace("^", r"\^")):
+        DeepTaylor(_plain(), low=0, high=1).attribute(_images(16), 0)
+
+
+def test_what_lrp_has_no_rule_for_is_refused():
+    model = Function(lambda m, x: m["a"](x) * m["b"](x), a=nn.Linear(4, 3), b=nn.Linear(4, 3)).eval()
+    with pytest.raises(UnsupportedOperationError, match="multiplies two values .*LayerPropagation".replace(" .*", r"[\s\S]*")):
+        LRP(model).attribute(normal(2, 4), 0)
+
+
+def test_contract_and_layers(untouched):
+    model, x = varied(_resnet(), 3, 32, 32).float(), _images(32).float()
+    lrp = LRP(model, rule=ZPlus(), bias="none", input_rule=WSquare())
+    with untouched(model, x), torch.no_grad():
+        found = lrp.attribute((x,), target=TARGET)
+    assert torch.equal(found[0], lrp.attribute(x, TARGET))
+    torch.testing.assert_close(found[0][1:2], lrp.attribute(x[1:2], TARGET[1]))
+    for other in (copy.deepcopy(lrp), pickle.loads(pickle.dumps(lrp))):
+        assert torch.equal(other.attribute(x, TARGET), found[0])
+    assert lrp.has_convergence_delta()
+    output = _outputs(model, x)
+    for layer in (model.layer2, model.layer3[0].bn1, model.layer3[0].conv1, model.layer4[0].downsample[0], model.maxpool):
+        at = LayerPropagation(lrp, layer).attribute(x, TARGET)
+        whole = layer in (model.layer2, model.maxpool)
+        if whole:
+            torch.testing.assert_close(at.flatten(1).sum(1), output, rtol=1e-4, atol=1e-5)
+        assert at.any()
+
+
+# ------------------------------------------------------------------------------------------------- Deep Taylor
+
+
+def test_deep_taylor_by_hand():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double().eval()
+    x = normal(5, 4, dtype=torch.float64).clamp(-2, 2)
+    (w1, b1), (w2, b2) = ((m.weight.detach(), m.bias.detach()) for m in (model[0], model[2]))
+    h = (x @ w1.T + b1).clamp(min=0)
+    y = h @ w2.T + b2
+    for bias, extra in (("none", 0), ("positive", b2[1].clamp(min=0)), ("full", b2[1])):
+        contributions = h * w2[1].clamp(min=0)
+        r = contributions / (contributions.sum(1, keepdim=True) + extra) * y[:, 1:]
+        squares = w1**2 / (w1**2).sum(1, keepdim=True)
+        torch.testing.assert_close(DeepTaylor(model, bias=bias).attribute(x, 1), r @ squares, rtol=1e-9, atol=1e-12)
+        boxed = x.unsqueeze(1) * w1 + 2 * w1.clamp(min=0) - 2 * w1.clamp(max=0)
+        expected = (r.unsqueeze(2) * boxed / boxed.sum(2, keepdim=True)).sum(1)
+        torch.testing.assert_close(
+            DeepTaylor(model, low=-2, high=2, bias=bias).attribute(x, 1), expected, rtol=1e-9, atol=1e-12
+        )
+    shared = h * w2[1]
+    expected = (shared / shared.sum(1, keepdim=True) * y[:, 1:]) @ squares
+    torch.testing.assert_close(DeepTaylor(model, last=Epsilon(0)).attribute(x, 1), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_innvestigate_preset_by_hand():
+    torch.manual_seed(3)
+    conv, norm, skip, last = nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(2, 3, 1), nn.Linear(3, 2)
+    model = Function(
+        lambda m, x: m["last"](F.adaptive_avg_pool2d(F.relu(m["norm"](m["conv"](x)) + m["skip"](x)), 1).flatten(1)),
+        conv=conv, norm=norm, skip=skip, last=last,
+    ).double()  # fmt: skip
+    norm.running_mean.normal_()
+    model.eval()
+    x = normal(6, 2, 2, 2, dtype=torch.float64)
+    last.bias.data -= model(x).detach().mean(0)
+    h = F.relu(norm(conv(x)) + skip(x)).detach()
+    pooled = h.mean((2, 3))
+    y = last(pooled).detach()[:, 1:]
+    assert (y < 0).any()
+    assert (y > 0).any()
+    w = last.weight.detach()[1].clamp(min=0)
+    r = pooled * w / ((pooled * w).sum(1, keepdim=True) + last.bias.detach()[1]) * y.clamp(min=0)
+    r = (r[:, :, None, None] / 4).expand_as(h) * (h > 0)  # the gradients of pooling and ReLU
+    expected = torch.zeros_like(x)
+    for layer in (conv, skip):  # each gets all
+        w, b = layer.weight.detach()[:, :, 0, 0], layer.bias.detach()
+        for sign in (1, -1):
+            part = (x * sign).clamp(min=0) * sign
+            z = torch.einsum("oi,nihw->nohw", w.clamp(min=0), x.clamp(min=0))
+            z += torch.einsum("oi,nihw->nohw", w.clamp(max=0), x.clamp(max=0))
+            used = w.clamp(min=0) if sign > 0 else w.clamp(max=0)
+            expected += part * torch.einsum("oi,nohw->nihw", used, r / (z + b[:, None, None]))
+    method = DeepTaylor(model, preset="innvestigate")
+    torch.testing.assert_close(method.attribute(x, 1), expected, rtol=1e-9, atol=1e-12)
+    assert not method.attribute(x, 1)[y[:, 0] < 0].any()
+    assert any("not conserved" in row.caveat for row in check(model, x, method=method).caveats)
+    gated = Function(lambda m, x: m["a"](x) * m["b"](x).sigmoid(), a=nn.Linear(4, 3), b=nn.Linear(4, 3)).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.mul"):
+        DeepTaylor(gated, preset="innvestigate").attribute(normal(2, 4), 0)

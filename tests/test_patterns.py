@@ -1,0 +1,291 @@
+"""PatternNet and PatternAttribution: closed forms, Haufe's example, second derivations, and fits that are kept."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from captum.attr import NoiseTunnel
+from small import Function, normal, varied
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import models
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from captum_mipin import (
+    FitError,
+    InputError,
+    InverseFileError,
+    InverseNetwork,
+    LayerPropagation,
+    ModelChangedError,
+    NotFittedError,
+    UnsupportedOperationError,
+    check,
+)
+from captum_mipin.methods import PatternAttribution, PatternNet, Patterns
+
+ESTIMATORS = pytest.mark.parametrize("estimator", ["linear", "positive"])
+
+
+def _expected(x, w, b, estimator):
+    """The definition, neuron by neuron; x (rows, inputs), w (neurons, inputs)."""
+    patterns = []
+    for j in range(len(w)):
+        y = x @ w[j]
+        of = (y + b[j] > 0) if estimator == "positive" else torch.ones_like(y, dtype=torch.bool)
+        above = (x[of] * y[of, None]).mean(0) - x[of].mean(0) * y.mean()
+        patterns.append(above / (w[j] @ above))
+    return torch.stack(patterns)
+
+
+def _mlp():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))
+
+
+@ESTIMATORS
+def test_patterns_of_dense_layers_are_their_definition(estimator):
+    model, x = varied(_mlp(), 6), normal(80, 6, seed=3, dtype=torch.float64) + 0.5
+    patterns = Patterns(model, estimator=estimator).fit(x, batch_size=17, progress=False)
+    g = (model[1].weight / (model[1].running_var + model[1].eps).sqrt()).detach()
+    w = model[0].weight.detach() * g[:, None]
+    b = model[1](model[0](torch.zeros_like(x)))[0].detach()
+    torch.testing.assert_close(patterns["0/linear"], _expected(x, w, b, estimator))
+    h = model[:3](x).detach()
+    torch.testing.assert_close(patterns["3/linear"], _expected(h, model[3].weight.detach(), model[3].bias.detach(), estimator))
+    if estimator == "linear":
+        y = x @ w.T
+        cov = (x - x.mean(0)).T @ (y - y.mean(0)) / len(x)
+        torch.testing.assert_close(patterns["0/linear"], (cov / y.var(0, correction=0)).T)
+    torch.testing.assert_close((patterns["0/linear"] * w).sum(1), torch.ones(9, dtype=w.dtype))
+
+
+def test_haufes_example():
+    random = torch.Generator().manual_seed(0)
+    signal, distractor = (torch.randn(20_000, generator=random, dtype=torch.float64) for _ in range(2))
+    x = signal[:, None] * torch.tensor([1.0, 0.0]) + distractor[:, None] * torch.tensor([1.0, 1.0])
+    model = nn.Linear(2, 1, bias=False).double().eval()
+    model.weight.data = torch.tensor([[1.0, -1.0]], dtype=torch.float64)  # reads the signal by cancelling the distractor
+    patterns = Patterns(model, estimator="linear").fit(x, progress=False)
+    torch.testing.assert_close(patterns["(model)/linear"], torch.tensor([[1.0, 0.0]]).double(), rtol=0, atol=0.03)
+    net, attribution = PatternNet(model, patterns), PatternAttribution(model, patterns)
+    torch.testing.assert_close(net.attribute(x[:5], 0), signal[:5, None] * patterns["(model)/linear"])
+    torch.testing.assert_close(attribution.attribute(x[:5], 0), net.attribute(x[:5], 0) * model.weight.detach())
+
+
+CONVOLUTIONS = {
+    "conv1d, same": (lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=2, groups=2), (4, 9)),
+    "conv2d": (lambda: nn.Conv2d(3, 4, (3, 2), stride=2, padding=(1, 0), dilation=(1, 2)), (3, 6, 7)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (4, 4, 3)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), (4, 5, 5)),
+}
+
+
+@ESTIMATORS
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_patterns_of_convolutions_by_what_each_weight_multiplies(estimator, name):
+    make, shape = CONVOLUTIONS[name]
+    layer = make().double()
+    model = nn.Sequential(layer, nn.ReLU(), nn.Flatten()).eval()
+    x = normal(30, *shape, dtype=torch.float64) + 0.3
+    patterns = Patterns(model, estimator=estimator).fit(x, batch_size=11, progress=False)
+    (found,) = patterns._state.patterns.values()
+    w = layer.weight.detach()
+    linear = layer(x).detach() if layer.bias is None else (layer(x) - layer.bias.view(-1, *(1,) * (len(shape) - 1))).detach()
+    active = layer(x).detach() > 0 if estimator == "positive" else torch.ones_like(linear, dtype=torch.bool)
+    above = torch.zeros_like(w)
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    outputs = torch.zeros_like(w, dtype=torch.long)
+    bias, layer.bias = layer.bias, None
+    weight = layer.weight
+    for index in torch.cartesian_prod(*map(torch.arange, w.shape)).tolist():
+        one = torch.zeros_like(w)
+        one[tuple(index)] = 1
+        layer.weight = nn.Parameter(one)
+        rows = layer(x).detach()  # what this weight multiplies, at each place of its output
+        group = index[0] // (w.shape[0] // layer.groups)
+        j = group * w.shape[1] + index[1] if transposed else index[0]
+        of, y = active[:, j], linear[:, j]
+        mean = y.mean()
+        above[tuple(index)] = (rows[:, j][of] * y[of]).mean() - rows[:, j][of].mean() * mean
+        outputs[tuple(index)] = j
+    layer.weight, layer.bias = weight, bias
+    below = torch.zeros(outputs.max() + 1, dtype=w.dtype).index_add_(0, outputs.flatten(), (w * above).flatten())
+    torch.testing.assert_close(found, above / below[outputs])
+
+
+def _resnet():
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
+
+
+@ESTIMATORS
+def test_sums_have_a_pattern_a_channel_and_averages_are_even(estimator):
+    def run(m, x):
+        h = F.relu(m["a"](x))
+        return m["last"](F.adaptive_avg_pool2d(torch.sub(h, m["b"](h), alpha=0.5), 1).flatten(1))
+
+    model = Function(run, a=nn.Conv2d(2, 3, 1), b=nn.Conv2d(3, 3, 1), last=nn.Linear(3, 2)).double().eval()
+    x = normal(40, 2, 3, 3, dtype=torch.float64)
+    patterns = Patterns(model, estimator=estimator).fit(x, progress=False)
+    h = F.relu(model.layers["a"](x)).detach()
+    g = model.layers["b"](h).detach()
+    rows = torch.stack([h, g], -1).movedim(1, -2).flatten(0, -3)  # (rows, channels, terms)
+    weights = torch.tensor([1.0, -0.5], dtype=x.dtype)
+    a = torch.cat([_expected(rows[:, c], weights[None], torch.zeros(1), estimator) for c in range(3)])
+    torch.testing.assert_close(patterns["(model)/sub"], a)
+    torch.testing.assert_close((a * weights).sum(1), torch.ones(3, dtype=x.dtype))
+    y, last = model(x[:4])[:, :1].detach(), patterns["layers.last/linear"]
+    pooled = y * last[0]
+    s = pooled[:, :, None, None].expand(4, 3, 3, 3)
+    kernel = patterns["layers.b/conv2d"]
+    at_h = s * a[:, 0].view(1, -1, 1, 1) + F.conv_transpose2d(s * a[:, 1].view(1, -1, 1, 1), kernel)
+    expected = F.conv_transpose2d(at_h * (h[:4] > 0), patterns["layers.a/conv2d"])
+    torch.testing.assert_close(PatternNet(model, patterns).attribute(x[:4], 0), expected)
+    r = (pooled * model.layers["last"].weight[0])[:, :, None, None].expand(4, 3, 3, 3) / 9
+    r = r.detach()
+    kernel = kernel * model.layers["b"].weight.detach()
+    at_h = r * a[:, 0].view(1, -1, 1, 1) + F.conv_transpose2d(-0.5 * r * a[:, 1].view(1, -1, 1, 1), kernel)
+    expected = F.conv_transpose2d(at_h * (h[:4] > 0), patterns["layers.a/conv2d"] * model.layers["a"].weight.detach())
+    torch.testing.assert_close(PatternAttribution(model, patterns).attribute(x[:4], 0), expected)
+
+
+@ESTIMATORS
+@pytest.mark.parametrize(
+    "make", [_resnet, lambda: models.DenseNet(4, (2, 2), 6, num_classes=3), lambda: models.MobileNetV2(3, 0.25, [[2, 8, 2, 2]])]
+)
+def test_live_neurons_read_their_own_signal(make, estimator, captured_once):
+    model, x = varied(make(), 3, 32, 32), normal(12, 3, 32, 32, dtype=torch.float64)
+    [m for m in model.modules() if isinstance(m, nn.Linear)][-1].bias.data += 1  # most are active at times
+    patterns = Patterns(model, estimator=estimator).fit(x, batch_size=6, progress=False)
+    rows = {row.layer: row for row in patterns.report.layers}
+    assert any("add" in key for key in rows) or not isinstance(model, ResNet)
+    modules = dict(model.named_modules())
+    checked = 0
+    for key, pattern in patterns._state.patterns.items():
+        module = modules[key.rpartition("/")[0]]
+        if isinstance(module, nn.Linear):
+            live = (pattern * module.weight).flatten(1).sum(1)
+            alive = pattern.flatten(1).any(1)
+            torch.testing.assert_close(live, alive.to(live))
+            assert int((~alive).sum()) == rows[key].dead < len(alive)
+            checked += 1
+    assert checked
+    for method in (PatternNet(model, patterns), PatternAttribution(model, patterns)):
+        found = method.attribute(x[:3], [0, 1, 2])
+        assert torch.isfinite(found).all()
+        assert found.any()
+        torch.testing.assert_close(method.attribute(x[1:2], 1), found[1:2])
+        at = LayerPropagation(method, model.layer3 if isinstance(model, ResNet) else model.features).attribute(x[:3], 0)
+        assert at.any()
+    assert check(model, x, method=PatternNet(model, patterns)).ok
+
+
+def test_dead_neurons_have_no_pattern():
+    model = varied(_mlp(), 6)
+    model[1].bias.data[4] = -100
+    model[1].weight.data[2] = 0
+    patterns = Patterns(model).fit(normal(50, 6, dtype=torch.float64), progress=False)
+    assert not patterns["0/linear"][4].any()
+    assert patterns.report.layers[0].dead == 2
+    assert not Patterns(model, estimator="linear").fit(normal(50, 6, dtype=torch.float64), progress=False)["0/linear"][2].any()
+    assert "0/linear    50        9     2" in str(patterns.report)
+
+
+def test_every_kind_of_data_in_any_chunks_gives_the_same():
+    model, x = varied(_mlp(), 6), normal(40, 6, seed=4, dtype=torch.float64)
+    whole = Patterns(model).fit(x, progress=False)["0/linear"]
+    labels = torch.zeros(40)
+    for data, options in (
+        (x.flip(0), {"batch_size": 7}), (TensorDataset(x, labels), {}), (DataLoader(TensorDataset(x, labels), 9), {}),
+        ([x[:3], x[3:]], {}), ([{"image": x}], {"unpack": lambda batch: (batch["image"], None)}), (iter([x]), {}),
+    ):  # fmt: skip
+        torch.testing.assert_close(Patterns(model).fit(data, progress=False, **options)["0/linear"], whole)
+
+
+def test_files_and_state(tmp_path, untouched):
+    model, x = varied(_mlp(), 6), normal(40, 6, dtype=torch.float64)
+    with untouched(model, x):
+        patterns = Patterns(model, estimator="linear").fit(x, progress=False)
+        found = PatternAttribution(model, patterns).attribute(x, 1)
+    path = tmp_path / "patterns.safetensors"
+    patterns.save(path)
+    loaded = Patterns.load(path, model)
+    assert loaded.estimator == "linear"
+    assert loaded.report == patterns.report
+    for other in (loaded, copy.deepcopy((model, patterns))[1]):
+        assert torch.equal(PatternAttribution(other.model, other).attribute(x, 1), found)
+    method = PatternAttribution(model, patterns)
+    again = pickle.loads(pickle.dumps(method))
+    assert torch.equal(again.attribute(x, 1), found)
+    with pytest.raises(InverseFileError):
+        InverseNetwork.load(path, model)
+    InverseNetwork(model).fit(x, 0, progress=False).save(path)
+    with pytest.raises(InverseFileError, match="holds no patterns"):
+        Patterns.load(path, model)
+    patterns.save(path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(InverseFileError):
+        Patterns.load(path, model)
+    patterns.save(path)
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1
+    for call in (lambda: method.attribute(x, 1), lambda: Patterns.load(path, model)):
+        with pytest.raises(ModelChangedError):
+            call()
+
+
+def test_bad_input(untouched):
+    model, x = varied(_mlp(), 6), normal(40, 6, dtype=torch.float64)
+    patterns = Patterns(model)
+    with pytest.raises(NotFittedError):
+        PatternNet(model, patterns).attribute(x, 0)
+    for data in ([], x[:1], x * torch.nan, [x, x[:, :5]]):
+        with pytest.raises(FitError), untouched(model, x):
+            patterns.fit(data, progress=False)
+    patterns.fit(x, progress=False)
+    before = patterns["0/linear"]
+    with pytest.raises(FitError):
+        patterns.fit([x, x * torch.inf], progress=False)
+    assert patterns["0/linear"] is before
+    with pytest.raises(InputError, match="another model object"):
+        PatternNet(copy.deepcopy(model), patterns)
+    with pytest.raises(InputError, match="estimator"):
+        Patterns(model, estimator="negative")
+    with pytest.raises(InputError, match="expected Patterns"):
+        PatternAttribution(model, None)
+    with pytest.raises(NotFittedError, match="'1/linear'"):
+        patterns["1/linear"]
+    normed = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double().eval()
+    own = Patterns(normed).fit(x, progress=False)
+    assert PatternAttribution(normed, own).attribute(x, 0).any()
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.layer_norm"):
+        PatternNet(normed, own).attribute(x, 0)
+
+
+def test_with_captums_noise_tunnel_and_a_delta():
+    model, x = varied(_mlp(), 6).float(), normal(40, 6)
+    patterns = Patterns(model).fit(x, progress=False)
+    attribution = PatternAttribution(model, patterns)
+    found, delta = attribution.attribute(x, 1, return_convergence_delta=True)
+    torch.testing.assert_close(delta, model(x)[:, 1].detach() - found.sum(1))
+    for method in (attribution, PatternNet(model, patterns)):
+        assert NoiseTunnel(method).attribute(x, nt_samples=2, target=1).shape == x.shape
+
+
+def test_recurrent_networks_have_patterns_step_by_step():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.last = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(self.layer(x)[0][:, -1])
+
+    model, x = Recurrent().double().eval(), normal(30, 5, 3, dtype=torch.float64)
+    patterns = Patterns(model).fit(x, batch_size=8, progress=False)
+    for method in (PatternNet(model, patterns), PatternAttribution(model, patterns)):
+        found = method.attribute(x[:4], [0, 1, 1, 0])
+        assert found.any()
+        torch.testing.assert_close(method.attribute(x[2:3], 1), found[2:3])
