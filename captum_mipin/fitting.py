@@ -3,17 +3,26 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)  # fmt: skip
 from tqdm.auto import tqdm
 
 from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, check_inputs, finite, pick, plain
 from captum_mipin.convolution import CHUNK
 from captum_mipin.errors import FitError, InputError
+from captum_mipin.processes import Processes
 from captum_mipin.propagation import Inverses, Run, Surrogate, Target
 from captum_mipin.regression import Moments, RidgeScale, Rows, solve, solve_rows
 from captum_mipin.report import LayerFit
@@ -75,12 +84,22 @@ class Batches:
         unpack: Batch → (inputs, additional_forward_args), where a batch is anything else.
         device: Where the model is.
         explained: See :func:`captum_mipin.capture.check_inputs`.
+        shard: (this process, all processes): every so many batches belong to this one, of a ``DataLoader`` every so many
+            examples; with a ``DistributedSampler`` it is taken as it is. There may be none.
 
     Raises:
         FitError: The data is of no known kind, empty, or a batch does not fit those before it.
     """
 
-    def __init__(self, data: Any, batch_size: int, unpack: Unpack | None, device: torch.device, explained: bool = True) -> None:
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int,
+        unpack: Unpack | None,
+        device: torch.device,
+        explained: bool = True,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
         if isinstance(data, Tensor) or (isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data)):
             tensors = data if isinstance(data, tuple) else (data,)
             try:
@@ -99,12 +118,17 @@ class Batches:
                 f"cannot fit on a {type(data).__name__}: expected a tensor, a tuple of tensors, a Dataset, a DataLoader "
                 "or an iterable of batches"
             )
+        self._several = shard[1] > 1
+        if isinstance(data, DataLoader) and self._several and not isinstance(data.dataset, IterableDataset):
+            data = data if isinstance(data.sampler, DistributedSampler) else _part_of(data, *shard)
+            shard = (0, 1)
         self._data, self._unpack, self._device, self._explained = data, unpack or _unpack, device, explained
+        self._shard = shard
         self._like: Inputs | None = None
 
     def __iter__(self) -> Iterator[tuple[Inputs, Extras]]:
         found = False
-        for index, batch in enumerate(self._data):
+        for index, batch in enumerate(islice(self._data, self._shard[0], None, self._shard[1])):
             inputs, extras = self._unpack(batch)
             inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             extras = () if extras is None else extras if isinstance(extras, tuple) else (extras,)
@@ -112,7 +136,7 @@ class Batches:
             extras = tuple(e.to(self._device) if isinstance(e, Tensor) else e for e in extras)
             yield plain((tuple(x.to(self._device) for x in inputs), extras))
             found = True
-        if not found:
+        if not found and not self._several:
             raise FitError("the data yields no batch: nothing to fit on (an iterator that is used up?)")
 
     def _check(self, inputs: Inputs, index: int) -> None:
@@ -127,6 +151,20 @@ class Batches:
         for number, x in enumerate(inputs):
             if not finite(x):
                 raise FitError(f"batch {index}: input {number} contains NaN or Inf")
+
+
+def _part_of(loader: "DataLoader[Any]", rank: int, count: int) -> "DataLoader[Any]":
+    """The examples of a loader that belong to one of several processes."""
+    if loader.batch_size is None or not isinstance(loader.sampler, (SequentialSampler, RandomSampler)):
+        raise FitError(
+            f"the DataLoader draws by a {type(loader.batch_sampler or loader.sampler).__name__}, of which each process would "
+            "draw for itself: give it a torch.utils.data.DistributedSampler"
+        )
+    size = len(loader.dataset)  # type: ignore[arg-type]  # these samplers know it
+    return DataLoader(
+        Subset(loader.dataset, range(rank, size, count)), batch_size=loader.batch_size, num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, generator=torch.Generator(),
+    )  # fmt: skip
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -154,6 +192,8 @@ class Fit:
         settings: How the regressions are solved.
         memory: Bytes for what is kept of the data between layers, and as many for moments. What does not fit is computed again.
         progress: Show a progress bar.
+        processes: Those that fit together, each with its batches.
+        example: A batch of one, by which a process without data knows shapes.
     """
 
     def __init__(
@@ -166,10 +206,14 @@ class Fit:
         settings: Settings,
         memory: int,
         progress: bool,
+        processes: Processes,
+        example: tuple[Inputs, Extras],
     ) -> None:
         self._model, self._captured, self._surrogate, self._batches = model, captured, surrogate, batches
         self._targets, self._settings, self._memory, self._progress = list(targets), settings, memory, progress
-        self._rows: int | None = None
+        self._processes, self._example = processes, example
+        self._rows: int | None = None  # of this process
+        self._most = 0  # of any process
         self._kept: list[Trace] = []
         self._covered: Sequence[str] = surrogate.learned  # the steps that what is kept serves
         self._sizes: Mapping[str, float] = {}  # of what is kept for each step, bytes an example
@@ -185,7 +229,7 @@ class Fit:
         if self._rows is None:
             self.look()
         learned, groups = self._surrogate.learned, self._groups()
-        with tqdm(unit="row", disable=not self._progress, unit_scale=True) as bar:
+        with tqdm(unit="row", disable=not self._progress or self._processes.rank > 0, unit_scale=True) as bar:
             for index, group in enumerate(groups):
                 for number, key in enumerate(learned):
                     left = [target for target in group if not fitted.has(target, key)]
@@ -204,16 +248,16 @@ class Fit:
 
     def _groups(self) -> list[list[Target]]:
         """The targets whose signals come down together: as many as there is memory for, where all else is kept."""
-        rows, count = self._rows or 0, len(self._targets)
+        rows, count = self._most, len(self._targets)
         if self._covered:
             free = self._memory - rows * sum(self._sizes.values())
-            count = min(count, max(1, int(free // (rows * self._widest))))
+            count = min(count, max(1, int(free // max(rows * self._widest, 1))))
         return [self._targets[i : i + count] for i in range(0, len(self._targets), count)]
 
     def _segment(self, key: str) -> Sequence[str]:
         """The steps from ``key`` down for which what a pass over the data sees can be kept."""
         keys = self._surrogate.learned
-        keys, rows = keys[keys.index(key) :], self._rows or 0
+        keys, rows = keys[keys.index(key) :], self._most
         total = list(accumulate((self._sizes[k] for k in keys), initial=len(self._targets) * self._widest))
         return keys[: sum(rows * size <= self._memory for size in total[1:])]
 
@@ -223,6 +267,29 @@ class Fit:
         Raises:
             FitError: Fewer than two examples, a target whose output is constant, values that are not finite.
         """
+        with self._processes.step():
+            low, high = self._look()
+        mine = self._rows or 0, tuple(bound if bound is None else bound.cpu() for bound in (low, high)), bool(self._covered)
+        counts, bounds, fits = zip(*self._processes.gathered(mine), strict=True)
+        if not all(fits):
+            self._kept, self._covered = [], ()
+        self._sizes, self._widest = self._processes.first((self._sizes, self._widest) if self._rows else None) or ({}, 0.0)
+        rows, self._most = sum(counts), max(counts)
+        if rows < 2:
+            raise FitError(f"the data has {rows} example, expected at least two: a regression needs variance")
+        low = torch.stack([low for low, _ in bounds if low is not None]).amin(0)
+        high = torch.stack([high for _, high in bounds if high is not None]).amax(0)
+        for target in self._targets:
+            if high[target] == low[target]:
+                raise FitError(
+                    f"the output for target {shown(target)} is {low[target]:g} for each of the {rows} examples: nothing can be "
+                    "regressed on a constant. Fit it on data it responds to, or leave it out."
+                )
+        ranges = [float(bound[target]) for target in self._targets for bound in (low, high)]
+        return [float(rows), *ranges]
+
+    def _look(self) -> tuple[Tensor | None, Tensor | None]:
+        """The same in this process; what is seen is kept as long as it fits."""
         low = high = None
         rows = 0
         for index, (inputs, extras) in enumerate(self._batches):
@@ -244,17 +311,8 @@ class Fit:
             self._keep(trace, rows)
             low = output.amin(0) if low is None else torch.minimum(low, output.amin(0))
             high = output.amax(0) if high is None else torch.maximum(high, output.amax(0))
-        if rows < 2 or low is None or high is None:
-            raise FitError(f"the data has {rows} example, expected at least two: a regression needs variance")
-        for target in self._targets:
-            if high[target] == low[target]:
-                raise FitError(
-                    f"the output for target {shown(target)} is {low[target]:g} for each of the {rows} examples: nothing can be "
-                    "regressed on a constant. Fit it on data it responds to, or leave it out."
-                )
         self._rows = rows
-        ranges = [float(bound[target]) for target in self._targets for bound in (low, high)]
-        return [float(rows), *ranges]
+        return low, high
 
     def _check_apart(self, inputs: Inputs, extras: Extras, output: Tensor) -> None:
         """Whether examples give the same output in other company and order: the last line of defence behind the rules."""
@@ -319,38 +377,41 @@ class Fit:
         for batch in batches:
             joins = key in self._covered and batch[0].joins
             if waiting and not (joins and sum(x.numel() for _, x, _ in (*waiting, batch)) <= CHUNK // 4):
-                yield _together(waiting, join)
+                yield _joined(waiting, join)
                 waiting = []
             waiting.append(batch)
-        yield _together(waiting, join)
+        if waiting:
+            yield _joined(waiting, join)
 
     def _solve(
         self, key: str, targets: Sequence[Target], fitted: Fitted, bar: "tqdm[Any]"
     ) -> dict[Target, tuple[Inverse, LayerFit]]:
         """The inverses of one step for the first of ``targets``, as many as memory allows."""
         passes = self._signals(key, fitted, bar)
-        first = next(passes)
-        inverter, x, _ = first
+        with self._processes.step():
+            first = next(passes, None)
+            if first is None:  # this process has no data
+                seen = self._trace(*self._example, [key]).seen(key)
+                inverter, x = seen.inverter, seen.x.detach()
+            else:
+                inverter, x, _ = first
+        batches = passes if first is None else chain([first], passes)
         rows = self._regressed_rows(key, inverter, x)
-        by_rows = isinstance(inverter, Dense) and not inverter.own and rows < inverter.size[2]
+        alone = self._processes.count == 1
+        by_rows = alone and isinstance(inverter, Dense) and not inverter.own and rows < inverter.size[2]
         needed = 8 * rows * inverter.size[2] if by_rows else Moments.bytes_needed(*inverter.size)
         targets = targets[: max(1, self._memory // needed)]
         names = ", ".join(str(shown(target)) for target in targets)
         bar.set_description(f"{key} · class {names if len(names) < 30 else names[:27] + '...'}")
         if self._settings.solver == "sgd" and isinstance(inverter, Convolution) and inverter.plain:
-            return self._descend(key, targets, fitted, chain([first], passes), bar)
+            return self._descend(key, targets, fitted, batches, bar)
         if by_rows:
             assert isinstance(inverter, Dense)  # for mypy: as above
-            return self._solve_by_rows(key, inverter, targets, chain([first], passes))
-        moments: dict[Target, Moments] = {}
-        for index, (inverter, x, signals) in enumerate(self._joined(key, chain([first], passes))):
-            for target in targets:
-                found = inverter.moments(x, signals(target))
-                moments.setdefault(target, found)
-                if moments[target] is not found:
-                    moments[target].add(found)
-                if not moments[target].finite():
-                    raise FitError(f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}")
+            return self._solve_by_rows(key, inverter, targets, batches)
+        with self._processes.step():
+            moments = self._moments(key, targets, batches)
+        for target in targets if not alone else ():
+            moments[target] = self._together(moments.get(target), inverter, x)
         groups, features, shared, own = inverter.size
         result: dict[Target, tuple[Inverse, LayerFit]] = {}
         for target in targets:
@@ -363,6 +424,30 @@ class Fit:
             )  # fmt: skip
             result[target] = inverter.inverse(solution, x), layer
         return result
+
+    def _moments(self, key: str, targets: Sequence[Target], batches: Iterator[_Regressed]) -> dict[Target, Moments]:
+        """The moments of this process's data."""
+        moments: dict[Target, Moments] = {}
+        for index, (inverter, x, signals) in enumerate(self._joined(key, batches)):
+            for target in targets:
+                found = inverter.moments(x, signals(target))
+                moments.setdefault(target, found)
+                if moments[target] is not found:
+                    moments[target].add(found)
+                if not moments[target].finite():
+                    raise FitError(f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}")
+        return moments
+
+    def _together(self, mine: Moments | None, inverter: Inverter, x: Tensor) -> Moments:
+        """The moments of all processes' data."""
+        live = [found for found in self._processes.gathered(mine and (mine.live[0].tolist() if mine.live else "all")) if found]
+        if live.count(live[0]) < len(live):
+            mine, live = mine and mine.whole(), ["all"]
+        if mine is None:
+            groups, features, signals, own = inverter.size
+            mine = Moments.zeros(groups, features, signals if live[0] == "all" else len(live[0]), own, x.device)
+            mine.live = None if live[0] == "all" else (torch.tensor(live[0], device=x.device), signals)
+        return mine.pooled(self._processes.total)
 
     def _regressed_rows(self, key: str, inverter: Inverter, x: Tensor) -> int:
         """Rows of a step's regression over all data, from the features ``x`` of a batch."""
@@ -420,7 +505,7 @@ class Fit:
         return result
 
 
-def _together(batches: Sequence[_Regressed], join: Callable[[list[Tensor]], Tensor]) -> _Regressed:
+def _joined(batches: Sequence[_Regressed], join: Callable[[list[Tensor]], Tensor]) -> _Regressed:
     """Several batches as one."""
     inverters, xs, signals = zip(*batches, strict=True)
     if len(xs) == 1:

@@ -28,9 +28,10 @@ from captum_mipin.capture import (
     plain,
     unwrapped,
 )  # fmt: skip
-from captum_mipin.errors import CaptureError, InputError, InverseFileError, ModelChangedError, NotFittedError
+from captum_mipin.errors import CaptureError, FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack
 from captum_mipin.graphs import Graphs
+from captum_mipin.processes import Processes
 from captum_mipin.propagation import Run, Surrogate, Target, seed
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
@@ -192,6 +193,7 @@ class InverseNetwork:
         memory: int = 4 << 30,
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
+        distributed: bool = False,
     ) -> "InverseNetwork":
         """Learn the inverse for some classes (algorithm 1); classes fitted before are kept.
 
@@ -210,6 +212,10 @@ class InverseNetwork:
             progress: Show a progress bar with layer, classes and rows a second.
             checkpoint: A file that keeps what is done after each layer. If it is there already, the fit that wrote
                 it is taken up where it stopped; it is removed at the end. Give the same data in the same batches.
+            distributed: Fit together with the other processes of ``torch.distributed``'s default group, which all make
+                this call: each goes through a share of the data, and all end with the same inverse. A tensor, a ``Dataset``
+                or a ``DataLoader`` is shared out, unless it has a ``DistributedSampler``; of other iterables, which have to
+                be the same everywhere, each process takes every so many batches. The checkpoint is that of the first.
 
         Returns:
             self
@@ -222,38 +228,56 @@ class InverseNetwork:
             InverseFileError: The checkpoint is damaged, or of another fit.
             RuleError: A registered rule gives another value than its operation.
         """
-        model, before = check_model(self.model), self._state
-        if before is not None:
-            self._check_unchanged(before)
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size!r} must be at least 1")
+        model, before, processes = self.model, self._state, Processes(distributed)
         with generator_kept(), torch.inference_mode(False), torch.autocast(device_of(model).type, enabled=False):
-            batches = Batches(data, batch_size, unpack, device_of(model), explained=self.layer is None)
-            inputs, extras = next(iter(batches))
-            graph, surrogate = self._surrogate(inputs, extras, self.layer)
-            signature = Signature.of(inputs, extras, graph.shared)
-            if before is not None and before.signature != signature:
-                raise InputError("the data has another shape, dtype or further arguments than that of earlier fits")
-            dims = tuple(int(n) for n in graph.output.meta["val"].shape[1:])
-            chosen = several(targets, dims)
-            watch = before.watch if before is not None else storage.Watch(model)
-            example = first_example(inputs, extras, graph.shared)
-            state = _State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
-            fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress)
+            with processes.step():
+                check_model(model)
+                if before is not None:
+                    self._check_unchanged(before)
+                if batch_size < 1:
+                    raise InputError(f"batch_size={batch_size!r} must be at least 1")
+                if distributed and self.settings.solver == "sgd":
+                    raise InputError('solver="sgd" goes from batch to batch in one process: fit without distributed=True')
+                shard = processes.rank, processes.count
+                batches = Batches(data, batch_size, unpack, device_of(model), self.layer is None, shard)
+                first = next(iter(batches), None)
+            if not all(processes.gathered(first is not None)):  # a process without data learns of its shape from another
+                first = processes.first(first)
+            with processes.step():
+                if first is None:
+                    raise FitError("the data yields no batch: nothing to fit on")
+                inputs, extras = first
+                graph, surrogate = self._surrogate(inputs, extras, self.layer)
+                signature = Signature.of(inputs, extras, graph.shared)
+                if before is not None and before.signature != signature:
+                    raise InputError("the data has another shape, dtype or further arguments than that of earlier fits")
+                dims = tuple(int(n) for n in graph.output.meta["val"].shape[1:])
+                chosen = several(targets, dims)
+                watch = before.watch if before is not None else storage.Watch(model)
+                example = first_example(inputs, extras, graph.shared)
+                state = _State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
+            processes.agree("classes", chosen)
+            processes.agree("inputs", (signature, state.structure))
+            processes.agree("weights", watch.fingerprint)
+            processes.agree("settings", (self.settings, memory))
+            fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress, processes, example)
             unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
-            if checkpoint is not None and Path(checkpoint).exists():
-                state.fitted = self._resume(checkpoint, state, unfinished)
+            with processes.step():
+                if checkpoint is not None and processes.rank == 0 and Path(checkpoint).exists():
+                    state.fitted = self._resume(checkpoint, state, unfinished)
+            state.fitted = processes.gathered(state.fitted if processes.rank == 0 else None)[0]
 
             def keep(fitted: Fitted) -> None:
-                if checkpoint is not None:
-                    self._write(checkpoint, state, unfinished)
+                with processes.step():
+                    if checkpoint is not None and processes.rank == 0:
+                        self._write(checkpoint, state, unfinished)
 
             done = fit.run(state.fitted, keep)
         if before is not None:
             kept = [layer for layer in before.fitted.layers if layer.target not in {shown(target) for target in chosen}]
             state.fitted = Fitted({**before.fitted.inverses, **done.inverses}, kept + done.layers)
         self._state = state
-        if checkpoint is not None:
+        if checkpoint is not None and processes.rank == 0:
             Path(checkpoint).unlink(missing_ok=True)
         return self
 

@@ -8,7 +8,7 @@ Besides the signals that all features share, each feature may have signals of it
 fork is the identity: x_i ≈ Σ_j W_ij s_j + Σ_k a_ik o_ik + b_i, all coefficients fitted together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,6 +109,21 @@ class Moments:
         self.mean_z += share * dz
         self.mean_s += share * ds
         self.count = count
+
+    def pooled(self, total: Callable[[Tensor], Tensor]) -> "Moments":
+        """The moments of the rows of several processes.
+
+        Args:
+            total: Adds up a tensor over them.
+        """
+        count = int(total(torch.tensor([self.count], device=self.ss.device)))
+        mean_z, mean_s = (total(self.count * mean) / max(count, 1) for mean in (self.mean_z, self.mean_s))
+        dz, ds = self.mean_z - mean_z, self.mean_s - mean_s
+        each, n = dz.mT, self.count
+        zz = self.zz + n * each.unsqueeze(3) * each.unsqueeze(2)
+        zs = self.zs.flatten(1, 2).baddbmm(dz.flatten(1).unsqueeze(2), ds.unsqueeze(1), alpha=n).view_as(self.zs)
+        ss = self.ss.baddbmm(ds.unsqueeze(2), ds.unsqueeze(1), alpha=n)
+        return Moments(count, mean_z, mean_s, total(zz), total(zs), total(ss), self.live)
 
     def whole(self) -> "Moments":
         """The same, with those signals in their places that have always been zero."""

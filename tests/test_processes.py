@@ -1,0 +1,174 @@
+"""Several processes that fit together end with the inverse that one alone finds, or all with a clear error."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from captum_mipin import FitError, InputError, InverseNetwork
+from captum_mipin.processes import Processes
+
+#: What each of two processes does, one scenario after the other.
+SCRIPT = """
+import json, os, sys
+import torch
+from torch import distributed, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from captum_mipin import InverseNetwork
+
+distributed.init_process_group("gloo")
+rank, folder = distributed.get_rank(), sys.argv[1]
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 40), nn.ReLU(), nn.Linear(40, 3)
+    ).double().eval()
+
+def data(count):
+    return torch.randn(count, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+class Fails:
+    def __init__(self, x, at):
+        self.x, self.at, self.seen = x, at, 0
+    def __iter__(self):
+        for batch in self.x.split(5):
+            self.seen += 1
+            if rank == 1 and self.seen == self.at:
+                raise OSError("no such image")
+            yield batch
+
+found = {}
+
+def scenario(name, data, count=40, change=lambda model: None, **options):
+    model = network()
+    change(model)
+    inverse = InverseNetwork(model)
+    try:
+        inverse.fit(data, [0, 2], progress=False, distributed=True, **options)
+        x = globals()["data"](count)
+        found[name] = [inverse.source_signal(x, target).flatten().tolist() for target in (0, 2)]
+        found[name].append([[layer.rows, layer.explained_variance] for layer in inverse.report.layers])
+    except Exception as error:
+        assert inverse.targets == []
+        found[name] = f"{type(error).__name__}: {error}"
+
+x = data(40)
+scenario("a tensor", x, batch_size=5)
+scenario("little memory", x, batch_size=5, memory=x.nbytes // 8)
+scenario("a dataset", TensorDataset(x), batch_size=7)
+scenario("a loader that shuffles", DataLoader(TensorDataset(x), batch_size=5, shuffle=True))
+scenario("a distributed sampler", DataLoader(TensorDataset(x), batch_size=5, sampler=DistributedSampler(x)))
+scenario("batches", list(x.split(5)))
+scenario("unequal", list(x.split(16)))
+scenario("an empty shard", [x])
+kept = {"checkpoint": f"{folder}/checkpoint", "memory": x.nbytes // 8}
+scenario("stopped", Fails(x, 22), **kept)
+assert rank or os.path.exists(kept["checkpoint"])
+scenario("resumed", list(x.split(5)), **kept)
+assert rank or not os.path.exists(kept["checkpoint"])
+scenario("raises in the first batch", Fails(x, 1))
+scenario("raises later", Fails(x, 10))
+scenario("raises in a later pass", Fails(x, 20), memory=x.nbytes // 8)
+scenario("other weights", x, change=lambda model: nn.init.constant_(model[0].bias, rank))
+scenario("not finite", [torch.full_like(x[:4], float("nan")) if rank == k % 2 == 1 else x[:4] for k in range(4)])
+scenario("nothing", [])
+scenario("one example", [x[:1]])
+sampler = torch.utils.data.WeightedRandomSampler(torch.ones(40), 40)
+scenario("a sampler of its own", DataLoader(TensorDataset(x), sampler=sampler))
+try:
+    InverseNetwork(network(), solver="sgd").fit(x, 0, progress=False, distributed=True)
+except Exception as error:
+    found["sgd"] = f"{type(error).__name__}: {error}"
+with open(f"{folder}/{rank}.json", "w") as file:
+    json.dump(found, file)
+
+class Gone:
+    def __iter__(self):
+        if rank == 1:
+            os._exit(3)
+        return iter([x])
+
+try:
+    InverseNetwork(network()).fit(Gone(), 0, progress=False, distributed=True)
+except Exception as error:
+    with open(f"{folder}/gone", "w") as file:
+        file.write(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "script.py").write_text(SCRIPT)
+    root = str(Path(__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*torchrun, str(folder / "script.py"), str(folder)], env=env, capture_output=True, timeout=300, check=False)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], folder
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process finds."""
+    names: dict[str, object] = {}
+    code = SCRIPT.split("class Fails")[0].replace('distributed.init_process_group("gloo")', "").split("rank, folder")
+    exec(code[0] + code[1].split("\n", 1)[1], names)
+    model, x = names["network"](), names["data"](40)
+    inverse = InverseNetwork(model).fit(x, [0, 2], progress=False)
+    return inverse, x
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a tensor", "little memory", "a dataset", "a loader that shuffles", "a distributed sampler", "batches", "unequal",
+     "an empty shard", "resumed"],
+)  # fmt: skip
+def test_all_end_with_the_inverse_of_one_process(run, alone, name):
+    (first, second), _ = run
+    assert not isinstance(first[name], str), first[name]
+    assert first[name] == second[name]
+    inverse, x = alone
+    for target, found in zip((0, 2), first[name], strict=False):
+        expected = inverse.source_signal(x, target).flatten()
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-8, atol=1e-8)
+    assert [rows for rows, _ in first[name][2]] == [layer.rows for layer in inverse.report.layers]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("raises in the first batch", "FitError: the fit failed in process 1 of 2: OSError: no such image", "OSError"),
+        ("raises later", "FitError: the fit failed in process 1 of 2: OSError: no such image", "OSError: no such image"),
+        ("raises in a later pass", "FitError: the fit failed in process 1 of 2: OSError: no such image", "OSError"),
+        ("other weights", "FitError: the processes cannot fit together: their weights differ", "FitError"),
+        ("not finite", "FitError: the fit failed in process 1 of 2: FitError: batch 0: input", "FitError: batch 0"),
+        ("nothing", "FitError: the data yields no batch", "FitError: the data yields no batch"),
+        ("one example", "FitError: the data has 1 example", "FitError: the data has 1 example"),
+        ("a sampler of its own", "FitError: the DataLoader draws by a BatchSampler", "FitError: the DataLoader"),
+        ("sgd", 'InputError: solver="sgd" goes from batch to batch', "InputError"),
+    ],
+)  # fmt: skip
+def test_all_end_with_an_error(run, name, first, second):
+    (one, other), _ = run
+    assert one[name].startswith(first)
+    assert other[name].startswith(second)
+
+
+def test_a_process_that_is_gone_is_noticed(run):
+    assert (run[1] / "gone").read_text().startswith("FitError: another process of the fit is gone")
+
+
+def test_without_a_process_group():
+    with pytest.raises(InputError, match="needs a process group: start the script with torchrun"):
+        InverseNetwork(torch.nn.Linear(2, 2).eval()).fit(torch.randn(5, 2), distributed=True)
+
+
+def test_one_process_fails_as_ever():
+    with pytest.raises(FitError, match="mine"), Processes(False).step():
+        raise FitError("mine")
