@@ -228,16 +228,17 @@ class InverseNetwork:
             InverseFileError: The checkpoint is damaged, or of another fit.
             RuleError: A registered rule gives another value than its operation.
         """
-        model, before, processes = self.model, self._state, Processes(distributed)
+        before, processes = self._state, Processes(distributed)
+        with processes.step():
+            model = check_model(self.model)
+            if before is not None:
+                self._check_unchanged(before)
+            if batch_size < 1:
+                raise InputError(f"batch_size={batch_size!r} must be at least 1")
+            if distributed and self.settings.solver == "sgd":
+                raise InputError('solver="sgd" goes from batch to batch in one process: fit without distributed=True')
         with generator_kept(), torch.inference_mode(False), torch.autocast(device_of(model).type, enabled=False):
             with processes.step():
-                check_model(model)
-                if before is not None:
-                    self._check_unchanged(before)
-                if batch_size < 1:
-                    raise InputError(f"batch_size={batch_size!r} must be at least 1")
-                if distributed and self.settings.solver == "sgd":
-                    raise InputError('solver="sgd" goes from batch to batch in one process: fit without distributed=True')
                 shard = processes.rank, processes.count
                 batches = Batches(data, batch_size, unpack, device_of(model), self.layer is None, shard)
                 first = next(iter(batches), None)

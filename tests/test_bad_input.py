@@ -35,7 +35,7 @@ from captum_mipin import (
     check,
     storage,
 )
-from captum_mipin.regression import Moments
+from captum_mipin.regression import Solution, solve
 
 
 class Steps(nn.Module):
@@ -871,17 +871,17 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(cnn: Any, tmp_path: Path
 
 
 def test_a_fit_that_keeps_its_data_goes_on_from_its_checkpoint(cnn: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    path, add, calls = tmp_path / "checkpoint", Moments.add, []
+    path, calls = tmp_path / "checkpoint", []
 
-    def interrupted(self: Moments, other: Moments) -> None:
+    def interrupted(*arguments: Any) -> Solution:
         calls.append(0)
-        if len(calls) == 7:
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        add(self, other)
+        return solve(*arguments)
 
     batches = list(cnn.x.split(16))
     complete = InverseNetwork(cnn.model).fit(batches, [0, 2], progress=False)
-    monkeypatch.setattr(Moments, "add", interrupted)
+    monkeypatch.setattr("captum_mipin.fitting.solve", interrupted)
     with pytest.raises(KeyboardInterrupt):
         InverseNetwork(cnn.model).fit(batches, [0, 2], progress=False, checkpoint=path)
     monkeypatch.undo()
