@@ -24,7 +24,7 @@ from captum_mipin.convolution import CHUNK
 from captum_mipin.errors import FitError, InputError
 from captum_mipin.processes import Processes
 from captum_mipin.propagation import Inverses, Run, Surrogate, Target
-from captum_mipin.regression import Moments, RidgeScale, Rows, solve, solve_rows
+from captum_mipin.regression import Moments, RidgeScale, Rows, gaussian_information, solve, solve_rows
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse, Inverter, Options
 from captum_mipin.rules.linear import Convolution, Dense
@@ -64,10 +64,11 @@ class Settings:
 
 @dataclass
 class Fitted:
-    """Inverses by target and step key, and how their fits went."""
+    """Inverses by target and step key, how their fits went, and what the features tell of each target's output, in bits."""
 
     inverses: dict[Target, dict[str, Inverse]] = field(default_factory=dict)
     layers: list[LayerFit] = field(default_factory=list)
+    information: dict[Target, Inputs] = field(default_factory=dict)
 
     def has(self, target: Target, key: str) -> bool:
         """Whether a step is fitted for a target."""
@@ -219,6 +220,8 @@ class Fit:
         self._sizes: Mapping[str, float] = {}  # of what is kept for each step, bytes an example
         self._widest = 0.0  # of the signals of one class, bytes an example
         self._signature: Signature | None = None
+        self._shared: list[Moments] = []  # of the features where the passes end and the targets' outputs
+        self._features: list[Tensor] = []  # an example of these
 
     def run(self, fitted: Fitted, done: Callable[[Fitted], None] = lambda fitted: None) -> Fitted:
         """Fit what ``fitted`` lacks; ``done`` is called after each regression solved.
@@ -244,7 +247,17 @@ class Fit:
                         done(fitted)
                 for trace in self._kept:
                     trace.drop(group)
+        fitted.information = self._information()
         return fitted
+
+    def _information(self) -> dict[Target, Inputs]:
+        """Bits that each feature shares with each target's output, as jointly Gaussian variables."""
+        maps = [gaussian_information(shared).float() for shared in self._shared]
+        shapes = [x.shape for x in self._features]
+        return {
+            target: tuple(bits[0, :, index].reshape(shape).clone() for bits, shape in zip(maps, shapes, strict=True))
+            for index, target in enumerate(self._targets)
+        }
 
     def _groups(self) -> list[list[Target]]:
         """The targets whose signals come down together: as many as there is memory for, where all else is kept."""
@@ -285,6 +298,11 @@ class Fit:
                     f"the output for target {shown(target)} is {low[target]:g} for each of the {rows} examples: nothing can be "
                     "regressed on a constant. Fit it on data it responds to, or leave it out."
                 )
+        if self._processes.count > 1:
+            if not self._features:  # this process has no data
+                self._share(self._trace(*self._example))
+                self._shared = [Moments.zeros(1, m.zs.shape[2], m.zs.shape[3], device=m.ss.device) for m in self._shared]
+            self._shared = [moments.pooled(self._processes.total) for moments in self._shared]
         ranges = [float(bound[target]) for target in self._targets for bound in (low, high)]
         return [float(rows), *ranges]
 
@@ -309,10 +327,21 @@ class Fit:
                 self._sizes = {key: size / len(output) for key, size in trace.sizes.items()}
                 self._widest = trace.widest / len(output)
             self._keep(trace, rows)
+            self._share(trace)
             low = output.amin(0) if low is None else torch.minimum(low, output.amin(0))
             high = output.amax(0) if high is None else torch.maximum(high, output.amax(0))
         self._rows = rows
         return low, high
+
+    def _share(self, trace: Trace) -> None:
+        """What the features where the passes end have in common with the targets' outputs."""
+        whole: tuple[Any, ...] = (slice(None),)
+        outputs = torch.stack([trace.output.detach()[whole + target] for target in self._targets], 1).unsqueeze(0)
+        if not self._features:
+            self._features = [x[:1].clone() for x in trace.sources]
+            self._shared = [Moments.zeros(1, x[0].numel(), len(self._targets), device=x.device) for x in trace.sources]
+        for moments, x in zip(self._shared, trace.sources, strict=True):
+            moments.update(x.flatten(1).unsqueeze(0), outputs.to(x.dtype))
 
     def _check_apart(self, inputs: Inputs, extras: Extras, output: Tensor) -> None:
         """Whether examples give the same output in other company and order: the last line of defence behind the rules."""

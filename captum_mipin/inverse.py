@@ -276,7 +276,8 @@ class InverseNetwork:
             done = fit.run(state.fitted, keep)
         if before is not None:
             kept = [layer for layer in before.fitted.layers if layer.target not in {shown(target) for target in chosen}]
-            state.fitted = Fitted({**before.fitted.inverses, **done.inverses}, kept + done.layers)
+            information = {**before.fitted.information, **done.information}
+            state.fitted = Fitted({**before.fitted.inverses, **done.inverses}, kept + done.layers, information)
         self._state = state
         if checkpoint is not None and processes.rank == 0:
             Path(checkpoint).unlink(missing_ok=True)
@@ -353,6 +354,38 @@ class InverseNetwork:
             mask=False, layer=self.layer, unit=True,
         )  # fmt: skip
         return found.signals[0] if len(found.signals[0]) > 1 else found.signals[0][0]
+
+    def information(self, target: Any = None, additional_forward_args: Any = None) -> Any:
+        """The global map of a class (section 3.2): bits that each feature shares with its source signal.
+
+        Without masks the source signal S = g(Y) is linear in the class's logit, so that the two are one variable as far as
+        information goes. Over the data of the fit, feature and signal are taken as jointly Gaussian, as the paper does:
+        −½ log₂(1 − ρ²), ρ their correlation. Where the signal is constant, there is none.
+
+        Args:
+            target, additional_forward_args: As for :meth:`class_attribution`.
+
+        Returns:
+            (1, ...) bits, like one example of the model's input, or of the layer the inverse stops at; a tuple for several.
+
+        Raises:
+            NotFittedError: A class that was not fitted.
+
+        Examples:
+            >>> x = torch.randn(200, 2)
+            >>> model = nn.Linear(2, 1).eval()
+            >>> _ = torch.nn.init.ones_(model.weight)
+            >>> bits = InverseNetwork(model).fit(x, progress=False).information()
+            >>> bool((bits > 0.2).all() and (bits < 0.9).all())  # 0.5 for independent features of equal variance
+            True
+        """
+        state = self._fitted()
+        chosen = one(target, state.dims)
+        if chosen not in state.fitted.information:
+            raise self._unknown(chosen)
+        slopes = as_inputs(self.class_attribution(target, additional_forward_args))
+        bits = tuple(b * (a != 0).to(b) for a, b in zip(slopes, state.fitted.information[chosen], strict=True))
+        return bits if len(bits) > 1 else bits[0]
 
     def explain(
         self,
@@ -446,14 +479,17 @@ class InverseNetwork:
         for target in dict.fromkeys(targets):
             inverses = state.fitted.inverses.get(target)
             if inverses is None:
-                raise NotFittedError(
-                    f"no inverse was fitted for target {shown(target)}; fitted are {self.targets}. "
-                    f"Add it with fit(data, targets=[{shown(target)}])"
-                )
+                raise self._unknown(target)
             missing = [key for key in surrogate.learned if key not in inverses]
             if missing:
                 reach = f"stops at layer {self._path(self.layer)!r}" if self.layer else "was fitted on another graph"
                 raise NotFittedError(f"the inverse {reach} and has nothing for {', '.join(missing[:4])}")
+
+    def _unknown(self, target: Target) -> NotFittedError:
+        return NotFittedError(
+            f"no inverse was fitted for target {shown(target)}; fitted are {self.targets}. "
+            f"Add it with fit(data, targets=[{shown(target)}])"
+        )
 
     # ------------------------------------------------------------------------------------------------- files
 
@@ -536,6 +572,8 @@ class InverseNetwork:
                         same[name] = names[id(tensor)]
                     elif tensor is not None:
                         tensors[name], names[id(tensor)] = tensor, name
+            for index, bits in enumerate(fitted.information.get(target, ())):
+                tensors[f"{number}.information.{index}"] = bits
         content = {
             "fingerprint": state.watch.fingerprint,
             "layer": None if self.layer is None else self._path(self.layer),
@@ -733,6 +771,8 @@ def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: 
             key: Inverse(*(found.get(f"{number}.{index}.{part}") for part in _PARTS))  # type: ignore[arg-type]  # weight and bias are there
             for index, key in enumerate(entry["keys"])
         }
+        maps = sorted((int(name.split(".")[2]), t) for name, t in found.items() if name.startswith(f"{number}.information."))
+        fitted.information[tuple(entry["target"])] = tuple(bits for _, bits in maps)
     for layer in content["layers"]:
         target = tuple(layer["target"]) if isinstance(layer["target"], list) else layer["target"]
         fitted.layers.append(LayerFit(**{**layer, "target": target}))

@@ -163,6 +163,31 @@ def gram_of_each(z: Tensor, over: tuple[int, ...]) -> Tensor:
     return (rows @ rows.mT).double()
 
 
+def gaussian_information(moments: Moments) -> Tensor:
+    """−½ log₂(1 − ρ²) between each feature and each signal: their mutual information, were they jointly Gaussian.
+
+    Args:
+        moments: Of features and shared signals.
+
+    Returns:
+        (g, dx, ds) bits, float64; 0 where either never varies. With ρ = 1 they have no bound; float64 can tell about 26.
+
+    Examples:
+        >>> s = torch.randn(1, 1000, 1)
+        >>> moments = Moments.zeros(1, 2, 1)
+        >>> moments.update(torch.cat([3 * s, torch.ones_like(s)], 2), s)
+        >>> gaussian_information(moments).squeeze().tolist()[1]
+        0.0
+    """
+    x = moments.zz[..., 0, 0].unsqueeze(2)
+    s = moments.ss.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    varies = (x > _CONSTANT * (x + moments.count * moments.mean_z[:, 0].unsqueeze(2).square())) & (
+        s > _CONSTANT * (s + moments.count * moments.mean_s.unsqueeze(1).square())
+    )
+    unshared = 1 - (moments.zs[:, 0].square() / (x * s).clamp(min=torch.finfo(x.dtype).tiny)).clamp(max=1)
+    return (-0.5 * unshared.clamp(min=torch.finfo(x.dtype).eps).log2()).masked_fill(~varies, 0.0)
+
+
 @dataclass(frozen=True)
 class Solution:
     """A solved regression x ≈ weight · s + own · o + bias.

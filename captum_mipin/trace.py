@@ -20,12 +20,14 @@ class Trace:
 
     Attributes:
         output: The model's.
+        sources: Features where the way back ends.
         sizes: About the bytes of what is kept for the way back through each step, and on to the steps below.
         widest: About the bytes of the signals of one class that are kept between two steps.
     """
 
     def __init__(self, run: Run, output: Tensor) -> None:
         self.output, self.sizes = output, run.sizes
+        self.sources = tuple(x for _, x in sorted(run.sources.items()))
         self._seen = {key: run.seen[key] for key in reversed(tuple(run.fitting or ()))}
         self.widest = max((sum(s.nbytes for s in (seen.x, *seen.outputs)) for seen in self._seen.values()), default=0)
         self._waiting: dict[Target, _Waiting] = {}

@@ -52,6 +52,7 @@ def scenario(name, data, count=40, change=lambda model: None, **options):
         inverse.fit(data, [0, 2], progress=False, distributed=True, **options)
         x = globals()["data"](count)
         found[name] = [inverse.source_signal(x, target).flatten().tolist() for target in (0, 2)]
+        found[name].append(inverse.information(2).flatten().tolist())
         found[name].append([[layer.rows, layer.explained_variance] for layer in inverse.report.layers])
     except Exception as error:
         assert inverse.targets == []
@@ -137,7 +138,8 @@ def test_all_end_with_the_inverse_of_one_process(run, alone, name):
     for target, found in zip((0, 2), first[name], strict=False):
         expected = inverse.source_signal(x, target).flatten()
         torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-8, atol=1e-8)
-    assert [rows for rows, _ in first[name][2]] == [layer.rows for layer in inverse.report.layers]
+    torch.testing.assert_close(torch.tensor(first[name][2]), inverse.information(2).flatten(), rtol=1e-5, atol=1e-6)
+    assert [rows for rows, _ in first[name][3]] == [layer.rows for layer in inverse.report.layers]
 
 
 @pytest.mark.parametrize(
