@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the images and weights/")
     parser.add_argument("--fit", type=int, default=400, help="images to fit on")
     parser.add_argument("--classes", type=int, default=10, help="number of classes to fit")
+    parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="with which each image is recognised")
     parser.add_argument("--mosaics", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20, help="of Integrated Gradients")
     parser.add_argument("--batch", type=int, default=10)
@@ -155,7 +156,7 @@ def main() -> None:
     grids = [
         mosaics(
             model, test, images.labels, n, arguments.mosaics,
-            confidence=CONFIDENCE, classes=classes, generator=torch.Generator().manual_seed(n),
+            confidence=arguments.confidence, classes=classes, generator=torch.Generator().manual_seed(n),
         )
         for n in (2, 3)
     ]  # fmt: skip
@@ -190,7 +191,7 @@ def main() -> None:
     write(
         f"localization-{arguments.network}", rows,
         data="CIFAR-10 test" if about.size == 32 else "600 ILSVRC2012 validation images of 20 classes", size=about.size,
-        fit=arguments.fit, classes=classes, mosaics=arguments.mosaics, steps=arguments.steps, confidence=CONFIDENCE,
+        fit=arguments.fit, classes=classes, mosaics=arguments.mosaics, steps=arguments.steps, confidence=arguments.confidence,
         target="the class of the cell", reduction="sum over channels, then ReLU", ties="none: shares of a sum",
     )  # fmt: skip
     print(show(rows))

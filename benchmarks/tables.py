@@ -128,6 +128,7 @@ def localization() -> str:
         result = json.loads(path.read_text())
         settings = result["settings"]
         name = f"{path.stem.removeprefix('localization-')}, {len(settings['classes'])} classes, {settings['mosaics']} mosaics"
+        name += f", confidence {settings['confidence']}" if settings["confidence"] != 0.99 else ""
         for method in dict.fromkeys(row["method"] for row in result["rows"]):
             line: dict[str, Any] = {"network": name, "method": method}
             for row in (row for row in result["rows"] if row["method"] == method):
@@ -155,6 +156,21 @@ def zoo() -> str:
             }
         )
     return show(rows)
+
+
+def scale() -> str:
+    """The head of VGG-19, so many classes at once."""
+    return show(
+        [
+            {
+                "classes": row["classes"],
+                "fit": f"{row['s']:.0f} s",
+                "peak beyond model and data": f"{row['beyond model and data GiB']:.1f} GiB",
+                "file a class": f"{row['file MB'] / row['classes']:.0f} MB",
+            }
+            for row in _load("scale")["rows"]
+        ]
+    )
 
 
 def bottlenecks() -> str:
@@ -235,7 +251,7 @@ def class_sensitivity() -> str:
 
 def main() -> None:
     text = README.read_text()
-    own = (completeness, controls, variants, localization, invariance, class_sensitivity, speed, zoo)
+    own = (completeness, controls, variants, localization, invariance, class_sensitivity, speed, zoo, scale)
     for table in (*own, bottlenecks, bottlenecks_text, bottlenecks_speed):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         before, found, rest = text.partition(begin)

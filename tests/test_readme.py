@@ -1,4 +1,5 @@
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,18 @@ def test_the_other_methods_run(capsys):
     assert names["relevance"].shape == names["attribution"].shape == (4, 3, 8, 8)
     assert names["at_the_pool"].shape == (4, 8, 3, 3)
     assert "LRP-γ" not in capsys.readouterr().out  # the only convolution is that of the input
+
+
+def test_a_process_that_fits_with_others_runs(tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port), ("RANK", 0), ("WORLD_SIZE", 1)):
+        monkeypatch.setenv(name, str(value))
+    names = run("Fitting at scale")
+    assert names["bits"].shape == (1, 64)
+    assert (tmp_path / "inverse.safetensors").exists()
 
 
 def test_all_of_its_code_is_run():
