@@ -50,6 +50,7 @@ class Settings:
         solver: "exact", or the paper's "sgd" for convolutions.
         epochs: Of the SGD solver.
         learning_rate: Of the SGD solver; None for 1/L, L the largest curvature on the first batch.
+        double: Whether products of moments are taken in float64 instead of the model's dtype.
         joint: Whether what comes back to a tensor from several branches is learned together, or summed up.
     """
 
@@ -60,6 +61,7 @@ class Settings:
     epochs: int = 20
     learning_rate: float | None = None
     joint: bool = True
+    double: bool = False
 
 
 @dataclass
@@ -459,7 +461,10 @@ class Fit:
         moments: dict[Target, Moments] = {}
         for index, (inverter, x, signals) in enumerate(self._joined(key, batches)):
             for target in targets:
-                found = inverter.moments(x, signals(target))
+                s = signals(target)
+                if self._settings.double:
+                    x, s = x.double(), tuple(part.double() for part in s)
+                found = inverter.moments(x, s)
                 moments.setdefault(target, found)
                 if moments[target] is not found:
                     moments[target].add(found)

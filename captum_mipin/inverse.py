@@ -95,6 +95,8 @@ class InverseNetwork:
         pooling: Average pooling sends the signal back by recorded "shares" of the average, or spreads it "even".
         forks: What comes back to a tensor from several branches (residual connections, say) is learned in one "joint"
             regression, or is the "sum" of what each brings.
+        precision: Products of moments are taken, once centred, in the dtype of the "model", whose float32 keeps second moments
+            to a millionth of the variances, or in "double"; they are summed and solved in float64 in either case.
         solver: "exact" least squares, or for convolutions the paper's "sgd".
         epochs: Passes of the SGD solver over the data.
         learning_rate: Of the SGD solver; by default the inverse of the largest curvature on the first batch.
@@ -127,6 +129,7 @@ class InverseNetwork:
         ridge_scale: RidgeScale = "relative",
         pooling: Literal["shares", "even"] = "shares",
         forks: Literal["joint", "sum"] = "joint",
+        precision: Literal["model", "double"] = "model",
         solver: Solver = "exact",
         epochs: int = 20,
         learning_rate: float | None = None,
@@ -137,6 +140,7 @@ class InverseNetwork:
             ("ridge_scale", ridge_scale, ("relative", "mean", "sum")),
             ("pooling", pooling, ("shares", "even")),
             ("forks", forks, ("joint", "sum")),
+            ("precision", precision, ("model", "double")),
             ("solver", solver, ("exact", "sgd")),
         ):
             if value not in known:
@@ -152,7 +156,9 @@ class InverseNetwork:
         self.changed = changed
         if learning_rate is not None and not learning_rate > 0:
             raise InputError(f"learning_rate={learning_rate!r} must be above 0")
-        self.settings = Settings(ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint")
+        self.settings = Settings(
+            ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint", precision == "double"
+        )
         self._state: _State | None = None
         self._graphs = Graphs()
 

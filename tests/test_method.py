@@ -888,3 +888,30 @@ def test_convolution_equals_its_normal_equations(conv, size):
     source, attribution = both(mipin, x, 1)
     assert_close(source, apply_kernel(s, table, kernels, x.shape))
     assert_close(attribution, apply_kernel(a, table, kernels, x.shape, biases=False))
+
+
+def test_moments_in_double_bring_a_float32_fit_to_that_in_float64():
+    """Kernel, bias and joint fork of one network, in float32 with products of either kind, against float64 throughout."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.one = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            return self.head(torch.relu(x + self.one(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Residual().eval()
+    x = torch.randn(60, 2, 8, 8) + 4
+    wide = copy.deepcopy(model).double()
+    expected = InverseNetwork(wide, ridge=1e-8).fit(x.double(), 0, progress=False).source_signal(x.double(), 0)
+    errors = []
+    for precision in ("model", "double"):
+        found = InverseNetwork(model, ridge=1e-8, precision=precision).fit(x, 0, progress=False).source_signal(x, 0)
+        assert found.dtype == torch.float32
+        errors.append(float((found - expected).norm() / expected.norm()))
+    assert errors[1] < 1e-5
+    assert errors[1] <= errors[0] < 1e-3

@@ -312,3 +312,40 @@ def test_the_dual_of_constant_features_or_signals_is_their_mean():
     assert not solution.coefficients.any()
     torch.testing.assert_close(solution.bias, x.mean(0))
     assert solution.explained_variance == pytest.approx(0.0)
+
+
+def hard(rows, dtype):
+    """Nearly collinear signals on scales from 1e-3 to 1e3, far from zero, in chunks; and what float64 makes of them at once."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-3, 3, 6, dtype=torch.float64)
+    mixed = torch.eye(6, dtype=torch.float64)
+    mixed[0, 1] = mixed[2, 3] = 30.0
+    s = torch.randn(rows, 6, dtype=torch.float64, generator=generator) @ mixed
+    s = ((s + 3) * scales).to(dtype)
+    x = (s.double() / scales) @ torch.randn(6, 4, dtype=torch.float64, generator=generator) + 2
+    x = (x + 0.1 * torch.randn(rows, 4, dtype=torch.float64, generator=generator)).to(dtype)
+    gathered = Moments.zeros(1, 4, 6)
+    for start in range(0, rows, 4096):
+        part = slice(start, start + 4096)
+        gathered.update(x[None, part], s[None, part])
+    a, b = s.double() - s.double().mean(0), x.double() - x.double().mean(0)
+    return gathered, a.mT @ a, b.mT @ a, scales
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("rows", [1000, 1_000_000])
+def test_streamed_moments_of_hard_data_are_within_the_stated_bound(rows, dtype, bound):
+    """Relative to the standard deviations of what is multiplied."""
+    gathered, ss, xs, _ = hard(rows, dtype)
+    of_s, of_x = ss.diagonal().sqrt(), gathered.zz[0, :, 0, 0].sqrt()
+    assert ((gathered.ss[0] - ss).abs() / of_s / of_s[:, None]).max() < bound
+    assert ((gathered.zs[0, 0] - xs).abs() / of_s / of_x[:, None]).max() < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_the_solution_for_hard_data_is_as_exact_as_its_condition_lets_it_be(dtype, bound):
+    gathered, ss, xs, _ = hard(100_000, dtype)
+    solution = solve(gathered, 1e-3)
+    scaled = ss / 100_000
+    reference = torch.linalg.solve(scaled + 1e-3 * scaled.diagonal().mean() * torch.eye(6), (xs / 100_000).mT).mT
+    assert ((solution.weight[0] - reference).norm() / reference.norm()) < bound * solution.condition

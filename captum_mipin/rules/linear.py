@@ -186,7 +186,8 @@ class PooledDense(Inverter):
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         live = signals[0].any(0).nonzero().squeeze(1)
-        moments = Dense(self.dense.features, (len(live),)).moments(self.x, (self._map(signals[0], live),)).whole()
+        at_places = self._map(signals[0], live)
+        moments = Dense(self.dense.features, (len(live),)).moments(self.x.to(at_places.dtype), (at_places,)).whole()
         return replace(moments, live=(live, self.size[2]))
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
