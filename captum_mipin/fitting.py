@@ -51,6 +51,7 @@ class Settings:
         epochs: Of the SGD solver.
         learning_rate: Of the SGD solver; None for 1/L, L the largest curvature on the first batch.
         double: Whether products of moments are taken in float64 instead of the model's dtype.
+        sharing: Whether all targets have one inverse below the first step.
         joint: Whether what comes back to a tensor from several branches is learned together, or summed up.
     """
 
@@ -62,6 +63,7 @@ class Settings:
     learning_rate: float | None = None
     joint: bool = True
     double: bool = False
+    sharing: bool = False
 
 
 @dataclass
@@ -266,7 +268,11 @@ class Fit:
         rows, count = self._most, len(self._targets)
         if self._covered:
             free = self._memory - rows * sum(self._sizes.values())
-            count = min(count, max(1, int(free // max(rows * self._widest, 1))))
+            room = max(1, int(free // max(rows * self._widest, 1)))
+            if self._settings.sharing and room < count:  # these have to come down together
+                self._kept, self._covered = [], ()
+            else:
+                count = min(count, room)
         return [self._targets[i : i + count] for i in range(0, len(self._targets), count)]
 
     def _segment(self, key: str) -> Sequence[str]:
@@ -429,9 +435,10 @@ class Fit:
         batches = passes if first is None else chain([first], passes)
         rows = self._regressed_rows(key, inverter, x)
         alone = self._processes.count == 1
-        by_rows = alone and isinstance(inverter, Dense) and not inverter.own and rows < inverter.size[2]
+        shared = self._settings.sharing and key != self._surrogate.learned[0]
+        by_rows = alone and not shared and isinstance(inverter, Dense) and not inverter.own and rows < inverter.size[2]
         needed = 8 * rows * inverter.size[2] if by_rows else Moments.bytes_needed(*inverter.size)
-        targets = targets[: max(1, self._memory // needed)]
+        targets = targets if shared else targets[: max(1, self._memory // needed)]
         names = ", ".join(str(shown(target)) for target in targets)
         bar.set_description(f"{key} · class {names if len(names) < 30 else names[:27] + '...'}")
         if self._settings.solver == "sgd" and isinstance(inverter, Convolution) and inverter.plain:
@@ -439,36 +446,38 @@ class Fit:
         if by_rows:
             assert isinstance(inverter, Dense)  # for mypy: as above
             return self._solve_by_rows(key, inverter, targets, batches)
+        pooled = [targets] if shared else [[target] for target in targets]
         with self._processes.step():
-            moments = self._moments(key, targets, batches)
-        for target in targets if not alone else ():
-            moments[target] = self._together(moments.get(target), inverter, x)
-        groups, features, shared, own = inverter.size
+            moments = self._moments(key, pooled, batches)
         result: dict[Target, tuple[Inverse, LayerFit]] = {}
-        for target in targets:
-            part = moments.pop(target)
+        groups, features, signals, own = inverter.size
+        for group in pooled:
+            mine = moments.pop(group[0], None)
+            part = mine if alone and mine is not None else self._together(mine, inverter, x)
             solution = solve(part, self._settings.ridge, self._settings.ridge_scale)
-            logger.debug("%s, target %s: explained variance %.3f", key, shown(target), solution.explained_variance)
-            layer = LayerFit(
-                shown(target), key, part.count, groups * features, shared + own,
-                solution.explained_variance, solution.dead, solution.condition, "exact",
-            )  # fmt: skip
-            result[target] = inverter.inverse(solution, x), layer
+            logger.debug("%s, target %s: explained variance %.3f", key, shown(group[0]), solution.explained_variance)
+            inverse = inverter.inverse(solution, x)
+            for target in group:
+                layer = LayerFit(
+                    shown(target), key, part.count, groups * features, signals + own,
+                    solution.explained_variance, solution.dead, solution.condition, "exact",
+                )  # fmt: skip
+                result[target] = inverse, layer
         return result
 
-    def _moments(self, key: str, targets: Sequence[Target], batches: Iterator[_Regressed]) -> dict[Target, Moments]:
-        """The moments of this process's data."""
+    def _moments(self, key: str, pooled: Sequence[Sequence[Target]], batches: Iterator[_Regressed]) -> dict[Target, Moments]:
+        """The moments of this process's data, for each group of targets under the first of it."""
         moments: dict[Target, Moments] = {}
         for index, (inverter, x, signals) in enumerate(self._joined(key, batches)):
-            for target in targets:
+            for first, target in ((group[0], target) for group in pooled for target in group):
                 s = signals(target)
                 if self._settings.double:
                     x, s = x.double(), tuple(part.double() for part in s)
                 found = inverter.moments(x, s)
-                moments.setdefault(target, found)
-                if moments[target] is not found:
-                    moments[target].add(found)
-                if not moments[target].finite():
+                moments.setdefault(first, found)
+                if moments[first] is not found:
+                    moments[first].add(found)
+                if not moments[first].finite():
                     raise FitError(f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}")
         return moments
 

@@ -97,6 +97,8 @@ class InverseNetwork:
             regression, or is the "sum" of what each brings.
         precision: Products of moments are taken, once centred, in the dtype of the "model", whose float32 keeps second moments
             to a millionth of the variances, or in "double"; they are summed and solved in float64 in either case.
+        sharing: Each class has an inverse of its own, or all "classes" share one below the first step, fitted on all pairs of
+            example and class together. A class fitted later then takes one regression, and takes what is below as it is.
         solver: "exact" least squares, or for convolutions the paper's "sgd".
         epochs: Passes of the SGD solver over the data.
         learning_rate: Of the SGD solver; by default the inverse of the largest curvature on the first batch.
@@ -130,6 +132,7 @@ class InverseNetwork:
         pooling: Literal["shares", "even"] = "shares",
         forks: Literal["joint", "sum"] = "joint",
         precision: Literal["model", "double"] = "model",
+        sharing: Literal["nothing", "classes"] = "nothing",
         solver: Solver = "exact",
         epochs: int = 20,
         learning_rate: float | None = None,
@@ -141,6 +144,7 @@ class InverseNetwork:
             ("pooling", pooling, ("shares", "even")),
             ("forks", forks, ("joint", "sum")),
             ("precision", precision, ("model", "double")),
+            ("sharing", sharing, ("nothing", "classes")),
             ("solver", solver, ("exact", "sgd")),
         ):
             if value not in known:
@@ -154,11 +158,14 @@ class InverseNetwork:
         self.layer = None if layer is None else unwrapped(layer)
         self.output = output
         self.changed = changed
+        if sharing == "classes" and solver == "sgd":
+            raise InputError('sharing="classes" needs solver="exact"')
         if learning_rate is not None and not learning_rate > 0:
             raise InputError(f"learning_rate={learning_rate!r} must be above 0")
         self.settings = Settings(
-            ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint", precision == "double"
-        )
+            ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint", precision == "double",
+            sharing == "classes",
+        )  # fmt: skip
         self._state: _State | None = None
         self._graphs = Graphs()
 
@@ -267,6 +274,10 @@ class InverseNetwork:
             processes.agree("inputs", (signature, state.structure))
             processes.agree("weights", watch.fingerprint)
             processes.agree("settings", (self.settings, memory))
+            if self.settings.sharing and before is not None:
+                others = next(iter(before.fitted.inverses.values()))
+                below = {key: others[key] for key in surrogate.learned[1:]}
+                state.fitted.inverses.update((target, dict(below)) for target in chosen)
             fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress, processes, example)
             unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
             with processes.step():

@@ -6,9 +6,10 @@ from small import normal
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import InverseNetwork
+from captum_mipin import InverseNetwork, LayerMIPINAttribution
 from captum_mipin.capture import capture
 from captum_mipin.propagation import Run, Surrogate
+from captum_mipin.regression import Moments, solve
 from captum_mipin.rules import MIPIN
 from captum_mipin.trace import Trace
 
@@ -150,3 +151,35 @@ def test_tokens_are_rows_whatever_dimension_the_batch_has():
             assert rows["inner/linear"] == 7 * count
             solved = inverse._state.fitted.inverses[(0,)]["inner/linear"]
             assert solved.rows is None or by_rows
+
+
+def test_classes_that_share_are_one_regression_on_all_pairs(tmp_path):
+    """Against rows put together by hand: below the first step, every class's signals stand for the same features."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    x = normal(50, 6, dtype=torch.float64)
+    inverse = InverseNetwork(model, sharing="classes").fit(x, [0, 2], progress=False)
+    alone = InverseNetwork(model).fit(x, [0, 1, 2], progress=False)
+    with torch.no_grad():
+        hidden = F.relu(model[0](x))
+    signals = torch.cat([LayerMIPINAttribution(model, alone, model[1]).source_signal(x, target=target) for target in (0, 2)])
+    assert signals[:50][hidden == 0].abs().max() == 0
+    rows = Moments.zeros(1, 6, 8)
+    rows.update(x.repeat(2, 1)[None], signals[None])
+    expected = solve(rows)
+    first, second = (inverse._state.fitted.inverses[target]["0/linear"] for target in ((0,), (2,)))
+    assert first is second
+    close(first.weight, expected.weight[0])
+    close(first.bias, expected.bias[0])
+    head = [fitted._state.fitted.inverses[(2,)]["2/linear"].weight for fitted in (inverse, alone)]
+    close(*head)
+    for memory in (0, 3000):
+        again = InverseNetwork(model, sharing="classes").fit(list(x.split(9)), [0, 2], memory=memory, progress=False)
+        close(again.source_signal(x, 2), inverse.source_signal(x, 2))
+    inverse.save(tmp_path / "inverse")
+    loaded = InverseNetwork.load(tmp_path / "inverse", model)
+    loaded.fit(x, 1, progress=False)
+    later = loaded._state.fitted.inverses[(1,)]
+    assert later["0/linear"].weight is loaded._state.fitted.inverses[(2,)]["0/linear"].weight
+    close(later["2/linear"].weight, alone._state.fitted.inverses[(1,)]["2/linear"].weight)
+    assert {layer.target for layer in loaded.report.layers if layer.layer == "2/linear"} == {0, 1, 2}
