@@ -79,7 +79,7 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
 
 
 class SmoothGrad:
-    """Gradients averaged over noisy inputs (Smilkov et al., 2017), signed; the noise comes from a generator of its own.
+    """Gradients averaged over noisy inputs (Smilkov et al., 2017), signed; all get the same noise, from a generator of its own.
 
     Args:
         model: The network.
@@ -97,7 +97,7 @@ class SmoothGrad:
         spread = self.noise * (flat.amax(1) - flat.amin(1)).view(-1, *(1,) * (inputs.ndim - 1))
         total = torch.zeros_like(inputs)
         for _ in range(self.samples):
-            noisy = inputs + spread * torch.randn(inputs.shape, generator=generator).to(inputs)
+            noisy = inputs + spread * torch.randn(inputs.shape[1:], generator=generator).to(inputs)
             total += self.gradient.attribute(
                 noisy.requires_grad_(), target=target, abs=False, additional_forward_args=additional_forward_args
             )
@@ -175,7 +175,8 @@ class Comparison:
         cells = [[row.name, *(self._cell(row, column) for column in columns)] for row in self.rows]
         if form == "markdown":
             lines = [header, ["---"] * len(header), *cells]
-            drawn = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+            lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+            drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         else:
             drawn = report.table(header, cells)
         failed = self._failed()
@@ -334,6 +335,7 @@ class Comparison:
         return found / found.abs().max() if found.any() else "all 0"
 
 
+@torch.inference_mode(False)  # weights copied in inference mode would have no gradients
 def compare(
     methods: Mapping[str, Method | str] | Sequence[str],
     images: Tensor,
@@ -366,7 +368,7 @@ def compare(
         metrics: Names of :data:`METRICS`, or name → function called as they are, such as ``partial(deletion, step=8)``. By
             default insertion and deletion, and with ``boxes`` also bounding box accuracy and pointing game.
         boxes: For the metrics that need them, see :func:`~captum_mipin.metrics.box_masks`.
-        model: The network; by default that of ``inverse``, or of the first method that knows it.
+        model: The network, for methods that do not know theirs; by default that of ``inverse``, or of the first that does.
         inverse: A fitted inverse network, for "MIP-IN" by name; if it stops at a layer, that layer is explained.
         layer: For "Grad-CAM" and others at a layer, by name.
         controls: Whether to add the controls.
@@ -389,8 +391,8 @@ def compare(
         >>> [row.name for row in found.rows], found["LRP"].error[:26]
         (['Saliency', 'LRP', 'random', 'centre prior', 'mask only'], 'TypeError: Module of type ')
     """
+    images = Examples.of(images, targets).one("compare")
     examples = Examples.of(images, targets, additional_forward_args)
-    examples.one("compare")
     named = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
     asked = _asked_metrics(metrics, images, boxes)
     _check_names(named, asked)
@@ -401,7 +403,8 @@ def compare(
     made = _made(named, model, inverse, layer)
     if controls:
         made |= {name: method for name, method in _controls(made, model).items() if name not in made}
-    seed = int(torch.randint(1 << 62, (1,), generator=seeded(generator), device=seeded(generator).device))
+    random = seeded(generator)
+    seed = int(torch.randint(1 << 62, (1,), generator=random, device=random.device))
     common = {"boxes": boxes, "model": model, "additional_forward_args": additional_forward_args, "batch_size": batch_size}
     rows = []
     with tqdm(total=len(made) * (1 + len(asked)), desc="compare", disable=not progress, leave=False) as bar:
@@ -451,9 +454,7 @@ def _check_boxes(boxes: Boxes, images: Tensor) -> None:
 
 def _titles(titles: Sequence[str] | None, examples: Examples) -> tuple[str, ...]:
     if titles is None:
-        targets = examples.target.tolist() if isinstance(examples.target, Tensor) else examples.target
-        titles = targets if isinstance(targets, list) else [targets] * len(examples)
-        return tuple("" if title is None else str(title) for title in titles)
+        return tuple("" if target is None else str(target) for target in examples.targets)
     if len(titles) != len(examples):
         raise InputError(f"there are {len(titles)} titles, but {len(examples)} images")
     return tuple(map(str, titles))
@@ -544,8 +545,9 @@ def _scored(
         options = {name: value for name, value in common.items() if name in known and value is not None}
         if "generator" in known:
             options["generator"] = torch.Generator().manual_seed(seed)
-        if not from_maps and owner(method) is not None:  # it knows its model, which may be a copy
-            options.pop("model", None)
+        own = owner(method)
+        if own is not None and "model" in known:  # each is measured on the network that it explains
+            options["model"] = own.forward_func
         result = metric(row.maps if from_maps else method, examples.given, examples.target, **options)
         return replace(row, results={**row.results, title: replace(result, settings={**result.settings, "method": row.name})})
     except Exception as error:  # whatever a metric does, the others go on

@@ -7,6 +7,7 @@ import sys
 import types
 import zlib
 from base64 import b64decode
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 
@@ -75,6 +76,23 @@ def test_scores_are_those_of_the_metrics(found, cnn):
     area = 16 / 64
     assert found["0"].results["bounding_box_accuracy"].mean == area
     assert torch.equal(found["S"].maps, Saliency(cnn.model).attribute(cnn.x[:3].clone().requires_grad_(), target=[0, 1, 2]))
+
+
+def test_each_method_is_measured_on_the_network_that_it_explains(cnn):
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)).eval()
+    found = compare({"S": Saliency(cnn.model), "other": Saliency(other)}, cnn.x[:2], 0, metrics=["deletion"], progress=False)
+    with torch.no_grad():
+        for name, model in (("S", cnn.model), ("other", other)):
+            torch.testing.assert_close(found[name].results["deletion"].curves[:, 0], model(cnn.x[:2]).softmax(1)[:, 0].double())
+
+
+def test_in_inference_mode_and_with_a_tuple_of_one(cnn):
+    ask = {"model": cnn.model, "metrics": ["deletion", "randomization"], "progress": False}
+    expected = compare(["Saliency", "SmoothGrad"], cnn.x[:2], 0, **ask)
+    with torch.inference_mode():
+        found = compare(["Saliency", "SmoothGrad"], (cnn.x[:2].clone(),), 0, **ask)
+    assert str(found) == str(expected)
+    assert not any(row.error for row in found.rows)
 
 
 def test_every_method_meets_the_same_draws(cnn):
@@ -172,11 +190,12 @@ def test_smoothgrad_is_the_mean_gradient_of_noisy_inputs(cnn):
     random, total = torch.Generator().manual_seed(0), torch.zeros_like(x)
     for _ in range(50):
         noisy = x + 0.15 * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True)) * torch.randn(
-            x.shape, generator=random
+            x.shape[1:], generator=random
         )
         noisy.requires_grad_()
         total += torch.autograd.grad(cnn.model(noisy)[:, 1].sum(), noisy)[0]
     torch.testing.assert_close(SmoothGrad(cnn.model)(x, 1), total / 50)
+    torch.testing.assert_close(SmoothGrad(cnn.model)(x[1:], 1), total[1:] / 50)  # whatever else is in the batch
 
 
 # --------------------------------------------------------------------------------------------------------- what is refused
@@ -260,6 +279,9 @@ def test_tables_say_what_was_measured(found):
     assert "failed (broken): ValueError: this network <i>is not</i> supported" in lines
     assert markdown.splitlines()[1] == "| --- | --- | --- | --- |"
     assert len({line.count("|") for line in markdown.splitlines()[:11]}) == 1
+    rows = [replace(row, name=f"{row.name}\n|") for row in found.rows]
+    broken = replace(found, rows=tuple(rows)).table("markdown").splitlines()
+    assert broken[2].startswith("| MIP-IN \\| |")
     with pytest.raises(InputError, match="form='latex'"):
         found.table("latex")
 

@@ -373,6 +373,8 @@ def test_bounding_box_accuracy_by_hand():
     assert result.parts["tied"].values.tolist() == pytest.approx([1 / 3])  # one of the two 3s
     wide = [(2, 0, 3, 3)]  # the first of the 3s
     assert bounding_box_accuracy(maps, maps, boxes=wide).values.tolist() == pytest.approx([1 / 6])
+    both = bounding_box_accuracy(maps, maps, boxes=[(2, 0, 4, 2)])  # n = 4: both of the 3s are in
+    assert (both.mean, both.parts["tied"].mean) == (0.5, 0)
     assert bounding_box_accuracy(maps, maps, boxes=wide, ties="first").values.tolist() == pytest.approx([1 / 3])
 
 
@@ -493,6 +495,16 @@ def test_maps_of_a_layer_are_laid_over_the_image(cnn):
     assert torch.equal(result.values, bounding_box_accuracy(upsampled, x, 0, boxes=BOXES).values)
 
 
+@pytest.mark.parametrize("size", [7, 13, 14])
+def test_interpolation_breaks_no_ties(size):
+    """A constant map scores the area, whatever its value and however rounding goes."""
+    x, boxes = torch.ones(1, 3, 224, 224), [(100, 100, 150, 150)]
+    for value in torch.linspace(0.1, 1, 19).double():
+        maps = value.view(1, 1, 1, 1).expand(1, 1, size, size)
+        assert pointing_game(maps, x, boxes=boxes, tolerance=0).mean == 50**2 / 224**2
+        assert bounding_box_accuracy(maps, x, boxes=boxes).mean == pytest.approx(50**2 / 224**2, rel=1e-12)
+
+
 # --------------------------------------------------------------------------------------------------------- mosaics
 
 
@@ -514,6 +526,7 @@ def test_grid_pointing_game_of_known_maps():
     own = grid.x[index, grid.targets]  # 1 in the cell to be found, 0 elsewhere
     assert torch.equal(own.view(12, 2, 4, 2, 4).mean((2, 4)).flatten(1).argmax(1), grid.cells)
     assert grid_pointing_game(own, grid).values.tolist() == [1] * 12
+    assert grid_pointing_game(1e-30 * own, grid).values.tolist() == [1] * 12
     assert grid_pointing_game(1 - own, grid).values.tolist() == [0] * 12
     assert grid_pointing_game(torch.ones_like(own), grid).values.tolist() == [0.25] * 12
     nothing = grid_pointing_game(-own, grid)

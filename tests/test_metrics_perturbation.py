@@ -51,6 +51,13 @@ def test_insertion_and_deletion_are_the_protocol_of_rise(cnn, size):
         torch.testing.assert_close(result.values, area, rtol=1e-5, atol=1e-6)
 
 
+def test_one_input_may_come_as_a_tuple(cnn):
+    x, maps = cnn.x[:2], normal(2, 8, 8)
+    for metric in (deletion, insertion, sensitivity_n, infidelity):
+        given = maps if metric is not infidelity else normal(2, 3, 8, 8)
+        assert torch.equal(metric(given, (x,), 0, model=cnn.model).values, metric(given, x, 0, model=cnn.model).values)
+
+
 def test_the_last_step_may_be_smaller():
     x = torch.arange(5.0)[None]
     result = deletion(x, x, model=lambda x: x.sum(1), score="logit", step=2)
@@ -84,8 +91,11 @@ def test_every_step_goes_through_the_model_in_few_calls(cnn):
     deletion(torch.rand(4, 8, 8), cnn.x[:4], 0, model=spy)
     assert calls == [4 * 9]
     calls.clear()
-    deletion(torch.rand(4, 8, 8), cnn.x[:4], 0, model=spy, batch_size=10)
-    assert calls == [10, 10, 10, 6]
+    deletion(torch.rand(4, 8, 8), cnn.x[:4], 0, model=spy, batch_size=20)
+    assert calls == [18, 18]  # whole examples
+    calls.clear()
+    deletion(torch.rand(2, 8, 8), cnn.x[:2], 0, model=spy, batch_size=5)
+    assert calls == [5, 4, 5, 4]
 
 
 def test_each_example_has_its_own_target_and_arguments():
@@ -108,6 +118,32 @@ def test_blur_is_that_of_rise():
     x = normal(2, 3, 20, 14, dtype=torch.float64)
     expected = nn.functional.conv2d(x.view(6, 1, 20, 14), kernel[None, None], padding=5).view_as(x)
     torch.testing.assert_close(blur(x), expected)
+
+
+def test_a_score_may_be_one_of_all_outputs(cnn):
+    x, maps = cnn.x[:2], normal(2, 8, 8)
+    one = deletion(maps, x, [0, 2], model=cnn.model, score=lambda y: y.logsumexp(1))
+    with torch.no_grad():
+        torch.testing.assert_close(one.curves[:, 0], cnn.model(x).logsumexp(1).double())
+    assert one.settings["score"] == "<lambda>"  # no address: settings are the same in each run
+
+
+def test_baselines_are_not_rounded():
+    x = torch.ones(1, 2, dtype=torch.float64)
+    assert deletion(x, x, model=lambda x: x.sum(1), score="logit", baseline=0.1).curves[0, -1] == 0.2
+    tokens = torch.tensor([[3, 5]])
+    assert deletion(torch.rand(1, 2), tokens, model=lambda x: x.sum(1), score="logit", baseline=1).curves[0, -1] == 2
+    with pytest.raises(InputError, match="int64 cannot hold"):
+        deletion(torch.rand(1, 2), tokens, model=lambda x: x.sum(1), score="logit", baseline=0.5)
+
+
+def test_maps_of_tokens_and_their_features_are_not_summed_over_tokens():
+    tokens, maps = torch.arange(4)[None], torch.rand(1, 4, 4, generator=generator())
+    ask = {"model": lambda x: x.sum(1), "score": "logit"}
+    with pytest.raises(InputError, match="map of shape"):
+        deletion(maps, tokens, **ask)
+    summed = deletion(maps, tokens, reduction=lambda maps: maps.sum(2), **ask)
+    assert torch.equal(summed.values, deletion(maps.sum(2), tokens, **ask).values)
 
 
 def test_baselines_of_every_kind(cnn):
@@ -194,6 +230,16 @@ def test_sensitivity_n_of_images_by_hand(cnn):
     assert float(result.curves[0, 0]) == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_maps_and_outputs_of_any_size_have_the_same_scores(scale):
+    x, weight, maps = normal(3, 10, dtype=torch.float64), normal(10, seed=1, dtype=torch.float64), normal(3, 10).double()
+    for metric in (sensitivity_n, deletion):
+        found, expected = (metric(maps * s, x, model=lambda x: x @ weight, score="logit").values for s in (scale, 1.0))
+        torch.testing.assert_close(found, expected)
+    found = sensitivity_n(maps, x, model=lambda x: x @ weight * scale).values
+    torch.testing.assert_close(found, sensitivity_n(maps, x, model=lambda x: x @ weight).values)
+
+
 def test_numbers_of_pixels_are_log_spaced():
     assert _numbers(50176)[0] == 1
     assert _numbers(50176)[-1] == round(0.8 * 50176)
@@ -228,6 +274,12 @@ def test_infidelity_of_known_maps():
     assert off.mean == pytest.approx(0.25 * float(weight @ weight), rel=0.05)  # the variance of noise · w
     both = infidelity((weight.expand(6, 5),) * 2, (x, x), model=lambda a, b: (a + b) @ weight)
     assert both.mean < 1e-10
+
+
+def test_infidelity_does_not_depend_on_the_batch_size(mlp):
+    found = [infidelity(InputXGradient(mlp.model), mlp.x[:7], 0, batch_size=size).values for size in (None, 1, 3, 70)]
+    for values in found[1:]:
+        torch.testing.assert_close(values, found[0])
 
 
 def test_infidelity_draws_from_the_generator_alone(mlp, untouched):

@@ -156,6 +156,12 @@ def test_a_method_goes_with_its_model(own_cnn, kind, untouched):
         assert result.settings["maps"] == "1x4x4"
 
 
+def test_works_in_inference_mode(cnn):
+    expected = randomization(InputXGradient(cnn.model), cnn.x[:3], 1)
+    with torch.inference_mode():
+        assert torch.equal(randomization(InputXGradient(cnn.model), cnn.x[:3].clone(), 1).curves, expected.curves)
+
+
 def test_a_kept_method_equals_one_made_anew_where_nothing_was_fitted(cnn):
     kept, anew = (
         randomization(InputXGradient(cnn.model), cnn.x[:3], 1, refit=refit, generator=generator(2))

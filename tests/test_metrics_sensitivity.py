@@ -117,6 +117,13 @@ def test_another_class_is_drawn_for_each_example(mlp):
     assert set(class_sensitivity(Saliency(mlp.model), x, -1).settings["other"]) == {0, 1}
 
 
+def test_the_same_class_is_no_other(cnn):
+    for target, other in (([0, 1, 2], 1), (torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0])), (1, [0, 1, 2])):
+        result = class_sensitivity(Saliency(cnn.model), cnn.x[:3], target, other)
+        assert result.unscored == result.parts["cosine"].unscored == {"same class": (1,)}
+    assert result.parts["SSIM"].settings["reduction"] == "sum"
+
+
 def test_zero_and_broken_maps_are_counted(cnn):
     x = cnn.x[:3].clone()
     x[1] = 0
@@ -178,6 +185,19 @@ def test_max_sensitivity_is_captums(mlp):
 
     expected = captum_sensitivity_max(ask, x, changed, n_perturb_samples=5, target=target)
     torch.testing.assert_close(mine.values, expected.double())
+
+
+def test_max_sensitivity_does_not_depend_on_the_batch_size(mlp):
+    found = [sensitivity_max(Saliency(mlp.model), mlp.x[:7], 0, batch_size=size).values for size in (None, 1, 3, 20)]
+    for values in found[1:]:
+        torch.testing.assert_close(values, found[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_max_sensitivity_of_maps_of_any_size(scale):
+    x = torch.rand(3, 4) + 1
+    found, expected = (sensitivity_max(lambda inputs, target, s=s: inputs * s, x).values for s in (scale, 1.0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 def test_max_sensitivity_of_known_maps():

@@ -19,6 +19,7 @@ from captum_mipin.targets import per_example
 #: further arguments, (inputs, target, additional_forward_args) → maps; or the maps themselves, one an example.
 Method = Attribution | Callable[..., Any] | Tensor | tuple[Tensor, ...]
 Inputs = Tensor | tuple[Tensor, ...]
+Pairs = list[tuple[Tensor, Tensor]]
 Reduction = Literal["sum", "relu_of_sum", "sum_of_relu", "sum_of_abs", "max_of_abs"] | Callable[[Tensor], Tensor]
 
 #: Examples that a method is asked for at once, unless ``batch_size`` says.
@@ -81,6 +82,12 @@ class Examples:
     def given(self) -> Inputs:
         """The inputs as they were given."""
         return self.inputs[0] if self.alone else self.inputs
+
+    @property
+    def targets(self) -> list[Any]:
+        """The target of each, as it was given."""
+        found = self.target.tolist() if isinstance(self.target, Tensor) else self.target
+        return found if isinstance(found, list) and len(found) == len(self) else [found] * len(self)
 
     def one(self, metric: str) -> Tensor:
         """The one input tensor."""
@@ -209,7 +216,7 @@ def outputs(model: Callable[..., Any], examples: Examples, score: Score = "logit
     Args:
         model: The model.
         examples: Given to it in one call.
-        score: The "logit", its "softmax" over the classes, or a function of all outputs.
+        score: The "logit", its "softmax" over the classes, or a function of all outputs: a score of each class, or one of all.
     """
     return pick_target(raw_outputs(model, examples), examples.target, score)
 
@@ -224,6 +231,8 @@ def pick_target(found: Tensor, target: Any, score: Score = "logit") -> Tensor:
         found = score(found)
     elif score != "logit":
         raise InputError(f"score={score!r} is not one of 'logit', 'softmax', or a function of the outputs")
+    if callable(score) and found.ndim == 1:  # one score an example
+        return found.double()
     index = per_example(target, found)
     if all(i is index[0] for i in index):  # one for all
         return found.movedim(0, -1)[index[0]].double()
@@ -286,11 +295,16 @@ def resized(heat: Tensor, size: Sequence[int]) -> Tensor:
     scale = places[0] / size[0]
     if any(abs(scale * whole - part) > 2 for whole, part in zip(size, places, strict=True)):
         raise InputError(f"maps with places {places} have other proportions than {tuple(size)}: rearrange tokens as they lie")
-    return F.interpolate(heat.unsqueeze(1), tuple(size), mode=modes[len(size)], align_corners=False).squeeze(1)
+    found = F.interpolate(heat.unsqueeze(1), tuple(size), mode=modes[len(size)], align_corners=False).squeeze(1)
+    unit = found.flatten(1).abs().amax(1).view(-1, *(1,) * len(size)) * 2.0**-40
+    return torch.where(unit > 0, (found / unit).round() * unit, found)  # what rounding parted is equal again
 
 
 def hottest_first(flat: Tensor, random: Tensor) -> Tensor:
     """Places (examples, places) from hot to cold, those of the same heat by ``random``."""
+    heat, places = flat.sort(descending=True)
+    if (heat[:, 1:] != heat[:, :-1]).all():  # no ties: half of the work is done
+        return places
     shuffled = random.argsort(stable=True)
     return shuffled.gather(1, flat.gather(1, shuffled).argsort(descending=True, stable=True))
 
@@ -310,9 +324,19 @@ def uniform(generator: torch.Generator, *shape: int, device: torch.device | None
     return torch.rand(shape, generator=generator, device=generator.device).to(device or generator.device)
 
 
-def normal_like(generator: torch.Generator, x: Tensor) -> Tensor:
-    """Standard normal numbers shaped, typed and placed like ``x``, the same on whatever device it is."""
-    return torch.randn(x.shape, generator=generator, device=generator.device).to(x)
+def disturbances(part: Examples, samples: int, draw: Callable[[Sequence[int]], Tensor]) -> Callable[[Inputs], Pairs]:
+    """Inputs, each repeated as Captum does it → these with random numbers, the next at each call, however they are split."""
+    drawn = [[draw((samples, *x.shape[1:])) for x in part.inputs] for _ in range(len(part))]
+    noise = [torch.stack(own).to(x) for own, x in zip(zip(*drawn, strict=True), part.inputs, strict=True)]
+    done = 0
+
+    def following(x: Inputs) -> Pairs:
+        nonlocal done
+        tensors = x if isinstance(x, tuple) else (x,)
+        start, done = done, done + len(tensors[0]) // len(part)
+        return [(one, by[:, start:done].flatten(0, 1)) for one, by in zip(tensors, noise, strict=True)]
+
+    return following
 
 
 def described(method: Any, examples: Examples, maps: Sequence[Tensor] = (), **more: Any) -> dict[str, Any]:
@@ -320,7 +344,8 @@ def described(method: Any, examples: Examples, maps: Sequence[Tensor] = (), **mo
     target = examples.target
     target = target.tolist() if isinstance(target, Tensor) else target
     shapes = ", ".join("x".join(map(str, one.shape[1:])) for one in maps)
-    return {"method": name(method), "target": target, **({"maps": shapes} if maps else {}), **more}
+    told = {key: getattr(value, "__name__", type(value).__name__) if callable(value) else value for key, value in more.items()}
+    return {"method": name(method), "target": target, **({"maps": shapes} if maps else {}), **told}
 
 
 def at_least(name: str, value: float, least: float) -> None:

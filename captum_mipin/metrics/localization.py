@@ -114,7 +114,9 @@ def bounding_box_accuracy(
     else:
         _, tied = _expected_share(flat, inside, n)
         random = uniform(seeded(generator), *flat.shape, device=flat.device) if ties == "random" else torch.zeros_like(flat)
-        values = inside.gather(1, hottest_first(flat, random)).cumsum(1).gather(1, (n - 1).clamp(min=0)[:, None])[:, 0] / n
+        values = (
+            inside.gather(1, hottest_first(flat, random)).cumsum(1).gather(1, (n - 1).clamp(min=0)[:, None])[:, 0].double() / n
+        )
     settings = described(method, examples, maps, reduction=reduction, ties=ties, largest=largest)
     reasons = {"empty": n == 0, "large": n > largest * inside.shape[1], "NaN": ~finite_rows(warm)}
     parts = {"tied": Result.of("tied", tied, "neither", settings, reasons)}
@@ -159,7 +161,7 @@ def pointing_game(
     near = _near(masks, tolerance).flatten(1).to(warm.device)
     flat = warm.flatten(1)
     hottest = flat == flat.amax(1, keepdim=True)
-    values = (hottest & near).sum(1) / hottest.sum(1)
+    values = (hottest & near).sum(1).double() / hottest.sum(1)
     settings = described(method, examples, maps, reduction=reduction, tolerance=tolerance, average=average, ties="expected")
     reasons = {"empty": ~masks.flatten(1).any(1), "NaN": ~finite_rows(warm)}
     return Result.of("pointing game", values, "higher", settings, reasons, classes=_labels(examples, average))
@@ -340,11 +342,11 @@ def grid_pointing_game(
     warm = heat(_image(maps, "grid_pointing_game"), inputs.x, reduction).clamp(min=0)
     cells = F.adaptive_avg_pool2d(warm.unsqueeze(1), inputs.n).flatten(1)
     total = cells.sum(1)
-    share = cells.gather(1, inputs.cells.to(cells.device)[:, None])[:, 0] / total.clamp(min=1e-12)
-    values = torch.where(total > 1e-12, share, 0.0)
+    share = cells.gather(1, inputs.cells.to(cells.device)[:, None])[:, 0] / total
+    values = torch.where(total == 0, 0.0, share)
     settings = described(method, examples, maps, reduction=reduction, n=inputs.n, **made)
     reasons = {"NaN": ~finite_rows(warm)}
-    parts = {"nothing positive": Result.of("nothing positive", (total <= 1e-12).double(), "neither", settings, reasons)}
+    parts = {"nothing positive": Result.of("nothing positive", (total == 0).double(), "neither", settings, reasons)}
     return Result.of("grid pointing game", values, "higher", settings, reasons, parts=parts)
 
 
@@ -383,10 +385,10 @@ def _expected_share(flat: Tensor, inside: Tensor, n: Tensor) -> tuple[Tensor, Te
     """The share of the n hottest inside, expected over ties broken at random, and the share of n that these decide."""
     at = flat.sort(1, descending=True).values.gather(1, (n - 1).clamp(min=0)[:, None])
     above, tie = flat > at, flat == at
-    free = n - above.sum(1)  # places left for the pixels that tie
+    free = (n - above.sum(1)).double()  # places left for the pixels that tie
     taken = free / tie.sum(1)
     values = ((above & inside).sum(1) + taken * (tie & inside).sum(1)) / n
-    return values, torch.where(tie.sum(1) > free, free, 0) / n
+    return values, torch.where(tie.sum(1) > free, free, 0.0) / n
 
 
 def _near(masks: Tensor, tolerance: float) -> Tensor:
@@ -417,6 +419,5 @@ def _labels(examples: Examples, average: str) -> Tensor | None:
         return None
     if not isinstance(examples.target, (Tensor, list)):
         raise InputError("average='classes' needs a target for each example")
-    targets = examples.target.tolist() if isinstance(examples.target, Tensor) else examples.target
-    numbers = {target: number for number, target in enumerate(dict.fromkeys(targets))}
-    return torch.tensor([numbers[target] for target in targets])
+    numbers = {target: number for number, target in enumerate(dict.fromkeys(examples.targets))}
+    return torch.tensor([numbers[target] for target in examples.targets])

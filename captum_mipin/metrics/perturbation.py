@@ -1,6 +1,7 @@
 """Does the output change with what the attribution calls important: pixels put in, taken out, disturbed."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -14,18 +15,19 @@ from captum_mipin.metrics.common import (
     Examples,
     Inputs,
     Method,
+    Pairs,
     Reduction,
     Score,
     all_outputs,
     at_least,
     described,
+    disturbances,
     explain,
     explained_at_once,
     finite_rows,
     heat,
     hottest_first,
     model_of,
-    normal_like,
     outputs,
     resized,
     rows_at_once,
@@ -64,7 +66,7 @@ def deletion(
         baseline: What replaces pixels: a number (0 is the mean image where inputs are normalised), a tensor that fits the
             inputs, a function of them, or "blur", a Gaussian of σ = 5 on 11 pixels.
         step: Pixels replaced at a time; by default the width of the image, as RISE has it, and 1 for inputs without places.
-        score: "softmax" probability, "logit", or a function of all outputs.
+        score: "softmax" probability, "logit", or a function of all outputs: a score of each class, or one of all.
         reduction: Of channels, see :func:`~captum_mipin.metrics.common.heat`.
         additional_forward_args: Further arguments of the model.
         generator: Breaks ties between pixels of the same heat.
@@ -154,17 +156,17 @@ def sensitivity_n(
     at_least("samples", samples, 2)
     examples, model, ranks, flat, maps, finish = _asked("sensitivity_n", method, inputs, target, model, baseline, reduction,
                                                        additional_forward_args, generator, batch_size)  # fmt: skip
-    places, random, size = ranks.shape[1], seeded(generator), rows_at_once(inputs, batch_size)
+    x, random = examples.inputs[0], seeded(generator)
+    places, size = ranks.shape[1], rows_at_once(x, batch_size)
     numbers = _numbers(places) if n is None else list(n)
     if not numbers or not all(1 <= number <= places for number in numbers):
         raise InputError(f"n={n!r} must be numbers of pixels from 1 to {places}")
     whole = all_outputs(model, examples, batch_size, score)
     rows = []
     for one in range(len(examples)):
-        order = uniform(random, samples, places, device=examples.device).argsort().argsort()
-        sets = torch.cat([order < number for number in numbers])
-        which = torch.full((len(sets),), one)
-        left = _with(model, examples, which, sets, examples.inputs[0], finish, score, size)
+        order = uniform(random, samples, places, device=x.device).argsort().argsort()
+        sets, row = torch.cat([order < number for number in numbers]), torch.tensor([one], device=x.device)
+        left = torch.cat([_with(model, examples, row, part[None], x, finish, score) for part in sets.split(size)])
         sums = torch.cat([part.double() @ flat[one] for part in sets.split(size)])
         rows.append(_correlation(sums.view(-1, samples), (whole[one] - left).view(-1, samples)))
     curves = torch.stack(rows)
@@ -220,23 +222,29 @@ def infidelity(
             f"{[tuple(m.shape) for m in maps]}"
         )
 
-    def noisy(x: Inputs) -> tuple[Inputs, Inputs]:
-        taken = tuple(noise * normal_like(random, one) for one in (x if isinstance(x, tuple) else (x,)))
-        left = tuple(one - t for one, t in zip(x if isinstance(x, tuple) else (x,), taken, strict=True))
-        return (taken, left) if isinstance(x, tuple) else (taken[0], left[0])
+    def draw(shape: Sequence[int]) -> Tensor:
+        return noise * torch.randn(shape, generator=random, device=random.device)
 
     values, size, rows = [], explained_at_once(batch_size), rows_at_once(examples.inputs[0], batch_size)
     for part, *own in zip(examples.chunks(size), *(m.split(size) for m in maps), strict=True):
+        disturb = perturb or partial(_less, disturbances(part, samples, draw))
         values.append(
             captum_infidelity(
-                model, perturb or noisy, part.given, own[0] if examples.alone else tuple(own), target=part.target,
+                model, disturb, part.given, own[0] if examples.alone else tuple(own), target=part.target,
                 additional_forward_args=part.extras or None, n_perturb_samples=samples, normalize=normalize,
                 max_examples_per_batch=min(len(part) * max(1, rows // len(part)), len(part) * samples),
             )
         )  # fmt: skip
-    told = {"noise": noise} if perturb is None else {"perturb": getattr(perturb, "__name__", type(perturb).__name__)}
+    told = {"noise": noise} if perturb is None else {"perturb": perturb}
     settings = described(method, examples, maps, **told, samples=samples, normalize=normalize)
     return Result.of("infidelity", torch.cat(values), "lower", settings, {"NaN": ~finite_rows(*maps)})
+
+
+def _less(disturb: Callable[[Inputs], Pairs], x: Inputs) -> tuple[Inputs, Inputs]:
+    """What is taken away, and what is left."""
+    pairs = disturb(x)
+    taken, left = tuple(by for _, by in pairs), tuple(one - by for one, by in pairs)
+    return (taken, left) if isinstance(x, tuple) else (taken[0], left[0])
 
 
 def _replaced(
@@ -253,20 +261,21 @@ def _replaced(
     generator: torch.Generator | None,
     batch_size: int | None,
 ) -> Result:
-    """Outputs while pixels are replaced, all steps of all examples in one row of batches."""
+    """Outputs while pixels are replaced, all steps of an example in one batch if they fit, and as many examples as do."""
     at_least("step", 1 if step is None else step, 1)
     examples, model, ranks, flat, maps, other = _asked(metric, method, inputs, target, model, baseline, reduction,
                                                       additional_forward_args, generator, batch_size)  # fmt: skip
-    places = ranks.shape[1]
-    step = step or (inputs.shape[-1] if inputs.ndim > 2 else 1)
-    points = -(-places // step) + 1
-    size = rows_at_once(inputs, batch_size)
-    start, finish = (inputs, other) if metric == "deletion" else (other, inputs)
+    x = examples.inputs[0]
+    step = step or (x.shape[-1] if x.ndim > 2 else 1)
+    points = -(-ranks.shape[1] // step) + 1
+    due = ranks // step + 1  # the point from which on each place is replaced
+    size = rows_at_once(x, batch_size)
+    start, finish = (x, other) if metric == "deletion" else (other, x)
     found = []
-    for index in torch.arange(len(examples) * points).split(size):
-        which, point = index // points, (index % points * step).to(ranks.device)
-        changed = ranks[which.to(ranks.device)] < point[:, None]
-        found.append(_with(model, examples, which, changed, start, finish, score, size))
+    for rows in torch.arange(len(x), device=x.device).split(max(1, size // points)):
+        for now in torch.arange(points, device=x.device).split(size):
+            changed = due[rows, None] <= now[:, None]
+            found.append(_with(model, examples, rows, changed, start, finish, score))
     curves = torch.cat(found).view(-1, points)
     values = (curves[:, 1:] + curves[:, :-1]).sum(1) / (2 * (points - 1))
     settings = described(method, examples, maps, reduction=reduction, score=score, baseline=_told(baseline), step=step,
@@ -299,7 +308,8 @@ def _asked(
     if len(maps) != 1:
         raise InputError(f"{metric} needs one map an example, the method gave {len(maps)}")
     warm = heat(maps[0], x, reduction).to(x.device)
-    if x.ndim == 2 and warm.shape != x.shape:
+    summed = maps[0].ndim > 2 and not callable(reduction)  # tokens, not the channels of their maps
+    if x.ndim == 2 and (summed or warm.shape != x.shape):
         raise InputError(f"{metric} needs a map of shape {tuple(x.shape)}, found {tuple(maps[0].shape)}")
     flat = resized(warm, places).flatten(1)
     order = hottest_first(flat.nan_to_num(), uniform(seeded(generator), *flat.shape, device=x.device))
@@ -310,21 +320,16 @@ def _asked(
 def _with(
     model: Callable[..., Any],
     examples: Examples,
-    which: Tensor,
+    rows: Tensor,
     changed: Tensor,
     start: Tensor,
     finish: Tensor,
     score: Score,
-    size: int,
 ) -> Tensor:
-    """Outputs for examples ``which`` with the places ``changed`` (rows, places) from ``start`` to ``finish``."""
+    """(rows · sets,) outputs for examples ``rows``, each with sets of places ``changed`` (rows, sets, places)."""
     shape = (1, *start.shape[2:]) if start.ndim > 2 else start.shape[1:]
-    found = []
-    for rows, places in zip(which.split(size), changed.split(size), strict=True):
-        at = rows.to(start.device)
-        x = torch.where(places.view(-1, *shape), finish[at], start[at])
-        found.append(outputs(model, examples.pick_for(rows, x), score))
-    return torch.cat(found)
+    x = torch.where(changed.view(*changed.shape[:2], *shape), finish[rows, None], start[rows, None])
+    return outputs(model, examples.pick_for(rows.repeat_interleave(changed.shape[1]), x.flatten(0, 1)), score)
 
 
 def _baseline(baseline: Baseline, x: Tensor) -> Tensor:
@@ -335,7 +340,9 @@ def _baseline(baseline: Baseline, x: Tensor) -> Tensor:
         if x.ndim != 4:
             raise InputError(f"a blur needs images, found inputs of shape {tuple(x.shape)}: pass another baseline=")
         return blur(x)
-    found = baseline(x) if callable(baseline) else torch.as_tensor(baseline).to(x)
+    found = baseline(x) if callable(baseline) else torch.as_tensor(baseline, dtype=torch.float64)
+    if not x.is_floating_point() and (found != found.to(x)).any():
+        raise InputError(f"the baseline is {found!r}, which inputs of dtype {x.dtype} cannot hold")
     try:
         return found.detach().to(x).expand_as(x)
     except RuntimeError as error:
@@ -365,14 +372,12 @@ def _numbers(places: int) -> list[int]:
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson's, row by row; NaN where one does not vary."""
-    scale = [one.abs().amax(1, keepdim=True) for one in (a, b)]
+    a, b = (one / one.abs().amax(1, keepdim=True) for one in (a, b))  # no squares that over- or underflow
     a, b = (one - one.mean(1, keepdim=True) for one in (a, b))
-    flat = [one.abs().amax(1) <= 1e-7 * most[:, 0] for one, most in zip((a, b), scale, strict=True)]
+    varies = [one.abs().amax(1) > 1e-7 for one in (a, b)]
     found = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    return torch.where(flat[0] | flat[1], torch.nan, found)
+    return torch.where(varies[0] & varies[1], found, torch.nan)
 
 
 def _told(baseline: Baseline) -> Any:
-    if isinstance(baseline, Tensor):
-        return f"tensor {tuple(baseline.shape)}"
-    return getattr(baseline, "__name__", type(baseline).__name__) if callable(baseline) else baseline
+    return f"tensor {tuple(baseline.shape)}" if isinstance(baseline, Tensor) else baseline

@@ -29,6 +29,7 @@ from captum_mipin.metrics.similarity import spearman, ssim, ssim_window
 Redraw = Callable[[Tensor, torch.Generator], Tensor]
 
 
+@torch.inference_mode(False)  # weights copied in inference mode would have no gradients
 def randomization(
     method: Method,
     inputs: Inputs,
@@ -105,7 +106,7 @@ def randomization(
         for _ in _randomised(changed, stages, order, init, random)
     ]
     settings = described(method, examples, before, layers=list(stages), order=order,
-                         init=getattr(init, "__name__", init), fit="kept" if refit is None else "made anew")  # fmt: skip
+                         init=init, fit="kept" if refit is None else "made anew")  # fmt: skip
     broken = {"NaN": ~finite_rows(*before)}
     results = {}
     for name in measured[0]:

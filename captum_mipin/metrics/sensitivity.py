@@ -1,6 +1,7 @@
 """What the attribution changes with: the class asked for, and small changes of the input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from captum_mipin.metrics.common import (
     Examples,
     Inputs,
     Method,
+    Pairs,
     ask,
     at_least,
     described,
+    disturbances,
     explain,
     explained_at_once,
     finite_rows,
@@ -58,7 +61,7 @@ def class_sensitivity(
         batch_size: Examples explained at once.
 
     Returns:
-        Distances. Unscored: "NaN", and in all parts but SSIM "zero map" where a map is zero.
+        Distances. Unscored: "same class" where ``other`` is none, "NaN", and in all parts but SSIM "zero map" where a map is 0.
 
     Examples:
         >>> result = class_sensitivity(lambda x, target: x * torch.tensor([[3.0], [4.0]])[target], torch.ones(1, 1), 0, 1)
@@ -75,7 +78,8 @@ def class_sensitivity(
     a, b = (torch.cat([m.double().flatten(1) for m in maps], 1) for maps in (one, two))
     sums = [m.abs().sum(1, keepdim=True) for m in (a, b)]
     settings = described(method, examples, one, other=described(method, others)["target"], reduction="none")
-    broken = {"NaN": ~finite_rows(a, b)}
+    same = [mine == his for mine, his in zip(examples.targets, others.targets, strict=True)]
+    broken = {"same class": torch.tensor(same), "NaN": ~finite_rows(a, b)}
     zero = {**broken, "zero map": (sums[0] == 0).any(1) | (sums[1] == 0).any(1)}
     parts = {
         "normalised L2": Result.of("normalised L2", (a / sums[0] - b / sums[1]).norm(dim=1), "higher", settings, zero),
@@ -84,7 +88,8 @@ def class_sensitivity(
     first, second = (heat(maps[0], examples.inputs[0]) for maps in (one, two))
     window = ssim_window(*first.shape[1:]) if len(one) == 1 and first.ndim == 3 else None
     if window is not None:
-        parts["SSIM"] = Result.of("SSIM", ssim(first, second, window), "lower", {**settings, "window": window}, broken)
+        told = {**settings, "reduction": "sum", "window": window}
+        parts["SSIM"] = Result.of("SSIM", ssim(first, second, window), "lower", told, broken)
     return Result.of("class sensitivity", (a - b).norm(dim=1), "neither", settings, broken, parts=parts)
 
 
@@ -127,19 +132,21 @@ def sensitivity_max(
         explained_at_once(batch_size),
     )
 
-    def changed(x: Inputs) -> tuple[Tensor, ...]:
-        tensors = x if isinstance(x, tuple) else (x,)
-        return tuple(one + (2 * uniform(random, *one.shape).to(one) - 1) * radius for one in tensors)
+    def draw(shape: Sequence[int]) -> Tensor:
+        return (2 * uniform(random, *shape) - 1) * radius
+
+    def doubles(part: Examples) -> tuple[Tensor, ...]:
+        return tuple(one.double() for one in ask(method, part))  # whose squares do not vanish
 
     found, zero, finite = [], [], []
     for part in examples.chunks(min(size, len(examples))):
-        first = ask(method, part)
+        first = doubles(part)
 
         def again(x: tuple[Tensor, ...], part: Examples = part, first: tuple[Tensor, ...] = first, **asked: Any) -> Any:
             if x[0] is part.inputs[0]:
                 return first
             extras = asked.get("additional_forward_args")
-            return ask(method, Examples.of(x[0] if part.alone else x, asked["target"], extras))
+            return doubles(Examples.of(x[0] if part.alone else x, asked["target"], extras))
 
         extras = {"additional_forward_args": part.extras} if part.extras else {}
         most = min(len(part) * max(1, size // len(part)), len(part) * samples)
@@ -147,7 +154,7 @@ def sensitivity_max(
             captum_sensitivity_max(
                 again,
                 part.inputs,
-                changed,
+                partial(_more, disturbances(part, samples, draw)),
                 n_perturb_samples=samples,
                 max_examples_per_batch=most,
                 target=part.target,
@@ -160,6 +167,10 @@ def sensitivity_max(
     settings = described(method, examples, first, radius=radius, samples=samples)
     reasons = {"NaN": ~torch.cat(finite), "zero map": torch.cat(zero)}
     return Result.of("max-sensitivity", torch.cat(found), "lower", settings, reasons)
+
+
+def _more(disturb: Callable[[Inputs], Pairs], x: Inputs) -> tuple[Tensor, ...]:
+    return tuple(one + by for one, by in disturb(x))
 
 
 def _drawn(model: Callable[..., Any], examples: Examples, generator: torch.Generator) -> list[Any]:
