@@ -620,6 +620,24 @@ def test_weights_changed_and_training_mode(own, x):
     own.estimate(x, progress=False).attribute(x[:1], 0)
 
 
+def test_the_same_weights_in_another_network(x, tmp_path):
+    """Nothing of its weights says that an activation was exchanged; the statistics are of the features behind it."""
+    model, other = network(), network()
+    other[1] = nn.Tanh().eval()
+    iba = IBA(model, model[4], SHORT).estimate(x, progress=False)
+    iba.save(tmp_path / "file")
+    expected = iba.attribute(x[:2], 1)
+    with pytest.raises(ModelChangedError, match="computes something else than when its features were estimated"):
+        IBA.load(tmp_path / "file", other).attribute(x[:2], 1)
+    handle = model[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(ModelChangedError, match="computes something else"):
+        iba.attribute(x[:2], 1)
+    handle.remove()
+    handle = model[1].register_forward_hook(lambda module, inputs, output: None)  # one that only looks
+    assert torch.equal(iba.attribute(x[:2], 1), expected)
+    handle.remove()
+
+
 def test_a_model_that_overflows_under_noise_names_the_sample(x):
     """Sample 2 alone leaves float32's range when its features are noisy: its scale is huge."""
     model = Function(
@@ -689,8 +707,9 @@ def test_dimensions_that_are_not_there(model, x):
 def test_calls_that_make_no_sense(iba, x):
     with pytest.raises(InputError, match="at='here' is not one of"):
         iba.attribute(x[:1], 0, at="here")
-    with pytest.raises(InputError, match="internal_batch_size=0"):
-        iba.attribute(x[:1], 0, internal_batch_size=0)
+    for size in (0, 1.5):
+        with pytest.raises(InputError, match=f"internal_batch_size={size} must be a whole number of at least 1"):
+            iba.attribute(x[:1], 0, internal_batch_size=size)
 
 
 def test_a_map_too_small_for_the_smoothing(x):
