@@ -49,24 +49,24 @@ class EstimateReport:
     """What the data says of a layer's features.
 
     Attributes:
-        examples: Values that each element's mean and standard deviation are of.
+        values: Of which each element's mean and standard deviation are; one an example, more with ``across``.
         features: Elements.
         floored: Elements whose standard deviation is below the floor, which stands in for it; constant ones among them.
         inactive: Elements that are hardly ever other than 0. They are left out: told nothing, 0 in the masked features.
 
     Examples:
         >>> print(EstimateReport(1000, 512, 3, 2))
-        512 features of 1000 examples: 3 with a standard deviation below the floor, 2 inactive
+        512 features of 1000 values each: 3 with a standard deviation below the floor, 2 inactive
     """
 
-    examples: int
+    values: int
     features: int
     floored: int
     inactive: int
 
     def __str__(self) -> str:
         return (
-            f"{self.features} features of {self.examples} examples: {self.floored} with a standard deviation below the "
+            f"{self.features} features of {self.values} values each: {self.floored} with a standard deviation below the "
             f"floor, {self.inactive} inactive"
         )
 
@@ -287,7 +287,8 @@ class IBA(Attribution):
 
         Raises:
             NotFittedError: Nothing was estimated yet.
-            InputError: Not a tensor or tuple, empty, NaN; an odd number of positions; a loss that overflows.
+            InputError: Not a tensor or tuple, empty, NaN; no map at the input; features of another shape than those estimated
+                on; a loss that overflows.
             TargetError: Not a target of this model. Also an AssertionError; out of range also an IndexError.
             CaptureError: The model cannot run on inputs of this shape, dtype or device; it has no such layer.
             ModelChangedError: The model's weights changed since the estimate, or what it computes for inputs of a shape that
@@ -296,10 +297,12 @@ class IBA(Attribution):
         if at not in ("input", "layer"):
             raise InputError(f"at={at!r} is not one of 'input', 'layer'")
         tensors, extras = as_inputs(inputs), as_extras(additional_forward_args)
-        found = self.explain(
-            tensors, target, extras, generator=generator, internal_batch_size=internal_batch_size, progress=progress
-        )
-        bits = found.information
+        with calm(device_of(self.model)):
+            case = self.case(tensors, target, extras, internal_batch_size)
+            if at == "input":  # where there is no such map, say so before all the work
+                features = torch.empty(len(tensors[0]), *case.shape(self.name(case.parts)), device="meta")
+                at_input(features, tensors, self.channels, self.input_channels)
+            bits = self._optimised(case, generator, internal_batch_size, progress).information
         total = bits.flatten(1).sum(1)
         if at == "layer":
             maps = bits.sum(self.channels) if per_position else bits
@@ -310,9 +313,9 @@ class IBA(Attribution):
 
     def explain(
         self,
-        inputs: Inputs,
+        inputs: Tensor | Inputs,
         target: Any,
-        extras: Extras = (),
+        extras: Any = (),
         *,
         generator: torch.Generator | None = None,
         internal_batch_size: int | None = None,
@@ -321,19 +324,22 @@ class IBA(Attribution):
         """The optimised bottlenecks: bits of each feature, masks, and the losses of each step.
 
         Args:
-            inputs: Tensors (batch, ...).
-            target, extras, generator, internal_batch_size, progress: As for :meth:`attribute`.
+            inputs, target, generator, internal_batch_size, progress: As for :meth:`attribute`.
+            extras: Its ``additional_forward_args``.
 
         Raises:
             As :meth:`attribute`.
         """
         with calm(device_of(self.model)):
-            case = self.case(inputs, target, extras, internal_batch_size)
-            groups = case.groups(self.name(case.parts), self.settings.copies, internal_batch_size)
-            with tqdm(total=len(inputs[0]) * self.settings.steps, unit="step", disable=not progress) as bar:
-                bar.set_description("feature bottleneck")
-                chosen = seed(generator)
-                return joined([self.restrict(group, chosen, bar) for group in groups])
+            case = self.case(as_inputs(inputs), target, as_extras(extras), internal_batch_size)
+            return self._optimised(case, generator, internal_batch_size, progress)
+
+    def _optimised(self, case: "Case", generator: torch.Generator | None, size: int | None, progress: bool) -> Optimised:
+        groups = case.groups(self.name(case.parts), self.settings.copies, size)
+        with tqdm(total=len(case.targets) * self.settings.steps, unit="step", disable=not progress) as bar:
+            bar.set_description("feature bottleneck")
+            chosen = seed(generator)
+            return joined([self.restrict(group, chosen, bar) for group in groups])
 
     def case(self, inputs: Inputs, target: Any, extras: Extras, size: int | None) -> "Case":
         """The samples to explain, all of them."""
@@ -526,6 +532,11 @@ class Case:
         """Which of all samples these are."""
         return slice(self.first, self.first + len(self.targets))
 
+    def shape(self, name: str) -> list[int]:
+        """That of a tensor of the graph, without the batch."""
+        (value,) = (node.meta["val"] for node in self.parts.captured.graph.nodes if node.name == name)
+        return list(map(int, value.shape[1:]))
+
     def groups(self, name: str, copies: int, size: int | None) -> list["Case"]:
         """The samples in groups to be optimised together.
 
@@ -536,9 +547,8 @@ class Case:
         """
         index = torch.arange(len(self.targets), device=self.inputs[0].device)
         if size is None:
-            (value,) = (node.meta["val"] for node in self.parts.captured.graph.nodes if node.name == name)
             most = _CPU_VALUES if index.device.type == "cpu" else _VALUES
-            size = max(1, most // (copies * prod(map(int, value.shape[1:]))))
+            size = max(1, most // (copies * prod(self.shape(name))))
         return [self.pick(some) for some in index.split(size)] if len(index) > size else [self]
 
     def values(self, model: nn.Module) -> dict[str, Any]:

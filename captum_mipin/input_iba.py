@@ -232,10 +232,11 @@ class InputIBA(Attribution):
         """
         if kind not in ("mask", "information"):
             raise InputError(f"kind={kind!r} is not one of 'mask', 'information'")
-        tensors, extras = as_inputs(inputs), as_extras(additional_forward_args)
+        tensors = as_inputs(inputs)
         found = self.explain(
-            tensors, target, extras, generator=generator, internal_batch_size=internal_batch_size, progress=progress
-        ).input
+            inputs, target, additional_forward_args, generator=generator, internal_batch_size=internal_batch_size,
+            progress=progress,
+        ).input  # fmt: skip
         total = found.information.flatten(1).sum(1)
         maps = found.alpha.sigmoid() if kind == "mask" else found.information
         x = tensors[0]
@@ -247,9 +248,9 @@ class InputIBA(Attribution):
 
     def explain(
         self,
-        inputs: Inputs,
+        inputs: Tensor | Inputs,
         target: Any,
-        extras: tuple[Any, ...] = (),
+        extras: Any = (),
         *,
         generator: torch.Generator | None = None,
         internal_batch_size: int | None = None,
@@ -258,21 +259,21 @@ class InputIBA(Attribution):
         """All three stages with their losses.
 
         Args:
-            inputs: Tensors (batch, ...).
-            target, extras, generator, internal_batch_size, progress: As for :meth:`attribute`.
+            inputs, target, generator, internal_batch_size, progress: As for :meth:`attribute`.
+            extras: Its ``additional_forward_args``.
 
         Raises:
             As :meth:`attribute`.
         """
-        how, rows = self.settings, len(inputs[0]) if inputs else 0
+        how, tensors = self.settings, as_inputs(inputs)
 
         def bar(name: str, steps: int) -> "tqdm[Any]":
-            shown: tqdm[Any] = tqdm(total=rows * steps, unit="step", disable=not progress, desc=name)
+            shown: tqdm[Any] = tqdm(total=len(tensors[0]) * steps, unit="step", disable=not progress, desc=name)
             return shown
 
         with calm(device_of(self.model)):
-            case = self.feature.case(inputs, target, extras, internal_batch_size)
-            start, layer = self._input(case, len(inputs)), self.feature.name(case.parts)
+            case = self.feature.case(tensors, target, as_extras(extras), internal_batch_size)
+            start, layer = self._input(case, len(tensors)), self.feature.name(case.parts)
             chosen = seed(generator)
             with bar("feature bottleneck", how.feature.steps) as shown:
                 groups = case.groups(layer, how.feature.copies, internal_batch_size)

@@ -239,10 +239,13 @@ def test_tokens_at_their_embedding_and_at_a_recurrent_layer():
 def test_a_dense_layer(mlp):
     iba = IBA(mlp.model, mlp.model[1], SHORT).estimate(mlp.x, progress=False)
     assert iba.attribute(mlp.x[:4], 1, at="layer").shape == (4, 8)
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
     with pytest.raises(
         InputError, match=r"output of shape \(8,\).*no positions like those of inputs of shape \(6,\).*at='layer'"
     ):
-        iba.attribute(mlp.x[:4], 1)
+        iba.attribute(mlp.x[:4], 1, generator=generator)
+    assert torch.equal(generator.get_state(), before), "refused before anything is optimised"
 
 
 def test_features_with_their_channels_last_under_images(x):
@@ -476,7 +479,7 @@ def test_constant_and_inactive_features_are_floored_and_counted(x):
         model[0].bias[2], model[0].bias[3] = 1.0, -1.0  # a constant, and one that is never there
     iba = IBA(model, model[1], SHORT).estimate(x, progress=False)
     assert (iba.report.floored, iba.report.inactive) == (128, 64)
-    assert str(iba.report) == "256 features of 40 examples: 128 with a standard deviation below the floor, 64 inactive"
+    assert str(iba.report) == "256 features of 40 values each: 128 with a standard deviation below the floor, 64 inactive"
     bits = iba.attribute(x[:2], 1, at="layer")
     assert torch.isfinite(bits).all()
     assert (bits[:, 3] == 0).all()

@@ -86,7 +86,7 @@ def test_the_defaults_are_the_published_ones():
 
 def test_the_first_stage_is_iba_at_the_layer(iba, model, x):
     alone = IBA(model, model[4], SHORT.feature).estimate(x, progress=False)
-    found, expected = iba.explain((x[:3],), [0, 1, 2]).feature, alone.explain((x[:3],), [0, 1, 2])
+    found, expected = iba.explain(x[:3], [0, 1, 2]).feature, alone.explain(x[:3], [0, 1, 2], extras=None)
     assert torch.equal(found.information, expected.information)
     assert torch.equal(found.losses, expected.losses)
 
