@@ -80,7 +80,6 @@ class _State:
     """
 
     statistics: Statistics
-    kinds: tuple[str, ...]
     structures: dict[Signature, str]
     watch: storage.Watch
 
@@ -204,8 +203,8 @@ class IBA(Attribution):
                 bar.update(len(features))
             assert gathered is not None  # for mypy: Batches refuses data without any batch
             _ = gathered.std  # that of one example is refused
-        self._graphs.kinds = kinds = next(iter(structures)).kinds()
-        self._state = _State(gathered, kinds, structures, watch)
+        self._graphs.kinds = next(iter(structures)).kinds()
+        self._state = _State(gathered, structures, watch)
         return self
 
     @property
@@ -447,7 +446,6 @@ class IBA(Attribution):
                 "active": self.active,
             },
             "count": statistics.count,
-            "kinds": state.kinds,
             "structures": [[signature.to_json(), found] for signature, found in state.structures.items()],
         }
         return tensors, content
@@ -485,12 +483,11 @@ class IBA(Attribution):
         output = tuple(content["output"]) if isinstance(content["output"], list) else content["output"]
         settings = Bottleneck(**content["settings"])
         iba = cls(model, cls.found(content["layer"], model), settings, output=output, **content["options"])
-        kinds = tuple(content["kinds"])
         mean, squares, nonzero = (tensors[key].clone() for key in ("mean", "squares", "nonzero"))
-        iba._graphs.kinds = kinds
         statistics = Statistics(content["count"], mean, squares, nonzero)
         structures = {Signature.from_json(signature): found for signature, found in content["structures"]}
-        iba._state = _State(statistics, kinds, structures, storage.Watch(model, content["fingerprint"]))
+        iba._graphs.kinds = next(iter(structures)).kinds()
+        iba._state = _State(statistics, structures, storage.Watch(model, content["fingerprint"]))
         return iba
 
     def where(self, layer: nn.Module | str) -> dict[str, str]:

@@ -57,7 +57,7 @@ def test_the_bottleneck_runs(capsys):
     names = run("Information bottlenecks")
     assert names["bits"].shape == (5, 1, 8, 8)
     assert (names["bits"].sum((1, 2, 3)) / names["total"]).tolist() == pytest.approx([1] * 5)
-    assert "512 features of 1797 examples" in capsys.readouterr().out
+    assert "512 features of 1797 values each" in capsys.readouterr().out
 
 
 def test_all_of_its_code_is_run():
