@@ -632,11 +632,18 @@ def test_the_same_weights_in_another_network(x, tmp_path):
     expected = iba.attribute(x[:2], 1)
     with pytest.raises(ModelChangedError, match="computes something else than when its features were estimated"):
         IBA.load(tmp_path / "file", other).attribute(x[:2], 1)
-    handle = model[1].register_forward_hook(lambda module, inputs, output: output * 2)
+
+    def doubles(module, inputs, output):
+        return output * 2
+
+    def looks(module, inputs, output):
+        return None
+
+    handle = model[1].register_forward_hook(doubles)
     with pytest.raises(ModelChangedError, match="computes something else"):
         iba.attribute(x[:2], 1)
     handle.remove()
-    handle = model[1].register_forward_hook(lambda module, inputs, output: None)  # one that only looks
+    handle = model[1].register_forward_hook(looks)
     assert torch.equal(iba.attribute(x[:2], 1), expected)
     handle.remove()
 
