@@ -22,6 +22,9 @@ from captum_mipin.propagation import Target
 #: Steps over which the loss is averaged where a sample stops once it has settled.
 _WINDOW = 3
 
+#: The largest parameter of a mask, so that the logarithm of 1 − λ is finite.
+_WIDEST = 80
+
 
 @dataclass(frozen=True)
 class Bottleneck:
@@ -54,11 +57,11 @@ class Bottleneck:
     def __post_init__(self) -> None:
         for name, value, fine, expected in (
             ("beta", self.beta, 0 <= self.beta < math.inf, "a number of at least 0"),
-            ("steps", self.steps, self.steps >= 0, "at least 0"),
+            ("steps", self.steps, whole(self.steps) and self.steps >= 0, "a whole number of at least 0"),
             ("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0"),
-            ("copies", self.copies, self.copies >= 1, "at least 1"),
+            ("copies", self.copies, whole(self.copies) and self.copies >= 1, "a whole number of at least 1"),
             ("sigma", self.sigma, 0 <= self.sigma < math.inf, "a number of at least 0"),
-            ("start", self.start, math.isfinite(self.start), "a number"),
+            ("start", self.start, abs(self.start) <= _WIDEST, f"between {-_WIDEST} and {_WIDEST}: no gradient moves others"),
             ("tolerance", self.tolerance, self.tolerance is None or self.tolerance > 0, "above 0, or None"),
         ):
             if not fine:
@@ -118,11 +121,8 @@ def information(r: Tensor, passed: Tensor, blocked: Tensor, prior: Tensor | floa
 
 
 def mask(alpha: Tensor, sigma: float, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """λ and 1 − λ of the parameter α, smoothed over positions.
-
-    The smallest 1 − λ is that of α = 80, so that its logarithm is finite.
-    """
-    alpha = alpha.clamp(max=80)
+    """λ and 1 − λ of the parameter α, smoothed over positions."""
+    alpha = alpha.clamp(max=_WIDEST)
     return smooth(alpha.sigmoid(), sigma, positions), smooth((-alpha).sigmoid(), sigma, positions)
 
 
@@ -198,7 +198,7 @@ def optimise(
             raise CaptureError("no gradient of the model's output reaches the layer: nothing of it can be weighed")
         loss = entropy + how.beta * told.flatten(1).mean(1)
         (gradient,) = torch.autograd.grad(loss.sum(), alpha)
-        _check(loss, gradient, step, first)
+        _check(loss, gradient, stopped, step, first)
         losses[step], entropies[step] = (value.detach().where(~stopped, math.nan) for value in (loss, entropy))
         stopped |= settled(losses[: step + 1], how.tolerance)
         before, alpha.grad = alpha.detach().clone(), gradient
@@ -219,8 +219,8 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
-def _check(loss: Tensor, gradient: Tensor, step: int, first: int) -> None:
-    wrong = ~(torch.isfinite(loss.detach()) & torch.isfinite(gradient.flatten(1)).all(1))
+def _check(loss: Tensor, gradient: Tensor, stopped: Tensor, step: int, first: int) -> None:
+    wrong = ~(torch.isfinite(loss.detach()) & torch.isfinite(gradient.flatten(1)).all(1) | stopped)
     if bool(wrong.any()):
         sample = first + int(wrong.nonzero()[0])
         raise InputError(
@@ -235,6 +235,11 @@ def settled(losses: Tensor, tolerance: float | None) -> Tensor:
         return torch.zeros(losses.shape[1], dtype=torch.bool, device=losses.device)
     late, early = losses[-_WINDOW:].mean(0), losses[-2 * _WINDOW : -_WINDOW].mean(0)
     return (late - early).abs() <= tolerance * early.abs()
+
+
+def whole(value: object) -> bool:
+    """Whether a setting is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class CrossEntropy:

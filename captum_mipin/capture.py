@@ -31,6 +31,9 @@ Output = int | str | tuple[int | str, ...] | None
 #: Batch size the example is captured with. Any; sizes 0 and 1 would be taken for constants.
 _EXAMPLE_BATCH = 3
 
+#: The batch sizes a model has to take: beyond, torch itself chooses other kernels, for normalisation on GPUs.
+_LARGEST_BATCH = 65535
+
 #: What torch warns of when it copies recurrent layers, whose weights are attributes as well.
 _RECURRENT = r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, )?)+ (was|were) assigned during export"
 
@@ -336,7 +339,7 @@ def capture(
             "does not), and inputs must have the shape, dtype and device that the model takes."
         ) from error
     for symbol, bounds in program.range_constraints.items():
-        if bounds.lower > 2 or bounds.upper < 1 << 31:
+        if bounds.lower > 2 or bounds.upper < _LARGEST_BATCH:
             raise CaptureError(
                 f"the model computes otherwise for batches outside {bounds} ({symbol}): the batch size must be free"
             )

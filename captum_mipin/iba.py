@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from captum_mipin import storage
 from captum_mipin._captum import captum_entry
-from captum_mipin.bottleneck import Bottleneck, CrossEntropy, Noise, Optimised, optimise
+from captum_mipin.bottleneck import Bottleneck, CrossEntropy, Noise, Optimised, optimise, whole
 from captum_mipin.capture import (
     TURNS,
     Extras,
@@ -49,34 +49,38 @@ class EstimateReport:
     """What the data says of a layer's features.
 
     Attributes:
-        examples: Values that each element's mean and standard deviation are of.
+        values: Of which each element's mean and standard deviation are; one an example, more with ``across``.
         features: Elements.
         floored: Elements whose standard deviation is below the floor, which stands in for it; constant ones among them.
         inactive: Elements that are hardly ever other than 0. They are left out: told nothing, 0 in the masked features.
 
     Examples:
         >>> print(EstimateReport(1000, 512, 3, 2))
-        512 features of 1000 examples: 3 with a standard deviation below the floor, 2 inactive
+        512 features of 1000 values each: 3 with a standard deviation below the floor, 2 inactive
     """
 
-    examples: int
+    values: int
     features: int
     floored: int
     inactive: int
 
     def __str__(self) -> str:
         return (
-            f"{self.features} features of {self.examples} examples: {self.floored} with a standard deviation below the "
+            f"{self.features} features of {self.values} values each: {self.floored} with a standard deviation below the "
             f"floor, {self.inactive} inactive"
         )
 
 
 @dataclass
 class _State:
-    """All that an estimate leaves behind."""
+    """All that an estimate leaves behind.
+
+    Attributes:
+        structures: What the model computed, for each kind of inputs in the data.
+    """
 
     statistics: Statistics
-    kinds: tuple[str, ...]
+    structures: dict[Signature, str]
     watch: storage.Watch
 
 
@@ -176,13 +180,13 @@ class IBA(Attribution):
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size!r} must be at least 1")
         gathered: Statistics | None = None
-        kinds: tuple[str, ...] = ()
+        structures: dict[Signature, str] = {}
         with generator_kept(), calm(device_of(model)), torch.no_grad(), tqdm(unit="row", disable=not progress) as bar:
             bar.set_description("features")
             watch = storage.Watch(model)
             for index, (inputs, extras) in enumerate(Batches(data, batch_size, unpack, device_of(model), explained=False)):
                 parts = self._graphs(inputs, extras)
-                kinds = kinds or Signature.of(inputs, extras, parts.captured.shared).kinds()
+                structures[Signature.of(inputs, extras, parts.captured.shared)] = parts.structure
                 part = self.part(parts)
                 features, others = part.below(parts.captured.values(model, inputs, extras))
                 if not finite(features):
@@ -199,8 +203,8 @@ class IBA(Attribution):
                 bar.update(len(features))
             assert gathered is not None  # for mypy: Batches refuses data without any batch
             _ = gathered.std  # that of one example is refused
-        self._graphs.kinds = kinds
-        self._state = _State(gathered, kinds, watch)
+        self._graphs.kinds = next(iter(structures)).kinds()
+        self._state = _State(gathered, structures, watch)
         return self
 
     @property
@@ -282,18 +286,22 @@ class IBA(Attribution):
 
         Raises:
             NotFittedError: Nothing was estimated yet.
-            InputError: Not a tensor or tuple, empty, NaN; an odd number of positions; a loss that overflows.
+            InputError: Not a tensor or tuple, empty, NaN; no map at the input; features of another shape than those estimated
+                on; a loss that overflows.
             TargetError: Not a target of this model. Also an AssertionError; out of range also an IndexError.
             CaptureError: The model cannot run on inputs of this shape, dtype or device; it has no such layer.
-            ModelChangedError: The model's weights changed since the estimate.
+            ModelChangedError: The model's weights changed since the estimate, or what it computes for inputs of a shape that
+                was estimated on.
         """
         if at not in ("input", "layer"):
             raise InputError(f"at={at!r} is not one of 'input', 'layer'")
         tensors, extras = as_inputs(inputs), as_extras(additional_forward_args)
-        found = self.explain(
-            tensors, target, extras, generator=generator, internal_batch_size=internal_batch_size, progress=progress
-        )
-        bits = found.information
+        with calm(device_of(self.model)):
+            case = self.case(tensors, target, extras, internal_batch_size)
+            if at == "input":  # where there is no such map, say so before all the work
+                features = torch.empty(len(tensors[0]), *case.shape(self.name(case.parts)), device="meta")
+                at_input(features, tensors, self.channels, self.input_channels)
+            bits = self._optimised(case, generator, internal_batch_size, progress).information
         total = bits.flatten(1).sum(1)
         if at == "layer":
             maps = bits.sum(self.channels) if per_position else bits
@@ -304,9 +312,9 @@ class IBA(Attribution):
 
     def explain(
         self,
-        inputs: Inputs,
+        inputs: Tensor | Inputs,
         target: Any,
-        extras: Extras = (),
+        extras: Any = (),
         *,
         generator: torch.Generator | None = None,
         internal_batch_size: int | None = None,
@@ -315,25 +323,29 @@ class IBA(Attribution):
         """The optimised bottlenecks: bits of each feature, masks, and the losses of each step.
 
         Args:
-            inputs: Tensors (batch, ...).
-            target, extras, generator, internal_batch_size, progress: As for :meth:`attribute`.
+            inputs, target, generator, internal_batch_size, progress: As for :meth:`attribute`.
+            extras: Its ``additional_forward_args``.
 
         Raises:
             As :meth:`attribute`.
         """
         with calm(device_of(self.model)):
-            cases = self.cases(inputs, target, extras, internal_batch_size)
-            with tqdm(total=len(inputs[0]) * self.settings.steps, unit="step", disable=not progress) as bar:
-                bar.set_description("feature bottleneck")
-                chosen = seed(generator)
-                return joined([self.restrict(case, chosen, bar) for case in cases])
+            case = self.case(as_inputs(inputs), target, as_extras(extras), internal_batch_size)
+            return self._optimised(case, generator, internal_batch_size, progress)
 
-    def cases(self, inputs: Inputs, target: Any, extras: Extras, size: int | None) -> list["Case"]:
-        """The samples to explain, in groups to be optimised together."""
+    def _optimised(self, case: "Case", generator: torch.Generator | None, size: int | None, progress: bool) -> Optimised:
+        groups = case.groups(self.name(case.parts), self.settings.copies, size)
+        with tqdm(total=len(case.targets) * self.settings.steps, unit="step", disable=not progress) as bar:
+            bar.set_description("feature bottleneck")
+            chosen = seed(generator)
+            return joined([self.restrict(group, chosen, bar) for group in groups])
+
+    def case(self, inputs: Inputs, target: Any, extras: Extras, size: int | None) -> "Case":
+        """The samples to explain, all of them."""
         state = self._estimated()
         check_inputs(inputs, explained=False)
-        if size is not None and size < 1:
-            raise InputError(f"internal_batch_size={size!r} must be at least 1")
+        if size is not None and not (whole(size) and size >= 1):
+            raise InputError(f"internal_batch_size={size!r} must be a whole number of at least 1")
         for index, x in enumerate(inputs):
             if not finite(x):
                 raise InputError(f"input {index} contains NaN or Inf")
@@ -341,19 +353,12 @@ class IBA(Attribution):
         if state.watch.changed(self.model):
             raise ModelChangedError("the model's weights have changed since the features were estimated: call estimate again")
         inputs, extras = plain((inputs, extras))
-        rows, parts = len(inputs[0]), self._graphs(inputs, extras)
-        size = size or self._together(parts)
+        parts = self._graphs(inputs, extras)
+        if state.structures.get(Signature.of(inputs, extras, parts.captured.shared), parts.structure) != parts.structure:
+            raise ModelChangedError("the model computes something else than when its features were estimated: estimate again")
         dims = parts.captured.output.meta["val"].shape[1:]
-        targets = per_example(target, torch.empty(rows, *dims, device="meta"))
-        case = Case(parts, inputs, extras, targets, 0)
-        return [case.pick(some) for some in torch.arange(rows, device=inputs[0].device).split(size)] if rows > size else [case]
-
-    def _together(self, parts: Parts) -> int:
-        """How many samples to optimise together: memory is bounded, and on a CPU large arrays are slower than small ones."""
-        most = _CPU_VALUES if device_of(self.model).type == "cpu" else _VALUES
-        name = self.name(parts)
-        (value,) = (node.meta["val"] for node in parts.captured.graph.nodes if node.name == name)
-        return max(1, most // (self.settings.copies * prod(map(int, value.shape[1:]))))
+        targets = per_example(target, torch.empty(len(inputs[0]), *dims, device="meta"))
+        return Case(parts, inputs, extras, targets, 0)
 
     def restrict(self, case: "Case", chosen: int, bar: "tqdm[Any] | None" = None) -> Optimised:
         """The bottlenecks of one group."""
@@ -441,7 +446,7 @@ class IBA(Attribution):
                 "active": self.active,
             },
             "count": statistics.count,
-            "kinds": state.kinds,
+            "structures": [[signature.to_json(), found] for signature, found in state.structures.items()],
         }
         return tensors, content
 
@@ -478,11 +483,11 @@ class IBA(Attribution):
         output = tuple(content["output"]) if isinstance(content["output"], list) else content["output"]
         settings = Bottleneck(**content["settings"])
         iba = cls(model, cls.found(content["layer"], model), settings, output=output, **content["options"])
-        kinds = tuple(content["kinds"])
         mean, squares, nonzero = (tensors[key].clone() for key in ("mean", "squares", "nonzero"))
-        iba._graphs.kinds = kinds
         statistics = Statistics(content["count"], mean, squares, nonzero)
-        iba._state = _State(statistics, kinds, storage.Watch(model, content["fingerprint"]))
+        structures = {Signature.from_json(signature): found for signature, found in content["structures"]}
+        iba._graphs.kinds = next(iter(structures)).kinds()
+        iba._state = _State(statistics, structures, storage.Watch(model, content["fingerprint"]))
         return iba
 
     def where(self, layer: nn.Module | str) -> dict[str, str]:
@@ -518,6 +523,30 @@ class Case:
     extras: Extras
     targets: list[Target]
     first: int
+
+    @property
+    def rows(self) -> slice:
+        """Which of all samples these are."""
+        return slice(self.first, self.first + len(self.targets))
+
+    def shape(self, name: str) -> list[int]:
+        """That of a tensor of the graph, without the batch."""
+        (value,) = (node.meta["val"] for node in self.parts.captured.graph.nodes if node.name == name)
+        return list(map(int, value.shape[1:]))
+
+    def groups(self, name: str, copies: int, size: int | None) -> list["Case"]:
+        """The samples in groups to be optimised together.
+
+        Args:
+            name: The tensor that is masked.
+            copies: How many masked copies of each sample there are.
+            size: Samples in a group; by default so many that memory is bounded, and on a CPU few enough to be fast.
+        """
+        index = torch.arange(len(self.targets), device=self.inputs[0].device)
+        if size is None:
+            most = _CPU_VALUES if index.device.type == "cpu" else _VALUES
+            size = max(1, most // (copies * prod(self.shape(name))))
+        return [self.pick(some) for some in index.split(size)] if len(index) > size else [self]
 
     def values(self, model: nn.Module) -> dict[str, Any]:
         """The value of every placeholder of the graph."""

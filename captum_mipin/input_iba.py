@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 
 from captum_mipin import storage
 from captum_mipin._captum import captum_entry
-from captum_mipin.bottleneck import Bottleneck, Noise, Optimised, mask, normal, optimise, settled
+from captum_mipin.bottleneck import Bottleneck, Noise, Optimised, mask, normal, optimise, settled, whole
 from captum_mipin.capture import TURNS, Inputs, Output, check_model, unwrapped
-from captum_mipin.errors import InputError, InverseFileError
+from captum_mipin.errors import CaptureError, InputError, InverseFileError
 from captum_mipin.fitting import Unpack
 from captum_mipin.iba import IBA, Case, EstimateReport, at_input, calm, joined, positions, seed
 from captum_mipin.inverse import as_extras, as_inputs, device_of, like
@@ -59,11 +59,11 @@ class Adversary:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        whole = ("samples", "groups", "batch", "critic_steps")
         above = ("critic_rate", "clip", "mask_rate", "mean_rate", "std_rate", "width", "tolerance")
-        for name in whole:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)!r} must be at least 1")
+        for name, least in (("samples", 1), ("groups", 1), ("epochs", 0), ("batch", 2), ("critic_steps", 1)):
+            value = getattr(self, name)
+            if not whole(value) or value < least:
+                raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
         for name in above:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -71,8 +71,12 @@ class Adversary:
         for name, known in (("noise", ("channel", "position")), ("bottleneck", ("capacity", "passed"))):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, known))}")
-        if self.epochs < 0 or self.samples % self.groups:
-            raise InputError("epochs must be at least 0, and samples a multiple of groups")
+        if self.samples % self.groups:
+            raise InputError(f"samples={self.samples} must be a multiple of groups={self.groups}")
+        if self.samples % self.batch == 1:
+            raise InputError(
+                f"samples={self.samples} leave a batch={self.batch} of one, over which the critic cannot normalise"
+            )
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,9 @@ class InputIBA(Attribution):
 
     def estimate(self, data: Any, *, unpack: Unpack | None = None, batch_size: int = 256, progress: bool = True) -> "InputIBA":
         """Gather mean and standard deviation of each feature, see :meth:`IBA.estimate`."""
+        start = self.input_layer
+        if isinstance(start, nn.Module) and all(module is not start for module in check_model(self.model).modules()):
+            raise CaptureError(f"input_layer {type(start).__name__} is not a module of this {type(self.model).__name__}")
         self.feature.estimate(data, unpack=unpack, batch_size=batch_size, progress=progress)
         return self
 
@@ -225,10 +232,11 @@ class InputIBA(Attribution):
         """
         if kind not in ("mask", "information"):
             raise InputError(f"kind={kind!r} is not one of 'mask', 'information'")
-        tensors, extras = as_inputs(inputs), as_extras(additional_forward_args)
+        tensors = as_inputs(inputs)
         found = self.explain(
-            tensors, target, extras, generator=generator, internal_batch_size=internal_batch_size, progress=progress
-        ).input
+            inputs, target, additional_forward_args, generator=generator, internal_batch_size=internal_batch_size,
+            progress=progress,
+        ).input  # fmt: skip
         total = found.information.flatten(1).sum(1)
         maps = found.alpha.sigmoid() if kind == "mask" else found.information
         x = tensors[0]
@@ -240,9 +248,9 @@ class InputIBA(Attribution):
 
     def explain(
         self,
-        inputs: Inputs,
+        inputs: Tensor | Inputs,
         target: Any,
-        extras: tuple[Any, ...] = (),
+        extras: Any = (),
         *,
         generator: torch.Generator | None = None,
         internal_batch_size: int | None = None,
@@ -251,37 +259,33 @@ class InputIBA(Attribution):
         """All three stages with their losses.
 
         Args:
-            inputs: Tensors (batch, ...).
-            target, extras, generator, internal_batch_size, progress: As for :meth:`attribute`.
+            inputs, target, generator, internal_batch_size, progress: As for :meth:`attribute`.
+            extras: Its ``additional_forward_args``.
 
         Raises:
             As :meth:`attribute`.
         """
-        how, rows = self.settings, len(inputs[0]) if inputs else 0
+        how, tensors = self.settings, as_inputs(inputs)
 
         def bar(name: str, steps: int) -> "tqdm[Any]":
-            shown: tqdm[Any] = tqdm(total=rows * steps, unit="step", disable=not progress, desc=name)
+            shown: tqdm[Any] = tqdm(total=len(tensors[0]) * steps, unit="step", disable=not progress, desc=name)
             return shown
 
         with calm(device_of(self.model)):
-            cases = self.feature.cases(inputs, target, extras, internal_batch_size)
-            starts = [self._input(case, len(inputs)) for case in cases]
+            case = self.feature.case(tensors, target, as_extras(extras), internal_batch_size)
+            start, layer = self._input(case, len(tensors)), self.feature.name(case.parts)
             chosen = seed(generator)
             with bar("feature bottleneck", how.feature.steps) as shown:
-                features = [self.feature.restrict(case, chosen, shown) for case in cases]
+                groups = case.groups(layer, how.feature.copies, internal_batch_size)
+                feature = joined([self.feature.restrict(group, chosen, shown) for group in groups])
             with bar("adversarial prior", how.prior.epochs) as shown:
-                games = [
-                    self._prior(case.pick(torch.tensor([i], device=inputs[0].device)), start, feature, i, chosen, shown)
-                    for case, start, feature in zip(cases, starts, features, strict=True)
-                    for i in range(len(case.targets))
-                ]
-            priors, critics, generators = (list(part) for part in zip(*games, strict=True))
+                games = [self._prior(one, start, feature, chosen, shown) for one in case.groups(start, how.prior.batch, 1)]
+            priors, critics, generators = zip(*games, strict=True)
+            prior = torch.cat(priors)
             with bar("input bottleneck", how.input.steps) as shown:
-                found = [
-                    self._restrict(case, start, torch.cat(priors[case.first : case.first + len(case.targets)]), chosen, shown)
-                    for case, start in zip(cases, starts, strict=True)
-                ]
-        return Stages(joined(features), torch.cat(priors), torch.stack(critics, 1), torch.stack(generators, 1), joined(found))
+                groups = case.groups(start, how.input.copies, internal_batch_size)
+                found = joined([self._restrict(group, start, prior[group.rows], chosen, shown) for group in groups])
+        return Stages(feature, prior, torch.stack(critics, 1), torch.stack(generators, 1), found)
 
     @property
     def _channels(self) -> int:
@@ -298,20 +302,20 @@ class InputIBA(Attribution):
         return case.parts.captured.inputs[0]
 
     def _prior(
-        self, case: Case, start: str, feature: Optimised, index: int, chosen: int, bar: "tqdm[Any]"
+        self, case: Case, start: str, feature: Optimised, chosen: int, bar: "tqdm[Any]"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The mask that the adversarial game ends with, and the losses of critic and generator."""
+        """For one sample the mask that the adversarial game ends with, and the losses of critic and generator."""
         how, channels = self.settings.prior, self.feature.channels
         part = case.parts(start, self.feature.name(case.parts))
         with torch.no_grad():
             x, others = part.below(case.values(self.model))
             features = part.above(x, others)
         kind = torch.promote_types(x.dtype, torch.float32)
-        told = feature.information[index : index + 1]
+        told = feature.information[case.rows]
         if how.bottleneck == "capacity":
             weight = told * math.log(2)
         else:
-            own = feature.alpha[index : index + 1]
+            own = feature.alpha[case.rows]
             weight = mask(own, self.settings.feature.sigma, positions(own, channels))[0]
         beside: dict[int, Sequence[Any]] = {}
 

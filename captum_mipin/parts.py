@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, fx, nn
 from captum_mipin.batch import first_dimension
 from captum_mipin.capture import TURNS, CapturedGraph, Extras, Inputs, Output, Signature, capture, glance, module_output
 from captum_mipin.errors import CaptureError, InputError
+from captum_mipin.rules import MIPIN
+from captum_mipin.structure import structure
 
 #: Graphs kept for different input shapes.
 _GRAPHS = 8
@@ -175,6 +178,11 @@ class Parts:
     def __init__(self, captured: CapturedGraph) -> None:
         self.captured = captured
         self._parts: dict[tuple[str, str | None], Part] = {}
+
+    @cached_property
+    def structure(self) -> str:
+        """What the graph computes, as one number, see :func:`captum_mipin.structure.structure`."""
+        return structure(self.captured, MIPIN)
 
     def __call__(self, start: str, end: str | None = None) -> Part:
         """The part from one tensor to another, by default to the output."""

@@ -201,6 +201,21 @@ def test_a_sample_that_has_settled_stays_as_it_is():
     torch.testing.assert_close(found.losses[: taken - 1], same.losses)
 
 
+def test_a_sample_that_has_settled_may_overflow_while_others_go_on():
+    """Alone it would not be asked again."""
+    steps = []
+
+    def cross_entropy(z):
+        steps.append(len(steps))
+        first = float("nan") if len(steps) == 9 else 1.0
+        return z.sum(2).mean(0) * 0 + torch.tensor([first, 10.0 ** len(steps)])
+
+    how = Bottleneck(beta=0.0, steps=12, sigma=0, tolerance=1e-3)
+    found = optimise(normal(2, 3), standard(3, dtype=torch.float32), cross_entropy, how)
+    assert (~found.losses.isnan()).sum(0).tolist() == [6, 12]
+    assert torch.isfinite(found.information).all()
+
+
 def test_it_stops_at_no_step_by_default():
     how = Bottleneck(steps=30, beta=0.0, sigma=0)
     found = optimise(normal(2, 3), standard(3, dtype=torch.float32), lambda z: z.sum(2).mean(0) * 0, how)
@@ -231,7 +246,7 @@ def test_adam_is_the_published_one():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("beta", -1), ("beta", float("nan")), ("steps", -1), ("learning_rate", 0), ("copies", 0), ("sigma", -1),
-     ("start", float("inf")), ("tolerance", 0)],
+     ("start", float("inf")), ("start", 100), ("tolerance", 0), ("steps", 2.5), ("copies", 2.0)],
 )  # fmt: skip
 def test_settings_out_of_range(name, value):
     with pytest.raises(InputError, match=rf"{name}=.* must be"):

@@ -239,10 +239,13 @@ def test_tokens_at_their_embedding_and_at_a_recurrent_layer():
 def test_a_dense_layer(mlp):
     iba = IBA(mlp.model, mlp.model[1], SHORT).estimate(mlp.x, progress=False)
     assert iba.attribute(mlp.x[:4], 1, at="layer").shape == (4, 8)
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
     with pytest.raises(
         InputError, match=r"output of shape \(8,\).*no positions like those of inputs of shape \(6,\).*at='layer'"
     ):
-        iba.attribute(mlp.x[:4], 1)
+        iba.attribute(mlp.x[:4], 1, generator=generator)
+    assert torch.equal(generator.get_state(), before), "refused before anything is optimised"
 
 
 def test_features_with_their_channels_last_under_images(x):
@@ -476,7 +479,7 @@ def test_constant_and_inactive_features_are_floored_and_counted(x):
         model[0].bias[2], model[0].bias[3] = 1.0, -1.0  # a constant, and one that is never there
     iba = IBA(model, model[1], SHORT).estimate(x, progress=False)
     assert (iba.report.floored, iba.report.inactive) == (128, 64)
-    assert str(iba.report) == "256 features of 40 examples: 128 with a standard deviation below the floor, 64 inactive"
+    assert str(iba.report) == "256 features of 40 values each: 128 with a standard deviation below the floor, 64 inactive"
     bits = iba.attribute(x[:2], 1, at="layer")
     assert torch.isfinite(bits).all()
     assert (bits[:, 3] == 0).all()
@@ -620,6 +623,31 @@ def test_weights_changed_and_training_mode(own, x):
     own.estimate(x, progress=False).attribute(x[:1], 0)
 
 
+def test_the_same_weights_in_another_network(x, tmp_path):
+    """Nothing of its weights says that an activation was exchanged; the statistics are of the features behind it."""
+    model, other = network(), network()
+    other[1] = nn.Tanh().eval()
+    iba = IBA(model, model[4], SHORT).estimate(x, progress=False)
+    iba.save(tmp_path / "file")
+    expected = iba.attribute(x[:2], 1)
+    with pytest.raises(ModelChangedError, match="computes something else than when its features were estimated"):
+        IBA.load(tmp_path / "file", other).attribute(x[:2], 1)
+
+    def doubles(module, inputs, output):
+        return output * 2
+
+    def looks(module, inputs, output):
+        return None
+
+    handle = model[1].register_forward_hook(doubles)
+    with pytest.raises(ModelChangedError, match="computes something else"):
+        iba.attribute(x[:2], 1)
+    handle.remove()
+    handle = model[1].register_forward_hook(looks)
+    assert torch.equal(iba.attribute(x[:2], 1), expected)
+    handle.remove()
+
+
 def test_a_model_that_overflows_under_noise_names_the_sample(x):
     """Sample 2 alone leaves float32's range when its features are noisy: its scale is huge."""
     model = Function(
@@ -689,8 +717,9 @@ def test_dimensions_that_are_not_there(model, x):
 def test_calls_that_make_no_sense(iba, x):
     with pytest.raises(InputError, match="at='here' is not one of"):
         iba.attribute(x[:1], 0, at="here")
-    with pytest.raises(InputError, match="internal_batch_size=0"):
-        iba.attribute(x[:1], 0, internal_batch_size=0)
+    for size in (0, 1.5):
+        with pytest.raises(InputError, match=f"internal_batch_size={size} must be a whole number of at least 1"):
+            iba.attribute(x[:1], 0, internal_batch_size=size)
 
 
 def test_a_map_too_small_for_the_smoothing(x):

@@ -23,7 +23,10 @@ from captum_mipin import (
     NotFittedError,
     TargetRangeError,
     ThreeStages,
+    bottleneck,
+    input_iba,
 )
+from captum_mipin import iba as iba_module
 from captum_mipin.bottleneck import Noise, optimise
 from captum_mipin.iba import at_input
 from captum_mipin.input_iba import INPUT_IBA_SETTINGS, Critic, adversarial_mask
@@ -83,7 +86,7 @@ def test_the_defaults_are_the_published_ones():
 
 def test_the_first_stage_is_iba_at_the_layer(iba, model, x):
     alone = IBA(model, model[4], SHORT.feature).estimate(x, progress=False)
-    found, expected = iba.explain((x[:3],), [0, 1, 2]).feature, alone.explain((x[:3],), [0, 1, 2])
+    found, expected = iba.explain(x[:3], [0, 1, 2]).feature, alone.explain(x[:3], [0, 1, 2], extras=None)
     assert torch.equal(found.information, expected.information)
     assert torch.equal(found.losses, expected.losses)
 
@@ -374,6 +377,32 @@ def test_inputs_that_cannot_be_masked(iba, text, x):
         iba.attribute(x[:2], 0, kind="both")
 
 
+def test_an_input_layer_of_another_model(model, x, tmp_path):
+    iba = InputIBA(model, model[4], SHORT, input_layer=nn.Linear(2, 2))
+    with pytest.raises(CaptureError, match="input_layer Linear is not a module of this Sequential"):
+        iba.estimate(x, progress=False)
+    with pytest.raises(NotFittedError):
+        iba.save(tmp_path / "file")
+
+
+def test_each_stage_is_grouped_by_what_it_masks(model, monkeypatch):
+    """Small features, large inputs: otherwise one group would hold any number of inputs."""
+    wide = nn.Sequential(nn.AvgPool2d(5), *model).eval()
+    data = normal(6, 3, 40, 40)
+    iba = InputIBA(wide, wide[5], SHORT).estimate(data, progress=False)
+    expected, sizes, once = iba.attribute(data[:5], 1), [], bottleneck.optimise
+
+    def optimise(x, *arguments, **options):
+        sizes.append(len(x))
+        return once(x, *arguments, **options)
+
+    monkeypatch.setattr(iba_module, "optimise", optimise)
+    monkeypatch.setattr(input_iba, "optimise", optimise)
+    monkeypatch.setattr(iba_module, "_CPU_VALUES", 2 * 3 * 3 * 40 * 40)
+    torch.testing.assert_close(iba.attribute(data[:5], 1), expected, rtol=1e-4, atol=1e-5)
+    assert sizes == [5, 2, 2, 1]
+
+
 def test_channels_that_are_not_said(model):
     with pytest.raises(InputError, match="which dimension of the input holds its channels"):
         InputIBA(model, model[4], SHORT, channels=-1)
@@ -410,9 +439,11 @@ def test_a_prior_that_overflows_names_the_sample(x):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 7}, "a multiple of groups"),
-        ({"epochs": -1}, "epochs must be at least 0"),
-        ({"batch": 0}, "batch=0 must be at least 1"),
+        ({"samples": 7}, "samples=7 must be a multiple of groups=10"),
+        ({"epochs": -1}, "epochs=-1 must be a whole number of at least 0"),
+        ({"epochs": 2.0}, "epochs=2.0 must be a whole number"),
+        ({"batch": 1}, "batch=1 must be a whole number of at least 2"),
+        ({"samples": 10, "batch": 3}, "samples=10 leave a batch=3 of one, over which the critic cannot normalise"),
         ({"clip": 0}, "clip=0 must be above 0"),
         ({"width": float("inf")}, "width=inf must be above 0"),
         ({"noise": "pixel"}, "noise='pixel' is not one of 'channel', 'position'"),

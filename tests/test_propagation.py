@@ -140,6 +140,14 @@ def test_a_branch_on_the_batch_size_is_refused():
         InverseNetwork(model).fit(normal(30, 4), 0, progress=False)
 
 
+def test_a_branch_on_batch_sizes_beyond_all_use_is_none():
+    """So does torch choose another kernel for batch normalisation on GPUs."""
+    model = Function(lambda m, x: m["a"](x) * 2 if x.shape[0] > 65535 else m["a"](x), a=dense(4, 4)).eval()
+    x = normal(30, 4)
+    inverse = InverseNetwork(model).fit(x, 0, progress=False)
+    assert torch.equal(inverse.source_signal(x[:3], 0), inverse.source_signal(x, 0)[:3])
+
+
 def test_steps_keep_their_names_wherever_the_signal_stops():
     """Two calls of one layer, forks without a module of their own: a start in between must not rename what is above it."""
     torch.manual_seed(0)

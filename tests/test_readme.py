@@ -58,7 +58,7 @@ def test_the_bottleneck_runs(capsys):
     names = run("Information bottlenecks")
     assert names["bits"].shape == (5, 1, 8, 8)
     assert (names["bits"].sum((1, 2, 3)) / names["total"]).tolist() == pytest.approx([1] * 5)
-    assert "512 features of 1797 examples" in capsys.readouterr().out
+    assert "512 features of 1797 values each" in capsys.readouterr().out
 
 
 def test_the_other_methods_run(capsys):
