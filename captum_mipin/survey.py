@@ -73,7 +73,10 @@ def survey(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None
 
 
 def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None) -> tuple[fx.Graph, list[fx.Node]]:
-    """A copy of the graph, cut to what the output needs, its nodes marked (see :func:`_mark`)."""
+    """A copy of the graph, cut to what the output needs, its nodes marked (see :func:`_mark`).
+
+    Before rules rewrite it, "varies" marks what follows from the inputs, wherever the start is: all else is constant.
+    """
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(captured.graph, copied))
@@ -90,6 +93,9 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
     next(node for node in graph.nodes if node.op == "output").args = (output,)
     wanted = captured.inputs if start is None else (start,)
     starts = [next(new for old, new in copied.items() if old.name == name) for name in wanted]
+    varying = _followers([new for old, new in copied.items() if old.name in captured.inputs])
+    for node in graph.nodes:
+        node.meta["varies"] = node in varying
     needed, stack = {output}, [output]
     while stack:
         for node in stack.pop().all_input_nodes:
@@ -118,6 +124,17 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
         shape = tuple(map(str, output.meta["val"].shape))
         raise CaptureError(f"the model's output has shape {shape}, expected the batch alone as its first dimension")
     return graph, starts
+
+
+def _followers(starts: Sequence[fx.Node]) -> set[fx.Node]:
+    """What is computed from these nodes, they included; not what follows from their shapes alone."""
+    reached, queue = set(starts), list(starts)
+    while queue:
+        users = [user for user in queue.pop().users if user not in reached and operation(user) not in BLANK]
+        new = [user for user in users if not isinstance(user.meta.get("val"), SIZES)]
+        reached.update(new)
+        queue.extend(new)
+    return reached
 
 
 def _mark(graph: fx.Graph, rules: Mapping[str, Rule], starts: Sequence[fx.Node], needed: set[fx.Node]) -> None:
@@ -173,7 +190,7 @@ def channels(node: fx.Node) -> int | None:
     value = node.meta["val"]
     if value.ndim < 2:
         return None
-    at: Layout = node.meta["layout"]
+    at: Layout = node.meta.get("layout", Layout())
     for downwards in (True, False):
         seen, queue = {node}, [node]
         for this in queue:

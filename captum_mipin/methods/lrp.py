@@ -25,7 +25,7 @@ from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION
-from captum_mipin.rules.base import Back, depends
+from captum_mipin.rules.base import Back, factors, varies
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
 
@@ -446,9 +446,14 @@ def hand_on(options: Options, operation: Any, x: Tensor, *arguments: Any, **name
     return value[0] if isinstance(value, tuple) else value, lambda r: r
 
 
-def dependents(node: fx.Node) -> tuple[int, ...]:
-    """The arguments that are computed from what is explained."""
-    return tuple(i for i, n in enumerate(node.args) if depends(n))
+def varying(node: fx.Node) -> tuple[int, ...]:
+    """The arguments that are no constants: terms of a sum count with their share, whether or not they are explained."""
+    return tuple(i for i, n in enumerate(node.args) if varies(n))
+
+
+def values(node: fx.Node) -> tuple[int, ...]:
+    """The factors of a product that are no constants, and no gates."""
+    return factors(node, counts=varies)
 
 
 def _layer(
@@ -524,15 +529,16 @@ def _takes(node: Any) -> str | None:
 
 def _caveat(rule: LayerRule, kept: bool, node: fx.Node) -> str | None:
     """What a layer with this rule loses."""
-    told = [_takes(node) if kept and rule.takes else None]
-    if isinstance(rule, AlphaBeta):
-        masked = all(operation(user) in ("relu", "relu6") for user in node.users)
+    biased, epsilon = _takes(node), getattr(rule, "epsilon", 0)
+    told = [biased if kept and rule.takes else None, f"ε = {epsilon:g} takes relevance" if epsilon else None]
+    if isinstance(rule, AlphaBeta):  # below ReLU, an output other than 0 has something positive, if only its bias
+        masked = all(operation(user) in ("relu", "relu6") for user in node.users) and (kept or not biased)
         told.append(_ONE_SIGN if rule.beta or not masked else None)
     return "; ".join(filter(None, told)) or None
 
 
 def _constant(node: fx.Node) -> str | None:
-    return None if len(dependents(node)) > 1 else "a constant takes relevance"
+    return None if len(varying(node)) > 1 else "a constant takes relevance"
 
 
 def _decided(node: fx.Node) -> str | None:
@@ -565,12 +571,12 @@ def relevance(kept: bool) -> dict[str, Rule]:
     table["aten.glu.default"] = Recorded(run=_glu, note="to the value, not the gate", caveat=_decided)
     del table[_BATCH_NORM]
     for name, rule in POOLING.items():
-        table[name] = _linear(rule, False, "by shares", carriers=dependents)
+        table[name] = _linear(rule, False, "by shares", carriers=varying)
         if "max_pool" in name:
             table[name] = Passes(note="to its switches")
     for name, rule in ARITHMETIC.items():
         sums = any(part in name for part in ("add", "sub", "neg"))
-        carriers, caveat = (dependents, _constant if kept and "neg" not in name else _no) if sums else (rule.carriers, _gated)
+        carriers, caveat = (varying, _constant if kept and "neg" not in name else _no) if sums else (values, _gated)
         table[name] = _linear(rule, sums and not kept, "by shares", carriers=carriers, caveat=caveat)
     for name, rule in ATTENTION.items():
         table[name] = _linear(rule, False, "to the values, by the recorded weights", carriers=rule.carriers, caveat=_decided)
@@ -583,7 +589,7 @@ def _linear(rule: Rule, shift: bool, note: str, **more: Any) -> Recorded:
 
 
 def _gated(node: fx.Node) -> str | None:
-    return "outside of the definition: the gate gets nothing" if len(dependents(node)) > 1 else None
+    return "outside of the definition: the gate gets nothing" if len(varying(node)) > 1 else None
 
 
 def _glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> tuple[Tensor, Back]:
@@ -597,10 +603,10 @@ def _innvestigate() -> dict[str, Rule]:
     return {
         **moves,
         **gradient,
-        "aten.add.Tensor": Passes(note="copied to each term", carriers=dependents, caveat=_copied),
+        "aten.add.Tensor": Passes(note="copied to each term", carriers=varying, caveat=_copied),
         _BATCH_NORM: Recorded(run=hand_on, note="handed on"),
     }
 
 
 def _copied(node: fx.Node) -> str | None:
-    return "relevance is not conserved: each term gets all" if len(dependents(node)) > 1 else None
+    return "relevance is not conserved: each term gets all" if len(varying(node)) > 1 else None
