@@ -185,19 +185,24 @@ def _swapped(argument: Any, old: fx.Node, new: fx.Node) -> Any:
     return fx.node.map_arg(argument, lambda n: new if n is old else n)
 
 
-def channels(node: fx.Node) -> int | None:
-    """The dimension of a tensor's channels, as the operations nearest to it have it; None for one of one dimension."""
+def channels(node: fx.Node, batch: int | None = None) -> int | None:
+    """The dimension of a tensor's channels, as the operations nearest to it have it; None for one of one dimension.
+
+    Args:
+        node: The tensor.
+        batch: The dimension of its examples; by default, as its layout has it.
+    """
     value = node.meta["val"]
     if value.ndim < 2:
         return None
-    at: Layout = node.meta.get("layout", Layout())
+    at = node.meta["layout"].dim if batch is None else batch
     for downwards in (True, False):
         seen, queue = {node}, [node]
         for this in queue:
             others = this.users if downwards else this.all_input_nodes
             said = [_channels_of(other, this) for other in others] if downwards else [_channels_of(this, this)]
             for dim in said:
-                if dim is not None and dim % value.ndim != at.dim:
+                if dim is not None and dim % value.ndim != at:
                     return int(dim % value.ndim)
             if not downwards and operation(this) in _MOVES:
                 continue
@@ -206,7 +211,7 @@ def channels(node: fx.Node) -> int | None:
                 if alike and other not in seen and not (downwards and operation(other) in _MOVES):
                     seen.add(other)
                     queue.append(other)
-    return next(dim for dim in (1, value.ndim - 1, 0) if dim != at.dim)
+    return next(dim for dim in (1, value.ndim - 1, 0) if dim != at)
 
 
 def _channels_of(user: fx.Node, node: fx.Node) -> int | None:

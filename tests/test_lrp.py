@@ -436,6 +436,7 @@ def test_contract_and_layers(untouched):
     for other in (copy.deepcopy(lrp), pickle.loads(pickle.dumps(lrp))):
         assert torch.equal(other.attribute(x, TARGET), found[0])
     assert lrp.has_convergence_delta()
+    assert lrp.multiplies_by_inputs
     output = _outputs(model, x)
     for layer in (model.layer1, model.layer2[0].bn1, model.layer2[0].conv1, model.layer2[0].downsample[0], model.maxpool):
         at = LayerPropagation(lrp, layer).attribute(x, TARGET)

@@ -68,7 +68,7 @@ def test_the_other_methods_run(capsys):
 
 
 def test_all_of_its_code_is_run():
-    assert README.read_text().count("```python") == 3
+    assert README.read_text().count("```python") == 5
 
 
 def test_what_it_points_to_is_there():

@@ -548,7 +548,9 @@ def _rewrite(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
             smooth_gate(node)
         elif operation(node) in ("add", "sub") and len(node.args) == 2 and all(map(varies, node.args)):
             node.meta["shown"] = node.target
-            node.target = Merge(node.meta["key"], operation(node), node.target, channels(node) or 0)
+            sizes = list(map(str, node.meta["val"].shape))
+            dim = channels(node, sizes.index(batch) if batch in sizes else 0)
+            node.target = Merge(node.meta["key"], operation(node), node.target, dim or 0)
 
 
 def _merge_of(operation: Any) -> Merge:
