@@ -33,7 +33,7 @@ def _vgg():
 NETWORKS = {
     "VGG": (_vgg, 16),
     "ResNet": (lambda: SmallResNet(Bottleneck), 32),
-    "DenseNet": (lambda: models.DenseNet(4, (2, 2), 6, num_classes=3), 32),
+    "DenseNet": (lambda: models.DenseNet(4, (2, 1), 6, num_classes=3), 32),
     "MobileNet": (lambda: models.MobileNetV2(3, 0.5, [[1, 16, 1, 1], [6, 16, 2, 2]]), 32),
     "SqueezeNet": (
         lambda: nn.Sequential(
@@ -131,17 +131,6 @@ def test_lrp_0_is_input_times_gradient(name):
     (gradient,) = torch.autograd.grad(model(probe)[range(3), TARGET].sum(), probe)
     found = LRP(model, rule=Epsilon(0)).attribute(x, TARGET)
     torch.testing.assert_close(found, x * gradient, rtol=1e-6, atol=1e-6 * float(found.abs().max()))
-
-
-def test_spellings_of_a_residual_network_are_the_same():
-    x, target = invariance.images(4), [0, 1, 2, 0]
-    expected = None
-    for name in (invariance.REFERENCE, "one nn.ReLU reused", "y.add_(x)", "functional throughout"):
-        model = invariance.network(invariance.SPELLINGS[name])
-        found = [method(model).attribute(x, target) for method in (LRP, DeepTaylor)]
-        expected = expected or found
-        for ours, reference in zip(found, expected, strict=True):
-            assert invariance.difference(ours, reference) < 1e-6, name
 
 
 # ------------------------------------------------------------------------------------------------- other libraries
@@ -433,8 +422,7 @@ def test_contract_and_layers(untouched):
         found = lrp.attribute((x,), target=TARGET)
     assert torch.equal(found[0], lrp.attribute(x, TARGET))
     torch.testing.assert_close(found[0][1:2], lrp.attribute(x[1:2], TARGET[1]))
-    for other in (copy.deepcopy(lrp), pickle.loads(pickle.dumps(lrp))):
-        assert torch.equal(other.attribute(x, TARGET), found[0])
+    assert torch.equal(pickle.loads(pickle.dumps(lrp)).attribute(x, TARGET), found[0])
     assert lrp.has_convergence_delta()
     assert lrp.multiplies_by_inputs
     output = _outputs(model, x)
