@@ -11,7 +11,7 @@ from captum.attr import LRP as CaptumsLRP  # noqa: N811  # to tell it from ours
 from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, GammaRule
 from captum.attr._utils.lrp_rules import EpsilonRule as CaptumsEpsilon
 from small import Function, SmallResNet, normal, varied
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 from torchvision.models.resnet import Bottleneck
@@ -362,6 +362,31 @@ def test_gates_attention_and_norms_hand_all_on():
         assert delta.abs().max() < 1e-9 * found.abs().sum()
     outside = {row.operation for row in check(model, x, method=LRP).caveats if "outside" in row.caveat}
     assert {"aten.mul.Tensor", "aten.layer_norm.default", "aten.scaled_dot_product_attention.default"} <= outside
+
+
+def test_factors_of_a_dense_layer_and_gated_halves():
+    def run(m, x):
+        weight = m["a"].weight
+        return m["last"](F.glu(torch.addmm(m["a"].bias, x, weight.t(), beta=0.5, alpha=3), 1))
+
+    model = Function(run, a=nn.Linear(4, 6), last=nn.Linear(3, 2, bias=False)).double().eval()
+    x, (w, b), v = (
+        normal(5, 4, dtype=torch.float64),
+        map(Tensor.detach, model.layers["a"].parameters()),
+        model.layers["last"].weight,
+    )
+    h = 0.5 * b + 3 * x @ w.T
+    r = (h[:, :3] * h[:, 3:].sigmoid() * v[1]).detach()
+    expected = 3 * x * ((r / h[:, :3]) @ w[:3])
+    torch.testing.assert_close(LRP(model, rule=Epsilon(0)).attribute(x, 1), expected)
+
+
+def test_what_overflows_is_refused():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).eval()
+    for p in model.parameters():
+        nn.init.constant_(p, 1e30)
+    with pytest.raises(InputError, match="overflows"):
+        LRP(model).attribute(torch.ones(2, 1), 0)
 
 
 # ------------------------------------------------------------------------------------------------- options

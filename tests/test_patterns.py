@@ -354,3 +354,22 @@ def test_tokens_have_patterns_from_their_embedding_on():
     torch.testing.assert_close(found.flatten(1), expected.attribute(model[:2](tokens[:4]).detach(), 1))
     with pytest.raises(FitError, match="integers carry no signal"):
         Patterns(model).fit(tokens, progress=False)
+
+
+def test_batch_norms_of_their_own_and_sums_over_places_by_hand():
+    norm, last = nn.BatchNorm1d(3), nn.Linear(3, 2)
+    model = varied(nn.Sequential(norm, Summed(), last), 3, 4)
+    x = normal(20, 3, 4, dtype=torch.float64)
+    patterns = Patterns(model, estimator="linear").fit(x, progress=False)
+    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
+    s = model(x)[:, 1:2].detach() * patterns["2/linear"][1]
+    found = PatternNet(model, patterns).attribute(x, 1)
+    r = s * last.weight[1].detach() / 4
+    torch.testing.assert_close(PatternAttribution(model, patterns).attribute(x, 1), r.unsqueeze(2).expand_as(x))
+    at_sum = LayerPropagation(PatternNet(model, patterns), norm).attribute(x, 1)
+    torch.testing.assert_close(found, at_sum / scale[:, None])
+
+
+class Summed(nn.Module):
+    def forward(self, x):
+        return x.sum(2)

@@ -109,9 +109,9 @@ class AlphaBeta:
 
     def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
         """See :class:`LayerRule`."""
-        parts = [(self.alpha, _signed(layer, x, weight.clamp(min=0), weight.clamp(max=0), _part(bias, True), self.epsilon))]
+        parts = [(self.alpha, _signed(layer, x, partial(_part, weight), _part(bias, True), self.epsilon))]
         if self.beta:
-            down = _signed(layer, x, weight.clamp(max=0), weight.clamp(min=0), _part(bias, False), self.epsilon)
+            down = _signed(layer, x, lambda positive: _part(weight, not positive), _part(bias, False), self.epsilon)
             parts.append((-self.beta, down))
         return lambda r: _sum([factor * part(r) if factor != 1 else part(r) for factor, part in parts])
 
@@ -160,9 +160,11 @@ class Gamma:
         """See :class:`LayerRule`."""
 
         def part(up: bool) -> Back:
-            more = [w + self.gamma * (w.clamp(min=0) if positive else w.clamp(max=0)) for w, positive in _ordered(weight, up)]
-            b = None if bias is None else bias + self.gamma * (bias.clamp(min=0) if up else bias.clamp(max=0))
-            return _signed(layer, x, more[0], more[1], b, self.epsilon)
+            def more(positive: bool) -> Tensor:
+                return torch.add(weight, _part(weight, positive == up), alpha=self.gamma)
+
+            b = None if bias is None else bias + self.gamma * _part(bias, up)
+            return _signed(layer, x, more, b, self.epsilon)
 
         up = part(True)
 
@@ -423,7 +425,7 @@ class _FullBias(ZPlus):
 
     def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
         """See :class:`LayerRule`."""
-        return _signed(layer, x, weight.clamp(min=0), weight.clamp(max=0), bias, self.epsilon)
+        return _signed(layer, x, partial(_part, weight), bias, self.epsilon)
 
 
 def stabilised(z: Tensor, epsilon: float = 0.0) -> Tensor:
@@ -464,12 +466,13 @@ def _layer(
     return value, rule.back(layer, x, w, b if kept else None, value)
 
 
-def _signed(layer: Layer, x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, epsilon: float) -> Back:
-    """Shares of what ``first`` makes of x ≥ 0 and ``second`` of x < 0, in their sum and the bias."""
-    above = x.clamp(min=0)
+def _signed(layer: Layer, x: Tensor, weights: Callable[[bool], Tensor], bias: Tensor | None, epsilon: float) -> Back:
+    """Shares of what ``weights(True)`` make of x ≥ 0 and ``weights(False)`` of x < 0, in their sum and the bias."""
+    above, first = x.clamp(min=0), weights(True)
     z = layer.apply(above, first)
     below = x.clamp(max=0) if bool((x < 0).any()) else None
     if below is not None:
+        second = weights(False)
         z = z + layer.apply(below, second)
     z = stabilised(layer.shifted(z, bias), epsilon)
 
@@ -491,12 +494,9 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-def _part(bias: Tensor | None, positive: bool) -> Tensor | None:
-    return None if bias is None else bias.clamp(min=0) if positive else bias.clamp(max=0)
-
-
-def _ordered(weight: Tensor, up: bool) -> tuple[tuple[Tensor, bool], tuple[Tensor, bool]]:
-    return (weight, up), (weight, not up)
+def _part(values: Any, positive: bool) -> Any:
+    """The positive or the negative part of weights, or of a bias if there is one."""
+    return None if values is None else values.clamp(min=0) if positive else values.clamp(max=0)
 
 
 def _matches(which: Which, path: str, module: nn.Module, layer: Layer) -> bool:
