@@ -28,16 +28,18 @@ from torch import Tensor, nn
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
 
 
-def seconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Wall times of each call, in turn, after one call to warm up."""
+def seconds(
+    calls: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
+    """Times of each call, in turn, after one call to warm up."""
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
         for call, taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             call()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
     return times
 
 

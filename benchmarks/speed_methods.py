@@ -1,7 +1,8 @@
 """Speed of the methods beside MIP-IN, as ratios to Saliency in the same run: python benchmarks/speed_methods.py.
 
 VGG-16 and ResNet-50 at 224 x 224, batches of two images, torchvision's random weights (the time does not depend on them); ours
-beside Captum's and zennit's implementation of the same method, in turn, medians. Theirs are timed right or wrong.
+beside Captum's and zennit's implementation of the same method, in turn, medians of processor time on one thread, so that what
+else the machine does counts little. Theirs are timed right or wrong.
 """
 
 import argparse
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name in arguments.networks:
         torch.manual_seed(0)
@@ -112,12 +114,12 @@ def main() -> None:
         x = torch.randn(2, 3, 224, 224)
         saliency = Saliency(model)
         for method, calls in methods(model, x).items():
-            times = seconds([partial(saliency.attribute, x, 0), *calls.values()], arguments.repeats)
+            times = seconds([partial(saliency.attribute, x, 0), *calls.values()], arguments.repeats, time.process_time)
             base, *others = (statistics.median(each) for each in times)
             found = {f"{whose} ÷ Saliency": taken / base for whose, taken in zip(calls, others, strict=True)}
             rows.append({"network": name, "method": method, **found, "Saliency ms": 1e3 * base})
             print(rows[-1], time.strftime("%X"), flush=True)
-    write("speed-methods", rows, repeats=arguments.repeats, batch=2, size=224)
+        write("speed-methods", rows, repeats=arguments.repeats, batch=2, size=224, clock="processor time, one thread")
     print(show(rows))
 
 

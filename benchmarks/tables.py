@@ -249,9 +249,19 @@ def class_sensitivity() -> str:
     return show(rows)
 
 
+def speed_methods() -> str:
+    """Times of the methods beside MIP-IN ÷ Saliency."""
+    rows = []
+    for row in _load("speed-methods")["rows"]:
+        times = {whose: row.get(f"{whose} ÷ Saliency") for whose in ("ours", "Captum", "zennit")}
+        shown = {whose: f"{time:.2f}" if time else "" for whose, time in times.items()}
+        rows.append({"network": row["network"], "method": row["method"], **shown})
+    return show(rows)
+
+
 def main() -> None:
     text = README.read_text()
-    own = (completeness, controls, variants, localization, invariance, class_sensitivity, speed, zoo, scale)
+    own = (completeness, controls, variants, localization, invariance, class_sensitivity, speed, speed_methods, zoo, scale)
     for table in (*own, bottlenecks, bottlenecks_text, bottlenecks_speed):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         before, found, rest = text.partition(begin)

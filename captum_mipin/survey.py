@@ -73,7 +73,10 @@ def survey(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None
 
 
 def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None) -> tuple[fx.Graph, list[fx.Node]]:
-    """A copy of the graph, cut to what the output needs, its nodes marked (see :func:`_mark`)."""
+    """A copy of the graph, cut to what the output needs, its nodes marked (see :func:`_mark`).
+
+    Before rules rewrite it, "varies" marks what follows from the inputs, wherever the start is: all else is constant.
+    """
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(captured.graph, copied))
@@ -90,6 +93,9 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
     next(node for node in graph.nodes if node.op == "output").args = (output,)
     wanted = captured.inputs if start is None else (start,)
     starts = [next(new for old, new in copied.items() if old.name == name) for name in wanted]
+    varying = _followers([new for old, new in copied.items() if old.name in captured.inputs])
+    for node in graph.nodes:
+        node.meta["varies"] = node in varying
     needed, stack = {output}, [output]
     while stack:
         for node in stack.pop().all_input_nodes:
@@ -118,6 +124,17 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
         shape = tuple(map(str, output.meta["val"].shape))
         raise CaptureError(f"the model's output has shape {shape}, expected the batch alone as its first dimension")
     return graph, starts
+
+
+def _followers(starts: Sequence[fx.Node]) -> set[fx.Node]:
+    """What is computed from these nodes, they included; not what follows from their shapes alone."""
+    reached, queue = set(starts), list(starts)
+    while queue:
+        users = [user for user in queue.pop().users if user not in reached and operation(user) not in BLANK]
+        new = [user for user in users if not isinstance(user.meta.get("val"), SIZES)]
+        reached.update(new)
+        queue.extend(new)
+    return reached
 
 
 def _mark(graph: fx.Graph, rules: Mapping[str, Rule], starts: Sequence[fx.Node], needed: set[fx.Node]) -> None:
@@ -168,19 +185,24 @@ def _swapped(argument: Any, old: fx.Node, new: fx.Node) -> Any:
     return fx.node.map_arg(argument, lambda n: new if n is old else n)
 
 
-def channels(node: fx.Node) -> int | None:
-    """The dimension of a tensor's channels, as the operations nearest to it have it; None for one of one dimension."""
+def channels(node: fx.Node, batch: int | None = None) -> int | None:
+    """The dimension of a tensor's channels, as the operations nearest to it have it; None for one of one dimension.
+
+    Args:
+        node: The tensor.
+        batch: The dimension of its examples; by default, as its layout has it.
+    """
     value = node.meta["val"]
     if value.ndim < 2:
         return None
-    at: Layout = node.meta["layout"]
+    at = node.meta["layout"].dim if batch is None else batch
     for downwards in (True, False):
         seen, queue = {node}, [node]
         for this in queue:
             others = this.users if downwards else this.all_input_nodes
             said = [_channels_of(other, this) for other in others] if downwards else [_channels_of(this, this)]
             for dim in said:
-                if dim is not None and dim % value.ndim != at.dim:
+                if dim is not None and dim % value.ndim != at:
                     return int(dim % value.ndim)
             if not downwards and operation(this) in _MOVES:
                 continue
@@ -189,7 +211,7 @@ def channels(node: fx.Node) -> int | None:
                 if alike and other not in seen and not (downwards and operation(other) in _MOVES):
                     seen.add(other)
                     queue.append(other)
-    return next(dim for dim in (1, value.ndim - 1, 0) if dim != at.dim)
+    return next(dim for dim in (1, value.ndim - 1, 0) if dim != at)
 
 
 def _channels_of(user: fx.Node, node: fx.Node) -> int | None:

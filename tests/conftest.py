@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution
 from captum_mipin import inverse as inverse_module
-from captum_mipin.capture import Signature
+from captum_mipin.capture import Signature, glance
 from captum_mipin.methods import base as base_module
 
 
@@ -157,17 +157,22 @@ def survives() -> Callable[[Fitted], AbstractContextManager[None]]:
     return _survives
 
 
+@pytest.fixture(scope="module")
+def graphs() -> dict[Any, Any]:
+    """What was captured for the tests of a module."""
+    return {}
+
+
 @pytest.fixture
-def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let all that a test does with a model share one graph, for speed: graphs are never written to."""
-    graphs: dict[Any, Any] = {}
+def captured_once(monkeypatch: pytest.MonkeyPatch, graphs: dict[Any, Any]) -> None:
+    """Let all that tests of a module do with a model share one graph, for speed: graphs are never written to."""
     capture = inverse_module.capture
 
     def once(model: nn.Module, inputs: Any, extras: Any = (), shared: bool = False, **options: Any) -> Any:
-        key = id(model), Signature.of(inputs, extras, shared), repr(options)
+        key = id(model), repr(glance(model)), Signature.of(inputs, extras, shared), repr(options.get("output"))
         if key not in graphs:
-            graphs[key] = capture(model, inputs, extras, shared, **options)
-        return graphs[key]
+            graphs[key] = capture(model, inputs, extras, shared, **options), model  # kept, and with it its id
+        return graphs[key][0]
 
     monkeypatch.setattr(inverse_module, "capture", once)
     monkeypatch.setattr(base_module, "capture", once)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torchvision.models.resnet import ResNet
 
 
 class Function(nn.Module):
@@ -18,6 +19,17 @@ class Function(nn.Module):
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+class SmallResNet(ResNet):
+    """torchvision's, of two stages with one block each: as wide as it is, so that each neuron has positive contributions."""
+
+    def __init__(self, block):
+        super().__init__(block, [1, 1, 0, 0], num_classes=3)
+        self.fc = nn.Linear(self.inplanes, 3)
+
+    def _make_layer(self, block, planes, blocks, *others, **named):
+        return super()._make_layer(block, planes, blocks, *others, **named) if blocks else nn.Identity()
 
 
 def varied(model, *shape, zero_biases=False, eps=None):

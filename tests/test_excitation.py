@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from small import Function, normal, varied
+from small import Function, SmallResNet, normal, varied
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock
 
 from captum_mipin import LayerPropagation
 from captum_mipin.methods import ExcitationBackprop
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 
 def _choose(p, x, w):
@@ -39,12 +41,14 @@ def test_a_residual_network_by_hand(contrastive):
     at_h = p * h / total + _choose(p * g.clamp(min=0) / total, h, b)
     found = ExcitationBackprop(model, contrastive=contrastive).attribute(x, 1)
     torch.testing.assert_close(found, _choose(at_h, x, a))
+    beside = LayerPropagation(ExcitationBackprop(model, contrastive=contrastive), model.layers["b"]).attribute(x, 1)
+    torch.testing.assert_close(beside, p * g.clamp(min=0) / total)
 
 
 def test_probabilities_of_real_layers_add_up_to_one():
-    for make in (lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3), lambda: models.DenseNet(4, (2, 2), 6, num_classes=3)):
+    for make in (lambda: SmallResNet(BasicBlock), lambda: models.DenseNet(4, (1, 1), 6, num_classes=3)):
         model, x = varied(make(), 3, 32, 32), normal(3, 3, 32, 32, dtype=torch.float64)
-        last = model.layer4 if isinstance(model, ResNet) else model.features.norm5
+        last = model.layer2 if isinstance(model, SmallResNet) else model.features.norm5
         for contrastive, total in ((False, 1.0), (True, 0.0)):
             method = ExcitationBackprop(model, contrastive=contrastive)
             found = LayerPropagation(method, last).attribute(x, [0, 1, 2])

@@ -3,7 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 
 import invariance
 import pytest
@@ -15,18 +15,30 @@ from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import Deconvnet, GuidedBackprop, InputError, LayerPropagation, UnsupportedOperationError, check
+from captum_mipin import (
+    LRP,
+    Deconvnet,
+    DeepTaylor,
+    GuidedBackprop,
+    InputError,
+    LayerPropagation,
+    UnsupportedOperationError,
+    check,
+)  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 BOTH = pytest.mark.parametrize("method", [Deconvnet, GuidedBackprop])
 CAPTUMS = {Deconvnet: Deconvolution, GuidedBackprop: CaptumsGuidedBackprop}
 
 
-def _plain():
+@cache
+def _plain(dtype=torch.float64):
+    """Shared: not to be changed."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 8, 3, groups=2),
         nn.ReLU(), nn.AvgPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3),
-    ).double().eval()  # fmt: skip
+    ).to(dtype).eval()  # fmt: skip
 
 
 def _captums(method, model, x, target):
@@ -42,14 +54,15 @@ def test_equals_captum_on_plain_modules(method):
     torch.testing.assert_close(found, _captums(method, model, x, target), rtol=1e-6, atol=1e-12)
 
 
-@BOTH
-def test_spellings_of_a_residual_network_are_the_same(method):
+def test_spellings_of_a_residual_network_are_the_same():
     x, target = invariance.images(4), [0, 1, 2, 0]
     reference = invariance.network(invariance.SPELLINGS[invariance.REFERENCE])
-    expected = _captums(method, reference, x, target)  # its ReLUs are modules, its sums need nothing
-    for name in ("one nn.ReLU reused", "clamp(min=0)", "y += x", "functional throughout"):
-        found = method(invariance.network(invariance.SPELLINGS[name])).attribute(x, target)
-        assert invariance.difference(found, expected) < 1e-6, name
+    expected = {method: method(reference).attribute(x, target) for method in (LRP, DeepTaylor)}
+    expected |= {method: _captums(method, reference, x, target) for method in CAPTUMS}  # its ReLUs are modules
+    for name in ("one nn.ReLU reused", "y.add_(x)", "clamp(min=0)", "functional throughout"):
+        model = invariance.network(invariance.SPELLINGS[name])
+        for method, maps in expected.items():
+            assert invariance.difference(method(model).attribute(x, target), maps) < 1e-6, name
 
 
 GATES = {
@@ -58,6 +71,7 @@ GATES = {
         lambda h: torch.maximum(h, torch.zeros(())), lambda h: torch.max(torch.zeros_like(h), h), lambda h: h * (h > 0),
         lambda h: torch.where(h > 0, h, 0.0), lambda h: h.masked_fill(h <= 0, 0), lambda h: (h > 0).to(h.dtype) * h,
         lambda h: F.threshold(h, 0.0, 0.0), lambda h: F.leaky_relu(h, 0.0), lambda h: h.clip(0),
+        lambda h: h.clamp(min=torch.zeros((), dtype=h.dtype)), lambda h: h.clone().relu_(),
     ),
     "relu6": (
         nn.ReLU6(), F.relu6, lambda h: h.clamp(0, 6), lambda h: F.hardtanh(h, 0.0, 6.0), lambda h: h.clamp(min=0).clamp(max=6),
@@ -79,19 +93,22 @@ DERIVATIVES = {
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_gates_by_hand_in_every_spelling(name, captured_once):
+def test_gates_by_hand_in_every_spelling(name):
     w, v = normal(6, 5, dtype=torch.float64), normal(2, 6, seed=1, dtype=torch.float64)
     x = 4 * normal(7, 5, seed=2, dtype=torch.float64)
     x[0] = 0  # on the bound
     h = x @ w.T
     passed = v[1].clamp(min=0).expand_as(h)
-    for number, gate in enumerate(GATES[name]):
-        first, last = nn.Linear(5, 6, bias=False), nn.Linear(6, 2, bias=False)
-        first.weight, last.weight = nn.Parameter(w), nn.Parameter(v)
-        inner = {"gate": gate} if isinstance(gate, nn.Module) else {}
-        model = Function(lambda m, x, gate=gate: m["last"](gate(m["first"](x))), first=first, last=last, **inner)
-        model = model.double().eval()
-        guided, deconvnet = GuidedBackprop(model).attribute(x, 1), Deconvnet(model).attribute(x, 1)
+    first, last = nn.Linear(5, 6, bias=False), nn.Linear(6, 2, bias=False)
+    first.weight, last.weight = nn.Parameter(w), nn.Parameter(v)
+    modules = {str(number): gate for number, gate in enumerate(GATES[name]) if isinstance(gate, nn.Module)}
+    model = Function(  # all spellings side by side, an output each
+        lambda m, x: torch.stack([m["last"](gate(m["first"](x))) for gate in GATES[name]], 1), first=first, last=last, **modules
+    )
+    model = model.double().eval()
+    by_guided, by_deconvnet = GuidedBackprop(model), Deconvnet(model)
+    for number in range(len(GATES[name])):
+        guided, deconvnet = by_guided.attribute(x, (number, 1)), by_deconvnet.attribute(x, (number, 1))
         torch.testing.assert_close(guided, (passed * DERIVATIVES[name](h)) @ w, rtol=1e-9, atol=1e-9, msg=f"spelling {number}")
         torch.testing.assert_close(deconvnet, passed @ w, rtol=1e-9, atol=1e-9, msg=f"spelling {number}")
 
@@ -106,17 +123,44 @@ def test_sigmoids_keep_their_derivative_and_are_told():
     assert "no rectifier" in str(report)
 
 
-@pytest.mark.parametrize("gate", [lambda h: torch.where(h > 0, h, 0.1 * h), lambda h: torch.where(h > 0, h.exp(), h)])
-def test_choices_between_signals_by_comparisons_are_refused(gate):
+@pytest.mark.parametrize(
+    ("gate", "operation"),
+    [
+        (lambda h: torch.where(h > 0, h, 0.1 * h), "where.self"),
+        (lambda h: h * ((h > 0) & (h < 9)), "mul.Tensor"),
+        (lambda h: h * ((h > 0) & (h < 9)).to(h.dtype), "_to_copy.default"),
+    ],
+)
+def test_choices_by_comparisons_that_are_no_known_gates_are_refused(gate, operation):
     model = Function(lambda m, x: m["last"](gate(m["first"](x))), first=nn.Linear(5, 6), last=nn.Linear(6, 2)).eval()
-    with pytest.raises(UnsupportedOperationError, match=r"aten\.where\.self in the model itself: it chooses by a comparison"):
+    with pytest.raises(UnsupportedOperationError, match=rf"aten\.{operation} in the model itself: it chooses by a comparison"):
         GuidedBackprop(model).attribute(normal(2, 5), 0)
     assert not check(model, normal(2, 5), method=GuidedBackprop).ok
 
 
+def test_operations_that_may_hide_a_rectifier_are_told():
+    def run(m, x):
+        h = m["first"](x).clamp(-1, 1)
+        return m["last"](h + h.abs() + h.softmax(1))
+
+    model = Function(run, first=nn.Linear(5, 6), last=nn.Linear(6, 2)).eval()
+    report = check(model, normal(2, 5), method=Deconvnet)
+    assert [row.operation for row in report.caveats] == ["aten.clamp.default", "aten.abs.default", "aten.softmax.int"]
+    assert all("not treated as such" in row.caveat for row in report.caveats)
+
+
+def test_a_maximum_of_two_branches_is_no_rectifier_seen_from_one_of_them():
+    model = Function(lambda m, x: m["last"](torch.maximum(m["a"](x), m["b"](x))),
+                     a=nn.Linear(5, 6), b=nn.Linear(5, 6), last=nn.Linear(6, 2)).double().eval()  # fmt: skip
+    x = normal(4, 5, dtype=torch.float64)
+    a, b = model.layers["a"](x), model.layers["b"](x)
+    found = LayerPropagation(GuidedBackprop(model), model.layers["a"]).attribute(x, 1)
+    torch.testing.assert_close(found, ((a > b) * model.layers["last"].weight[1]).detach())
+
+
 @BOTH
 def test_captums_contract(method, untouched):
-    model, x = _plain().float(), normal(4, 3, 8, 8)
+    model, x = _plain(torch.float32), normal(4, 3, 8, 8)
     found = method(model)
     with untouched(model, x), torch.no_grad():
         whole = found.attribute(x, torch.tensor([0, 1, 2, 0]))
@@ -128,8 +172,8 @@ def test_captums_contract(method, untouched):
     assert torch.equal(whole, found.attribute(x, [0, 1, 2, 0]))
     torch.testing.assert_close(found.attribute(x[1:2], 1), whole[1:2])
     torch.testing.assert_close(found.attribute(x, 1, multiply_by_inputs=True), one * x)
-    for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
-        assert torch.equal(other.attribute(x, 1), one)
+    copied = copy.deepcopy(found) if method is Deconvnet else pickle.loads(pickle.dumps(found))  # both go by its state
+    assert torch.equal(copied.attribute(x, 1), one)
     with ThreadPoolExecutor(4) as pool:
         for answer in pool.map(partial(found.attribute, x), [1] * 8):
             assert torch.equal(answer, one)
@@ -185,7 +229,7 @@ def test_at_a_layer():
 
 
 def test_a_model_that_changes_is_captured_again():
-    model, x = _plain(), normal(2, 3, 8, 8, dtype=torch.float64)
+    model, x = copy.deepcopy(_plain()), normal(2, 3, 8, 8, dtype=torch.float64)
     found = GuidedBackprop(model)
     before = found.attribute(x, 1)
     with torch.no_grad():

@@ -2,16 +2,17 @@
 
 import copy
 import pickle
+from functools import cache
 
 import pytest
 import torch
 from captum.attr import NoiseTunnel
-from small import Function, normal, varied
+from small import Function, SmallResNet, normal, varied
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock
 
 from captum_mipin import (
     FitError,
@@ -26,6 +27,7 @@ from captum_mipin import (
 )
 from captum_mipin.methods import PatternAttribution, PatternNet, Patterns
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 ESTIMATORS = pytest.mark.parametrize("estimator", ["linear", "positive"])
 
 
@@ -45,9 +47,15 @@ def _mlp():
     return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))
 
 
+@cache
+def _varied():
+    """Not to be changed."""
+    return varied(_mlp(), 6)
+
+
 @ESTIMATORS
 def test_patterns_of_dense_layers_are_their_definition(estimator):
-    model, x = varied(_mlp(), 6), normal(80, 6, seed=3, dtype=torch.float64) + 0.5
+    model, x = _varied(), normal(80, 6, seed=3, dtype=torch.float64) + 0.5
     patterns = Patterns(model, estimator=estimator).fit(x, batch_size=17, progress=False)
     g = (model[1].weight / (model[1].running_var + model[1].eps).sqrt()).detach()
     w = model[0].weight.detach() * g[:, None]
@@ -116,8 +124,9 @@ def test_patterns_of_convolutions_by_what_each_weight_multiplies(estimator, name
     torch.testing.assert_close(found, above / below[outputs])
 
 
-def _resnet():
-    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
+@cache
+def _network(make):
+    return varied(make(), 3, 32, 32)
 
 
 @ESTIMATORS
@@ -151,16 +160,20 @@ def test_sums_have_a_pattern_a_channel_and_averages_are_even(estimator):
     torch.testing.assert_close(PatternAttribution(model, patterns).attribute(x[:4], 0), expected)
 
 
+NETWORKS = (
+    lambda: SmallResNet(BasicBlock), lambda: models.DenseNet(4, (1, 1), 6, num_classes=3),
+    lambda: models.MobileNetV2(3, 0.25, [[2, 8, 2, 2]]),
+)  # fmt: skip
+
+
 @ESTIMATORS
-@pytest.mark.parametrize(
-    "make", [_resnet, lambda: models.DenseNet(4, (2, 2), 6, num_classes=3), lambda: models.MobileNetV2(3, 0.25, [[2, 8, 2, 2]])]
-)
-def test_live_neurons_read_their_own_signal(make, estimator, captured_once):
-    model, x = varied(make(), 3, 32, 32), normal(12, 3, 32, 32, dtype=torch.float64)
-    [m for m in model.modules() if isinstance(m, nn.Linear)][-1].bias.data += 1  # most are active at times
+@pytest.mark.parametrize("make", NETWORKS)
+def test_live_neurons_read_their_own_signal(make, estimator):
+    model, x = _network(make), normal(12, 3, 32, 32, dtype=torch.float64)
+    [m for m in model.modules() if isinstance(m, nn.Linear)][-1].bias.data.fill_(1)  # most are active at times
     patterns = Patterns(model, estimator=estimator).fit(x, batch_size=6, progress=False)
     rows = {row.layer: row for row in patterns.report.layers}
-    assert any("add" in key for key in rows) or not isinstance(model, ResNet)
+    assert any("add" in key for key in rows) or not isinstance(model, SmallResNet)
     modules = dict(model.named_modules())
     checked = 0
     for key, pattern in patterns._state.patterns.items():
@@ -177,7 +190,7 @@ def test_live_neurons_read_their_own_signal(make, estimator, captured_once):
         assert torch.isfinite(found).all()
         assert found.any()
         torch.testing.assert_close(method.attribute(x[1:2], 1), found[1:2])
-        at = LayerPropagation(method, model.layer3 if isinstance(model, ResNet) else model.features).attribute(x[:3], 0)
+        at = LayerPropagation(method, model.layer2 if isinstance(model, SmallResNet) else model.features).attribute(x[:3], 0)
         assert at.any()
     assert check(model, x, method=PatternNet(model, patterns)).ok
 
@@ -194,7 +207,7 @@ def test_dead_neurons_have_no_pattern():
 
 
 def test_every_kind_of_data_in_any_chunks_gives_the_same():
-    model, x = varied(_mlp(), 6), normal(40, 6, seed=4, dtype=torch.float64)
+    model, x = _varied(), normal(40, 6, seed=4, dtype=torch.float64)
     whole = Patterns(model).fit(x, progress=False)["0/linear"]
     labels = torch.zeros(40)
     for data, options in (
@@ -237,7 +250,7 @@ def test_files_and_state(tmp_path, untouched):
 
 
 def test_bad_input(untouched):
-    model, x = varied(_mlp(), 6), normal(40, 6, dtype=torch.float64)
+    model, x = _varied(), normal(40, 6, dtype=torch.float64)
     patterns = Patterns(model)
     with pytest.raises(NotFittedError):
         PatternNet(model, patterns).attribute(x, 0)
@@ -289,3 +302,74 @@ def test_recurrent_networks_have_patterns_step_by_step():
         found = method.attribute(x[:4], [0, 1, 1, 0])
         assert found.any()
         torch.testing.assert_close(method.attribute(x[2:3], 1), found[2:3])
+
+
+def test_channels_of_a_sum_are_where_the_operations_beside_it_have_them():
+    """As in ConvNeXt, whose blocks compute with channels last, and are added with channels first."""
+
+    def run(m, x):
+        h = m["a"](x)
+        return m["last"]((h + m["b"](h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).mean((2, 3)))
+
+    model = Function(run, a=nn.Conv2d(2, 3, 1), b=nn.Linear(3, 3), last=nn.Linear(3, 2)).double().eval()
+    x = normal(20, 2, 4, 5, dtype=torch.float64)
+    patterns = Patterns(model, estimator="linear").fit(x, progress=False)
+    assert patterns["(model)/add"].shape == (3, 2)
+    assert PatternAttribution(model, patterns).attribute(x[..., :4], 0).any()  # of another size
+
+
+def test_a_layer_beside_others_gets_its_part_of_a_sum():
+    def run(m, x):
+        h = F.relu(m["a"](x))
+        return m["last"](h + m["b"](h))
+
+    model = Function(run, a=nn.Linear(5, 7), b=nn.Linear(7, 7), last=nn.Linear(7, 3)).double().eval()
+    x = normal(40, 5, dtype=torch.float64)
+    patterns = Patterns(model).fit(x, progress=False)
+    found = LayerPropagation(PatternNet(model, patterns), model.layers["b"]).attribute(x, 1)
+    s = model(x)[:, 1:2].detach() * patterns["layers.last/linear"][1]
+    torch.testing.assert_close(found, s * patterns["(model)/add"][:, 1])
+
+
+def test_silu_is_the_same_however_it_is_written():
+    model, other = (
+        Function(lambda m, x, f=f: m["last"](f(m["a"](x))), a=nn.Linear(5, 7), last=nn.Linear(7, 3)).double().eval()
+        for f in (F.silu, lambda h: h * torch.sigmoid(h))
+    )
+    other.load_state_dict(model.state_dict())
+    x = normal(40, 5, dtype=torch.float64)
+    for method in (PatternNet, PatternAttribution):
+        found = [method(m, Patterns(m).fit(x, progress=False)).attribute(x, 0) for m in (model, other)]
+        torch.testing.assert_close(*found)
+
+
+def test_tokens_have_patterns_from_their_embedding_on():
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 2)).double().eval()
+    tokens = torch.randint(0, 9, (40, 5))
+    patterns = Patterns(model, layer=model[0]).fit(tokens, progress=False)
+    assert [fit.layer for fit in patterns.report.layers] == ["2/linear", "4/linear"]
+    found = LayerPropagation(PatternNet(model, patterns), model[0]).attribute(tokens[:4], 1)
+    same = model[2:].eval()
+    expected = PatternNet(same, Patterns(same).fit(model[:2](tokens).detach(), progress=False))
+    torch.testing.assert_close(found.flatten(1), expected.attribute(model[:2](tokens[:4]).detach(), 1))
+    with pytest.raises(FitError, match="integers carry no signal"):
+        Patterns(model).fit(tokens, progress=False)
+
+
+def test_batch_norms_of_their_own_and_sums_over_places_by_hand():
+    norm, last = nn.BatchNorm1d(3), nn.Linear(3, 2)
+    model = varied(nn.Sequential(norm, Summed(), last), 3, 4)
+    x = normal(20, 3, 4, dtype=torch.float64)
+    patterns = Patterns(model, estimator="linear").fit(x, progress=False)
+    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
+    s = model(x)[:, 1:2].detach() * patterns["2/linear"][1]
+    found = PatternNet(model, patterns).attribute(x, 1)
+    r = s * last.weight[1].detach() / 4
+    torch.testing.assert_close(PatternAttribution(model, patterns).attribute(x, 1), r.unsqueeze(2).expand_as(x))
+    at_sum = LayerPropagation(PatternNet(model, patterns), norm).attribute(x, 1)
+    torch.testing.assert_close(found, at_sum / scale[:, None])
+
+
+class Summed(nn.Module):
+    def forward(self, x):
+        return x.sum(2)

@@ -47,8 +47,12 @@ def test_smooth_grad_is_the_mean_gradient_over_noise_of_each_examples_range(unto
     torch.testing.assert_close(SmoothGrad(model).attribute((x[1:2],), 1)[0], found[1:2])
     plain = SmoothGrad(model, samples=1, noise=0).attribute(x, [0, 1, 0])
     torch.testing.assert_close(plain, Saliency(model).attribute(x.clone().requires_grad_(), target=[0, 1, 0], abs=False))
-    with pytest.raises(InputError):
-        SmoothGrad(model, samples=0)
+    for options in ({"samples": 0}, {"samples": 2.5}, {"noise": float("inf")}, {"noise": float("nan")}):
+        with pytest.raises(InputError):
+            SmoothGrad(model, **options)
+    for bad in (x.long(), x[:0]):
+        with pytest.raises(InputError):
+            SmoothGrad(model).attribute(bad, 1)
 
 
 def test_grad_cam_has_the_size_of_the_input():
@@ -74,7 +78,7 @@ def test_the_others_are_captums():
     torch.testing.assert_close(total, (model(rows) - model(torch.zeros_like(rows)))[:, 1])
 
 
-def test_which_methods_tell_classes_apart():
+def test_which_methods_tell_classes_apart(captured_once):
     """On handwritten digits, explained for two classes: the same map for both, or not (Sixt et al., 2020)."""
     datasets = pytest.importorskip("sklearn.datasets")  # the digits come with it; not needed by the package
     digits = datasets.load_digits()

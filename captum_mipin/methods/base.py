@@ -255,6 +255,11 @@ class Relevance(Propagation):
         maps = like(inputs, found.signals)
         return (maps, self.compute_convergence_delta(maps, found.output)) if return_convergence_delta else maps
 
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether attributions are contributions, as Captum's tools ask: they are."""
+        return True
+
     def has_convergence_delta(self) -> bool:
         """Whether ``attribute`` can return a convergence delta: it can."""
         return True

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 
 from captum_mipin.methods.base import Signal, Table
 from captum_mipin.propagation import Target, seed
-from captum_mipin.rules import Options, Passes, Recorded, Rule, operation
-from captum_mipin.rules.base import Back, argument, depends, gate_source
-from captum_mipin.survey import BLANK, SIZES
+from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
+from captum_mipin.rules.activations import ACTIVATIONS
+from captum_mipin.rules.base import Back, argument, depends, gate_source, varies
 
 #: Operations that are rectifiers whatever their arguments, besides ReLU.
 _RECTIFIERS = (
@@ -27,6 +27,8 @@ _RECTIFIERS = (
 #: Activations that are none.
 _OTHERS = ("tanh", "sigmoid", "hardsigmoid", "log_sigmoid", "glu")
 _COMPARISONS = ("gt", "ge", "lt", "le")
+#: Gates by which their own argument is multiplied, and what that makes.
+_SMOOTH = {"sigmoid": torch.ops.aten.silu.default, "hardsigmoid": torch.ops.aten.hardswish.default}
 
 
 class Deconvnet(Signal):
@@ -95,7 +97,7 @@ def _gated(forward: bool) -> Table:
         rules[str(Gate(what))] = Recorded(
             run=partial(run, forward), note=note, carriers=_carrier, records=True, caveat=_spelled
         )
-    other = Passes(note="derivative", carriers=_floating, records=True, refuse=_hidden)
+    other = Passes(note="derivative", carriers=_floating, records=True, refuse=_hidden, caveat=_unknown)
     return Table(rules, rewrite=_gates, other=other)
 
 
@@ -177,51 +179,42 @@ class Gate:
 
 def _gates(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
     """Let rectifiers that are written with bounds, comparisons and masks be operations of their own."""
-    reached = followers(starts)
     node: Any
     for node in list(graph.nodes):
-        if node not in reached or node.op != "call_function":
+        if not varies(node) or node.op != "call_function":
             continue
         name, shown = operation(node), node.meta.get("shown", node.target)
         if name in ("clamp", "clamp_min", "clip", "clamp_max", "hardtanh", "relu6"):
             low, high = _bounds(node, name)
-            constant = not isinstance(low, fx.Node) and not isinstance(high, fx.Node)
-            if constant and not (low is not None and low < 0 and high is not None):
+            numbers = not isinstance(low, fx.Node) and not isinstance(high, fx.Node)
+            if numbers and not (low is not None and low < 0 and high is not None):
                 node.target, node.args, node.kwargs = Gate("clip", name, torch.clamp), (node.args[0], low, high), {}
-        elif name in ("maximum", "max", "minimum", "min") and len(node.args) == 2 and sum(n in reached for n in node.args) == 1:
-            node.target = Gate("bound", name, node.target, at=0 if node.args[0] in reached else 1)
+            elif not numbers and (low is None or high is None) and not varies(low) and not varies(high):
+                least = torch.maximum if high is None else torch.minimum
+                node.target, node.args, node.kwargs = Gate("bound", name, least), (node.args[0], low or high), {}
+        elif name in ("maximum", "max", "minimum", "min") and len(node.args) == 2 and sum(map(varies, node.args)) == 1:
+            node.target = Gate("bound", name, node.target, at=0 if varies(node.args[0]) else 1)
         elif name in ("where", "masked_fill"):
-            at = [i for i, n in enumerate(node.args) if n in reached and _is_floating(n)]
-            if len(at) == 1 and node.args[name == "masked_fill"] in reached:
+            at = [i for i, n in enumerate(node.args) if varies(n) and _is_floating(n)]
+            if len(at) == 1 and varies(node.args[name == "masked_fill"]):
                 node.target = Gate("switch", name, node.target, at[0])
-        elif name == "mul" and len(node.all_input_nodes) == 2:
-            _product(node, reached)
+        elif name == "mul" and len(node.all_input_nodes) == 2 and not smooth_gate(node):
+            for this, (x, gate) in enumerate((node.args, node.args[::-1])):
+                if operation(gate_source(gate, varies)) in _COMPARISONS and varies(gate) and varies(x) and _is_floating(x):
+                    node.target = Gate("switch", name, node.target, this)
+                    break
         if node.target is not shown:
             node.meta["shown"] = shown
 
 
-def _product(node: Any, reached: set[fx.Node]) -> None:
-    """Recognise ``x * (x > 0)``, ``x * sigmoid(x)`` and ``x * hardsigmoid(x)``."""
-    for at, (x, gate) in enumerate((node.args, node.args[::-1])):
-        source = gate_source(gate, reached.__contains__)
-        if operation(source) in _COMPARISONS and source in reached and x in reached and _is_floating(x):
-            node.target = Gate("switch", "mul", node.target, at)
-            return
-        smooth = {"sigmoid": torch.ops.aten.silu.default, "hardsigmoid": torch.ops.aten.hardswish.default}
-        if operation(gate) in smooth and gate.args[0] is x:
-            node.target, node.args = smooth[operation(gate)], (x,)
-            return
-
-
-def followers(starts: Sequence[fx.Node]) -> set[fx.Node]:
-    """What is computed from these nodes, they included; not what follows from their shapes alone."""
-    reached, queue = set(starts), list(starts)
-    while queue:
-        users = [user for user in queue.pop().users if user not in reached and operation(user) not in BLANK]
-        new = [user for user in users if not isinstance(user.meta.get("val"), SIZES)]
-        reached.update(new)
-        queue.extend(new)
-    return reached
+def smooth_gate(node: Any) -> bool:
+    """Whether a product is ``x * sigmoid(x)`` or ``x * hardsigmoid(x)``; it becomes SiLU or Hardswish."""
+    for x, gate in (node.args, node.args[::-1]):
+        if operation(gate) in _SMOOTH and gate.args[0] is x:
+            node.meta["shown"] = node.target
+            node.target, node.args = _SMOOTH[operation(gate)], (x,)
+            return True
+    return False
 
 
 def _bounds(node: Any, name: str) -> tuple[Any, Any]:
@@ -252,7 +245,7 @@ def _carrier(node: Any) -> tuple[int, ...]:
 def _hidden(node: fx.Node) -> str | None:
     """Whether a rectifier may hide in an operation that has its derivative, or a derivative in its further arguments."""
     switches = [n for n in node.all_input_nodes if depends(n) and not _is_floating(n)]
-    if switches and operation(node) not in ("mul", "_to_copy"):
+    if switches:
         return "it chooses by a comparison of values that depend on the input, as a rectifier does: use relu, clamp or maximum"
     if any(depends(n) and _is_floating(n) for n in node.kwargs.values()):
         return "a further argument of it depends on the input as well"
@@ -265,6 +258,11 @@ def _kin(node: fx.Node) -> str:
 
 def _none(node: fx.Node) -> str:
     return "outside of the definition: no rectifier, has its derivative"
+
+
+def _unknown(node: fx.Node) -> str | None:
+    known = str(node.target) in MIPIN and str(node.target) not in ACTIVATIONS
+    return None if known else "has its derivative: if it is a rectifier, or part of one, it is not treated as such"
 
 
 def _spelled(node: Any) -> str | None:

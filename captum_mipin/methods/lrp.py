@@ -25,7 +25,7 @@ from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION
-from captum_mipin.rules.base import Back, depends
+from captum_mipin.rules.base import Back, factors, varies
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
 
@@ -109,9 +109,9 @@ class AlphaBeta:
 
     def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
         """See :class:`LayerRule`."""
-        parts = [(self.alpha, _signed(layer, x, weight.clamp(min=0), weight.clamp(max=0), _part(bias, True), self.epsilon))]
+        parts = [(self.alpha, _signed(layer, x, partial(_part, weight), _part(bias, True), self.epsilon))]
         if self.beta:
-            down = _signed(layer, x, weight.clamp(max=0), weight.clamp(min=0), _part(bias, False), self.epsilon)
+            down = _signed(layer, x, lambda positive: _part(weight, not positive), _part(bias, False), self.epsilon)
             parts.append((-self.beta, down))
         return lambda r: _sum([factor * part(r) if factor != 1 else part(r) for factor, part in parts])
 
@@ -160,9 +160,11 @@ class Gamma:
         """See :class:`LayerRule`."""
 
         def part(up: bool) -> Back:
-            more = [w + self.gamma * (w.clamp(min=0) if positive else w.clamp(max=0)) for w, positive in _ordered(weight, up)]
-            b = None if bias is None else bias + self.gamma * (bias.clamp(min=0) if up else bias.clamp(max=0))
-            return _signed(layer, x, more[0], more[1], b, self.epsilon)
+            def more(positive: bool) -> Tensor:
+                return torch.add(weight, _part(weight, positive == up), alpha=self.gamma)
+
+            b = None if bias is None else bias + self.gamma * _part(bias, up)
+            return _signed(layer, x, more, b, self.epsilon)
 
         up = part(True)
 
@@ -423,7 +425,7 @@ class _FullBias(ZPlus):
 
     def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
         """See :class:`LayerRule`."""
-        return _signed(layer, x, weight.clamp(min=0), weight.clamp(max=0), bias, self.epsilon)
+        return _signed(layer, x, partial(_part, weight), bias, self.epsilon)
 
 
 def stabilised(z: Tensor, epsilon: float = 0.0) -> Tensor:
@@ -446,9 +448,14 @@ def hand_on(options: Options, operation: Any, x: Tensor, *arguments: Any, **name
     return value[0] if isinstance(value, tuple) else value, lambda r: r
 
 
-def dependents(node: fx.Node) -> tuple[int, ...]:
-    """The arguments that are computed from what is explained."""
-    return tuple(i for i, n in enumerate(node.args) if depends(n))
+def varying(node: fx.Node) -> tuple[int, ...]:
+    """The arguments that are no constants: terms of a sum count with their share, whether or not they are explained."""
+    return tuple(i for i, n in enumerate(node.args) if varies(n))
+
+
+def values(node: fx.Node) -> tuple[int, ...]:
+    """The factors of a product that are no constants, and no gates."""
+    return factors(node, counts=varies)
 
 
 def _layer(
@@ -459,12 +466,13 @@ def _layer(
     return value, rule.back(layer, x, w, b if kept else None, value)
 
 
-def _signed(layer: Layer, x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, epsilon: float) -> Back:
-    """Shares of what ``first`` makes of x ≥ 0 and ``second`` of x < 0, in their sum and the bias."""
-    above = x.clamp(min=0)
+def _signed(layer: Layer, x: Tensor, weights: Callable[[bool], Tensor], bias: Tensor | None, epsilon: float) -> Back:
+    """Shares of what ``weights(True)`` make of x ≥ 0 and ``weights(False)`` of x < 0, in their sum and the bias."""
+    above, first = x.clamp(min=0), weights(True)
     z = layer.apply(above, first)
     below = x.clamp(max=0) if bool((x < 0).any()) else None
     if below is not None:
+        second = weights(False)
         z = z + layer.apply(below, second)
     z = stabilised(layer.shifted(z, bias), epsilon)
 
@@ -486,12 +494,9 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-def _part(bias: Tensor | None, positive: bool) -> Tensor | None:
-    return None if bias is None else bias.clamp(min=0) if positive else bias.clamp(max=0)
-
-
-def _ordered(weight: Tensor, up: bool) -> tuple[tuple[Tensor, bool], tuple[Tensor, bool]]:
-    return (weight, up), (weight, not up)
+def _part(values: Any, positive: bool) -> Any:
+    """The positive or the negative part of weights, or of a bias if there is one."""
+    return None if values is None else values.clamp(min=0) if positive else values.clamp(max=0)
 
 
 def _matches(which: Which, path: str, module: nn.Module, layer: Layer) -> bool:
@@ -524,15 +529,16 @@ def _takes(node: Any) -> str | None:
 
 def _caveat(rule: LayerRule, kept: bool, node: fx.Node) -> str | None:
     """What a layer with this rule loses."""
-    told = [_takes(node) if kept and rule.takes else None]
-    if isinstance(rule, AlphaBeta):
-        masked = all(operation(user) in ("relu", "relu6") for user in node.users)
+    biased, epsilon = _takes(node), getattr(rule, "epsilon", 0)
+    told = [biased if kept and rule.takes else None, f"ε = {epsilon:g} takes relevance" if epsilon else None]
+    if isinstance(rule, AlphaBeta):  # below ReLU, an output other than 0 has something positive, if only its bias
+        masked = all(operation(user) in ("relu", "relu6") for user in node.users) and (kept or not biased)
         told.append(_ONE_SIGN if rule.beta or not masked else None)
     return "; ".join(filter(None, told)) or None
 
 
 def _constant(node: fx.Node) -> str | None:
-    return None if len(dependents(node)) > 1 else "a constant takes relevance"
+    return None if len(varying(node)) > 1 else "a constant takes relevance"
 
 
 def _decided(node: fx.Node) -> str | None:
@@ -565,12 +571,12 @@ def relevance(kept: bool) -> dict[str, Rule]:
     table["aten.glu.default"] = Recorded(run=_glu, note="to the value, not the gate", caveat=_decided)
     del table[_BATCH_NORM]
     for name, rule in POOLING.items():
-        table[name] = _linear(rule, False, "by shares", carriers=dependents)
+        table[name] = _linear(rule, False, "by shares", carriers=varying)
         if "max_pool" in name:
             table[name] = Passes(note="to its switches")
     for name, rule in ARITHMETIC.items():
         sums = any(part in name for part in ("add", "sub", "neg"))
-        carriers, caveat = (dependents, _constant if kept and "neg" not in name else _no) if sums else (rule.carriers, _gated)
+        carriers, caveat = (varying, _constant if kept and "neg" not in name else _no) if sums else (values, _gated)
         table[name] = _linear(rule, sums and not kept, "by shares", carriers=carriers, caveat=caveat)
     for name, rule in ATTENTION.items():
         table[name] = _linear(rule, False, "to the values, by the recorded weights", carriers=rule.carriers, caveat=_decided)
@@ -583,7 +589,7 @@ def _linear(rule: Rule, shift: bool, note: str, **more: Any) -> Recorded:
 
 
 def _gated(node: fx.Node) -> str | None:
-    return "outside of the definition: the gate gets nothing" if len(dependents(node)) > 1 else None
+    return "outside of the definition: the gate gets nothing" if len(varying(node)) > 1 else None
 
 
 def _glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> tuple[Tensor, Back]:
@@ -597,10 +603,10 @@ def _innvestigate() -> dict[str, Rule]:
     return {
         **moves,
         **gradient,
-        "aten.add.Tensor": Passes(note="copied to each term", carriers=dependents, caveat=_copied),
+        "aten.add.Tensor": Passes(note="copied to each term", carriers=varying, caveat=_copied),
         _BATCH_NORM: Recorded(run=hand_on, note="handed on"),
     }
 
 
 def _copied(node: fx.Node) -> str | None:
-    return "relevance is not conserved: each term gets all" if len(dependents(node)) > 1 else None
+    return "relevance is not conserved: each term gets all" if len(varying(node)) > 1 else None

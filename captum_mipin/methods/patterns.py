@@ -19,10 +19,10 @@ from captum_mipin import storage
 from captum_mipin.capture import Extras, Inputs, Output, check_model, finite, unwrapped
 from captum_mipin.errors import FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.fitting import Batches, Unpack
-from captum_mipin.inverse import device_of, generator_kept
+from captum_mipin.inverse import check_output, device_of, generator_kept
 from captum_mipin.methods.base import Explanation, Relevance, Signal, Table
-from captum_mipin.methods.gradients import derivative, followers
-from captum_mipin.methods.lrp import dependents, hand_on
+from captum_mipin.methods.gradients import derivative, smooth_gate
+from captum_mipin.methods.lrp import hand_on, values, varying
 from captum_mipin.methods.weights import Layer, layers
 from captum_mipin.propagation import Run
 from captum_mipin.report import table
@@ -30,9 +30,10 @@ from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION
-from captum_mipin.rules.base import Back, depends
+from captum_mipin.rules.base import Back, varies
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING, shared_out
+from captum_mipin.survey import channels
 
 Estimator = Literal["linear", "positive"]
 
@@ -144,6 +145,8 @@ class Patterns:
         estimator: "linear", a = cov(x, y) / var(y), or "positive", the S_a+ of the paper, from the rows at which the neuron's
             own output, bias and batch norm included, is above 0: with means E₊ over those,
             a = (E₊[x y] − E₊[x] E[y]) / wᵀ(E₊[x y] − E₊[x] E[y]).
+        layer: Where the way back ends, for :class:`LayerPropagation` there; what comes before is not fitted. Needed where the
+            inputs are integers, such as the tokens of a text: then their embedding. By default the way ends at the inputs.
         output: Where the model returns several tensors, which of them, as for :class:`~captum_mipin.InverseNetwork`.
 
     Source: Kindermans et al., ICLR 2018, equations 5, 7 and appendix.
@@ -158,12 +161,15 @@ class Patterns:
         True
     """
 
-    def __init__(self, model: nn.Module, *, estimator: Estimator = "positive", output: Output = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, estimator: Estimator = "positive", layer: nn.Module | None = None, output: Output = None
+    ) -> None:
         if estimator not in ("linear", "positive"):
             raise InputError(f"estimator={estimator!r} is not one of 'linear', 'positive'")
         self.model, self.estimator, self.output = unwrapped(model), estimator, output
+        self.layer = None if layer is None else unwrapped(layer)
         self._state: _State | None = None
-        PatternNet(model, self)  # refuses what cannot be an output
+        check_output(output)
 
     def __getitem__(self, layer: str) -> Tensor:
         """The pattern of a layer, by its module path and operation: shaped like its weights, (outputs, inputs) if dense."""
@@ -212,7 +218,7 @@ class Patterns:
         method = _Fitting(self.model, self, sums, weights)
         count = 0
         with generator_kept(), torch.inference_mode(False), torch.autocast(device.type, enabled=False), torch.no_grad():
-            batches = Batches(data, batch_size, unpack, device, explained=False)
+            batches = Batches(data, batch_size, unpack, device, explained=self.layer is None)
             with tqdm(unit="row", disable=not progress, unit_scale=True) as bar:
                 for index, (inputs, extras) in enumerate(batches):
                     output = method.observe(inputs, extras)
@@ -375,10 +381,11 @@ class _Fitting(Signal):
     def __init__(self, model: nn.Module, patterns: Patterns, sums: dict[str, Sums], weights: dict[str, Any]) -> None:
         super().__init__(model, output=patterns.output)
         self._sums, self._weights, self._positive = sums, weights, patterns.estimator == "positive"
+        self._layer_at = patterns.layer
 
     def observe(self, inputs: Inputs, extras: Extras) -> Tensor:
         """The output for one batch, which is summed up on the way."""
-        captured, surrogate = self._surrogate(inputs, extras, None)
+        captured, surrogate = self._surrogate(inputs, extras, self._layer_at)
         return surrogate(Run(surrogate.steps, fitting=()), captured.values(self.model, inputs, extras))
 
     def _table(self) -> Table:
@@ -520,10 +527,10 @@ def _rules(layer: Callable[..., Any], merge: Callable[..., Any], attribution: bo
             run = partial(_scaled, attribution)
             rules[name] = Recorded(
                 run=run, note="divided by what it was multiplied by" if not attribution else "handed on",
-                carriers=rule.carriers, records=rule.records, refuse=rule.refuse, caveat=_gated,
+                carriers=values, records=rule.records, refuse=rule.refuse, caveat=_gated,
             )  # fmt: skip
         else:
-            rules[name] = Passes(note="handed on", carriers=dependents)
+            rules[name] = Passes(note="handed on", carriers=varying)
     for name, rule in ATTENTION.items():
         rules[name] = replace(rule, note="adjoint with the recorded weights", caveat=_decided)
     if attribution:
@@ -535,25 +542,15 @@ def _rules(layer: Callable[..., Any], merge: Callable[..., Any], attribution: bo
 def _rewrite(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
     """Layers with weights, and sums of two signals, become operations of their own."""
     layers(graph, batch, starts, lambda layer, first, last: "captum_mipin.layer")
-    reached = followers(starts)
     node: Any
     for node in graph.nodes:
-        if operation(node) in ("add", "sub") and len(node.args) == 2 and all(n in reached for n in node.args):
+        if operation(node) == "mul":
+            smooth_gate(node)
+        elif operation(node) in ("add", "sub") and len(node.args) == 2 and all(map(varies, node.args)):
             node.meta["shown"] = node.target
-            node.target = Merge(node.meta["key"], operation(node), node.target, _channel_dim(node))
-
-
-def _channel_dim(node: Any) -> int:
-    """The dimension of channels, by the nearest layer before."""
-    queue, seen = [node], {node}
-    for this in queue:
-        if isinstance(this.target, Layer):
-            return -1 if this.target.kind == "dense" else 1
-        for before in this.all_input_nodes:
-            if before not in seen:
-                seen.add(before)
-                queue.append(before)
-    return 1
+            sizes = list(map(str, node.meta["val"].shape))
+            dim = channels(node, sizes.index(batch) if batch in sizes else 0)
+            node.target = Merge(node.meta["key"], operation(node), node.target, dim or 0)
 
 
 def _merge_of(operation: Any) -> Merge:
@@ -574,7 +571,7 @@ def _channels(value: Tensor, dim: int) -> Tensor:
 
 
 def _gated(node: fx.Node) -> str | None:
-    return "outside of the definition: the gate gets nothing" if sum(map(depends, node.args)) > 1 else None
+    return "outside of the definition: the gate gets nothing" if sum(map(varies, node.args)) > 1 else None
 
 
 def _decided(node: fx.Node) -> str | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_mipin._captum import captum_entry
+from captum_mipin.capture import check_inputs
 from captum_mipin.errors import InputError
 from captum_mipin.inverse import as_inputs, like
 
@@ -48,8 +49,8 @@ class SmoothGrad(GradientAttribution):
     """
 
     def __init__(self, model: nn.Module, *, samples: int = 50, noise: float = 0.15, seed: int = 0) -> None:
-        if samples < 1 or not noise >= 0:
-            raise InputError(f"samples={samples!r} must be at least 1, noise={noise!r} at least 0")
+        if not isinstance(samples, int) or samples < 1 or not 0 <= noise < float("inf"):
+            raise InputError(f"samples={samples!r} must be an integer of at least 1, noise={noise!r} a number of at least 0")
         GradientAttribution.__init__(self, model)
         self.samples, self.noise, self.seed = samples, noise, seed
 
@@ -66,6 +67,7 @@ class SmoothGrad(GradientAttribution):
             Shaped like ``inputs``.
         """
         tensors = tuple(x.detach() for x in as_inputs(inputs))
+        check_inputs(tensors)
         gradient = Saliency(self.forward_func)
         spans = [(x.flatten(1).amax(1) - x.flatten(1).amin(1)).view(-1, *(1,) * (x.ndim - 1)) for x in tensors]
         random = [torch.Generator(x.device).manual_seed(self.seed + index) for index, x in enumerate(tensors)]

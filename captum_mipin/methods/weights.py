@@ -5,7 +5,7 @@ is folded into its weights, for the two are one linear map; any other batch norm
 channel. The graph is rewritten, never the model: weights are read, and folded, as they are at each call.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -175,8 +175,9 @@ def layers(graph: fx.Graph, batch: str, starts: Sequence[fx.Node], choose: Choos
                 norm, layer = _normed(graph, node, starts, found)
                 found[norm] = layer
     inputs = [node for node in graph.nodes if node.op == "placeholder" and _per_example(node, batch)]
-    first = _next(inputs, found, lambda node: list(node.users))
-    last = _next([node for node in graph.nodes if node.op == "output"], found, lambda node: node.all_input_nodes)
+    weighted = {node for node, layer in found.items() if layer.kind != "scale"}
+    first = _next(inputs, weighted, lambda node: list(node.users))
+    last = _next([node for node in graph.nodes if node.op == "output"], weighted, lambda node: node.all_input_nodes)
     for node, layer in found.items():
         node.target = replace(layer, rule=choose(layer, node in first, node in last))
 
@@ -250,8 +251,8 @@ def _normed(graph: fx.Graph, node: Any, starts: Sequence[fx.Node], found: dict[A
     return value, layer
 
 
-def _next(nodes: list[Any], found: Mapping[Any, Layer], near: Callable[[Any], list[Any]]) -> set[Any]:
-    """The layers next to these nodes in one direction, with none between."""
+def _next(nodes: list[Any], found: Collection[Any], near: Callable[[Any], list[Any]]) -> set[Any]:
+    """Those of ``found`` that are next to these nodes in one direction, with none between."""
     result, seen = set[Any](), set[Any](nodes)
     while nodes:
         for node in near(nodes.pop()):

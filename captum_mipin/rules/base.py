@@ -174,12 +174,22 @@ def operation(node: Any) -> str:
     return name if namespace == "aten" else f"{namespace}::{name}"
 
 
-def is_gate(node: Any) -> bool:
+def depends(value: Any) -> bool:
+    """Whether an argument is computed from what is explained."""
+    return isinstance(value, fx.Node) and bool(value.meta.get("depends"))
+
+
+def varies(value: Any) -> bool:
+    """Whether an argument is computed from the model's inputs, wherever the explanation starts."""
+    return isinstance(value, fx.Node) and bool(value.meta.get("varies"))
+
+
+def is_gate(node: Any, counts: Callable[[Any], bool] = depends) -> bool:
     """Whether a value is a gate or attention weights: what a sigmoid, softmax or comparison made.
 
     It may have been rearranged since, and scaled or shifted by constants.
     """
-    return operation(gate_source(node, depends)) in _GATES
+    return operation(gate_source(node, counts)) in _GATES
 
 
 def gate_source(node: Any, depends: Callable[[Any], bool]) -> Any:
@@ -192,15 +202,13 @@ def gate_source(node: Any, depends: Callable[[Any], bool]) -> Any:
     return node
 
 
-def factors(node: fx.Node, first: int = 0) -> tuple[int, ...]:
-    """Positions of the factors of a product, the first of them given, that carry signal: those that are no recorded gates."""
-    positions = [i for i, n in enumerate(node.args) if i >= first and depends(n)]
-    return tuple(i for i in positions if not is_gate(node.args[i])) or tuple(positions)
+def factors(node: fx.Node, first: int = 0, counts: Callable[[Any], bool] = depends) -> tuple[int, ...]:
+    """Positions of the factors of a product, the first of them given, that carry signal: those that are no recorded gates.
 
-
-def depends(value: Any) -> bool:
-    """Whether an argument is computed from what is explained."""
-    return isinstance(value, fx.Node) and bool(value.meta.get("depends"))
+    What ``counts`` says of them tells those that may from constants.
+    """
+    positions = [i for i, n in enumerate(node.args) if i >= first and counts(n)]
+    return tuple(i for i in positions if not is_gate(node.args[i], counts)) or tuple(positions)
 
 
 _GATES = frozenset(
