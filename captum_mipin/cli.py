@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import math
 import pickle
 import sys
@@ -86,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(asked.mean) != len(asked.std):
         asked.parser.error(f"--mean has {len(asked.mean)} values, --std {len(asked.std)}")
     try:
-        code: int = asked.run(asked)
-        return code
+        with _silent_logs():
+            code: int = asked.run(asked)
+            return code
     except KeyboardInterrupt:
         return _failed("interrupted")
     except Exception as error:  # of whatever kind: the model and its factory are the user's
@@ -252,14 +254,13 @@ def _current_folder() -> Iterator[None]:
 
 def _fill(model: nn.Module, weights: str) -> None:
     """Load a state dict, all of it; no code in the file is run."""
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"no file {weights!r} of weights")
+    Path(weights).open("rb").close()  # what is not there, or may not be read, is told as such
     try:
         if weights.endswith(".safetensors"):
             state: Any = load_file(weights)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise InputError(
             f"{weights!r} is damaged, or holds more than tensors, whose loading could run code: {_SAVE}, or as safetensors"
         ) from error
@@ -365,6 +366,17 @@ def _failed(why: str) -> int:
     return 1
 
 
+@contextmanager
+def _silent_logs() -> Iterator[None]:
+    """Leave to the one line what torch would log of an export that fails."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _say(text: str, file: TextIO) -> None:
     """Print; what the terminal has no letters for becomes question marks."""
     encoding = file.encoding or "utf-8"
@@ -447,6 +459,7 @@ def _command(commands: Any, name: str, run: Callable[[Namespace], int], about: s
     if images:
         parser.add_argument("images", metavar="IMAGES", help="a folder of images, with those inside it, or one image")
         parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at once (default: 32)")
+    if name in ("fit", "compare"):
         parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--weights", help='a state dict by torch.save, or .safetensors; "torchvision" for torchvision\'s own')
     parser.add_argument("--layer", metavar="PATH", help=_LAYERS[name])
