@@ -425,10 +425,12 @@ def test_what_is_not_installed_is_asked_for(monkeypatch, capsys):
 
 def test_an_interrupt_is_told_in_one_line(monkeypatch, capsys):
     def interrupted(self, *arguments, **options):
+        assert options["checkpoint"] == "half.safetensors"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(InverseNetwork, "fit", interrupted)
-    assert refused(capsys, "fit", *MODEL, "photos", "--out", "no.safetensors") == "captum-mipin: interrupted\n"
+    command = ["fit", *MODEL, "photos", "--out", "no.safetensors", "--checkpoint", "half.safetensors"]
+    assert refused(capsys, *command) == "captum-mipin: interrupted\n"
 
 
 def test_terminals_without_letters_get_question_marks(monkeypatch):
