@@ -113,7 +113,7 @@ def _check(asked: Namespace) -> int:
 
 def _fit(asked: Namespace) -> int:
     model = _model(asked)
-    inverse = InverseNetwork(model, layer=_layer(model, asked.layer), ridge=asked.ridge)
+    inverse = InverseNetwork(model, layer=_layer(model, asked.layer), ridge=asked.ridge, sharing=asked.sharing)
     inverse.fit(
         _Images(asked), asked.targets, batch_size=asked.batch_size, progress=not asked.quiet, checkpoint=asked.checkpoint
     )
@@ -415,6 +415,10 @@ def _parser() -> ArgumentParser:
     one.add_argument("--targets", type=_integers, metavar="C,C,...", help="classes to fit (default: all)")
     one.add_argument("--out", type=_file(".safetensors"), required=True, metavar="FILE", help="the inverse, .safetensors")
     one.add_argument("--ridge", type=float, default=1e-3, help="of the regression, equation 6 (default: %(default)s)")
+    one.add_argument(
+        "--sharing", choices=("nothing", "classes"), default="nothing",
+        help="each class has an inverse of its own, or all classes share one below the first step (default: nothing)",
+    )  # fmt: skip
     one.add_argument("--checkpoint", metavar="FILE", help="keeps what is done, so that an interrupted fit can be taken up")
 
     one = _command(commands, "explain", _explain, "write the attributions of a fitted inverse as pictures and as tensors")

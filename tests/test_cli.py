@@ -145,15 +145,15 @@ def test_fit_writes_the_inverse_of_the_library(folder, model, capsys):
     written = InverseNetwork.load("inverse.safetensors", model)
     assert written.targets == [0, 1, 2]
     torch.testing.assert_close(written.source_signal(x, target=1), ours.source_signal(x, target=1))
-    command = ["fit", *MODEL, "photos", "--targets", "2", "--ridge", "0.5", "--out", "other.safetensors", "--json"]
-    assert cli.main(command) == 0
+    options = ["--targets", "2", "--ridge", "0.5", "--sharing", "classes"]
+    assert cli.main(["fit", *MODEL, "photos", *options, "--out", "other.safetensors", "--json"]) == 0
     out, err = capsys.readouterr()
     told = json.loads(out)
     assert (told["targets"], told["out"]) == ([2], "other.safetensors")
     assert [layer["layer"] for layer in told["layers"]] == ["4/linear", "0/conv2d"]
     assert "4/linear · class 2" in err  # the progress
     other = InverseNetwork.load("other.safetensors", model)
-    assert other.settings.ridge == 0.5
+    assert (other.settings.ridge, other.settings.sharing) == (0.5, True)
 
 
 def test_explain_writes_the_maps_of_the_library(folder, model, capsys):
