@@ -1,10 +1,13 @@
 import re
+import shlex
 import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from captum_mipin import unregister_rule
+from captum_mipin.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -78,6 +81,28 @@ def test_a_process_that_fits_with_others_runs(tmp_path, monkeypatch):
     names = run("Fitting at scale")
     assert names["bits"].shape == (1, 64)
     assert (tmp_path / "inverse.safetensors").exists()
+
+
+def test_the_command_line_runs(capsys, tmp_path, monkeypatch):
+    models, image = pytest.importorskip("torchvision.models"), pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(models.resnet18().state_dict(), "weights.pt")  # the network's own are to be downloaded
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        pixels = torch.randint(256, (64, 64, 3), dtype=torch.uint8)
+        image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{number}.png")
+    text = README.read_text().split("\n## From the command line\n")[1].split("```")[1]
+    install, *commands = text.removeprefix("bash\n").replace("\\\n", "").splitlines()
+    assert install.startswith("pip install")
+    assert len(commands) == 4
+    for command in commands:
+        name, *arguments = shlex.split(command.replace("--weights torchvision", "--weights weights.pt"))
+        assert name == "captum-mipin"
+        assert main([*arguments, "--size", "64"]) == 0, capsys.readouterr().err
+    written = {"inverse.safetensors", "maps.png", "maps.safetensors", "page.html", "table.md"}
+    assert {path.name for path in tmp_path.iterdir()} == written | {"photos", "weights.pt"}
+    assert "failed" not in (tmp_path / "table.md").read_text()
 
 
 def test_all_of_its_code_is_run():
