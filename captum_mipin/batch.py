@@ -41,6 +41,14 @@ class Layout:
             return torch.cat(list(parts), self.dim)
         return torch.cat([self._unfolded(x) for x in parts], self.dim + 1).flatten(self.dim, self.dim + 2)
 
+    def first(self, x: Tensor) -> Tensor:
+        """``x`` with its examples along the first dimension."""
+        return self._unfolded(x).movedim(self.dim + 1, 0)
+
+    def restored(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`first`."""
+        return x.movedim(0, self.dim + 1).flatten(self.dim, self.dim + 2)
+
     def _unfolded(self, x: Tensor) -> Tensor:
         unfolded: Tensor = x.unflatten(self.dim, (self.outer, -1, self.inner))
         return unfolded

@@ -257,9 +257,9 @@ class Fit:
     def _information(self) -> dict[Target, Inputs]:
         """Bits that each feature shares with each target's output, as jointly Gaussian variables."""
         maps = [gaussian_information(shared).float() for shared in self._shared]
-        shapes = [x.shape for x in self._features]
+        like = list(zip(maps, self._surrogate.layouts, self._features, strict=True))
         return {
-            target: tuple(bits[0, :, index].reshape(shape).clone() for bits, shape in zip(maps, shapes, strict=True))
+            target: tuple(layout.restored(bits[0, :, index].reshape(x.shape)).clone() for bits, layout, x in like)
             for index, target in enumerate(self._targets)
         }
 
@@ -345,11 +345,12 @@ class Fit:
         """What the features where the passes end have in common with the targets' outputs."""
         whole: tuple[Any, ...] = (slice(None),)
         outputs = torch.stack([trace.output.detach()[whole + target] for target in self._targets], 1).unsqueeze(0)
+        sources = [layout.first(x.detach()) for layout, x in zip(self._surrogate.layouts, trace.sources, strict=True)]
         if not self._features:
-            self._features = [x[:1].clone() for x in trace.sources]
-            self._shared = [Moments.zeros(1, x[0].numel(), len(self._targets), device=x.device) for x in trace.sources]
-        for moments, x in zip(self._shared, trace.sources, strict=True):
-            moments.update(x.flatten(1).unsqueeze(0), outputs.to(x.dtype))
+            self._features = [x[:1].clone() for x in sources]
+            self._shared = [Moments.zeros(1, x[0].numel(), len(self._targets), device=x.device) for x in sources]
+        for moments, x in zip(self._shared, sources, strict=True):
+            moments.update(x.reshape(1, len(x), -1), outputs.to(x.dtype))
 
     def _check_apart(self, inputs: Inputs, extras: Extras, output: Tensor) -> None:
         """Whether examples give the same output in other company and order: the last line of defence behind the rules."""

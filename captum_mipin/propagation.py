@@ -291,6 +291,7 @@ class Surrogate:
         graph.eliminate_dead_code()
         graph.lint()
         self.starts, self.rules = len(starts), rules
+        self.layouts: tuple[Layout, ...] = tuple(node.meta["layout"] for node in starts)
         self._order, self._inputs = tuple(order), captured.inputs
         self._module = fx.GraphModule(torch.nn.Module(), graph)
 
