@@ -1,6 +1,8 @@
 """Algorithm 1: from the output down, one regression a layer and target."""
 
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, islice
@@ -439,6 +441,11 @@ class Fit:
         shared = self._settings.sharing and key != self._surrogate.learned[0]
         by_rows = alone and not shared and isinstance(inverter, Dense) and not inverter.own and rows < inverter.size[2]
         needed = 8 * rows * inverter.size[2] if by_rows else Moments.bytes_needed(*inverter.size)
+        if needed > (there_is := _memory_of(x.device)):
+            raise FitError(
+                f"the moments of {key} take {needed / 2**30:,.0f} GiB, this machine has {there_is / 2**30:,.0f}: there are "
+                f"{inverter.size[2]:,} signals in one regression. Start above it, with InverseNetwork(model, layer=...)"
+            )
         targets = targets if shared else targets[: max(1, self._memory // needed)]
         names = ", ".join(str(shown(target)) for target in targets)
         bar.set_description(f"{key} · class {names if len(names) < 30 else names[:27] + '...'}")
@@ -547,6 +554,13 @@ class Fit:
                 raise FitError(f"SGD diverged at {key}, target {shown(target)}: lower learning_rate={state.rate:g}")
             result[target] = Inverse(state.weight.flatten(), state.bias), layer
         return result
+
+
+def _memory_of(device: torch.device) -> int:
+    """The bytes of memory that there are where tensors of a device are."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
 
 
 def _joined(batches: Sequence[_Regressed], join: Callable[[list[Tensor]], Tensor]) -> _Regressed:

@@ -234,7 +234,8 @@ class InverseNetwork:
             self
 
         Raises:
-            FitError: The data cannot be used: empty, not finite, changing shape, a class with constant output.
+            FitError: The data cannot be used: empty, not finite, changing shape, a class with constant output. Or a layer's
+                regression is larger than the machine's memory, as that of a convolution with 32 x 32 taps.
             CaptureError: The model cannot be captured, or uses an operation without a rule.
             TargetError: A target that the model does not have.
             ModelChangedError: The model changed since earlier classes were fitted.

@@ -6,7 +6,7 @@ from small import normal
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import InverseNetwork, LayerMIPINAttribution
+from captum_mipin import FitError, InverseNetwork, LayerMIPINAttribution
 from captum_mipin.capture import capture
 from captum_mipin.propagation import Run, Surrogate
 from captum_mipin.regression import Moments, solve
@@ -183,3 +183,14 @@ def test_classes_that_share_are_one_regression_on_all_pairs(tmp_path):
     assert later["0/linear"].weight is loaded._state.fitted.inverses[(2,)]["0/linear"].weight
     close(later["2/linear"].weight, alone._state.fitted.inverses[(1,)]["2/linear"].weight)
     assert {layer.target for layer in loaded.report.layers if layer.layer == "2/linear"} == {0, 1, 2}
+
+
+def test_a_regression_larger_than_the_machine_is_refused():
+    """The patches of a vision transformer: 768 channels times 32 x 32 taps."""
+    model = nn.Sequential(nn.Conv2d(3, 768, 32, stride=32), nn.ReLU(), nn.Flatten(), nn.Linear(768 * 4, 2)).eval()
+    inverse = InverseNetwork(model)
+    with pytest.raises(FitError, match=r"moments of 0/conv2d take 4,.* GiB, this machine has .*786,432 signals.*layer="):
+        inverse.fit(normal(3, 3, 64, 64), 0, progress=False)
+    assert inverse.targets == []
+    above = InverseNetwork(model, layer=model[0]).fit(normal(3, 3, 64, 64), 0, progress=False)
+    assert above.targets == [0]
