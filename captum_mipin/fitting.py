@@ -309,9 +309,10 @@ class Fit:
                     "regressed on a constant. Fit it on data it responds to, or leave it out."
                 )
         if self._processes.count > 1:
-            if not self._features:  # this process has no data
-                self._share(self._trace(*self._example))
-                self._shared = [Moments.zeros(1, m.zs.shape[2], m.zs.shape[3], device=m.ss.device) for m in self._shared]
+            with self._processes.step():
+                if not self._features:  # this process has no data
+                    self._share(self._trace(*self._example))
+                    self._shared = [Moments.zeros(1, m.zs.shape[2], m.zs.shape[3], device=m.ss.device) for m in self._shared]
             self._shared = [moments.pooled(self._processes.total) for moments in self._shared]
         ranges = [float(bound[target]) for target in self._targets for bound in (low, high)]
         return [float(rows), *ranges]
@@ -435,17 +436,17 @@ class Fit:
                 inverter, x = seen.inverter, seen.x.detach()
             else:
                 inverter, x, _ = first
+            rows = self._regressed_rows(key, inverter, x)
+            alone = self._processes.count == 1
+            shared = self._settings.sharing and key != self._surrogate.learned[0]
+            by_rows = alone and not shared and isinstance(inverter, Dense) and not inverter.own and rows < inverter.size[2]
+            needed = 8 * rows * inverter.size[2] if by_rows else Moments.bytes_needed(*inverter.size)
+            if needed > (there_is := _memory_of(x.device)):
+                raise FitError(
+                    f"the moments of {key} take {needed / 2**30:,.0f} GiB, this machine has {there_is / 2**30:,.0f}: there are "
+                    f"{inverter.size[2]:,} signals in one regression. Start above it, with InverseNetwork(model, layer=...)"
+                )
         batches = passes if first is None else chain([first], passes)
-        rows = self._regressed_rows(key, inverter, x)
-        alone = self._processes.count == 1
-        shared = self._settings.sharing and key != self._surrogate.learned[0]
-        by_rows = alone and not shared and isinstance(inverter, Dense) and not inverter.own and rows < inverter.size[2]
-        needed = 8 * rows * inverter.size[2] if by_rows else Moments.bytes_needed(*inverter.size)
-        if needed > (there_is := _memory_of(x.device)):
-            raise FitError(
-                f"the moments of {key} take {needed / 2**30:,.0f} GiB, this machine has {there_is / 2**30:,.0f}: there are "
-                f"{inverter.size[2]:,} signals in one regression. Start above it, with InverseNetwork(model, layer=...)"
-            )
         targets = targets if shared else targets[: max(1, self._memory // needed)]
         names = ", ".join(str(shown(target)) for target in targets)
         bar.set_description(f"{key} · class {names if len(names) < 30 else names[:27] + '...'}")
@@ -457,20 +458,22 @@ class Fit:
         pooled = [targets] if shared else [[target] for target in targets]
         with self._processes.step():
             moments = self._moments(key, pooled, batches)
+        if not alone:
+            moments = {group[0]: self._together(moments.pop(group[0], None), inverter, x) for group in pooled}
         result: dict[Target, tuple[Inverse, LayerFit]] = {}
         groups, features, signals, own = inverter.size
-        for group in pooled:
-            mine = moments.pop(group[0], None)
-            part = mine if alone and mine is not None else self._together(mine, inverter, x)
-            solution = solve(part, self._settings.ridge, self._settings.ridge_scale)
-            logger.debug("%s, target %s: explained variance %.3f", key, shown(group[0]), solution.explained_variance)
-            inverse = inverter.inverse(solution, x)
-            for target in group:
-                layer = LayerFit(
-                    shown(target), key, part.count, groups * features, signals + own,
-                    solution.explained_variance, solution.dead, solution.condition, "exact",
-                )  # fmt: skip
-                result[target] = inverse, layer
+        with self._processes.step():
+            for group in pooled:
+                part = moments.pop(group[0])
+                solution = solve(part, self._settings.ridge, self._settings.ridge_scale)
+                logger.debug("%s, target %s: explained variance %.3f", key, shown(group[0]), solution.explained_variance)
+                inverse = inverter.inverse(solution, x)
+                for target in group:
+                    layer = LayerFit(
+                        shown(target), key, part.count, groups * features, signals + own,
+                        solution.explained_variance, solution.dead, solution.condition, "exact",
+                    )  # fmt: skip
+                    result[target] = inverse, layer
         return result
 
     def _moments(self, key: str, pooled: Sequence[Sequence[Target]], batches: Iterator[_Regressed]) -> dict[Target, Moments]:

@@ -271,7 +271,7 @@ class InverseNetwork:
                 watch = before.watch if before is not None else storage.Watch(model)
                 example = first_example(inputs, extras, graph.shared)
                 state = _State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
-            processes.agree("classes", chosen)
+            processes.agree("classes", (chosen, self.targets))
             processes.agree("inputs", (signature, state.structure))
             processes.agree("weights", watch.fingerprint)
             processes.agree("settings", (self.settings, memory))
@@ -296,6 +296,7 @@ class InverseNetwork:
             kept = [layer for layer in before.fitted.layers if layer.target not in {shown(target) for target in chosen}]
             information = {**before.fitted.information, **done.information}
             state.fitted = Fitted({**before.fitted.inverses, **done.inverses}, kept + done.layers, information)
+        _share_rows(state.fitted)
         self._state = state
         if checkpoint is not None and processes.rank == 0:
             Path(checkpoint).unlink(missing_ok=True)
@@ -795,6 +796,17 @@ def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: 
         target = tuple(layer["target"]) if isinstance(layer["target"], list) else layer["target"]
         fitted.layers.append(LayerFit(**{**layer, "target": target}))
     return fitted
+
+
+def _share_rows(fitted: Fitted) -> None:
+    """Let classes share equal rows, see :class:`~captum_mipin.rules.base.Inverse`, if they were fitted on the same data."""
+    first: dict[str, Tensor] = {}
+    for inverses in fitted.inverses.values():
+        for key, inverse in inverses.items():
+            if inverse.rows is not None:
+                rows = first.setdefault(key, inverse.rows)
+                if rows is not inverse.rows and torch.equal(rows, inverse.rows):
+                    inverses[key] = replace(inverse, rows=rows)
 
 
 def _shapes(signature: Signature) -> str:

@@ -18,7 +18,7 @@ import json, os, sys
 import torch
 from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from captum_mipin import InverseNetwork
+from captum_mipin import InverseNetwork, fitting
 
 distributed.init_process_group("gloo")
 rank, folder = distributed.get_rank(), sys.argv[1]
@@ -41,6 +41,15 @@ class Fails:
             if rank == 1 and self.seen == self.at:
                 raise OSError("no such image")
             yield batch
+
+def only_in_the_second(name, instead):  # in the place of a function of the fit
+    original = getattr(fitting, name)
+    if rank == 1:
+        setattr(fitting, name, instead)
+    return lambda: setattr(fitting, name, original)
+
+def broken(*arguments):
+    raise MemoryError("too large for this machine")
 
 found = {}
 
@@ -79,6 +88,19 @@ scenario("other weights", x, change=lambda model: nn.init.constant_(model[0].bia
 scenario("not finite", [torch.full_like(x[:4], float("nan")) if rank == k % 2 == 1 else x[:4] for k in range(4)])
 scenario("nothing", [])
 scenario("one example", [x[:1]])
+restore = only_in_the_second("solve", broken)
+scenario("cannot solve", x)
+restore()
+restore = only_in_the_second("_memory_of", lambda device: 1)
+scenario("a smaller machine", x)
+restore()
+early = InverseNetwork(network())
+if rank == 1:
+    early.fit(x, 1, progress=False)
+try:
+    early.fit(x, 0, progress=False, distributed=True)
+except Exception as error:
+    found["earlier classes"] = f"{type(error).__name__}: {error}"
 sampler = torch.utils.data.WeightedRandomSampler(torch.ones(40), 40)
 scenario("a sampler of its own", DataLoader(TensorDataset(x), sampler=sampler))
 try:
@@ -152,6 +174,9 @@ def test_all_end_with_the_inverse_of_one_process(run, alone, name):
         ("not finite", "FitError: the fit failed in process 1 of 2: FitError: batch 0: input", "FitError: batch 0"),
         ("nothing", "FitError: the data yields no batch", "FitError: the data yields no batch"),
         ("one example", "FitError: the data has 1 example", "FitError: the data has 1 example"),
+        ("cannot solve", "FitError: the fit failed in process 1 of 2: MemoryError: too large", "MemoryError"),
+        ("a smaller machine", "FitError: the fit failed in process 1 of 2: FitError: the moments", "FitError: the moments"),
+        ("earlier classes", "FitError: the processes cannot fit together: their classes differ", "FitError"),
         ("a sampler of its own", "FitError: the DataLoader draws by a BatchSampler", "FitError: the DataLoader"),
         ("sgd", 'InputError: solver="sgd" goes from batch to batch', "InputError"),
     ],
