@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,3 +20,11 @@ def captum_entry(method: Callable[P, R]) -> Callable[P, R]:
         return method(*args, **kwargs)
 
     return entry
+
+
+class NoFuture:
+    """What methods without ``attribute_future`` inherit, before Captum's base class, which leaves it undefined."""
+
+    def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not implemented, as for Captum's gradient methods."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")

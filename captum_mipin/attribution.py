@@ -1,12 +1,12 @@
 """MIP-IN as Captum attributions: the call contract, and nothing else."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
-from captum_mipin._captum import captum_entry
+from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.capture import Inputs, select, unwrapped
 from captum_mipin.errors import InputError
 from captum_mipin.inverse import Explanation, InverseNetwork, as_extras, as_inputs, like
@@ -14,7 +14,7 @@ from captum_mipin.propagation import seed
 from captum_mipin.targets import per_example
 
 
-class MIPINAttribution(GradientAttribution):
+class MIPINAttribution(NoFuture, GradientAttribution):
     """MIP-IN attributions at the input: how a class's logit is carried by each input feature.
 
     The attribution A is the inverse network's answer without its biases, linear in the logit; the source signal S is
@@ -148,17 +148,13 @@ class MIPINAttribution(GradientAttribution):
             picked = seed(output, per_example(target, output))
         return picked.flatten(1).sum(1) if picked.ndim > 1 else picked
 
-    def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not implemented, as for Captum's gradient methods."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
-
     @classmethod
     def get_name(cls) -> str:
         """The name that Captum's tools show."""
         return "MIP-IN"
 
 
-class LayerMIPINAttribution(LayerAttribution, GradientAttribution):
+class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
     """MIP-IN attributions at the output of a layer.
 
     Args:
@@ -228,10 +224,6 @@ class LayerMIPINAttribution(LayerAttribution, GradientAttribution):
     def _explain(self, inputs: Any, target: Any, arguments: Any, bias: bool, local: bool) -> Explanation:
         extras = as_extras(arguments)
         return self.inverse.explain(as_inputs(inputs), target, extras, biases=(bias,), local=local, layer=self.layer)
-
-    def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not implemented, as for Captum's gradient methods."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
     @classmethod
     def get_name(cls) -> str:

@@ -278,6 +278,17 @@ def check_inputs(inputs: Inputs, explained: bool = True) -> None:
             raise InputError(f"input {index} has {len(x)} examples, input 0 has {len(inputs[0])}")
 
 
+def check_finite(inputs: Inputs) -> None:
+    """Refuse what is to be explained if it holds NaN or Inf.
+
+    Raises:
+        InputError: It does.
+    """
+    for index, x in enumerate(inputs):
+        if not finite(x):
+            raise InputError(f"input {index} contains NaN or Inf")
+
+
 def capture(
     model: nn.Module,
     inputs: Inputs,

@@ -334,7 +334,7 @@ class Fit:
             if not finite(output):
                 raise FitError(f"batch {index}: the model's output contains NaN or Inf")
             if index == 0:
-                self._check_apart(inputs, extras, output)
+                check_apart((output,), inputs, extras, self._captured.shared, lambda *fewer: (self._trace(*fewer).output,))
                 self._sizes = {key: size / len(output) for key, size in trace.sizes.items()}
                 self._widest = trace.widest / len(output)
             self._keep(trace, rows)
@@ -354,19 +354,6 @@ class Fit:
             self._shared = [Moments.zeros(1, x[0].numel(), len(self._targets), device=x.device) for x in sources]
         for moments, x in zip(self._shared, sources, strict=True):
             moments.update(x.reshape(1, len(x), -1), outputs.to(x.dtype))
-
-    def _check_apart(self, inputs: Inputs, extras: Extras, output: Tensor) -> None:
-        """Whether examples give the same output in other company and order: the last line of defence behind the rules."""
-        order = torch.randperm(len(output), generator=torch.Generator().manual_seed(0))
-        later = (order[: len(output) // 2] if len(output) > 1 else torch.tensor([0, 0])).to(output.device)  # one, beside itself
-        fewer = pick(inputs, extras, later, self._captured.shared)
-        again = self._trace(*fewer).output
-        scale = float(output.abs().max()) * torch.finfo(output.dtype).eps ** 0.5
-        if again.shape != output[later].shape or float((again - output[later]).abs().max()) > scale:
-            raise FitError(
-                "the model's output for an example changes with the other examples of its batch, or at random, and so would "
-                "its explanation: remove what reads or mixes the batch, or what is random"
-            )
 
     def _trace(self, inputs: Inputs, extras: Extras, keys: Sequence[str] = (), proving: bool = False) -> Trace:
         """A batch run forward, for a fit of the steps ``keys``."""
@@ -557,6 +544,32 @@ class Fit:
                 raise FitError(f"SGD diverged at {key}, target {shown(target)}: lower learning_rate={state.rate:g}")
             result[target] = Inverse(state.weight.flatten(), state.bias), layer
         return result
+
+
+def check_apart(
+    found: Sequence[Tensor], inputs: Inputs, extras: Extras, shared: bool, again: Callable[[Inputs, Extras], Sequence[Tensor]]
+) -> None:
+    """Whether examples give the same in other company and order: the last line of defence behind the rules.
+
+    Args:
+        found: What a batch gave, each (batch, ...).
+        inputs, extras: The batch.
+        shared: Whether a further tensor as long as the batch is shared.
+        again: (inputs, extras) → the same for other examples.
+
+    Raises:
+        FitError: They do not.
+    """
+    rows = len(inputs[0])
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    later = (order[: rows // 2] if rows > 1 else torch.tensor([0, 0])).to(inputs[0].device)  # one, beside itself
+    for before, after in zip(found, again(*pick(inputs, extras, later, shared)), strict=True):
+        scale = float(before.abs().max()) * torch.finfo(before.dtype).eps ** 0.5
+        if after.shape != before[later].shape or float((after - before[later]).abs().max()) > scale:
+            raise FitError(
+                "the model's output for an example changes with the other examples of its batch, or at random, and so would "
+                "its explanation: remove what reads or mixes the batch, or what is random"
+            )
 
 
 def _memory_of(device: torch.device) -> int:

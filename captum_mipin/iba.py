@@ -4,8 +4,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from captum.attr import Attribution
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from captum_mipin import storage
-from captum_mipin._captum import captum_entry
+from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.bottleneck import Bottleneck, CrossEntropy, Noise, Optimised, optimise, whole
 from captum_mipin.capture import (
     TURNS,
@@ -22,6 +23,7 @@ from captum_mipin.capture import (
     Inputs,
     Output,
     Signature,
+    check_finite,
     check_inputs,
     check_model,
     finite,
@@ -30,7 +32,7 @@ from captum_mipin.capture import (
     unwrapped,
 )
 from captum_mipin.errors import FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
-from captum_mipin.fitting import Batches, Unpack
+from captum_mipin.fitting import Batches, Unpack, check_apart
 from captum_mipin.inverse import as_extras, as_inputs, device_of, generator_kept, like
 from captum_mipin.parts import Graphs, Part, Parts, tensor_name
 from captum_mipin.propagation import Target
@@ -84,7 +86,7 @@ class _State:
     watch: storage.Watch
 
 
-class IBA(Attribution):
+class IBA(NoFuture, Attribution):
     """Information-bottleneck attribution: the bits of a layer's features that a prediction needs (Schulz et al.).
 
     Noise with the mean and standard deviation of the features is put in their place, as much of it as the prediction
@@ -192,7 +194,8 @@ class IBA(Attribution):
                 if not finite(features):
                     raise FitError(f"batch {index}: the features contain NaN or Inf")
                 if index == 0:
-                    self._check_apart(parts, part, inputs, extras, (features, part.above(features, others)))
+                    both = features, part.above(features, others)
+                    check_apart(both, inputs, extras, parts.captured.shared, partial(self._once, parts, part))
                 chunk = Statistics.of(features, self._across(features))
                 if gathered is not None and gathered.mean.shape != chunk.mean.shape:
                     raise FitError(
@@ -231,20 +234,10 @@ class IBA(Attribution):
             )
         return [dim % features.ndim for dim in self.across]
 
-    def _check_apart(self, parts: Parts, part: Part, inputs: Inputs, extras: Extras, found: Sequence[Tensor]) -> None:
-        """Whether examples give the same features and output in other company and order."""
-        captured, rows = parts.captured, len(inputs[0])
-        order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-        later = (order[: rows // 2] if rows > 1 else torch.tensor([0, 0])).to(inputs[0].device)
-        fewer = pick(inputs, extras, later, captured.shared)
-        features, others = part.below(captured.values(self.model, *fewer))
-        for before, again in zip(found, (features, part.above(features, others)), strict=True):
-            scale = float(before.abs().max()) * torch.finfo(before.dtype).eps ** 0.5
-            if again.shape != before[later].shape or float((again - before[later]).abs().max()) > scale:
-                raise FitError(
-                    "the model's output for an example changes with the other examples of its batch, or at random, and so "
-                    "would its explanation: remove what reads or mixes the batch, or what is random"
-                )
+    def _once(self, parts: Parts, part: Part, inputs: Inputs, extras: Extras) -> tuple[Tensor, Tensor]:
+        """The features and the output of a batch."""
+        features, others = part.below(parts.captured.values(self.model, inputs, extras))
+        return features, part.above(features, others)
 
     # ------------------------------------------------------------------------------------------------- attribute
 
@@ -346,9 +339,7 @@ class IBA(Attribution):
         check_inputs(inputs, explained=False)
         if size is not None and not (whole(size) and size >= 1):
             raise InputError(f"internal_batch_size={size!r} must be a whole number of at least 1")
-        for index, x in enumerate(inputs):
-            if not finite(x):
-                raise InputError(f"input {index} contains NaN or Inf")
+        check_finite(inputs)
         check_model(self.model)
         if state.watch.changed(self.model):
             raise ModelChangedError("the model's weights have changed since the features were estimated: call estimate again")
@@ -405,10 +396,6 @@ class IBA(Attribution):
     def name(self, parts: Parts) -> str:
         """The layer's tensor."""
         return tensor_name(parts.captured, self.model, self.layer)
-
-    def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not implemented, as for Captum's gradient methods."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
     @classmethod
     def get_name(cls) -> str:

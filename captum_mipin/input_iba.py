@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from captum.attr import Attribution
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_mipin import storage
-from captum_mipin._captum import captum_entry
+from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.bottleneck import Bottleneck, Noise, Optimised, mask, normal, optimise, settled, whole
 from captum_mipin.capture import TURNS, Inputs, Output, check_model, unwrapped
 from captum_mipin.errors import CaptureError, InputError, InverseFileError
@@ -123,7 +123,7 @@ class Stages:
     input: Optimised
 
 
-class InputIBA(Attribution):
+class InputIBA(NoFuture, Attribution):
     """Input information-bottleneck attribution (Zhang et al.), fine-grained at the input: images, embedded texts.
 
     Three stages for each sample: a bottleneck at a layer, as :class:`~captum_mipin.IBA`; a mask of the input whose features
@@ -349,10 +349,6 @@ class InputIBA(Attribution):
                 x, Noise(torch.zeros_like(one), one, one), lambda z: entropy(above(z)), how,
                 positions=positions(x, self._channels), prior=prior, seed=chosen, first=case.first, bar=bar,
             )  # fmt: skip
-
-    def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not implemented, as for Captum's gradient methods."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
     @classmethod
     def get_name(cls) -> str:

@@ -19,6 +19,7 @@ from captum_mipin.capture import (
     Output,
     Signature,
     capture,
+    check_finite,
     check_inputs,
     check_model,
     finite,
@@ -434,9 +435,7 @@ class InverseNetwork:
         """
         state = self._fitted()
         check_inputs(inputs, explained=self.layer is None)
-        for index, x in enumerate(inputs):
-            if not finite(x):
-                raise InputError(f"input {index} contains NaN or Inf")
+        check_finite(inputs)
         if layer is None and self.layer is not None:
             raise NotFittedError(
                 f"this inverse stops at layer {self._path(self.layer)!r}, it does not reach the input: use "

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, fx, nn
 
-from captum_mipin._captum import captum_entry
+from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.capture import (
     TURNS,
     CapturedGraph,
@@ -17,6 +17,7 @@ from captum_mipin.capture import (
     Output,
     Signature,
     capture,
+    check_finite,
     check_inputs,
     check_model,
     finite,
@@ -82,7 +83,7 @@ class Explanation:
     output: Tensor
 
 
-class Propagation(GradientAttribution):
+class Propagation(NoFuture, GradientAttribution):
     """A method that sends something from the output back to the input in one pass: a table of rules.
 
     The base of the methods of this package; what is said here holds for all of them. The model is captured as a graph, once
@@ -122,9 +123,7 @@ class Propagation(GradientAttribution):
         """
         check_model(self.model)
         check_inputs(inputs, explained=layer is None)
-        for index, x in enumerate(inputs):
-            if not finite(x):
-                raise InputError(f"input {index} contains NaN or Inf")
+        check_finite(inputs)
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             inputs, extras = plain((inputs, extras))
             graph, surrogate = self._surrogate(inputs, extras, layer)
@@ -171,10 +170,6 @@ class Propagation(GradientAttribution):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._graphs = Graphs()
-
-    def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not implemented, as for Captum's gradient methods."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
     @classmethod
     def get_name(cls) -> str:
@@ -279,7 +274,7 @@ class Relevance(Propagation):
         return output.flatten() - total
 
 
-class LayerPropagation(LayerAttribution, GradientAttribution):
+class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
     """A method of this package at the output of a layer.
 
     Args:
@@ -332,10 +327,6 @@ class LayerPropagation(LayerAttribution, GradientAttribution):
         found = self.method.explain(as_inputs(inputs), target, as_extras(additional_forward_args), self.layer)
         (a,), (x,) = found.signals, found.features
         return a * x if multiply_by_features else a
-
-    def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not implemented, as for Captum's gradient methods."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
     @classmethod
     def get_name(cls) -> str:

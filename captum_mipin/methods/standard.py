@@ -1,13 +1,13 @@
 """Captum's own methods where they are right, with the settings that are usual in the field."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from captum.attr import Attribution, DeepLift, GradientAttribution, IntegratedGradients, LayerGradCam, Saliency
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_mipin._captum import captum_entry
+from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.capture import check_inputs
 from captum_mipin.errors import InputError
 from captum_mipin.inverse import as_inputs, like
@@ -31,7 +31,7 @@ def deep_lift(model: nn.Module) -> DeepLift:
     return DeepLift(model)
 
 
-class SmoothGrad(GradientAttribution):
+class SmoothGrad(NoFuture, GradientAttribution):
     """The mean gradient over noisy copies, whose σ is a share of each example's own range.
 
     Args:
@@ -82,10 +82,6 @@ class SmoothGrad(GradientAttribution):
             total = [a + b for a, b in zip(total, found, strict=True)]
         return like(inputs, tuple(a / self.samples for a in total))
 
-    def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not implemented, as for Captum's gradient methods."""
-        raise NotImplementedError("attribute_future is not implemented for SmoothGrad")
-
     @classmethod
     def get_name(cls) -> str:
         """The name that Captum's tools show."""
@@ -97,7 +93,7 @@ def smooth_grad(model: nn.Module) -> SmoothGrad:
     return SmoothGrad(model)
 
 
-class GradCAM(Attribution):
+class GradCAM(NoFuture, Attribution):
     """Captum's Grad-CAM, ReLU included, brought to the size of the input bilinearly.
 
     Args:
@@ -125,10 +121,6 @@ class GradCAM(Attribution):
         inner = LayerGradCam(self.forward_func, self.layer)
         found = inner.attribute(inputs.detach(), target, additional_forward_args, relu_attributions=True).detach()
         return F.interpolate(found, inputs.shape[2:], mode="bilinear", align_corners=False)
-
-    def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not implemented, as for Captum's gradient methods."""
-        raise NotImplementedError("attribute_future is not implemented for GradCAM")
 
     @classmethod
     def get_name(cls) -> str:
