@@ -20,6 +20,7 @@ from captum_mipin import page, report
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.errors import InputError, NotFittedError
 from captum_mipin.inverse import InverseNetwork
+from captum_mipin.methods import LRP, Deconvnet, DeepTaylor, ExcitationBackprop, GuidedBackprop, standard
 from captum_mipin.metrics import Boxes, Method, Result, box_masks
 from captum_mipin.metrics.common import Examples, explain, heat, owner, resized, seeded
 from captum_mipin.metrics.result import Better
@@ -60,48 +61,23 @@ class Setup:
     mipin: MIPINAttribution | LayerMIPINAttribution | None
 
 
-#: Methods that can be asked for by name. All but MIP-IN are Captum's, with their limits: LRP, DeepLift, Guided Backprop and
-#: Deconvnet look at modules, not at functions, and LRP does not see the sums of residual networks.
+#: Methods that can be asked for by name. Captum's DeepLift looks at modules, not at functions.
 METHODS: dict[str, Callable[[Setup], Method]] = {
     "MIP-IN": lambda setup: _mipin(setup),
-    "Saliency": lambda setup: attr.Saliency(setup.model),
-    "Gradient": lambda setup: _bound(attr.Saliency(setup.model), abs=False),
+    "Saliency": lambda setup: standard.saliency(setup.model),
+    "Gradient": lambda setup: _bound(standard.saliency(setup.model), abs=False),
     "Input×Gradient": lambda setup: attr.InputXGradient(setup.model),
-    "Integrated Gradients": lambda setup: _bound(attr.IntegratedGradients(setup.model), internal_batch_size=64),
-    "SmoothGrad": lambda setup: SmoothGrad(setup.model),
-    "DeepLift": lambda setup: attr.DeepLift(setup.model),
-    "Guided Backprop": lambda setup: attr.GuidedBackprop(setup.model),
-    "Deconvnet": lambda setup: attr.Deconvolution(setup.model),
-    "LRP": lambda setup: attr.LRP(setup.model),
+    "Integrated Gradients": lambda setup: _bound(standard.integrated_gradients(setup.model), internal_batch_size=64),
+    "SmoothGrad": lambda setup: standard.smooth_grad(setup.model),
+    "DeepLift": lambda setup: standard.deep_lift(setup.model),
+    "Guided Backprop": lambda setup: GuidedBackprop(setup.model),
+    "Deconvnet": lambda setup: Deconvnet(setup.model),
+    "LRP": lambda setup: LRP(setup.model),
+    "Deep Taylor": lambda setup: DeepTaylor(setup.model),
+    "Excitation Backprop": lambda setup: ExcitationBackprop(setup.model),
     "Grad-CAM": lambda setup: _bound(attr.LayerGradCam(setup.model, _layer(setup)), relu_attributions=True),
     "Grad×Feature": lambda setup: attr.LayerGradientXActivation(setup.model, _layer(setup)),
 }
-
-
-class SmoothGrad:
-    """Gradients averaged over noisy inputs (Smilkov et al., 2017), signed; all get the same noise, from a generator of its own.
-
-    Args:
-        model: The network.
-        samples: Noisy copies.
-        noise: Standard deviation relative to each input's range.
-    """
-
-    def __init__(self, model: nn.Module, samples: int = 50, noise: float = 0.15) -> None:
-        self.gradient = attr.Saliency(model)
-        self.samples, self.noise = samples, noise
-
-    def __call__(self, inputs: Tensor, target: Any = None, additional_forward_args: Any = None) -> Tensor:
-        """The maps."""
-        generator, flat = torch.Generator().manual_seed(0), inputs.flatten(1)
-        spread = self.noise * (flat.amax(1) - flat.amin(1)).view(-1, *(1,) * (inputs.ndim - 1))
-        total = torch.zeros_like(inputs)
-        for _ in range(self.samples):
-            noisy = inputs + spread * torch.randn(inputs.shape[1:], generator=generator).to(inputs)
-            total += self.gradient.attribute(
-                noisy.requires_grad_(), target=target, abs=False, additional_forward_args=additional_forward_args
-            )
-        return total / self.samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -387,9 +363,10 @@ def compare(
     Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
-        >>> found = compare(["Saliency", "LRP"], torch.rand(2, 1, 8, 8), 0, model=model, metrics=["deletion"], progress=False)
-        >>> [row.name for row in found.rows], found["LRP"].error[:26]
-        (['Saliency', 'LRP', 'random', 'centre prior', 'mask only'], 'TypeError: Module of type ')
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> found = compare(["Saliency", "Grad-CAM"], x, 0, model=model, metrics=["deletion"], progress=False)
+        >>> [row.name for row in found.rows], found["Grad-CAM"].error[:32]
+        (['Saliency', 'Grad-CAM', 'random', 'centre prior', 'mask only'], 'InputError: a method of a layer,')
     """
     images = Examples.of(images, targets).one("compare")
     examples = Examples.of(images, targets, additional_forward_args)
