@@ -3,13 +3,12 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from threading import Lock
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
 from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, glance, module_output
 from captum_mipin.errors import CaptureError
-from captum_mipin.propagation import Surrogate
 
 #: Graphs kept for different input shapes.
 _GRAPHS = 8
@@ -17,17 +16,19 @@ _GRAPHS = 8
 #: (inputs, extras, shared) → their graph.
 Capture = Callable[[Inputs, Extras, bool], CapturedGraph]
 
+Built = TypeVar("Built")
 
-class Graphs:
-    """A model's graph for each kind of inputs, and the surrogates built from it.
 
-    All are forgotten once the model, but for its weights, or the rules are others than those they were made of. Calls from
-    several threads take turns.
+class Graphs(Generic[Built]):
+    """A model's graph for each kind of inputs, and what was built from it: surrogates, or parts.
+
+    All are forgotten once the model, but for its weights, or the rules are others than those they were made of; copies and
+    pickles begin without any. Calls from several threads take turns.
     """
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[Signature, CapturedGraph] = OrderedDict()
-        self._surrogates: dict[tuple[Signature, str | None], Surrogate] = {}
+        self._built: dict[tuple[Signature, str | None], Built] = {}
         self._made_of: list[Any] = []
         self._lock = Lock()
 
@@ -35,39 +36,42 @@ class Graphs:
         """The graph for inputs of this kind, if there is one."""
         return self._graphs.get(signature)
 
-    def surrogate(
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, ()
+
+    def build(
         self,
         model: nn.Module,
         layer: nn.Module | None,
         rules: Any,
         find: Callable[[], Signature],
-        build: Callable[[CapturedGraph, str | None], Surrogate],
-    ) -> tuple[CapturedGraph, Surrogate]:
-        """A graph and its surrogate.
+        build: Callable[[CapturedGraph, str | None], Built],
+    ) -> tuple[CapturedGraph, Built]:
+        """A graph, and what is built from it.
 
         Args:
             model: The model.
-            layer: Where the surrogate ends; None for the inputs.
-            rules: What, besides the model, graphs and surrogates are made of.
+            layer: Where the way back ends; None for the inputs.
+            rules: What, besides the model, all is made of.
             find: Says which graph, see :meth:`find`.
-            build: Makes the surrogate of a graph that ends at this node.
+            build: Makes it, of a graph and the layer's node.
         """
         with self._lock:
             now = [glance(model), rules]
             if now != self._made_of:
                 self._graphs.clear()
-                self._surrogates.clear()
+                self._built.clear()
                 self._made_of = now
             signature = find()
             graph = self._graphs[signature]
             start = None if layer is None else module_output(graph, model, layer)
-            if (signature, start) not in self._surrogates:
-                self._surrogates[signature, start] = build(graph, start)
-            surrogate = self._surrogates[signature, start]
+            if (signature, start) not in self._built:
+                self._built[signature, start] = build(graph, start)
+            found = self._built[signature, start]
             if len(self._graphs) > _GRAPHS:
                 oldest, _ = self._graphs.popitem(last=False)
-                self._surrogates = {key: value for key, value in self._surrogates.items() if key[0] != oldest}
-            return graph, surrogate
+                self._built = {key: value for key, value in self._built.items() if key[0] != oldest}
+            return graph, found
 
     def find(
         self,
@@ -105,5 +109,5 @@ class Graphs:
             self._graphs.move_to_end(signature)
             return signature
         if failure is not None and fitted is not None and fitted not in choices:
-            raise type(failure)(f"{failure}\n{hint()}") from failure
+            raise type(failure)(f"{failure}\n{hint()}".rstrip()) from failure
         raise failure or CaptureError("the model cannot be captured")

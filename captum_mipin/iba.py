@@ -19,10 +19,12 @@ from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.bottleneck import Bottleneck, CrossEntropy, Noise, Optimised, optimise, whole
 from captum_mipin.capture import (
     TURNS,
+    CapturedGraph,
     Extras,
     Inputs,
     Output,
     Signature,
+    capture,
     check_finite,
     check_inputs,
     check_model,
@@ -33,8 +35,9 @@ from captum_mipin.capture import (
 )
 from captum_mipin.errors import FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.fitting import Batches, Unpack, check_apart
+from captum_mipin.graphs import Graphs
 from captum_mipin.inverse import as_extras, as_inputs, device_of, generator_kept, like
-from captum_mipin.parts import Graphs, Part, Parts, tensor_name
+from captum_mipin.parts import Part, Parts, tensor_name
 from captum_mipin.propagation import Target
 from captum_mipin.statistics import Statistics
 from captum_mipin.targets import per_example
@@ -154,7 +157,7 @@ class IBA(NoFuture, Attribution):
         self.output, self.channels, self.classes, self.across = output, channels, classes, tuple(across)
         self.input_channels = 1 if input_channels is None and channels == 1 else input_channels
         self.min_std, self.active = min_std, active
-        self._graphs = Graphs(self.model, output)
+        self._graphs = Graphs[Parts]()
         self._state: _State | None = None
 
     # ------------------------------------------------------------------------------------------------- estimate
@@ -187,7 +190,7 @@ class IBA(NoFuture, Attribution):
             bar.set_description("features")
             watch = storage.Watch(model)
             for index, (inputs, extras) in enumerate(Batches(data, batch_size, unpack, device_of(model), explained=False)):
-                parts = self._graphs(inputs, extras)
+                parts = self._parts(inputs, extras)
                 structures[Signature.of(inputs, extras, parts.captured.shared)] = parts.structure
                 part = self.part(parts)
                 features, others = part.below(parts.captured.values(model, inputs, extras))
@@ -206,7 +209,6 @@ class IBA(NoFuture, Attribution):
                 bar.update(len(features))
             assert gathered is not None  # for mypy: Batches refuses data without any batch
             _ = gathered.std  # that of one example is refused
-        self._graphs.kinds = next(iter(structures)).kinds()
         self._state = _State(gathered, structures, watch)
         return self
 
@@ -344,7 +346,7 @@ class IBA(NoFuture, Attribution):
         if state.watch.changed(self.model):
             raise ModelChangedError("the model's weights have changed since the features were estimated: call estimate again")
         inputs, extras = plain((inputs, extras))
-        parts = self._graphs(inputs, extras)
+        parts = self._parts(inputs, extras)
         if state.structures.get(Signature.of(inputs, extras, parts.captured.shared), parts.structure) != parts.structure:
             raise ModelChangedError("the model computes something else than when its features were estimated: estimate again")
         dims = parts.captured.output.meta["val"].shape[1:]
@@ -388,6 +390,18 @@ class IBA(NoFuture, Attribution):
         index = torch.arange(len(case.targets), device=case.inputs[0].device).repeat(copies)
         with torch.no_grad():
             return part.below(case.pick(index).values(self.model))[1]
+
+    def _parts(self, inputs: Inputs, extras: Extras) -> Parts:
+        """The graph for inputs of this kind."""
+
+        def find() -> Signature:
+            known = next(iter(self._state.structures)) if self._state else None
+            return self._graphs.find(inputs, extras, self._capture, known)
+
+        return self._graphs.build(self.model, None, None, find, lambda graph, start: Parts(graph))[1]
+
+    def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
+        return capture(self.model, inputs, extras, shared, output=self.output, explained=False)
 
     def part(self, parts: Parts) -> Part:
         """The model from the layer on."""
@@ -473,7 +487,6 @@ class IBA(NoFuture, Attribution):
         mean, squares, nonzero = (tensors[key].clone() for key in ("mean", "squares", "nonzero"))
         statistics = Statistics(content["count"], mean, squares, nonzero)
         structures = {Signature.from_json(signature): found for signature, found in content["structures"]}
-        iba._graphs.kinds = next(iter(structures)).kinds()
         iba._state = _State(statistics, structures, storage.Watch(model, content["fingerprint"]))
         return iba
 

@@ -168,7 +168,7 @@ class InverseNetwork:
             sharing == "classes",
         )  # fmt: skip
         self._state: _State | None = None
-        self._graphs = Graphs()
+        self._graphs = Graphs[Surrogate]()
 
     @property
     def targets(self) -> list[int | tuple[int, ...] | None]:
@@ -629,13 +629,6 @@ class InverseNetwork:
 
     # ------------------------------------------------------------------------------------------------- parts
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._graphs = Graphs()
-
     def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> tuple[CapturedGraph, Surrogate]:
         """The graph and the surrogate for inputs of this kind, kept for the next call."""
         rules, state = table(), self._state
@@ -652,7 +645,7 @@ class InverseNetwork:
         def build(graph: CapturedGraph, start: str | None) -> Surrogate:
             return Surrogate(graph, rules, start, calibrate=layer is self.layer, joint=self.settings.joint)
 
-        return self._graphs.surrogate(self.model, layer, rules, find, build)
+        return self._graphs.build(self.model, layer, rules, find, build)
 
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
         return capture(self.model, inputs, extras, shared, output=self.output, explained=False)

@@ -1,75 +1,17 @@
 """Parts of a captured graph as functions: from any tensor of a network to any other behind it."""
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from captum_mipin.batch import first_dimension
-from captum_mipin.capture import TURNS, CapturedGraph, Extras, Inputs, Output, Signature, capture, glance, module_output
+from captum_mipin.capture import TURNS, CapturedGraph, module_output
 from captum_mipin.errors import CaptureError, InputError
 from captum_mipin.rules import MIPIN
 from captum_mipin.structure import structure
-
-#: Graphs kept for different input shapes.
-_GRAPHS = 8
-
-
-class Graphs:
-    """The captured graphs of a model, one for each kind of inputs, kept for the next call.
-
-    Args:
-        model: In evaluation mode.
-        output: Which of its outputs, see :func:`captum_mipin.capture.select`.
-
-    Attributes:
-        kinds: Which tensors are per example and which are shared, where that is known from data; a further argument as
-            long as the batch may be either.
-    """
-
-    def __init__(self, model: nn.Module, output: Output) -> None:
-        self._model, self._output = model, output
-        self.kinds: tuple[str, ...] = ()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._graphs: OrderedDict[Signature, Parts] = OrderedDict()
-        self._glance: list[Any] = []
-        self._lock = Lock()
-
-    def __call__(self, inputs: Inputs, extras: Extras) -> "Parts":
-        """The graph for inputs of this kind, captured where there is none."""
-        with self._lock:
-            now = glance(self._model)
-            if now != self._glance:  # the graphs are of the model as it was
-                self._graphs.clear()
-                self._glance = now
-            choices = {Signature.of(inputs, extras, shared): shared for shared in ((True, False) if extras else (False,))}
-            failure: CaptureError | None = None
-            for signature in sorted(choices, key=lambda choice: (choice.kinds() != self.kinds, choices[choice])):
-                if signature not in self._graphs:
-                    try:
-                        graph = capture(self._model, inputs, extras, choices[signature], output=self._output, explained=False)
-                    except CaptureError as error:
-                        failure = failure or error
-                        continue
-                    self._graphs[signature] = Parts(graph)
-                self._graphs.move_to_end(signature)
-                if len(self._graphs) > _GRAPHS:
-                    self._graphs.popitem(last=False)
-                return self._graphs[signature]
-        raise failure or CaptureError("the model cannot be captured")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("_model", "_output", "kinds")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
 
 def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | str) -> str:

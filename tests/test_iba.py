@@ -28,6 +28,7 @@ from captum_mipin import (
     TargetRangeError,
     TrainingModeError,
 )
+from captum_mipin.graphs import Graphs
 
 SHORT = Bottleneck(steps=3, copies=4)
 
@@ -430,7 +431,7 @@ def test_copies_pickles_and_wrappers(iba, model, x):
 
 def test_threads_find_the_same(own, x):
     expected = own.attribute(x[:2], 1)
-    own._graphs._forget()
+    own._graphs = Graphs()
     found = [None] * 4
 
     def run(i):

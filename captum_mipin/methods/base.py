@@ -104,7 +104,7 @@ class Propagation(NoFuture, GradientAttribution):
         GradientAttribution.__init__(self, model)
         self.model = unwrapped(model)
         self.output = output
-        self._graphs = Graphs()
+        self._graphs = Graphs[Surrogate]()
 
     def explain(self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None) -> Explanation:
         """One pass forward and one back, to the inputs or to the output of ``layer``.
@@ -156,20 +156,13 @@ class Propagation(NoFuture, GradientAttribution):
         def build(graph: CapturedGraph, start: str | None) -> Surrogate:
             return Surrogate(graph, self._table(), start, joint=False)
 
-        return self._graphs.surrogate(self.model, layer, None, lambda: self._find(inputs, extras), build)
+        return self._graphs.build(self.model, layer, None, lambda: self._find(inputs, extras), build)
 
     def _find(self, inputs: Inputs, extras: Extras) -> Signature:
         return self._graphs.find(inputs, extras, self._capture)
 
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
         return capture(self.model, inputs, extras, shared, output=self.output, explained=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._graphs = Graphs()
 
     @classmethod
     def get_name(cls) -> str:
