@@ -5,25 +5,18 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-)  # fmt: skip
 from tqdm.auto import tqdm
 
-from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, check_inputs, finite, pick, plain
+from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, finite
 from captum_mipin.convolution import CHUNK
-from captum_mipin.errors import FitError, InputError
+from captum_mipin.data import Batches, check_apart
+from captum_mipin.descent import Descent
+from captum_mipin.errors import FitError
 from captum_mipin.processes import Processes
 from captum_mipin.propagation import Inverses, Run, Surrogate, Target
 from captum_mipin.regression import Moments, RidgeScale, Rows, gaussian_information, solve, solve_rows
@@ -35,7 +28,6 @@ from captum_mipin.trace import Trace
 
 logger = logging.getLogger(__name__)
 
-Unpack = Callable[[Any], tuple[Any, Any]]
 #: What is regressed on what: the inverter, its features, and target → the signals.
 _Regressed = tuple[Inverter, Tensor, Callable[[Target], tuple[Tensor, ...]]]
 Solver = Literal["exact", "sgd"]
@@ -79,113 +71,6 @@ class Fitted:
     def has(self, target: Target, key: str) -> bool:
         """Whether a step is fitted for a target."""
         return key in self.inverses.get(target, {})
-
-
-class Batches:
-    """Any kind of data as batches of inputs and extra arguments that can be gone through more than once.
-
-    Args:
-        data: Tensor, tuple of tensors (the inputs of the model), ``Dataset``, ``DataLoader`` or iterable of batches.
-            A batch is a tensor, or a tuple or list whose first element is the input (or a tuple of inputs).
-        batch_size: For data that is not batched yet.
-        unpack: Batch → (inputs, additional_forward_args), where a batch is anything else.
-        device: Where the model is.
-        explained: See :func:`captum_mipin.capture.check_inputs`.
-        shard: (this process, all processes): every so many batches belong to this one, of a ``DataLoader`` every so many
-            examples; with a ``DistributedSampler`` it is taken as it is. There may be none.
-
-    Raises:
-        FitError: The data is of no known kind, empty, or a batch does not fit those before it.
-    """
-
-    def __init__(
-        self,
-        data: Any,
-        batch_size: int,
-        unpack: Unpack | None,
-        device: torch.device,
-        explained: bool = True,
-        shard: tuple[int, int] = (0, 1),
-    ) -> None:
-        if isinstance(data, Tensor) or (isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data)):
-            tensors = data if isinstance(data, tuple) else (data,)
-            try:
-                check_inputs(tensors, explained)
-            except InputError as error:
-                raise FitError(f"the data cannot be fitted on: {error}") from error
-            rows = range(0, len(tensors[0]), batch_size)
-            data = [(tuple(t[i : i + batch_size] for t in tensors), None) for i in rows]
-            unpack = _as_it_is
-        elif isinstance(data, Dataset):
-            data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
-        elif isinstance(data, Iterator):
-            data = list(data)  # each layer takes a pass of its own
-        if not isinstance(data, Iterable) or isinstance(data, (str, dict)):
-            raise FitError(
-                f"cannot fit on a {type(data).__name__}: expected a tensor, a tuple of tensors, a Dataset, a DataLoader "
-                "or an iterable of batches"
-            )
-        self._several = shard[1] > 1
-        if isinstance(data, DataLoader) and self._several and not isinstance(data.dataset, IterableDataset):
-            data = data if isinstance(data.sampler, DistributedSampler) else _part_of(data, *shard)
-            shard = (0, 1)
-        self._data, self._unpack, self._device, self._explained = data, unpack or _unpack, device, explained
-        self._shard = shard
-        self._like: Inputs | None = None
-
-    def __iter__(self) -> Iterator[tuple[Inputs, Extras]]:
-        found = False
-        for index, batch in enumerate(islice(self._data, self._shard[0], None, self._shard[1])):
-            inputs, extras = self._unpack(batch)
-            inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-            extras = () if extras is None else extras if isinstance(extras, tuple) else (extras,)
-            self._check(inputs, index)
-            extras = tuple(e.to(self._device) if isinstance(e, Tensor) else e for e in extras)
-            yield plain((tuple(x.to(self._device) for x in inputs), extras))
-            found = True
-        if not found and not self._several:
-            raise FitError("the data yields no batch: nothing to fit on (an iterator that is used up?)")
-
-    def _check(self, inputs: Inputs, index: int) -> None:
-        try:
-            check_inputs(inputs, self._explained)
-        except InputError as error:
-            raise FitError(f"batch {index}: {error}") from error
-        self._like = self._like or inputs
-        found, expected = ([(tuple(x.shape[1:]), x.dtype) for x in xs] for xs in (inputs, self._like))
-        if found != expected:
-            raise FitError(f"batch {index} has inputs of shape and dtype {found}, the first batch had {expected}")
-        for number, x in enumerate(inputs):
-            if not finite(x):
-                raise FitError(f"batch {index}: input {number} contains NaN or Inf")
-
-
-def _part_of(loader: "DataLoader[Any]", rank: int, count: int) -> "DataLoader[Any]":
-    """The examples of a loader that belong to one of several processes."""
-    if loader.batch_size is None or not isinstance(loader.sampler, (SequentialSampler, RandomSampler)):
-        raise FitError(
-            f"the DataLoader draws by a {type(loader.batch_sampler or loader.sampler).__name__}, of which each process would "
-            "draw for itself: give it a torch.utils.data.DistributedSampler"
-        )
-    size = len(loader.dataset)  # type: ignore[arg-type]  # these samplers know it
-    return DataLoader(
-        Subset(loader.dataset, range(rank, size, count)), batch_size=loader.batch_size, num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, generator=torch.Generator(),
-    )  # fmt: skip
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _unpack(batch: Any) -> tuple[Any, Any]:
-    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if isinstance(first, Tensor) or (isinstance(first, (tuple, list)) and all(isinstance(x, Tensor) for x in first)):
-        return first, None
-    raise FitError(
-        f"a batch is a {type(batch).__name__}, expected a tensor or a tuple whose first element is the input; pass "
-        "unpack=lambda batch: (inputs, additional_forward_args)"
-    )
 
 
 class Fit:
@@ -525,14 +410,14 @@ class Fit:
         self, key: str, targets: Sequence[Target], fitted: Fitted, first_pass: Iterator[Any], bar: "tqdm[Any]"
     ) -> dict[Target, tuple[Inverse, LayerFit]]:
         """The paper's way for convolutions: gradient descent on equation 7, momentum 0.9, batch by batch."""
-        states: dict[Target, _Descent] = {}
+        states: dict[Target, Descent] = {}
         for epoch in range(self._settings.epochs):
             for inverter, x, signals in first_pass if epoch == 0 else self._signals(key, fitted, bar):
                 for target in targets:
                     (s,) = signals(target)
                     if target not in states:
                         assert isinstance(inverter, Convolution)  # for mypy: as in the caller
-                        states[target] = _Descent(inverter, x, s, self._settings.learning_rate)
+                        states[target] = Descent(inverter, x, s, self._settings.learning_rate)
                     states[target].step(epoch, x, s)
         result = {}
         for target, state in states.items():
@@ -544,32 +429,6 @@ class Fit:
                 raise FitError(f"SGD diverged at {key}, target {shown(target)}: lower learning_rate={state.rate:g}")
             result[target] = Inverse(state.weight.flatten(), state.bias), layer
         return result
-
-
-def check_apart(
-    found: Sequence[Tensor], inputs: Inputs, extras: Extras, shared: bool, again: Callable[[Inputs, Extras], Sequence[Tensor]]
-) -> None:
-    """Whether examples give the same in other company and order: the last line of defence behind the rules.
-
-    Args:
-        found: What a batch gave, each (batch, ...).
-        inputs, extras: The batch.
-        shared: Whether a further tensor as long as the batch is shared.
-        again: (inputs, extras) → the same for other examples.
-
-    Raises:
-        FitError: They do not.
-    """
-    rows = len(inputs[0])
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    later = (order[: rows // 2] if rows > 1 else torch.tensor([0, 0])).to(inputs[0].device)  # one, beside itself
-    for before, after in zip(found, again(*pick(inputs, extras, later, shared)), strict=True):
-        scale = float(before.abs().max()) * torch.finfo(before.dtype).eps ** 0.5
-        if after.shape != before[later].shape or float((after - before[later]).abs().max()) > scale:
-            raise FitError(
-                "the model's output for an example changes with the other examples of its batch, or at random, and so would "
-                "its explanation: remove what reads or mixes the batch, or what is random"
-            )
 
 
 def _memory_of(device: torch.device) -> int:
@@ -589,40 +448,3 @@ def _joined(batches: Sequence[_Regressed], join: Callable[[list[Tensor]], Tensor
         return tuple(join(list(parts)) for parts in zip(*(of(target) for of in signals), strict=True))
 
     return inverters[0], join(list(xs)), joined
-
-
-class _Descent:
-    """Gradient descent with momentum on ½ mean ‖X − g(S)‖² over the kernel and bias of one convolution's inverse."""
-
-    def __init__(self, inverter: Convolution, x: Tensor, s: Tensor, rate: float | None) -> None:
-        self.inverter, (self._geometry,) = inverter, inverter.geometries
-        self.weight = x.new_zeros(self._geometry.weight_shape)
-        self.bias = x.new_zeros(x.shape[1])
-        self._velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self.rate = rate or 1 / self._curvature(x, s)
-        self._epoch, self._residual, self._variance, self.rows = -1, 0.0, 0.0, 0
-
-    def _curvature(self, x: Tensor, s: Tensor) -> float:
-        """Largest eigenvalue of the Gram matrix of patches and the constant 1."""
-        moments = self.inverter.moments(x, (s,))
-        mean = moments.mean_s
-        gram = moments.ss / moments.count + mean.unsqueeze(2) * mean.unsqueeze(1)
-        return float(torch.linalg.matrix_norm(gram, 2).max()) + 1
-
-    def step(self, epoch: int, x: Tensor, s: Tensor) -> None:
-        if epoch != self._epoch:
-            self._epoch, self._residual, self._variance, self.rows = epoch, 0.0, 0.0, 0
-        error = self.inverter.apply(Inverse(self.weight.flatten(), self.bias), (s,), True) - x
-        over = (0, *range(2, x.ndim))
-        rows = x.numel() // x.shape[1]
-        self.rows += rows
-        self._residual += float(error.square().sum())
-        self._variance += float((x - x.mean(over, keepdim=True)).square().sum())
-        gradients = self._geometry.gradient(s, error, self.weight, of=1) / rows, error.sum(over) / rows
-        for value, velocity, gradient in zip((self.weight, self.bias), self._velocity, gradients, strict=True):
-            velocity.mul_(0.9).add_(gradient)
-            value.sub_(self.rate * velocity)
-
-    def explained_variance(self) -> float:
-        """Over the last epoch, each batch before its own step."""
-        return 1 - self._residual / self._variance if self._variance else 1.0

@@ -33,8 +33,8 @@ from captum_mipin.capture import (
     plain,
     unwrapped,
 )
+from captum_mipin.data import Batches, Unpack, check_apart
 from captum_mipin.errors import FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
-from captum_mipin.fitting import Batches, Unpack, check_apart
 from captum_mipin.graphs import Graphs
 from captum_mipin.inverse import as_extras, as_inputs, device_of, generator_kept, like
 from captum_mipin.parts import Part, Parts, tensor_name

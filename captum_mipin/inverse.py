@@ -29,8 +29,9 @@ from captum_mipin.capture import (
     plain,
     unwrapped,
 )  # fmt: skip
+from captum_mipin.data import Batches, Unpack
 from captum_mipin.errors import CaptureError, FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
-from captum_mipin.fitting import Batches, Fit, Fitted, Settings, Solver, Unpack
+from captum_mipin.fitting import Fit, Fitted, Settings, Solver
 from captum_mipin.graphs import Graphs
 from captum_mipin.processes import Processes
 from captum_mipin.propagation import Run, Surrogate, Target, seed

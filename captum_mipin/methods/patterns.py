@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from captum_mipin import storage
 from captum_mipin.capture import Extras, Inputs, Output, check_model, finite, unwrapped
+from captum_mipin.data import Batches, Unpack
 from captum_mipin.errors import FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
-from captum_mipin.fitting import Batches, Unpack
 from captum_mipin.inverse import check_output, device_of, generator_kept
 from captum_mipin.methods.base import Explanation, Relevance, Signal, Table
 from captum_mipin.methods.gradients import derivative, smooth_gate
