@@ -466,22 +466,16 @@ class IBA(NoFuture, Attribution):
         """
         model = check_model(unwrapped(model))
         tensors, content = storage.load(path)
-        name = os.fspath(path)
-        try:
+        with storage.reading(path, "IBA"):
             if content["method"] != "IBA":
-                raise InverseFileError(f"{name!r} holds {content['method']}, expected IBA")
-            return cls.from_content(tensors, content, model, name)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise InverseFileError(f"the content of {name!r} is not that of IBA: {error!r}") from error
+                raise InverseFileError(f"{os.fspath(path)!r} holds {content['method']}, expected IBA")
+            return cls.from_content(tensors, content, model, os.fspath(path))
 
     @classmethod
     def from_content(cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module, name: str) -> "IBA":
         """The inverse of :meth:`content`."""
-        if content["fingerprint"] != storage.fingerprint(model):
-            raise ModelChangedError(
-                f"{name!r} was estimated on another model, or with other weights, than this {type(model).__name__}"
-            )
-        output = tuple(content["output"]) if isinstance(content["output"], list) else content["output"]
+        storage.check_belongs(name, content, model)
+        output = storage.output_of(content)
         settings = Bottleneck(**content["settings"])
         iba = cls(model, cls.found(content["layer"], model), settings, output=output, **content["options"])
         mean, squares, nonzero = (tensors[key].clone() for key in ("mean", "squares", "nonzero"))

@@ -369,17 +369,14 @@ class InputIBA(NoFuture, Attribution):
         """Read back what :meth:`save` wrote; arguments and errors as for :meth:`IBA.load`."""
         model = check_model(unwrapped(model))
         tensors, content = storage.load(path)
-        name = os.fspath(path)
-        try:
+        with storage.reading(path, "InputIBA"):
             if content["method"] != "InputIBA":
-                raise InverseFileError(f"{name!r} holds {content['method']}, expected InputIBA")
-            feature = IBA.from_content(tensors, content, model, name)
+                raise InverseFileError(f"{os.fspath(path)!r} holds {content['method']}, expected InputIBA")
+            feature = IBA.from_content(tensors, content, model, os.fspath(path))
             stages = content["stages"]
             settings = ThreeStages(Bottleneck(**stages["feature"]), Adversary(**stages["prior"]), Bottleneck(**stages["input"]))
             where = content["input_layer"]
             iba = cls(model, feature.layer, settings, input_layer=None if where is None else IBA.found(where, model))
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise InverseFileError(f"the content of {name!r} is not that of InputIBA: {error!r}") from error
         iba.feature = feature
         return iba
 

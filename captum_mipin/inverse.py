@@ -540,12 +540,8 @@ class InverseNetwork:
         """
         model = check_model(unwrapped(model))
         tensors, content = storage.load(path)
-        try:
+        with storage.reading(path, "an inverse network"):
             return cls._from_content(tensors, content, model, os.fspath(path))
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise InverseFileError(
-                f"the content of {os.fspath(path)!r} is not that of an inverse network: {error!r}"
-            ) from error
 
     @classmethod
     def _from_content(
@@ -553,12 +549,9 @@ class InverseNetwork:
     ) -> "InverseNetwork":
         if content["unfinished"] is not None:
             raise InverseFileError(f"{name!r} is the checkpoint of an unfinished fit; continue it with fit(checkpoint=...)")
-        if content["fingerprint"] != storage.fingerprint(model):
-            raise ModelChangedError(
-                f"{name!r} was fitted to another model, or to other weights, than this {type(model).__name__}"
-            )
+        storage.check_belongs(name, content, model)
         layer = None if content["layer"] is None else model.get_submodule(content["layer"])
-        output = tuple(content["output"]) if isinstance(content["output"], list) else content["output"]
+        output = storage.output_of(content)
         inverse = cls(model, layer=layer, output=output)
         inverse.settings = Settings(**content["settings"])
         device = device_of(model)

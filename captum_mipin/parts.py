@@ -48,6 +48,7 @@ class Part:
         CaptureError: The result does not depend on the tensor.
 
     Examples:
+        >>> from captum_mipin.capture import capture
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
         >>> x = torch.ones(1, 4)
         >>> captured = capture(model, (x,))

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from captum_mipin.capture import memory
-from captum_mipin.errors import InverseFileError
+from captum_mipin.errors import InverseFileError, ModelChangedError
 
 FORMAT = "captum-mipin-inverse-3"
 
@@ -117,6 +118,40 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     if not isinstance(content, dict):
         raise InverseFileError(f"the content of {os.fspath(path)!r} is a {type(content).__name__}, expected a dictionary")
     return tensors, content
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Whatever is not found in a file's content, or is of another kind, is told as such.
+
+    Args:
+        path: The file.
+        what: What its content should be of.
+
+    Raises:
+        InverseFileError: It is not.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InverseFileError(f"the content of {os.fspath(path)!r} is not that of {what}: {error!r}") from error
+
+
+def check_belongs(path: str | os.PathLike[str], content: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse what was fitted to another model.
+
+    Raises:
+        ModelChangedError: It was.
+    """
+    if content["fingerprint"] != fingerprint(model):
+        raise ModelChangedError(
+            f"{os.fspath(path)!r} was fitted to another model, or to other weights, than this {type(model).__name__}"
+        )
+
+
+def output_of(content: Mapping[str, Any]) -> Any:
+    """Which of several outputs was explained: JSON has no tuples."""
+    return tuple(content["output"]) if isinstance(content["output"], list) else content["output"]
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -505,7 +505,7 @@ def test_files_of_other_models_and_methods(iba, model, x, mlp, tmp_path):
     other = network()
     with torch.no_grad():
         other[0].weight[0, 0, 0, 0] += 1
-    with pytest.raises(ModelChangedError, match=r"was estimated on another model, or with other weights, than this Sequential"):
+    with pytest.raises(ModelChangedError, match=r"was fitted to another model, or to other weights, than this Sequential"):
         IBA.load(tmp_path / "file", other)
     with pytest.raises(InverseFileError):
         InverseNetwork.load(tmp_path / "file", model)

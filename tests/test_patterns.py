@@ -24,6 +24,7 @@ from captum_mipin import (
     NotFittedError,
     UnsupportedOperationError,
     check,
+    storage,
 )
 from captum_mipin.methods import PatternAttribution, PatternNet, Patterns
 
@@ -373,3 +374,15 @@ def test_batch_norms_of_their_own_and_sums_over_places_by_hand():
 class Summed(nn.Module):
     def forward(self, x):
         return x.sum(2)
+
+
+def test_a_file_whose_content_lacks_something_is_told_as_such(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    path = tmp_path / "patterns"
+    Patterns(model).fit(torch.randn(20, 4), progress=False).save(path)
+    tensors, content = storage.load(path)
+    for missing in ("fingerprint", "estimator", "output", "layers"):
+        storage.save(path, tensors, {name: value for name, value in content.items() if name != missing})
+        with pytest.raises(InverseFileError, match=f"is not that of patterns: KeyError\\('{missing}'\\)"):
+            Patterns.load(path, model)

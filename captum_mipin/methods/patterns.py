@@ -271,15 +271,12 @@ class Patterns:
         tensors, content = storage.load(path)
         if content.get("kind") != _KIND:
             raise InverseFileError(f"{os.fspath(path)!r} holds no patterns")
-        if content["fingerprint"] != storage.fingerprint(model):
-            raise ModelChangedError(
-                f"{os.fspath(path)!r} was fitted to another model, or to other weights, than this {type(model).__name__}"
-            )
-        output = tuple(content["output"]) if isinstance(content["output"], list) else content["output"]
-        patterns = cls(model, estimator=content["estimator"], output=output)
-        report = PatternReport(tuple(PatternFit(**fit) for fit in content["layers"]))
-        own = {key: tensor.to(device_of(model), copy=True) for key, tensor in tensors.items()}
-        patterns._state = _State(own, report, storage.Watch(model, content["fingerprint"]))
+        with storage.reading(path, "patterns"):
+            storage.check_belongs(path, content, model)
+            patterns = cls(model, estimator=content["estimator"], output=storage.output_of(content))
+            report = PatternReport(tuple(PatternFit(**fit) for fit in content["layers"]))
+            own = {key: tensor.to(device_of(model), copy=True) for key, tensor in tensors.items()}
+            patterns._state = _State(own, report, storage.Watch(model, content["fingerprint"]))
         return patterns
 
     def fitted(self) -> _State:
