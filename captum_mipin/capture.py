@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from threading import Condition
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -339,7 +341,7 @@ def capture(
             warnings.filterwarnings("error", message=".* assigned during export")  # by a model that keeps state
             warnings.filterwarnings("ignore", message=_RECURRENT)
             program = export(twin, arguments, dynamic_shapes=shapes, strict=False)
-            program = program.run_decompositions(_decompositions())
+            program = program.run_decompositions(dict(_decompositions()))
     except CaptureError:
         raise
     except Exception as error:
@@ -371,11 +373,12 @@ def _where(error: Exception, model: nn.Module) -> str:
     return f", at {line!r} in {name}" if line else f", in {name}"
 
 
-def _decompositions() -> dict[Any, Any]:
+@cache
+def _decompositions() -> Mapping[Any, Any]:
     """The few operations to be taken apart into simpler ones: recurrent layers into their steps."""
     recurrent = [f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")]
     apart = ("einsum", *recurrent)
-    return {op: how for op, how in default_decompositions().items() if str(op).split(".")[1] in apart}
+    return MappingProxyType({op: how for op, how in default_decompositions().items() if str(op).split(".")[1] in apart})
 
 
 def first_example(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Inputs, Extras]:
