@@ -11,7 +11,7 @@ demo: $(VENV)/demo
 	$(BIN)/python benchmarks/demo.py $(DATA) --out demo_output $(if $(FOLDER),--data $(FOLDER))
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

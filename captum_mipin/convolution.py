@@ -11,7 +11,8 @@ Applying g and correlating X with S are a convolution's own two gradients, so to
 Gram matrix of the patches. For a convolution of stride 1 patches overlap so much that it has only (2k−1)^d distinct
 blocks, one a lag between two taps, up to the rows that padding cuts away: they are correlations of S with itself, taken
 by fast Fourier transform. A convolution of another stride is several of stride 1, one for each offset of x from the grid of y.
-Patches are unfolded for transposed convolutions, and for kernels of one tap.
+Patches are unfolded for transposed convolutions, and for kernels of one tap. Where the kernel is the stride, each element of y
+reaches a tile of x of its own: the convolution is a dense layer on tiles, and so is its inverse.
 """
 
 import itertools
@@ -143,6 +144,25 @@ class Geometry:
         n, channels = s.shape[:2]
         s = s.reshape(n, self.groups, channels // self.groups, -1, prod(self.kernel))
         return s.permute(1, 0, 3, 2, 4).reshape(self.groups, -1, self.features[1])
+
+    def tiles(self, x_size: torch.Size) -> bool:
+        """Whether the windows of y tile x: several taps, as far apart as the stride, and nothing left over."""
+        sizes = zip(self.kernel, self.stride, self.dilation, self.padding, x_size[2:], strict=True)
+        even = all(k == step and (d == 1 or k == 1) and p == 0 and z % k == 0 for k, step, d, p, z in sizes)
+        return even and not self.transposed and not any(self.skip) and prod(self.kernel) > 1
+
+    def moments_of_tiles(self, x: Tensor, s: Tensor) -> Moments:
+        """Moments of the regression of the tiles of ``x``, channel by channel, on ``s``."""
+        g, (channels, signals), taps = self.groups, self.channels, prod(self.kernel)
+        for dim, k in enumerate(self.kernel):
+            x = x.unflatten(2 + 2 * dim, (-1, k))  # (n, channels, tiles, taps, tiles, taps, ...)
+        x = x.unflatten(1, (g, channels))
+        places, within = range(3, x.ndim, 2), range(4, x.ndim, 2)
+        x = x.permute(1, 0, *places, 2, *within).reshape(g, -1, channels * taps)
+        s = s.unflatten(1, (g, signals)).movedim((1, 2), (0, -1)).reshape(g, -1, signals)
+        moments = Moments.zeros(g, channels * taps, signals, device=x.device)
+        moments.update(x, s)
+        return moments
 
     def moments(self, x: Tensor, s: Tensor, own: Sequence[Tensor] = (), pointwise: Sequence[Tensor] = ()) -> Moments:
         """Moments of the regression of ``x`` on the patches of ``s``, and on further signals.

@@ -337,7 +337,7 @@ class Fit:
         with self._processes.step():
             for group in pooled:
                 part = moments.pop(group[0])
-                solution = solve(part, self._settings.ridge, self._settings.ridge_scale)
+                solution = solve(part, self._settings.ridge, self._settings.ridge_scale, inverter.tied)
                 logger.debug("%s, target %s: explained variance %.3f", key, shown(group[0]), solution.explained_variance)
                 inverse = inverter.inverse(solution, x)
                 for target in group:

@@ -211,7 +211,7 @@ class Solution:
     live: Tensor | None = None
 
 
-def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative") -> Solution:
+def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative", tied: int = 1) -> Solution:
     """Ridge regression of x on s and o from their moments (equation 6).
 
     The signals o of a feature are what is left of them, and of x, once both are regressed on s (Frisch and Waugh): the
@@ -222,6 +222,9 @@ def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative")
         ridge: λ of equation 6, at least 0. With 0, directions without variance get zero coefficients.
         scale: What λ is measured in: ``"relative"``, the mean variance of the signals that vary at all, shared and own
             ones apart; ``"mean"``, the covariance (Gram matrix divided by the rows); ``"sum"``, the Gram matrix itself.
+        tied: How many features, one after the other, are one and the same at different places, with one bias: a regression
+            with this many times the rows, in each of which only the signals of its place are other than zero. Such features
+            have no signals of their own.
 
     Returns:
         The coefficients and what is worth knowing about the fit.
@@ -234,6 +237,8 @@ def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative")
         >>> round(solution.weight.item(), 6), round(solution.bias.item(), 6)
         (3.0, 1.0)
     """
+    if tied > 1:
+        return _solve_tied(moments, ridge, scale, tied)
     rows = max(moments.count, 1)
     gram, cross, each = moments.ss / rows, moments.zs / rows, moments.zz / rows
     penalty, dead = _penalty(gram.diagonal(dim1=1, dim2=2), moments.mean_s, ridge, scale, rows)
@@ -261,6 +266,37 @@ def solve(moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative")
         dead=int(dead.sum() + own_dead.sum()) + len(dead) * (moments.live[1] - len(moments.live[0]) if moments.live else 0),
         condition=max(condition, own_condition),
         live=moments.live[0] if moments.live else None,
+    )
+
+
+def _solve_tied(moments: Moments, ridge: float, scale: RidgeScale, tied: int) -> Solution:
+    """The regression of :func:`solve` for features that share their bias, place by place.
+
+    The Gram matrix of all places has that of one, E s sᵀ, for each of them, less the one mean they have in common. So the
+    mean of x over the places is regressed with the bias, by the covariance of s; what a place differs by, without, by E s sᵀ.
+    """
+    rows = max(moments.count, 1)
+    gram, cross, variance = moments.ss / rows, moments.zs[:, 0] / rows, moments.zz[..., 0, 0] / rows
+    level, x = moments.mean_s.unsqueeze(1), moments.mean_z[:, 0].unflatten(1, (-1, tied))
+    mean = x.mean(2)
+    differs = (x - mean.unsqueeze(2)).flatten(1)
+    of_all = (gram.diagonal(dim1=1, dim2=2) + moments.mean_s.square() * (1 - 1 / tied)) / tied  # over the rows of all places
+    penalty, dead = _penalty(of_all, moments.mean_s / tied, ridge, scale, rows * tied)
+    together = cross.unflatten(1, (-1, tied)).mean(2)
+    beside = cross - together.repeat_interleave(tied, 1) + differs.unsqueeze(2) * level
+    common, condition = _ridge(gram, together.mT, tied * penalty, dead, ridge)
+    apart, condition_apart = _ridge(gram + level.mT @ level, beside.mT, tied * penalty, dead, ridge)
+    common = common.mT
+    weight = common.repeat_interleave(tied, 1) + apart.mT
+    explained = (weight * (cross + differs.unsqueeze(2) * level + tied * penalty.unsqueeze(1) * weight)).sum()
+    total = (variance + differs.square()).sum()
+    return Solution(
+        weight,
+        weight.new_zeros(*weight.shape[:2], 0),
+        mean - (common @ level.mT).squeeze(2),
+        explained_variance=float(explained / total) if total > 0 else 1.0,
+        dead=int(dead.sum()) * tied,
+        condition=max(condition, condition_apart),
     )
 
 

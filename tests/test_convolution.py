@@ -1,12 +1,13 @@
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from captum_mipin import convolution
+from captum_mipin import InverseNetwork, convolution
 from captum_mipin.convolution import Geometry
-from captum_mipin.regression import Moments
+from captum_mipin.regression import Moments, solve
 from captum_mipin.rules.linear import Convolution
 
 LAYERS = {False: (nn.Conv1d, nn.Conv2d, nn.Conv3d), True: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
@@ -125,3 +126,47 @@ def test_asymmetric_same_padding_is_a_convolution_that_drops_its_first_output():
     full = geometry.full(s)
     patches = geometry.patches(full, x.shape)
     torch.testing.assert_close(geometry.gram(s, x.shape), patches.mT @ patches)
+
+
+@pytest.mark.parametrize("scale", ["relative", "mean", "sum"])
+@pytest.mark.parametrize("ridge", [0, 0.5])
+@pytest.mark.parametrize(
+    "kernel, size, groups", [((2, 4), (6, 8), 1), ((3, 1), (6, 4), 2), ((4,), (12,), 2), ((2, 1, 2), (4, 3, 4), 1)]
+)
+def test_windows_that_tile_are_regressed_tile_by_tile_as_patches_are(kernel, size, groups, ridge, scale):
+    torch.manual_seed(0)
+    x, places = torch.randn(9, 4, *size, dtype=torch.float64), [z // k for z, k in zip(size, kernel, strict=True)]
+    s = torch.randn(9, 6, *places, dtype=torch.float64) + 2
+    x[..., -1] += 3  # places differ in their mean
+    s[:, 1], s[:, 4] = 0, 5  # a signal that is never there, and a constant one
+    s[:, 2] = s[:, 0] * 2 - 1  # collinear with another and a constant
+    ones = (1,) * len(size)
+    geometry = Geometry((6, 4 // groups, *kernel), kernel, (0,) * len(size), ones, groups)
+    inverter = Convolution((geometry,), x.shape)
+    patches = solve(geometry.moments(x, s), ridge, scale)
+    tiles = solve(inverter.moments(x, (s,)), ridge, scale, inverter.tied)
+    assert inverter.tied == math.prod(kernel)
+    expected = geometry.to_weight(patches.weight).flatten(), patches.bias.flatten()
+    found = inverter.inverse(tiles, x)
+    torch.testing.assert_close(found.weight, expected[0], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.bias, expected[1], rtol=1e-8, atol=1e-8)
+    assert tiles.explained_variance == pytest.approx(patches.explained_variance, rel=1e-9)
+    assert tiles.dead == patches.dead
+
+
+@pytest.mark.parametrize(
+    "change", [{"size": (7, 8)}, {"padding": (1, 0)}, {"dilation": (2, 1)}, {"stride": (1, 2)}, {"stride": (3, 2)}], ids=str
+)
+def test_other_windows_do_not_tile(change):
+    shape = {"stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), **change}
+    size = torch.Size([1, 1, *shape.pop("size", (6, 6))])
+    assert not Geometry((1, 1, 2, 2), groups=1, **shape).tiles(size)
+    assert Geometry((1, 1, 2, 2), (2, 2), (0, 0), (1, 1), 1).tiles(torch.Size([1, 1, 6, 6]))
+
+
+def test_patches_of_images_are_inverted_as_a_dense_layer_of_their_pixels():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 96, 16, 16), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 16, 2)).eval()
+    inverse = InverseNetwork(model).fit(torch.randn(20, 3, 64, 64), 0, progress=False)
+    (fit,) = [layer for layer in inverse.report.layers if layer.layer.startswith("0/")]
+    assert (fit.features, fit.signals, fit.rows) == (3 * 256, 96, 20 * 16)

@@ -66,6 +66,11 @@ class Inverter(Protocol):
 
     joins: ClassVar[bool] = False
 
+    @property
+    def tied(self) -> int:
+        """How many features in a row share their bias, see :func:`captum_mipin.regression.solve`."""
+        return 1
+
     def part(self, examples: slice) -> "Inverter":
         """The same for some of the examples of the batch."""
         return self

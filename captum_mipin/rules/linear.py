@@ -101,12 +101,19 @@ class Convolution(Inverter):
         return len(self.geometries) == 1 and not self.own
 
     @property
-    def size(self) -> tuple[int, int, int, int]:
+    def tied(self) -> int:
         first = self.geometries[0]
-        return first.groups, first.channels[0], sum(geometry.features[1] for geometry in self.geometries), self.own
+        return prod(first.kernel) if self.plain and first.tiles(self.x_size) else 1
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        first, signals = self.geometries[0], sum(geometry.features[1] for geometry in self.geometries)
+        return first.groups, first.channels[0] * self.tied, signals // self.tied, self.own
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         shared, own = signals[: len(self.geometries)], signals[len(self.geometries) :]
+        if self.tied > 1:
+            return self.geometries[0].moments_of_tiles(x, shared[0])
         if len(shared) == 1:
             return self.geometries[0].moments(x, shared[0], own)
         wide = [index for index, geometry in enumerate(self.geometries) if geometry.transposed or prod(geometry.kernel) > 1]
@@ -138,7 +145,8 @@ class Convolution(Inverter):
         return x.reshape(n, g, channels, -1).permute(1, 0, 3, 2).reshape(g, -1, channels)
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
-        rows = solution.weight.split([geometry.features[1] for geometry in self.geometries], 2)
+        weight = solution.weight.unflatten(1, (-1, self.tied)).transpose(2, 3).flatten(2)  # taps next to their signal
+        rows = weight.split([geometry.features[1] for geometry in self.geometries], 2)
         weights = [g.to_weight(part).flatten() for g, part in zip(self.geometries, rows, strict=True)]
         own = solution.own.flatten(0, 1).to(like) if self.own else None
         return Inverse(torch.cat(weights).to(like), solution.bias.flatten().to(like), own=own)
