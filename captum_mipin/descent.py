@@ -29,7 +29,7 @@ class Descent:
         moments = self.inverter.moments(x, (s,))
         mean = moments.mean_s
         gram = moments.ss / moments.count + mean.unsqueeze(2) * mean.unsqueeze(1)
-        return float(torch.linalg.matrix_norm(gram, 2).max()) + 1
+        return float(torch.linalg.matrix_norm(gram, 2).max()) / self.inverter.tied + 1
 
     def step(self, epoch: int, x: Tensor, s: Tensor) -> None:
         """Go down by one batch."""

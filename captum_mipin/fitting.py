@@ -422,8 +422,9 @@ class Fit:
         result = {}
         for target, state in states.items():
             groups, features, signals_each, _ = state.inverter.size
+            rows = state.rows // state.inverter.tied
             layer = LayerFit(
-                shown(target), key, state.rows, groups * features, signals_each, state.explained_variance(), 0, None, "sgd"
+                shown(target), key, rows, groups * features, signals_each, state.explained_variance(), 0, None, "sgd"
             )
             if not torch.isfinite(state.weight).all():
                 raise FitError(f"SGD diverged at {key}, target {shown(target)}: lower learning_rate={state.rate:g}")

@@ -12,7 +12,7 @@ class LayerFit:
     Attributes:
         target: The class, as users write it.
         layer: Module path and operation.
-        rows: Rows of the regression: examples, times positions for a convolution.
+        rows: Rows of the regression: examples, times positions for a convolution, times tiles where its windows tile the input.
         features: Regressed features, each with its own coefficients.
         signals: Signals each is regressed on.
         explained_variance: Share of the features' variance that the inverse explains on the fitting data, before the mask.

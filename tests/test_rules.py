@@ -219,17 +219,19 @@ def test_what_makes_a_gate_gets_no_signal():
 ])  # fmt: skip
 def test_norms_restore_the_deviation_they_divided_by(shape, module, dims):
     x = 3 * torch.randn(*shape, dtype=torch.float64) + 1
+    x[0] /= 1e3  # so small that ε counts
     if isinstance(module, nn.GroupNorm):
         sent = back("group_norm", x, 1, None, None, 1e-5)
     else:
         sent = back("layer_norm", x, list(module.normalized_shape), None, None, 1e-5)
-    torch.testing.assert_close(sent, x.std(dims, correction=0, keepdim=True).expand(shape))
+    torch.testing.assert_close(sent * module.double()(x), x - x.mean(dims, keepdim=True))
 
 
 def test_rms_norm_restores_the_root_mean_square_it_divided_by():
     x = 3 * torch.randn(6, 4, 5, dtype=torch.float64) + 1
     sent = back("rms_norm", x, [4, 5], torch.rand(4, 5, dtype=torch.float64), None)
     torch.testing.assert_close(sent, (x**2).mean((1, 2), keepdim=True).sqrt().expand(6, 4, 5))
+    torch.testing.assert_close(back("rms_norm", x, [5], None, 2.0) * torch.rms_norm(x, [5], eps=2.0), x)
 
 
 def test_instance_norm_is_group_norm_of_single_channels_or_batch_norm():
@@ -252,6 +254,8 @@ def test_group_norm_group_by_group():
     x = torch.randn(2, 4, 3, dtype=torch.float64)
     sent = back("group_norm", x, 2, None, None, 0.0)
     torch.testing.assert_close(sent[:, 2:], x[:, 2:].std((1, 2), correction=0, keepdim=True).expand(2, 2, 3))
+    restored = back("group_norm", x, 2, None, None, 3.0) * torch.group_norm(x, 2, eps=3.0)
+    torch.testing.assert_close(restored[:, :2], x[:, :2] - x[:, :2].mean((1, 2), keepdim=True))
 
 
 # ------------------------------------------------------------------------------------------------- switches, products
