@@ -181,6 +181,17 @@ class IBA(NoFuture, Attribution):
             FitError: The data cannot be used: empty, not finite, changing shape, one example only.
             CaptureError: The model cannot be captured, or has no such layer.
         """
+        return self.gather(data, unpack, batch_size, progress)
+
+    def gather(
+        self,
+        data: Any,
+        unpack: Unpack | None,
+        batch_size: int,
+        progress: bool,
+        look: Callable[[Parts], Any] = lambda parts: None,
+    ) -> "IBA":
+        """:meth:`estimate`, where ``look`` sees the graph of each batch first."""
         model = check_model(self.model)
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size!r} must be at least 1")
@@ -191,6 +202,7 @@ class IBA(NoFuture, Attribution):
             watch = storage.Watch(model)
             for index, (inputs, extras) in enumerate(Batches(data, batch_size, unpack, device_of(model), explained=False)):
                 parts = self._parts(inputs, extras)
+                look(parts)
                 structures[Signature.of(inputs, extras, parts.captured.shared)] = parts.structure
                 part = self.part(parts)
                 features, others = part.below(parts.captured.values(model, inputs, extras))

@@ -20,7 +20,7 @@ from captum_mipin.data import Unpack
 from captum_mipin.errors import CaptureError, InputError, InverseFileError
 from captum_mipin.iba import IBA, Case, EstimateReport, at_input, calm, joined, positions, seed
 from captum_mipin.inverse import as_extras, as_inputs, device_of, like
-from captum_mipin.parts import tensor_name
+from captum_mipin.parts import Parts, tensor_name
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,12 @@ class InputIBA(NoFuture, Attribution):
         start = self.input_layer
         if isinstance(start, nn.Module) and all(module is not start for module in check_model(self.model).modules()):
             raise CaptureError(f"input_layer {type(start).__name__} is not a module of this {type(self.model).__name__}")
-        self.feature.estimate(data, unpack=unpack, batch_size=batch_size, progress=progress)
+
+        def look(parts: Parts) -> None:
+            if start is not None:
+                tensor_name(parts.captured, self.model, start)
+
+        self.feature.gather(data, unpack, batch_size, progress, look)
         return self
 
     @property

@@ -408,6 +408,12 @@ def test_channels_that_are_not_said(model):
         InputIBA(model, model[4], SHORT, channels=-1)
 
 
+def test_an_input_layer_that_is_not_there_is_told_when_features_are_estimated(model, x):
+    iba = InputIBA(model, model[4], SHORT, input_layer="embedding").estimate
+    with pytest.raises(CaptureError, match="tensor 'embedding' is not there in the graph of this Sequential; its tensors are"):
+        iba(x, progress=False)
+
+
 def test_an_input_layer_behind_the_layer(model, x):
     iba = InputIBA(model, model[1], SHORT, input_layer=model[4]).estimate(x, progress=False)
     with pytest.raises(CaptureError, match="does not depend on tensor"):
