@@ -10,7 +10,13 @@ import torch
 
 import captum_mipin
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def pages() -> list[Path]:
+    """All pages of text: those at the top, README.md among them, and those in docs/."""
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def write(name: str, rows: Sequence[dict[str, Any]], **settings: Any) -> Path:

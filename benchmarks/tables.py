@@ -1,12 +1,10 @@
-"""Write the README's tables from the results files: python benchmarks/tables.py."""
+"""Write the tables of README.md and docs/ from the results files: python benchmarks/tables.py."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-from common import RESULTS, show
+from common import RESULTS, pages, show
 
-README = Path(__file__).parents[1] / "README.md"
 NETWORKS = {
     "mlp-mnist": ("MLP, MNIST", "10.1 / 2.6"),
     "cnn-mnist": ("CNN, MNIST", "16.5 / 2.3"),
@@ -260,16 +258,17 @@ def speed_methods() -> str:
 
 
 def main() -> None:
-    text = README.read_text()
+    texts = {page: page.read_text() for page in pages()}
     own = (completeness, controls, variants, localization, invariance, class_sensitivity, speed, speed_methods, zoo, scale)
     for table in (*own, bottlenecks, bottlenecks_text, bottlenecks_speed):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise SystemExit(f"README.md has no place for the table {table.__name__!r}")
-        text = before + begin + "\n" + table() + "\n\n" + end + after
-    README.write_text(text)
+        places = [page for page, text in texts.items() if begin in text and end in text]
+        if len(places) != 1:
+            raise SystemExit(f"the table {table.__name__!r} has {len(places)} places on {', '.join(p.name for p in texts)}")
+        before, _, rest = texts[places[0]].partition(begin)
+        texts[places[0]] = before + begin + "\n" + table() + "\n\n" + end + rest.partition(end)[2]
+    for page, text in texts.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

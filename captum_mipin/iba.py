@@ -45,7 +45,7 @@ from captum_mipin.targets import per_example
 #: Masked values that a CPU takes at a time, and that other devices do.
 _CPU_VALUES, _VALUES = 1 << 21, 1 << 26
 
-#: Named settings: as published, and a faster one whose agreement with it the README tells.
+#: Named settings: as published, and a faster one whose agreement with it docs/bottlenecks.md tells.
 IBA_SETTINGS = {"published": Bottleneck(), "fast": Bottleneck(copies=2)}
 
 

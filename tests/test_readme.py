@@ -5,19 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import pages
 
 from captum_mipin import unregister_rule
 from captum_mipin.cli import main
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = pages()
 
 
-def run(section):
+def section(title):
+    """The text under a title of a page, or under one of its sections, which are all named differently."""
+    (found,) = (part for page in PAGES for part in re.split(r"(?:\A|\n#)# ", page.read_text()) if part.startswith(f"{title}\n"))
+    return found
+
+
+def run(title):
     """The names that the one piece of code of a section defines."""
-    text = README.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", section(title), re.DOTALL)
     names = {}
-    exec(compile(code, str(README), "exec"), names)
+    exec(compile(code, title, "exec"), names)
     return names
 
 
@@ -50,8 +57,7 @@ def test_its_table_of_metrics_is_whole():
     from captum_mipin import metrics
     from captum_mipin.compare import METRICS
 
-    section = README.read_text().split("\n## Side by side, and measured\n")[1].split("\n## ")[0]
-    named = set(re.findall(r"`(\w+)`", section)) & set(metrics.__all__)
+    named = set(re.findall(r"`(\w+)`", section("Metrics"))) & set(metrics.__all__)
     assert named == METRICS.keys() | {"mosaics"}
     assert METRICS.keys() <= set(metrics.__all__)
 
@@ -92,7 +98,7 @@ def test_the_command_line_runs(capsys, tmp_path, monkeypatch):
     for number in range(3):
         pixels = torch.randint(256, (64, 64, 3), dtype=torch.uint8)
         image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{number}.png")
-    text = README.read_text().split("\n## From the command line\n")[1].split("```")[1]
+    text = section("From the command line").split("```")[1]
     install, *commands = text.removeprefix("bash\n").replace("\\\n", "").splitlines()
     assert install.startswith("pip install")
     assert len(commands) == 4
@@ -105,13 +111,20 @@ def test_the_command_line_runs(capsys, tmp_path, monkeypatch):
     assert "failed" not in (tmp_path / "table.md").read_text()
 
 
-def test_all_of_its_code_is_run():
-    assert README.read_text().count("```python") == Path(__file__).read_text().count('= run("') - 1  # this one itself
+def test_all_of_their_code_is_run():
+    pieces = sum(page.read_text().count("```python") for page in PAGES)
+    assert pieces == Path(__file__).read_text().count('= run("') - 1  # this one itself
 
 
-def test_what_it_points_to_is_there():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()):
-        assert (README.parent / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_it_points_to_is_there(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_page_of_the_documentation_is_reached_from_the_readme():
+    targets = {ROOT / target for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", (ROOT / "README.md").read_text())}
+    assert targets >= set(PAGES) - {ROOT / "README.md"}
 
 
 def test_it_names_only_operations_that_check_knows():
