@@ -46,6 +46,15 @@ METRICS: dict[str, Metric] = {
 }
 
 
+#: What the ends of a scale of colours mean, by the sign of what is drawn.
+_ENDS = {
+    "all": ("against", "0", "for"),
+    "positive": ("0", "for"),
+    "negative": ("0", "against"),
+    "absolute_value": ("0", "for or against"),
+}
+
+
 @dataclass(frozen=True)
 class Setup:
     """What methods are made of by their name.
@@ -161,6 +170,8 @@ class Comparison:
     def figure(self, methods: Sequence[str] | None = None, images: Sequence[int] | None = None, **options: Any) -> Any:
         """Images × methods, drawn by Captum's ``visualize_image_attr``: blue speaks for the target, red against it.
 
+        A legend below says so, of whatever colours ``cmap`` and ``sign`` ask for, unless Captum draws its own.
+
         Args:
             methods: Names of the rows to show, by default all that have maps.
             images: Numbers of the images to show, by default the first eight.
@@ -182,7 +193,7 @@ class Comparison:
         rows = [self[name] for name in methods] if methods is not None else [row for row in self.rows if row.maps is not None]
         chosen = range(min(8, len(self.images))) if images is None else images
         pictures = page.pictures(self.images)
-        drawn = Figure(figsize=(1.4 * (len(rows) + 1), 1.5 * len(chosen)), layout="constrained")
+        drawn = Figure(figsize=(1.4 * (len(rows) + 1), 1.5 * len(chosen) + 0.4), layout="constrained")
         axes = drawn.subplots(len(chosen), len(rows) + 1, squeeze=False)
         settings = {"method": "heat_map", "sign": "all", "cmap": "RdBu", **options, "use_pyplot": False}
         for place, (line, number) in enumerate(zip(axes, chosen, strict=True)):
@@ -201,6 +212,8 @@ class Comparison:
                 axis.set_yticks([])
                 if place == 0:
                     axis.set_title(title, fontsize=8)
+        if not settings.get("show_colorbar"):
+            _legend(drawn, axes, settings["sign"])
         return drawn
 
     def save_html(
@@ -540,6 +553,16 @@ def _result(row: Row, column: Column) -> Result | None:
 def _mean(row: Row, column: Column) -> float | None:
     found = _result(row, column)
     return None if found is None else found.mean
+
+
+def _legend(figure: Any, axes: Any, sign: str) -> None:
+    """One key to the colours of all maps; none where they are not colours of a scale, but shades of the image."""
+    coloured = [image for axis in axes.flat for image in axis.images[-1:] if image.get_array().ndim == 2]
+    if coloured:
+        bar = figure.colorbar(coloured[0], ax=axes, location="bottom", shrink=0.4, aspect=30)
+        low, high = coloured[0].get_clim()
+        bar.set_ticks([low, 0, high] if low else [low, high], labels=_ENDS[sign])
+        bar.ax.tick_params(labelsize=8, length=0)
 
 
 def _why(error: Exception) -> str:
