@@ -82,6 +82,20 @@ def test_there_are_five_and_most_have_pictures():
     assert [len(pictures(path)) for path in NOTEBOOKS] == [2, 2, 2, 0, 1]
 
 
+def test_pretrained_weights_take_the_place_of_the_small_network(elsewhere):
+    """Those at hand are used; here they are random."""
+    from torchvision.models import SqueezeNet1_0_Weights, squeezenet1_0
+
+    weights = elsewhere / "hub" / "checkpoints" / Path(SqueezeNet1_0_Weights.DEFAULT.url).name
+    weights.parent.mkdir(parents=True)
+    torch.save(squeezenet1_0().state_dict(), weights)
+    cells = code(read(NOTEBOOKS[2]))
+    imports = "\n".join(line for cell in cells for line in cell["source"] if re.match("(from|import) ", line))
+    (found,) = outputs({"cells": [{"cell_type": "code", "source": [imports, "\n", *cells[-1]["source"]]}]})
+    assert [output["output_type"] for output in found] == ["execute_result"]
+    assert text(found[0]) == "<Figure with 7 axes>"  # two photographs by image, MIP-IN and Grad-CAM, and the legend
+
+
 def test_the_first_holds_the_ten_lines_of_the_readme():
     readme = (NOTEBOOKS[0].parents[1] / "README.md").read_text()
     lines = re.search(r"## Ten lines\n\n```python\n(.*?)```", readme, re.DOTALL)[1]
