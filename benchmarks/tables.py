@@ -191,6 +191,23 @@ def bottlenecks() -> str:
     )
 
 
+def comparison() -> str:
+    """What of that a newcomer wants to know."""
+    rows = _load("bottleneck-images")["rows"]
+    return show(
+        [
+            {
+                "method": row["method"],
+                "at": row["layer, reduction"].partition(",")[0],
+                "box accuracy ↑": f"{row['box accuracy']:.2f} ± {row['standard error']:.2f}",
+                "insertion ↑": f"{row['insertion']:.2f}",
+                "deletion ↓": f"{row['deletion']:.2f}",
+            }
+            for row in sorted(rows, key=lambda row: -row["box accuracy"])
+        ]
+    )
+
+
 def bottlenecks_text() -> str:
     """The same on passages of text."""
     return show(
@@ -260,7 +277,7 @@ def speed_methods() -> str:
 def main() -> None:
     texts = {page: page.read_text() for page in pages()}
     own = (completeness, controls, variants, localization, invariance, class_sensitivity, speed, speed_methods, zoo, scale)
-    for table in (*own, bottlenecks, bottlenecks_text, bottlenecks_speed):
+    for table in (*own, bottlenecks, bottlenecks_text, bottlenecks_speed, comparison):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         places = [page for page, text in texts.items() if begin in text and end in text]
         if len(places) != 1:
