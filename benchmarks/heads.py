@@ -100,7 +100,7 @@ def _class(file: str) -> str:
 
 def _through(folder: Path, archive: zipfile.ZipFile, files: Sequence[str], size: int = 20) -> Tensor:
     """Features of photographs; channels_last is what is fast here."""
-    model = body(folder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's annotation lacks it
+    model = body(folder).to(memory_format=torch.channels_last)
     _, normalise = pretrained.load("squeezenet1_0", folder / "weights")
     found = torch.empty(len(files), *SHAPE)
     with torch.inference_mode(), tqdm(total=len(files), desc="features", unit="image") as progress:
