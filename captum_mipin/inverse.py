@@ -34,7 +34,7 @@ from captum_mipin.errors import CaptureError, FitError, InputError, InverseFileE
 from captum_mipin.fitting import Fit, Fitted, Settings, Solver
 from captum_mipin.graphs import Graphs
 from captum_mipin.processes import Processes
-from captum_mipin.propagation import Run, Surrogate, Target, seed
+from captum_mipin.propagation import Inverses, Run, Surrogate, Target, seed
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
 from captum_mipin.rules import Inverse, Options, Rule, table
@@ -471,11 +471,13 @@ class InverseNetwork:
             if mixed:
                 targets = [targets[index] for index in order]
                 inputs, extras = pick(inputs, extras, torch.tensor(order, device=inputs[0].device), graph.shared)
-            run = Run(surrogate.steps, options, state.fitted.inverses, _groups(targets))
+            run = Run(surrogate.steps, options)
             with TURNS.explaining():
                 output = surrogate(run, graph.values(self.model, inputs, extras))
                 start = seed(output, targets, unit)
                 sources = [run.sources[index] for index in range(surrogate.starts)]
+            run.inverses, run.groups = self._inverses(state, graph, surrogate, inputs, extras, targets, sources)
+            with TURNS.explaining():
                 back = torch.tensor(order, device=output.device).argsort() if mixed else slice(None)
                 signals: list[Inputs] = []
                 for bias in biases:
@@ -489,6 +491,19 @@ class InverseNetwork:
             features = tuple(x.detach()[back] for x in sources)
             explained = start.flatten(1).sum(1) if start.ndim > 1 else start
             return Explanation(features, tuple(signals), explained[back])
+
+    def _inverses(
+        self,
+        state: _State,
+        graph: CapturedGraph,
+        surrogate: Surrogate,
+        inputs: Inputs,
+        extras: Extras,
+        targets: Sequence[Target],
+        sources: Sequence[Tensor],
+    ) -> tuple[Mapping[Target, Inverses], Sequence[tuple[Target, slice]]]:
+        """Which inverses the examples of a batch have, and whose is whose: each class's own."""
+        return state.fitted.inverses, _groups(targets)
 
     def _options(self, local: bool) -> Options:
         return Options(local=local, shares=self.settings.shares)

@@ -73,8 +73,8 @@ class Part:
         inner = [node for node in captured.graph.nodes if node in needed & following and node is not first]
         outer = list(dict.fromkeys(n for node in inner for n in node.all_input_nodes if n not in following))
         self._symbol = captured.batch
-        self._sizes = {n.name: n.meta["val"].node.expr for n in outer if _is_size(n)}
-        tensors = [n for n in outer if not _is_size(n)]
+        self._sizes = {n.name: n.meta["val"].node.expr for n in outer if is_size(n)}
+        tensors = [n for n in outer if not is_size(n)]
         self._below = _module(captured, [first, *tensors], (), [first, *tensors])
         self._above = _module(captured, inner, [first, *outer], [last])
         self._order = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
@@ -92,7 +92,7 @@ class Part:
         """The result, for any value of the tensor."""
         tensors = iter(others)
         rows = [
-            _evaluate(self._sizes[name], self._symbol, len(x)) if name in self._sizes else next(tensors) for name in self._outer
+            evaluate(self._sizes[name], self._symbol, len(x)) if name in self._sizes else next(tensors) for name in self._outer
         ]
         (result,) = self._run(self._above, [x, *rows], {})
         found: Tensor = result
@@ -154,11 +154,12 @@ def _module(
     return fx.GraphModule(nn.Module(), graph)
 
 
-def _is_size(node: fx.Node) -> bool:
+def is_size(node: fx.Node) -> bool:
+    """Whether a node's value is a number that follows from the batch's size."""
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat))
 
 
-def _evaluate(expression: Any, symbol: str, rows: int) -> int | float:
+def evaluate(expression: Any, symbol: str, rows: int) -> int | float:
     """A size that follows from the batch's, for a batch of so many rows."""
     found = expression.subs({s: rows for s in expression.free_symbols if str(s) == symbol})
     return int(found) if found.is_Integer else float(found)

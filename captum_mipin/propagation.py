@@ -301,6 +301,11 @@ class Surrogate:
         return tuple(key for key, this in reversed(self.steps.items()) if isinstance(this.rule, Learned))
 
     @property
+    def graph(self) -> fx.Graph:
+        """The rewritten graph."""
+        return self._module.graph
+
+    @property
     def code(self) -> str:
         """The surrogate as Python code."""
         return str(self._module.code)

@@ -10,6 +10,7 @@ fork is the identity: x_i ≈ Σ_j W_ij s_j + Σ_k a_ik o_ik + b_i, all coeffici
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -317,7 +318,11 @@ class Rows:
         rest = self.x.mean(0)  # what rounding left; a copy in float64 would take twice the memory
         self.x -= rest
         self.mean = mean.double() + rest.double()
-        self.gram = (self.x @ self.x.mT).double()
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """(rows, rows) float64, their products with each other."""
+        return (self.x @ self.x.mT).double()
 
 
 @dataclass(frozen=True)
@@ -327,7 +332,7 @@ class RowSolution:
     Attributes:
         coefficients: (rows, ds) float64.
         bias: (dx,) float64.
-        explained_variance, dead, condition: As for :class:`Solution`.
+        explained_variance, dead, condition: As for :class:`Solution`; the first is NaN if it was not asked for.
     """
 
     coefficients: Tensor
@@ -337,7 +342,9 @@ class RowSolution:
     condition: float
 
 
-def solve_rows(rows: Rows, s: Tensor, ridge: float = 1e-3, scale: RidgeScale = "relative") -> RowSolution:
+def solve_rows(
+    rows: Rows, s: Tensor, ridge: float = 1e-3, scale: RidgeScale = "relative", *, measure: bool = True
+) -> RowSolution:
     """The regression of :func:`solve` by its dual: cov(X, S) (cov(S, S) + λI)⁻¹ = Xᵀ (S Sᵀ + nλI)⁻¹ S (equation 6).
 
     It takes a matrix of rows by rows instead of one of signals by signals.
@@ -346,6 +353,7 @@ def solve_rows(rows: Rows, s: Tensor, ridge: float = 1e-3, scale: RidgeScale = "
         rows: Of the features.
         s: (rows, ds) signals.
         ridge, scale: As for :func:`solve`.
+        measure: Tell the explained variance, for which alone all products of features with each other are needed.
 
     Examples:
         >>> x, s = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 30, dtype=torch.float64)
@@ -364,6 +372,8 @@ def solve_rows(rows: Rows, s: Tensor, ridge: float = 1e-3, scale: RidgeScale = "
         gram, s, torch.full_like(gram[0], left), torch.zeros_like(gram[0], dtype=torch.bool), ridge
     )
     bias = rows.mean - (rows.x.mT @ (coefficients @ mean).to(rows.x.dtype)).double()
+    if not measure:
+        return RowSolution(coefficients, bias, float("nan"), int(dead.sum()), condition)
     total = rows.gram.diagonal().sum()
     # Predicted are P = S Sᵀ K X with K = (S Sᵀ + nλI)⁻¹ or the pseudo-inverse: the residual is (I − S Sᵀ K) X.
     residual = torch.eye(n, dtype=gram.dtype, device=gram.device) - coefficients @ s.mT

@@ -1,0 +1,581 @@
+"""Neighbourhood fits: each example is explained by an inverse of its own, fitted on those of the data that are most like it.
+
+Section 4.2 of the paper calls this the intuitive way to make an inverse local, and drops it since each example would need a
+training of its own. In closed form it does not: where the passes back end, and at the outputs of operations with weights, the
+values of all examples are kept, so that the network between is not run again, and a regression on k rows is small.
+"""
+
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm.auto import tqdm
+
+from captum_mipin import storage
+from captum_mipin.capture import (
+    TURNS,
+    CapturedGraph,
+    Extras,
+    Inputs,
+    Output,
+    Signature,
+    check_model,
+    finite,
+    first_example,
+    module_output,
+    pick,
+    place,
+    unwrapped,
+)  # fmt: skip
+from captum_mipin.data import Batches, Unpack, check_apart
+from captum_mipin.errors import CaptureError, FitError, InputError, ModelChangedError, NotFittedError
+from captum_mipin.fitting import Fitted, Settings
+from captum_mipin.inverse import Explanation, InverseNetwork, _State, device_of, generator_kept
+from captum_mipin.parts import Part, evaluate, is_size
+from captum_mipin.propagation import Inverses, Run, Seen, Step, Surrogate, Target, source
+from captum_mipin.regression import RidgeScale, Rows, solve, solve_rows
+from captum_mipin.rules import Inverse, Options
+from captum_mipin.rules.linear import Dense
+from captum_mipin.structure import structure
+from captum_mipin.targets import per_example, several, shown
+from captum_mipin.trace import Trace
+
+#: Bytes that the inverses of examples explained at once may take, unless it is one example alone.
+_TOGETHER = 1 << 29
+
+Metric = Literal["cosine", "euclidean"]
+
+
+@dataclass
+class Kept:
+    """What is kept of the data, the examples along the first dimension throughout.
+
+    Attributes:
+        sources: The features where the passes back end.
+        outputs: Key of a learned step → its operation's outputs.
+        features: What neighbours are looked for by; where there are none, the sources.
+    """
+
+    sources: list[Tensor]
+    outputs: dict[str, list[Tensor]]
+    features: list[Tensor]
+    _sums: dict[Metric, tuple[list[Tensor], Tensor]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.sources[0])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        return [*self.sources, *self.features, *(output for outputs in self.outputs.values() for output in outputs)]
+
+    @property
+    def bytes_each(self) -> int:
+        """Memory of one example."""
+        return sum(t[:1].nbytes for t in self.tensors)
+
+    def mapped(self, change: Callable[..., Tensor], *others: "Kept") -> "Kept":
+        """Each tensor changed, together with those in its place in others of the same kind."""
+        found = iter([change(*tensors) for tensors in zip(self.tensors, *(other.tensors for other in others), strict=True)])
+        sources, features = [next(found) for _ in self.sources], [next(found) for _ in self.features]
+        return Kept(sources, {key: [next(found) for _ in outputs] for key, outputs in self.outputs.items()}, features)
+
+    def nearest(self, examples: Sequence[Tensor], count: int, metric: Metric) -> Tensor:
+        """The ``count`` most similar for each of some examples, by their features: (examples, count).
+
+        What is most similar has the largest q·x / |x|, or the largest 2 (q − m)·x − |x − m|², where m is the mean.
+        """
+        features = [x.flatten(1) for x in self.features or self.sources]
+        if count == len(self):
+            return torch.arange(count, device=features[0].device).expand(len(examples[0]), -1)
+        if metric not in self._sums:
+            means = [x.mean(0) if metric == "euclidean" else torch.zeros_like(x[0]) for x in features]
+            squared = [
+                torch.cat([(part - mean).double().square().sum(1) for part in x.split(256)])
+                for x, mean in zip(features, means, strict=True)
+            ]
+            self._sums[metric] = means, torch.stack(squared).sum(0).to(features[0].dtype)
+        means, squares = self._sums[metric]
+        pairs = zip(examples, means, features, strict=True)
+        products = torch.stack([(q.to(x) - mean) @ x.mT for q, mean, x in pairs]).sum(0)
+        scores = 2 * products - squares if metric == "euclidean" else products * squares.rsqrt().nan_to_num(posinf=0.0)
+        return scores.topk(count, 1).indices
+
+
+class Replay:
+    """The surrogate of a fit from what is kept on: operations with weights are not run, their outputs are given.
+
+    Args:
+        captured, surrogate: The graph and the surrogate.
+
+    Raises:
+        CaptureError: Something else of the examples is needed than what is kept.
+    """
+
+    def __init__(self, captured: CapturedGraph, surrogate: Surrogate) -> None:
+        self._surrogate, self._symbol = surrogate, captured.batch
+        (result,) = next(node for node in surrogate.graph.nodes if node.op == "output").args
+        needed, stack = set[fx.Node](), [result]
+        while stack:
+            node = stack.pop()
+            if isinstance(node, fx.Node) and node not in needed:
+                needed.add(node)
+                stack.extend([] if node.target is source or is_size(node) else node.all_input_nodes)
+        graph = fx.Graph()
+        copied = {node: graph.placeholder("run") for node in list(surrogate.graph.nodes)[:1]}
+        (run,) = copied.values()
+        self._sizes: list[Any] = []
+        self._constants: list[str] = []
+        for node in needed:
+            if node.op == "placeholder" and node not in copied:
+                if node.meta["origin"] not in captured.constants:
+                    raise _refused(node, needed)
+                self._constants.append(node.meta["origin"])
+                copied[node] = graph.placeholder(node.name)
+        for node in needed:
+            if is_size(node):
+                self._sizes.append(node.meta["val"].node.expr)
+                copied[node] = graph.placeholder(node.name)
+        inputs = [graph.placeholder(f"source_{index}") for index in range(surrogate.starts)]
+        for node in surrogate.graph.nodes:
+            if node.target is source:
+                copied[node] = graph.call_function(source, (run, node.args[1], inputs[node.args[1]]))
+            elif node in needed and node not in copied:
+                copied[node] = graph.node_copy(node, copied.__getitem__)
+        graph.output(copied[result])
+        self._module = fx.GraphModule(nn.Module(), graph)
+
+    def inverses(
+        self, kept: Kept, rows: Tensor, target: Target, values: Mapping[str, Any], keys: Sequence[str], settings: Settings
+    ) -> dict[str, Inverse]:
+        """Algorithm 1 on some of the examples.
+
+        Args:
+            kept: What there is of all examples.
+            rows: Which examples.
+            target: The class.
+            values: The model's parameters.
+            keys: The learned steps that are wanted, from the output down.
+            settings: How regressions are solved.
+
+        Raises:
+            FitError: All of them have the same output.
+        """
+        device = next(iter(values.values())).device
+        steps = {**self._surrogate.steps}
+        for key in keys:
+            steps[key] = _given(steps[key], [output[rows].to(device) for output in kept.outputs[key]])
+        layouts = zip(self._surrogate.layouts, kept.sources, strict=True)
+        sources = [layout.restored(x[rows].to(device)) for layout, x in layouts]
+        run = Run(steps, Options(shares=settings.shares), fitting=keys)
+        sizes = [evaluate(size, self._symbol, len(rows)) for size in self._sizes]
+        constants = [values[name] for name in self._constants]
+        with TURNS.explaining(), torch.enable_grad():
+            trace = Trace(run, self._module.forward(run, *constants, *sizes, *sources))
+            index: tuple[Any, ...] = (slice(None), *target)
+            output = trace.output.detach()[index]
+            if bool((output == output[0]).all()):
+                raise FitError(
+                    f"the output for target {shown(target)} is {float(output[0]):g} for each of the {len(rows)} neighbours of "
+                    "an example: nothing can be regressed on a constant. Take more neighbours."
+                )
+            found: dict[str, Inverse] = {}
+            for key in keys:
+                signals = trace.signals(key, target, found)
+                found[key] = _solved(trace.seen(key), signals, settings, last=key == keys[-1])
+                trace.forget([target])
+        return found
+
+
+def _refused(node: fx.Node, needed: set[fx.Node]) -> CaptureError:
+    user = next(user for user in node.users if user in needed)
+    return CaptureError(
+        f"neighbours cannot be fitted on here: {place(user)} takes {place(node).path} by another way than through the layer "
+        "where the inverse stops. Stop at one that everything goes through, by layer=, or fit an InverseNetwork"
+    )
+
+
+def _given(step: Step, outputs: list[Tensor]) -> Step:
+    """A step whose operation is not run: its outputs are known."""
+    found = [step.layout.restored(output) for output in outputs]
+    value = found[0] if len(found) == 1 else tuple(found)
+    return replace(step, operation=lambda *arguments, **named: value)
+
+
+def _solved(seen: Seen, signals: tuple[Tensor, ...], settings: Settings, last: bool) -> Inverse:
+    """The inverse of one step, by whichever way takes less time.
+
+    The ``last`` is applied to the explained example alone, and so is best kept in factors.
+    """
+    x, inverter = seen.x.detach(), seen.inverter
+    wide = torch.float64 if settings.double else x.dtype
+    if isinstance(inverter, Dense) and not inverter.own:
+        s = torch.cat(signals, -1)
+        s = s.reshape(-1, s.shape[-1]).to(wide)
+        live = s.any(0).nonzero().squeeze(1)
+        n, ds = len(s), len(live)
+        if n * (ds + n / 3) < ds * (ds + inverter.features):
+            rows = Rows(x.reshape(-1, inverter.features).to(wide))
+            solution = solve_rows(rows, s[:, live], settings.ridge, settings.ridge_scale, measure=False)
+            if not last:
+                return inverter.inverse_of_rows(solution, live, rows).to(x)
+            return Inverse(solution.coefficients.to(x), solution.bias.to(x), live, rows=rows.x.to(x))
+    found = solve(inverter.moments(x.to(wide), tuple(s.to(wide) for s in signals)), settings.ridge, settings.ridge_scale)
+    return inverter.inverse(found, x)
+
+
+@dataclass
+class _KeptState(_State):
+    """All that a fit leaves behind, and what it keeps of the data."""
+
+    kept: Kept
+
+
+class NeighbourInverse(InverseNetwork):
+    """MIP-IN by neighbourhood fits: an inverse for each example, fitted on the examples most like it (section 4.2).
+
+    To be used in place of an :class:`InverseNetwork`, by ``MIPINAttribution`` and ``LayerMIPINAttribution`` as well. Nothing is
+    learned beforehand: :meth:`fit` keeps what is needed of the data, and each class is explained without having been fitted.
+    What is above the start layer should be small, such as dense layers. With as many neighbours as there is data, all is as
+    :class:`InverseNetwork` has it. An example that is in the data is a neighbour of its own.
+
+    Args:
+        model: As for :class:`InverseNetwork`.
+        layer: Stop at the output of this module instead of the input, as for :class:`InverseNetwork`.
+        neighbours: Number of examples that each inverse is fitted on, at least 2.
+        metric: Neighbours are those of the largest "cosine", or of the smallest "euclidean" distance. Of those at the same
+            distance, but for rounding, any may be taken.
+        feature: What is compared: by default the output of ``layer``, or without one the input; another module's output; or the
+            "input".
+        output, ridge, ridge_scale, pooling, forks, precision: As for :class:`InverseNetwork`.
+
+    Raises:
+        InputError: An option out of its range.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> x = torch.randn(200, 6)
+        >>> inverse = NeighbourInverse(model, neighbours=30).fit(x, progress=False)
+        >>> inverse.source_signal(x[:5], target=[0, 1, 2, 0, 1]).shape
+        torch.Size([5, 6])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layer: nn.Module | None = None,
+        neighbours: int = 60,
+        metric: Metric = "cosine",
+        feature: nn.Module | Literal["input"] | None = None,
+        output: Output = None,
+        ridge: float = 1e-3,
+        ridge_scale: RidgeScale = "relative",
+        pooling: Literal["shares", "even"] = "shares",
+        forks: Literal["joint", "sum"] = "joint",
+        precision: Literal["model", "double"] = "model",
+    ) -> None:
+        super().__init__(
+            model, layer=layer, output=output, ridge=ridge, ridge_scale=ridge_scale, pooling=pooling, forks=forks,
+            precision=precision,
+        )  # fmt: skip
+        if isinstance(neighbours, bool) or not hasattr(neighbours, "__index__") or neighbours < 2:
+            raise InputError(f"neighbours={neighbours!r} must be an integer of at least 2: a regression needs variance")
+        if metric not in ("cosine", "euclidean"):
+            raise InputError(f"metric={metric!r} is not one of 'cosine', 'euclidean'")
+        if not (feature is None or feature == "input" or isinstance(feature, nn.Module)):
+            raise InputError(f"feature={feature!r} is neither a module of the model nor 'input'")
+        self.neighbours, self.metric = operator.index(neighbours), metric
+        self.feature = unwrapped(feature) if isinstance(feature, nn.Module) else feature
+        self._state: _KeptState | None = None
+        self._replays = WeakKeyDictionary[Surrogate, Replay]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_replays": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._replays = WeakKeyDictionary()
+
+    def to(self, device: torch.device | str) -> "NeighbourInverse":
+        """Move what is kept to a device; returns self. Otherwise each call moves what it needs."""
+        state = self._fitted()
+        self._state = replace(state, kept=state.kept.mapped(lambda t: t.to(device)))
+        return self
+
+    # ------------------------------------------------------------------------------------------------- fit
+
+    def fit(
+        self,
+        data: Any,
+        targets: Any = None,
+        *,
+        unpack: Unpack | None = None,
+        batch_size: int = 256,
+        memory: int = 4 << 30,
+        progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+        distributed: bool = False,
+    ) -> "NeighbourInverse":
+        """Run the data through the model once and keep what later fits need of it; what was kept before is let go.
+
+        Args:
+            data, unpack, batch_size: As for :meth:`InverseNetwork.fit`.
+            targets: The classes that may be explained, as Captum's ``target``; None for all.
+            memory: Bytes that may be taken by what is kept.
+            progress: Show a progress bar.
+            checkpoint: Not here: there is one pass over the data, and nothing to take up.
+            distributed: Not here: neighbours are looked for in one process.
+
+        Returns:
+            self
+
+        Raises:
+            FitError: The data cannot be used: empty, fewer examples than neighbours, not finite, changing shape; or what is to
+                be kept takes more than ``memory``.
+            CaptureError: The model cannot be captured, uses an operation without a rule, or takes something around the layer.
+            InputError: ``checkpoint`` or ``distributed`` is given.
+            TargetError, ModelChangedError, RuleError: As for :meth:`InverseNetwork.fit`.
+        """
+        if checkpoint is not None or distributed:
+            raise InputError("a neighbourhood fit is one pass over the data in one process: leave checkpoint, distributed out")
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size!r} must be at least 1")
+        model = check_model(self.model)
+        if self._state is not None:
+            self._check_unchanged(self._state)
+        with generator_kept(), torch.inference_mode(False), torch.autocast(device_of(model).type, enabled=False):
+            batches = Batches(data, batch_size, unpack, device_of(model), self.layer is None)
+            inputs, extras = next(iter(batches))
+            graph, surrogate = self._surrogate(inputs, extras, self.layer)
+            self._replay(graph, surrogate)
+            dims = tuple(int(n) for n in graph.output.meta["val"].shape[1:])
+            fitted = Fitted({target: {} for target in several(targets, dims)})
+            kept = self._keep(batches, graph, surrogate, memory, progress)
+            signature, example = Signature.of(inputs, extras, graph.shared), first_example(inputs, extras, graph.shared)
+            made_of = structure(graph, surrogate.rules)
+        self._state = _KeptState(fitted, dims, signature, made_of, *example, storage.Watch(model), kept)
+        return self
+
+    def _keep(self, batches: Batches, graph: CapturedGraph, surrogate: Surrogate, memory: int, progress: bool) -> Kept:
+        """One pass over the data."""
+        parts: list[Kept] = []
+        signature: Signature | None = None
+        rows = 0
+        for index, (inputs, extras) in enumerate(tqdm(batches, unit="batch", disable=not progress)):
+            found = Signature.of(inputs, extras, graph.shared)
+            signature = signature or found
+            if found != signature:
+                raise FitError(f"batch {index} has further arguments {found.leaves}, the first had {signature.leaves}")
+            output, part = self._seen(graph, surrogate, inputs, extras, proving=index == 0)
+            if not all(finite(t) for t in (output, *part.tensors)):
+                raise FitError(f"batch {index}: the model's output, or what is kept of it, contains NaN or Inf")
+            if index == 0:
+                again = partial(self._seen, graph, surrogate)
+                check_apart((output,), inputs, extras, graph.shared, lambda *fewer, again=again: again(*fewer)[:1])
+            parts.append(part)
+            rows += len(part)
+            if (needed := rows * part.bytes_each) > memory:
+                raise FitError(
+                    f"what is kept of {rows} examples takes {needed / 2**30:.2g} GiB, more than memory={memory}: start "
+                    "further up, with layer=, give fewer examples, or allow more memory"
+                )
+        if rows < self.neighbours:
+            raise FitError(f"the data has {rows} examples, fewer than neighbours={self.neighbours}")
+        return parts[0].mapped(lambda *batches: torch.cat(batches), *parts[1:])
+
+    def _seen(
+        self, graph: CapturedGraph, surrogate: Surrogate, inputs: Inputs, extras: Extras, proving: bool = False
+    ) -> tuple[Tensor, Kept]:
+        """The model's output for a batch, and what is kept of it."""
+        steps, values = surrogate.steps, graph.values(self.model, inputs, extras)
+        run = Run(steps, Options(shares=self.settings.shares), fitting=surrogate.learned, proving=proving)
+        with TURNS.explaining():
+            output = surrogate(run, values).detach()
+        features = self._features(graph, values) if self.feature is not None else []
+        sources = [layout.first(run.sources[index]) for index, layout in enumerate(surrogate.layouts)]
+        outputs = {key: [steps[key].layout.first(y.detach()) for y in run.seen[key].outputs] for key in surrogate.learned}
+        return output, Kept(sources, outputs, features)
+
+    # ------------------------------------------------------------------------------------------------- explain
+
+    def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
+        """A class has no inverse of its own here, and so no map.
+
+        Raises:
+            NotFittedError: Always.
+        """
+        raise NotFittedError(
+            "each example has an inverse of its own, a class has none: fit an InverseNetwork, the same for all examples"
+        )
+
+    def information(self, target: Any = None, additional_forward_args: Any = None) -> Any:
+        """A class has no inverse of its own here, and so no map.
+
+        Raises:
+            NotFittedError: Always.
+        """
+        return self.class_attribution(target, additional_forward_args)
+
+    def _back(
+        self,
+        state: _State,
+        inputs: Inputs,
+        target: Any,
+        extras: Extras,
+        biases: Sequence[bool],
+        options: Options,
+        mask: bool,
+        layer: nn.Module | None,
+        unit: bool = False,
+    ) -> Explanation:
+        kept = self._fitted().kept
+        count, most = len(inputs[0]), max(1, _TOGETHER // (self.neighbours * kept.bytes_each))
+        if count <= most:
+            return super()._back(state, inputs, target, extras, biases, options, mask, layer, unit)
+        targets = per_example(target, torch.empty(count, *state.dims, device="meta"))
+        shared = "per example" not in state.signature.kinds()[len(inputs) :]
+        found = []
+        for rows in torch.arange(count, device=inputs[0].device).split(most):
+            some, others = pick(inputs, extras, rows, shared)
+            chosen = [targets[row] for row in rows.tolist()]
+            found.append(super()._back(state, some, chosen, others, biases, options, mask, layer, unit))
+        features = tuple(torch.cat(parts) for parts in zip(*(part.features for part in found), strict=True))
+        signals = tuple(
+            tuple(torch.cat(parts) for parts in zip(*passes, strict=True))
+            for passes in zip(*(part.signals for part in found), strict=True)
+        )
+        return Explanation(features, signals, torch.cat([part.output for part in found]))
+
+    def _fitted(self) -> _KeptState:
+        state = super()._fitted()
+        assert isinstance(state, _KeptState)  # for mypy: fit and load make no other
+        return state
+
+    def _check_steps(self, state: _State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
+        for target in targets:
+            if target not in state.fitted.inverses:
+                raise self._unknown(target)
+        kept = self._fitted().kept.outputs
+        missing = [key for key in surrogate.learned if key not in kept]
+        if missing:
+            raise NotFittedError(
+                f"nothing was kept of {', '.join(missing[:4])}, which lies below where this inverse stops: fit another "
+                "NeighbourInverse that stops further down, by layer="
+            )
+
+    def _inverses(
+        self,
+        state: _State,
+        graph: CapturedGraph,
+        surrogate: Surrogate,
+        inputs: Inputs,
+        extras: Extras,
+        targets: Sequence[Target],
+        sources: Sequence[Tensor],
+    ) -> tuple[Mapping[Target, Inverses], Sequence[tuple[Target, slice]]]:
+        """The inverse of each example, under its number."""
+        kept = self._fitted().kept
+        if Signature.of(inputs, extras, graph.shared) != state.signature:
+            raise InputError(f"neighbours are looked for among other inputs than these.\n{self._way_out(state)}")
+        if self.changed == "ignore" and state.watch.changed(self.model):
+            raise ModelChangedError(
+                "the model's weights have changed since the data was kept, but neighbours are fitted on with what they are now: "
+                "fit a new NeighbourInverse, whatever changed= says"
+            )
+        fitted_graph, fitted = self._surrogate(inputs, extras, self.layer)
+        values = graph.values(self.model, inputs, extras)
+        own = surrogate is fitted and self.feature is None
+        features = [x.detach().flatten(1) for x in sources] if own else self._features(graph, values)
+        replay = self._replay(fitted_graph, fitted)
+        nearest = kept.nearest([x.to(kept.sources[0].device) for x in features], self.neighbours, self.metric)
+        inverses: dict[Target, Inverses] = {
+            (number,): replay.inverses(kept, rows, target, values, surrogate.learned, self.settings)
+            for number, (rows, target) in enumerate(zip(nearest, targets, strict=True))
+        }
+        return inverses, [((number,), slice(number, number + 1)) for number in range(len(targets))]
+
+    def _features(self, graph: CapturedGraph, values: Mapping[str, Any]) -> list[Tensor]:
+        """What neighbours of a batch's examples are looked for by."""
+        module = self.layer if self.feature is None else self.feature
+        if not isinstance(module, nn.Module):
+            return [values[name].flatten(1) for name in graph.inputs]
+        name = module_output(graph, self.model, module)
+        return [Part(graph, name).below(values)[0].detach().flatten(1)]
+
+    def _replay(self, graph: CapturedGraph, surrogate: Surrogate) -> Replay:
+        """The replay that belongs to a surrogate, built once."""
+        if surrogate not in self._replays:
+            self._replays[surrogate] = Replay(graph, surrogate)
+        return self._replays[surrogate]
+
+    # ------------------------------------------------------------------------------------------------- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what is kept to a safetensors file, whole or not at all; as :meth:`InverseNetwork.save`."""
+        state = self._fitted()
+        feature = self.feature if isinstance(self.feature, str | None) else self._path(self.feature)
+        content = {
+            "fingerprint": state.watch.fingerprint,
+            "layer": None if self.layer is None else self._path(self.layer),
+            "output": self.output,
+            "settings": asdict(self.settings),
+            "signature": state.signature.to_json(),
+            "structure": state.structure,
+            "inputs": [(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for x in state.example],
+            "extras": state.extras != (),
+            "dims": state.dims,
+            "targets": list(state.fitted.inverses),
+            "neighbours": {
+                "count": self.neighbours,
+                "metric": self.metric,
+                "feature": feature,
+                "module": isinstance(self.feature, nn.Module),
+                "sources": len(state.kept.sources),
+                "features": len(state.kept.features),
+                "outputs": [(key, len(outputs)) for key, outputs in state.kept.outputs.items()],
+            },
+        }
+        storage.save(path, {str(number): tensor for number, tensor in enumerate(state.kept.tensors)}, content)
+
+    @classmethod
+    def _from_content(
+        cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module, name: str
+    ) -> "NeighbourInverse":
+        how = content["neighbours"]
+        storage.check_belongs(name, content, model)
+        inverse = cls(
+            model,
+            layer=None if content["layer"] is None else model.get_submodule(content["layer"]),
+            neighbours=how["count"],
+            metric=how["metric"],
+            feature=model.get_submodule(how["feature"]) if how["module"] else how["feature"],
+            output=storage.output_of(content),
+        )
+        inverse.settings = Settings(**content["settings"])
+        device = device_of(model)
+        example = tuple(
+            torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in content["inputs"]
+        )
+        # copies, as for other inverses
+        found = iter([tensors[str(number)].to(device, copy=True) for number in range(len(tensors))])
+        sources, features = ([next(found) for _ in range(how[kind])] for kind in ("sources", "features"))
+        outputs = {key: [next(found) for _ in range(count)] for key, count in how["outputs"]}
+        inverse._state = _KeptState(
+            Fitted({tuple(target): {} for target in content["targets"]}),
+            tuple(content["dims"]),
+            Signature.from_json(content["signature"]),
+            content["structure"],
+            example,
+            None if content["extras"] else (),
+            storage.Watch(model, content["fingerprint"]),
+            Kept(sources, outputs, features),
+        )
+        return inverse
