@@ -45,6 +45,7 @@ from captum_mipin.methods import (
     saliency,
     smooth_grad,
 )  # fmt: skip
+from captum_mipin.neighbours import NeighbourInverse
 from captum_mipin.rules import Learned, Passes, Recorded, register_rule, unregister_rule
 
 __version__ = "0.1.0"
@@ -76,6 +77,7 @@ __all__ = [
     "MIPINAttribution",
     "MIPINError",
     "ModelChangedError",
+    "NeighbourInverse",
     "NotFittedError",
     "Passes",
     "PatternAttribution",

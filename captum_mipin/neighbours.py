@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from captum_mipin import storage
+from captum_mipin.batch import first_dimension
 from captum_mipin.capture import (
     TURNS,
     CapturedGraph,
@@ -113,12 +114,23 @@ class Replay:
 
     Args:
         captured, surrogate: The graph and the surrogate.
+        feature: The tensor that neighbours are looked for by; None for the inputs.
 
     Raises:
-        CaptureError: Something else of the examples is needed than what is kept.
+        CaptureError: Something else of the examples is needed than what is kept; the feature is of no use.
     """
 
-    def __init__(self, captured: CapturedGraph, surrogate: Surrogate) -> None:
+    def __init__(self, captured: CapturedGraph, surrogate: Surrogate, feature: str | None) -> None:
+        self._inputs, self._part = captured.inputs, None if feature is None else Part(captured, feature)
+        for node in captured.graph.nodes:
+            value = node.meta.get("val")
+            if node.name in ([feature] if feature else captured.inputs) and (
+                not value.is_floating_point() or not first_dimension(value, captured.batch)
+            ):
+                raise CaptureError(
+                    f"neighbours cannot be looked for by {place(node)}, of dtype {value.dtype} and shape "
+                    f"{tuple(map(str, value.shape))}: expected floating numbers, the batch first. Name another feature="
+                )
         self._surrogate, self._symbol = surrogate, captured.batch
         (result,) = next(node for node in surrogate.graph.nodes if node.op == "output").args
         needed, stack = set[fx.Node](), [result]
@@ -150,6 +162,12 @@ class Replay:
                 copied[node] = graph.node_copy(node, copied.__getitem__)
         graph.output(copied[result])
         self._module = fx.GraphModule(nn.Module(), graph)
+
+    def features(self, values: Mapping[str, Any]) -> list[Tensor]:
+        """What neighbours of a batch's examples are looked for by, for these values of the graph's placeholders."""
+        if self._part is None:
+            return [values[name].flatten(1) for name in self._inputs]
+        return [self._part.below(values)[0].detach().flatten(1)]
 
     def inverses(
         self, kept: Kept, rows: Tensor, target: Target, values: Mapping[str, Any], keys: Sequence[str], settings: Settings
@@ -237,6 +255,13 @@ class _KeptState(_State):
     kept: Kept
 
 
+def _check_search(neighbours: Any, metric: Any) -> None:
+    if isinstance(neighbours, bool) or not hasattr(neighbours, "__index__") or neighbours < 2:
+        raise InputError(f"neighbours={neighbours!r} must be an integer of at least 2: a regression needs variance")
+    if metric not in ("cosine", "euclidean"):
+        raise InputError(f"metric={metric!r} is not one of 'cosine', 'euclidean'")
+
+
 class NeighbourInverse(InverseNetwork):
     """MIP-IN by neighbourhood fits: an inverse for each example, fitted on the examples most like it (section 4.2).
 
@@ -248,9 +273,9 @@ class NeighbourInverse(InverseNetwork):
     Args:
         model: As for :class:`InverseNetwork`.
         layer: Stop at the output of this module instead of the input, as for :class:`InverseNetwork`.
-        neighbours: Number of examples that each inverse is fitted on, at least 2.
+        neighbours: Number of examples that each inverse is fitted on, at least 2. Also an attribute, to be changed at any time.
         metric: Neighbours are those of the largest "cosine", or of the smallest "euclidean" distance. Of those at the same
-            distance, but for rounding, any may be taken.
+            distance, but for rounding, any may be taken. Also an attribute.
         feature: What is compared: by default the output of ``layer``, or without one the input; another module's output; or the
             "input".
         output, ridge, ridge_scale, pooling, forks, precision: As for :class:`InverseNetwork`.
@@ -286,10 +311,7 @@ class NeighbourInverse(InverseNetwork):
             model, layer=layer, output=output, ridge=ridge, ridge_scale=ridge_scale, pooling=pooling, forks=forks,
             precision=precision,
         )  # fmt: skip
-        if isinstance(neighbours, bool) or not hasattr(neighbours, "__index__") or neighbours < 2:
-            raise InputError(f"neighbours={neighbours!r} must be an integer of at least 2: a regression needs variance")
-        if metric not in ("cosine", "euclidean"):
-            raise InputError(f"metric={metric!r} is not one of 'cosine', 'euclidean'")
+        _check_search(neighbours, metric)
         if not (feature is None or feature == "input" or isinstance(feature, nn.Module)):
             raise InputError(f"feature={feature!r} is neither a module of the model nor 'input'")
         self.neighbours, self.metric = operator.index(neighbours), metric
@@ -399,7 +421,7 @@ class NeighbourInverse(InverseNetwork):
         run = Run(steps, Options(shares=self.settings.shares), fitting=surrogate.learned, proving=proving)
         with TURNS.explaining():
             output = surrogate(run, values).detach()
-        features = self._features(graph, values) if self.feature is not None else []
+        features = self._replay(graph, surrogate).features(values) if self.feature is not None else []
         sources = [layout.first(run.sources[index]) for index, layout in enumerate(surrogate.layouts)]
         outputs = {key: [steps[key].layout.first(y.detach()) for y in run.seen[key].outputs] for key in surrogate.learned}
         return output, Kept(sources, outputs, features)
@@ -437,6 +459,9 @@ class NeighbourInverse(InverseNetwork):
         unit: bool = False,
     ) -> Explanation:
         kept = self._fitted().kept
+        _check_search(self.neighbours, self.metric)
+        if self.neighbours > len(kept):
+            raise InputError(f"neighbours={self.neighbours} are more than the {len(kept)} examples that were fitted on")
         count, most = len(inputs[0]), max(1, _TOGETHER // (self.neighbours * kept.bytes_each))
         if count <= most:
             return super()._back(state, inputs, target, extras, biases, options, mask, layer, unit)
@@ -487,14 +512,13 @@ class NeighbourInverse(InverseNetwork):
             raise InputError(f"neighbours are looked for among other inputs than these.\n{self._way_out(state)}")
         if self.changed == "ignore" and state.watch.changed(self.model):
             raise ModelChangedError(
-                "the model's weights have changed since the data was kept, but neighbours are fitted on with what they are now: "
-                "fit a new NeighbourInverse, whatever changed= says"
+                "the model's weights have changed since the data was kept, but neighbours are fitted on with the new ones. "
+                "Fit a new NeighbourInverse, whatever changed= says"
             )
         fitted_graph, fitted = self._surrogate(inputs, extras, self.layer)
-        values = graph.values(self.model, inputs, extras)
+        values, replay = graph.values(self.model, inputs, extras), self._replay(fitted_graph, fitted)
         own = surrogate is fitted and self.feature is None
-        features = [x.detach().flatten(1) for x in sources] if own else self._features(graph, values)
-        replay = self._replay(fitted_graph, fitted)
+        features = [x.detach().flatten(1) for x in sources] if own else replay.features(values)
         nearest = kept.nearest([x.to(kept.sources[0].device) for x in features], self.neighbours, self.metric)
         inverses: dict[Target, Inverses] = {
             (number,): replay.inverses(kept, rows, target, values, surrogate.learned, self.settings)
@@ -502,18 +526,12 @@ class NeighbourInverse(InverseNetwork):
         }
         return inverses, [((number,), slice(number, number + 1)) for number in range(len(targets))]
 
-    def _features(self, graph: CapturedGraph, values: Mapping[str, Any]) -> list[Tensor]:
-        """What neighbours of a batch's examples are looked for by."""
-        module = self.layer if self.feature is None else self.feature
-        if not isinstance(module, nn.Module):
-            return [values[name].flatten(1) for name in graph.inputs]
-        name = module_output(graph, self.model, module)
-        return [Part(graph, name).below(values)[0].detach().flatten(1)]
-
     def _replay(self, graph: CapturedGraph, surrogate: Surrogate) -> Replay:
         """The replay that belongs to a surrogate, built once."""
         if surrogate not in self._replays:
-            self._replays[surrogate] = Replay(graph, surrogate)
+            module = self.layer if self.feature is None else self.feature
+            feature = module_output(graph, self.model, module) if isinstance(module, nn.Module) else None
+            self._replays[surrogate] = Replay(graph, surrogate, feature)
         return self._replays[surrogate]
 
     # ------------------------------------------------------------------------------------------------- files
