@@ -122,7 +122,7 @@ def head(width: int, classes: int = CLASSES) -> nn.Sequential:
     )  # fmt: skip
 
 
-def train(width: int, x: Tensor, labels: Tensor, epochs: int = 8, seed: int = 0) -> nn.Sequential:
+def train(width: int, x: Tensor, labels: Tensor, epochs: int = 6, seed: int = 0) -> nn.Sequential:
     """Train a head: AdamW, decay 0.1, one-cycle rate with maximum 3e-4, label smoothing 0.1, batches of 128.
 
     Features are brought to a standard deviation of 1; what that takes is then put into the first layer.
@@ -131,7 +131,7 @@ def train(width: int, x: Tensor, labels: Tensor, epochs: int = 8, seed: int = 0)
     generator = torch.Generator().manual_seed(seed)
     model, size, scale = head(width), 128, float(x[:500].std())
     steps = epochs * -(-len(x) // size)
-    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-4, total_steps=steps)
     with tqdm(total=steps, desc=f"train a head of width {width}", unit="batch") as progress:
         for index in _order(len(x), epochs, size, generator):

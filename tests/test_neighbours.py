@@ -302,7 +302,7 @@ def test_calls_that_cannot_be_answered_are_refused():
         model[0].weight.mul_(1.1)
     for changed in ("refuse", "ignore"):
         inverse.changed = changed
-        with pytest.raises(ModelChangedError, match="(?i)fit a new"):
+        with pytest.raises(ModelChangedError, match=r"(?i)fit a new"):
             inverse.source_signal(q, 0)
 
 
