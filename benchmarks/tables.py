@@ -171,6 +171,25 @@ def scale() -> str:
     )
 
 
+def neighbours() -> str:
+    """Neighbourhood fits, from few neighbours to all, beside what needs no fit."""
+    rows: list[dict[str, Any]] = []
+    for row in _load("neighbours")["rows"]:
+        count = f"{row['neighbours']:,}" if "neighbours" in row else ""
+        cells = {
+            "method": row["method"],
+            "k": count,
+            "box accuracy, A": f"{row['box accuracy, A']:.2f} ± {row['standard error']:.2f}",
+            **{name: f"{row[f'box accuracy, {name}']:.2f}" for name in ("A × feature", "S") if f"box accuracy, {name}" in row},
+        }
+        if "APC %" in row:
+            cells["APC % (shuffled output)"] = f"{row['APC %']:.1f} ({row['APC %, shuffled output']:.1f})"
+            cells["cosine of two classes"] = f"{row['cosine of two classes']:.2f}"
+            cells["ms a photograph"] = f"{1000 * row['s a photograph']:.0f}"
+        rows.append(cells)
+    return show(rows)
+
+
 def bottlenecks() -> str:
     """Information bottlenecks and their peers on photographs."""
     results = [_load(name) for name in ("bottleneck-images", "bottleneck-input")]

@@ -93,6 +93,7 @@ class Kept:
         What is most similar has the largest q·x / |x|, or the largest 2 (q − m)·x − |x − m|², where m is the mean.
         """
         features = [x.flatten(1) for x in self.features or self.sources]
+        features = [x.float() if x.element_size() < 4 else x for x in features]  # half precision cannot hold sums
         if count == len(self):
             return torch.arange(count, device=features[0].device).expand(len(examples[0]), -1)
         if metric not in self._sums:
@@ -131,7 +132,8 @@ class Replay:
                     f"neighbours cannot be looked for by {place(node)}, of dtype {value.dtype} and shape "
                     f"{tuple(map(str, value.shape))}: expected floating numbers, the batch first. Name another feature="
                 )
-        self._surrogate, self._symbol = surrogate, captured.batch
+        self._steps, self._learned, self._layouts = surrogate.steps, surrogate.learned, surrogate.layouts
+        self._symbol = captured.batch
         (result,) = next(node for node in surrogate.graph.nodes if node.op == "output").args
         needed, stack = set[fx.Node](), [result]
         while stack:
@@ -185,13 +187,13 @@ class Replay:
         Raises:
             FitError: All of them have the same output.
         """
-        device = next(iter(values.values())).device
-        steps = {**self._surrogate.steps}
-        for key in keys:
-            steps[key] = _given(steps[key], [output[rows].to(device) for output in kept.outputs[key]])
-        layouts = zip(self._surrogate.layouts, kept.sources, strict=True)
+        device = values[self._inputs[0]].device
+        given = {
+            key: _given(self._steps[key], [output[rows].to(device) for output in kept.outputs[key]]) for key in self._learned
+        }
+        layouts = zip(self._layouts, kept.sources, strict=True)
         sources = [layout.restored(x[rows].to(device)) for layout, x in layouts]
-        run = Run(steps, Options(shares=settings.shares), fitting=keys)
+        run = Run({**self._steps, **given}, Options(shares=settings.shares), fitting=keys)
         sizes = [evaluate(size, self._symbol, len(rows)) for size in self._sizes]
         constants = [values[name] for name in self._constants]
         with TURNS.explaining(), torch.enable_grad():
@@ -232,7 +234,7 @@ def _solved(seen: Seen, signals: tuple[Tensor, ...], settings: Settings, last: b
     The ``last`` is applied to the explained example alone, and so is best kept in factors.
     """
     x, inverter = seen.x.detach(), seen.inverter
-    wide = torch.float64 if settings.double else x.dtype
+    wide = torch.float64 if settings.double else torch.promote_types(x.dtype, torch.float32)
     if isinstance(inverter, Dense) and not inverter.own:
         s = torch.cat(signals, -1)
         s = s.reshape(-1, s.shape[-1]).to(wide)
@@ -458,7 +460,8 @@ class NeighbourInverse(InverseNetwork):
         layer: nn.Module | None,
         unit: bool = False,
     ) -> Explanation:
-        kept = self._fitted().kept
+        assert isinstance(state, _KeptState)  # for mypy: fit and load make no other
+        kept = state.kept
         _check_search(self.neighbours, self.metric)
         if self.neighbours > len(kept):
             raise InputError(f"neighbours={self.neighbours} are more than the {len(kept)} examples that were fitted on")
@@ -481,15 +484,15 @@ class NeighbourInverse(InverseNetwork):
 
     def _fitted(self) -> _KeptState:
         state = super()._fitted()
-        assert isinstance(state, _KeptState)  # for mypy: fit and load make no other
+        assert isinstance(state, _KeptState)  # for mypy: as above
         return state
 
     def _check_steps(self, state: _State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
         for target in targets:
             if target not in state.fitted.inverses:
                 raise self._unknown(target)
-        kept = self._fitted().kept.outputs
-        missing = [key for key in surrogate.learned if key not in kept]
+        assert isinstance(state, _KeptState)  # for mypy: as above
+        missing = [key for key in surrogate.learned if key not in state.kept.outputs]
         if missing:
             raise NotFittedError(
                 f"nothing was kept of {', '.join(missing[:4])}, which lies below where this inverse stops: fit another "
@@ -507,7 +510,8 @@ class NeighbourInverse(InverseNetwork):
         sources: Sequence[Tensor],
     ) -> tuple[Mapping[Target, Inverses], Sequence[tuple[Target, slice]]]:
         """The inverse of each example, under its number."""
-        kept = self._fitted().kept
+        assert isinstance(state, _KeptState)  # for mypy: as above
+        kept = state.kept
         if Signature.of(inputs, extras, graph.shared) != state.signature:
             raise InputError(f"neighbours are looked for among other inputs than these.\n{self._way_out(state)}")
         if self.changed == "ignore" and state.watch.changed(self.model):

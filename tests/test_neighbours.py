@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracle import Oracle, from_torch
 from small import Function, normal
+from test_readme import run
 from torch import nn
 
 from captum_mipin import (
@@ -204,6 +205,10 @@ def test_single_precision():
     single = NeighbourInverse(model, neighbours=12).fit(x.float(), progress=False).source_signal(q.float(), TARGETS)
     assert single.dtype == torch.float32
     close(single, found, 1e-4)
+    half = NeighbourInverse(model.bfloat16(), neighbours=12).fit(x.bfloat16(), progress=False)
+    halved = half.source_signal(q.bfloat16(), TARGETS)
+    assert halved.dtype == torch.bfloat16
+    close(halved, found, 0.1)
 
 
 def test_copies_pickles_and_files_explain_alike(tmp_path):
@@ -352,6 +357,12 @@ def test_further_arguments_below_the_layer():
         known = InverseNetwork(model, layer=layer)
         known.fit([(x[rows[i]], scale[rows[i]])], target, unpack=lambda batch: (batch[0], batch[1]), progress=False)
         close(found[i : i + 1], LayerMIPINAttribution(model, known).attribute(q[i : i + 1], target, own[i : i + 1]))
+
+
+def test_the_readme_runs():
+    names = run("An inverse of its own for each example")
+    assert names["attribution"].shape == (5, 64)
+    assert names["inverse"].neighbours == 100
 
 
 @needs_cuda
