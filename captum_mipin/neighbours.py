@@ -246,8 +246,8 @@ def _solved(seen: Seen, signals: tuple[Tensor, ...], settings: Settings, last: b
             if not last:
                 return inverter.inverse_of_rows(solution, live, rows).to(x)
             return Inverse(solution.coefficients.to(x), solution.bias.to(x), live, rows=rows.x.to(x))
-    found = solve(inverter.moments(x.to(wide), tuple(s.to(wide) for s in signals)), settings.ridge, settings.ridge_scale)
-    return inverter.inverse(found, x)
+    moments = inverter.moments(x.to(wide), tuple(s.to(wide) for s in signals))
+    return inverter.inverse(solve(moments, settings.ridge, settings.ridge_scale, inverter.tied), x)
 
 
 @dataclass

@@ -55,6 +55,13 @@ def convolutions():
 
 
 @cache
+def tiles():
+    """A patch embedding, whose inverse is that of a dense layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 5, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)).double().eval()
+
+
+@cache
 def residual():
     """Forks, batch norms and average pooling."""
     torch.manual_seed(0)
@@ -71,10 +78,11 @@ def residual():
     return Function(run, **layers).double().eval()
 
 
-#: With fewer rows than signals, with more, and in between.
-WIDTHS = [(12, 40, 30, 3), (12, 7, 5, 3)]
-NETWORKS = {"wide": (lambda: head(*WIDTHS[0]), (12,)), "narrow": (lambda: head(*WIDTHS[1]), (12,)),
-            "convolutions": (convolutions, (2, 6, 6)), "residual": (residual, (2, 6, 6))}  # fmt: skip
+#: The head with fewer rows than signals, and with more.
+NETWORKS = {
+    "wide": (lambda: head(12, 40, 30, 3), (12,)), "narrow": (lambda: head(12, 7, 5, 3), (12,)),
+    "convolutions": (convolutions, (2, 6, 6)), "tiles": (tiles, (2, 6, 6)), "residual": (residual, (2, 6, 6)),
+}  # fmt: skip
 
 
 def data(*shape, rows=50, dtype=torch.float64):
@@ -105,7 +113,7 @@ def fitted(network, **options):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("network", ["wide", "narrow", "convolutions"])
+@pytest.mark.parametrize("network", ["wide", "narrow", "convolutions", "tiles"])
 def test_each_example_has_algorithm_1_on_its_neighbours(network, metric):
     model, inverse, x, q = fitted(network, neighbours=12, metric=metric)
     signal = inverse.source_signal(q, TARGETS)
