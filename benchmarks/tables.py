@@ -185,7 +185,7 @@ def neighbours() -> str:
         if "APC %" in row:
             cells["APC % (shuffled output)"] = f"{row['APC %']:.1f} ({row['APC %, shuffled output']:.1f})"
             cells["cosine of two classes"] = f"{row['cosine of two classes']:.2f}"
-            cells["ms a photograph"] = f"{1000 * row['s a photograph']:.0f}"
+            cells["ms a photograph"] = f"{1000 * row['s a photograph']:.0f} ({1000 * row['s of the processor']:.0f})"
         rows.append(cells)
     return show(rows)
 

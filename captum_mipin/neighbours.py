@@ -499,6 +499,13 @@ class NeighbourInverse(InverseNetwork):
                 "NeighbourInverse that stops further down, by layer="
             )
 
+    def _check_unchanged(self, state: _State) -> None:
+        if state.watch.changed(self.model):
+            raise ModelChangedError(
+                "the model's weights have changed since the data was kept, but neighbours are fitted on with the new ones: "
+                "fit a new NeighbourInverse, whatever changed= says"
+            )
+
     def _inverses(
         self,
         state: _State,
@@ -514,11 +521,8 @@ class NeighbourInverse(InverseNetwork):
         kept = state.kept
         if Signature.of(inputs, extras, graph.shared) != state.signature:
             raise InputError(f"neighbours are looked for among other inputs than these.\n{self._way_out(state)}")
-        if self.changed == "ignore" and state.watch.changed(self.model):
-            raise ModelChangedError(
-                "the model's weights have changed since the data was kept, but neighbours are fitted on with the new ones. "
-                "Fit a new NeighbourInverse, whatever changed= says"
-            )
+        if self.changed == "ignore":
+            self._check_unchanged(state)
         fitted_graph, fitted = self._surrogate(inputs, extras, self.layer)
         values, replay = graph.values(self.model, inputs, extras), self._replay(fitted_graph, fitted)
         own = surrogate is fitted and self.feature is None
