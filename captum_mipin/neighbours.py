@@ -35,7 +35,7 @@ from captum_mipin.capture import (
     unwrapped,
 )  # fmt: skip
 from captum_mipin.data import Batches, Unpack, check_apart
-from captum_mipin.errors import CaptureError, FitError, InputError, ModelChangedError, NotFittedError
+from captum_mipin.errors import CaptureError, FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.fitting import Fitted, Settings
 from captum_mipin.inverse import Explanation, InverseNetwork, _State, device_of, generator_kept
 from captum_mipin.parts import Part, evaluate, is_size
@@ -590,6 +590,9 @@ class NeighbourInverse(InverseNetwork):
         example = tuple(
             torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in content["inputs"]
         )
+        wanted = how["sources"] + how["features"] + sum(count for _, count in how["outputs"])
+        if len(tensors) != wanted:
+            raise InverseFileError(f"{name!r} has {len(tensors)} tensors, expected {wanted}")
         # copies, as for other inverses
         found = iter([tensors[str(number)].to(device, copy=True) for number in range(len(tensors))])
         sources, features = ([next(found) for _ in range(how[kind])] for kind in ("sources", "features"))

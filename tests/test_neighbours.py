@@ -29,6 +29,7 @@ from captum_mipin import (
     TargetRangeError,
     TrainingModeError,
     neighbours,
+    storage,
 )
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -236,6 +237,10 @@ def test_copies_pickles_and_files_explain_alike(tmp_path):
         assert (other.targets, other.neighbours, other.metric) == ([0, 2], 9, "euclidean")
         with pytest.raises(NotFittedError, match=r"target 1; fitted are \[0, 2\]"):
             other.explain((q,), 1, layer=other.layer)
+    tensors, content = storage.load(tmp_path / "f")
+    storage.save(tmp_path / "g", dict(list(tensors.items())[1:]), content)
+    with pytest.raises(InverseFileError, match="tensors, expected"):
+        NeighbourInverse.load(tmp_path / "g", model)
     with pytest.raises(ModelChangedError, match="another model"):
         NeighbourInverse.load(tmp_path / "f", copy.deepcopy(model).float())
     with pytest.raises(InverseFileError):
@@ -334,6 +339,19 @@ def test_data_that_cannot_be_kept_is_refused():
     same = NeighbourInverse(model, neighbours=9).fit(x[:1].repeat(20, 1), progress=False)
     with pytest.raises(FitError, match="for each of the 9 neighbours"):
         same.source_signal(q, 0)
+
+
+def test_features_that_cannot_be_compared_are_refused():
+    model = Function(lambda m, x: m["last"](torch.relu(m["embedding"](x)).mean(1)),
+                     embedding=nn.Embedding(20, 6), last=nn.Linear(6, 3)).eval()  # fmt: skip
+    words = torch.randint(20, (30, 4))
+    options = {"layer": model.layers["embedding"], "neighbours": 9}
+    with pytest.raises(CaptureError, match=r"input inputs_0/input, of dtype torch.int64 .* Name another feature="):
+        NeighbourInverse(model, feature="input", **options).fit(words, progress=False)
+    with pytest.raises(CaptureError, match="not a module of this"):
+        NeighbourInverse(model, feature=nn.Linear(1, 1), **options).fit(words, progress=False)
+    inverse = NeighbourInverse(model, **options).fit(words, progress=False)
+    assert LayerMIPINAttribution(model, inverse).attribute(words[:2], 0).shape == (2, 4, 6)
 
 
 def test_a_way_around_the_layer_is_refused():
