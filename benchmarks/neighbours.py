@@ -15,16 +15,16 @@ each for its label. With all photographs as neighbours, the inverse is the globa
 """
 
 import argparse
+import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import heads
 import torch
-from common import show, write
+from common import RESULTS, show, write
 from networks import accuracy
 from torch import Tensor, nn
 
@@ -33,8 +33,8 @@ from captum_mipin.metrics import bounding_box_accuracy
 from captum_mipin.metrics.similarity import cosine
 
 CLASSES = 8
-COUNTS = (15, 30, 60, 100, 300, 1000)
 BATCH = 20
+PARTS = ("references", "15", "30", "60", "100", "300", "1000", "Euclidean", "hidden 1", "hidden 2", "all")
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Chosen:
     classes: list[int]
 
 
-def chosen(found: heads.Features, count: int) -> Chosen:
+def chosen(found: heads.Features) -> Chosen:
     """Photographs with small boxes, of the classes with most of them."""
     area = found.boxes.flatten(1).double().mean(1)
     small = ((area > 0) & (area <= 0.33)).nonzero().squeeze(1)
     classes = sorted(c for c, _ in Counter(found.test_labels[small].tolist()).most_common(CLASSES))
     generator = torch.Generator().manual_seed(0)
     rows = small[torch.isin(found.test_labels[small], torch.tensor(classes))]
-    rows = rows[torch.randperm(len(rows), generator=generator)[:count]]
+    rows = rows[torch.randperm(len(rows), generator=generator)]
     labels = found.test_labels[rows]
     steps = torch.randint(1, CLASSES, (len(rows),), generator=generator)
     others = torch.tensor(classes)[(torch.searchsorted(torch.tensor(classes), labels) + steps) % CLASSES]
@@ -118,53 +118,58 @@ def references(model: nn.Module, these: Chosen) -> dict[str, Tensor]:
     }
 
 
-def compare(model: nn.Module, train: Tensor, these: Chosen, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """One row a method."""
-    for name, maps in references(model, these).items():
-        score, error = boxed(maps, these)
-        yield {"method": name, "box accuracy, A": score, "standard error": error}
-    near = NeighbourInverse(model).fit(train, progress=False)
-    near.source_signal(these.x[:2], 0)
-    for count in counts:
-        near.neighbours = count
-        yield {"method": "neighbours", "neighbours": count, **measured(near, model, these)}
-    near.neighbours, near.metric = 60, "euclidean"
-    yield {"method": "neighbours, Euclidean", "neighbours": 60, **measured(near, model, these)}
-    for number, path in ((1, "3"), (2, "6")):
-        other = NeighbourInverse(model, feature=model.get_submodule(path)).fit(train, progress=False)
-        yield {"method": f"neighbours by hidden layer {number}", "neighbours": 60, **measured(other, model, these)}
+def compare(part: str, model: nn.Module, train: Tensor, these: Chosen) -> list[dict[str, Any]]:
+    """The rows of one part."""
+    if part == "references":
+        scores = {name: boxed(maps, these) for name, maps in references(model, these).items()}
+        return [{"method": name, "box accuracy, A": score, "standard error": error} for name, (score, error) in scores.items()]
+    if part == "all":
+        return [everywhere(model, train, these)]
+    path = {"hidden 1": "3", "hidden 2": "6"}.get(part)
+    inverse = NeighbourInverse(
+        model,
+        neighbours=int(part) if part.isdecimal() else 60,
+        metric="euclidean" if part == "Euclidean" else "cosine",
+        feature=None if path is None else model.get_submodule(path),
+    ).fit(train, progress=False)
+    inverse.source_signal(these.x[:2], 0)
+    name = "neighbours" if part.isdecimal() else f"neighbours, {part}"
+    return [{"method": name, "neighbours": inverse.neighbours, **measured(inverse, model, these)}]
+
+
+def everywhere(model: nn.Module, train: Tensor, these: Chosen) -> dict[str, Any]:
+    """The global fit, and how far that with all as neighbours is from it for one photograph."""
     start = time.perf_counter()
-    everywhere = InverseNetwork(model).fit(train, these.classes, progress=False)
+    inverse = InverseNetwork(model).fit(train, these.classes, progress=False)
     seconds = time.perf_counter() - start
-    near.neighbours = len(train)
-    mine, theirs = (i.explain((these.x[:1],), these.labels[:1], mask=True).signals[0][0] for i in (near, everywhere))
+    same = NeighbourInverse(model, neighbours=len(train)).fit(train, progress=False)
+    mine, theirs = (i.explain((these.x[:1],), these.labels[:1], mask=True).signals[0][0] for i in (same, inverse))
     difference = float((mine - theirs).norm() / theirs.norm())
-    row = measured(everywhere, model, these)
-    yield {"method": "all", "neighbours": len(train), **row, "fit s": seconds, "difference from k = N": difference}
+    row = {"method": "all", "neighbours": len(train), **measured(inverse, model, these)}
+    return {**row, "fit s": seconds, "difference from k = N": difference}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"what to measure, other rows stay as they were: {', '.join(PARTS)}")
     parser.add_argument("--data", type=Path, required=True, help="folder with the zip files and weights/")
-    parser.add_argument("--images", type=int, default=160, help="photographs to explain, at most")
-    parser.add_argument("--counts", type=int, nargs="*", default=COUNTS, help="numbers of neighbours")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = heads.features(arguments.data)
-    model, these = heads.trained(1024, found), chosen(found, arguments.images)
-    rows = []
-    for row in compare(model, found.train, these, arguments.counts):
-        rows.append(row)
-        print(row, flush=True)
-    right = accuracy(model, these.x, these.labels)
+    model, these = heads.trained(1024, found), chosen(found)
     settings = {
-        "data": "ILSVRC2012 validation photographs, boxes of at most a third", "images": len(these.x), "right": right,
+        "data": "ILSVRC2012 validation photographs, boxes of at most a third", "images": len(these.x),
         "fitted on": len(found.train), "network": "head 25088-1024-1024-20 on SqueezeNet 1.0, max-pooled to 7 x 7",
-        "held out": accuracy(model, found.test, found.test_labels), "target": "the label", "batch": BATCH,
-        "ties": "expected", "classes": these.classes,
+        "held out": accuracy(model, found.test, found.test_labels), "right": accuracy(model, these.x, these.labels),
+        "target": "the label", "batch": BATCH, "ties": "expected", "classes": these.classes,
     }  # fmt: skip
-    write("neighbours", rows, **settings)
-    print(show(rows))
+    path = RESULTS / "neighbours.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() and arguments.parts else []
+    for part in arguments.parts or PARTS:
+        new = [{"part": part, **row} for row in compare(part, model, found.train, these)]
+        rows = sorted([row for row in rows if row["part"] != part] + new, key=lambda row: PARTS.index(row["part"]))
+        write("neighbours", rows, **settings)
+        print(show(new), flush=True)
 
 
 if __name__ == "__main__":
