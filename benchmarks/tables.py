@@ -178,7 +178,7 @@ def neighbours() -> str:
         count = f"{row['neighbours']:,}" if "neighbours" in row else ""
         cells = {
             "method": row["method"],
-            "k": count,
+            "k": count + (f", {row['photographs']} photographs" if row["part"] == "1000" else ""),
             "box accuracy, A": f"{row['box accuracy, A']:.2f} ± {row['standard error']:.2f}",
             **{name: f"{row[f'box accuracy, {name}']:.2f}" for name in ("A × feature", "S") if f"box accuracy, {name}" in row},
         }
