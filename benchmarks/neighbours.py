@@ -3,8 +3,8 @@
 The head 25088-1024-1024-20 of ``benchmarks/heads.py`` is explained at its input, the features of SqueezeNet 1.0 (512 x 7 x 7,
 after a ReLU, so that equation 9 applies to them as well). Inverses are fitted on the 6,600 photographs that it was trained on,
 and explain photographs of ImageNet's validation set whose boxes cover at most a third, of the eight classes with most of them,
-each for its label; with 1,000 neighbours, for time, sixty of them. With all photographs as neighbours, the inverse is the global
-one ("limit": how nearly, in float32).
+each for its label; with 1,000 neighbours, for time, sixty of them. With all photographs as neighbours, the inverse is the
+global one ("limit": how nearly, in float32).
 
 - Box accuracy: of the n hottest pixels, the share inside the boxes, n being the number of pixels inside, ties as chance has it;
   maps are the mean over channels of what is positive in A, of that times the features, and of S, made as large as the image;
