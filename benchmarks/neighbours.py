@@ -4,7 +4,7 @@ The head 25088-1024-1024-20 of ``benchmarks/heads.py`` is explained at its input
 after a ReLU, so that equation 9 applies to them as well). Inverses are fitted on the 6,600 photographs that it was trained on,
 and explain photographs of ImageNet's validation set whose boxes cover at most a third, of the eight classes with most of them,
 each for its label; with 1,000 neighbours, for time, sixty of them. With all photographs as neighbours, the inverse is the
-global one ("limit": how nearly, in float32).
+global one, which is fitted as such. Neighbours are looked for among the features, or by the output of a hidden layer.
 
 - Box accuracy: of the n hottest pixels, the share inside the boxes, n being the number of pixels inside, ties as chance has it;
   maps are the mean over channels of what is positive in A, of that times the features, and of S, made as large as the image;
@@ -36,7 +36,7 @@ from captum_mipin.metrics.similarity import cosine
 CLASSES = 8
 BATCH = 20
 FEW = 60
-PARTS = ("references", "15", "30", "60", "100", "300", "1000", "Euclidean", "hidden 1", "hidden 2", "all", "limit")
+PARTS = ("references", "15", "30", "60", "100", "300", "1000", "Euclidean", "hidden 1", "hidden 2", "all")
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,6 @@ def compare(part: str, model: nn.Module, train: Tensor, these: Chosen) -> list[d
         return [{"method": name, "box accuracy, A": score, "standard error": error} for name, (score, error) in scores.items()]
     if part == "all":
         return [everywhere(model, train, these)]
-    if part == "limit":
-        return [{"method": "all as neighbours", "difference from the global fit": limit(model, train, these)}]
     path = {"hidden 1": "3", "hidden 2": "6"}.get(part)
     inverse = NeighbourInverse(
         model,
@@ -150,14 +148,6 @@ def everywhere(model: nn.Module, train: Tensor, these: Chosen) -> dict[str, Any]
     inverse = InverseNetwork(model).fit(train, these.classes, progress=False)
     seconds = time.perf_counter() - start
     return {"method": "all", "neighbours": len(train), **measured(inverse, model, these), "fit s": seconds}
-
-
-def limit(model: nn.Module, train: Tensor, these: Chosen) -> float:
-    """How far A of one photograph with all as neighbours is from that of the global fit, relative."""
-    (x, target), count = (these.x[:1], int(these.labels[0])), len(train)
-    inverses = InverseNetwork(model), NeighbourInverse(model, neighbours=count)
-    mine, theirs = (i.fit(train, target, progress=False).explain((x,), target, mask=True).signals[0][0] for i in inverses)
-    return float((mine - theirs).norm() / theirs.norm())
 
 
 def main() -> None:
