@@ -11,7 +11,6 @@ import pytest
 import torch
 from oracle import Oracle, from_torch
 from small import Function, normal
-from test_readme import run
 from torch import nn
 
 from captum_mipin import (
@@ -383,12 +382,6 @@ def test_further_arguments_below_the_layer():
         known = InverseNetwork(model, layer=layer)
         known.fit([(x[rows[i]], scale[rows[i]])], target, unpack=lambda batch: (batch[0], batch[1]), progress=False)
         close(found[i : i + 1], LayerMIPINAttribution(model, known).attribute(q[i : i + 1], target, own[i : i + 1]))
-
-
-def test_the_readme_runs():
-    names = run("An inverse of its own for each example")
-    assert names["attribution"].shape == (5, 64)
-    assert names["inverse"].neighbours == 100
 
 
 @needs_cuda

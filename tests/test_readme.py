@@ -70,6 +70,12 @@ def test_the_bottleneck_runs(capsys):
     assert "512 features of 1797 values each" in capsys.readouterr().out
 
 
+def test_an_inverse_for_each_example_runs():
+    names = run("An inverse of its own for each example")
+    assert names["attribution"].shape == (5, 64)
+    assert names["inverse"].neighbours == 100
+
+
 def test_the_other_methods_run(capsys):
     names = run("The other methods of the paper's tables")
     assert names["relevance"].shape == names["attribution"].shape == (4, 3, 8, 8)
