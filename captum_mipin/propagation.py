@@ -82,6 +82,7 @@ class Run:
         sizes: About the bytes of what is kept for the way back through each of these steps and what lies below it.
         sources: The tensors at which the signal is wanted.
         proving: Make sure that what rules compute is what their operations do.
+        once: There is one way back only: what it needs is forgotten step by step.
     """
 
     steps: Mapping[str, Step]
@@ -93,6 +94,7 @@ class Run:
     sizes: dict[str, int] = field(default_factory=dict)
     sources: dict[int, Tensor] = field(default_factory=dict)
     proving: bool = False
+    once: bool = False
 
     def invert(self, inverter: Inverter, step: Step, *signals: Tensor) -> Tensor:
         """g(S), for each example with the inverse of its own target."""
@@ -120,11 +122,14 @@ class _Invert(torch.autograd.Function):
     def forward(ctx: Any, run: Run, step: Step, arguments: Any, named: Any, *x: Tensor) -> Any:
         several = isinstance(step.rule, Recorded) and step.rule.several
         value, ctx.back = _forward(run, step, x if several else x[0], arguments, named)
+        ctx.once = run.once
         return value
 
     @staticmethod
     def backward(ctx: Any, *signals: Tensor) -> Any:
         found = ctx.back(*signals)
+        if ctx.once:
+            ctx.back = None
         return None, None, None, None, *(found if isinstance(found, tuple) else (found,))
 
 

@@ -129,7 +129,7 @@ class Propagation(NoFuture, GradientAttribution):
             graph, surrogate = self._surrogate(inputs, extras, layer)
             dims = graph.output.meta["val"].shape[1:]
             targets = per_example(target, torch.empty(len(inputs[0]), *dims, device="meta"))
-            run = Run(surrogate.steps)
+            run = Run(surrogate.steps, once=True)
             with TURNS.explaining():
                 output = surrogate(run, graph.values(self.model, inputs, extras))
                 start = self._start(output, targets)

@@ -1,15 +1,14 @@
 """Excitation backprop: probabilities of winning, from the output down, along excitatory weights alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from captum_mipin.capture import Output
 from captum_mipin.methods.gradients import derivative
-from captum_mipin.methods.lrp import LRP, LayerRule, relevance, stabilised
+from captum_mipin.methods.lrp import LRP, LayerRule, quotient, relevance
 from captum_mipin.methods.weights import Layer
 from captum_mipin.propagation import Target, seed
 from captum_mipin.rules import Options, Recorded, Rule
@@ -31,13 +30,15 @@ class Excitation:
 
     def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
         """See :class:`~captum_mipin.methods.lrp.LayerRule`."""
-        x = x.clamp(min=0)
-        parts = [(weight.clamp(min=0), 1), *([(-weight.clamp(max=0), -1)] if self.contrast else [])]
-        sums = [stabilised(layer.apply(x, w)) for w, _ in parts]
+        excited = x if bool(x.min() >= 0) else x.clamp(min=0)
+
+        def won(p: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+            made = layer.made(of, weight)
+            return layer.adjoint(quotient(p, layer.apply(excited, made)), x, made).mul_(excited)
 
         def back(p: Tensor) -> Tensor:
-            found = [sign * layer.adjoint(p / z, x, w) for (w, sign), z in zip(parts, sums, strict=True)]
-            return x * torch.stack(found).sum(0) if self.contrast else found[0].mul_(x)
+            found = won(p, _above)
+            return found.sub_(won(p, _below)) if self.contrast else found
 
         return back
 
@@ -92,19 +93,27 @@ def _averaged(options: Options, operation: Any, x: tuple[Tensor, ...], *argument
     """P by the shares of what is above 0, through a linear operation without negative weights."""
     excited = tuple(part.clamp(min=0) for part in x)
     z, back = derivative(operation, excited, *arguments, **named)
-    found = operation(x, *arguments, **named), stabilised(z)
-    return found[0], lambda p: tuple(part * g for part, g in zip(excited, back(p / found[1]), strict=True))
+    value = operation(x, *arguments, **named)
+    return value, lambda p: tuple(part * g for part, g in zip(excited, back(quotient(p, z)), strict=True))
 
 
 def _combined(options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any) -> Any:
     """P by the positive parts of what each argument adds to the value, element by element."""
-    zeros = tuple(map(torch.zeros_like, x))
-    constant = operation(zeros, *arguments, **named)
-    terms = []
-    for index, part in enumerate(x):
-        alone = operation((*zeros[:index], part, *zeros[index + 1 :]), *arguments, **named)
-        terms.append((alone - constant).clamp(min=0))
-    z = stabilised(torch.stack(terms).sum(0))
-    return operation(x, *arguments, **named), lambda p: tuple(
-        (p * term / z).sum_to_size(part.shape) for term, part in zip(terms, x, strict=True)
-    )
+
+    def back(p: Tensor) -> tuple[Tensor, ...]:
+        zeros = tuple(part.new_zeros(()) for part in x)
+        constant = operation(zeros, *arguments, **named)
+        alone = (operation((*zeros[:i], part, *zeros[i + 1 :]), *arguments, **named) for i, part in enumerate(x))
+        terms = [(value - constant).clamp_(min=0) for value in alone]
+        q = quotient(p, sum(terms[1:], terms[0]))
+        return tuple((term * q).sum_to_size(part.shape) for term, part in zip(terms, x, strict=True))
+
+    return operation(x, *arguments, **named), back
+
+
+def _above(weight: Tensor) -> Tensor:
+    return weight.clamp(min=0)
+
+
+def _below(weight: Tensor) -> Tensor:
+    return weight.clamp(max=0).neg_()

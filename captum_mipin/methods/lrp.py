@@ -52,7 +52,7 @@ class LayerRule(Protocol):
             layer: The layer.
             x: (batch, ...) its input.
             weight: W.
-            bias: b, where it is to take relevance; else None.
+            bias: b, zeros where the layer has none, where it is to take relevance; else None.
             value: A(x; W) + b, whether or not b takes relevance.
         """
         ...
@@ -79,8 +79,8 @@ class Epsilon:
 
     def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
         """See :class:`LayerRule`."""
-        z = stabilised(value if bias is not None else layer.apply(x, weight), self.epsilon)
-        return lambda r: layer.adjoint(r / z, x, weight).mul_(x)
+        z = value if bias is not None else layer.apply(x, weight)
+        return lambda r: layer.adjoint(quotient(r, z, self.epsilon), x, weight).mul_(x)
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ class AlphaBeta:
 
     def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
         """See :class:`LayerRule`."""
-        parts = [(self.alpha, _signed(layer, x, partial(_part, weight), _part(bias, True), self.epsilon))]
+        parts = [(self.alpha, _signed(layer, x, weight, True, _part(bias, True), self.epsilon))]
         if self.beta:
-            down = _signed(layer, x, lambda positive: _part(weight, not positive), _part(bias, False), self.epsilon)
+            down = _signed(layer, x, weight, False, _part(bias, False), self.epsilon)
             parts.append((-self.beta, down))
         return lambda r: _sum([factor * part(r) if factor != 1 else part(r) for factor, part in parts])
 
@@ -157,20 +157,24 @@ class Gamma:
         return f"LRP-γ, γ = {self.gamma:g}"
 
     def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
-        """See :class:`LayerRule`."""
+        """See :class:`LayerRule`.
 
-        def part(up: bool) -> Back:
-            def more(positive: bool) -> Tensor:
-                return torch.add(weight, _part(weight, positive == up), alpha=self.gamma)
-
-            b = None if bias is None else bias + self.gamma * _part(bias, up)
-            return _signed(layer, x, more, b, self.epsilon)
-
-        up = part(True)
+        Of contributions c those that agree with the sign σ of z_j are (c + σ |c|) / 2. Where neither inputs nor any z_j that
+        has relevance are below 0, as between two ReLUs, that is W + γ W⁺, once forward and once back.
+        """
+        half = self.gamma / 2
 
         def back(r: Tensor) -> Tensor:
-            found, below = up(r * (value > 0)), r * (value < 0)
-            return found + part(False)(below) if bool(below.any()) else found  # below a ReLU there is nothing
+            if _nowhere_negative(x) and not bool(torch.logical_and(r, value < 0).any()):
+                more = layer.made(lambda w: torch.add(w, _part(w, True), alpha=self.gamma), weight)
+                z = layer.apply(x, more, None if bias is None else bias + self.gamma * _part(bias, True))
+                return layer.adjoint(quotient(r * (value > 0), z, self.epsilon), x, more).mul_(x)
+            sign, large, larger = value.sign(), x.abs(), layer.made(torch.abs, weight)
+            z = layer.apply(large, larger, None if bias is None else bias.abs()).mul_(sign).mul_(half)
+            z.add_(value if bias is not None else layer.apply(x, weight), alpha=1 + half)
+            q = quotient(r * sign.abs(), z, self.epsilon)
+            found = layer.adjoint(q, x, weight).mul_(x).mul_(1 + half)
+            return found.addcmul_(layer.adjoint(q.mul_(sign), x, larger), large, value=half)
 
         return back
 
@@ -228,12 +232,12 @@ class ZBox:
             raise InputError(
                 f"z^B at {layer.key} is for inputs between low and high, and {int(outside.sum())} of its inputs are outside"
             )
-        low, high = low.expand_as(x), high.expand_as(x)
+        low, high = low.expand_as(x[:1]), high.expand_as(x[:1])
         up, down = weight.clamp(min=0), weight.clamp(max=0)
-        z = stabilised(layer.apply(x, weight) - layer.apply(low, up) - layer.apply(high, down), self.epsilon)
+        z = layer.apply(x, weight) - layer.apply(low, up) - layer.apply(high, down)
 
         def back(r: Tensor) -> Tensor:
-            q = r / z
+            q = quotient(r, z, self.epsilon)
             return x * layer.adjoint(q, x, weight) - low * layer.adjoint(q, x, up) - high * layer.adjoint(q, x, down)
 
         return back
@@ -425,21 +429,22 @@ class _FullBias(ZPlus):
 
     def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
         """See :class:`LayerRule`."""
-        return _signed(layer, x, partial(_part, weight), bias, self.epsilon)
+        return _signed(layer, x, weight, True, bias, self.epsilon)
 
 
-def stabilised(z: Tensor, epsilon: float = 0.0) -> Tensor:
-    """Z + ε s(z), and where that is 0, infinity: nothing is shared out there."""
+def quotient(r: Tensor, z: Tensor, epsilon: float = 0.0) -> Tensor:
+    """R / (z + ε s(z)), and 0 where that is divided by 0: nothing is shared out there."""
     if epsilon:
-        return torch.where(z < 0, z - epsilon, z + epsilon)
-    return z.masked_fill(z == 0, torch.inf)
+        below = torch.where(z < 0, z.new_tensor(-epsilon), z.new_tensor(epsilon)).add_(z)
+        return torch.div(r, below, out=below)
+    return (r / z).masked_fill_(z == 0, 0)
 
 
 def share(shift: bool, options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any) -> Any:
     """x_i A_ij / z_j for a linear operation A, where z is its value; with ``shift`` what constants add to it is left out."""
     value, back = derivative(operation, x, *arguments, **named)
-    z = value - operation(tuple(map(torch.zeros_like, x)), *arguments, **named) if shift else value
-    return value, lambda r: tuple(part * g for part, g in zip(x, back(r / stabilised(z)), strict=True))
+    z = value - operation(tuple(map(torch.zeros_like, x)), *arguments, **named) if shift else value.detach()
+    return value, lambda r: tuple(part * g for part, g in zip(x, back(quotient(r, z)), strict=True))
 
 
 def hand_on(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
@@ -461,33 +466,43 @@ def values(node: fx.Node) -> tuple[int, ...]:
 def _layer(
     rule: LayerRule, kept: bool, options: Options, layer: Layer, x: Tensor, weight: Any, bias: Any, norm: Any
 ) -> tuple[Tensor, Back]:
-    w, b = layer.parameters(weight, bias, norm)
-    value = layer.shifted(layer.apply(x, w), b)
-    return value, rule.back(layer, x, w, b if kept else None, value)
-
-
-def _signed(layer: Layer, x: Tensor, weights: Callable[[bool], Tensor], bias: Tensor | None, epsilon: float) -> Back:
-    """Shares of what ``weights(True)`` make of x ≥ 0 and ``weights(False)`` of x < 0, in their sum and the bias."""
-    above, first = x.clamp(min=0), weights(True)
-    z = layer.apply(above, first)
-    below = x.clamp(max=0) if bool((x < 0).any()) else None
-    if below is not None:
-        second = weights(False)
-        z = z + layer.apply(below, second)
-    z = stabilised(layer.shifted(z, bias), epsilon)
+    """The value, and a way back that makes what it needs on the way, so that it is not kept for all layers at once."""
+    value = layer(x, weight, bias, norm)
+    recorded = value.detach()
 
     def back(r: Tensor) -> Tensor:
-        q = r / z
-        found = layer.adjoint(q, x, first).mul_(above)
-        return found if below is None else found.addcmul_(layer.adjoint(q, x, second), below)
+        w, b = layer.parameters(weight, bias, norm)
+        if b is None:
+            b = recorded.new_zeros(recorded.shape[-1 if layer.kind == "dense" else 1])
+        return rule.back(layer, x, w, b if kept else None, recorded)(r)
+
+    return value, back
+
+
+def _signed(layer: Layer, x: Tensor, weight: Tensor, up: bool, bias: Tensor | None, epsilon: float) -> Back:
+    """Shares in the sum of the contributions above 0, or of those below, and the bias."""
+    first = layer.made(partial(_part, positive=up), weight)
+    if _nowhere_negative(x):
+        z = layer.apply(x, first, bias)
+        return lambda r: layer.adjoint(quotient(r, z, epsilon), x, first).mul_(x)
+    above, below, second = x.clamp(min=0), x.clamp(max=0), layer.made(partial(_part, positive=not up), weight)
+    z = layer.apply(above, first, bias).add_(layer.apply(below, second))
+
+    def back(r: Tensor) -> Tensor:
+        q = quotient(r, z, epsilon)
+        return layer.adjoint(q, x, first).mul_(above).addcmul_(layer.adjoint(q, x, second), below)
 
     return back
 
 
+def _nowhere_negative(x: Tensor) -> bool:
+    return bool(x.min() >= 0)
+
+
 def _spread(layer: Layer, x: Tensor, weight: Tensor) -> Back:
     """By the shares of weights ≥ 0 alone."""
-    z = stabilised(layer.apply(torch.ones_like(x[:1]), weight))
-    return lambda r: layer.adjoint(r / z, x, weight)
+    z = layer.apply(torch.ones_like(x[:1]), weight)
+    return lambda r: layer.adjoint(quotient(r, z), x, weight)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

@@ -460,14 +460,14 @@ def _through(
 ) -> tuple[Tensor, Back]:
     """Send s through a layer's patterns, or patterns times weights."""
     w, b = layer.parameters(*weights)
-    value = layer.shifted(layer.apply(x, w), b)
+    value = layer.apply(x, w, b)
     if layer.kind == "scale":
         inverse = (w != 0).to(w) if attribution else 1 / w.masked_fill(w == 0, torch.inf)
         return value, lambda s: layer.adjoint(s, x, inverse)
     a = pattern(layer.key).to(w)
     if a.shape != w.shape:
         raise InputError(f"the pattern of {layer.key} has shape {tuple(a.shape)}, its weights {tuple(w.shape)}: fit again")
-    return value, lambda s: layer.adjoint(s, x, a * w if attribution else a)
+    return value, lambda s: layer.adjoint(s, x, layer.made(torch.mul, a, w) if attribution else a)
 
 
 def _merged(

@@ -5,7 +5,7 @@ is folded into its weights, for the two are one linear map; any other batch norm
 channel. The graph is rewritten, never the model: weights are read, and folded, as they are at each call.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +18,29 @@ from captum_mipin.rules.base import argument, each
 
 #: Scale, shift, mean, variance and ε of a batch norm.
 Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
+
+
+#: Entries of dense weights that are made at a time.
+_PART = 1 << 19
+
+
+@dataclass(frozen=True)
+class Made:
+    """Weights of a dense layer that follow from others entry by entry, such as their positive parts.
+
+    There may be more of them than of all else, so they are made some rows at a time, each time they are used.
+    """
+
+    of: Callable[..., Tensor]
+    weights: tuple[Tensor, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows made at a time."""
+        return max(1, _PART // max(1, self.weights[0].shape[1]))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.of(*parts) for parts in zip(*(weight.split(self.rows) for weight in self.weights), strict=True))
 
 
 @dataclass(frozen=True)
@@ -57,13 +80,13 @@ class Layer:
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm | None) -> Tensor:
         """A(x; W) + b."""
-        w, b = self.parameters(weight, bias, norm)
-        return self.shifted(self.apply(x, w), b)
+        return self.apply(x, *self.parameters(weight, bias, norm))
 
     def parameters(self, weight: Tensor | None, bias: Tensor | None, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """W and b, a batch norm folded in; W of a dense layer is (outputs, inputs)."""
         if weight is not None and self.kind == "dense":
-            weight = (weight.mT if self.transposed else weight) * (1 if self.factors[1] == 1 else self.factors[1])
+            weight = weight.mT if self.transposed else weight
+            weight = weight if self.factors[1] == 1 else weight * self.factors[1]
             bias = bias if bias is None or self.factors[0] == 1 else bias * self.factors[0]
         if norm is None:
             assert weight is not None  # for mypy: only a batch norm alone has none
@@ -76,13 +99,19 @@ class Layer:
             weight, bias = weight * self.spread(factor, weight), ((0 if bias is None else bias) - mean) * factor
         return weight, bias if shift is None else bias + shift
 
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """A(x; W)."""
+    def made(self, of: Callable[..., Tensor], *weights: Tensor) -> Tensor | Made:
+        """Weights that follow from these, shaped like W, entry by entry."""
+        return Made(of, weights) if self.kind == "dense" else of(*weights)
+
+    def apply(self, x: Tensor, weight: Tensor | Made, bias: Tensor | None = None) -> Tensor:
+        """A(x; W) + b."""
+        if isinstance(weight, Made):
+            return self.shifted(torch.cat([F.linear(x, part) for part in weight], -1), bias)
         if self.kind == "dense":
-            return F.linear(x, weight)
+            return F.linear(x, weight, bias)
         if self.kind == "scale":
-            return x * self._channels(weight, x)
-        return torch.convolution(self._padded(x), weight, None, *self._geometry())
+            return self.shifted(x * self._channels(weight, x), bias)
+        return torch.convolution(self._padded(x), weight, bias, *self._geometry())
 
     def shifted(self, value: Tensor, bias: Tensor | None) -> Tensor:
         """``value`` + b."""
@@ -90,8 +119,13 @@ class Layer:
             return value
         return value + (bias if self.kind == "dense" else self._channels(bias, value))
 
-    def adjoint(self, s: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def adjoint(self, s: Tensor, x: Tensor, weight: Tensor | Made) -> Tensor:
         """Σ_j W_ij s_j, shaped like ``x``."""
+        if isinstance(weight, Made):
+            found = torch.zeros_like(x)
+            for s_part, part in zip(s.split(weight.rows, -1), weight, strict=True):
+                found += s_part @ part
+            return found
         if self.kind == "dense":
             return s @ weight
         if self.kind == "scale":
