@@ -2,10 +2,13 @@
 
 VGG-16 and ResNet-50 at 224 x 224, batches of two images, torchvision's random weights (the time does not depend on them); ours
 beside Captum's and zennit's implementation of the same method, in turn, medians of processor time on one thread, so that what
-else the machine does counts little. Theirs are timed right or wrong.
+else the machine does counts little. Theirs are timed right or wrong. The C library keeps the memory that is freed: what fresh
+pages cost, and how many there are, differs from machine to machine and from run to run by more than methods do.
 """
 
 import argparse
+import ctypes
+import platform
 import statistics
 import time
 import warnings
@@ -100,6 +103,14 @@ def methods(model: nn.Module, x: Tensor) -> dict[str, dict[str, Call]]:
     }  # fmt: skip
 
 
+def keep_memory() -> bool:
+    """Let the C library ask for memory once and give none back, where it is glibc; whether it does so now."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=["vgg16", "resnet50"], help="names of torchvision")
@@ -107,6 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    kept = keep_memory()
     rows: list[dict[str, Any]] = []
     for name in arguments.networks:
         torch.manual_seed(0)
@@ -119,7 +131,8 @@ def main() -> None:
             found = {f"{whose} ÷ Saliency": taken / base for whose, taken in zip(calls, others, strict=True)}
             rows.append({"network": name, "method": method, **found, "Saliency ms": 1e3 * base})
             print(rows[-1], time.strftime("%X"), flush=True)
-        write("speed-methods", rows, repeats=arguments.repeats, batch=2, size=224, clock="processor time, one thread")
+        clock = "processor time, one thread"
+        write("speed-methods", rows, repeats=arguments.repeats, batch=2, size=224, clock=clock, memory_kept=kept)
     print(show(rows))
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from captum_mipin.capture import Output
 from captum_mipin.errors import InputError
@@ -159,22 +160,25 @@ class Gamma:
     def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
         """See :class:`LayerRule`.
 
-        Of contributions c those that agree with the sign σ of z_j are (c + σ |c|) / 2. Where neither inputs nor any z_j that
-        has relevance are below 0, as between two ReLUs, that is W + γ W⁺, once forward and once back.
+        Of contributions c those that agree with the sign σ of z_j are (c + σ |c|) / 2, so that c + κ σ |c| with κ = γ / (2 + γ)
+        is shared out by. Where neither inputs nor any z_j that has relevance are below 0, as between two ReLUs, that is
+        W⁺ + W⁻ / (1 + γ), once forward and once back.
         """
-        half = self.gamma / 2
+        part = self.gamma / (2 + self.gamma)
 
         def back(r: Tensor) -> Tensor:
-            if _nowhere_negative(x) and not bool(torch.logical_and(r, value < 0).any()):
-                more = layer.made(lambda w: torch.add(w, _part(w, True), alpha=self.gamma), weight)
-                z = layer.apply(x, more, None if bias is None else bias + self.gamma * _part(bias, True))
-                return layer.adjoint(quotient(r * (value > 0), z, self.epsilon), x, more).mul_(x)
-            sign, large, larger = value.sign(), x.abs(), layer.made(torch.abs, weight)
-            z = layer.apply(large, larger, None if bias is None else bias.abs()).mul_(sign).mul_(half)
-            z.add_(value if bias is not None else layer.apply(x, weight), alpha=1 + half)
-            q = quotient(r * sign.abs(), z, self.epsilon)
-            found = layer.adjoint(q, x, weight).mul_(x).mul_(1 + half)
-            return found.addcmul_(layer.adjoint(q.mul_(sign), x, larger), large, value=half)
+            positive, above = _nowhere_negative(x), torch.ops.aten.threshold_backward(r, value, 0)  # r where value > 0
+            if positive and torch.equal(above, r):
+                slope = 1 / (1 + self.gamma)
+                less = layer.made(lambda w: F.leaky_relu(w, slope), weight)
+                z = layer.apply(x, less, None if bias is None else F.leaky_relu(bias, slope))
+                return layer.adjoint(quotient(r, z, self.epsilon * slope), x, less).mul_(x)
+            sign, size, sizes = value.sign(), x if positive else x.abs(), layer.made(lambda w: w.abs().mul_(part), weight)
+            z = layer.apply(size, sizes, None if bias is None else bias.abs() * part)
+            z.add_((value if bias is not None else layer.apply(x, weight)) * sign)
+            q = quotient(r * sign, z, self.epsilon * (1 - part))
+            found = layer.adjoint(q, x, weight).mul_(x)
+            return found.addcmul_(layer.adjoint(q.mul_(sign), x, sizes), size)
 
         return back
 
@@ -435,9 +439,9 @@ class _FullBias(ZPlus):
 def quotient(r: Tensor, z: Tensor, epsilon: float = 0.0) -> Tensor:
     """R / (z + ε s(z)), and 0 where that is divided by 0: nothing is shared out there."""
     if epsilon:
-        below = torch.where(z < 0, z.new_tensor(-epsilon), z.new_tensor(epsilon)).add_(z)
-        return torch.div(r, below, out=below)
-    return (r / z).masked_fill_(z == 0, 0)
+        return r / torch.copysign(z.new_tensor(epsilon), z + 0.0).add_(z)  # + 0 makes 0 of −0
+    found: Tensor = torch.ops.aten.threshold_backward(r / z, z.abs(), 0)  # far cheaper than a mask
+    return found
 
 
 def share(shift: bool, options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any) -> Any:
@@ -483,8 +487,7 @@ def _signed(layer: Layer, x: Tensor, weight: Tensor, up: bool, bias: Tensor | No
     """Shares in the sum of the contributions above 0, or of those below, and the bias."""
     first = layer.made(partial(_part, positive=up), weight)
     if _nowhere_negative(x):
-        z = layer.apply(x, first, bias)
-        return lambda r: layer.adjoint(quotient(r, z, epsilon), x, first).mul_(x)
+        return lambda r: layer.adjoint(quotient(r, layer.apply(x, first, bias), epsilon), x, first).mul_(x)
     above, below, second = x.clamp(min=0), x.clamp(max=0), layer.made(partial(_part, positive=not up), weight)
     z = layer.apply(above, first, bias).add_(layer.apply(below, second))
 
