@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from captum_mipin import FitError, InputError, InverseNetwork
+from captum_mipin import FitError, InputError, InverseNetwork, Patterns
 from captum_mipin.processes import Processes
 
 #: What each of two processes does, one scenario after the other.
 SCRIPT = """
-import json, os, sys
+import json, os, signal, sys
 import torch
 from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from captum_mipin import InverseNetwork, fitting
+from captum_mipin import InverseNetwork, Patterns, fitting
 
 distributed.init_process_group("gloo")
 rank, folder = distributed.get_rank(), sys.argv[1]
@@ -107,6 +107,29 @@ try:
     InverseNetwork(network(), solver="sgd").fit(x, 0, progress=False, distributed=True)
 except Exception as error:
     found["sgd"] = f"{type(error).__name__}: {error}"
+
+def patterns(name, data, change=lambda model: None, **options):
+    model = network()
+    change(model)
+    fitted = Patterns(model)
+    try:
+        fitted.fit(data, progress=False, distributed=True, **options)
+        found[name] = [{fit.layer: fitted[fit.layer].flatten().tolist() for fit in fitted.report.layers}, str(fitted.report)]
+    except Exception as error:
+        assert fitted._state is None
+        found[name] = f"{type(error).__name__}: {error}"
+
+patterns("patterns of a tensor", x, batch_size=5)
+patterns("patterns of batches", list(x.split(16)))
+patterns("patterns of an empty shard", [x])
+patterns("patterns of a loader that shuffles", DataLoader(TensorDataset(x), batch_size=5, shuffle=True))
+patterns("patterns where one raises", Fails(x, 3))
+patterns("patterns of nothing", [])
+patterns("patterns of one example", [x[:1]])
+patterns("patterns of other weights", x, change=lambda model: nn.init.constant_(model[0].bias, rank))
+patterns("patterns that are not finite", [torch.full_like(x[:4], 1e200 if rank == k % 2 == 1 else 1) for k in range(4)])
+patterns("patterns of other inputs", [x, torch.zeros(4, 2, 7, 7).double()])
+patterns("patterns in batches of none", x, batch_size=rank)
 with open(f"{folder}/{rank}.json", "w") as file:
     json.dump(found, file)
 
@@ -116,6 +139,7 @@ class Gone:
             os._exit(3)
         return iter([x])
 
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the process that is left, which may be before it noticed
 try:
     InverseNetwork(network()).fit(Gone(), 0, progress=False, distributed=True)
 except Exception as error:
@@ -185,6 +209,37 @@ def test_all_end_with_an_error(run, name, first, second):
     (one, other), _ = run
     assert one[name].startswith(first)
     assert other[name].startswith(second)
+
+
+@pytest.mark.parametrize("name", ["a tensor", "batches", "an empty shard", "a loader that shuffles"])
+def test_all_end_with_the_patterns_of_one_process(run, alone, name):
+    (first, second), _ = run
+    found = first[f"patterns of {name}"]
+    assert not isinstance(found, str), found
+    assert found == second[f"patterns of {name}"]
+    inverse, x = alone
+    expected = Patterns(inverse.model).fit(x, progress=False)
+    assert found[1] == str(expected.report)
+    for layer, pattern in found[0].items():
+        torch.testing.assert_close(torch.tensor(pattern).double(), expected[layer].flatten(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("where one raises", "FitError: the fit failed in process 1 of 2: OSError: no such image", "OSError: no such image"),
+        ("of nothing", "FitError: the data yields no batch", "FitError: the data yields no batch"),
+        ("of one example", "FitError: the data has 1 example", "FitError: the data has 1 example"),
+        ("of other weights", "FitError: the processes cannot fit together: their weights differ", "FitError: the processes"),
+        ("that are not finite", "FitError: the fit failed in process 1 of 2: FitError: batch 0: NaN", "FitError: batch 0: NaN"),
+        ("of other inputs", "FitError: the processes cannot fit together: their inputs differ", "FitError: the processes"),
+        ("in batches of none", "InputError: batch_size=0 must be", "FitError: the fit failed in process 0 of 2: InputError"),
+    ],
+)  # fmt: skip
+def test_no_process_ends_with_patterns_alone(run, name, first, second):
+    (one, other), _ = run
+    assert one[f"patterns {name}"].startswith(first)
+    assert other[f"patterns {name}"].startswith(second)
 
 
 def test_a_process_that_is_gone_is_noticed(run):

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from captum_mipin import storage
-from captum_mipin.capture import Extras, Inputs, Output, check_model, finite, unwrapped
+from captum_mipin.capture import Extras, Inputs, Output, Signature, check_model, finite, first_example, unwrapped
 from captum_mipin.data import Batches, Unpack
 from captum_mipin.errors import FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.inverse import check_output, device_of, generator_kept
@@ -24,6 +24,7 @@ from captum_mipin.methods.base import Explanation, Relevance, Signal, Table
 from captum_mipin.methods.gradients import derivative, smooth_gate
 from captum_mipin.methods.lrp import hand_on, values, varying
 from captum_mipin.methods.weights import Layer, layers
+from captum_mipin.processes import Processes
 from captum_mipin.propagation import Run
 from captum_mipin.report import table
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
@@ -66,6 +67,16 @@ class Sums:
         self.xy += other.xy
         self.rows += other.rows
         self.y += other.y
+
+    def total(self, over: Callable[[Tensor], Tensor]) -> "Sums":
+        """The same over several processes, of which ``over`` adds up a tensor."""
+        rows = over(self.y.new_tensor([self.rows]))
+        return Sums(over(self.count), over(self.x), over(self.xy), int(rows), over(self.y))
+
+    def none(self) -> "Sums":
+        """The same of no rows."""
+        count, x, xy, y = map(torch.zeros_like, (self.count, self.x, self.xy, self.y))
+        return Sums(count, x, xy, 0, y)
 
 
 @dataclass(frozen=True)
@@ -190,6 +201,7 @@ class Patterns:
         unpack: Unpack | None = None,
         batch_size: int = 256,
         progress: bool = True,
+        distributed: bool = False,
     ) -> "Patterns":
         """Estimate all patterns, in one pass over the data, in any chunks and any order.
 
@@ -201,41 +213,55 @@ class Patterns:
             unpack: Batch → (inputs, additional_forward_args), where a batch is anything else.
             batch_size: For data that does not come in batches.
             progress: Show a progress bar.
+            distributed: Fit together with the other processes of ``torch.distributed``'s default group, which all make this
+                call; the data is shared out among them as :meth:`InverseNetwork.fit <captum_mipin.InverseNetwork.fit>` does
+                it, and all end with the same patterns.
 
         Returns:
             self
 
         Raises:
-            FitError: The data cannot be used: empty, a single example, not finite, changing shape.
+            FitError: The data cannot be used: empty, a single example, not finite, changing shape. Or another process failed.
             CaptureError: The model cannot be captured, or uses an operation without a rule.
         """
-        model = check_model(self.model)
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size!r} must be at least 1")
-        device = device_of(model)
-        sums: dict[str, Sums] = {}
-        weights: dict[str, tuple[Layer | Merge, Tensor]] = {}
-        method = _Fitting(self.model, self, sums, weights)
-        count = 0
+        processes = Processes(distributed)
+        with processes.step():
+            model = check_model(self.model)
+            if batch_size < 1:
+                raise InputError(f"batch_size={batch_size!r} must be at least 1")
+            watch = storage.Watch(model)
+        processes.agree("weights", watch.fingerprint)
+        processes.agree("estimators", self.estimator)
+        device, method = device_of(model), _Fitting(self.model, self)
         with generator_kept(), torch.inference_mode(False), torch.autocast(device.type, enabled=False), torch.no_grad():
-            batches = Batches(data, batch_size, unpack, device, explained=self.layer is None)
-            with tqdm(unit="row", disable=not progress, unit_scale=True) as bar:
-                for index, (inputs, extras) in enumerate(batches):
-                    output = method.observe(inputs, extras)
-                    if not finite(output) or not all(finite(part.xy) for part in sums.values()):
-                        raise FitError(f"batch {index}: NaN or Inf in the model's output or features")
-                    count += len(output)
-                    bar.update(len(output))
-            if count < 2:
-                raise FitError(f"the data has {count} example, expected at least two: a pattern needs variance")
+            with processes.step(), tqdm(unit="row", disable=not progress, unit_scale=True) as bar:
+                shard = processes.rank, processes.count
+                for inputs, extras in Batches(data, batch_size, unpack, device, self.layer is None, shard):
+                    bar.update(method.observe(inputs, extras))
+            sums = self._together(method, processes)
             patterns, fits = {}, []
             for key, part in sums.items():
-                layer, weight = weights[key]
+                layer, weight = method.weights[key]
                 pattern, dead = solve(part, layer, weight.double())
                 patterns[key] = pattern.to(weight)
                 fits.append(PatternFit(key, part.rows, len(part.y), dead))
-        self._state = _State(patterns, PatternReport(tuple(fits)), storage.Watch(model))
+        self._state = _State(patterns, PatternReport(tuple(fits)), watch)
         return self
+
+    def _together(self, method: "_Fitting", processes: Processes) -> dict[str, Sums]:
+        """The sums over all processes' data."""
+        count = sum(processes.gathered(method.count))
+        if count < 2:
+            none = "the data yields no batch: nothing to fit on"
+            one = "the data has 1 example, expected at least two: a pattern needs variance"
+            raise FitError(one if count else none)
+        example = processes.first(method.example)
+        with processes.step():
+            if not method.count:  # this process has no data, and learns of its shape from another
+                method.observe(*example)
+                method.sums = {key: part.none() for key, part in method.sums.items()}
+        processes.agree("inputs", (method.signature, [(key, part.xy.shape) for key, part in method.sums.items()]))
+        return {key: part.total(processes.total) for key, part in method.sums.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the patterns to a safetensors file, whole or not at all.
@@ -373,17 +399,39 @@ class PatternAttribution(_WithPatterns, Relevance):
 
 
 class _Fitting(Signal):
-    """Runs the model and sums up what patterns are estimated from."""
+    """Runs the model and sums up what patterns are estimated from.
 
-    def __init__(self, model: nn.Module, patterns: Patterns, sums: dict[str, Sums], weights: dict[str, Any]) -> None:
+    Attributes:
+        sums: By layer, in order of execution.
+        weights: Of each layer.
+        count: Examples seen.
+        example: One like them; None before the first.
+        signature: Of their kind.
+    """
+
+    def __init__(self, model: nn.Module, patterns: Patterns) -> None:
         super().__init__(model, output=patterns.output)
-        self._sums, self._weights, self._positive = sums, weights, patterns.estimator == "positive"
-        self._layer_at = patterns.layer
+        self.sums: dict[str, Sums] = {}
+        self.weights: dict[str, tuple[Layer | Merge, Tensor]] = {}
+        self.example: tuple[Inputs, Extras] | None = None
+        self.signature: Signature | None = None
+        self.count, self._batch = 0, 0
+        self._layer_at, self._positive = patterns.layer, patterns.estimator == "positive"
 
-    def observe(self, inputs: Inputs, extras: Extras) -> Tensor:
-        """The output for one batch, which is summed up on the way."""
+    def observe(self, inputs: Inputs, extras: Extras) -> int:
+        """Sum up one batch; the number of its examples.
+
+        Raises:
+            FitError: Something in it is not finite.
+        """
         captured, surrogate = self._surrogate(inputs, extras, self._layer_at)
-        return surrogate(Run(surrogate.steps, fitting=()), captured.values(self.model, inputs, extras))
+        output = surrogate(Run(surrogate.steps, fitting=()), captured.values(self.model, inputs, extras))
+        if not finite(output) or not all(finite(part.xy) for part in self.sums.values()):
+            raise FitError(f"batch {self._batch}: NaN or Inf in the model's output or features")
+        self.example = self.example or first_example(inputs, extras, captured.shared)
+        self.signature = self.signature or Signature.of(inputs, extras, captured.shared)
+        self.count, self._batch = self.count + len(output), self._batch + 1
+        return len(output)
 
     def _table(self) -> Table:
         return _rules(self._layer, self._merge, attribution=True)
@@ -410,11 +458,11 @@ class _Fitting(Signal):
         return value, lambda s: (s,) * len(x)
 
     def _add(self, key: str, layer: Layer | Merge, weight: Tensor, found: Sums) -> None:
-        self._weights[key] = layer, weight
-        if key in self._sums:
-            self._sums[key].add(found)
+        self.weights[key] = layer, weight
+        if key in self.sums:
+            self.sums[key].add(found)
         else:
-            self._sums[key] = found
+            self.sums[key] = found
 
 
 def sums_of(layer: Layer, x: Tensor, weight: Tensor, linear: Tensor, active: Tensor | None) -> Sums:
