@@ -138,6 +138,17 @@ def test_choices_by_comparisons_that_are_no_known_gates_are_refused(gate, operat
     assert not check(model, normal(2, 5), method=GuidedBackprop).ok
 
 
+def test_what_has_no_derivative_is_refused():
+    half = torch.tensor(0.5)
+    model = Function(
+        lambda m, x: m["last"](x * torch.heaviside(m["first"](x), half)), first=nn.Linear(5, 5), last=nn.Linear(5, 2)
+    )
+    for method in (Deconvnet, GuidedBackprop):
+        with pytest.raises(UnsupportedOperationError, match=r"aten\.heaviside.* it has no derivative"):
+            method(model.eval()).attribute(normal(2, 5), 0)
+        assert not check(model, normal(2, 5), method=method).ok
+
+
 def test_operations_that_may_hide_a_rectifier_are_told():
     def run(m, x):
         h = m["first"](x).clamp(-1, 1)

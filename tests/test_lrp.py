@@ -1,7 +1,10 @@
 """LRP and Deep Taylor against Captum and zennit where those are right, second derivations, and conservation."""
 
 import copy
+import gc
 import pickle
+from collections import Counter
+from dataclasses import dataclass
 from functools import cache
 
 import invariance
@@ -13,12 +16,26 @@ from captum.attr._utils.lrp_rules import EpsilonRule as CaptumsEpsilon
 from small import Function, SmallResNet, normal, varied
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 from torchvision.models.resnet import Bottleneck
 from torchvision.models.vgg import VGG, make_layers
 
 from captum_mipin import CaptureError, InputError, LayerPropagation, UnsupportedOperationError, check
-from captum_mipin.methods import LRP, AlphaBeta, DeepTaylor, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
+from captum_mipin.methods import (
+    LRP,
+    AlphaBeta,
+    DeepTaylor,
+    Epsilon,
+    ExcitationBackprop,
+    Flat,
+    Gamma,
+    WSquare,
+    ZBox,
+    ZPlus,
+    weights,
+)  # fmt: skip
+from captum_mipin.methods.lrp import quotient
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -389,6 +406,72 @@ def test_what_overflows_is_refused():
         LRP(model).attribute(torch.ones(2, 1), 0)
 
 
+# ------------------------------------------------------------------------------------------------- what it costs
+
+
+class _Counted(TorchDispatchMode):
+    """Counts convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.__name__.split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("make", "forward", "back"),
+    [
+        (lambda m: LRP(m, rule=Epsilon()), 3, 3),
+        (lambda m: LRP(m, rule=ZPlus()), 3 + 4, 4),  # the first layer has inputs of both signs
+        (lambda m: LRP(m, rule=Gamma()), 3 + 3, 4),
+        (DeepTaylor, 3 + 3, 3),
+        (ExcitationBackprop, 3 + 3, 3),
+    ],
+)
+def test_no_convolution_more_than_the_rule_needs(make, forward, back):
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3, bias=False), nn.ReLU(), nn.Conv2d(5, 3, 4), nn.Flatten()]
+    model, x = nn.Sequential(*layers).double().eval(), _images(8)
+    model[4].weight.data.abs_()  # so that the output is above 0
+    model[4].bias.data.fill_(1)
+    method = make(model)
+    method.attribute(x, TARGET)
+    with _Counted() as counted:
+        method.attribute(x, TARGET)
+    assert (counted.seen["convolution"], counted.seen["convolution_backward"]) == (forward, back)
+
+
+@pytest.mark.parametrize("rule", [Epsilon(), Gamma(), ZPlus(), ZBox(-9, 9)])
+def test_weights_made_in_parts_are_the_same(rule, monkeypatch):
+    model, x = varied(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)), 6), normal(3, 6, dtype=torch.float64)
+    expected = LRP(model, rule=rule).attribute(x, TARGET)
+    monkeypatch.setattr(weights, "_PART", 13)  # one or two rows
+    torch.testing.assert_close(LRP(model, rule=rule).attribute(x, TARGET), expected)
+
+
+@pytest.mark.parametrize("rule", [Epsilon(), Gamma(), ZPlus()])
+def test_nothing_is_kept_after_an_explanation(rule):
+    model, x = _network("ResNet")
+    lrp = LRP(model, rule=rule)
+    lrp.attribute(x, TARGET)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(each, Tensor) for each in gc.get_objects())
+        lrp.attribute(x, TARGET)
+        assert sum(isinstance(each, Tensor) for each in gc.get_objects()) == before
+    finally:
+        gc.enable()
+
+
+def test_a_denominator_of_minus_0_counts_as_0():
+    r, z = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([0.0, -0.0, 1.5, -1.5])
+    assert quotient(r, z, 0.5).tolist() == [2, 2, 0.5, -0.5]
+    assert quotient(r, 2 * z).tolist() == pytest.approx([0, 0, 1 / 3, -1 / 3])
+
+
 # ------------------------------------------------------------------------------------------------- options
 
 
@@ -407,6 +490,17 @@ def test_composites_by_type_name_and_function():
     assert notes == ["z⁺", "adjoint", "LRP-ε, ε = 1e-06"]
 
 
+@dataclass
+class Changeable:
+    """A rule that has no hash."""
+
+    note = "changeable"
+    takes = False
+
+    def back(self, layer, x, weight, bias, value):
+        raise AssertionError("not to be run")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -414,6 +508,7 @@ def test_composites_by_type_name_and_function():
         ({"composite": [(3, ZPlus())]}, "no type of modules"),
         ({"composite": [("0", "z+")]}, "is no rule"),
         ({"bias": "zero"}, "bias='zero' is not one of 'take', 'none'"),
+        ({"input_rule": Changeable()}, "cannot be told from other rules .*unhashable.*frozen dataclass"),
     ],
 )
 def test_bad_options(options, message):
@@ -425,7 +520,10 @@ def test_bad_rules():
     for make in (lambda: Epsilon(-1), lambda: Gamma(float("nan")), lambda: AlphaBeta(2, 2), lambda: ZBox(1, 0)):
         with pytest.raises(InputError):
             make()
-    for options in ({"low": 0}, {"preset": "x"}, {"preset": "innvestigate", "bias": "full"}, {"bias": "take"}):
+    for options in (
+        {"low": 0}, {"preset": "x"}, {"preset": "innvestigate", "bias": "full"}, {"bias": "take"}, {"last": ZPlus},
+        {"last": Changeable()},
+    ):  # fmt: skip
         with pytest.raises(InputError):
             DeepTaylor(_plain(), **options)
     with pytest.raises(InputError, match=r"'nothing.\*' matches no layer"):

@@ -27,6 +27,8 @@ _RECTIFIERS = (
 #: Activations that are none.
 _OTHERS = ("tanh", "sigmoid", "hardsigmoid", "log_sigmoid", "glu")
 _COMPARISONS = ("gt", "ge", "lt", "le")
+#: Operations through which autograd sends nothing back.
+_NO_DERIVATIVE = ("heaviside", "nextafter")
 #: Gates by which their own argument is multiplied, and what that makes.
 _SMOOTH = {"sigmoid": torch.ops.aten.silu.default, "hardsigmoid": torch.ops.aten.hardswish.default}
 
@@ -244,6 +246,8 @@ def _carrier(node: Any) -> tuple[int, ...]:
 
 def _hidden(node: fx.Node) -> str | None:
     """Whether a rectifier may hide in an operation that has its derivative, or a derivative in its further arguments."""
+    if operation(node) in _NO_DERIVATIVE:
+        return "it has no derivative, and may be part of a rectifier: use relu, clamp or maximum"
     switches = [n for n in node.all_input_nodes if depends(n) and not _is_floating(n)]
     if switches:
         return "it chooses by a comparison of values that depend on the input, as a rectifier does: use relu, clamp or maximum"

@@ -306,8 +306,7 @@ class LRP(Relevance):
             if not isinstance(which, str) and not callable(which):
                 raise InputError(f"composite: {which!r} is no type of modules, pattern of paths or function")
         for each in (self.rule, self.input_rule or self.rule, *(rule for _, rule in self.composite)):
-            if isinstance(each, type) or not hasattr(each, "back"):
-                raise InputError(f"{each!r} is no rule: expected Epsilon(), Gamma(), ZPlus() or another of captum_mipin's")
+            _check_rule(each)
 
     def _table(self) -> Table:
         kept = self.bias == "take"
@@ -400,6 +399,8 @@ class DeepTaylor(LRP):
         box = None if low is None or high is None else ZBox(low, high)
         rule = _FullBias() if preset or bias == "full" else ZPlus()
         first = box if preset else box or WSquare()
+        if last is not None:
+            _check_rule(last)
         super().__init__(
             model, rule=rule, input_rule=first, bias="none" if bias == "none" and not preset else "take", output=output
         )
@@ -529,6 +530,15 @@ def _at_least_zero(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < float("inf"):
             raise InputError(f"{name}={value!r} must be a number of at least 0")
+
+
+def _check_rule(rule: Any) -> None:
+    if isinstance(rule, type) or not hasattr(rule, "back"):
+        raise InputError(f"{rule!r} is no rule: expected Epsilon(), Gamma(), ZPlus() or another of captum_mipin's")
+    try:
+        hash(rule)
+    except TypeError as error:
+        raise InputError(f"{rule!r} cannot be told from other rules ({error}): make it a frozen dataclass") from error
 
 
 def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
