@@ -274,8 +274,69 @@ def test_bad_input(untouched):
     normed = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double().eval()
     own = Patterns(normed).fit(x, progress=False)
     assert PatternAttribution(normed, own).attribute(x, 0).any()
-    with pytest.raises(UnsupportedOperationError, match=r"aten\.layer_norm"):
-        PatternNet(normed, own).attribute(x, 0)
+    product = Function(lambda m, x: m["a"](x) * m["b"](x), a=nn.Linear(6, 2), b=nn.Linear(6, 2)).double().eval()
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.mul"):
+        Patterns(product).fit(x, progress=False)
+
+
+NORMS = {
+    "layer": lambda: nn.LayerNorm((4, 3, 3)),
+    "layer, plain": lambda: nn.LayerNorm((3, 3), elementwise_affine=False),
+    "group": lambda: nn.GroupNorm(2, 4),
+    "instance": lambda: nn.InstanceNorm2d(4, affine=True),
+    "instance, kept": lambda: nn.InstanceNorm2d(4, track_running_stats=True),
+    "RMS": lambda: nn.RMSNorm((3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_of_the_sample_are_scales(name):
+    norm = NORMS[name]()
+    for p in norm.parameters():
+        nn.init.normal_(p, 0, 2)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), norm, nn.Flatten(), nn.Linear(36, 2)).double().eval()
+    x = normal(30, 2, 3, 3, dtype=torch.float64)
+    if name == "instance, kept":
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    patterns = Patterns(model).fit(x, progress=False)
+    h = model[0](x[:4]).detach()
+    mean = {
+        "layer": h.mean((1, 2, 3), keepdim=True), "RMS": 0,
+        "group": h.unflatten(1, (2, 2)).mean((2, 3, 4)).repeat_interleave(2, 1)[:, :, None, None],
+    }.get(name, h.mean((2, 3), keepdim=True))  # fmt: skip
+    mean = norm.running_mean.view(1, 4, 1, 1) if name == "instance, kept" else mean
+    shift = getattr(norm, "bias", None)
+    shift = torch.zeros(()) if shift is None else shift.detach()
+    scale = (norm(h).detach() - (shift.view(-1, 1, 1) if shift.ndim == 1 else shift)) / (h - mean)
+    at_norm = (model(x[:4])[:, 1:] * patterns["3/linear"][1]).detach().view_as(h)
+    expected = F.conv_transpose2d(at_norm / scale, patterns["0/conv2d"])
+    method = PatternNet(model, patterns)
+    torch.testing.assert_close(method.attribute(x[:4], 1), expected)
+    assert [row.caveat for row in check(model, x, method=method).caveats] == ["outside of the definition"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.ConvNeXt(
+            [models.convnext.CNBlockConfig(8, 8, 1), models.convnext.CNBlockConfig(8, None, 1)], num_classes=3
+        ),
+        lambda: models.VisionTransformer(16, 8, 1, 2, 8, 8, num_classes=3),
+    ],
+)
+def test_networks_with_norms_of_the_sample(make):
+    torch.manual_seed(0)
+    model, x = make().double().eval(), normal(12, 3, 16, 16, dtype=torch.float64)
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, 0, 0.3)
+    patterns = Patterns(model).fit(x, progress=False)
+    for method in (PatternNet(model, patterns), PatternAttribution(model, patterns)):
+        found = method.attribute(x[:3], [0, 1, 2])
+        assert torch.isfinite(found).all()
+        assert found.any()
+        torch.testing.assert_close(method.attribute(x[1:2], 1), found[1:2])
 
 
 def test_with_captums_noise_tunnel_and_a_delta():

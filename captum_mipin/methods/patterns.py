@@ -22,7 +22,8 @@ from captum_mipin.errors import FitError, InputError, InverseFileError, ModelCha
 from captum_mipin.inverse import check_output, device_of, generator_kept
 from captum_mipin.methods.base import Explanation, Relevance, Signal, Table
 from captum_mipin.methods.gradients import derivative, smooth_gate
-from captum_mipin.methods.lrp import hand_on, values, varying
+from captum_mipin.methods.lrp import hand_on, quotient, values, varying
+from captum_mipin.methods.norms import SCALES
 from captum_mipin.methods.weights import Layer, layers
 from captum_mipin.processes import Processes
 from captum_mipin.propagation import Run
@@ -346,7 +347,8 @@ class PatternNet(_WithPatterns, Signal):
 
     A gradient with patterns for weights, started at the output itself: layers with weights and sums by their fitted patterns,
     batch norms of their own and products with constants and gates by division, averages by handing their signal to each
-    element. Activations have their derivative, maximum pooling its switches, attention its recorded weights.
+    element. Layer, group, instance and RMS norms are scales too, once mean and deviation of the sample are recorded: by
+    division. Activations have their derivative, maximum pooling its switches, attention its recorded weights.
 
     Args:
         model: The network that ``patterns`` were fitted to.
@@ -540,6 +542,13 @@ def _scaled(
     return value, lambda s: (s * factor).sum_to_size(x.shape)
 
 
+def _normalised(
+    scale: Callable[..., Tensor], options: Options, operation: Any, x: Tensor, *arguments: Any
+) -> tuple[Tensor, Back]:
+    """The same for the scale g = γ / σ of a normalisation, whose mean and deviation of the sample are recorded."""
+    return operation(x, *arguments), lambda s: quotient(s, scale(x, *arguments).expand_as(x))
+
+
 def _averaged(
     attribution: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
 ) -> tuple[Tensor, Back]:
@@ -578,9 +587,10 @@ def _rules(layer: Callable[..., Any], merge: Callable[..., Any], attribution: bo
             rules[name] = Passes(note="handed on", carriers=varying)
     for name, rule in ATTENTION.items():
         rules[name] = replace(rule, note="adjoint with the recorded weights", caveat=_decided)
-    if attribution:
-        for name in NORMALIZATION:
-            rules[name] = Recorded(run=hand_on, note="handed on", caveat=_decided)
+    for name in NORMALIZATION if attribution else SCALES:
+        how: Callable[..., Any] = hand_on if attribution else partial(_normalised, SCALES[name])
+        note = "handed on" if attribution else "divided by the scale of the sample"
+        rules[name] = Recorded(run=how, note=note, caveat=_decided)
     return Table(rules, _rewrite)
 
 
