@@ -60,6 +60,7 @@ class ExcitationBackprop(LRP):
     Source: Zhang et al., ECCV 2016 and IJCV 2018.
 
     Examples:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
         >>> p = ExcitationBackprop(model).attribute(torch.rand(2, 4), target=1)
         >>> bool((p >= 0).all()), bool((p.sum(1) < 1.001).all())
