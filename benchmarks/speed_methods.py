@@ -7,6 +7,7 @@ pages cost, and how many there are, differs from machine to machine and from run
 """
 
 import argparse
+import copy
 import ctypes
 import platform
 import statistics
@@ -60,8 +61,8 @@ def zennits(model: nn.Module, x: Tensor, composite: Any) -> Call:
 
 
 def methods(model: nn.Module, x: Tensor) -> dict[str, dict[str, Call]]:
-    """Method → whose → call."""
-    patterns = Patterns(model).fit(x, progress=False)
+    """Method → whose → call; what others leave on a model, or change and put back, is a copy's."""
+    patterns, other = Patterns(model).fit(x, progress=False), copy.deepcopy(model)
     canonizers = [
         (
             zennit.torchvision.ResNetCanonizer
@@ -83,19 +84,19 @@ def methods(model: nn.Module, x: Tensor) -> dict[str, dict[str, Call]]:
     zennit_gradient = {"Deconvnet": zennit.composites.DeconvNet(), "Guided Backprop": zennit.composites.GuidedBackprop()}
     return {
         "Deconvnet": {
-            **ours(Deconvnet(model)), "Captum": captums(Deconvolution(model)),
-            "zennit": zennits(model, x, zennit_gradient["Deconvnet"]),
+            **ours(Deconvnet(model)), "Captum": captums(Deconvolution(other)),
+            "zennit": zennits(other, x, zennit_gradient["Deconvnet"]),
         },
         "Guided Backprop": {
-            **ours(GuidedBackprop(model)), "Captum": captums(CaptumsGuidedBackprop(model)),
-            "zennit": zennits(model, x, zennit_gradient["Guided Backprop"]),
+            **ours(GuidedBackprop(model)), "Captum": captums(CaptumsGuidedBackprop(other)),
+            "zennit": zennits(other, x, zennit_gradient["Guided Backprop"]),
         },
         "LRP-ε": {
-            **ours(LRP(model, rule=Epsilon())), "Captum": captums(CaptumsLRP(model)),
-            "zennit": zennits(model, x, rules(zennit.rules.Epsilon())),
+            **ours(LRP(model, rule=Epsilon())), "Captum": captums(CaptumsLRP(other)),
+            "zennit": zennits(other, x, rules(zennit.rules.Epsilon())),
         },
-        "LRP-γ": {**ours(LRP(model, rule=Gamma())), "zennit": zennits(model, x, rules(zennit.rules.Gamma()))},
-        "LRP-z⁺": {**ours(LRP(model, rule=ZPlus())), "zennit": zennits(model, x, rules(zennit.rules.ZPlus()))},
+        "LRP-γ": {**ours(LRP(model, rule=Gamma())), "zennit": zennits(other, x, rules(zennit.rules.Gamma()))},
+        "LRP-z⁺": {**ours(LRP(model, rule=ZPlus())), "zennit": zennits(other, x, rules(zennit.rules.ZPlus()))},
         "Deep Taylor": ours(DeepTaylor(model)),
         "Excitation backprop": ours(ExcitationBackprop(model)),
         "PatternNet": ours(PatternNet(model, patterns)),
