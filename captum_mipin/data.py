@@ -1,7 +1,9 @@
-"""The data of a fit: any kind of it as batches, shared out among processes, and whether its examples stand alone."""
+"""The data of a fit: any kind of it as batches, shared out or kept, and whether its examples stand alone."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +18,13 @@ from torch.utils.data import (
     Subset,
 )  # fmt: skip
 
+from captum_mipin import storage
 from captum_mipin.capture import Extras, Inputs, check_inputs, finite, pick, plain
-from captum_mipin.errors import FitError, InputError
+from captum_mipin.errors import FitError, InputError, InverseFileError
 
 Unpack = Callable[[Any], tuple[Any, Any]]
+#: Of one batch what the part of a model that is inverted starts from: tensors, and sizes.
+Values = Mapping[str, Any]
 
 
 class Batches:
@@ -99,6 +104,64 @@ class Batches:
         for number, x in enumerate(inputs):
             if not finite(x):
                 raise FitError(f"batch {index}: input {number} contains NaN or Inf")
+
+
+class Kept:
+    """Of every batch what the part of a model that is inverted starts from, for fits to come: in memory, or in a folder.
+
+    Args:
+        folder: Where to keep it; it is made, and has to be empty. None for memory.
+        room: Bytes of memory that it may take.
+
+    Raises:
+        InputError: The folder is not empty.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, room: int) -> None:
+        self._folder, self._room = None if folder is None else Path(folder), room
+        self._batches: list[Values] = []
+        self.count = self.bytes = 0
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if any(self._folder.iterdir()):
+                raise InputError(f"keep={os.fspath(self._folder)!r} is not empty: activations want a folder of their own")
+
+    def add(self, values: Values) -> Values:
+        """Keep a copy of these; returns it.
+
+        Raises:
+            FitError: There is no room.
+        """
+        values = {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+        if self._folder is not None:
+            sizes = {name: value for name, value in values.items() if name not in tensors}
+            storage.save(self._file(self.count), tensors, {"batch": self.count, "sizes": sizes})
+        elif self.bytes > self._room:
+            raise FitError(
+                f"the activations that classes are to be fitted from take more than memory={self._room:,} bytes: raise it, or "
+                "keep them on disk, with keep=folder"
+            )
+        else:
+            self._batches.append(values)
+        self.count += 1
+        return values
+
+    def __iter__(self) -> Iterator[Values]:
+        if self._folder is None:
+            yield from self._batches
+            return
+        for index in range(self.count):
+            tensors, content = storage.load(self._file(index))
+            if content.get("batch") != index:
+                raise InverseFileError(f"{os.fspath(self._file(index))!r} is not batch {index} of the activations kept")
+            copies = {name: tensor.clone() for name, tensor in tensors.items()}  # aligned, as when they were made
+            yield {**content["sizes"], **copies}
+
+    def _file(self, index: int) -> Path:
+        assert self._folder is not None  # for mypy: as in the callers
+        return self._folder / f"{index:06d}.safetensors"
 
 
 def _part_of(loader: "DataLoader[Any]", rank: int, count: int) -> "DataLoader[Any]":

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +29,11 @@ from captum_mipin.capture import (
     plain,
     unwrapped,
 )  # fmt: skip
-from captum_mipin.data import Batches, Unpack
+from captum_mipin.data import Batches, Kept, Unpack
 from captum_mipin.errors import CaptureError, FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.fitting import Fit, Fitted, Settings, Solver
 from captum_mipin.graphs import Graphs
+from captum_mipin.lazy import Lazy
 from captum_mipin.processes import Processes
 from captum_mipin.propagation import Inverses, Run, Surrogate, Target, seed
 from captum_mipin.regression import RidgeScale
@@ -72,6 +73,7 @@ class _State:
     example: Inputs
     extras: Extras | None
     watch: storage.Watch
+    lazy: dict[Target, Lazy] = field(default_factory=dict)  # where classes come from that are fitted when they are explained
 
 
 class InverseNetwork:
@@ -173,13 +175,17 @@ class InverseNetwork:
 
     @property
     def targets(self) -> list[int | tuple[int, ...] | None]:
-        """The fitted classes, as ``target`` takes them; empty before the first fit."""
-        return [shown(target) for target in self._state.fitted.inverses] if self._state else []
+        """The classes that can be explained, as ``target`` takes them; empty before the first fit."""
+        return [shown(target) for target in (*self._state.fitted.inverses, *self._state.lazy)] if self._state else []
 
     @property
     def report(self) -> FitReport:
-        """How well each layer was inverted, for each target; prints as a table."""
-        return FitReport(tuple(self._state.fitted.layers) if self._state else ())
+        """How well each layer was inverted, for each target that is fitted now; prints as a table."""
+        state = self._state
+        if state is None:
+            return FitReport(())
+        later = [fitted for lazy in dict.fromkeys(state.lazy.values()) for fitted in lazy.ready]
+        return FitReport((*state.fitted.layers, *(row for fitted in later for row in fitted.layers)))
 
     def to(self, device: torch.device | str) -> "InverseNetwork":
         """Move the fitted inverses to a device; returns self. Otherwise each call moves what it needs."""
@@ -209,6 +215,9 @@ class InverseNetwork:
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
         distributed: bool = False,
+        lazy: bool = False,
+        keep: str | os.PathLike[str] | None = None,
+        cache: int = 1 << 30,
     ) -> "InverseNetwork":
         """Learn the inverse for some classes (algorithm 1); classes fitted before are kept.
 
@@ -231,6 +240,12 @@ class InverseNetwork:
                 this call: each goes through a share of the data, and all end with the same inverse. A tensor, a ``Dataset``
                 or a ``DataLoader`` is shared out, unless it has a ``DistributedSampler``; of other iterables, which have to
                 be the same everywhere, each process takes every so many batches. The checkpoint is that of the first.
+            lazy: Go through the data once and keep what the inverted part starts from; each class is fitted when it is first
+                explained, and has the same inverse as otherwise. As long as ``memory`` allows, what follows from it on the way
+                up is kept as well. Such an inverse cannot be saved or copied.
+            keep: With ``lazy``, an empty folder to keep activations in, rather than in memory. It may be deleted afterwards.
+            cache: With ``lazy``, bytes that fitted classes may take: those least recently explained are dropped, and fitted
+                again, to the same bits, when asked for.
 
         Returns:
             self
@@ -251,6 +266,15 @@ class InverseNetwork:
                 self._check_unchanged(before)
             if batch_size < 1:
                 raise InputError(f"batch_size={batch_size!r} must be at least 1")
+            if cache < 0:
+                raise InputError(f"cache={cache!r} must be at least 0")
+            if keep is not None and not lazy:
+                raise InputError("keep= is where activations are kept for lazy=True")
+            if lazy and (distributed or checkpoint is not None or self.settings.sharing):
+                raise InputError(
+                    "lazy=True fits one class at a time, when it is explained: not with distributed=True, checkpoint= or "
+                    'sharing="classes"'
+                )
             if distributed and self.settings.solver == "sgd":
                 raise InputError('solver="sgd" goes from batch to batch in one process: fit without distributed=True')
         with generator_kept(), torch.inference_mode(False), torch.autocast(device_of(model).type, enabled=False):
@@ -281,23 +305,26 @@ class InverseNetwork:
                 others = next(iter(before.fitted.inverses.values()))
                 below = {key: others[key] for key in surrogate.learned[1:]}
                 state.fitted.inverses.update((target, dict(below)) for target in chosen)
-            fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress, processes, example)
+            kept = Kept(keep, memory) if lazy else None
+            fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress, processes, example, kept)
             unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
             with processes.step():
                 if checkpoint is not None and processes.rank == 0 and Path(checkpoint).exists():
                     state.fitted = self._resume(checkpoint, state, unfinished)
             state.fitted = processes.gathered(state.fitted if processes.rank == 0 else None)[0]
 
-            def keep(fitted: Fitted) -> None:
+            def written(fitted: Fitted) -> None:
                 with processes.step():
                     if checkpoint is not None and processes.rank == 0:
                         self._write(checkpoint, state, unfinished)
 
-            done = fit.run(state.fitted, keep)
+            if lazy:
+                state.lazy = dict.fromkeys(chosen, Lazy(fit, cache))
+            else:
+                state.fitted = fit.run(state.fitted, written)
         if before is not None:
-            kept = [layer for layer in before.fitted.layers if layer.target not in {shown(target) for target in chosen}]
-            information = {**before.fitted.information, **done.information}
-            state.fitted = Fitted({**before.fitted.inverses, **done.inverses}, kept + done.layers, information)
+            state.fitted = _joined(before.fitted, state.fitted, chosen)
+            state.lazy = {**{key: value for key, value in before.lazy.items() if key not in chosen}, **state.lazy}
         _share_rows(state.fitted)
         self._state = state
         if checkpoint is not None and processes.rank == 0:
@@ -402,10 +429,11 @@ class InverseNetwork:
         """
         state = self._fitted()
         chosen = one(target, state.dims)
-        if chosen not in state.fitted.information:
-            raise self._unknown(chosen)
         slopes = as_inputs(self.class_attribution(target, additional_forward_args))
-        bits = tuple(b * (a != 0).to(b) for a, b in zip(slopes, state.fitted.information[chosen], strict=True))
+        found = state.fitted.information.get(chosen)
+        if found is None:
+            found = state.lazy[chosen].information(chosen, self._weights_of(state))
+        bits = tuple(b * (a != 0).to(b) for a, b in zip(slopes, found, strict=True))
         return bits if len(bits) > 1 else bits[0]
 
     def explain(
@@ -503,21 +531,40 @@ class InverseNetwork:
         sources: Sequence[Tensor],
     ) -> tuple[Mapping[Target, Inverses], Sequence[tuple[Target, slice]]]:
         """Which inverses the examples of a batch have, and whose is whose: each class's own."""
-        return state.fitted.inverses, _groups(targets)
-
-    def _options(self, local: bool) -> Options:
-        return Options(local=local, shares=self.settings.shares)
-
-    def _check_steps(self, state: _State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
-        """Whether there is an inverse for every class and every step."""
-        for target in dict.fromkeys(targets):
-            inverses = state.fitted.inverses.get(target)
-            if inverses is None:
-                raise self._unknown(target)
+        found = self._classes(state, targets)
+        for inverses in found.values():
             missing = [key for key in surrogate.learned if key not in inverses]
             if missing:
                 reach = f"stops at layer {self._path(self.layer)!r}" if self.layer else "was fitted on another graph"
                 raise NotFittedError(f"the inverse {reach} and has nothing for {', '.join(missing[:4])}")
+        return found, _groups(targets)
+
+    def _options(self, local: bool) -> Options:
+        return Options(local=local, shares=self.settings.shares)
+
+    def _classes(self, state: _State, targets: Sequence[Target]) -> dict[Target, Inverses]:
+        """The inverses of classes, some of which may have to be fitted first."""
+        wanted = dict.fromkeys(targets)
+        found: dict[Target, Inverses] = {t: state.fitted.inverses[t] for t in wanted if t not in state.lazy}
+        for lazy in dict.fromkeys(state.lazy[target] for target in wanted if target in state.lazy):
+            of_it = [target for target in wanted if state.lazy.get(target) is lazy]
+            found.update(lazy.get(of_it, lambda: self._weights_of(state)))
+        return found
+
+    def _weights_of(self, state: _State) -> list[Any]:
+        """What tells that weights may lie elsewhere than before; they have to be those that the data was looked at with."""
+        if state.watch.changed(self.model):
+            raise ModelChangedError(
+                "the model's weights have changed since its activations were kept, so that no class can be fitted to them any "
+                "more: call fit again"
+            )
+        return state.watch.marks
+
+    def _check_steps(self, state: _State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
+        """Whether every class can be explained."""
+        unknown = [target for target in targets if target not in state.fitted.inverses and target not in state.lazy]
+        if unknown:
+            raise self._unknown(unknown[0])
 
     def _unknown(self, target: Target) -> NotFittedError:
         return NotFittedError(
@@ -534,10 +581,15 @@ class InverseNetwork:
             path: Where to; a file that is there is replaced only once the new one is complete.
 
         Raises:
-            NotFittedError: There is nothing to save.
+            NotFittedError: There is nothing to save, or classes that are fitted only when they are explained.
             OSError: It cannot be written.
         """
         state = self._fitted()
+        if state.lazy:
+            raise NotFittedError(
+                f"the {len(state.lazy)} classes of fit(..., lazy=True) are fitted only when they are explained: fit those that "
+                "are to be saved without lazy=True, in an InverseNetwork of their own or in this one"
+            )
         self._write(path, state, None)
 
     @classmethod
@@ -797,6 +849,15 @@ def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: 
         target = tuple(layer["target"]) if isinstance(layer["target"], list) else layer["target"]
         fitted.layers.append(LayerFit(**{**layer, "target": target}))
     return fitted
+
+
+def _joined(before: Fitted, done: Fitted, chosen: Sequence[Target]) -> Fitted:
+    """What was fitted before, but for the classes ``chosen``, and what was done for these."""
+    names = {shown(target) for target in chosen}
+    inverses = {target: old for target, old in before.inverses.items() if target not in chosen or target in done.inverses}
+    information = {target: bits for target, bits in before.information.items() if target in inverses}
+    layers = [layer for layer in before.layers if layer.target not in names]
+    return Fitted({**inverses, **done.inverses}, layers + done.layers, {**information, **done.information})
 
 
 def _share_rows(fitted: Fitted) -> None:

@@ -7,10 +7,10 @@ the seeded output then *is* the method, and the gradient with respect to an oper
 """
 
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import repeat
+from functools import cached_property, partial
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -226,6 +226,19 @@ def _constants_first(graph: fx.Graph, last: fx.Node) -> None:
             last = node
 
 
+def _module(given: Sequence[fx.Node], nodes: Iterable[fx.Node], results: Sequence[fx.Node]) -> fx.GraphModule:
+    """Some nodes of a graph, in their order, as a module from ``given`` to ``results``."""
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in given:
+        copied[node] = graph.placeholder(node.name)
+    for node in nodes:
+        if node.op == "call_function":
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output(tuple(copied[node] for node in results))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
 class Surrogate:
     """A model's graph whose backward pass is a method.
 
@@ -297,7 +310,7 @@ class Surrogate:
         graph.lint()
         self.starts, self.rules = len(starts), rules
         self.layouts: tuple[Layout, ...] = tuple(node.meta["layout"] for node in starts)
-        self._order, self._inputs = tuple(order), captured.inputs
+        self._order, self._inputs, self._constants = tuple(order), captured.inputs, frozenset(captured.constants)
         self._module = fx.GraphModule(torch.nn.Module(), graph)
 
     @property
@@ -318,16 +331,55 @@ class Surrogate:
     def __call__(self, run: Run, values: Mapping[str, Any]) -> Tensor:
         """The model's output, with a graph behind it whose backward pass is the method."""
         arguments = [values[name] for name in self._order]
+        output: Tensor = self._run(self._module, (run, *arguments), self._inputs, values)
+        return output
+
+    def below(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What :meth:`above` takes of what lies below, by name: the tensors where passes end, and what goes round them."""
+        module, _, names = self._halves
+        found = self._run(module, [values[name] for name in self._order], self._inputs, values)
+        return dict(zip(names, found, strict=True))
+
+    def above(self, run: Run, values: Mapping[str, Any], weights: Mapping[str, Any]) -> Tensor:
+        """The model's output from where the passes end on: of what :meth:`below` found, and of the model's weights."""
+        _, module, names = self._halves
+        arguments = [values[name] for name in names], [weights[name] for name in self._order if name in self._constants]
+        output: Tensor = self._run(module, (run, *chain(*arguments)), names, values)[0]
+        return output
+
+    def _run(self, module: fx.GraphModule, arguments: Sequence[Any], inputs: Sequence[str], values: Mapping[str, Any]) -> Any:
         try:
             with torch.enable_grad():
-                output: Tensor = self._module.forward(run, *arguments)
+                return module.forward(*arguments)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            shown = [values[name] for name in self._inputs]
+            shown = [x for name in inputs if isinstance(x := values[name], Tensor)]
             given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in shown)
             raise InputError(f"the model cannot run on inputs of shape, dtype and device {given}: {error}") from error
-        return output
+
+    @cached_property
+    def _halves(self) -> tuple[fx.GraphModule, fx.GraphModule, tuple[str, ...]]:
+        """The graph in two, and the names of what goes from one to the other."""
+        nodes = [node for node in self._module.graph.nodes if node.op != "output"]
+        run, *given = [node for node in nodes if node.op == "placeholder"]
+        names = dict(zip(given, self._order, strict=True))
+        fixed = {run, *(node for node in given if names[node] in self._constants)}  # what follows from the weights alone
+        upper = dict.fromkeys(node for node in nodes if node.target is source)
+        starts = {node.args[2] for node in upper}
+        for node in nodes:
+            sources = set(node.all_input_nodes)
+            if node.op == "call_function" and sources <= fixed:
+                fixed.add(node)
+            elif sources & (upper.keys() | starts):
+                upper[node] = None
+        (output,) = next(node for node in self._module.graph.nodes if node.op == "output").all_input_nodes
+        needed = [n for node in upper for n in node.all_input_nodes if n not in upper and n not in fixed]
+        between = list(dict.fromkeys(needed))
+        weights = [node for node in given if node in fixed]
+        below = _module(given, [node for node in nodes if node not in upper], between)
+        above = _module([run, *between, *weights], [node for node in nodes if node in upper or node in fixed], [output])
+        return below, above, tuple(node.name for node in between)
 
     def _replace(self, graph: fx.Graph, run: fx.Node, node: fx.Node, rules: Mapping[str, Rule]) -> fx.Node:
         """Put a step in the place of an operation, where its rule wants one."""

@@ -55,6 +55,11 @@ class Watch:
         self._seen = _look(model)
         return False
 
+    @property
+    def marks(self) -> list[Any]:
+        """What is another whenever a tensor has been written to or replaced, since it was last found unchanged."""
+        return [] if self._seen is None else self._seen[0]
+
     def __getstate__(self) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint, "_seen": None}
 

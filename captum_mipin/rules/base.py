@@ -21,11 +21,13 @@ class Options:
         local: Use what the sample's forward pass recorded (equation 9). Without, the chain is the global one.
         shares: Average pooling sends the signal to where the value came from; without, it spreads it evenly.
         bias: Keep the biases of the inverses: the source signal S. Without: the attribution A.
+        packed: Record masks as bits, for what is kept long.
     """
 
     local: bool = True
     shares: bool = True
     bias: bool = True
+    packed: bool = False
 
 
 @dataclass(frozen=True)
