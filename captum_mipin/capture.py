@@ -99,7 +99,13 @@ class Signature:
 
     @classmethod
     def from_json(cls, value: list[Any]) -> "Signature":
-        """The inverse of :meth:`to_json`."""
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if not all(leaf and all(isinstance(part, str) for part in leaf) for leaf in value[0]):
+            raise ValueError(f"{value[0]!r} does not describe inputs")
         return cls(tuple(tuple(leaf) for leaf in value[0]), value[1])
 
 

@@ -63,7 +63,7 @@ class Batches:
             data = [(tuple(t[i : i + batch_size] for t in tensors), None) for i in rows]
             unpack = _as_it_is
         elif isinstance(data, Dataset):
-            data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
+            data = DataLoader(data, batch_size=batch_size, generator=torch.Generator(), pin_memory=device.type == "cuda")
         elif isinstance(data, Iterator):
             data = list(data)  # each layer takes a pass of its own
         if not isinstance(data, Iterable) or isinstance(data, (str, dict)):
@@ -86,11 +86,17 @@ class Batches:
             inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             extras = () if extras is None else extras if isinstance(extras, tuple) else (extras,)
             self._check(inputs, index)
-            extras = tuple(e.to(self._device) if isinstance(e, Tensor) else e for e in extras)
-            yield plain((tuple(x.to(self._device) for x in inputs), extras))
+            extras = tuple(self._moved(e) if isinstance(e, Tensor) else e for e in extras)
+            yield plain((tuple(map(self._moved, inputs)), extras))
             found = True
         if not found and not self._several:
             raise FitError("the data yields no batch: nothing to fit on (an iterator that is used up?)")
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """``x`` on the model's device; to a GPU from pinned memory, so that nothing waits for it."""
+        if self._device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
+            x = x.pin_memory()
+        return x.to(self._device, non_blocking=True)
 
     def _check(self, inputs: Inputs, index: int) -> None:
         try:

@@ -47,6 +47,7 @@ class Settings:
         double: Whether products of moments are taken in float64 instead of the model's dtype.
         sharing: Whether all targets have one inverse below the first step.
         joint: Whether what comes back to a tensor from several branches is learned together, or summed up.
+        autocast: Name of the dtype that forward passes compute products with weights in; None for the model's.
     """
 
     ridge: float = 1e-3
@@ -58,6 +59,7 @@ class Settings:
     joint: bool = True
     double: bool = False
     sharing: bool = False
+    autocast: str | None = None
 
 
 @dataclass
@@ -106,6 +108,7 @@ class Fit:
         self._model, self._captured, self._surrogate, self._batches = model, captured, surrogate, batches
         self._targets, self._settings, self._memory, self._progress = list(targets), settings, memory, progress
         self._processes, self._example, self._store = processes, example, kept
+        self._autocast: torch.dtype | None = getattr(torch, settings.autocast) if settings.autocast else None
         self._rows: int | None = None  # of this process
         self._most = 0  # of any process
         self._kept: list[Trace] = []
@@ -258,7 +261,8 @@ class Fit:
             if not finite(output):
                 raise FitError(f"batch {index}: the model's output contains NaN or Inf")
             if index == 0:
-                check_apart((output,), inputs, extras, self._captured.shared, self._again)
+                exact = (output,) if self._autocast is None else self._again(inputs, extras)
+                check_apart(exact, inputs, extras, self._captured.shared, self._again)
                 self._sizes = {key: size / len(output) for key, size in trace.sizes.items()}
                 self._widest = trace.widest / len(output)
             self._keep(trace, rows)
@@ -273,8 +277,8 @@ class Fit:
         return low, high
 
     def _again(self, inputs: Inputs, extras: Extras) -> Sequence[Tensor]:
-        """The output of other examples."""
-        return (self._trace(self._below(inputs, extras)).output,)
+        """The output of some examples; autocast would round it otherwise in other batches."""
+        return (self._trace(self._below(inputs, extras, exact=True), exact=True).output,)
 
     def _share(self, trace: Trace) -> None:
         """What the features where the passes end have in common with the targets' outputs."""
@@ -287,9 +291,10 @@ class Fit:
         for moments, x in zip(self._shared, sources, strict=True):
             moments.update(x.reshape(1, len(x), -1), outputs.to(x.dtype))
 
-    def _below(self, inputs: Inputs, extras: Extras) -> Values:
+    def _below(self, inputs: Inputs, extras: Extras, exact: bool = False) -> Values:
         """What lies below the part that is inverted, run forward."""
-        return self._surrogate.below(self._captured.values(self._model, inputs, extras))
+        values = self._captured.values(self._model, inputs, extras)
+        return self._surrogate.below(values, None if exact else self._autocast)
 
     def _values(self) -> Iterator[Values]:
         """What the part that is inverted starts from, batch by batch: as it was kept, or run forward once more."""
@@ -298,10 +303,11 @@ class Fit:
         else:
             yield from self._store
 
-    def _trace(self, values: Values, keys: Sequence[str] = (), proving: bool = False) -> Trace:
-        """A batch run forward, for a fit of the steps ``keys``."""
+    def _trace(self, values: Values, keys: Sequence[str] = (), proving: bool = False, exact: bool = False) -> Trace:
+        """A batch run forward, for a fit of the steps ``keys``; ``exact`` without autocast."""
         options = Options(shares=self._settings.shares, packed=self._store is not None)
-        run = Run(self._surrogate.steps, options, fitting=keys, proving=proving)
+        autocast = None if exact else self._autocast
+        run = Run(self._surrogate.steps, options, fitting=keys, proving=proving, autocast=autocast)
         return Trace(run, self._surrogate.above(run, values, self._captured.weights(self._model)))
 
     def _keep(self, trace: Trace, rows: int) -> None:

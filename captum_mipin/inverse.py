@@ -1,6 +1,8 @@
 """The inverse network: fitted to a model and data, it sends a class's logit back to the input or to a layer."""
 
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+import captum_mipin
 from captum_mipin import storage
 from captum_mipin.capture import (
     TURNS,
@@ -30,7 +33,15 @@ from captum_mipin.capture import (
     unwrapped,
 )  # fmt: skip
 from captum_mipin.data import Batches, Kept, Unpack
-from captum_mipin.errors import CaptureError, FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
+from captum_mipin.errors import (
+    CaptureError,
+    FitError,
+    InputError,
+    InverseFileError,
+    ModelChangedError,
+    ModelChangedWarning,
+    NotFittedError,
+)
 from captum_mipin.fitting import Fit, Fitted, Settings, Solver
 from captum_mipin.graphs import Graphs
 from captum_mipin.lazy import Lazy
@@ -38,7 +49,7 @@ from captum_mipin.processes import Processes
 from captum_mipin.propagation import Inverses, Run, Surrogate, Target, seed
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
-from captum_mipin.rules import Inverse, Options, Rule, table
+from captum_mipin.rules import MIPIN, Inverse, Options, Rule, table
 from captum_mipin.structure import difference, structure
 from captum_mipin.survey import survey
 from captum_mipin.targets import one, per_example, several, shown
@@ -101,13 +112,17 @@ class InverseNetwork:
             regression, or is the "sum" of what each brings.
         precision: Products of moments are taken, once centred, in the dtype of the "model", whose float32 keeps second moments
             to a millionth of the variances, or in "double"; they are summed and solved in float64 in either case.
+        autocast: ``torch.bfloat16`` or ``torch.float16``, for the forward passes of a fit: products with weights, and all that
+            lies below ``layer``, are then computed as ``torch.autocast`` does. Features, signals and inverses keep the model's
+            dtype, and explanations are made without it.
         sharing: Each class has an inverse of its own, or all "classes" share one below the first step, fitted on all pairs of
             example and class together. A class fitted later then takes one regression, and takes what is below as it is.
         solver: "exact" least squares, or for convolutions the paper's "sgd".
         epochs: Passes of the SGD solver over the data.
         learning_rate: Of the SGD solver; by default the inverse of the largest curvature on the first batch.
-        changed: "refuse" to explain once the model's weights differ from those it was fitted to; "ignore" is for tests that
-            make the weights random. Also an attribute, and not kept in files.
+        changed: "refuse" to explain once the model's weights differ from those it was fitted to; "warn" of it, once a change,
+            by a :class:`~captum_mipin.ModelChangedWarning`; "ignore" it, for tests that make the weights random. Also an
+            attribute, and not kept in files. Classes are always fitted to the weights of the first fit alone.
 
     Raises:
         InputError: An option out of its range.
@@ -136,14 +151,15 @@ class InverseNetwork:
         pooling: Literal["shares", "even"] = "shares",
         forks: Literal["joint", "sum"] = "joint",
         precision: Literal["model", "double"] = "model",
+        autocast: torch.dtype | None = None,
         sharing: Literal["nothing", "classes"] = "nothing",
         solver: Solver = "exact",
         epochs: int = 20,
         learning_rate: float | None = None,
-        changed: Literal["refuse", "ignore"] = "refuse",
+        changed: Literal["refuse", "warn", "ignore"] = "refuse",
     ) -> None:
         for name, value, known in (
-            ("changed", changed, ("refuse", "ignore")),
+            ("changed", changed, ("refuse", "warn", "ignore")),
             ("ridge_scale", ridge_scale, ("relative", "mean", "sum")),
             ("pooling", pooling, ("shares", "even")),
             ("forks", forks, ("joint", "sum")),
@@ -164,11 +180,13 @@ class InverseNetwork:
         self.changed = changed
         if sharing == "classes" and solver == "sgd":
             raise InputError('sharing="classes" needs solver="exact"')
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise InputError(f"autocast={autocast!r} is not one of None, torch.bfloat16, torch.float16")
         if learning_rate is not None and not learning_rate > 0:
             raise InputError(f"learning_rate={learning_rate!r} must be above 0")
         self.settings = Settings(
             ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint", precision == "double",
-            sharing == "classes",
+            sharing == "classes", None if autocast is None else str(autocast).removeprefix("torch."),
         )  # fmt: skip
         self._state: _State | None = None
         self._graphs = Graphs[Surrogate]()
@@ -433,6 +451,8 @@ class InverseNetwork:
         found = state.fitted.information.get(chosen)
         if found is None:
             found = state.lazy[chosen].information(chosen, self._weights_of(state))
+        if [b.shape for b in found] != [a.shape for a in slopes]:
+            raise InverseFileError("the file that was loaded holds information of another shape than the features have")
         bits = tuple(b * (a != 0).to(b) for a, b in zip(slopes, found, strict=True))
         return bits if len(bits) > 1 else bits[0]
 
@@ -486,7 +506,14 @@ class InverseNetwork:
         unit: bool = False,
     ) -> Explanation:
         check_model(self.model)
-        if self.changed != "ignore":
+        if self.changed == "warn" and state.watch.news(self.model):
+            warnings.warn(
+                "the model's weights have changed since the inverse was fitted, so that it explains a mixture of both models; "
+                f"their fingerprint is {storage.fingerprint(self.model)[:12]} now",
+                ModelChangedWarning,
+                stacklevel=_outside(),
+            )
+        elif self.changed == "refuse":
             self._check_unchanged(state)
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             inputs, extras = plain((inputs, extras))
@@ -621,14 +648,19 @@ class InverseNetwork:
         output = storage.output_of(content)
         inverse = cls(model, layer=layer, output=output)
         inverse.settings = Settings(**content["settings"])
-        device = device_of(model)
+        device, signature, dims = device_of(model), Signature.from_json(content["signature"]), tuple(content["dims"])
+        inputs = [(str(tuple(shape)), f"torch.{dtype}") for shape, dtype in content["inputs"]]
+        if not inputs or [leaf[1:3] for leaf in signature.leaves[: len(inputs)]] != inputs:
+            raise ValueError(f"inputs {inputs} are not those of the signature")
+        if not all(type(n) is int and n > 0 for n in dims):
+            raise ValueError(f"outputs cannot have shape {dims}")
         example = tuple(
             torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in content["inputs"]
         )
         inverse._state = _State(
             _unpack_fitted(tensors, content, device),
-            tuple(content["dims"]),
-            Signature.from_json(content["signature"]),
+            dims,
+            signature,
             content["structure"],
             example,
             None if content["extras"] else (),
@@ -654,6 +686,9 @@ class InverseNetwork:
             for index, bits in enumerate(fitted.information.get(target, ())):
                 tensors[f"{number}.information.{index}"] = bits
         content = {
+            "version": captum_mipin.__version__,
+            "model": type(self.model).__name__,
+            "rules": sorted(table().keys() - MIPIN.keys()),
             "fingerprint": state.watch.fingerprint,
             "layer": None if self.layer is None else self._path(self.layer),
             "output": self.output,
@@ -840,7 +875,7 @@ def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: 
     fitted = Fitted()
     for number, entry in enumerate(content["targets"]):
         fitted.inverses[tuple(entry["target"])] = {
-            key: Inverse(*(found.get(f"{number}.{index}.{part}") for part in _PARTS))  # type: ignore[arg-type]  # weight and bias are there
+            key: _inverse(*(found.get(f"{number}.{index}.{part}") for part in _PARTS))
             for index, key in enumerate(entry["keys"])
         }
         maps = sorted((int(name.split(".")[2]), t) for name, t in found.items() if name.startswith(f"{number}.information."))
@@ -849,6 +884,26 @@ def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: 
         target = tuple(layer["target"]) if isinstance(layer["target"], list) else layer["target"]
         fitted.layers.append(LayerFit(**{**layer, "target": target}))
     return fitted
+
+
+def _inverse(
+    weight: Tensor | None, bias: Tensor | None, live: Tensor | None, own: Tensor | None, rows: Tensor | None
+) -> Inverse:
+    """An inverse of the tensors that a file holds.
+
+    Raises:
+        ValueError: They cannot be parts of one.
+    """
+    if weight is None or bias is None:
+        raise ValueError("an inverse lacks its weight or its bias")
+    floating = {part.dtype for part in (weight, bias, own, rows) if part is not None}
+    if (
+        len(floating) > 1
+        or not weight.is_floating_point()
+        or (live is not None and (live.dtype, live.ndim) != (torch.int64, 1))
+    ):
+        raise ValueError(f"an inverse has parts of dtypes {floating}, and indices of {None if live is None else live.dtype}")
+    return Inverse(weight, bias, live, own, rows)
 
 
 def _joined(before: Fitted, done: Fitted, chosen: Sequence[Target]) -> Fitted:
@@ -869,6 +924,14 @@ def _share_rows(fitted: Fitted) -> None:
                 rows = first.setdefault(key, inverse.rows)
                 if rows is not inverse.rows and torch.equal(rows, inverse.rows):
                     inverses[key] = replace(inverse, rows=rows)
+
+
+def _outside() -> int:
+    """How far up the first call lies that is not of this package, for warnings to name it."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _shapes(signature: Signature) -> str:

@@ -368,15 +368,15 @@ def solve_rows(
     s.masked_fill_(dead, 0.0)
     gram = s @ s.mT
     left = n * float(penalty.max())  # the same for all signals
-    coefficients, condition = _ridge(
-        gram, s, torch.full_like(gram[0], left), torch.zeros_like(gram[0], dtype=torch.bool), ridge
-    )
+    penalties, none = torch.full_like(gram[0], left), torch.zeros_like(gram[0], dtype=torch.bool)
+    solved, condition = _ridge(gram, torch.cat([s, gram], 1), penalties, none, ridge)  # K S, K S Sᵀ
+    coefficients = solved[:, : s.shape[1]]
     bias = rows.mean - (rows.x.mT @ (coefficients @ mean).to(rows.x.dtype)).double()
     if not measure:
         return RowSolution(coefficients, bias, float("nan"), int(dead.sum()), condition)
     total = rows.gram.diagonal().sum()
     # Predicted are P = S Sᵀ K X with K = (S Sᵀ + nλI)⁻¹ or the pseudo-inverse: the residual is (I − S Sᵀ K) X.
-    residual = torch.eye(n, dtype=gram.dtype, device=gram.device) - coefficients @ s.mT
+    residual = torch.eye(n, dtype=gram.dtype, device=gram.device) - solved[:, s.shape[1] :]
     unexplained = (residual @ rows.gram * residual).sum()
     explained = float(1 - unexplained / total) if total > 0 else 1.0
     return RowSolution(coefficients, bias, explained, int(dead.sum()), condition)
