@@ -1,11 +1,13 @@
 """Algorithm 1: from the output down, one regression a layer and target."""
 
+import hashlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -47,6 +49,8 @@ class Settings:
         double: Whether products of moments are taken in float64 instead of the model's dtype.
         sharing: Whether all targets have one inverse below the first step.
         joint: Whether what comes back to a tensor from several branches is learned together, or summed up.
+        positions: How many positions of each batch's maps convolutions are fitted on, or which share of them; None for all.
+        seed: What draws them.
         autocast: Name of the dtype that forward passes compute products with weights in; None for the model's.
     """
 
@@ -60,6 +64,8 @@ class Settings:
     double: bool = False
     sharing: bool = False
     autocast: str | None = None
+    positions: float | None = None
+    seed: int = 0
 
 
 @dataclass
@@ -422,17 +428,34 @@ class Fit:
         """The moments of this process's data, for each group of targets under the first of it."""
         moments: dict[Target, Moments] = {}
         for index, (inverter, x, signals) in enumerate(self._joined(key, batches)):
+            places = self._places(key, index, inverter, x)
             for first, target in ((group[0], target) for group in pooled for target in group):
                 s = signals(target)
                 if self._settings.double:
                     x, s = x.double(), tuple(part.double() for part in s)
-                found = inverter.moments(x, s)
+                if places is None:
+                    found = inverter.moments(x, s)
+                else:
+                    assert isinstance(inverter, Convolution)  # for mypy: only these have positions
+                    found = inverter.moments_at(x, s, places)
                 moments.setdefault(first, found)
                 if moments[first] is not found:
                     moments[first].add(found)
                 if not moments[first].finite():
                     raise FitError(f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}")
         return moments
+
+    def _places(self, key: str, index: int, inverter: Inverter, x: Tensor) -> Tensor | None:
+        """The positions of x that a convolution is fitted on in a batch, drawn anew for each; None for all."""
+        wanted, count = self._settings.positions, prod(x.shape[2:])
+        if wanted is None or not isinstance(inverter, Convolution):
+            return None
+        chosen = wanted if isinstance(wanted, int) else max(1, round(wanted * count))
+        if chosen >= count:
+            return None
+        words = f"{self._settings.seed} {self._surrogate.learned.index(key)} {index} {self._processes.rank}"
+        seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big", signed=True)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:chosen].sort().values.to(x.device)
 
     def _together(self, mine: Moments | None, inverter: Inverter, x: Tensor) -> Moments:
         """The moments of all processes' data."""

@@ -115,6 +115,10 @@ class InverseNetwork:
         autocast: ``torch.bfloat16`` or ``torch.float16``, for the forward passes of a fit: products with weights, and all that
             lies below ``layer``, are then computed as ``torch.autocast`` does. Features, signals and inverses keep the model's
             dtype, and explanations are made without it.
+        positions: Fit convolutions on so many positions of their maps, or on such a share of them, as 0.1; None for all. They
+            are drawn anew for each batch and layer, for all classes alike. The inverse is then an estimate: the report says
+            from how many rows.
+        generator: What draws positions, when the InverseNetwork is made; by default always the same.
         sharing: Each class has an inverse of its own, or all "classes" share one below the first step, fitted on all pairs of
             example and class together. A class fitted later then takes one regression, and takes what is below as it is.
         solver: "exact" least squares, or for convolutions the paper's "sgd".
@@ -152,6 +156,8 @@ class InverseNetwork:
         forks: Literal["joint", "sum"] = "joint",
         precision: Literal["model", "double"] = "model",
         autocast: torch.dtype | None = None,
+        positions: float | None = None,
+        generator: torch.Generator | None = None,
         sharing: Literal["nothing", "classes"] = "nothing",
         solver: Solver = "exact",
         epochs: int = 20,
@@ -180,13 +186,19 @@ class InverseNetwork:
         self.changed = changed
         if sharing == "classes" and solver == "sgd":
             raise InputError('sharing="classes" needs solver="exact"')
+        share = isinstance(positions, float) and 0 < positions <= 1
+        if positions is not None and not share and (type(positions) is not int or positions < 1):
+            raise InputError(f"positions={positions!r} must be a number of at least 1, or a share above 0 and up to 1")
+        if positions is not None and solver == "sgd":
+            raise InputError('positions= needs solver="exact"')
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise InputError(f"autocast={autocast!r} is not one of None, torch.bfloat16, torch.float16")
         if learning_rate is not None and not learning_rate > 0:
             raise InputError(f"learning_rate={learning_rate!r} must be above 0")
         self.settings = Settings(
             ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint", precision == "double",
-            sharing == "classes", None if autocast is None else str(autocast).removeprefix("torch."),
+            sharing == "classes", None if autocast is None else str(autocast).removeprefix("torch."), positions,
+            int(torch.randint(2**62, (), generator=generator)) if generator else 0,
         )  # fmt: skip
         self._state: _State | None = None
         self._graphs = Graphs[Surrogate]()
