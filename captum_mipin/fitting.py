@@ -448,7 +448,7 @@ class Fit:
     def _places(self, key: str, index: int, inverter: Inverter, x: Tensor) -> Tensor | None:
         """The positions of x that a convolution is fitted on in a batch, drawn anew for each; None for all."""
         wanted, count = self._settings.positions, prod(x.shape[2:])
-        if wanted is None or not isinstance(inverter, Convolution):
+        if wanted is None or not isinstance(inverter, Convolution) or inverter.tied > 1:
             return None
         chosen = wanted if isinstance(wanted, int) else max(1, round(wanted * count))
         if chosen >= count:

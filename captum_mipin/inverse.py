@@ -116,8 +116,8 @@ class InverseNetwork:
             lies below ``layer``, are then computed as ``torch.autocast`` does. Features, signals and inverses keep the model's
             dtype, and explanations are made without it.
         positions: Fit convolutions on so many positions of their maps, or on such a share of them, as 0.1; None for all. They
-            are drawn anew for each batch and layer, for all classes alike. The inverse is then an estimate: the report says
-            from how many rows.
+            are drawn anew for each batch and layer, for all classes alike; where windows tile a map, all are taken. The
+            inverse is then an estimate: the report says from how many rows.
         generator: What draws positions, when the InverseNetwork is made; by default always the same.
         sharing: Each class has an inverse of its own, or all "classes" share one below the first step, fitted on all pairs of
             example and class together. A class fitted later then takes one regression, and takes what is below as it is.

@@ -115,7 +115,7 @@ class Run:
             several = len(self.groups) > 1
             own = tuple(step.layout.part(s, examples) for s in signals) if several else signals
             try:
-                if not inverse.fits(inverter.size):
+                if not inverse.fits(inverter):
                     raise RuntimeError(f"its parts are not those of a regression of size {inverter.size}")
                 parts.append((inverter.part(examples) if several else inverter).apply(inverse, own, self.options.bias))
             except torch.OutOfMemoryError:

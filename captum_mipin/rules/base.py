@@ -50,15 +50,15 @@ class Inverse:
     own: Tensor | None = None
     rows: Tensor | None = None
 
-    def fits(self, size: tuple[int, int, int, int]) -> bool:
-        """Whether it can be the inverse of a regression of this size, see :class:`Inverter`: files may hold anything."""
-        groups, features, signals, branches = size
+    def fits(self, inverter: "Inverter") -> bool:
+        """Whether it can be an inverse of this family: files may hold anything."""
+        groups, features, signals, branches = inverter.size
         columns = signals if self.live is None else len(self.live)
         rows = groups * features if self.rows is None else len(self.rows)
         own = None if self.own is None else self.own.shape
         return (
             self.weight.numel() == rows * columns
-            and self.bias.shape == (groups * features,)
+            and self.bias.shape == (groups * features // inverter.tied,)
             and own == ((groups * features, branches) if branches else None)
             and (self.rows is None or self.rows.shape == (rows, features))
             and (columns == 0 or self.live is None or bool(((self.live >= 0) & (self.live < signals)).all()))
