@@ -394,10 +394,10 @@ def _ridge(gram: Tensor, cross: Tensor, penalty: Tensor, dead: Tensor, ridge: fl
     """(gram + penalty)⁻¹ cross, with zeros for dead signals, and the condition number of what was inverted."""
     if gram.shape[-1] == 0:
         return torch.zeros_like(cross), 1.0
-    gram = gram.masked_fill(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)
-    scale = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
-    stand_in = dead * torch.where(scale > 0, scale, 1.0)  # keeps the matrix regular
-    ridged = gram + torch.diag_embed(penalty + stand_in)
+    ridged = gram.masked_fill(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)
+    diagonal = ridged.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
+    diagonal += penalty + dead * torch.where(scale > 0, scale, 1.0)  # the latter keeps the matrix regular
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if ridge > 0 and not failed.any():
         result, norm = torch.cholesky_solve(cross, factor), _norm_of_inverse(factor)
