@@ -19,6 +19,9 @@ from torch import Tensor
 #: Share of a signal's mean square below which its variance is rounding.
 _CONSTANT = 1e-13
 
+#: Elements that are taken in float64 at once, so that they stay in the processor's cache.
+_CACHED = 1 << 17
+
 RidgeScale = Literal["relative", "mean", "sum"]
 
 
@@ -87,7 +90,7 @@ class Moments:
             return
         z = torch.stack([x, *own], 1) if own else x.unsqueeze(1)
         z, s = (t.float() if t.element_size() < 4 else t for t in (z, s))  # half precision cannot hold sums
-        mean_z, mean_s = z.double().mean(2), s.double().mean(1)
+        mean_z, mean_s = z.mean(2, dtype=torch.float64), s.mean(1, dtype=torch.float64)
         z, s = z - mean_z.to(z.dtype).unsqueeze(2), s - mean_s.to(s.dtype).unsqueeze(1)
         self.add(Moments(rows, mean_z, mean_s, gram_of_each(z, (2,)), z.mT @ s.unsqueeze(1), s.mT @ s))
 
@@ -158,7 +161,9 @@ def gram_of_each(z: Tensor, over: tuple[int, ...]) -> Tensor:
     Squares of a single entry are taken in float64, products in the dtype of ``z``.
     """
     if z.shape[1] == 1:
-        return z.double().square().sum(over).movedim(1, 2).unsqueeze(3)
+        step = max(1, _CACHED * z.shape[2] // z.numel())
+        squares = torch.stack([part.double().square().sum(over) for part in z.split(step, 2)])
+        return squares.sum(0).movedim(1, 2).unsqueeze(3)
     kept = [dim for dim in range(2, z.ndim) if dim not in over]
     rows = z.permute(0, *kept, 1, *over).flatten(3)
     return (rows @ rows.mT).double()
