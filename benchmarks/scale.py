@@ -140,7 +140,7 @@ def thousand(arguments: argparse.Namespace) -> None:
     row |= {"explained by each": len(explained), "beyond model and data GiB": resident() - before}
     fitted = [layer for layer in inverse.report.layers if layer.target == target]
     row["R² of the last class"] = {layer.layer: layer.explained_variance for layer in fitted}
-    inverses = inverse._inverses(inverse._fitted(), [(target,)])[target,]
+    inverses = inverse._classes(inverse._fitted(), [(target,)])[target,]
     row["inverse MB a class"] = (
         sum(part.nbytes for i in inverses.values() for part in vars(i).values() if part is not None) / 1e6
     )

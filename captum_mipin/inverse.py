@@ -84,7 +84,8 @@ class _State:
     example: Inputs
     extras: Extras | None
     watch: storage.Watch
-    lazy: dict[Target, Lazy] = field(default_factory=dict)  # where classes come from that are fitted when they are explained
+    #: Where classes come from that are fitted when they are explained.
+    lazy: dict[Target, Lazy] = field(default_factory=dict, kw_only=True)
 
 
 class InverseNetwork:

@@ -161,7 +161,7 @@ def gram_of_each(z: Tensor, over: tuple[int, ...]) -> Tensor:
     Squares of a single entry are taken in float64, products in the dtype of ``z``.
     """
     if z.shape[1] == 1:
-        step = max(1, _CACHED * z.shape[2] // z.numel())
+        step = max(1, _CACHED * z.shape[2] // max(z.numel(), 1))
         squares = torch.stack([part.double().square().sum(over) for part in z.split(step, 2)])
         return squares.sum(0).movedim(1, 2).unsqueeze(3)
     kept = [dim for dim in range(2, z.ndim) if dim not in over]
@@ -374,7 +374,8 @@ def solve_rows(
     gram = s @ s.mT
     left = n * float(penalty.max())  # the same for all signals
     penalties, none = torch.full_like(gram[0], left), torch.zeros_like(gram[0], dtype=torch.bool)
-    solved, condition = _ridge(gram, torch.cat([s, gram], 1), penalties, none, ridge)  # K S, K S Sᵀ
+    wanted = torch.cat([s, gram], 1) if measure else s
+    solved, condition = _ridge(gram, wanted, penalties, none, ridge)  # K S, and K S Sᵀ
     coefficients = solved[:, : s.shape[1]]
     bias = rows.mean - (rows.x.mT @ (coefficients @ mean).to(rows.x.dtype)).double()
     if not measure:
