@@ -1,6 +1,7 @@
 """One inverse a class against one for all classes below the first step: python benchmarks/sharing.py [NAMES] [--data FOLDER].
 
-Completeness with its control, distance of the maps of two classes, time of the fit and bytes of the file.
+Completeness with its control, distance of the maps of two classes, time of the fit and bytes of the file. For resnet20, with
+its published weights in FOLDER/weights, localization instead: mosaics of 2 x 2 test images of CIFAR-10, at two layers.
 """
 
 import argparse
@@ -9,26 +10,62 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import pretrained
 import torch
 from common import show, write
 from data import load
 from networks import RECIPES, trained
 
-from captum_mipin import InverseNetwork, MIPINAttribution
-from captum_mipin.metrics import class_sensitivity, completeness
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.metrics import class_sensitivity, completeness, grid_pointing_game, mosaics
 
 SHARING: tuple[Literal["nothing", "classes"], ...] = ("nothing", "classes")
 
 
+def localization(folder: Path, fit: int, test: int) -> None:
+    """The grid pointing game on mosaics, at the output of two stages."""
+    model, normalise = pretrained.load("resnet20", folder / "weights")
+    images = load("cifar10", folder)
+    x, labels, classes = normalise(images.test[:test]), images.test_labels[:test], list(range(10))
+    generator = torch.Generator().manual_seed(2)
+    grid = mosaics(model, x, labels, 2, 100, confidence=0.99, classes=classes, generator=generator)
+    with torch.no_grad():
+        positive = model(grid.x).gather(1, grid.targets[:, None])[:, 0] > 0
+    rows = []
+    for sharing in SHARING:
+        start = time.process_time()
+        inverse = InverseNetwork(model, layer=model.get_submodule("layer2"), sharing=sharing)
+        inverse.fit(normalise(images.train[:fit]), classes, batch_size=50, progress=False)
+        taken = time.process_time() - start
+        for path in ("layer2", "layer3"):
+            method = LayerMIPINAttribution(model, inverse, model.get_submodule(path))
+            for name, product in (("A", False), ("A × feature", True)):
+                result = grid_pointing_game(method.attribute(grid.x, target=grid.targets, multiply_by_features=product), grid)
+                rows.append(
+                    {
+                        "network": "resnet20", "sharing": sharing, "layer": path, "map": name, "fit s": taken,
+                        "2x2": result.mean, "standard error": result.standard_error,
+                        "positive logit": float(result.values[positive].mean()),
+                    }
+                )  # fmt: skip
+                print(show(rows[-1:]).splitlines()[-1], flush=True)
+    write(
+        "sharing-localization", rows, fit=fit, mosaics=len(grid.x), test=test, classes=classes, confidence=0.99,
+        target="the class of the cell", reduction="sum over channels, then ReLU", seconds="of the processor",
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("networks", nargs="*", default=["mlp-mnist"], choices=RECIPES)
+    parser.add_argument("networks", nargs="*", default=["mlp-mnist"], choices=[*RECIPES, "resnet20"])
     parser.add_argument("--data", help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision")
     parser.add_argument("--fit", type=int, default=3000, help="training images to fit on")
     parser.add_argument("--test", type=int, default=1000, help="test images")
     arguments = parser.parse_args()
+    if "resnet20" in arguments.networks:
+        localization(Path(arguments.data), min(arguments.fit, 200), arguments.test)
     rows = []
-    for name in arguments.networks:
+    for name in (name for name in arguments.networks if name in RECIPES):
         images = load(RECIPES[name].data, arguments.data)
         model = trained(name, images)
         x, labels = images.test[: arguments.test], images.test_labels[: arguments.test]
@@ -49,6 +86,8 @@ def main() -> None:
             row |= {f"classes: {key}": part.mean for key, part in apart.parts.items()}
             rows.append(row)
             print(show(rows[-1:]).splitlines()[-1], flush=True)
+    if not rows:
+        return
     write(
         "sharing", rows, fit=arguments.fit, n=arguments.test, split="test, correctly classified", target="true class",
         layer="input", reduction="mean over classes", ties="none needed",

@@ -1,12 +1,14 @@
 """Speed, as ratios within one run: attributing against a gradient, fitting against matrix multiplication and SGD.
 
-    python benchmarks/speed.py [--data FOLDER] [attribute] [fit] [sgd]
+    python benchmarks/speed.py [--data FOLDER] [attribute] [fit] [positions] [sgd]
 
 - attribute: MIP-IN's ``attribute`` ÷ ``captum.attr.Saliency``, alternating, medians; small trained networks at batch 64
   (one class for the batch, and all ten mixed), VGG-11 and ResNet-18 at 224 x 224 with torchvision's random weights (the
   time does not depend on them), fitted on two random images;
-- fit: the MLP of table 3, ten classes, 50,000 images, against the time that its Gram matrices and cross products alone
-  take at this machine's measured float32 matrix-multiply rate;
+- fit: the whole fit of the MLP of table 3 (ten classes), of the CNNs of tables 4 and 5 and of VGG-19's features (one class),
+  against the time that Gram matrices and cross products take at this machine's measured float32 matrix-multiply rate, as
+  if patches were unfolded, and one pass forward; processor time, and that of each part;
+- positions: convolutions fitted on a share of their positions, the same CNN of table 5;
 - sgd: the exact solver against the paper's 20 epochs of SGD, and against more, on the CNN of table 4, one class: time of
   the whole fit (the dense layers are solved exactly by both), variance of each convolution's input left unexplained on
   the fitting images (SGD: averaged over its last epoch), and error on test images.
@@ -15,7 +17,8 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -25,7 +28,11 @@ from data import load
 from networks import RECIPES, trained
 from torch import Tensor, nn
 
-from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, fitting, storage
+from captum_mipin import inverse as inverse_module
+from captum_mipin.fitting import Fit
+from captum_mipin.rules.linear import Convolution, Dense
+from captum_mipin.trace import Trace
 
 
 def seconds(
@@ -44,9 +51,9 @@ def seconds(
 
 
 def gemm_rate(size: int = 3000) -> float:
-    """Float32 matrix-multiply rate of this machine, in flops a second."""
+    """Float32 matrix-multiply rate of this machine, in flops a second of processor time."""
     a, b = torch.randn(2, size, size).unbind()
-    (times,) = seconds([lambda: a @ b], 5)
+    (times,) = seconds([lambda: a @ b], 5, time.process_time)
     return 2 * size**3 / statistics.median(times)
 
 
@@ -86,22 +93,96 @@ def attribute(folder: str | None) -> list[dict[str, Any]]:
     return rows
 
 
-def fit(folder: str | None) -> list[dict[str, Any]]:
-    images = load("mnist", folder)
-    model = trained("mlp-mnist", images)
-    count, classes = 50_000, 10
-    start = time.perf_counter()
-    inverse = InverseNetwork(model).fit(images.train[:count], batch_size=1000)
-    taken = time.perf_counter() - start
-    flops = sum(2 * layer.rows * layer.signals * (layer.signals + layer.features) for layer in inverse.report.layers)
+@contextmanager
+def parts(row: dict[str, Any]) -> Iterator[None]:
+    """Processor seconds of the parts of all fits inside, by what takes them: no two are inside each other."""
+    originals = []
+
+    def timed(owner: Any, name: str, part: str) -> None:
+        original = owner.__dict__[name]
+        originals.append((owner, name, original))
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            start = time.process_time()
+            try:
+                return original(*arguments, **named)
+            finally:
+                row[part] = row.get(part, 0.0) + time.process_time() - start
+
+        setattr(owner, name, call)
+
+    for owner, name, part in (
+        (inverse_module, "capture", "capture s"), (Fit, "_trace", "forward s"), (Fit, "_below", "forward s"),
+        (Trace, "signals", "signals down s"), (Dense, "moments", "moments s"), (Convolution, "moments", "moments s"),
+        (Convolution, "moments_at", "moments s"),
+        (fitting, "solve", "solve s"), (fitting, "solve_rows", "solve s"), (fitting, "Rows", "moments s"),
+        (Fit, "_share", "information s"), (storage, "fingerprint", "fingerprint s"),
+    ):  # fmt: skip
+        timed(owner, name, part)
+    try:
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def against_floor(name: str, model: nn.Module, x: Tensor, targets: Any, batch: int, **options: Any) -> dict[str, Any]:
+    """A whole fit against the matrix products of its Gram matrices and one pass forward, at their measured rates."""
+    small = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2)).eval()
+    InverseNetwork(small).fit(torch.randn(9, 1, 4, 4), progress=False)  # to warm up
+    row: dict[str, Any] = {"what": "fit, floor ÷ time", "network": name, "images": len(x)}
+    start = time.process_time()
+    with parts(row):
+        inverse = InverseNetwork(model, **options).fit(x, targets, batch_size=batch, progress=False)
+    taken = time.process_time() - start
+    start = time.process_time()
+    with torch.no_grad():
+        for part in x.split(batch):
+            model(part)
+    forward = time.process_time() - start
+    flops = 0
+    for layer in inverse.report.layers:
+        sized = min(layer.rows, layer.signals)  # by rows or by columns, whichever is less
+        flops += 2 * layer.rows * layer.signals * sized + 2 * layer.rows * layer.features * sized
     rate = gemm_rate()
-    floor = flops / rate
-    return [
-        {
-            "what": "fit, floor ÷ time", "network": "mlp-mnist", "images": count, "targets": classes, "ratio": floor / taken,
-            "fit s": taken, "floor s": floor, "Gflops": flops / 1e9, "GEMM Gflops/s": rate / 1e9,
-        }
-    ]  # fmt: skip
+    floor = flops / rate + forward
+    row |= {
+        "targets": len(inverse.targets), "ratio": floor / taken, "fit s": taken, "floor s": floor, "Gflops": flops / 1e9,
+        "GEMM Gflops/s": rate / 1e9, "plain forward s": forward,
+    }  # fmt: skip
+    return row
+
+
+def fit(folder: str | None) -> list[dict[str, Any]]:
+    import torchvision
+
+    rows = []
+    for name, count, targets in (("mlp-mnist", 20_000, None), ("cnn-mnist", 300, 3), ("cnn-cifar10", 500, 3)):
+        images = load(RECIPES[name].data, folder)
+        rows.append(against_floor(name, trained(name, images), images.train[:count], targets, 100 if count < 1000 else 1000))
+        print(rows[-1], flush=True)
+    torch.manual_seed(0)
+    features = torchvision.models.vgg19(weights=None).features
+    model = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)).eval()
+    rows.append(against_floor("features of VGG-19", model, torch.randn(4, 3, 160, 160), 0, 4))
+    return rows
+
+
+def positions(folder: str | None) -> list[dict[str, Any]]:
+    """Convolutions fitted on a share of their positions: time, and how far the signal is from that of all."""
+    images = load("cifar10", folder)
+    model, x = trained("cnn-cifar10", images), images.train[:500]
+    rows: list[dict[str, Any]] = []
+    signals: list[Tensor] = []
+    for share in (None, 0.5, 0.2, 0.1, 0.05, 0.02):
+        row: dict[str, Any] = {"network": "cnn-cifar10", "positions": share or "all"}
+        with parts(row):
+            inverse = InverseNetwork(model, positions=share).fit(x, 3, batch_size=100, progress=False)
+        signals.append(inverse.source_signal(images.test[:500], 3))
+        row["difference of S"] = float((signals[-1] - signals[0]).norm() / signals[0].norm())
+        row["test error"] = _unexplained(images.test[:500], signals[-1])
+        rows.append({key: row[key] for key in ("network", "positions", "moments s", "difference of S", "test error")})
+    return rows
 
 
 def sgd(folder: str | None, count: int = 500) -> list[dict[str, Any]]:
@@ -141,10 +222,10 @@ def _unexplained(x: Tensor, s: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=[], help="attribute, fit, sgd; default: all")
+    parser.add_argument("parts", nargs="*", default=[], help="attribute, fit, positions, sgd; default: all")
     parser.add_argument("--data", help="folder with mnist.npz and the CIFAR-10 sheets; default: download with torchvision")
     arguments = parser.parse_args()
-    for name, part in (("attribute", attribute), ("fit", fit), ("sgd", sgd)):
+    for name, part in (("attribute", attribute), ("fit", fit), ("positions", positions), ("sgd", sgd)):
         if not arguments.parts or name in arguments.parts:
             rows = part(arguments.data)
             write(f"speed-{name}", rows)

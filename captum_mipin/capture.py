@@ -99,7 +99,13 @@ class Signature:
 
     @classmethod
     def from_json(cls, value: list[Any]) -> "Signature":
-        """The inverse of :meth:`to_json`."""
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if not all(leaf and all(isinstance(part, str) for part in leaf) for leaf in value[0]):
+            raise ValueError(f"{value[0]!r} does not describe inputs")
         return cls(tuple(tuple(leaf) for leaf in value[0]), value[1])
 
 
@@ -127,6 +133,13 @@ class CapturedGraph:
 
     def values(self, model: nn.Module, inputs: Inputs, extras: Extras) -> dict[str, Any]:
         """The value of every placeholder, parameters and buffers as they are in ``model`` now."""
+        values = self.weights(model)
+        leaves = pytree.tree_leaves((inputs, extras))
+        values.update((name, leaf) for name, leaf in zip(self.arguments, leaves, strict=True) if name is not None)
+        return values
+
+    def weights(self, model: nn.Module) -> dict[str, Any]:
+        """The value of every placeholder that is a parameter, a buffer or a constant, as it is in ``model`` now."""
         modules = dict(model.named_modules(remove_duplicate=False))
         values: dict[str, Any] = {}
         for name, source in self.constants.items():
@@ -134,8 +147,6 @@ class CapturedGraph:
                 path, _, attribute = source.rpartition(".")
                 source = getattr(modules[path], attribute)
             values[name] = source.detach()
-        leaves = pytree.tree_leaves((inputs, extras))
-        values.update((name, leaf) for name, leaf in zip(self.arguments, leaves, strict=True) if name is not None)
         return values
 
 

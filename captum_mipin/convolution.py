@@ -114,12 +114,13 @@ class Geometry:
             rows = rows.reshape(g, x, s, -1).transpose(1, 2)
         return rows.reshape(self.weight_shape)
 
-    def patches(self, s: Tensor, x_size: torch.Size) -> Tensor:
+    def patches(self, s: Tensor, x_size: torch.Size, places: Tensor | None = None) -> Tensor:
         """The patch of ``s`` that reaches each element of x.
 
         Args:
             s: (n, channels, *size) signals, complete (see :meth:`full`).
             x_size: Size of x, of which the spatial part counts.
+            places: Positions of x, counted row by row, to look at alone.
 
         Returns:
             (groups, n · positions, channels of s · taps), taps in the order of the weight.
@@ -133,12 +134,15 @@ class Geometry:
             s = _spread(s, self.stride)
             before = [r - p for r, p in zip(reach, self.padding, strict=True)]
             s = _place(s, before, [z + r for z, r in zip(size, reach, strict=True)])
-        return self._unfold(s, step)
+        return self._unfold(s, step, places)
 
-    def _unfold(self, s: Tensor, step: tuple[int, ...]) -> Tensor:
-        """All windows of ``s``: (groups, n · positions, channels · taps)."""
+    def _unfold(self, s: Tensor, step: tuple[int, ...], places: Tensor | None = None) -> Tensor:
+        """All windows of ``s``, or some: (groups, n · positions, channels · taps)."""
         for dim, (reach, dilation, stride) in enumerate(zip(self.reach, self.dilation, step, strict=True), 2):
             s = s.unfold(dim, reach + 1, stride)[..., ::dilation]
+        if places is not None:
+            some: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(places, s.shape[2 : 2 + self.dims]))
+            s = s[some]
         if not self.transposed:  # tap j lies dilation·j before the element, so the last tap comes first
             s = s.flip(tuple(range(-self.dims, 0)))
         n, channels = s.shape[:2]

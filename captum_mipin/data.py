@@ -1,7 +1,9 @@
-"""The data of a fit: any kind of it as batches, shared out among processes, and whether its examples stand alone."""
+"""The data of a fit: any kind of it as batches, shared out or kept, and whether its examples stand alone."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +18,13 @@ from torch.utils.data import (
     Subset,
 )  # fmt: skip
 
+from captum_mipin import storage
 from captum_mipin.capture import Extras, Inputs, check_inputs, finite, pick, plain
-from captum_mipin.errors import FitError, InputError
+from captum_mipin.errors import FitError, InputError, InverseFileError
 
 Unpack = Callable[[Any], tuple[Any, Any]]
+#: Of one batch what the part of a model that is inverted starts from: tensors, and sizes.
+Values = Mapping[str, Any]
 
 
 class Batches:
@@ -58,7 +63,7 @@ class Batches:
             data = [(tuple(t[i : i + batch_size] for t in tensors), None) for i in rows]
             unpack = _as_it_is
         elif isinstance(data, Dataset):
-            data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
+            data = DataLoader(data, batch_size=batch_size, generator=torch.Generator(), pin_memory=device.type == "cuda")
         elif isinstance(data, Iterator):
             data = list(data)  # each layer takes a pass of its own
         if not isinstance(data, Iterable) or isinstance(data, (str, dict)):
@@ -81,11 +86,17 @@ class Batches:
             inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             extras = () if extras is None else extras if isinstance(extras, tuple) else (extras,)
             self._check(inputs, index)
-            extras = tuple(e.to(self._device) if isinstance(e, Tensor) else e for e in extras)
-            yield plain((tuple(x.to(self._device) for x in inputs), extras))
+            extras = tuple(self._moved(e) if isinstance(e, Tensor) else e for e in extras)
+            yield plain((tuple(map(self._moved, inputs)), extras))
             found = True
         if not found and not self._several:
             raise FitError("the data yields no batch: nothing to fit on (an iterator that is used up?)")
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """``x`` on the model's device; to a GPU from pinned memory, so that nothing waits for it."""
+        if self._device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
+            x = x.pin_memory()
+        return x.to(self._device, non_blocking=True)
 
     def _check(self, inputs: Inputs, index: int) -> None:
         try:
@@ -99,6 +110,64 @@ class Batches:
         for number, x in enumerate(inputs):
             if not finite(x):
                 raise FitError(f"batch {index}: input {number} contains NaN or Inf")
+
+
+class Kept:
+    """Of every batch what the part of a model that is inverted starts from, for fits to come: in memory, or in a folder.
+
+    Args:
+        folder: Where to keep it; it is made, and has to be empty. None for memory.
+        room: Bytes of memory that it may take.
+
+    Raises:
+        InputError: The folder is not empty.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, room: int) -> None:
+        self._folder, self._room = None if folder is None else Path(folder), room
+        self._batches: list[Values] = []
+        self.count = self.bytes = 0
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if any(self._folder.iterdir()):
+                raise InputError(f"keep={os.fspath(self._folder)!r} is not empty: activations want a folder of their own")
+
+    def add(self, values: Values) -> Values:
+        """Keep a copy of these; returns it.
+
+        Raises:
+            FitError: There is no room.
+        """
+        values = {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+        if self._folder is not None:
+            sizes = {name: value for name, value in values.items() if name not in tensors}
+            storage.save(self._file(self.count), tensors, {"batch": self.count, "sizes": sizes})
+        elif self.bytes > self._room:
+            raise FitError(
+                f"the activations that classes are to be fitted from take more than memory={self._room:,} bytes: raise it, or "
+                "keep them on disk, with keep=folder"
+            )
+        else:
+            self._batches.append(values)
+        self.count += 1
+        return values
+
+    def __iter__(self) -> Iterator[Values]:
+        if self._folder is None:
+            yield from self._batches
+            return
+        for index in range(self.count):
+            tensors, content = storage.load(self._file(index))
+            if content.get("batch") != index:
+                raise InverseFileError(f"{os.fspath(self._file(index))!r} is not batch {index} of the activations kept")
+            copies = {name: tensor.clone() for name, tensor in tensors.items()}  # aligned, as when they were made
+            yield {**content["sizes"], **copies}
+
+    def _file(self, index: int) -> Path:
+        assert self._folder is not None  # for mypy: as in the callers
+        return self._folder / f"{index:06d}.safetensors"
 
 
 def _part_of(loader: "DataLoader[Any]", rank: int, count: int) -> "DataLoader[Any]":

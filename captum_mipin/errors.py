@@ -45,5 +45,9 @@ class ModelChangedError(MIPINError, RuntimeError):
     """The model is not the one, or no longer the one, that the inverse was fitted to."""
 
 
+class ModelChangedWarning(UserWarning):
+    """The model's weights are no longer those that the inverse was fitted to, which ``changed="warn"`` allows."""
+
+
 class InverseFileError(MIPINError, ValueError):
     """A file that is not, or no longer, a saved inverse network."""

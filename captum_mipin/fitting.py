@@ -1,11 +1,13 @@
 """Algorithm 1: from the output down, one regression a layer and target."""
 
+import hashlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -14,7 +16,7 @@ from tqdm.auto import tqdm
 
 from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, finite
 from captum_mipin.convolution import CHUNK
-from captum_mipin.data import Batches, check_apart
+from captum_mipin.data import Kept, Values, check_apart
 from captum_mipin.descent import Descent
 from captum_mipin.errors import FitError
 from captum_mipin.processes import Processes
@@ -47,6 +49,9 @@ class Settings:
         double: Whether products of moments are taken in float64 instead of the model's dtype.
         sharing: Whether all targets have one inverse below the first step.
         joint: Whether what comes back to a tensor from several branches is learned together, or summed up.
+        positions: How many positions of each batch's maps convolutions are fitted on, or which share of them; None for all.
+        seed: What draws them.
+        autocast: Name of the dtype that forward passes compute products with weights in; None for the model's.
     """
 
     ridge: float = 1e-3
@@ -58,6 +63,9 @@ class Settings:
     joint: bool = True
     double: bool = False
     sharing: bool = False
+    autocast: str | None = None
+    positions: float | None = None
+    seed: int = 0
 
 
 @dataclass
@@ -86,6 +94,7 @@ class Fit:
         progress: Show a progress bar.
         processes: Those that fit together, each with its batches.
         example: A batch of one, by which a process without data knows shapes.
+        kept: Where the fit keeps what it starts from, if classes are to be fitted later, by :meth:`later`.
     """
 
     def __init__(
@@ -93,17 +102,19 @@ class Fit:
         model: nn.Module,
         captured: CapturedGraph,
         surrogate: Surrogate,
-        batches: Batches,
+        batches: Iterable[tuple[Inputs, Extras]],
         targets: Sequence[Target],
         settings: Settings,
         memory: int,
         progress: bool,
         processes: Processes,
         example: tuple[Inputs, Extras],
+        kept: Kept | None = None,
     ) -> None:
         self._model, self._captured, self._surrogate, self._batches = model, captured, surrogate, batches
         self._targets, self._settings, self._memory, self._progress = list(targets), settings, memory, progress
-        self._processes, self._example = processes, example
+        self._processes, self._example, self._store = processes, example, kept
+        self._autocast: torch.dtype | None = getattr(torch, settings.autocast) if settings.autocast else None
         self._rows: int | None = None  # of this process
         self._most = 0  # of any process
         self._kept: list[Trace] = []
@@ -113,6 +124,8 @@ class Fit:
         self._signature: Signature | None = None
         self._shared: list[Moments] = []  # of the features where the passes end and the targets' outputs
         self._features: list[Tensor] = []  # an example of these
+        self._whole = False  # whether all that classes fitted later need can be kept
+        self._centred: dict[str, Rows] = {}  # of the steps solved row by row, for classes fitted later
 
     def run(self, fitted: Fitted, done: Callable[[Fitted], None] = lambda fitted: None) -> Fitted:
         """Fit what ``fitted`` lacks; ``done`` is called after each regression solved.
@@ -138,8 +151,40 @@ class Fit:
                         done(fitted)
                 for trace in self._kept:
                     trace.drop(group)
-        fitted.information = self._information()
+        if self._store is None:
+            fitted.information = self._information()
         return fitted
+
+    def later(self, target: Target) -> Fitted:
+        """Fit one more class, from what was kept."""
+        self._targets = [target]
+        try:
+            self._resume()
+            return self.run(Fitted())
+        except BaseException:
+            self.restart()
+            raise
+
+    def information(self, target: Target) -> Inputs:
+        """Bits that each feature shares with the output of a class, from what was kept."""
+        self._targets, self._shared, self._features = [target], [], []
+        self._resume()
+        for trace in self._traces(self._surrogate.learned[0], {}):
+            self._share(trace)
+        found = self._information()[target]
+        self._shared, self._features = [], []
+        return found
+
+    def restart(self) -> None:
+        """Let go of all but what cannot be computed again."""
+        self._kept, self._covered = [], ()
+        self._centred.clear()
+
+    def _resume(self) -> None:
+        """Run forward anew, after a restart, what there is memory to keep."""
+        if self._whole and not self._kept:
+            self._kept = [self._trace(values, self._surrogate.learned) for values in self._values()]
+            self._covered = self._surrogate.learned
 
     def _information(self) -> dict[Target, Inputs]:
         """Bits that each feature shares with each target's output, as jointly Gaussian variables."""
@@ -196,7 +241,7 @@ class Fit:
         if self._processes.count > 1:
             with self._processes.step():
                 if not self._features:  # this process has no data
-                    self._share(self._trace(*self._example))
+                    self._share(self._trace(self._below(*self._example)))
                     self._shared = [Moments.zeros(1, m.zs.shape[2], m.zs.shape[3], device=m.ss.device) for m in self._shared]
             self._shared = [moments.pooled(self._processes.total) for moments in self._shared]
         ranges = [float(bound[target]) for target in self._targets for bound in (low, high)]
@@ -213,21 +258,33 @@ class Fit:
                 raise FitError(
                     f"batch {index} has further arguments {signature.leaves}, the first had {self._signature.leaves}"
                 )
-            trace = self._trace(inputs, extras, self._covered, proving=index == 0)
+            values = self._below(inputs, extras)
+            if self._store is not None:
+                values = self._store.add(values)
+            trace = self._trace(values, self._covered, proving=index == 0)
             output = trace.output.detach()
             rows += len(output)
             if not finite(output):
                 raise FitError(f"batch {index}: the model's output contains NaN or Inf")
             if index == 0:
-                check_apart((output,), inputs, extras, self._captured.shared, lambda *fewer: (self._trace(*fewer).output,))
+                exact = (output,) if self._autocast is None else self._again(inputs, extras)
+                check_apart(exact, inputs, extras, self._captured.shared, self._again)
                 self._sizes = {key: size / len(output) for key, size in trace.sizes.items()}
                 self._widest = trace.widest / len(output)
             self._keep(trace, rows)
-            self._share(trace)
+            if self._store is None:
+                self._share(trace)
             low = output.amin(0) if low is None else torch.minimum(low, output.amin(0))
             high = output.amax(0) if high is None else torch.maximum(high, output.amax(0))
         self._rows = rows
+        if self._store is not None:
+            self._whole = bool(self._covered)
+            self._batches, self._progress = (), False  # what comes later needs neither data nor patience
         return low, high
+
+    def _again(self, inputs: Inputs, extras: Extras) -> Sequence[Tensor]:
+        """The output of some examples; autocast would round it otherwise in other batches."""
+        return (self._trace(self._below(inputs, extras, exact=True), exact=True).output,)
 
     def _share(self, trace: Trace) -> None:
         """What the features where the passes end have in common with the targets' outputs."""
@@ -240,10 +297,24 @@ class Fit:
         for moments, x in zip(self._shared, sources, strict=True):
             moments.update(x.reshape(1, len(x), -1), outputs.to(x.dtype))
 
-    def _trace(self, inputs: Inputs, extras: Extras, keys: Sequence[str] = (), proving: bool = False) -> Trace:
-        """A batch run forward, for a fit of the steps ``keys``."""
-        run = Run(self._surrogate.steps, Options(shares=self._settings.shares), fitting=keys, proving=proving)
-        return Trace(run, self._surrogate(run, self._captured.values(self._model, inputs, extras)))
+    def _below(self, inputs: Inputs, extras: Extras, exact: bool = False) -> Values:
+        """What lies below the part that is inverted, run forward."""
+        values = self._captured.values(self._model, inputs, extras)
+        return self._surrogate.below(values, None if exact else self._autocast)
+
+    def _values(self) -> Iterator[Values]:
+        """What the part that is inverted starts from, batch by batch: as it was kept, or run forward once more."""
+        if self._store is None:
+            yield from (self._below(inputs, extras) for inputs, extras in self._batches)
+        else:
+            yield from self._store
+
+    def _trace(self, values: Values, keys: Sequence[str] = (), proving: bool = False, exact: bool = False) -> Trace:
+        """A batch run forward, for a fit of the steps ``keys``; ``exact`` without autocast."""
+        options = Options(shares=self._settings.shares, packed=self._store is not None)
+        autocast = None if exact else self._autocast
+        run = Run(self._surrogate.steps, options, fitting=keys, proving=proving, autocast=autocast)
+        return Trace(run, self._surrogate.above(run, values, self._captured.weights(self._model)))
 
     def _keep(self, trace: Trace, rows: int) -> None:
         """Keep what the first pass over the data sees, as long as it fits, with the signals of a class at least."""
@@ -258,12 +329,12 @@ class Fit:
             return
         self._kept, self._covered = [], ()
         segment, keys, rows, kept = self._segment(key), self._surrogate.learned, 0, []
-        for inputs, extras in self._batches:
-            trace = self._trace(inputs, extras, keys[: keys.index(key) + max(1, len(segment))])
+        for values in self._values():
+            trace = self._trace(values, keys[: keys.index(key) + max(1, len(segment))])
             if segment:
                 for target in self._targets:
                     trace.signals(key, target, inverses.get(target, {}))
-                trace.forget(self._targets)
+                self._forget(trace)
                 kept.append(trace)
             yield trace
             rows += len(trace.output)
@@ -280,8 +351,13 @@ class Fit:
                 return trace.signals(key, target, fitted.inverses.get(target, {}))
 
             yield seen.inverter, seen.x.detach(), signals
-            trace.forget(self._targets)
+            self._forget(trace)
             bar.update(len(trace.output))
+
+    def _forget(self, trace: Trace) -> None:
+        """Let go of what no target needs any more, unless others come later."""
+        if self._store is None:
+            trace.forget(self._targets)
 
     def _joined(self, key: str, batches: Iterable[_Regressed]) -> Iterator[_Regressed]:
         """Small batches put together where that can be done: what moments cost a batch, they cost less often."""
@@ -304,7 +380,7 @@ class Fit:
         with self._processes.step():
             first = next(passes, None)
             if first is None:  # this process has no data
-                seen = self._trace(*self._example, [key]).seen(key)
+                seen = self._trace(self._below(*self._example), [key]).seen(key)
                 inverter, x = seen.inverter, seen.x.detach()
             else:
                 inverter, x, _ = first
@@ -352,17 +428,34 @@ class Fit:
         """The moments of this process's data, for each group of targets under the first of it."""
         moments: dict[Target, Moments] = {}
         for index, (inverter, x, signals) in enumerate(self._joined(key, batches)):
+            places = self._places(key, index, inverter, x)
             for first, target in ((group[0], target) for group in pooled for target in group):
                 s = signals(target)
                 if self._settings.double:
                     x, s = x.double(), tuple(part.double() for part in s)
-                found = inverter.moments(x, s)
+                if places is None:
+                    found = inverter.moments(x, s)
+                else:
+                    assert isinstance(inverter, Convolution)  # for mypy: only these have positions
+                    found = inverter.moments_at(x, s, places)
                 moments.setdefault(first, found)
                 if moments[first] is not found:
                     moments[first].add(found)
                 if not moments[first].finite():
                     raise FitError(f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}")
         return moments
+
+    def _places(self, key: str, index: int, inverter: Inverter, x: Tensor) -> Tensor | None:
+        """The positions of x that a convolution is fitted on in a batch, drawn anew for each; None for all."""
+        wanted, count = self._settings.positions, prod(x.shape[2:])
+        if wanted is None or not isinstance(inverter, Convolution) or inverter.tied > 1:
+            return None
+        chosen = wanted if isinstance(wanted, int) else max(1, round(wanted * count))
+        if chosen >= count:
+            return None
+        words = f"{self._settings.seed} {self._surrogate.learned.index(key)} {index} {self._processes.rank}"
+        seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big", signed=True)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:chosen].sort().values.to(x.device)
 
     def _together(self, mine: Moments | None, inverter: Inverter, x: Tensor) -> Moments:
         """The moments of all processes' data."""
@@ -394,7 +487,9 @@ class Fit:
                 parts[target].append(s.reshape(-1, s.shape[-1]))
                 if not (finite(s) and finite(x)):
                     raise FitError(f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}")
-        rows, result = Rows(torch.cat(xs)), {}
+        rows, result = self._centred.get(key) or Rows(torch.cat(xs)), {}
+        if self._store is not None:
+            self._centred[key] = rows
         for target in targets:
             s = torch.cat(parts.pop(target))
             live = s.any(0).nonzero().squeeze(1)

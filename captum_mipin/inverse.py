@@ -1,15 +1,18 @@
 """The inverse network: fitted to a model and data, it sends a class's logit back to the input or to a layer."""
 
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+import captum_mipin
 from captum_mipin import storage
 from captum_mipin.capture import (
     TURNS,
@@ -29,15 +32,24 @@ from captum_mipin.capture import (
     plain,
     unwrapped,
 )  # fmt: skip
-from captum_mipin.data import Batches, Unpack
-from captum_mipin.errors import CaptureError, FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
+from captum_mipin.data import Batches, Kept, Unpack
+from captum_mipin.errors import (
+    CaptureError,
+    FitError,
+    InputError,
+    InverseFileError,
+    ModelChangedError,
+    ModelChangedWarning,
+    NotFittedError,
+)
 from captum_mipin.fitting import Fit, Fitted, Settings, Solver
 from captum_mipin.graphs import Graphs
+from captum_mipin.lazy import Lazy
 from captum_mipin.processes import Processes
 from captum_mipin.propagation import Inverses, Run, Surrogate, Target, seed
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
-from captum_mipin.rules import Inverse, Options, Rule, table
+from captum_mipin.rules import MIPIN, Inverse, Options, Rule, table
 from captum_mipin.structure import difference, structure
 from captum_mipin.survey import survey
 from captum_mipin.targets import one, per_example, several, shown
@@ -72,6 +84,8 @@ class _State:
     example: Inputs
     extras: Extras | None
     watch: storage.Watch
+    #: Where classes come from that are fitted when they are explained.
+    lazy: dict[Target, Lazy] = field(default_factory=dict, kw_only=True)
 
 
 class InverseNetwork:
@@ -99,13 +113,21 @@ class InverseNetwork:
             regression, or is the "sum" of what each brings.
         precision: Products of moments are taken, once centred, in the dtype of the "model", whose float32 keeps second moments
             to a millionth of the variances, or in "double"; they are summed and solved in float64 in either case.
+        autocast: ``torch.bfloat16`` or ``torch.float16``, for the forward passes of a fit: products with weights, and all that
+            lies below ``layer``, are then computed as ``torch.autocast`` does. Features, signals and inverses keep the model's
+            dtype, and explanations are made without it.
+        positions: Fit convolutions on so many positions of their maps, or on such a share of them, as 0.1; None for all. They
+            are drawn anew for each batch and layer, for all classes alike; where windows tile a map, all are taken. The
+            inverse is then an estimate: the report says from how many rows.
+        generator: What draws positions, when the InverseNetwork is made; by default always the same.
         sharing: Each class has an inverse of its own, or all "classes" share one below the first step, fitted on all pairs of
             example and class together. A class fitted later then takes one regression, and takes what is below as it is.
         solver: "exact" least squares, or for convolutions the paper's "sgd".
         epochs: Passes of the SGD solver over the data.
         learning_rate: Of the SGD solver; by default the inverse of the largest curvature on the first batch.
-        changed: "refuse" to explain once the model's weights differ from those it was fitted to; "ignore" is for tests that
-            make the weights random. Also an attribute, and not kept in files.
+        changed: "refuse" to explain once the model's weights differ from those it was fitted to; "warn" of it, once a change,
+            by a :class:`~captum_mipin.ModelChangedWarning`; "ignore" it, for tests that make the weights random. Also an
+            attribute, and not kept in files. Classes are always fitted to the weights of the first fit alone.
 
     Raises:
         InputError: An option out of its range.
@@ -134,14 +156,17 @@ class InverseNetwork:
         pooling: Literal["shares", "even"] = "shares",
         forks: Literal["joint", "sum"] = "joint",
         precision: Literal["model", "double"] = "model",
+        autocast: torch.dtype | None = None,
+        positions: float | None = None,
+        generator: torch.Generator | None = None,
         sharing: Literal["nothing", "classes"] = "nothing",
         solver: Solver = "exact",
         epochs: int = 20,
         learning_rate: float | None = None,
-        changed: Literal["refuse", "ignore"] = "refuse",
+        changed: Literal["refuse", "warn", "ignore"] = "refuse",
     ) -> None:
         for name, value, known in (
-            ("changed", changed, ("refuse", "ignore")),
+            ("changed", changed, ("refuse", "warn", "ignore")),
             ("ridge_scale", ridge_scale, ("relative", "mean", "sum")),
             ("pooling", pooling, ("shares", "even")),
             ("forks", forks, ("joint", "sum")),
@@ -162,24 +187,36 @@ class InverseNetwork:
         self.changed = changed
         if sharing == "classes" and solver == "sgd":
             raise InputError('sharing="classes" needs solver="exact"')
+        share = isinstance(positions, float) and 0 < positions <= 1
+        if positions is not None and not share and (type(positions) is not int or positions < 1):
+            raise InputError(f"positions={positions!r} must be a number of at least 1, or a share above 0 and up to 1")
+        if positions is not None and solver == "sgd":
+            raise InputError('positions= needs solver="exact"')
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise InputError(f"autocast={autocast!r} is not one of None, torch.bfloat16, torch.float16")
         if learning_rate is not None and not learning_rate > 0:
             raise InputError(f"learning_rate={learning_rate!r} must be above 0")
         self.settings = Settings(
             ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint", precision == "double",
-            sharing == "classes",
+            sharing == "classes", None if autocast is None else str(autocast).removeprefix("torch."), positions,
+            int(torch.randint(2**62, (), generator=generator)) if generator else 0,
         )  # fmt: skip
         self._state: _State | None = None
         self._graphs = Graphs[Surrogate]()
 
     @property
     def targets(self) -> list[int | tuple[int, ...] | None]:
-        """The fitted classes, as ``target`` takes them; empty before the first fit."""
-        return [shown(target) for target in self._state.fitted.inverses] if self._state else []
+        """The classes that can be explained, as ``target`` takes them; empty before the first fit."""
+        return [shown(target) for target in (*self._state.fitted.inverses, *self._state.lazy)] if self._state else []
 
     @property
     def report(self) -> FitReport:
-        """How well each layer was inverted, for each target; prints as a table."""
-        return FitReport(tuple(self._state.fitted.layers) if self._state else ())
+        """How well each layer was inverted, for each target that is fitted now; prints as a table."""
+        state = self._state
+        if state is None:
+            return FitReport(())
+        later = [fitted for lazy in dict.fromkeys(state.lazy.values()) for fitted in lazy.ready]
+        return FitReport((*state.fitted.layers, *(row for fitted in later for row in fitted.layers)))
 
     def to(self, device: torch.device | str) -> "InverseNetwork":
         """Move the fitted inverses to a device; returns self. Otherwise each call moves what it needs."""
@@ -209,6 +246,9 @@ class InverseNetwork:
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
         distributed: bool = False,
+        lazy: bool = False,
+        keep: str | os.PathLike[str] | None = None,
+        cache: int = 1 << 30,
     ) -> "InverseNetwork":
         """Learn the inverse for some classes (algorithm 1); classes fitted before are kept.
 
@@ -231,6 +271,12 @@ class InverseNetwork:
                 this call: each goes through a share of the data, and all end with the same inverse. A tensor, a ``Dataset``
                 or a ``DataLoader`` is shared out, unless it has a ``DistributedSampler``; of other iterables, which have to
                 be the same everywhere, each process takes every so many batches. The checkpoint is that of the first.
+            lazy: Go through the data once and keep what the inverted part starts from; each class is fitted when it is first
+                explained, and has the same inverse as otherwise. As long as ``memory`` allows, what follows from it on the way
+                up is kept as well. Such an inverse cannot be saved or copied.
+            keep: With ``lazy``, an empty folder to keep activations in, rather than in memory. It may be deleted afterwards.
+            cache: With ``lazy``, bytes that fitted classes may take: those least recently explained are dropped, and fitted
+                again, to the same bits, when asked for.
 
         Returns:
             self
@@ -251,6 +297,15 @@ class InverseNetwork:
                 self._check_unchanged(before)
             if batch_size < 1:
                 raise InputError(f"batch_size={batch_size!r} must be at least 1")
+            if cache < 0:
+                raise InputError(f"cache={cache!r} must be at least 0")
+            if keep is not None and not lazy:
+                raise InputError("keep= is where activations are kept for lazy=True")
+            if lazy and (distributed or checkpoint is not None or self.settings.sharing):
+                raise InputError(
+                    "lazy=True fits one class at a time, when it is explained: not with distributed=True, checkpoint= or "
+                    'sharing="classes"'
+                )
             if distributed and self.settings.solver == "sgd":
                 raise InputError('solver="sgd" goes from batch to batch in one process: fit without distributed=True')
         with generator_kept(), torch.inference_mode(False), torch.autocast(device_of(model).type, enabled=False):
@@ -281,23 +336,26 @@ class InverseNetwork:
                 others = next(iter(before.fitted.inverses.values()))
                 below = {key: others[key] for key in surrogate.learned[1:]}
                 state.fitted.inverses.update((target, dict(below)) for target in chosen)
-            fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress, processes, example)
+            kept = Kept(keep, memory) if lazy else None
+            fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress, processes, example, kept)
             unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
             with processes.step():
                 if checkpoint is not None and processes.rank == 0 and Path(checkpoint).exists():
                     state.fitted = self._resume(checkpoint, state, unfinished)
             state.fitted = processes.gathered(state.fitted if processes.rank == 0 else None)[0]
 
-            def keep(fitted: Fitted) -> None:
+            def written(fitted: Fitted) -> None:
                 with processes.step():
                     if checkpoint is not None and processes.rank == 0:
                         self._write(checkpoint, state, unfinished)
 
-            done = fit.run(state.fitted, keep)
+            if lazy:
+                state.lazy = dict.fromkeys(chosen, Lazy(fit, cache))
+            else:
+                state.fitted = fit.run(state.fitted, written)
         if before is not None:
-            kept = [layer for layer in before.fitted.layers if layer.target not in {shown(target) for target in chosen}]
-            information = {**before.fitted.information, **done.information}
-            state.fitted = Fitted({**before.fitted.inverses, **done.inverses}, kept + done.layers, information)
+            state.fitted = _joined(before.fitted, state.fitted, chosen)
+            state.lazy = {**{key: value for key, value in before.lazy.items() if key not in chosen}, **state.lazy}
         _share_rows(state.fitted)
         self._state = state
         if checkpoint is not None and processes.rank == 0:
@@ -402,10 +460,13 @@ class InverseNetwork:
         """
         state = self._fitted()
         chosen = one(target, state.dims)
-        if chosen not in state.fitted.information:
-            raise self._unknown(chosen)
         slopes = as_inputs(self.class_attribution(target, additional_forward_args))
-        bits = tuple(b * (a != 0).to(b) for a, b in zip(slopes, state.fitted.information[chosen], strict=True))
+        found = state.fitted.information.get(chosen)
+        if found is None:
+            found = state.lazy[chosen].information(chosen, self._weights_of(state))
+        if [b.shape for b in found] != [a.shape for a in slopes]:
+            raise InverseFileError("the file that was loaded holds information of another shape than the features have")
+        bits = tuple(b * (a != 0).to(b) for a, b in zip(slopes, found, strict=True))
         return bits if len(bits) > 1 else bits[0]
 
     def explain(
@@ -458,7 +519,14 @@ class InverseNetwork:
         unit: bool = False,
     ) -> Explanation:
         check_model(self.model)
-        if self.changed != "ignore":
+        if self.changed == "warn" and state.watch.news(self.model):
+            warnings.warn(
+                "the model's weights have changed since the inverse was fitted, so that it explains a mixture of both models; "
+                f"their fingerprint is {storage.fingerprint(self.model)[:12]} now",
+                ModelChangedWarning,
+                stacklevel=_outside(),
+            )
+        elif self.changed == "refuse":
             self._check_unchanged(state)
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             inputs, extras = plain((inputs, extras))
@@ -503,21 +571,40 @@ class InverseNetwork:
         sources: Sequence[Tensor],
     ) -> tuple[Mapping[Target, Inverses], Sequence[tuple[Target, slice]]]:
         """Which inverses the examples of a batch have, and whose is whose: each class's own."""
-        return state.fitted.inverses, _groups(targets)
-
-    def _options(self, local: bool) -> Options:
-        return Options(local=local, shares=self.settings.shares)
-
-    def _check_steps(self, state: _State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
-        """Whether there is an inverse for every class and every step."""
-        for target in dict.fromkeys(targets):
-            inverses = state.fitted.inverses.get(target)
-            if inverses is None:
-                raise self._unknown(target)
+        found = self._classes(state, targets)
+        for inverses in found.values():
             missing = [key for key in surrogate.learned if key not in inverses]
             if missing:
                 reach = f"stops at layer {self._path(self.layer)!r}" if self.layer else "was fitted on another graph"
                 raise NotFittedError(f"the inverse {reach} and has nothing for {', '.join(missing[:4])}")
+        return found, _groups(targets)
+
+    def _options(self, local: bool) -> Options:
+        return Options(local=local, shares=self.settings.shares)
+
+    def _classes(self, state: _State, targets: Sequence[Target]) -> dict[Target, Inverses]:
+        """The inverses of classes, some of which may have to be fitted first."""
+        wanted = dict.fromkeys(targets)
+        found: dict[Target, Inverses] = {t: state.fitted.inverses[t] for t in wanted if t not in state.lazy}
+        for lazy in dict.fromkeys(state.lazy[target] for target in wanted if target in state.lazy):
+            of_it = [target for target in wanted if state.lazy.get(target) is lazy]
+            found.update(lazy.get(of_it, lambda: self._weights_of(state)))
+        return found
+
+    def _weights_of(self, state: _State) -> list[Any]:
+        """What tells that weights may lie elsewhere than before; they have to be those that the data was looked at with."""
+        if state.watch.changed(self.model):
+            raise ModelChangedError(
+                "the model's weights have changed since its activations were kept, so that no class can be fitted to them any "
+                "more: call fit again"
+            )
+        return state.watch.marks
+
+    def _check_steps(self, state: _State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
+        """Whether every class can be explained."""
+        unknown = [target for target in targets if target not in state.fitted.inverses and target not in state.lazy]
+        if unknown:
+            raise self._unknown(unknown[0])
 
     def _unknown(self, target: Target) -> NotFittedError:
         return NotFittedError(
@@ -534,10 +621,15 @@ class InverseNetwork:
             path: Where to; a file that is there is replaced only once the new one is complete.
 
         Raises:
-            NotFittedError: There is nothing to save.
+            NotFittedError: There is nothing to save, or classes that are fitted only when they are explained.
             OSError: It cannot be written.
         """
         state = self._fitted()
+        if state.lazy:
+            raise NotFittedError(
+                f"the {len(state.lazy)} classes of fit(..., lazy=True) are fitted only when they are explained: fit those that "
+                "are to be saved without lazy=True, in an InverseNetwork of their own or in this one"
+            )
         self._write(path, state, None)
 
     @classmethod
@@ -569,14 +661,19 @@ class InverseNetwork:
         output = storage.output_of(content)
         inverse = cls(model, layer=layer, output=output)
         inverse.settings = Settings(**content["settings"])
-        device = device_of(model)
+        device, signature, dims = device_of(model), Signature.from_json(content["signature"]), tuple(content["dims"])
+        inputs = [(str(tuple(shape)), f"torch.{dtype}") for shape, dtype in content["inputs"]]
+        if not inputs or [leaf[1:3] for leaf in signature.leaves[: len(inputs)]] != inputs:
+            raise ValueError(f"inputs {inputs} are not those of the signature")
+        if not all(type(n) is int and n > 0 for n in dims):
+            raise ValueError(f"outputs cannot have shape {dims}")
         example = tuple(
             torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in content["inputs"]
         )
         inverse._state = _State(
             _unpack_fitted(tensors, content, device),
-            tuple(content["dims"]),
-            Signature.from_json(content["signature"]),
+            dims,
+            signature,
             content["structure"],
             example,
             None if content["extras"] else (),
@@ -602,6 +699,9 @@ class InverseNetwork:
             for index, bits in enumerate(fitted.information.get(target, ())):
                 tensors[f"{number}.information.{index}"] = bits
         content = {
+            "version": captum_mipin.__version__,
+            "model": type(self.model).__name__,
+            "rules": sorted(table().keys() - MIPIN.keys()),
             "fingerprint": state.watch.fingerprint,
             "layer": None if self.layer is None else self._path(self.layer),
             "output": self.output,
@@ -788,7 +888,7 @@ def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: 
     fitted = Fitted()
     for number, entry in enumerate(content["targets"]):
         fitted.inverses[tuple(entry["target"])] = {
-            key: Inverse(*(found.get(f"{number}.{index}.{part}") for part in _PARTS))  # type: ignore[arg-type]  # weight and bias are there
+            key: _inverse(*(found.get(f"{number}.{index}.{part}") for part in _PARTS))
             for index, key in enumerate(entry["keys"])
         }
         maps = sorted((int(name.split(".")[2]), t) for name, t in found.items() if name.startswith(f"{number}.information."))
@@ -797,6 +897,35 @@ def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: 
         target = tuple(layer["target"]) if isinstance(layer["target"], list) else layer["target"]
         fitted.layers.append(LayerFit(**{**layer, "target": target}))
     return fitted
+
+
+def _inverse(
+    weight: Tensor | None, bias: Tensor | None, live: Tensor | None, own: Tensor | None, rows: Tensor | None
+) -> Inverse:
+    """An inverse of the tensors that a file holds.
+
+    Raises:
+        ValueError: They cannot be parts of one.
+    """
+    if weight is None or bias is None:
+        raise ValueError("an inverse lacks its weight or its bias")
+    floating = {part.dtype for part in (weight, bias, own, rows) if part is not None}
+    if (
+        len(floating) > 1
+        or not weight.is_floating_point()
+        or (live is not None and (live.dtype, live.ndim) != (torch.int64, 1))
+    ):
+        raise ValueError(f"an inverse has parts of dtypes {floating}, and indices of {None if live is None else live.dtype}")
+    return Inverse(weight, bias, live, own, rows)
+
+
+def _joined(before: Fitted, done: Fitted, chosen: Sequence[Target]) -> Fitted:
+    """What was fitted before, but for the classes ``chosen``, and what was done for these."""
+    names = {shown(target) for target in chosen}
+    inverses = {target: old for target, old in before.inverses.items() if target not in chosen or target in done.inverses}
+    information = {target: bits for target, bits in before.information.items() if target in inverses}
+    layers = [layer for layer in before.layers if layer.target not in names]
+    return Fitted({**inverses, **done.inverses}, layers + done.layers, {**information, **done.information})
 
 
 def _share_rows(fitted: Fitted) -> None:
@@ -808,6 +937,14 @@ def _share_rows(fitted: Fitted) -> None:
                 rows = first.setdefault(key, inverse.rows)
                 if rows is not inverse.rows and torch.equal(rows, inverse.rows):
                     inverses[key] = replace(inverse, rows=rows)
+
+
+def _outside() -> int:
+    """How far up the first call lies that is not of this package, for warnings to name it."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _shapes(signature: Signature) -> str:

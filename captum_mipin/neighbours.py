@@ -347,6 +347,9 @@ class NeighbourInverse(InverseNetwork):
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
         distributed: bool = False,
+        lazy: bool = False,
+        keep: str | os.PathLike[str] | None = None,
+        cache: int = 1 << 30,
     ) -> "NeighbourInverse":
         """Run the data through the model once and keep what later fits need of it; what was kept before is let go.
 
@@ -357,6 +360,7 @@ class NeighbourInverse(InverseNetwork):
             progress: Show a progress bar.
             checkpoint: Not here: there is one pass over the data, and nothing to take up.
             distributed: Not here: neighbours are looked for in one process.
+            lazy, keep, cache: Not here: all is fitted when it is explained, from what is kept in memory.
 
         Returns:
             self
@@ -365,11 +369,15 @@ class NeighbourInverse(InverseNetwork):
             FitError: The data cannot be used: empty, fewer examples than neighbours, not finite, changing shape; or what is to
                 be kept takes more than ``memory``.
             CaptureError: The model cannot be captured, uses an operation without a rule, or takes something around the layer.
-            InputError: ``checkpoint`` or ``distributed`` is given.
+            InputError: ``checkpoint``, ``distributed``, ``lazy`` or ``keep`` is given.
             TargetError, ModelChangedError, RuleError: As for :meth:`InverseNetwork.fit`.
         """
         if checkpoint is not None or distributed:
             raise InputError("a neighbourhood fit is one pass over the data in one process: leave checkpoint, distributed out")
+        if lazy or keep is not None:
+            raise InputError(
+                "a neighbourhood fit always keeps its data in memory and fits what is explained: leave lazy, keep out"
+            )
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size!r} must be at least 1")
         model = check_model(self.model)

@@ -7,10 +7,10 @@ the seeded output then *is* the method, and the gradient with respect to an oper
 """
 
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import repeat
+from functools import cached_property, partial
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -83,6 +83,8 @@ class Run:
         sources: The tensors at which the signal is wanted.
         proving: Make sure that what rules compute is what their operations do.
         once: There is one way back only: what it needs is forgotten step by step.
+        autocast: What products with weights are computed in, by their operations as autocast has it; None for no other dtype.
+            All else keeps its own.
     """
 
     steps: Mapping[str, Step]
@@ -95,6 +97,15 @@ class Run:
     sources: dict[int, Tensor] = field(default_factory=dict)
     proving: bool = False
     once: bool = False
+    autocast: torch.dtype | None = None
+
+    def operate(self, this: Step, x: Tensor, arguments: Any, named: Any) -> Any:
+        """What a learned step computes."""
+        if self.autocast is None:
+            return this.operation(x, *arguments, **named)
+        with torch.autocast(x.device.type, self.autocast):
+            value = this.operation(x, *arguments, **named)
+        return tuple(part.to(x.dtype) for part in value) if isinstance(value, tuple) else value.to(x.dtype)
 
     def invert(self, inverter: Inverter, step: Step, *signals: Tensor) -> Tensor:
         """g(S), for each example with the inverse of its own target."""
@@ -104,6 +115,8 @@ class Run:
             several = len(self.groups) > 1
             own = tuple(step.layout.part(s, examples) for s in signals) if several else signals
             try:
+                if not inverse.fits(inverter):
+                    raise RuntimeError(f"its parts are not those of a regression of size {inverter.size}")
                 parts.append((inverter.part(examples) if several else inverter).apply(inverse, own, self.options.bias))
             except torch.OutOfMemoryError:
                 raise
@@ -140,7 +153,7 @@ def _forward(run: Run, step: Step, x: Any, arguments: Any, named: Any) -> tuple[
             _prove(step, found, step.operation(x, *arguments, **named))
         return found
     inverter = step.rule.inverter(run.options, x, *arguments, **named)
-    return step.operation(x, *arguments, **named), partial(run.invert, inverter, step)
+    return run.operate(step, x, arguments, named), partial(run.invert, inverter, step)
 
 
 def _prove(step: Step, found: Any, expected: Any) -> None:
@@ -177,7 +190,7 @@ def _cut(run: Run, this: Step, x: Tensor, arguments: Any, named: Any) -> Any:
     assert isinstance(this.rule, Learned)  # for mypy: only these are fitted
     with torch.no_grad():
         inverter = this.rule.inverter(run.options, x.detach(), *arguments, **named)
-        value = this.operation(x, *arguments, **named)
+        value = run.operate(this, x, arguments, named)
     outputs = tuple(output.detach().requires_grad_() for output in (value if isinstance(value, tuple) else (value,)))
     run.seen[this.key] = Seen(inverter, x, outputs)
     run.sizes[this.key] = x.nbytes
@@ -224,6 +237,19 @@ def _constants_first(graph: fx.Graph, last: fx.Node) -> None:
             node.meta["constant"] = True
             last.append(node)
             last = node
+
+
+def _module(given: Sequence[fx.Node], nodes: Iterable[fx.Node], results: Sequence[fx.Node]) -> fx.GraphModule:
+    """Some nodes of a graph, in their order, as a module from ``given`` to ``results``."""
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in given:
+        copied[node] = graph.placeholder(node.name)
+    for node in nodes:
+        if node.op == "call_function":
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output(tuple(copied[node] for node in results))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(torch.nn.Module(), graph)
 
 
 class Surrogate:
@@ -297,7 +323,7 @@ class Surrogate:
         graph.lint()
         self.starts, self.rules = len(starts), rules
         self.layouts: tuple[Layout, ...] = tuple(node.meta["layout"] for node in starts)
-        self._order, self._inputs = tuple(order), captured.inputs
+        self._order, self._inputs, self._constants = tuple(order), captured.inputs, frozenset(captured.constants)
         self._module = fx.GraphModule(torch.nn.Module(), graph)
 
     @property
@@ -318,16 +344,63 @@ class Surrogate:
     def __call__(self, run: Run, values: Mapping[str, Any]) -> Tensor:
         """The model's output, with a graph behind it whose backward pass is the method."""
         arguments = [values[name] for name in self._order]
+        output: Tensor = self._run(self._module, (run, *arguments), self._inputs, values)
+        return output
+
+    def below(self, values: Mapping[str, Any], autocast: torch.dtype | None = None) -> dict[str, Any]:
+        """What :meth:`above` takes of what lies below, by name: the tensors where passes end, and what goes round them.
+
+        Args:
+            values: Of the graph's placeholders.
+            autocast: The dtype of autocast on the way there, if any; what is found has that of the graph.
+        """
+        module, _, names = self._halves
+        device = values[self._inputs[0]].device.type
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            found = self._run(module, [values[name] for name in self._order], self._inputs, values)
+        pairs = zip(names.items(), found, strict=True)
+        return {name: value if dtype is None else value.to(dtype) for (name, dtype), value in pairs}
+
+    def above(self, run: Run, values: Mapping[str, Any], weights: Mapping[str, Any]) -> Tensor:
+        """The model's output from where the passes end on: of what :meth:`below` found, and of the model's weights."""
+        _, module, names = self._halves
+        arguments = [values[name] for name in names], [weights[name] for name in self._order if name in self._constants]
+        output: Tensor = self._run(module, (run, *chain(*arguments)), tuple(names), values)[0]
+        return output
+
+    def _run(self, module: fx.GraphModule, arguments: Sequence[Any], inputs: Sequence[str], values: Mapping[str, Any]) -> Any:
         try:
             with torch.enable_grad():
-                output: Tensor = self._module.forward(run, *arguments)
+                return module.forward(*arguments)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            shown = [values[name] for name in self._inputs]
+            shown = [x for name in inputs if isinstance(x := values[name], Tensor)]
             given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in shown)
             raise InputError(f"the model cannot run on inputs of shape, dtype and device {given}: {error}") from error
-        return output
+
+    @cached_property
+    def _halves(self) -> tuple[fx.GraphModule, fx.GraphModule, dict[str, torch.dtype | None]]:
+        """The graph in two, and the names of what goes from one to the other, with the dtypes of tensors."""
+        nodes = [node for node in self._module.graph.nodes if node.op != "output"]
+        run, *given = [node for node in nodes if node.op == "placeholder"]
+        names = dict(zip(given, self._order, strict=True))
+        fixed = {run, *(node for node in given if names[node] in self._constants)}  # what follows from the weights alone
+        upper = dict.fromkeys(node for node in nodes if node.target is source)
+        starts = {node.args[2] for node in upper}
+        for node in nodes:
+            sources = set(node.all_input_nodes)
+            if node.op == "call_function" and sources <= fixed:
+                fixed.add(node)
+            elif sources & (upper.keys() | starts):
+                upper[node] = None
+        (output,) = next(node for node in self._module.graph.nodes if node.op == "output").all_input_nodes
+        needed = [n for node in upper for n in node.all_input_nodes if n not in upper and n not in fixed]
+        between = list(dict.fromkeys(needed))
+        weights = [node for node in given if node in fixed]
+        below = _module(given, [node for node in nodes if node not in upper], between)
+        above = _module([run, *between, *weights], [node for node in nodes if node in upper or node in fixed], [output])
+        return below, above, {node.name: getattr(node.meta.get("val"), "dtype", None) for node in between}
 
     def _replace(self, graph: fx.Graph, run: fx.Node, node: fx.Node, rules: Mapping[str, Rule]) -> fx.Node:
         """Put a step in the place of an operation, where its rule wants one."""

@@ -19,6 +19,9 @@ from torch import Tensor
 #: Share of a signal's mean square below which its variance is rounding.
 _CONSTANT = 1e-13
 
+#: Elements that are taken in float64 at once, so that they stay in the processor's cache.
+_CACHED = 1 << 17
+
 RidgeScale = Literal["relative", "mean", "sum"]
 
 
@@ -87,7 +90,7 @@ class Moments:
             return
         z = torch.stack([x, *own], 1) if own else x.unsqueeze(1)
         z, s = (t.float() if t.element_size() < 4 else t for t in (z, s))  # half precision cannot hold sums
-        mean_z, mean_s = z.double().mean(2), s.double().mean(1)
+        mean_z, mean_s = z.mean(2, dtype=torch.float64), s.mean(1, dtype=torch.float64)
         z, s = z - mean_z.to(z.dtype).unsqueeze(2), s - mean_s.to(s.dtype).unsqueeze(1)
         self.add(Moments(rows, mean_z, mean_s, gram_of_each(z, (2,)), z.mT @ s.unsqueeze(1), s.mT @ s))
 
@@ -158,7 +161,9 @@ def gram_of_each(z: Tensor, over: tuple[int, ...]) -> Tensor:
     Squares of a single entry are taken in float64, products in the dtype of ``z``.
     """
     if z.shape[1] == 1:
-        return z.double().square().sum(over).movedim(1, 2).unsqueeze(3)
+        step = max(1, _CACHED * z.shape[2] // max(z.numel(), 1))
+        squares = torch.stack([part.double().square().sum(over) for part in z.split(step, 2)])
+        return squares.sum(0).movedim(1, 2).unsqueeze(3)
     kept = [dim for dim in range(2, z.ndim) if dim not in over]
     rows = z.permute(0, *kept, 1, *over).flatten(3)
     return (rows @ rows.mT).double()
@@ -368,15 +373,16 @@ def solve_rows(
     s.masked_fill_(dead, 0.0)
     gram = s @ s.mT
     left = n * float(penalty.max())  # the same for all signals
-    coefficients, condition = _ridge(
-        gram, s, torch.full_like(gram[0], left), torch.zeros_like(gram[0], dtype=torch.bool), ridge
-    )
+    penalties, none = torch.full_like(gram[0], left), torch.zeros_like(gram[0], dtype=torch.bool)
+    wanted = torch.cat([s, gram], 1) if measure else s
+    solved, condition = _ridge(gram, wanted, penalties, none, ridge)  # K S, and K S Sᵀ
+    coefficients = solved[:, : s.shape[1]]
     bias = rows.mean - (rows.x.mT @ (coefficients @ mean).to(rows.x.dtype)).double()
     if not measure:
         return RowSolution(coefficients, bias, float("nan"), int(dead.sum()), condition)
     total = rows.gram.diagonal().sum()
     # Predicted are P = S Sᵀ K X with K = (S Sᵀ + nλI)⁻¹ or the pseudo-inverse: the residual is (I − S Sᵀ K) X.
-    residual = torch.eye(n, dtype=gram.dtype, device=gram.device) - coefficients @ s.mT
+    residual = torch.eye(n, dtype=gram.dtype, device=gram.device) - solved[:, s.shape[1] :]
     unexplained = (residual @ rows.gram * residual).sum()
     explained = float(1 - unexplained / total) if total > 0 else 1.0
     return RowSolution(coefficients, bias, explained, int(dead.sum()), condition)
@@ -394,10 +400,10 @@ def _ridge(gram: Tensor, cross: Tensor, penalty: Tensor, dead: Tensor, ridge: fl
     """(gram + penalty)⁻¹ cross, with zeros for dead signals, and the condition number of what was inverted."""
     if gram.shape[-1] == 0:
         return torch.zeros_like(cross), 1.0
-    gram = gram.masked_fill(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)
-    scale = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
-    stand_in = dead * torch.where(scale > 0, scale, 1.0)  # keeps the matrix regular
-    ridged = gram + torch.diag_embed(penalty + stand_in)
+    ridged = gram.masked_fill(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)
+    diagonal = ridged.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
+    diagonal += penalty + dead * torch.where(scale > 0, scale, 1.0)  # the latter keeps the matrix regular
     factor, failed = torch.linalg.cholesky_ex(ridged)
     if ridge > 0 and not failed.any():
         result, norm = torch.cholesky_solve(cross, factor), _norm_of_inverse(factor)

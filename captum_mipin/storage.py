@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from captum_mipin.capture import memory
-from captum_mipin.errors import InverseFileError, ModelChangedError
+from captum_mipin.errors import InverseFileError, MIPINError, ModelChangedError
 
 FORMAT = "captum-mipin-inverse-3"
 
@@ -43,6 +43,7 @@ class Watch:
     def __init__(self, model: nn.Module, expected: str | None = None) -> None:
         self.fingerprint = expected or fingerprint(model)
         self._seen: tuple[list[Any], list[Tensor], list[int]] | None = _look(model)
+        self._told: tuple[list[Any], list[Tensor], list[int]] | None = None
 
     def changed(self, model: nn.Module) -> bool:
         """Whether a parameter or buffer is no longer as it was."""
@@ -55,8 +56,21 @@ class Watch:
         self._seen = _look(model)
         return False
 
+    def news(self, model: nn.Module) -> bool:
+        """Whether a parameter or buffer is no longer as it was, unless this was told before and nothing has changed since."""
+        look = _look(model)
+        if self._told is not None and (self._told[0], self._told[2]) == (look[0], look[2]):
+            return False
+        self._told = look
+        return self.changed(model)
+
+    @property
+    def marks(self) -> list[Any]:
+        """What is another whenever a tensor has been written to or replaced, since it was last found unchanged."""
+        return [] if self._seen is None else self._seen[0]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"fingerprint": self.fingerprint, "_seen": None}
+        return {"fingerprint": self.fingerprint, "_seen": None, "_told": None}
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
@@ -113,7 +127,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         raise InverseFileError(f"{os.fspath(path)!r} is damaged or was changed: its contents do not match its digest")
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InverseFileError(f"the content of {os.fspath(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise InverseFileError(f"the content of {os.fspath(path)!r} is a {type(content).__name__}, expected a dictionary")
@@ -133,7 +147,9 @@ def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except MIPINError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
         raise InverseFileError(f"the content of {os.fspath(path)!r} is not that of {what}: {error!r}") from error
 
 

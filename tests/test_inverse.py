@@ -11,6 +11,7 @@ from captum_mipin import (
     InverseNetwork,
     LayerMIPINAttribution,
     ModelChangedError,
+    ModelChangedWarning,
     TargetError,
     check,
 )
@@ -235,3 +236,22 @@ def test_descent_that_diverges_says_so():
 
 def test_check_is_a_table():
     assert str(check(mlp(), normal(1, 6))).count("\n") == 3
+
+
+def test_a_changed_model_is_warned_of_once_a_change():
+    model, x = mlp(), normal(60, 6)
+    inverse = InverseNetwork(model, changed="warn").fit(x, 0, progress=False)
+    fitted = inverse.source_signal(x[:3], 0)  # no warning, or it would be an error
+    for change in (negate, swap_rows):
+        change(model)
+        with pytest.warns(ModelChangedWarning, match="the model's weights have changed since") as caught:
+            inverse.source_signal(x[:3], 0)
+        assert [warning.filename for warning in caught] == [__file__]
+        inverse.source_signal(x[:3], 0)
+        with pytest.raises(ModelChangedError):
+            inverse.fit(x, 1, progress=False)
+    swap_rows(model)
+    negate(model)
+    assert torch.equal(inverse.source_signal(x[:3], 0), fitted), "undone"
+    inverse.changed = "refuse"
+    inverse.source_signal(x[:3], 0)

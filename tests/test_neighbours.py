@@ -295,8 +295,8 @@ def test_options_out_of_range_are_refused():
     inverse.neighbours = 51
     with pytest.raises(InputError, match="more than the 50 examples"):
         inverse.source_signal(q, 0)
-    for options in ({"checkpoint": "here"}, {"distributed": True}):
-        with pytest.raises(InputError, match="leave checkpoint, distributed out"):
+    for options in ({"checkpoint": "here"}, {"distributed": True}, {"lazy": True}, {"keep": "here"}):
+        with pytest.raises(InputError, match=r"leave (checkpoint, distributed|lazy, keep) out"):
             inverse.fit(x, progress=False, **options)
 
 

@@ -14,6 +14,9 @@ def relu(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: 
     value = operation(x, *arguments, **named)
     if not options.local:
         return value, lambda s: s
+    if options.packed:
+        bits = pack(value > 0)
+        return value, lambda s: torch.where(unpack(bits, s.shape), s, 0)
     kept = value.detach()
     return value, lambda s: torch.ops.aten.threshold_backward(s, kept, 0)  # s where kept > 0, else 0
 
@@ -37,6 +40,24 @@ def gate(options: Options, operation: Any, x: Tensor, *arguments: Any, rest: boo
     else:
         share = _zero_for_nan(value / x)
     return value, lambda s: s * share
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A mask as bits, eight to a byte.
+
+    Examples:
+        >>> mask = torch.tensor([[True, False, True]])
+        >>> pack(mask).tolist(), bool((unpack(pack(mask), mask.shape) == mask).all())
+        ([5], True)
+    """
+    octets = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (octets << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
+    """The mask of this shape that :func:`pack` made bits of."""
+    octets = bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    return octets.flatten()[: shape.numel()].view(shape).bool()
 
 
 def _zero_for_nan(share: Tensor) -> Tensor:

@@ -21,11 +21,13 @@ class Options:
         local: Use what the sample's forward pass recorded (equation 9). Without, the chain is the global one.
         shares: Average pooling sends the signal to where the value came from; without, it spreads it evenly.
         bias: Keep the biases of the inverses: the source signal S. Without: the attribution A.
+        packed: Record masks as bits, for what is kept long.
     """
 
     local: bool = True
     shares: bool = True
     bias: bool = True
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,20 @@ class Inverse:
     live: Tensor | None = None
     own: Tensor | None = None
     rows: Tensor | None = None
+
+    def fits(self, inverter: "Inverter") -> bool:
+        """Whether it can be an inverse of this family: files may hold anything."""
+        groups, features, signals, branches = inverter.size
+        columns = signals if self.live is None else len(self.live)
+        rows = groups * features if self.rows is None else len(self.rows)
+        own = None if self.own is None else self.own.shape
+        return (
+            self.weight.numel() == rows * columns
+            and self.bias.shape == (groups * features // inverter.tied,)
+            and own == ((groups * features, branches) if branches else None)
+            and (self.rows is None or self.rows.shape == (rows, features))
+            and (columns == 0 or self.live is None or bool(((self.live >= 0) & (self.live < signals)).all()))
+        )
 
     def to(self, other: Tensor) -> "Inverse":
         """This inverse in the dtype and on the device of ``other``."""

@@ -127,6 +127,18 @@ class Convolution(Inverter):
             moments.update(self._rows(part_x), torch.cat(patches, 2), [self._rows(o) for o in part_own])
         return moments
 
+    def moments_at(self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor) -> Moments:
+        """:meth:`moments` of some positions of x alone, counted row by row."""
+        count = len(self.geometries)
+        moments = Moments.zeros(*self.size, x.device)
+        chunk = max(1, CHUNK // (self.size[0] * self.size[2] * len(places)))
+        for part in zip(*(t.split(chunk) for t in (x, *signals)), strict=True):
+            part_x, *part_own = (t.flatten(2)[:, :, places] for t in (part[0], *part[1 + count :]))
+            signal = part[1 : 1 + count]
+            patches = [g.patches(g.full(s), x.shape, places) for g, s in zip(self.geometries, signal, strict=True)]
+            moments.update(self._rows(part_x), torch.cat(patches, 2), [self._rows(o) for o in part_own])
+        return moments
+
     def _moments_of_one_wide(self, wide: int, x: Tensor, shared: list[Tensor], own: Sequence[Tensor]) -> Moments:
         """Where all convolutions but one have a single tap: patches of single taps are maps, and no others need to be made."""
         geometry, s, g = self.geometries[wide], shared.pop(wide), self.size[0]
