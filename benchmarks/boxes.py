@@ -45,7 +45,7 @@ from captum_mipin.metrics.common import heat
 LARGEST = 0.33
 CLASSES = 10
 #: Images for methods that take many passes; for insertion and deletion; to fit MIP-IN on, down to the pixels.
-SLOW, PERTURBED, WHOLE = 30, 12, 40
+SLOW, PERTURBED, WHOLE = 24, 8, 40
 WIDTH = 1024
 REDUCTIONS = ("relu_of_sum", "sum_of_relu", "sum_of_abs")
 PROTOCOL = {
@@ -229,7 +229,7 @@ def gradients(model: nn.Module, steps: int, rectified: bool) -> dict[str, Method
     return found
 
 
-def propagated(model: nn.Module, fit: Tensor, bounds: tuple[Tensor, Tensor] | None) -> dict[str, Method]:
+def propagated(model: nn.Module, fit: Tensor, bounds: tuple[Tensor | float, Tensor | float] | None) -> dict[str, Method]:
     """Of this package."""
     patterns = Patterns(model).fit(fit, batch_size=20, progress=False)
     low, high = bounds or (None, None)
@@ -337,6 +337,8 @@ def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Ite
             yield from tried(name, where, method, x[cut], about, everything, REDUCTIONS)
         for name, method in controls(x[cut].shape[-1]).items():
             yield from tried(name, where, method, x[cut], about, everything, ("sum",))
+        if not top and cut != net.cuts[0]:
+            continue
         iba = IBA(above, "input", "published" if top else "fast").estimate(fit[cut], progress=False)
         bits = partial(iba.attribute, at="layer", per_position=True)
         index = torch.cat([about.choice[:SLOW], about.report[:SLOW]])
@@ -346,7 +348,7 @@ def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Ite
 def at_pixels(net: Chain, about: Photographs) -> Iterator[Try]:
     """Everything else down to the pixels."""
     low, high = (net.normalise(torch.full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
-    others = gradients(net.steps, 20, net.rectified) | propagated(net.steps, about.fit, (low, high))
+    others = gradients(net.steps, 16, net.rectified) | propagated(net.steps, about.fit, (low, high))
     for name, method in tqdm(others.items(), desc="at the pixels"):
         index = about.report[:SLOW] if name in ("SmoothGrad", "Integrated Gradients") else about.report
         yield from tried(name, "pixels", method, about.x, about, index, ("sum", "sum_of_abs"))
