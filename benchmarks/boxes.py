@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import heads
 import pretrained
@@ -41,6 +41,7 @@ from captum_mipin import (
 )
 from captum_mipin.metrics import bounding_box_accuracy, deletion, insertion
 from captum_mipin.metrics.common import heat
+from captum_mipin.neighbours import NeighbourInverse
 
 LARGEST = 0.33
 CLASSES = 10
@@ -66,12 +67,16 @@ class Chain:
         steps: From the normalised image to the logits.
         normalise: What images in [0, 1] go through before.
         cuts: Numbers of steps below the layers that are looked at; the paper's, the last with places, comes last.
+        fitted: Down to which of them MIP-IN is fitted, if not the first: below lies max pooling alone.
+        pooled: Whether an average over all places makes the logits.
         rectified: Whether all activations are modules that Captum's DeepLift knows.
     """
 
     steps: nn.Sequential
     normalise: Callable[[Tensor], Tensor]
     cuts: tuple[int, ...]
+    fitted: int = 0
+    pooled: bool = True
     rectified: bool = False
 
     def above(self, cut: int) -> nn.Sequential:
@@ -94,12 +99,13 @@ def chain(name: str, folder: Path) -> Chain:
         steps, cuts = [*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model._fc], (11, 14, 18, 19, 22)
     else:
         head = heads.trained(WIDTH, heads.features(folder))
-        steps, cuts = [*model.features, nn.MaxPool2d(3, 2, 1), *head], (14,)
+        steps, cuts = [*model.features, nn.MaxPool2d(3, 2, 1), *head], (13, 14)
     found = nn.Sequential(*steps).eval().requires_grad_(False)
     for module in found.modules():
         if isinstance(module, (nn.ReLU, nn.ReLU6)):
             module.inplace = False  # Captum's DeepLift needs what an activation got
-    return Chain(found, normalise, cuts, name in ("squeezenet1_0", "head"))
+    dense = name == "head"
+    return Chain(found, normalise, cuts, 14 if dense else 0, not dense, dense or name == "squeezenet1_0")
 
 
 @dataclass(frozen=True)
@@ -293,36 +299,55 @@ def shares(maps: Tensor, size: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- table
 
 
+def variants(net: Chain) -> Iterator[tuple[str, tuple[int, ...], Callable[[nn.Module], InverseNetwork]]]:
+    """Name, layers to read at, how to make the inverse."""
+    if net.pooled:
+        yield "shares", net.cuts, InverseNetwork
+        yield "even", net.cuts[-2:], partial(InverseNetwork, pooling="even")
+        return
+    yield "all samples", net.cuts, InverseNetwork
+    yield "all samples, λ 0.1", net.cuts, partial(InverseNetwork, ridge=0.1)
+    for count, ridge in ((30, 1e-3), (60, 1e-3), (60, 0.1), (100, 1e-3), (300, 1e-3)):
+        yield f"{count} nearest, λ {ridge:g}", net.cuts, partial(NeighbourInverse, neighbours=count, ridge=ridge)
+
+
 def mipin(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterator[Try]:
-    """MIP-IN from the logit down to the lowest layer, read at every layer on the way; averages by shares, or evenly."""
+    """MIP-IN from the logit down to the lowest layer, read at every layer on the way, in every variant."""
     everything = torch.arange(len(about.x))
-    pooling: Literal["shares", "even"]
-    for pooling, cuts in (("shares", net.cuts), ("even", net.cuts[-2:])):
-        start, lowest = time.perf_counter(), cuts[0]
+    for number, (name, cuts, make) in enumerate(variants(net)):
+        start, lowest = time.perf_counter(), max(cuts[0], net.fitted)
         above = net.above(lowest)
-        inverse = InverseNetwork(above, pooling=pooling).fit(fit[lowest], sorted(about.classes), batch_size=25, progress=False)
-        print(f"MIP-IN, {pooling}: fitted on {len(fit[lowest])} in {time.perf_counter() - start:.0f} s", flush=True)
+        inverse = make(above).fit(fit[lowest], sorted(about.classes), batch_size=25 if net.pooled else 256, progress=False)
+        print(f"MIP-IN, {name}: fitted on {len(fit[lowest])} in {time.perf_counter() - start:.0f} s", flush=True)
         together: dict[str, list[Tensor]] = {}
         for cut in cuts:
-            layer = None if cut == lowest else above[cut - lowest - 1]
-            start = time.perf_counter()
-            found = explained(inverse, layer, x[lowest], about.labels)
+            start, layer = time.perf_counter(), above[cut - lowest - 1] if cut > lowest else None
+            if cut > lowest or cut == cuts[0]:
+                at_lowest = explained(inverse, layer, x[lowest], about.labels)
+            found = switched(net.steps[cut:lowest], x[cut], at_lowest) if cut < lowest else at_lowest
             seconds = (time.perf_counter() - start) / len(everything)
             for reading, maps in found.items():
                 together.setdefault(reading, []).append(shares(maps, 28))
                 for reduction in REDUCTIONS:
-                    names = "MIP-IN", place(maps), f"{reading}, {pooling}"
-                    yield Try.of(names, reduction, maps, about, everything, seconds)
-            if pooling == "shares":
+                    yield Try.of(("MIP-IN", place(maps), f"{reading}, {name}"), reduction, maps, about, everything, seconds)
+            if number == 0 and cut >= lowest:
+                layer = above[cut - lowest - 1] if cut > lowest else None
                 pattern = explained(inverse, layer, x[lowest], about.labels, local=False)["A"]
                 for reduction in REDUCTIONS:
                     yield Try.of(("pattern only", place(pattern), "A"), reduction, pattern, about, everything)
         for reading, several in together.items():
             if len(several) > 1:
-                names = "MIP-IN", "all layers", f"{reading}, {pooling}"
+                names = "MIP-IN", "all layers", f"{reading}, {name}"
                 yield Try.of(names, "sum_of_relu", sum(several[1:], several[0]), about, everything)
-        if len(net.cuts) == 1 and not any(isinstance(step, nn.AdaptiveAvgPool2d) for step in above):
-            break  # nothing to spread
+
+
+def switched(pooling: nn.Module, x: Tensor, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Signals below max pooling, by its switches (equation 8), which take no fit."""
+    x = x.detach().requires_grad_()
+    pooled = pooling(x)
+    a, s = (torch.autograd.grad(pooled, x, found[reading], retain_graph=True)[0] * (x != 0) for reading in ("A", "S"))
+    x = x.detach()
+    return {"A": a.detach(), "S": s.detach(), "A × feature": a.detach() * x, "S × feature": s.detach() * x}
 
 
 def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterator[Try]:
@@ -409,7 +434,7 @@ def run(name: str, folder: Path, count: int, classes: int, perturb: bool) -> Non
     net = chain(name, folder)
     about = photographs(name, folder, net.normalise, count)
     x = features(net, about.x)
-    fit = {net.cuts[0]: heads.features(folder).train} if name == "head" else features(net, about.fit)
+    fit = features(net, about.fit) | ({14: heads.features(folder).train} if name == "head" else {})
     tries = [*mipin(net, about, fit, x), *at_layers(net, about, fit, x), *at_pixels(net, about)]
     if classes:
         tries += mipin_at_pixels(net, about, classes, min(count, WHOLE))
@@ -426,12 +451,14 @@ def run(name: str, folder: Path, count: int, classes: int, perturb: bool) -> Non
     with torch.no_grad():
         logits = torch.cat([net.steps(part) for part in about.x[about.report].split(10)])
     labels = about.labels[about.report]
+    counts = {"fit": len(fit[max(net.cuts[0], net.fitted)]), "fit, whole network": min(count, WHOLE), "fit, patterns": count}
+    if name == "head":
+        counts["width"] = WIDTH
     write(
-        f"paper-boxes-{name}", rows, **PROTOCOL, network=name, fit=len(fit[net.cuts[0]]), classes=sorted(about.classes),
-        **{"fit, whole network": min(count, WHOLE), "fit, patterns": count, "choosing half": len(about.choice)}, n=len(labels),
-        accuracy=float((logits.argmax(1) == labels).double().mean()), perturbed=PERTURBED if perturb else 0,
+        f"paper-boxes-{name}", rows, **PROTOCOL, **counts, **{"choosing half": len(about.choice)}, n=len(labels), network=name,
+        classes=sorted(about.classes), perturbed=PERTURBED if perturb else 0,
+        accuracy=float((logits.argmax(1) == labels).double().mean()),
         **{"positive logits": float((logits.gather(1, labels[:, None]) > 0).double().mean())},
-        **({"width": WIDTH, "start": "5 places: 512 x 7 x 7 after max pooling"} if name == "head" else {}),
     )  # fmt: skip
     print(show(sorted((row for row in rows if row["chosen"]), key=lambda row: -row["accuracy"])))
 
