@@ -72,8 +72,8 @@ def maps(folder: Path, fit: int = 20_000, count: int = 500) -> None:
     }
     rows = []
     for name, method in tqdm({**methods, **controls}.items(), desc="maps"):
+        found = method(x, torch.tensor(labels)).detach()
         for reduction in ("sum", "sum_of_abs"):
-            found = method(x, torch.tensor(labels)).detach()
             ink = bounding_box_accuracy(found, x, boxes=x[:, 0] > 0.5, largest=0.5, reduction=reduction)
             asked: dict[str, Any] = {"model": model, "baseline": 0.0, "reduction": reduction}
             row = {"method": name, "reduction": reduction, "ink": ink.mean, "standard error": ink.standard_error}

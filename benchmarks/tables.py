@@ -293,6 +293,134 @@ def speed_methods() -> str:
     return show(rows)
 
 
+PHOTOGRAPHS = {
+    "head": "dense head",
+    "efficientnet_lite0": "EfficientNet-Lite0",
+    "squeezenet1_0": "SqueezeNet 1.0",
+    "mobilenet_v2": "MobileNetV2",
+}
+
+
+def _boxes() -> dict[str, Any]:
+    return {title: _load(f"paper-boxes-{name}") for name, title in PHOTOGRAPHS.items() if _there(f"paper-boxes-{name}")}
+
+
+def _there(name: str) -> bool:
+    return (RESULTS / f"{name}.json").exists()
+
+
+def _paper(result: dict[str, Any], reduction: str) -> dict[str, Any]:
+    """MIP-IN as section 6.1.2 has it, at the last layer with places; ``reduction`` says what comes first."""
+    readings = ("A, shares", "A, all samples")
+    rows = [row for row in result["rows"] if row["method"] == "MIP-IN" and row["reading"] in readings]
+    return next(row for row in reversed(rows) if row["reduction"] == reduction and row["where"] != "all layers")
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    return f"{row['accuracy']:.2f} ± {row['standard error']:.2f}"
+
+
+def paper_boxes() -> str:
+    """Table 2: every method down to the pixels, and at the layer chosen for it; the best first."""
+    results = _boxes()
+    lines: dict[str, dict[str, Any]] = {}
+    scores: dict[str, list[float]] = {}
+    for title, result in results.items():
+        cells: dict[str, list[str]] = {}
+        for row in (row for row in result["rows"] if row["chosen"] and row["method"] != "MIP-IN, whole network"):
+            cell = cells.setdefault(row["method"], ["–", "–"])
+            cell[row["where"] != "pixels"] = f"{row['accuracy']:.2f}" + "*" * (row["n"] < result["settings"]["n"])
+            scores.setdefault(row["method"], []).append(row["accuracy"])
+        extra = [("MIP-IN, ReLU after the mean", "relu_of_sum"), ("MIP-IN, ReLU before the mean", "sum_of_relu")]
+        for name, reduction in extra:
+            found = _paper(result, reduction)
+            cells[name] = ["–", f"{found['accuracy']:.2f}"]
+            scores.setdefault(name, []).append(found["accuracy"])
+        for name, cell in cells.items():
+            lines.setdefault(name, {})[f"{title}, n = {result['settings']['n']}"] = " / ".join(cell)
+    order = sorted(lines, key=lambda name: -max(scores[name]))
+    return show([{"method": "**MIP-IN, chosen**" if name == "MIP-IN" else name, **lines[name]} for name in order])
+
+
+def paper_settings() -> str:
+    """What was chosen for MIP-IN, and how far it is ahead of the best other."""
+    rows = []
+    for title, result in _boxes().items():
+        shown = [row for row in result["rows"] if row["chosen"]]
+        (own,) = [row for row in shown if row["method"] == "MIP-IN"]
+        whole = [row for row in shown if row["method"] == "MIP-IN, whole network"]
+        others = [row for row in shown if not row["method"].startswith(("MIP-IN", "pattern only"))]
+        best = max(others, key=lambda row: row["accuracy"])
+        tries = [row for row in result["rows"] if row["method"] == "MIP-IN"]
+        rows.append(
+            {
+                "network": title,
+                "chosen": f"{own['reading']}, {own['where']}, {own['reduction'].replace('_', ' ')}",
+                "of": len(tries),
+                "choosing half": f"{own['choosing half']:.2f}",
+                "reported half": _accuracy(own),
+                "best other": f"{best['method']}, {best['where']}: {best['accuracy']:.2f}",
+                "ahead by": f"{best['MIP-IN less this']:.2f} ± {best['its standard error']:.2f}",
+                "down to the pixels": f"{_accuracy(whole[0])}, n = {whole[0]['n']}" if whole else "",
+            }
+        )
+    return show(rows)
+
+
+def paper_perturbations() -> str:
+    """Insertion and deletion of what table 2 shows."""
+    result = _load("paper-boxes-efficientnet_lite0")
+    rows = sorted((row for row in result["rows"] if "insertion" in row), key=lambda row: -row["insertion"])
+    return show(
+        [
+            {
+                "method": row["method"],
+                "where": row["where"],
+                "insertion": f"{row['insertion']:.2f}",
+                "deletion": f"{row['deletion']:.3f}",
+            }
+            for row in rows
+        ]
+    )
+
+
+def paper_maps() -> str:
+    """All methods on the MLP: share on the ink of the maps and of their absolute values, insertion and deletion."""
+    lines: dict[str, dict[str, Any]] = {}
+    for row in _load("paper-maps")["rows"]:
+        line = lines.setdefault(row["method"], {"method": row["method"]})
+        which = "" if row["reduction"] == "sum" else ", absolute"
+        line[f"on the ink{which}"] = f"{row['ink']:.2f}"
+        if not which:
+            line |= {"insertion": f"{row['insertion']:.3f}", "deletion": f"{row['deletion']:.3f}"}
+    return show(list(lines.values()))
+
+
+def paper_classes() -> str:
+    """Figure 9 and appendix B."""
+    return show(
+        [
+            {
+                "network and classes": f"{row['network']}, n = {row['n']}",
+                "method": row["method"],
+                "raw L2": f"{row['raw L2']:.3g}",
+                **{key: f"{row[key]:.3g}" for key in ("normalised L2", "cosine", "SSIM") if row.get(key) is not None},
+            }
+            for row in _load("paper-classes")["rows"]
+        ]
+    )
+
+
+def paper_randomization() -> str:
+    """Likeness with the trained network's maps, averaged over layers, and by the last layer alone."""
+    rows = []
+    for row in _load("paper-randomization")["rows"]:
+        values = {key: row[key] for key in ("Spearman", "Spearman of absolute values", "SSIM")}
+        cells = {key: "" if value is None or value != value else f"{value:.2f}" for key, value in values.items()}
+        rows.append({"method": row["method"], **cells})
+    return show(rows)
+
+
 def main() -> None:
     texts = {page: page.read_text() for page in pages()}
     own = (completeness, controls, variants, localization, invariance, class_sensitivity, speed, speed_methods, zoo, scale)
