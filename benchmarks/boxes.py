@@ -46,7 +46,7 @@ from captum_mipin.neighbours import NeighbourInverse
 LARGEST = 0.33
 CLASSES = 10
 #: Images for methods that take many passes; for insertion and deletion; to fit MIP-IN on, down to the pixels.
-SLOW, PERTURBED, WHOLE = 24, 8, 40
+SLOW, PERTURBED, WHOLE = 24, 8, 30
 WIDTH = 1024
 REDUCTIONS = ("relu_of_sum", "sum_of_relu", "sum_of_abs")
 PROTOCOL = {
@@ -54,6 +54,10 @@ PROTOCOL = {
     "fitted on": "ILSVRC2012 training photographs of twenty classes, these among them, stored at 128 x 128",
     "target": "the label", "ties": "expected", "split": "two halves, class by class at random; figures are of the second",
 }  # fmt: skip
+#: The reductions that define a method at a layer; of the others the better one of two is chosen.
+AT_LAYERS = {"Grad-CAM": ("relu_of_sum",), "LayerCAM": ("sum_of_relu",), "features alone": ("sum",), "mask only": ("sum",)}
+#: Whose insertion and deletion are measured.
+PERTURBED_ROWS = ("MIP-IN", "Grad-CAM", "LayerCAM", "IBA", "SmoothGrad", "Guided Backprop", "random", "centre prior")
 Method = Callable[[Tensor, Tensor], Any]
 #: Steps below → features.
 Features = dict[int, Tensor]
@@ -96,7 +100,7 @@ def chain(name: str, folder: Path) -> Chain:
         steps, cuts = [*model.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *model.classifier], (14, 18, 19)
     elif name == "efficientnet_lite0":
         steps = [model._conv_stem, model._bn0, nn.ReLU6(), *model._blocks, model._conv_head, model._bn1, nn.ReLU6()]
-        steps, cuts = [*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model._fc], (11, 14, 18, 19, 22)
+        steps, cuts = [*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model._fc], (14, 19, 22)
     else:
         head = heads.trained(WIDTH, heads.features(folder))
         steps, cuts = [*model.features, nn.MaxPool2d(3, 2, 1), *head], (13, 14)
@@ -359,7 +363,7 @@ def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Ite
         others = gradients(above, 10, net.rectified) | propagated(above, fit[cut][:200], None)
         kept = [name for name in others if top or name in ("Input×Gradient", "LRP-ε", "Guided Backprop", "PatternAttribution")]
         for name, method in tqdm([(name, others[name]) for name in kept] + list(cams(above).items()), desc=f"at {where}"):
-            yield from tried(name, where, method, x[cut], about, everything, REDUCTIONS)
+            yield from tried(name, where, method, x[cut], about, everything, AT_LAYERS.get(name, ("sum_of_relu", "sum_of_abs")))
         for name, method in controls(x[cut].shape[-1]).items():
             yield from tried(name, where, method, x[cut], about, everything, ("sum",))
         if not top and cut != net.cuts[0]:
@@ -445,7 +449,7 @@ def run(name: str, folder: Path, count: int, classes: int, perturb: bool) -> Non
     rows = []
     for one in tries:
         row = one.row(about, first, one in shown)
-        if perturb and one in shown and len(one.maps) == PERTURBED:
+        if perturb and one in shown and one.method in PERTURBED_ROWS and len(one.maps) == PERTURBED:
             row |= perturbations(one, net, about)
         rows.append(row)
     with torch.no_grad():

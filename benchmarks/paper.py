@@ -55,7 +55,7 @@ def small(model: nn.Module, images: Images, fit: int, classes: list[int] | None 
     }  # fmt: skip
 
 
-def maps(folder: Path, fit: int = 20_000, count: int = 500) -> None:
+def maps(folder: Path, fit: int = 10_000, count: int = 300) -> None:
     """Figures 3 and 5, with a measure of what they show."""
     images = load("mnist", folder)
     model = trained("mlp-mnist", images)
@@ -126,7 +126,7 @@ def _signed(page: Figure, axis: Any, found: Tensor) -> None:
     )
 
 
-def classes(folder: Path, fit: int = 100, count: int = 20, digits: int = 200) -> None:
+def classes(folder: Path, fit: int = 60, count: int = 10, digits: int = 100) -> None:
     """Figure 9 and appendix B."""
     net = boxes.chain("squeezenet1_0", folder)
     found = photos("squeezenet1_0", folder, fit, torch.Generator().manual_seed(0))
@@ -220,7 +220,7 @@ def _named(methods: Callable[[nn.Module], dict[str, Any]], name: str, network: n
     return methods(network)[name]
 
 
-def pictures(folder: Path, fit: int = 100) -> None:
+def pictures(folder: Path, fit: int = 60) -> None:
     """Figure 10, on photographs under CC BY 2.0 of classes that the fitted photographs are of."""
     name, part = "efficientnet_lite0", "boxes-efficientnet_lite0"
     net, (lowest, *_, top) = boxes.chain(name, folder), boxes.chain(name, folder).cuts
@@ -267,10 +267,10 @@ def pictures(folder: Path, fit: int = 100) -> None:
 
 
 PARTS: dict[str, Callable[[Path], None]] = {
-    "boxes-efficientnet_lite0": partial(boxes.run, "efficientnet_lite0", count=100, classes=3, perturb=True),
-    "boxes-squeezenet1_0": partial(boxes.run, "squeezenet1_0", count=100, classes=3, perturb=False),
-    "boxes-head": partial(boxes.run, "head", count=100, classes=0, perturb=False),
-    "boxes-mobilenet_v2": partial(boxes.run, "mobilenet_v2", count=100, classes=0, perturb=False),
+    "boxes-efficientnet_lite0": partial(boxes.run, "efficientnet_lite0", count=60, classes=2, perturb=True),
+    "boxes-squeezenet1_0": partial(boxes.run, "squeezenet1_0", count=60, classes=2, perturb=False),
+    "boxes-head": partial(boxes.run, "head", count=60, classes=0, perturb=False),
+    "boxes-mobilenet_v2": partial(boxes.run, "mobilenet_v2", count=60, classes=0, perturb=False),
     "maps": maps,
     "classes": classes,
     "randomization": random_weights,
