@@ -11,7 +11,7 @@ there counts, which favours them.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ PROTOCOL = {
 }  # fmt: skip
 #: The reductions that define a method at a layer; of the others the better one of two is chosen.
 AT_LAYERS = {"Grad-CAM": ("relu_of_sum",), "LayerCAM": ("sum_of_relu",), "features alone": ("sum",), "mask only": ("sum",)}
+#: What the paper reads: A, averages sent back by shares, or of a dense head.
+PAPER = ("A, shares", "A, all samples")
 #: Whose insertion and deletion are measured.
 PERTURBED_ROWS = ("MIP-IN", "Grad-CAM", "LayerCAM", "IBA", "SmoothGrad", "Guided Backprop", "random", "centre prior")
 Method = Callable[[Tensor, Tensor], Any]
@@ -162,8 +164,9 @@ class Try:
 
     Attributes:
         method, where, reading, reduction: What was done: where the map is, what was read there, how channels became one.
-        values: (images,) accuracies, NaN where it was not asked.
-        maps: Without channels, of the first reported images.
+        maps: (asked, height, width), without channels.
+        index: Numbers of the images asked.
+        values: (images,) accuracies, NaN where there is none; of settings to choose from on the choosing half alone.
         seconds: An image.
     """
 
@@ -171,21 +174,27 @@ class Try:
     where: str
     reading: str
     reduction: str
-    values: Tensor
     maps: Tensor
+    index: Tensor
+    values: Tensor
     seconds: float = 0.0
 
     @classmethod
     def of(
         cls, names: tuple[str, str, str], reduction: Any, maps: Tensor, about: Photographs, index: Tensor, seconds: float = 0.0
     ) -> "Try":
-        """Scored on the images ``index``, of which ``maps`` are."""
+        """Scored on the choosing half, or where ``index`` has nothing of it, on the other."""
         values = torch.full((len(about.x),), float("nan"), dtype=torch.float64)
+        one = cls(*names, str(reduction), heat(maps, about.x[index], reduction).float(), index, values, seconds)
+        return one.scored(about, about.choice if torch.isin(index, about.choice).any() else about.report)
+
+    def scored(self, about: Photographs, half: Tensor) -> "Try":
+        """With the scores of those of ``half`` that were asked."""
+        mine = torch.isin(self.index, half)
+        index, values = self.index[mine], self.values.clone()
         x, boxes = about.x[index], about.boxes[index]
-        values[index] = bounding_box_accuracy(maps, x, boxes=boxes, largest=LARGEST, reduction=reduction).values
-        first = torch.isin(index, about.report[:PERTURBED])
-        order = (index[first][:, None] == about.report[None]).long().argmax(1).argsort()
-        return cls(*names, str(reduction), values, heat(maps[first], x, reduction)[order].float(), seconds)
+        values[index] = bounding_box_accuracy(self.maps[mine], x, boxes=boxes, largest=LARGEST).values
+        return replace(self, values=values)
 
     def mean(self, index: Tensor) -> float:
         """Of those of some images that were scored; NaN if none was."""
@@ -193,16 +202,19 @@ class Try:
 
     def row(self, about: Photographs, best: "Try", chosen: bool) -> dict[str, Any]:
         """As it goes into the results file; ``best`` is the chosen setting of MIP-IN."""
+        row: dict[str, Any] = {
+            "method": self.method, "where": self.where, "reading": self.reading, "reduction": self.reduction, "chosen": chosen,
+            "s an image": self.seconds,
+        }  # fmt: skip
+        if not self.values[about.choice].isnan().all():
+            row["choosing half"] = self.mean(about.choice)
         own = self.values[about.report]
         asked = ~own.isnan()
-        less = (best.values[about.report] - own)[asked]
-        n = max(1, int(asked.sum()))
-        return {
-            "method": self.method, "where": self.where, "reading": self.reading, "reduction": self.reduction, "chosen": chosen,
-            "choosing half": self.mean(about.choice), "n": int(asked.sum()), "accuracy": self.mean(about.report),
-            "standard error": float(own[asked].std() / n**0.5), "MIP-IN less this": float(less.mean()),
-            "its standard error": float(less.std() / n**0.5), "s an image": self.seconds,
-        }  # fmt: skip
+        less, n = (best.values[about.report] - own)[asked], int(asked.sum())
+        if n:
+            row |= {"n": n, "accuracy": float(own[asked].mean()), "standard error": float(own[asked].std() / n**0.5)}
+            row |= {"MIP-IN less this": float(less.mean()), "its standard error": float(less.std() / n**0.5)}
+        return row
 
 
 def tried(
@@ -417,10 +429,11 @@ def best(tries: list[Try], about: Photographs) -> list[Try]:
 
 def perturbations(one: Try, net: Chain, about: Photographs) -> dict[str, float]:
     """Insertion and deletion, an eighth of the pixels at a time."""
-    index = about.report[: len(one.maps)]
+    index = about.report[:PERTURBED]
+    maps = one.maps[(one.index[None] == index[:, None]).long().argmax(1)]
     x, step = about.x[index], about.x.shape[2] * about.x.shape[3] // 8
     return {
-        metric.__name__: metric(one.maps, x, about.labels[index].tolist(), model=net.steps, step=step).mean
+        metric.__name__: metric(maps, x, about.labels[index].tolist(), model=net.steps, step=step).mean
         for metric in (insertion, deletion)
     }
 
@@ -445,11 +458,13 @@ def run(name: str, folder: Path, count: int, classes: int, perturb: bool) -> Non
     if name == "squeezenet1_0":
         tries += input_iba(net, about, 7, 4)
     shown = best(tries, about)
-    first = next(one for one in shown if one.method == "MIP-IN")
+    paper = [one for one in tries if one.method == "MIP-IN" and one.where == place(x[net.cuts[-1]]) and one.reading in PAPER]
+    told = {id(one): one.scored(about, about.report) for one in [*shown, *paper]}
+    first = next(told[id(one)] for one in shown if one.method == "MIP-IN")
     rows = []
     for one in tries:
-        row = one.row(about, first, one in shown)
-        if perturb and one in shown and one.method in PERTURBED_ROWS and len(one.maps) == PERTURBED:
+        row = told.get(id(one), one).row(about, first, any(one is other for other in shown))
+        if perturb and row["chosen"] and one.method in PERTURBED_ROWS and torch.isin(about.report[:PERTURBED], one.index).all():
             row |= perturbations(one, net, about)
         rows.append(row)
     with torch.no_grad():

@@ -135,10 +135,9 @@ def classes(folder: Path, fit: int = 60, count: int = 10, digits: int = 100) -> 
     low, high = (net.normalise(torch.full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
     inverse = InverseNetwork(net.steps, layer=net.steps[lowest - 1]).fit(train, [981, 589], batch_size=25, progress=False)
     methods: dict[str, Any] = {**boxes.gradients(net.steps, 10, True), **boxes.propagated(net.steps, train, (low, high))}
-    for cut in (lowest, top):
-        at = LayerMIPINAttribution(net.steps, inverse, net.steps[cut - 1])
-        methods[f"MIP-IN A, {cut} steps up"] = at.attribute
-    methods["Grad-CAM, top"] = lambda x, t: _at(net, top, x, t)
+    for cut, where in ((lowest, "27 x 27"), (top, "13 x 13")):
+        methods[f"MIP-IN A, at {where}"] = LayerMIPINAttribution(net.steps, inverse, net.steps[cut - 1]).attribute
+    methods["Grad-CAM, at 13 x 13"] = lambda x, t: _at(net, top, x, t)
     rows = _sensitivities("SqueezeNet 1.0, 981 and 589", net.steps, methods, x, 981, 589)
     images = load("mnist", folder)
     model = trained("cnn-mnist", images)

@@ -311,8 +311,7 @@ def _there(name: str) -> bool:
 
 def _paper(result: dict[str, Any], reduction: str) -> dict[str, Any]:
     """MIP-IN as section 6.1.2 has it, at the last layer with places; ``reduction`` says what comes first."""
-    readings = ("A, shares", "A, all samples")
-    rows = [row for row in result["rows"] if row["method"] == "MIP-IN" and row["reading"] in readings]
+    rows = [row for row in result["rows"] if row["method"] == "MIP-IN" and row["reading"] in ("A, shares", "A, all samples")]
     return next(row for row in reversed(rows) if row["reduction"] == reduction and row["where"] != "all layers")
 
 
