@@ -322,7 +322,6 @@ def variants(net: Chain) -> Iterator[tuple[str, tuple[int, ...], Callable[[nn.Mo
         yield "even", net.cuts[-2:], partial(InverseNetwork, pooling="even")
         return
     yield "all samples", net.cuts, InverseNetwork
-    yield "all samples, λ 0.1", net.cuts, partial(InverseNetwork, ridge=0.1)
     for count, ridge in ((30, 1e-3), (60, 1e-3), (60, 0.1), (100, 1e-3), (300, 1e-3)):
         yield f"{count} nearest, λ {ridge:g}", net.cuts, partial(NeighbourInverse, neighbours=count, ridge=ridge)
 
@@ -438,7 +437,7 @@ def perturbations(one: Try, net: Chain, about: Photographs) -> dict[str, float]:
     }
 
 
-def run(name: str, folder: Path, count: int, classes: int, perturb: bool) -> None:
+def run(name: str, folder: Path, count: int, classes: int, pixels: bool = True, perturb: bool = False) -> None:
     """Table 2 for one network.
 
     Args:
@@ -446,13 +445,16 @@ def run(name: str, folder: Path, count: int, classes: int, perturb: bool) -> Non
         folder: With the photographs and weights.
         count: Images to fit on; the dense head takes all there are.
         classes: Of MIP-IN for the whole network; 0 leaves it out.
+        pixels: Ask the other methods for maps of pixels as well.
         perturb: Measure insertion and deletion as well.
     """
     net = chain(name, folder)
     about = photographs(name, folder, net.normalise, count)
     x = features(net, about.x)
     fit = features(net, about.fit) | ({14: heads.features(folder).train} if name == "head" else {})
-    tries = [*mipin(net, about, fit, x), *at_layers(net, about, fit, x), *at_pixels(net, about)]
+    tries = [*mipin(net, about, fit, x), *at_layers(net, about, fit, x)]
+    if pixels:
+        tries += at_pixels(net, about)
     if classes:
         tries += mipin_at_pixels(net, about, classes, min(count, WHOLE))
     if name == "squeezenet1_0":
