@@ -385,12 +385,12 @@ def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Ite
         yield from tried("IBA" + ", fast" * (not top), where, bits, x[cut], about, index, ("sum",))
 
 
-def at_pixels(net: Chain, about: Photographs) -> Iterator[Try]:
+def at_pixels(net: Chain, about: Photographs, count: int) -> Iterator[Try]:
     """Everything else down to the pixels."""
     low, high = (net.normalise(torch.full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
     others = gradients(net.steps, 16, net.rectified) | propagated(net.steps, about.fit, (low, high))
     for name, method in tqdm(others.items(), desc="at the pixels"):
-        index = about.report[:SLOW] if name in ("SmoothGrad", "Integrated Gradients") else about.report
+        index = about.report[: SLOW if name in ("SmoothGrad", "Integrated Gradients") else count]
         yield from tried(name, "pixels", method, about.x, about, index, ("sum", "sum_of_abs"))
     for name, method in controls(about.x.shape[-1]).items():
         yield from tried(name, "pixels", method, about.x, about, about.report, ("sum",))
@@ -437,7 +437,7 @@ def perturbations(one: Try, net: Chain, about: Photographs) -> dict[str, float]:
     }
 
 
-def run(name: str, folder: Path, count: int, classes: int, pixels: bool = True, perturb: bool = False) -> None:
+def run(name: str, folder: Path, count: int, classes: int, pixels: int = SLOW, perturb: bool = False) -> None:
     """Table 2 for one network.
 
     Args:
@@ -445,7 +445,7 @@ def run(name: str, folder: Path, count: int, classes: int, pixels: bool = True, 
         folder: With the photographs and weights.
         count: Images to fit on; the dense head takes all there are.
         classes: Of MIP-IN for the whole network; 0 leaves it out.
-        pixels: Ask the other methods for maps of pixels as well.
+        pixels: Images that the other methods are asked for maps of pixels of, at most.
         perturb: Measure insertion and deletion as well.
     """
     net = chain(name, folder)
@@ -454,7 +454,7 @@ def run(name: str, folder: Path, count: int, classes: int, pixels: bool = True, 
     fit = features(net, about.fit) | ({14: heads.features(folder).train} if name == "head" else {})
     tries = [*mipin(net, about, fit, x), *at_layers(net, about, fit, x)]
     if pixels:
-        tries += at_pixels(net, about)
+        tries += at_pixels(net, about, pixels)
     if classes:
         tries += mipin_at_pixels(net, about, classes, min(count, WHOLE))
     if name == "squeezenet1_0":

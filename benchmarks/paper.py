@@ -266,10 +266,10 @@ def pictures(folder: Path, fit: int = 60) -> None:
 
 
 PARTS: dict[str, Callable[[Path], None]] = {
-    "boxes-efficientnet_lite0": partial(boxes.run, "efficientnet_lite0", count=60, classes=2, perturb=True),
+    "boxes-efficientnet_lite0": partial(boxes.run, "efficientnet_lite0", count=60, classes=2, pixels=1000, perturb=True),
     "boxes-squeezenet1_0": partial(boxes.run, "squeezenet1_0", count=60, classes=2),
-    "boxes-head": partial(boxes.run, "head", count=60, classes=0),
-    "boxes-mobilenet_v2": partial(boxes.run, "mobilenet_v2", count=60, classes=0, pixels=False),
+    "boxes-head": partial(boxes.run, "head", count=60, classes=0, pixels=1000),
+    "boxes-mobilenet_v2": partial(boxes.run, "mobilenet_v2", count=60, classes=0, pixels=0),
     "maps": maps,
     "classes": classes,
     "randomization": random_weights,
