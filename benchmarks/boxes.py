@@ -386,7 +386,7 @@ def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Ite
 
 
 def at_pixels(net: Chain, about: Photographs, count: int) -> Iterator[Try]:
-    """Everything else down to the pixels."""
+    """Everything else down to the pixels, of ``count`` images at most."""
     low, high = (net.normalise(torch.full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
     others = gradients(net.steps, 16, net.rectified) | propagated(net.steps, about.fit, (low, high))
     for name, method in tqdm(others.items(), desc="at the pixels"):
@@ -457,7 +457,7 @@ def run(name: str, folder: Path, count: int, classes: int, pixels: int = SLOW, p
         tries += at_pixels(net, about, pixels)
     if classes:
         tries += mipin_at_pixels(net, about, classes, min(count, WHOLE))
-    if name == "squeezenet1_0":
+    if pixels and name == "squeezenet1_0":
         tries += input_iba(net, about, 7, 4)
     shown = best(tries, about)
     paper = [one for one in tries if one.method == "MIP-IN" and one.where == place(x[net.cuts[-1]]) and one.reading in PAPER]

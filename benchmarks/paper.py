@@ -175,7 +175,7 @@ def _sensitivities(
     return rows
 
 
-def random_weights(folder: Path, fit: int = 500, count: int = 20) -> None:
+def random_weights(folder: Path, fit: int = 300, count: int = 12) -> None:
     """Layers made random from the output down."""
     images = load("mnist", folder)
     model, known, pair = trained("cnn-mnist", images), images.train[:fit], [3, 8]
@@ -267,7 +267,7 @@ def pictures(folder: Path, fit: int = 60) -> None:
 
 PARTS: dict[str, Callable[[Path], None]] = {
     "boxes-efficientnet_lite0": partial(boxes.run, "efficientnet_lite0", count=60, classes=2, pixels=1000, perturb=True),
-    "boxes-squeezenet1_0": partial(boxes.run, "squeezenet1_0", count=60, classes=2),
+    "boxes-squeezenet1_0": partial(boxes.run, "squeezenet1_0", count=60, classes=0, pixels=0),
     "boxes-head": partial(boxes.run, "head", count=60, classes=0, pixels=1000),
     "boxes-mobilenet_v2": partial(boxes.run, "mobilenet_v2", count=60, classes=0, pixels=0),
     "maps": maps,
