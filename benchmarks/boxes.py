@@ -251,9 +251,8 @@ def gradients(model: nn.Module, steps: int, rectified: bool) -> dict[str, Method
     return found
 
 
-def propagated(model: nn.Module, fit: Tensor, bounds: tuple[Tensor | float, Tensor | float] | None) -> dict[str, Method]:
-    """Of this package."""
-    patterns = Patterns(model).fit(fit, batch_size=20, progress=False)
+def propagated(model: nn.Module, fit: Tensor | None, bounds: tuple[Tensor | float, Tensor | float] | None) -> dict[str, Method]:
+    """Of this package; those with patterns, if there is something to fit them on."""
     low, high = bounds or (None, None)
     methods: dict[str, Any] = {
         "LRP-ε": LRP(model),
@@ -261,9 +260,10 @@ def propagated(model: nn.Module, fit: Tensor, bounds: tuple[Tensor | float, Tens
         "Deep Taylor, as in iNNvestigate": DeepTaylor(model, preset="innvestigate"),
         "Deconvnet": Deconvnet(model),
         "Guided Backprop": GuidedBackprop(model),
-        "PatternNet": PatternNet(model, patterns),
-        "PatternAttribution": PatternAttribution(model, patterns),
     }
+    if fit is not None:
+        patterns = Patterns(model).fit(fit, batch_size=20, progress=False)
+        methods |= {"PatternNet": PatternNet(model, patterns), "PatternAttribution": PatternAttribution(model, patterns)}
     return {name: method.attribute for name, method in methods.items()}
 
 

@@ -126,7 +126,7 @@ def _signed(page: Figure, axis: Any, found: Tensor) -> None:
     )
 
 
-def classes(folder: Path, fit: int = 60, count: int = 10, digits: int = 100) -> None:
+def classes(folder: Path, fit: int = 60, count: int = 8, digits: int = 60) -> None:
     """Figure 9 and appendix B."""
     net = boxes.chain("squeezenet1_0", folder)
     found = photos("squeezenet1_0", folder, fit, torch.Generator().manual_seed(0))
@@ -142,12 +142,12 @@ def classes(folder: Path, fit: int = 60, count: int = 10, digits: int = 100) -> 
     images = load("mnist", folder)
     model = trained("cnn-mnist", images)
     labels = images.test_labels[:digits].tolist()
-    own = small(model, images, 1000)
+    own = small(model, images, 300)
     rows += _sensitivities("CNN, MNIST, own and another", model, own, images.test[:digits], labels, None)
     write(
         "paper-classes", rows, data="ILSVRC2012 validation photographs of twenty classes; MNIST test", fit=fit,
         reduction="none; SSIM: sum over channels", ties="none needed", layer="input, or as the row says",
-        **{"fit, MNIST": 1000, "SmoothGrad": "10 samples on photographs, 50 on MNIST"},
+        **{"fit, MNIST": 300, "SmoothGrad": "10 samples on photographs, 50 on MNIST"},
     )  # fmt: skip
     print(show(rows))
 
@@ -171,7 +171,7 @@ def _sensitivities(
             print(f"{name}: {error}")
             continue
         row: dict[str, Any] = {"network": network, "method": name, "n": found.n, "raw L2": found.mean}
-        rows.append(row | {key: part.mean for key, part in found.parts.items()})
+        rows.append(row | _known({key: part.mean for key, part in found.parts.items()}))
     return rows
 
 
@@ -190,8 +190,7 @@ def random_weights(folder: Path, fit: int = 300, count: int = 12) -> None:
         return PatternAttribution(network, Patterns(network).fit(known, progress=False))
 
     def others(network: nn.Module) -> dict[str, Any]:
-        found = {**boxes.gradients(network, 20, True), **boxes.propagated(network, known, (0.0, 1.0))}
-        return {name: method for name, method in found.items() if not name.startswith("Pattern")}
+        return {**boxes.gradients(network, 10, True), **boxes.propagated(network, None, (0.0, 1.0))}
 
     asked: list[tuple[str, Any, Any]] = [(name, None, partial(_named, others, name)) for name in others(model)]
     asked += [
@@ -204,15 +203,20 @@ def random_weights(folder: Path, fit: int = 300, count: int = 12) -> None:
         own = method if refit is None else refit(model)
         found = randomization(own, x, labels, model=model, refit=refit)
         assert found.curves is not None  # for mypy: there is one of each layer
-        parts = {key: part.mean for key, part in found.parts.items()}
+        parts = {"Spearman": found.mean, **{key: part.mean for key, part in found.parts.items()}}
         layers = dict(zip(found.settings["layers"], found.curves.nanmean(0).tolist(), strict=True))
-        rows.append({"method": name, "n": found.n, "Spearman": found.mean, **parts, "layers": layers})
+        rows.append({"method": name, "n": found.n, **_known(parts), "layers": _known(layers)})
     write(
         "paper-randomization", rows, network="cnn-mnist", data="MNIST test, digits 3 and 8", fit=fit, target="the label",
         layer="input", order="cascading", init="normal, of each parameter's own mean and deviation", ties="none needed",
         reduction="none; SSIM: sum over channels",
     )  # fmt: skip
     print(show(rows))
+
+
+def _known(values: dict[str, float]) -> dict[str, float | None]:
+    """None for NaN, which JSON has not."""
+    return {key: None if value != value else value for key, value in values.items()}
 
 
 def _named(methods: Callable[[nn.Module], dict[str, Any]], name: str, network: nn.Module) -> Any:
