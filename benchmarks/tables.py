@@ -442,7 +442,8 @@ def paper_randomization() -> str:
 def main() -> None:
     texts = {page: page.read_text() for page in pages()}
     own = (completeness, controls, variants, localization, invariance, class_sensitivity, speed, speed_methods, zoo, scale)
-    for table in (*own, neighbours, bottlenecks, bottlenecks_text, bottlenecks_speed, comparison):
+    paper = (paper_boxes, paper_settings, paper_perturbations, paper_maps, paper_classes, paper_randomization)
+    for table in (*own, neighbours, *paper, bottlenecks, bottlenecks_text, bottlenecks_speed, comparison):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         places = [page for page, text in texts.items() if begin in text and end in text]
         if len(places) != 1:
