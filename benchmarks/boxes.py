@@ -328,7 +328,7 @@ def variants(net: Chain) -> Iterator[tuple[str, tuple[int, ...], Callable[[nn.Mo
 
 def mipin(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterator[Try]:
     """MIP-IN from the logit down to the lowest layer, read at every layer on the way, in every variant."""
-    everything = torch.arange(len(about.x))
+    everything, where = torch.arange(len(about.x)), places(x)
     for number, (name, cuts, make) in enumerate(variants(net)):
         start, lowest = time.perf_counter(), max(cuts[0], net.fitted)
         above = net.above(lowest)
@@ -344,12 +344,12 @@ def mipin(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterato
             for reading, maps in found.items():
                 together.setdefault(reading, []).append(shares(maps, 28))
                 for reduction in REDUCTIONS:
-                    yield Try.of(("MIP-IN", place(maps), f"{reading}, {name}"), reduction, maps, about, everything, seconds)
+                    yield Try.of(("MIP-IN", where[cut], f"{reading}, {name}"), reduction, maps, about, everything, seconds)
             if number == 0 and cut >= lowest:
                 layer = above[cut - lowest - 1] if cut > lowest else None
                 pattern = explained(inverse, layer, x[lowest], about.labels, local=False)["A"]
                 for reduction in REDUCTIONS:
-                    yield Try.of(("pattern only", place(pattern), "A"), reduction, pattern, about, everything)
+                    yield Try.of(("pattern only", where[cut], "A"), reduction, pattern, about, everything)
         for reading, several in together.items():
             if len(several) > 1:
                 names = "MIP-IN", "all layers", f"{reading}, {name}"
@@ -369,7 +369,7 @@ def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Ite
     """Everything else at the same layers; at the lower ones without what takes many passes."""
     everything = torch.arange(len(about.x))
     for cut in net.cuts:
-        top, where = cut == net.cuts[-1], place(x[cut])
+        top, where = cut == net.cuts[-1], places(x)[cut]
         above = net.above(cut)
         others = gradients(above, 10, net.rectified) | propagated(above, fit[cut][:200], None)
         kept = [name for name in others if top or name in ("Input×Gradient", "LRP-ε", "Guided Backprop", "PatternAttribution")]
@@ -460,7 +460,8 @@ def run(name: str, folder: Path, count: int, classes: int, pixels: int = SLOW, p
     if pixels and name == "squeezenet1_0":
         tries += input_iba(net, about, 7, 4)
     shown = best(tries, about)
-    paper = [one for one in tries if one.method == "MIP-IN" and one.where == place(x[net.cuts[-1]]) and one.reading in PAPER]
+    top = places(x)[net.cuts[-1]]
+    paper = [one for one in tries if one.method == "MIP-IN" and one.where == top and one.reading in PAPER]
     told = {id(one): one.scored(about, about.report) for one in [*shown, *paper]}
     first = next(told[id(one)] for one in shown if one.method == "MIP-IN")
     rows = []
@@ -495,6 +496,10 @@ def features(net: Chain, x: Tensor) -> Features:
     return found
 
 
-def place(maps: Tensor) -> str:
-    """Channels, height and width, for people."""
-    return " x ".join(map(str, maps.shape[1:]))
+def places(x: Features) -> dict[int, str]:
+    """Names of the layers: channels, height and width; of two that have the same, the lower one is called so."""
+    names: dict[int, str] = {}
+    for cut in sorted(x, reverse=True):
+        name = " x ".join(map(str, x[cut].shape[1:]))
+        names[cut] = name + ", lower" * sum(other.startswith(name) for other in names.values())
+    return names

@@ -241,10 +241,11 @@ def pictures(folder: Path, fit: int = 60) -> None:
     train = boxes.features(net, net.normalise(photos(name, folder, fit, torch.Generator().manual_seed(0)).fit))[lowest]
     x, above = boxes.features(net, net.normalise(shown)), net.above(lowest)
     inverse = InverseNetwork(above, pooling=pooling).fit(train, sorted(set(labels.tolist())), batch_size=25, progress=False)
-    at = {boxes.place(x[cut]): None if cut == lowest else above[cut - lowest - 1] for cut in net.cuts}
+    names = boxes.places(x)
+    at = {names[cut]: None if cut == lowest else above[cut - lowest - 1] for cut in net.cuts}
     columns = {"Grad-CAM": boxes.cams(net.above(top))["Grad-CAM"](x[top], labels).sum(1).relu()}
     asked: list[tuple[str, str, str, Any]] = [
-        ("MIP-IN, as the paper has it", boxes.place(x[top]), "A", "relu_of_sum"),
+        ("MIP-IN, as the paper has it", names[top], "A", "relu_of_sum"),
         ("MIP-IN, as chosen", chosen["where"], reading, chosen["reduction"]),
     ]
     for title, where, read, reduction in asked:

@@ -167,5 +167,6 @@ def test_a_chain_cut_anywhere_is_the_network(boxes):
     steps = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
     net, x = boxes.Chain(steps, lambda x: x, (1, 2)), torch.randn(3, 1, 4, 4)
     found = boxes.features(net, x)
+    assert boxes.places(found) == {1: "2 x 2 x 2, lower", 2: "2 x 2 x 2"}
     for cut in net.cuts:
         torch.testing.assert_close(net.above(cut)(found[cut]), steps(x))
