@@ -31,7 +31,6 @@ from captum_mipin import (
     Deconvnet,
     DeepTaylor,
     GuidedBackprop,
-    InputIBA,
     InverseNetwork,
     MIPINError,
     PatternAttribution,
@@ -408,13 +407,6 @@ def mipin_at_pixels(net: Chain, about: Photographs, classes: int, count: int) ->
             yield Try.of(("MIP-IN, whole network", "pixels", f"{reading}, shares"), reduction, maps, about, index)
 
 
-def input_iba(net: Chain, about: Photographs, step: int, count: int) -> Iterator[Try]:
-    """InputIBA, whose feature bottleneck lies behind a step in the middle."""
-    iba = InputIBA(net.steps, net.steps[step], "fast").estimate(about.fit, batch_size=20, progress=False)
-    mask = partial(iba.attribute, per_position=True)
-    yield from tried("InputIBA, fast", "pixels", mask, about.x, about, about.report[:count], ("sum",))
-
-
 def best(tries: list[Try], about: Photographs) -> list[Try]:
     """Of each method the setting that is best on the choosing half; where there is none, on the other."""
     found: dict[tuple[str, bool], Try] = {}
@@ -457,8 +449,6 @@ def run(name: str, folder: Path, count: int, classes: int, pixels: int = SLOW, p
         tries += at_pixels(net, about, pixels)
     if classes:
         tries += mipin_at_pixels(net, about, classes, min(count, WHOLE))
-    if pixels and name == "squeezenet1_0":
-        tries += input_iba(net, about, 7, 4)
     shown = best(tries, about)
     top = places(x)[net.cuts[-1]]
     paper = [one for one in tries if one.method == "MIP-IN" and one.where == top and one.reading in PAPER]
