@@ -108,3 +108,65 @@ def test_rank_correlation_is_spearmans(bottleneck):
     a, b = torch.rand(3, 5, 4), torch.rand(3, 5, 4)
     expected = sum(stats.spearmanr(p.flatten(), q.flatten()).statistic for p, q in zip(a, b, strict=True)) / 3
     assert bottleneck.rank(a, b) == pytest.approx(expected)
+
+
+@pytest.fixture
+def boxes(monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import boxes
+
+    yield boxes
+    for name in ("boxes", "common", "data", "heads", "networks", "pretrained", "localization_grid"):
+        sys.modules.pop(name, None)
+
+
+def test_halves_share_nothing_and_each_class_evenly(boxes):
+    labels = torch.tensor([3] * 8 + [5] * 6 + [9] * 2)[torch.randperm(16)]
+    one, other = boxes.halves(labels, torch.Generator().manual_seed(0))
+    assert sorted([*one.tolist(), *other.tolist()]) == list(range(16))
+    assert labels[one].bincount().tolist() == labels[other].bincount().tolist()
+
+
+def photographs(boxes, count):
+    """Images of 2 x 2 pixels, their boxes the left upper one; the first half is for choosing."""
+    masks = torch.zeros(count, 2, 2, dtype=torch.bool)
+    masks[:, 0, 0] = True
+    index = torch.arange(count)
+    x = torch.zeros(count, 3, 2, 2)
+    return boxes.Photographs(x, x, torch.zeros(count, dtype=torch.long), masks, index[: count // 2], index[count // 2 :])
+
+
+def test_chosen_on_one_half_reported_on_the_other(boxes):
+    """The first setting is right on the choosing half alone, the second on the other: the first is chosen, and reported 0."""
+    about = photographs(boxes, 8)
+    right, wrong = torch.tensor([[1.0, 0], [0, 0]]), torch.tensor([[0, 0], [0, 1.0]])
+    first = torch.stack([right] * 4 + [wrong] * 4)
+    tries = [
+        boxes.Try.of(("m", "layer", reading), "sum", maps, about, torch.arange(8))
+        for reading, maps in (("one", first), ("two", first.flip(0)))
+    ]
+    pixels = [boxes.Try.of(("m", "pixels", ""), "sum", maps[4:], about, about.report) for maps in (first, first.flip(0))]
+    layer, pixel = boxes.best([*tries, *pixels], about)
+    assert layer is tries[0]
+    assert pixel is pixels[1]
+    assert "accuracy" not in layer.row(about, layer, chosen=True)
+    told, other = (one.scored(about, about.report) for one in tries)
+    row = told.row(about, other, chosen=True)
+    assert (row["choosing half"], row["accuracy"], row["n"], row["MIP-IN less this"]) == (1, 0, 4, 1)
+
+
+def test_switches_send_signals_to_the_maximum(boxes):
+    x = torch.tensor([[[[1.0, 4.0], [2.0, 3.0]]]])
+    found = boxes.switched(nn.MaxPool2d(2), x, {"A": torch.full((1, 1, 1, 1), 5.0), "S": torch.full((1, 1, 1, 1), 7.0)})
+    assert found["A"].flatten().tolist() == [0, 5, 0, 0]
+    assert found["S × feature"].flatten().tolist() == [0, 28, 0, 0]
+
+
+def test_a_chain_cut_anywhere_is_the_network(boxes):
+    steps = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+    net, x = boxes.Chain(steps, lambda x: x, (1, 2)), torch.randn(3, 1, 4, 4)
+    found = boxes.features(net, x)
+    assert boxes.places(found) == {1: "2 x 2 x 2, lower", 2: "2 x 2 x 2"}
+    for cut in net.cuts:
+        torch.testing.assert_close(net.above(cut)(found[cut]), steps(x))

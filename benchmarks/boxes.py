@@ -1,0 +1,495 @@
+"""Table 2 of the paper: does the hottest part of the map lie on the object. Run by ``benchmarks/paper.py``.
+
+Photographs of ImageNet's validation set whose boxes cover at most 33 %, squashed to 224 x 224, each explained for its label.
+Of the n hottest pixels, the share inside the boxes, n being the number of pixels inside; ties score what a random choice among
+them would. Maps of a layer are interpolated bilinearly. Everything that is fitted is fitted on photographs of ImageNet's
+training set. The photographs to explain are parted in two, class by class and at random: whatever is chosen (layer, reading,
+order of ReLU and mean over channels) is chosen on the one half, for MIP-IN and for other methods at a layer alike, and every
+figure of the table is of the other half. Maps of pixels are made for that half alone; of their two reductions the better one
+there counts, which favours them.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import heads
+import pretrained
+import torch
+from captum.attr import DeepLift, InputXGradient, IntegratedGradients, Saliency
+from common import show, write
+from localization_grid import photos
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from captum_mipin import (
+    IBA,
+    LRP,
+    Deconvnet,
+    DeepTaylor,
+    GuidedBackprop,
+    InverseNetwork,
+    MIPINError,
+    PatternAttribution,
+    PatternNet,
+    Patterns,
+    SmoothGrad,
+)
+from captum_mipin.metrics import bounding_box_accuracy, deletion, insertion
+from captum_mipin.metrics.common import heat
+from captum_mipin.neighbours import NeighbourInverse
+
+LARGEST = 0.33
+CLASSES = 10
+#: Images for methods that take many passes; for insertion and deletion; to fit MIP-IN on, down to the pixels.
+SLOW, PERTURBED, WHOLE = 24, 8, 30
+WIDTH = 1024
+REDUCTIONS = ("relu_of_sum", "sum_of_relu", "sum_of_abs")
+PROTOCOL = {
+    "data": "ILSVRC2012 validation photographs at 224 x 224, boxes of at most 33 %, the classes with the most such",
+    "fitted on": "ILSVRC2012 training photographs of twenty classes, these among them, stored at 128 x 128",
+    "target": "the label", "ties": "expected", "split": "two halves, class by class at random; figures are of the second",
+}  # fmt: skip
+#: The reductions that define a method at a layer; of the others the better one of two is chosen.
+AT_LAYERS = {"Grad-CAM": ("relu_of_sum",), "LayerCAM": ("sum_of_relu",), "features alone": ("sum",), "mask only": ("sum",)}
+#: What the paper reads: A, averages sent back by shares, or of a dense head.
+PAPER = ("A, shares", "A, all samples")
+#: Whose insertion and deletion are measured.
+PERTURBED_ROWS = ("MIP-IN", "Grad-CAM", "LayerCAM", "IBA", "SmoothGrad", "Guided Backprop", "random", "centre prior")
+Method = Callable[[Tensor, Tensor], Any]
+#: Steps below → features.
+Features = dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A network as a row of steps, so that it can be cut between any two.
+
+    Attributes:
+        steps: From the normalised image to the logits.
+        normalise: What images in [0, 1] go through before.
+        cuts: Numbers of steps below the layers that are looked at; the paper's, the last with places, comes last.
+        fitted: Down to which of them MIP-IN is fitted, if not the first: below lies max pooling alone.
+        pooled: Whether an average over all places makes the logits.
+        rectified: Whether all activations are modules that Captum's DeepLift knows.
+    """
+
+    steps: nn.Sequential
+    normalise: Callable[[Tensor], Tensor]
+    cuts: tuple[int, ...]
+    fitted: int = 0
+    pooled: bool = True
+    rectified: bool = False
+
+    def above(self, cut: int) -> nn.Sequential:
+        """Features → logits."""
+        return self.steps[cut:].eval()
+
+
+def chain(name: str, folder: Path) -> Chain:
+    """The network ``name``; "head" is a dense one of VGG's kind on the features of SqueezeNet."""
+    body = "squeezenet1_0" if name == "head" else name
+    model: Any
+    model, normalise = pretrained.load(body, folder / "weights")
+    cuts: tuple[int, ...]
+    if name == "squeezenet1_0":
+        steps, cuts = [*model.features, *model.classifier, nn.Flatten()], (11, 12, 13)
+    elif name == "mobilenet_v2":
+        steps, cuts = [*model.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *model.classifier], (14, 18, 19)
+    elif name == "efficientnet_lite0":
+        steps = [model._conv_stem, model._bn0, nn.ReLU6(), *model._blocks, model._conv_head, model._bn1, nn.ReLU6()]
+        steps, cuts = [*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model._fc], (14, 19, 22)
+    else:
+        head = heads.trained(WIDTH, heads.features(folder))
+        steps, cuts = [*model.features, nn.MaxPool2d(3, 2, 1), *head], (13, 14)
+    found = nn.Sequential(*steps).eval().requires_grad_(False)
+    for module in found.modules():
+        if isinstance(module, (nn.ReLU, nn.ReLU6)):
+            module.inplace = False  # Captum's DeepLift needs what an activation got
+    dense = name == "head"
+    return Chain(found, normalise, cuts, 14 if dense else 0, not dense, dense or name == "squeezenet1_0")
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """What is explained and what is fitted on, normalised.
+
+    Attributes:
+        fit: Images of ImageNet's training set.
+        x, labels, boxes: Images to explain, their classes, and masks of their boxes.
+        choice, report: Numbers of the images that choices are made on, and of those that are reported.
+    """
+
+    fit: Tensor
+    x: Tensor
+    labels: Tensor
+    boxes: Tensor
+    choice: Tensor
+    report: Tensor
+
+    @property
+    def classes(self) -> list[int]:
+        """Of the images, those with the most images first."""
+        return torch.bincount(self.labels).argsort(descending=True, stable=True)[: len(self.labels.unique())].tolist()
+
+
+def photographs(name: str, folder: Path, normalise: Callable[[Tensor], Tensor], count: int) -> Photographs:
+    """Of the classes with the most photographs whose boxes are small; ``count`` to fit on."""
+    found = photos("squeezenet1_0" if name == "head" else name, folder, count, torch.Generator().manual_seed(0))
+    boxes = heads.boxes(folder)
+    labels = heads.features(folder).test_labels if name == "head" else found.labels
+    area = boxes.flatten(1).double().mean(1)
+    kept = ((area > 0) & (area <= LARGEST)).nonzero().flatten()
+    many = torch.bincount(labels[kept]).argsort(descending=True, stable=True)[:CLASSES]
+    kept = kept[torch.isin(labels[kept], many)]
+    choice, report = halves(labels[kept], torch.Generator().manual_seed(0))
+    return Photographs(normalise(found.fit), normalise(found.test[kept]), labels[kept], boxes[kept], choice, report)
+
+
+def halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers of both halves, as many of each class in both as can be, in random order."""
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order].argsort(stable=True)]
+    one, other = order[::2], order[1::2]
+    return one[torch.randperm(len(one), generator=generator)], other[torch.randperm(len(other), generator=generator)]
+
+
+@dataclass(frozen=True)
+class Try:
+    """One method in one setting.
+
+    Attributes:
+        method, where, reading, reduction: What was done: where the map is, what was read there, how channels became one.
+        maps: (asked, height, width), without channels.
+        index: Numbers of the images asked.
+        values: (images,) accuracies, NaN where there is none; of settings to choose from on the choosing half alone.
+        seconds: An image.
+    """
+
+    method: str
+    where: str
+    reading: str
+    reduction: str
+    maps: Tensor
+    index: Tensor
+    values: Tensor
+    seconds: float = 0.0
+
+    @classmethod
+    def of(
+        cls, names: tuple[str, str, str], reduction: Any, maps: Tensor, about: Photographs, index: Tensor, seconds: float = 0.0
+    ) -> "Try":
+        """Scored on the choosing half, or where ``index`` has nothing of it, on the other."""
+        values = torch.full((len(about.x),), float("nan"), dtype=torch.float64)
+        one = cls(*names, str(reduction), heat(maps, about.x[index], reduction).float(), index, values, seconds)
+        return one.scored(about, about.choice if torch.isin(index, about.choice).any() else about.report)
+
+    def scored(self, about: Photographs, half: Tensor) -> "Try":
+        """With the scores of those of ``half`` that were asked."""
+        mine = torch.isin(self.index, half)
+        index, values = self.index[mine], self.values.clone()
+        x, boxes = about.x[index], about.boxes[index]
+        values[index] = bounding_box_accuracy(self.maps[mine], x, boxes=boxes, largest=LARGEST).values
+        return replace(self, values=values)
+
+    def mean(self, index: Tensor) -> float:
+        """Of those of some images that were scored; NaN if none was."""
+        return float(self.values[index].nanmean())
+
+    def row(self, about: Photographs, best: "Try", chosen: bool) -> dict[str, Any]:
+        """As it goes into the results file; ``best`` is the chosen setting of MIP-IN."""
+        row: dict[str, Any] = {
+            "method": self.method, "where": self.where, "reading": self.reading, "reduction": self.reduction, "chosen": chosen,
+            "s an image": self.seconds,
+        }  # fmt: skip
+        if not self.values[about.choice].isnan().all():
+            row["choosing half"] = self.mean(about.choice)
+        own = self.values[about.report]
+        asked = ~own.isnan()
+        less, n = (best.values[about.report] - own)[asked], int(asked.sum())
+        if n:
+            row |= {"n": n, "accuracy": float(own[asked].mean()), "standard error": float(own[asked].std() / n**0.5)}
+            row |= {"MIP-IN less this": float(less.mean()), "its standard error": float(less.std() / n**0.5)}
+        return row
+
+
+def tried(
+    name: str, where: str, method: Method, x: Tensor, about: Photographs, index: Tensor, reductions: Iterable[str]
+) -> Iterator[Try]:
+    """One method on the images ``index``; ``x`` is what it is asked for, images or features."""
+    start = time.perf_counter()
+    try:
+        maps = torch.cat([method(x[part], about.labels[part]).detach() for part in index.split(10)])
+    except MIPINError as error:
+        print(f"{name}, {where}: {error}", flush=True)
+        return
+    seconds = (time.perf_counter() - start) / len(index)
+    for reduction in reductions:
+        yield Try.of((name, where, ""), reduction, maps, about, index, seconds)
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+
+
+def gradients(model: nn.Module, steps: int, rectified: bool) -> dict[str, Method]:
+    """Of Captum, and SmoothGrad, at whatever ``model`` starts from."""
+    saliency: Any = Saliency(model)
+    integrated: Any = IntegratedGradients(model)
+    found: dict[str, Method] = {
+        "Grads": lambda x, t: saliency.attribute(x.clone().requires_grad_(), t, False),
+        "Input×Gradient": lambda x, t: InputXGradient(model).attribute(x.clone().requires_grad_(), t),
+        "SmoothGrad": SmoothGrad(model, samples=steps).attribute,
+        "Integrated Gradients": lambda x, t: integrated.attribute(x, None, t, n_steps=steps, internal_batch_size=len(x)),
+    }
+    if rectified:
+        lift: Any = DeepLift(model)
+        found["DeepLift"] = lambda x, t: lift.attribute(x.clone().requires_grad_(), target=t)
+    return found
+
+
+def propagated(model: nn.Module, fit: Tensor | None, bounds: tuple[Tensor | float, Tensor | float] | None) -> dict[str, Method]:
+    """Of this package; those with patterns, if there is something to fit them on."""
+    low, high = bounds or (None, None)
+    methods: dict[str, Any] = {
+        "LRP-ε": LRP(model),
+        "Deep Taylor": DeepTaylor(model, low=low, high=high),
+        "Deep Taylor, as in iNNvestigate": DeepTaylor(model, preset="innvestigate"),
+        "Deconvnet": Deconvnet(model),
+        "Guided Backprop": GuidedBackprop(model),
+    }
+    if fit is not None:
+        patterns = Patterns(model).fit(fit, batch_size=20, progress=False)
+        methods |= {"PatternNet": PatternNet(model, patterns), "PatternAttribution": PatternAttribution(model, patterns)}
+    return {name: method.attribute for name, method in methods.items()}
+
+
+def cams(model: nn.Module) -> dict[str, Method]:
+    """Grad-CAM, LayerCAM (without their sums over channels) and the features themselves, where ``model`` starts."""
+
+    def gradient(x: Tensor, t: Tensor) -> Tensor:
+        saliency: Any = Saliency(model)
+        found: Tensor = saliency.attribute(x.clone().requires_grad_(), t, False)
+        return found.detach()
+
+    return {
+        "Grad-CAM": lambda x, t: gradient(x, t).mean((2, 3), keepdim=True) * x,
+        "LayerCAM": lambda x, t: gradient(x, t).relu() * x,
+        "features alone": lambda x, t: x,
+        "mask only": lambda x, t: (x != 0).float(),
+    }
+
+
+def controls(size: int) -> dict[str, Method]:
+    """Maps that know nothing of the image."""
+    generator = torch.Generator().manual_seed(0)
+    away = ((torch.arange(size) - (size - 1) / 2) / size) ** 2
+    return {
+        "random": lambda x, t: torch.rand(len(x), size, size, generator=generator),
+        "centre prior": lambda x, t: -(away[:, None] + away[None]).expand(len(x), size, size),
+    }
+
+
+def explained(
+    inverse: InverseNetwork, layer: nn.Module | None, x: Tensor, labels: Tensor, local: bool = True
+) -> dict[str, Tensor]:
+    """What can be read of MIP-IN at a layer, or where ``inverse`` ends, with the forward mask there (section 6.1.2)."""
+    parts = []
+    for some, t in zip(x.split(16), labels.split(16), strict=True):
+        found = inverse.explain((some,), t, biases=(False, True), layer=layer, mask=True, local=local)
+        (features,), ((a,), (s,)) = found.features, found.signals
+        parts.append({"A": a, "S": s, "A × feature": a * features, "S × feature": s * features})
+    return {reading: torch.cat([part[reading] for part in parts]) for reading in parts[0]}
+
+
+def shares(maps: Tensor, size: int) -> Tensor:
+    """What is positive, summed over channels, as shares of the whole, at another size."""
+    found = maps.relu().sum(1, keepdim=True)
+    found = nn.functional.interpolate(found, (size, size), mode="bilinear", align_corners=False)
+    return found / found.sum((1, 2, 3), keepdim=True).clamp(min=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def variants(net: Chain) -> Iterator[tuple[str, tuple[int, ...], Callable[[nn.Module], InverseNetwork]]]:
+    """Name, layers to read at, how to make the inverse."""
+    if net.pooled:
+        yield "shares", net.cuts, InverseNetwork
+        yield "even", net.cuts[-2:], partial(InverseNetwork, pooling="even")
+        return
+    yield "all samples", net.cuts, InverseNetwork
+    for count, ridge in ((30, 1e-3), (60, 1e-3), (60, 0.1), (100, 1e-3), (300, 1e-3)):
+        yield f"{count} nearest, λ {ridge:g}", net.cuts, partial(NeighbourInverse, neighbours=count, ridge=ridge)
+
+
+def mipin(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterator[Try]:
+    """MIP-IN from the logit down to the lowest layer, read at every layer on the way, in every variant."""
+    everything, where = torch.arange(len(about.x)), places(x)
+    for number, (name, cuts, make) in enumerate(variants(net)):
+        start, lowest = time.perf_counter(), max(cuts[0], net.fitted)
+        above = net.above(lowest)
+        inverse = make(above).fit(fit[lowest], sorted(about.classes), batch_size=25 if net.pooled else 256, progress=False)
+        print(f"MIP-IN, {name}: fitted on {len(fit[lowest])} in {time.perf_counter() - start:.0f} s", flush=True)
+        together: dict[str, list[Tensor]] = {}
+        for cut in cuts:
+            start, layer = time.perf_counter(), above[cut - lowest - 1] if cut > lowest else None
+            if cut > lowest or cut == cuts[0]:
+                at_lowest = explained(inverse, layer, x[lowest], about.labels)
+            found = switched(net.steps[cut:lowest], x[cut], at_lowest) if cut < lowest else at_lowest
+            seconds = (time.perf_counter() - start) / len(everything)
+            for reading, maps in found.items():
+                together.setdefault(reading, []).append(shares(maps, 28))
+                for reduction in REDUCTIONS:
+                    yield Try.of(("MIP-IN", where[cut], f"{reading}, {name}"), reduction, maps, about, everything, seconds)
+            if number == 0 and cut >= lowest:
+                layer = above[cut - lowest - 1] if cut > lowest else None
+                pattern = explained(inverse, layer, x[lowest], about.labels, local=False)["A"]
+                for reduction in REDUCTIONS:
+                    yield Try.of(("pattern only", where[cut], "A"), reduction, pattern, about, everything)
+        for reading, several in together.items():
+            if len(several) > 1:
+                names = "MIP-IN", "all layers", f"{reading}, {name}"
+                yield Try.of(names, "sum_of_relu", sum(several[1:], several[0]), about, everything)
+
+
+def switched(pooling: nn.Module, x: Tensor, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Signals below max pooling, by its switches (equation 8), which take no fit."""
+    x = x.detach().requires_grad_()
+    pooled = pooling(x)
+    a, s = (torch.autograd.grad(pooled, x, found[reading], retain_graph=True)[0] * (x != 0) for reading in ("A", "S"))
+    x = x.detach()
+    return {"A": a.detach(), "S": s.detach(), "A × feature": a.detach() * x, "S × feature": s.detach() * x}
+
+
+def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterator[Try]:
+    """Everything else at the same layers; at the lower ones without what takes many passes."""
+    everything = torch.arange(len(about.x))
+    for cut in net.cuts:
+        top, where = cut == net.cuts[-1], places(x)[cut]
+        above = net.above(cut)
+        others = gradients(above, 10, net.rectified) | propagated(above, fit[cut][:200], None)
+        kept = [name for name in others if top or name in ("Input×Gradient", "LRP-ε", "Guided Backprop", "PatternAttribution")]
+        for name, method in tqdm([(name, others[name]) for name in kept] + list(cams(above).items()), desc=f"at {where}"):
+            yield from tried(name, where, method, x[cut], about, everything, AT_LAYERS.get(name, ("sum_of_relu", "sum_of_abs")))
+        for name, method in controls(x[cut].shape[-1]).items():
+            yield from tried(name, where, method, x[cut], about, everything, ("sum",))
+        if not top and cut != net.cuts[0]:
+            continue
+        iba = IBA(above, "input", "published" if top else "fast").estimate(fit[cut], progress=False)
+        bits = partial(iba.attribute, at="layer", per_position=True)
+        index = torch.cat([about.choice[:SLOW], about.report[:SLOW]])
+        yield from tried("IBA" + ", fast" * (not top), where, bits, x[cut], about, index, ("sum",))
+
+
+def at_pixels(net: Chain, about: Photographs, count: int) -> Iterator[Try]:
+    """Everything else down to the pixels, of ``count`` images at most."""
+    low, high = (net.normalise(torch.full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
+    others = gradients(net.steps, 16, net.rectified) | propagated(net.steps, about.fit, (low, high))
+    for name, method in tqdm(others.items(), desc="at the pixels"):
+        index = about.report[: SLOW if name in ("SmoothGrad", "Integrated Gradients") else count]
+        yield from tried(name, "pixels", method, about.x, about, index, ("sum", "sum_of_abs"))
+    for name, method in controls(about.x.shape[-1]).items():
+        yield from tried(name, "pixels", method, about.x, about, about.report, ("sum",))
+
+
+def mipin_at_pixels(net: Chain, about: Photographs, classes: int, count: int) -> Iterator[Try]:
+    """MIP-IN down to the pixels, for the classes with the most photographs."""
+    targets = about.classes[:classes]
+    index = torch.isin(about.labels, torch.tensor(targets)).nonzero().flatten()
+    start = time.perf_counter()
+    inverse = InverseNetwork(net.steps).fit(about.fit[:count], targets, batch_size=10, progress=False)
+    print(f"MIP-IN, whole network: fitted in {time.perf_counter() - start:.0f} s", flush=True)
+    for reading, maps in explained(inverse, None, about.x[index], about.labels[index]).items():
+        for reduction in REDUCTIONS:
+            yield Try.of(("MIP-IN, whole network", "pixels", f"{reading}, shares"), reduction, maps, about, index)
+
+
+def best(tries: list[Try], about: Photographs) -> list[Try]:
+    """Of each method the setting that is best on the choosing half; where there is none, on the other."""
+    found: dict[tuple[str, bool], Try] = {}
+    for one in tries:
+        half = about.report if one.values[about.choice].isnan().all() else about.choice
+        key = one.method, one.where == "pixels"
+        if key not in found or one.mean(half) > found[key].mean(half):
+            found[key] = one
+    return list(found.values())
+
+
+def perturbations(one: Try, net: Chain, about: Photographs) -> dict[str, float]:
+    """Insertion and deletion, an eighth of the pixels at a time."""
+    index = about.report[:PERTURBED]
+    maps = one.maps[(one.index[None] == index[:, None]).long().argmax(1)]
+    x, step = about.x[index], about.x.shape[2] * about.x.shape[3] // 8
+    return {
+        metric.__name__: metric(maps, x, about.labels[index].tolist(), model=net.steps, step=step).mean
+        for metric in (insertion, deletion)
+    }
+
+
+def run(name: str, folder: Path, count: int, classes: int, pixels: int = SLOW, perturb: bool = False) -> None:
+    """Table 2 for one network.
+
+    Args:
+        name: See :func:`chain`.
+        folder: With the photographs and weights.
+        count: Images to fit on; the dense head takes all there are.
+        classes: Of MIP-IN for the whole network; 0 leaves it out.
+        pixels: Images that the other methods are asked for maps of pixels of, at most.
+        perturb: Measure insertion and deletion as well.
+    """
+    net = chain(name, folder)
+    about = photographs(name, folder, net.normalise, count)
+    x = features(net, about.x)
+    fit = features(net, about.fit) | ({14: heads.features(folder).train} if name == "head" else {})
+    tries = [*mipin(net, about, fit, x), *at_layers(net, about, fit, x)]
+    if pixels:
+        tries += at_pixels(net, about, pixels)
+    if classes:
+        tries += mipin_at_pixels(net, about, classes, min(count, WHOLE))
+    shown = best(tries, about)
+    top = places(x)[net.cuts[-1]]
+    paper = [one for one in tries if one.method == "MIP-IN" and one.where == top and one.reading in PAPER]
+    told = {id(one): one.scored(about, about.report) for one in [*shown, *paper]}
+    first = next(told[id(one)] for one in shown if one.method == "MIP-IN")
+    rows = []
+    for one in tries:
+        row = told.get(id(one), one).row(about, first, any(one is other for other in shown))
+        if perturb and row["chosen"] and one.method in PERTURBED_ROWS and torch.isin(about.report[:PERTURBED], one.index).all():
+            row |= perturbations(one, net, about)
+        rows.append(row)
+    with torch.no_grad():
+        logits = torch.cat([net.steps(part) for part in about.x[about.report].split(10)])
+    labels = about.labels[about.report]
+    counts = {"fit": len(fit[max(net.cuts[0], net.fitted)]), "fit, whole network": min(count, WHOLE), "fit, patterns": count}
+    if name == "head":
+        counts["width"] = WIDTH
+    write(
+        f"paper-boxes-{name}", rows, **PROTOCOL, **counts, **{"choosing half": len(about.choice)}, n=len(labels), network=name,
+        classes=sorted(about.classes), perturbed=PERTURBED if perturb else 0,
+        accuracy=float((logits.argmax(1) == labels).double().mean()),
+        **{"positive logits": float((logits.gather(1, labels[:, None]) > 0).double().mean())},
+    )  # fmt: skip
+    print(show(sorted((row for row in rows if row["chosen"]), key=lambda row: -row["accuracy"])))
+
+
+def features(net: Chain, x: Tensor) -> Features:
+    """Normalised images → features at all cuts."""
+    found: Features = {}
+    below = 0
+    for cut in net.cuts:
+        with torch.no_grad():
+            x = torch.cat([net.steps[below:cut](part) for part in x.split(10)])
+        found[cut], below = x, cut
+    return found
+
+
+def places(x: Features) -> dict[int, str]:
+    """Names of the layers: channels, height and width; of two that have the same, the lower one is called so."""
+    names: dict[int, str] = {}
+    for cut in sorted(x, reverse=True):
+        name = " x ".join(map(str, x[cut].shape[1:]))
+        names[cut] = name + ", lower" * sum(other.startswith(name) for other in names.values())
+    return names
