@@ -188,11 +188,11 @@ def test_classes_that_share_are_one_regression_on_all_pairs(tmp_path):
 
 
 def test_a_regression_larger_than_the_machine_is_refused():
-    """The patches of a vision transformer: 768 channels times 32 x 32 taps."""
-    model = nn.Sequential(nn.Conv2d(3, 768, 32, stride=32), nn.ReLU(), nn.Flatten(), nn.Linear(768 * 4, 2)).eval()
+    """Patches like those of a vision transformer, 768 channels times 32 x 32 taps, that overlap."""
+    model = nn.Sequential(nn.Conv2d(3, 768, 32, stride=31), nn.ReLU(), nn.Flatten(), nn.Linear(768 * 4, 2)).eval()
     inverse = InverseNetwork(model)
     with pytest.raises(FitError, match=r"moments of 0/conv2d take 4,.* GiB, this machine has .*786,432 signals.*layer="):
-        inverse.fit(normal(3, 3, 64, 64), 0, progress=False)
+        inverse.fit(normal(3, 3, 63, 63), 0, progress=False)
     assert inverse.targets == []
-    above = InverseNetwork(model, layer=model[0]).fit(normal(3, 3, 64, 64), 0, progress=False)
+    above = InverseNetwork(model, layer=model[0]).fit(normal(3, 3, 63, 63), 0, progress=False)
     assert above.targets == [0]
