@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,9 @@ from captum_mipin import InverseNetwork, MIPINAttribution
 from captum_mipin import inverse as inverse_module
 from captum_mipin.capture import Signature, glance
 from captum_mipin.methods import base as base_module
+
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")  # the same examples each time
 
 
 class Fitted(NamedTuple):

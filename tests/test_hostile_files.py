@@ -1,5 +1,6 @@
 """Files that are well-formed, and say what no inverse says: a clear error, or an explanation, and never anything else."""
 
+import copy
 import json
 import struct
 import tempfile
@@ -64,7 +65,7 @@ def places(value, path=()):
         yield from places(entry, (*path, key))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_other_content_is_refused_or_explains(files, data):
     tensors, content = parts(files / data.draw(st.sampled_from(["whole", "layer"])))
@@ -76,7 +77,7 @@ def test_any_other_content_is_refused_or_explains(files, data):
         if data.draw(st.booleans()):
             del holder[last]
         else:
-            holder[last] = data.draw(VALUES)
+            holder[last] = copy.deepcopy(data.draw(VALUES))
     storage.save(files / "changed", tensors, content)
     found = explained(files / "changed")
     assert isinstance(found, MIPINError) or bool(torch.isfinite(found).all())
@@ -92,7 +93,7 @@ OTHERS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_other_tensors_are_refused_or_explain(files, data):
     tensors, content = parts(files / data.draw(st.sampled_from(["whole", "layer"])))
