@@ -246,7 +246,12 @@ _REARRANGED = frozenset(
 
 def adjoint(operator: Callable[[Tensor], Tensor], like: Tensor) -> Back:
     """The adjoint of a linear operator on tensors shaped like ``like``."""
+    return value_and_adjoint(operator, torch.zeros_like(like))[1]
+
+
+def value_and_adjoint(operator: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Back]:
+    """A linear operator's value at ``x``, and its adjoint."""
     with torch.enable_grad():
-        probe = torch.zeros_like(like, requires_grad=True)
+        probe = x.detach().requires_grad_()
         value = operator(probe)
-    return lambda s: torch.autograd.grad(value, probe, s, retain_graph=True)[0]
+    return value.detach(), lambda s: torch.autograd.grad(value, probe, s, retain_graph=True)[0]

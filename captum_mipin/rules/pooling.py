@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from captum_mipin.convolution import Geometry
-from captum_mipin.rules.base import Back, Options, Recorded, adjoint, argument, each
+from captum_mipin.rules.base import Back, Options, Recorded, adjoint, argument, each, value_and_adjoint
 
 
 def max_pool(
@@ -87,8 +87,8 @@ def shared_out(operator: Callable[[Tensor], Tensor], x: Tensor, value: Tensor, r
 
 def _by_share(operator: Callable[[Tensor], Tensor], origin: Tensor) -> Back:
     def back(s: Tensor) -> Tensor:
-        back_through = adjoint(operator, origin)
-        signal = back_through(_ratio(s, operator(origin)))
+        total, back_through = value_and_adjoint(operator, origin)
+        signal = back_through(_ratio(s, total))
         return origin * _ratio(signal, back_through(torch.ones_like(s)))
 
     return back
