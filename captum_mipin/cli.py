@@ -4,18 +4,18 @@ import importlib
 import json
 import logging
 import math
-import pickle
+import os
 import sys
+import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -86,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(argv)
     if len(asked.mean) != len(asked.std):
         asked.parser.error(f"--mean has {len(asked.mean)} values, --std {len(asked.std)}")
+    asked.stdout = sys.stdout
     try:
-        with _silent_logs():
+        with _silent_logs(), redirect_stdout(sys.stderr):  # what a model prints is no result
             code: int = asked.run(asked)
             return code
     except KeyboardInterrupt:
@@ -203,7 +204,7 @@ def _model(asked: Namespace) -> nn.Module:
             "that was exported as package.module:factory, with --weights for the state_dict of the program"
         )
     source, _, name = asked.model.partition(":")
-    if not source or not name:
+    if not source or not name or source.startswith(".") or "/" in source:
         raise InputError(f"the model {asked.model!r} is neither torchvision:NAME nor package.module:FACTORY")
     published = asked.weights == "torchvision"
     if source == "torchvision":
@@ -229,13 +230,18 @@ def _published(name: str, weights: bool) -> nn.Module:
 
 def _built(source: str, name: str) -> nn.Module:
     """What a factory builds; a module that is there already is taken as it is."""
-    with _current_folder():
-        found: Any = importlib.import_module(source)
-        for part in name.split("."):
-            if not hasattr(found, part):
-                raise InputError(f"{source!r} has no {name!r}")
-            found = getattr(found, part)
-        model = found if isinstance(found, nn.Module) or not callable(found) else found()
+    try:
+        with _current_folder():
+            found: Any = importlib.import_module(source)
+            for part in name.split("."):
+                if not hasattr(found, part):
+                    raise InputError(f"{source!r} has no {name!r}")
+                found = getattr(found, part)
+            model = found if isinstance(found, nn.Module) or not callable(found) else found()
+    except SystemExit as error:
+        raise InputError(
+            f"{source}:{name} ends the process: what a script does belongs under if __name__ == '__main__'"
+        ) from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{source}:{name} gives a {type(model).__name__}, expected a torch.nn.Module")
     return model
@@ -256,11 +262,13 @@ def _fill(model: nn.Module, weights: str) -> None:
     """Load a state dict, all of it; no code in the file is run."""
     Path(weights).open("rb").close()  # what is not there, or may not be read, is told as such
     try:
-        if weights.endswith(".safetensors"):
-            state: Any = load_file(weights)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of files that it then refuses
+            if weights.endswith(".safetensors"):
+                state: Any = load_file(weights)
+            else:
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # of any kind: the file may hold anything
         raise InputError(
             f"{weights!r} is damaged, or holds more than tensors, whose loading could run code: {_SAVE}, or as safetensors"
         ) from error
@@ -312,8 +320,10 @@ class _Images(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         try:
             with self.image.open(self.paths[index]) as file:
+                if file.mode.startswith(("I", "F")):  # Pillow would clip them
+                    raise ValueError(f"its pixels are of mode {file.mode}, expected 8 bits a channel")
                 image = self.fitting.exif_transpose(file).convert("L" if len(self.mean) == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # all three are Pillow's
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's, and ours
             raise InputError(f"{str(self.paths[index])!r} cannot be read as an image: {error}") from error
         height, width = self.size
         pixels = np.array(self.fitting.fit(image, (width, height), self.image.Resampling.BILINEAR))
@@ -355,7 +365,7 @@ def _titles(targets: list[int] | None, count: int) -> tuple[str, ...]:
 
 
 def _show(asked: Namespace, text: str, told: Mapping[str, Any]) -> None:
-    _say(json.dumps(_finite(told), indent=2) if asked.json else text, sys.stdout)
+    _say(json.dumps(_finite(told), indent=2) if asked.json else text, asked.stdout)
 
 
 def _failed(why: str) -> int:
@@ -476,7 +486,7 @@ def _command(commands: Any, name: str, run: Callable[[Namespace], int], about: s
         help="taken off pixels in [0, 1]; one value makes images grey (default: ImageNet's, 0.485,0.456,0.406)",
     )  # fmt: skip
     parser.add_argument(
-        "--std", type=_channels, default=[0.229, 0.224, 0.225], metavar="R,G,B",
+        "--std", type=_deviations, default=[0.229, 0.224, 0.225], metavar="R,G,B",
         help="what they are then divided by (default: ImageNet's, 0.229,0.224,0.225)",
     )  # fmt: skip
     parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="such as cuda (default: cpu)")
@@ -519,6 +529,13 @@ def _channels(text: str) -> list[float]:
     return values
 
 
+def _deviations(text: str) -> list[float]:
+    values = _channels(text)
+    if min(values) <= 0:
+        raise ArgumentTypeError(f"{text} is not above 0")
+    return values
+
+
 def _device(text: str) -> torch.device:
     try:
         return torch.device(text)
@@ -535,6 +552,8 @@ def _file(*kinds: str) -> Callable[[str], Path]:
             raise ArgumentTypeError(f"{text!r} ends in none of {', '.join(kinds)}")
         if not path.parent.is_dir():
             raise ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ArgumentTypeError(f"{text!r} cannot be written")
         return path
 
     return file

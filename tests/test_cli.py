@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import pickle
 import re
 import subprocess
 import sys
@@ -45,6 +46,22 @@ def grey():
 
 def broken():
     raise LookupError("no such\\nthing")
+
+def script():
+    raise SystemExit(5)
+
+def loud():
+    print("made")
+    return Loud()
+
+class Loud(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = seeded()
+
+    def forward(self, x):
+        print("called")
+        return self.body(x)
 
 class Zoo:
     small = staticmethod(seeded)
@@ -130,6 +147,13 @@ def test_check_tells_of_every_operation(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["ok"]
     assert [(row["path"], row["operation"]) for row in found["operations"]] == [("4", "aten.linear.default")]
+
+
+def test_what_a_model_prints_is_no_result(capsys):
+    assert cli.main(["compare", "tiny_networks:loud", *FORM, "few", "--methods", "Saliency", "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["files"] == ["00.png", "02.png", "04.png"]
+    assert {"made", "called"} <= set(err.splitlines())
 
 
 def test_check_fails_where_an_operation_is_refused(capsys):
@@ -345,6 +369,11 @@ def test_what_is_refused_is_refused_in_one_line(folder, capsys):
     torch.save({"state_dict": {}, "epoch": 3}, folder / "checkpoint.pt")
     torch.save(network(), folder / "pickled.pt")
     (folder / "cut.safetensors").write_bytes((folder / "weights.safetensors").read_bytes()[:-9])
+    (folder / "text.pt").write_bytes(b"text")
+    with (folder / "other.pt").open("wb") as file:
+        pickle.dump(np.ones(2), file, protocol=4)
+    (folder / "deep").mkdir()
+    Image.fromarray(np.full((8, 8), 20_000, dtype=np.uint16)).save(folder / "deep" / "a.png")
     (folder / "cut.pt").write_bytes((folder / "weights.pt").read_bytes()[:-9])
     save_file({"0.weight": torch.ones(2)}, folder / "others.safetensors")
     explain = ("--inverse", "inverse.safetensors", "--out", "no.safetensors")
@@ -352,6 +381,8 @@ def test_what_is_refused_is_refused_in_one_line(folder, capsys):
     for message, *arguments in (
         ("exported program", "check", "model.pt2"),
         ("neither torchvision:NAME nor package.module:FACTORY", "check", "resnet50"),
+        ("neither torchvision:NAME nor package.module:FACTORY", "check", "../tiny_networks:build"),
+        ("ends the process", "check", "tiny_networks:script"),
         ("No module named 'no_such_networks'", "check", "no_such_networks:build"),
         ("'tiny_networks' has no 'bild'", "check", "tiny_networks:bild"),
         ("gives a str, expected a torch.nn.Module", "check", "tiny_networks:Zoo.name"),
@@ -363,11 +394,14 @@ def test_what_is_refused_is_refused_in_one_line(folder, capsys):
         ("could run code", "check", *built, "--weights", "pickled.pt"),
         ("is damaged", "check", *built, "--weights", "cut.safetensors"),
         ("is damaged", "check", *built, "--weights", "cut.pt"),
+        ("is damaged", "check", *built, "--weights", "text.pt"),
+        ("could run code", "check", *built, "--weights", "other.pt"),
         ("do not fit the model", "check", *built, "--weights", "others.safetensors"),
         ("torch.export cannot capture", "check", "tiny_networks:build", "--size", "9"),
         ("no image folder 'nowhere'", "fit", *built, "nowhere", "--out", "no.safetensors"),
         ("there is no image in 'empty'", "fit", *built, "empty", "--out", "no.safetensors"),
         ("cannot be read as an image", "fit", *built, "bad", "--out", "no.safetensors", "--quiet"),
+        ("mode I;16, expected 8 bits", "fit", *built, "deep", "--out", "no.safetensors", "--quiet"),
         ("target 3 is outside", "fit", *MODEL, "few", "--targets", "3", "--out", "no.safetensors", "--quiet"),
         ("ridge=-1.0", "fit", *MODEL, "few", "--ridge=-1", "--out", "no.safetensors", "--quiet"),
         ("fitted to another model", "explain", *built, "few", *explain),
@@ -385,7 +419,8 @@ def test_what_is_refused_is_refused_in_one_line(folder, capsys):
     assert not (folder / "no.safetensors").exists()
 
 
-def test_wrong_usage_is_told_before_any_work(capsys):
+def test_wrong_usage_is_told_before_any_work(folder, capsys):
+    (folder / "folder.safetensors").mkdir()
     fit, explain = ("fit", *MODEL, "photos"), ("explain", *MODEL, "few", "--inverse", "none")
     for message, *arguments in (
         ("required: COMMAND",),
@@ -397,6 +432,8 @@ def test_wrong_usage_is_told_before_any_work(capsys):
         ("0 is not above 0", *fit, "--out", "a.safetensors", "--batch-size", "0"),
         ("invalid _size value", *fit, "--out", "a.safetensors", "--size", "8x8x8"),
         ("neither one number nor three", *fit, "--out", "a.safetensors", "--mean", "1,2"),
+        ("0,1,1 is not above 0", *fit, "--out", "a.safetensors", "--std", "0,1,1"),
+        ("'folder.safetensors' cannot be written", *fit, "--out", "folder.safetensors"),
         ("--mean has 1 values, --std 3", *fit, "--out", "a.safetensors", "--mean", "1"),
         ("--device", *fit, "--out", "a.safetensors", "--device", "gpu"),
         ("ends in none of .safetensors, .jpg", *explain, "--out", "page.html"),
