@@ -46,6 +46,8 @@ LARGEST = 0.33
 CLASSES = 10
 #: Images for methods that take many passes; for insertion and deletion; to fit MIP-IN on, down to the pixels.
 SLOW, PERTURBED, WHOLE = 24, 8, 30
+#: Images to fit patterns on at a layer, at most.
+PATTERNS = 200
 WIDTH = 1024
 REDUCTIONS = ("relu_of_sum", "sum_of_relu", "sum_of_abs")
 PROTOCOL = {
@@ -364,13 +366,18 @@ def switched(pooling: nn.Module, x: Tensor, found: dict[str, Tensor]) -> dict[st
     return {"A": a.detach(), "S": s.detach(), "A × feature": a.detach() * x, "S × feature": s.detach() * x}
 
 
+def some(fit: Tensor) -> Tensor:
+    """To fit patterns on: at random, since those of the head come class by class."""
+    return fit[torch.randperm(len(fit), generator=torch.Generator().manual_seed(0))[:PATTERNS]]
+
+
 def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterator[Try]:
     """Everything else at the same layers; at the lower ones without what takes many passes."""
     everything = torch.arange(len(about.x))
     for cut in net.cuts:
         top, where = cut == net.cuts[-1], places(x)[cut]
         above = net.above(cut)
-        others = gradients(above, 10, net.rectified) | propagated(above, fit[cut][:200], None)
+        others = gradients(above, 10, net.rectified) | propagated(above, some(fit[cut]), None)
         kept = [name for name in others if top or name in ("Input×Gradient", "LRP-ε", "Guided Backprop", "PatternAttribution")]
         for name, method in tqdm([(name, others[name]) for name in kept] + list(cams(above).items()), desc=f"at {where}"):
             yield from tried(name, where, method, x[cut], about, everything, AT_LAYERS.get(name, ("sum_of_relu", "sum_of_abs")))
@@ -465,7 +472,7 @@ def run(name: str, folder: Path, count: int, classes: int, pixels: int = SLOW, p
     labels = about.labels[about.report]
     counts = {"fit": len(fit[max(net.cuts[0], net.fitted)]), "fit, whole network": min(count, WHOLE), "fit, patterns": count}
     if name == "head":
-        counts["width"] = WIDTH
+        counts |= {"width": WIDTH, "fit, patterns at 7 x 7": PATTERNS}
     write(
         f"paper-boxes-{name}", rows, **PROTOCOL, **counts, **{"choosing half": len(about.choice)}, n=len(labels), network=name,
         classes=sorted(about.classes), perturbed=PERTURBED if perturb else 0,

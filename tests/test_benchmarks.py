@@ -156,6 +156,12 @@ def test_chosen_on_one_half_reported_on_the_other(boxes):
     assert (row["choosing half"], row["accuracy"], row["n"], row["MIP-IN less this"]) == (1, 0, 4, 1)
 
 
+def test_patterns_are_fitted_on_images_of_all_classes(boxes):
+    found = boxes.some(torch.arange(20).repeat_interleave(330))
+    assert len(found) == boxes.PATTERNS
+    assert len(found.unique()) == 20
+
+
 def test_switches_send_signals_to_the_maximum(boxes):
     x = torch.tensor([[[[1.0, 4.0], [2.0, 3.0]]]])
     found = boxes.switched(nn.MaxPool2d(2), x, {"A": torch.full((1, 1, 1, 1), 5.0), "S": torch.full((1, 1, 1, 1), 7.0)})
