@@ -372,7 +372,7 @@ def some(fit: Tensor) -> Tensor:
 
 
 def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterator[Try]:
-    """Everything else at the same layers; at the lower ones without what takes many passes."""
+    """Everything else at the same layers; at the lower ones not all of it."""
     everything = torch.arange(len(about.x))
     for cut in net.cuts:
         top, where = cut == net.cuts[-1], places(x)[cut]
