@@ -472,6 +472,14 @@ def test_a_denominator_of_minus_0_counts_as_0():
     assert quotient(r, 2 * z).tolist() == pytest.approx([0, 0, 1 / 3, -1 / 3])
 
 
+def test_an_epsilon_too_small_for_the_dtype_is_none():
+    r, z = torch.tensor([0.0, 1.0, 1.0]).half(), torch.tensor([0.0, 0.0, 2.0]).half()
+    assert quotient(r, z, 1e-9).tolist() == [0, 0, 0.5]
+    assert quotient(r, z / 4, 0.5).tolist() == [0, 2, 1]
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).half().eval()
+    assert LRP(model).attribute(torch.zeros(2, 3).half(), 0).tolist() == [[0.0] * 3] * 2
+
+
 # ------------------------------------------------------------------------------------------------- options
 
 

@@ -440,7 +440,8 @@ class _FullBias(ZPlus):
 
 def quotient(r: Tensor, z: Tensor, epsilon: float = 0.0) -> Tensor:
     """R / (z + ε s(z)), and 0 where that is divided by 0: nothing is shared out there."""
-    if epsilon:
+    info = torch.finfo(z.dtype)
+    if epsilon > info.tiny * info.eps / 2:  # else it is 0 in this dtype
         return r / torch.copysign(z.new_tensor(epsilon), z + 0.0).add_(z)  # + 0 makes 0 of −0
     found: Tensor = torch.ops.aten.threshold_backward(r / z, z.abs(), 0)  # far cheaper than a mask
     return found
