@@ -546,6 +546,13 @@ def test_what_lrp_has_no_rule_for_is_refused():
         LRP(model).attribute(normal(2, 4), 0)
 
 
+@pytest.mark.parametrize("make", [LRP, DeepTaylor, ExcitationBackprop])
+def test_a_dense_layer_of_one_output_without_its_dimension_is_refused(make):
+    model = Function(lambda m, x: F.linear(m["a"](x), m["a"].weight[0]), a=nn.Linear(4, 4)).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.linear\.default in the model itself: no rule covers it"):
+        make(model).attribute(normal(2, 4))
+
+
 def test_contract_and_layers(untouched):
     model, x = varied(SmallResNet(Bottleneck), 3, 32, 32).float(), _images(32).float()
     lrp = LRP(model, rule=ZPlus(), bias="none", input_rule=WSquare())
