@@ -525,9 +525,15 @@ def test_bad_options(options, message):
 
 
 def test_bad_rules():
-    for make in (lambda: Epsilon(-1), lambda: Gamma(float("nan")), lambda: AlphaBeta(2, 2), lambda: ZBox(1, 0)):
+    bounds = torch.zeros(3, 1, 1), torch.ones(2, 1, 1)
+    for make in (
+        lambda: Epsilon(-1), lambda: Gamma(float("nan")), lambda: AlphaBeta(2, 2), lambda: ZBox(1, 0), lambda: Epsilon("0.1"),
+        lambda: ZBox(*bounds),
+    ):  # fmt: skip
         with pytest.raises(InputError):
             make()
+    with pytest.raises(InputError, match=r"bounds of z\^B do not fit the inputs of 0/conv2d"):
+        DeepTaylor(_plain(), low=-9, high=9 * bounds[1]).attribute(_images(16), 0)
     for options in (
         {"low": 0}, {"preset": "x"}, {"preset": "innvestigate", "bias": "full"}, {"bias": "take"}, {"last": ZPlus},
         {"last": Changeable()},
