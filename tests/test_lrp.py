@@ -472,6 +472,14 @@ def test_a_denominator_of_minus_0_counts_as_0():
     assert quotient(r, 2 * z).tolist() == pytest.approx([0, 0, 1 / 3, -1 / 3])
 
 
+def test_an_epsilon_too_small_for_the_dtype_is_none():
+    r, z = torch.tensor([0.0, 1.0, 1.0]).half(), torch.tensor([0.0, 0.0, 2.0]).half()
+    assert quotient(r, z, 1e-9).tolist() == [0, 0, 0.5]
+    assert quotient(r, z / 4, 0.5).tolist() == [0, 2, 1]
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).half().eval()
+    assert LRP(model).attribute(torch.zeros(2, 3).half(), 0).tolist() == [[0.0] * 3] * 2
+
+
 # ------------------------------------------------------------------------------------------------- options
 
 
@@ -517,9 +525,15 @@ def test_bad_options(options, message):
 
 
 def test_bad_rules():
-    for make in (lambda: Epsilon(-1), lambda: Gamma(float("nan")), lambda: AlphaBeta(2, 2), lambda: ZBox(1, 0)):
+    bounds = torch.zeros(3, 1, 1), torch.ones(2, 1, 1)
+    for make in (
+        lambda: Epsilon(-1), lambda: Gamma(float("nan")), lambda: AlphaBeta(2, 2), lambda: ZBox(1, 0), lambda: Epsilon("0.1"),
+        lambda: ZBox(*bounds),
+    ):  # fmt: skip
         with pytest.raises(InputError):
             make()
+    with pytest.raises(InputError, match=r"bounds of z\^B do not fit the inputs of 0/conv2d"):
+        DeepTaylor(_plain(), low=-9, high=9 * bounds[1]).attribute(_images(16), 0)
     for options in (
         {"low": 0}, {"preset": "x"}, {"preset": "innvestigate", "bias": "full"}, {"bias": "take"}, {"last": ZPlus},
         {"last": Changeable()},
@@ -536,6 +550,13 @@ def test_what_lrp_has_no_rule_for_is_refused():
     model = Function(lambda m, x: m["a"](x) * m["b"](x), a=nn.Linear(4, 3), b=nn.Linear(4, 3)).eval()
     with pytest.raises(UnsupportedOperationError, match="multiplies two values .*LayerPropagation".replace(" .*", r"[\s\S]*")):
         LRP(model).attribute(normal(2, 4), 0)
+
+
+@pytest.mark.parametrize("make", [LRP, DeepTaylor, ExcitationBackprop])
+def test_a_dense_layer_of_one_output_without_its_dimension_is_refused(make):
+    model = Function(lambda m, x: F.linear(m["a"](x), m["a"].weight[0]), a=nn.Linear(4, 4)).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.linear\.default in the model itself: no rule covers it"):
+        make(model).attribute(normal(2, 4))
 
 
 def test_contract_and_layers(untouched):

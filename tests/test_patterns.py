@@ -405,6 +405,29 @@ def test_silu_is_the_same_however_it_is_written():
         torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize(
+    ("shift", "factor"),
+    [
+        (lambda h: 1 - h, -1),
+        (lambda h: torch.ones(7).double() - h, -1),
+        (lambda h: torch.add(torch.ones(7).double(), h, alpha=2), 2),
+        (lambda h: torch.rsub(h, 3, alpha=-2), 2),
+        (lambda h: h - 1e20, 1),
+    ],
+)
+def test_differences_from_constants_are_scales(shift, factor):
+    model = Function(lambda m, x: m["last"](shift(m["a"](x).relu())), a=nn.Linear(5, 7), last=nn.Linear(7, 3))
+    model = model.double().eval()
+    x = normal(40, 5, dtype=torch.float64)
+    patterns = Patterns(model).fit(x, progress=False)
+    s = model(x)[:, :1].detach() * patterns["layers.last/linear"][0]
+    mask, a = model.layers["a"](x).detach() > 0, patterns["layers.a/linear"]
+    torch.testing.assert_close(PatternNet(model, patterns).attribute(x, 0), (s / factor * mask) @ a)
+    r = s * model.layers["last"].weight[0].detach() * mask
+    found = PatternAttribution(model, patterns).attribute(x, 0)
+    torch.testing.assert_close(found, r @ (a * model.layers["a"].weight.detach()))
+
+
 def test_tokens_have_patterns_from_their_embedding_on():
     model = nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 2)).double().eval()
     tokens = torch.randint(0, 9, (40, 5))

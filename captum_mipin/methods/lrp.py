@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, Protocol
 
 import torch
@@ -225,18 +226,25 @@ class ZBox:
 
     def __post_init__(self) -> None:
         _at_least_zero(epsilon=self.epsilon)
-        if bool((torch.as_tensor(self.low) > torch.as_tensor(self.high)).any()):
+        try:
+            crossed = bool((torch.as_tensor(self.low) > torch.as_tensor(self.high)).any())
+        except RuntimeError as error:
+            raise InputError(f"low and high do not fit each other: {error}") from error
+        if crossed:
             raise InputError("low is above high")
 
     def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
         """See :class:`LayerRule`."""
         low, high = (torch.as_tensor(bound).to(x) for bound in (self.low, self.high))
+        try:
+            low, high = low.expand_as(x[:1]), high.expand_as(x[:1])
+        except RuntimeError as error:
+            raise InputError(f"the bounds of z^B do not fit the inputs of {layer.key}: {error}") from error
         outside = (x < low) | (x > high)
         if bool(outside.any()):
             raise InputError(
                 f"z^B at {layer.key} is for inputs between low and high, and {int(outside.sum())} of its inputs are outside"
             )
-        low, high = low.expand_as(x[:1]), high.expand_as(x[:1])
         up, down = weight.clamp(min=0), weight.clamp(max=0)
         z = layer.apply(x, weight) - layer.apply(low, up) - layer.apply(high, down)
 
@@ -440,7 +448,8 @@ class _FullBias(ZPlus):
 
 def quotient(r: Tensor, z: Tensor, epsilon: float = 0.0) -> Tensor:
     """R / (z + ε s(z)), and 0 where that is divided by 0: nothing is shared out there."""
-    if epsilon:
+    info = torch.finfo(z.dtype)
+    if epsilon > info.tiny * info.eps / 2:  # else it is 0 in this dtype
         return r / torch.copysign(z.new_tensor(epsilon), z + 0.0).add_(z)  # + 0 makes 0 of −0
     found: Tensor = torch.ops.aten.threshold_backward(r / z, z.abs(), 0)  # far cheaper than a mask
     return found
@@ -529,7 +538,7 @@ def _matches(which: Which, path: str, module: nn.Module, layer: Layer) -> bool:
 
 def _at_least_zero(**values: float) -> None:
     for name, value in values.items():
-        if not 0 <= value < float("inf"):
+        if not isinstance(value, Real) or not 0 <= value < float("inf"):
             raise InputError(f"{name}={value!r} must be a number of at least 0")
 
 

@@ -542,6 +542,16 @@ def _scaled(
     return value, lambda s: (s * factor).sum_to_size(x.shape)
 
 
+def _shifted(
+    attribution: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, Back]:
+    """The same for y = g x + c with a constant c, such as 1 − x."""
+    constant, *others = arguments
+    zero = torch.zeros_like(constant) if isinstance(constant, Tensor) else 0
+    _, back = _scaled(attribution, options, operation, x, zero, *others, **named)
+    return operation(x, *arguments, **named), back
+
+
 def _normalised(
     scale: Callable[..., Tensor], options: Options, operation: Any, x: Tensor, *arguments: Any
 ) -> tuple[Tensor, Back]:
@@ -584,7 +594,7 @@ def _rules(layer: Callable[..., Any], merge: Callable[..., Any], attribution: bo
                 carriers=values, records=rule.records, refuse=rule.refuse, caveat=_gated,
             )  # fmt: skip
         else:
-            rules[name] = Passes(note="handed on", carriers=varying)
+            rules[name] = Recorded(run=partial(_shifted, attribution), note="handed on", carriers=varying, refuse=rule.refuse)
     for name, rule in ATTENTION.items():
         rules[name] = replace(rule, note="adjoint with the recorded weights", caveat=_decided)
     for name in NORMALIZATION if attribution else SCALES:

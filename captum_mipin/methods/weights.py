@@ -224,6 +224,8 @@ def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
     key: str = node.meta["key"]
     if name in _DENSE:
         at = 1 if name == "addmm" else 0
+        if argument(node, at + 1, "weight").meta["val"].ndim != 2:
+            return None
         bias = {"linear": argument(node, 2, "bias"), "mm": None, "addmm": node.args[0]}[name]
         factors = (node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1))
         args = (node.args[at], argument(node, at + 1, "weight"), bias, None)
