@@ -350,7 +350,7 @@ class InverseNetwork:
                         self._write(checkpoint, state, unfinished)
 
             if lazy:
-                state.lazy = dict.fromkeys(chosen, Lazy(fit, cache))
+                state.lazy = dict.fromkeys(chosen, Lazy(fit, cache, watch.marks))
             else:
                 state.fitted = fit.run(state.fitted, written)
         if before is not None:
@@ -463,7 +463,8 @@ class InverseNetwork:
         slopes = as_inputs(self.class_attribution(target, additional_forward_args))
         found = state.fitted.information.get(chosen)
         if found is None:
-            found = state.lazy[chosen].information(chosen, self._weights_of(state))
+            with torch.inference_mode(False), torch.autocast(device_of(self.model).type, enabled=False):
+                found = state.lazy[chosen].information(chosen, self._weights_of(state))
         if [b.shape for b in found] != [a.shape for a in slopes]:
             raise InverseFileError("the file that was loaded holds information of another shape than the features have")
         bits = tuple(b * (a != 0).to(b) for a, b in zip(slopes, found, strict=True))

@@ -274,3 +274,28 @@ def test_several_inputs(eager):
     one, other = (InverseNetwork(model).fit(data, progress=False, lazy=lazy) for lazy in (False, True))
     for a, b in zip(one.source_signal(data, 1), other.source_signal(data, 1), strict=True):
         assert torch.equal(a, b)
+
+
+def test_weights_changed_and_restored_before_the_first_class():
+    model = Function(
+        lambda m, x: m["last"](torch.relu(m["first"](x)) * m["scale"].weight),
+        first=nn.Linear(6, 8), scale=nn.LayerNorm(8), last=nn.Linear(8, 3),
+    ).eval()  # fmt: skip
+    x = normal(40, 6)
+    lazy, at_once = (InverseNetwork(model).fit(x, progress=False, lazy=lazy) for lazy in (True, False))
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.layers["scale"].weight *= 2
+    model.load_state_dict(state)
+    assert torch.equal(lazy.source_signal(x, 1), at_once.source_signal(x, 1))
+
+
+@pytest.mark.parametrize("memory", [4 << 30, 100000, 30000])
+def test_information_is_the_same_in_any_mode_and_leaves_classes_as_they_are(memory):
+    lazy = fitted(lazy=True, cache=0, memory=memory)
+    first, bits = lazy.source_signal(X, 0), fitted(memory=memory).information(1)
+    for mode in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.no_grad()):
+        with mode:
+            found = lazy.information(1)
+        torch.testing.assert_close(found.clone(), bits, rtol=1e-6, atol=1e-6)
+        assert torch.equal(lazy.source_signal(X, 0), first)
