@@ -181,7 +181,7 @@ class Fit:
         self._centred.clear()
 
     def _resume(self) -> None:
-        """Begin as the first class did, from the same batches: what there is memory to keep, run forward anew after a restart."""
+        """Begin as the first class did; what there is memory to keep is run forward anew after a restart."""
         if not self._whole:
             self._kept, self._covered = [], ()
         elif not self._kept:

@@ -338,7 +338,12 @@ class InverseNetwork:
                 state.fitted.inverses.update((target, dict(below)) for target in chosen)
             kept = Kept(keep, memory) if lazy else None
             fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress, processes, example, kept)
-            unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
+            try:
+                unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
+            except BaseException:
+                if kept is not None:
+                    kept.clear()
+                raise
             with processes.step():
                 if checkpoint is not None and processes.rank == 0 and Path(checkpoint).exists():
                     state.fitted = self._resume(checkpoint, state, unfinished)
