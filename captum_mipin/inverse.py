@@ -532,7 +532,7 @@ class InverseNetwork:
                 ModelChangedWarning,
                 stacklevel=_outside(),
             )
-        elif self.changed == "refuse":
+        elif self.changed not in ("warn", "ignore"):
             self._check_unchanged(state)
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             inputs, extras = plain((inputs, extras))
