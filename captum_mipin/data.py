@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils.data import (
 
 from captum_mipin import storage
 from captum_mipin.capture import Extras, Inputs, check_inputs, finite, pick, plain
-from captum_mipin.errors import FitError, InputError, InverseFileError
+from captum_mipin.errors import FitError, InputError
 
 Unpack = Callable[[Any], tuple[Any, Any]]
 #: Of one batch what the part of a model that is inverted starts from: tensors, and sizes.
@@ -124,10 +125,14 @@ class Kept:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, room: int) -> None:
-        self._folder, self._room = None if folder is None else Path(folder), room
+        self._folder, self._room = None if folder is None else Path(folder).absolute(), room
         self._batches: list[Values] = []
+        self._digests: list[str] = []
+        self._devices: dict[str, torch.device] = {}
+        self._made = False
         self.count = self.bytes = 0
         if self._folder is not None:
+            self._made = not self._folder.exists()
             self._folder.mkdir(parents=True, exist_ok=True)
             if any(self._folder.iterdir()):
                 raise InputError(f"keep={os.fspath(self._folder)!r} is not empty: activations want a folder of their own")
@@ -143,7 +148,8 @@ class Kept:
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self._folder is not None:
             sizes = {name: value for name, value in values.items() if name not in tensors}
-            storage.save(self._file(self.count), tensors, {"batch": self.count, "sizes": sizes})
+            self._devices = {name: tensor.device for name, tensor in tensors.items()}
+            self._digests.append(storage.save(self._file(self.count), tensors, {"batch": self.count, "sizes": sizes}))
         elif self.bytes > self._room:
             raise FitError(
                 f"the activations that classes are to be fitted from take more than memory={self._room:,} bytes: raise it, or "
@@ -158,12 +164,18 @@ class Kept:
         if self._folder is None:
             yield from self._batches
             return
-        for index in range(self.count):
-            tensors, content = storage.load(self._file(index))
-            if content.get("batch") != index:
-                raise InverseFileError(f"{os.fspath(self._file(index))!r} is not batch {index} of the activations kept")
-            copies = {name: tensor.clone() for name, tensor in tensors.items()}  # aligned, as when they were made
-            yield {**content["sizes"], **copies}
+        for index, digest in enumerate(self._digests):
+            tensors, content = storage.load(self._file(index), digest)
+            # copies are aligned, as when they were made
+            yield {**content["sizes"], **{name: tensor.to(self._devices[name], copy=True) for name, tensor in tensors.items()}}
+
+    def clear(self) -> None:
+        """Remove what was kept in a folder, and the folder if it was made for it."""
+        for index in range(len(self._digests)):
+            self._file(index).unlink(missing_ok=True)
+        if self._folder is not None and self._made:
+            with suppress(OSError):  # something else lies there
+                self._folder.rmdir()
 
     def _file(self, index: int) -> Path:
         assert self._folder is not None  # for mypy: as in the callers

@@ -181,8 +181,10 @@ class Fit:
         self._centred.clear()
 
     def _resume(self) -> None:
-        """Run forward anew, after a restart, what there is memory to keep."""
-        if self._whole and not self._kept:
+        """Begin as the first class did; what there is memory to keep is run forward anew after a restart."""
+        if not self._whole:
+            self._kept, self._covered = [], ()
+        elif not self._kept:
             self._kept = [self._trace(values, self._surrogate.learned) for values in self._values()]
             self._covered = self._surrogate.learned
 

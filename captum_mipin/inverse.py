@@ -338,7 +338,12 @@ class InverseNetwork:
                 state.fitted.inverses.update((target, dict(below)) for target in chosen)
             kept = Kept(keep, memory) if lazy else None
             fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress, processes, example, kept)
-            unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
+            try:
+                unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
+            except BaseException:
+                if kept is not None:
+                    kept.clear()
+                raise
             with processes.step():
                 if checkpoint is not None and processes.rank == 0 and Path(checkpoint).exists():
                     state.fitted = self._resume(checkpoint, state, unfinished)
@@ -350,7 +355,7 @@ class InverseNetwork:
                         self._write(checkpoint, state, unfinished)
 
             if lazy:
-                state.lazy = dict.fromkeys(chosen, Lazy(fit, cache))
+                state.lazy = dict.fromkeys(chosen, Lazy(fit, cache, watch.marks))
             else:
                 state.fitted = fit.run(state.fitted, written)
         if before is not None:
@@ -463,7 +468,8 @@ class InverseNetwork:
         slopes = as_inputs(self.class_attribution(target, additional_forward_args))
         found = state.fitted.information.get(chosen)
         if found is None:
-            found = state.lazy[chosen].information(chosen, self._weights_of(state))
+            with torch.inference_mode(False), torch.autocast(device_of(self.model).type, enabled=False):
+                found = state.lazy[chosen].information(chosen, self._weights_of(state))
         if [b.shape for b in found] != [a.shape for a in slopes]:
             raise InverseFileError("the file that was loaded holds information of another shape than the features have")
         bits = tuple(b * (a != 0).to(b) for a, b in zip(slopes, found, strict=True))
@@ -526,7 +532,7 @@ class InverseNetwork:
                 ModelChangedWarning,
                 stacklevel=_outside(),
             )
-        elif self.changed == "refuse":
+        elif self.changed not in ("warn", "ignore"):
             self._check_unchanged(state)
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             inputs, extras = plain((inputs, extras))

@@ -22,12 +22,13 @@ class Lazy:
     Args:
         fit: Has looked at its data and kept it.
         room: Bytes that fitted classes may take. The least recently asked for give way; those of one call stay together.
+        weights: What changes whenever the model's weights may lie elsewhere than when it looked.
     """
 
-    def __init__(self, fit: Fit, room: int) -> None:
+    def __init__(self, fit: Fit, room: int, weights: list[Any]) -> None:
         self._fit, self._room = fit, room
         self._ready: OrderedDict[Target, Fitted] = OrderedDict()
-        self._made_of: list[Any] | None = None
+        self._made_of = weights
         self._turn, self._access = Lock(), Lock()
 
     @property
@@ -78,7 +79,7 @@ class Lazy:
 
     def _renew(self, weights: list[Any]) -> None:
         """Run forward anew where weights have moved, or were changed and changed back."""
-        if self._made_of is not None and self._made_of != weights:
+        if self._made_of != weights:
             self._fit.restart()
         self._made_of = weights
 

@@ -7,7 +7,8 @@ values of all examples are kept, so that the network between is not run again, a
 
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -35,7 +36,15 @@ from captum_mipin.capture import (
     unwrapped,
 )  # fmt: skip
 from captum_mipin.data import Batches, Unpack, check_apart
-from captum_mipin.errors import CaptureError, FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
+from captum_mipin.errors import (
+    CaptureError,
+    FitError,
+    InputError,
+    InverseFileError,
+    MIPINError,
+    ModelChangedError,
+    NotFittedError,
+)  # fmt: skip
 from captum_mipin.fitting import Fitted, Settings
 from captum_mipin.inverse import Explanation, InverseNetwork, _State, device_of, generator_kept
 from captum_mipin.parts import Part, evaluate, is_size
@@ -255,6 +264,21 @@ class _KeptState(_State):
     """All that a fit leaves behind, and what it keeps of the data."""
 
     kept: Kept
+
+
+@contextmanager
+def _belonging() -> Iterator[None]:
+    """What is kept may come from a file, which may hold anything: it is told if it does not go with the model.
+
+    Raises:
+        InverseFileError: It does not.
+    """
+    try:
+        yield
+    except (MIPINError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise InverseFileError(f"what is kept of the data does not belong to this model: {error}") from error
 
 
 def _check_search(neighbours: Any, metric: Any) -> None:
@@ -529,17 +553,18 @@ class NeighbourInverse(InverseNetwork):
         kept = state.kept
         if Signature.of(inputs, extras, graph.shared) != state.signature:
             raise InputError(f"neighbours are looked for among other inputs than these.\n{self._way_out(state)}")
-        if self.changed == "ignore":
+        if self.changed != "refuse":
             self._check_unchanged(state)
         fitted_graph, fitted = self._surrogate(inputs, extras, self.layer)
         values, replay = graph.values(self.model, inputs, extras), self._replay(fitted_graph, fitted)
         own = surrogate is fitted and self.feature is None
         features = [x.detach().flatten(1) for x in sources] if own else replay.features(values)
-        nearest = kept.nearest([x.to(kept.sources[0].device) for x in features], self.neighbours, self.metric)
-        inverses: dict[Target, Inverses] = {
-            (number,): replay.inverses(kept, rows, target, values, surrogate.learned, self.settings)
-            for number, (rows, target) in enumerate(zip(nearest, targets, strict=True))
-        }
+        with _belonging():
+            nearest = kept.nearest([x.to(kept.sources[0].device) for x in features], self.neighbours, self.metric)
+            inverses: dict[Target, Inverses] = {
+                (number,): replay.inverses(kept, rows, target, values, surrogate.learned, self.settings)
+                for number, (rows, target) in enumerate(zip(nearest, targets, strict=True))
+            }
         return inverses, [((number,), slice(number, number + 1)) for number in range(len(targets))]
 
     def _replay(self, graph: CapturedGraph, surrogate: Surrogate) -> Replay:
@@ -585,6 +610,7 @@ class NeighbourInverse(InverseNetwork):
     ) -> "NeighbourInverse":
         how = content["neighbours"]
         storage.check_belongs(name, content, model)
+        settings = Settings(**content["settings"])
         inverse = cls(
             model,
             layer=None if content["layer"] is None else model.get_submodule(content["layer"]),
@@ -592,8 +618,12 @@ class NeighbourInverse(InverseNetwork):
             metric=how["metric"],
             feature=model.get_submodule(how["feature"]) if how["module"] else how["feature"],
             output=storage.output_of(content),
+            ridge=settings.ridge,
+            ridge_scale=settings.ridge_scale,
+            pooling="shares" if settings.shares else "even",
+            forks="joint" if settings.joint else "sum",
+            precision="double" if settings.double else "model",
         )
-        inverse.settings = Settings(**content["settings"])
         device = device_of(model)
         example = tuple(
             torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in content["inputs"]
@@ -605,6 +635,9 @@ class NeighbourInverse(InverseNetwork):
         found = iter([tensors[str(number)].to(device, copy=True) for number in range(len(tensors))])
         sources, features = ([next(found) for _ in range(how[kind])] for kind in ("sources", "features"))
         outputs = {key: [next(found) for _ in range(count)] for key, count in how["outputs"]}
+        kept = Kept(sources, outputs, features)
+        if not all(t.ndim > 0 and len(t) == len(kept) and t.is_floating_point() and finite(t) for t in kept.tensors):
+            raise InverseFileError(f"{name!r} holds other tensors than finite numbers of as many examples each")
         inverse._state = _KeptState(
             Fitted({tuple(target): {} for target in content["targets"]}),
             tuple(content["dims"]),
@@ -613,6 +646,6 @@ class NeighbourInverse(InverseNetwork):
             example,
             None if content["extras"] else (),
             storage.Watch(model, content["fingerprint"]),
-            Kept(sources, outputs, features),
+            kept,
         )
         return inverse

@@ -73,13 +73,16 @@ class Watch:
         return {"fingerprint": self.fingerprint, "_seen": None, "_told": None}
 
 
-def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
     """Write a file whole or not at all: to a temporary name beside it, flushed, then renamed.
 
     Args:
         path: The file.
         tensors: Its tensors by name.
         content: What JSON can hold.
+
+    Returns:
+        The file's digest.
 
     Raises:
         OSError: It cannot be written; a file that was there before is untouched.
@@ -103,10 +106,15 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], content: M
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+    return metadata["digest"]
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(path: str | os.PathLike[str], digest: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file back: its tensors and its content.
+
+    Args:
+        path: The file.
+        digest: What :func:`save` returned, where no other file will do.
 
     Raises:
         FileNotFoundError: There is none.
@@ -122,6 +130,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         raise InverseFileError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise InverseFileError(f"{os.fspath(path)!r} has format {metadata.get('format')!r}, expected {FORMAT!r}")
+    if digest is not None and metadata.get("digest") != digest:
+        raise InverseFileError(f"{os.fspath(path)!r} is another file than was written there")
     text = metadata.get("content", "")
     if metadata.get("digest") != _digest(tensors, text):
         raise InverseFileError(f"{os.fspath(path)!r} is damaged or was changed: its contents do not match its digest")

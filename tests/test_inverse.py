@@ -255,3 +255,11 @@ def test_a_changed_model_is_warned_of_once_a_change():
     assert torch.equal(inverse.source_signal(x[:3], 0), fitted), "undone"
     inverse.changed = "refuse"
     inverse.source_signal(x[:3], 0)
+
+
+def test_an_attribute_that_says_nothing_known_refuses(own_mlp):
+    own_mlp.inverse.changed = "warning"
+    with torch.no_grad():
+        own_mlp.model[0].weight *= 2
+    with pytest.raises(ModelChangedError, match="weights have changed"):
+        own_mlp.inverse.source_signal(own_mlp.x, 1)

@@ -225,6 +225,10 @@ def test_options_that_do_not_go_together(options, message):
 def test_activations_need_room_or_a_folder_of_their_own(tmp_path):
     with pytest.raises(FitError, match=r"more than memory=10,000 bytes.*keep=folder"):
         fitted(lazy=True, memory=10000)
+    broken = [X[:8], X[8:16] / 0]
+    with pytest.raises(FitError, match="batch 1"):
+        InverseNetwork(MODEL).fit(broken, lazy=True, keep=tmp_path / "new", progress=False)
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").touch()
     with pytest.raises(InputError, match="is not empty"):
         fitted(lazy=True, keep=tmp_path)
@@ -235,7 +239,12 @@ def test_kept_files_that_were_changed_are_noticed(tmp_path):
     one, two, *_ = sorted(tmp_path.iterdir())
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
-    with pytest.raises(InverseFileError, match="is not batch 0"):
+    with pytest.raises(InverseFileError, match="another file"):
+        lazy.source_signal(X, 1)
+    other = tmp_path / "other"
+    InverseNetwork(MODEL).fit(2 * X, batch_size=8, progress=False, lazy=True, keep=other)
+    one.write_bytes((other / one.name).read_bytes())
+    with pytest.raises(InverseFileError, match="another file"):
         lazy.source_signal(X, 1)
     one.write_bytes(first[:-40] + bytes(40))
     with pytest.raises(InverseFileError, match="damaged"):
@@ -274,3 +283,35 @@ def test_several_inputs(eager):
     one, other = (InverseNetwork(model).fit(data, progress=False, lazy=lazy) for lazy in (False, True))
     for a, b in zip(one.source_signal(data, 1), other.source_signal(data, 1), strict=True):
         assert torch.equal(a, b)
+
+
+def test_weights_changed_and_restored_before_the_first_class():
+    model = Function(
+        lambda m, x: m["last"](torch.relu(m["first"](x)) * m["scale"].weight),
+        first=nn.Linear(6, 8), scale=nn.LayerNorm(8), last=nn.Linear(8, 3),
+    ).eval()  # fmt: skip
+    x = normal(40, 6)
+    lazy, at_once = (InverseNetwork(model).fit(x, progress=False, lazy=lazy) for lazy in (True, False))
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.layers["scale"].weight *= 2
+    model.load_state_dict(state)
+    assert torch.equal(lazy.source_signal(x, 1), at_once.source_signal(x, 1))
+
+
+@pytest.mark.parametrize("memory", [4 << 30, 100000, 30000])
+def test_information_is_the_same_in_any_mode_and_leaves_classes_as_they_are(memory):
+    lazy = fitted(lazy=True, cache=0, memory=memory)
+    first, bits = lazy.source_signal(X, 0), fitted(memory=memory).information(1)
+    for mode in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.no_grad()):
+        with mode:
+            found = lazy.information(1)
+        torch.testing.assert_close(found.clone(), bits, rtol=1e-6, atol=1e-6)
+        assert torch.equal(lazy.source_signal(X, 0), first)
+
+
+def test_a_folder_is_where_it_was_from_anywhere(tmp_path, monkeypatch, eager):
+    monkeypatch.chdir(tmp_path)
+    lazy = fitted(lazy=True, memory=30000, keep="kept")
+    monkeypatch.chdir("/")
+    torch.testing.assert_close(lazy.source_signal(X, 1), eager.source_signal(X, 1))

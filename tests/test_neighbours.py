@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import warnings
 from functools import cache
 from itertools import pairwise
 
@@ -392,3 +393,39 @@ def test_on_a_gpu_as_on_the_cpu():
     close(there.source_signal(q.cuda(), TARGETS).cpu(), expected)
     assert all(t.is_cuda for t in there._fitted().kept.tensors)
     close(there.to("cpu").source_signal(q.cuda(), TARGETS).cpu(), expected)
+
+
+@pytest.mark.parametrize("changed", ["warn", "ignore"])
+def test_changed_weights_are_refused_whatever_is_said(changed):
+    model = copy.deepcopy(head(12, 7, 5, 3))
+    x, q = data(12)
+    inverse = NeighbourInverse(model, neighbours=10).fit(x, progress=False)
+    inverse.changed = changed
+    with torch.no_grad():
+        model[0].weight *= 2
+    for _ in range(2):
+        with warnings.catch_warnings(action="ignore"), pytest.raises(ModelChangedError, match="whatever changed= says"):
+            inverse.source_signal(q, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t, c: t.update({"0": t["1"], "1": t["0"]}), lambda t, c: t.update({"1": t["2"], "2": t["1"]}),
+        lambda t, c: t.update({"0": t["0"].sum()}), lambda t, c: t.update({"1": t["1"].flatten()}),
+        lambda t, c: t.update({"2": t["2"][:1]}), lambda t, c: t.update({"1": t["1"].to(torch.complex64)}),
+        lambda t, c: t.update({"2": t["2"] * float("nan")}), lambda t, c: t.update({"1": t["1"] > 0}),
+        lambda t, c: t.update({name: tensor[:0] for name, tensor in t.items()}), lambda t, c: t.pop("1"),
+        lambda t, c: c["settings"].update(ridge=".."), lambda t, c: c["settings"].update(ridge_scale=[0]),
+        lambda t, c: c["settings"].update(ridge=-1), lambda t, c: c["neighbours"].update(metric=None),
+        lambda t, c: c["neighbours"].update(count={}), lambda t, c: c["neighbours"].update(outputs=[["0/linear", 2]]),
+    ],
+)  # fmt: skip
+def test_files_that_say_what_no_data_says_are_refused(tmp_path, change):
+    model, (x, q) = head(12, 7, 5, 3), data(12)
+    NeighbourInverse(model, neighbours=10).fit(x, progress=False).save(tmp_path / "file")
+    tensors, content = storage.load(tmp_path / "file")
+    change(tensors, content)
+    storage.save(tmp_path / "file", tensors, content)
+    with pytest.raises((InverseFileError, InputError, NotFittedError)):
+        NeighbourInverse.load(tmp_path / "file", model).source_signal(q, 1)
