@@ -367,7 +367,23 @@ def capture(
             raise CaptureError(
                 f"the model computes otherwise for batches outside {bounds} ({symbol}): the batch size must be free"
             )
+    _check_registered(program, twin)
     return _from_program(program, len(inputs), shared)
+
+
+def _check_registered(program: ExportedProgram, model: nn.Module) -> None:
+    """Refuse weights of modules that are kept in plain containers: neither torch nor anything here knows when they change."""
+    used = {tensor.data_ptr() for tensor in program.constants.values() if isinstance(tensor, Tensor) and tensor.numel()}
+    known = set(model.modules())
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            for leaf in () if name in _OWN else pytree.tree_leaves(value):
+                if isinstance(leaf, nn.Module) and leaf not in known and used & {t.data_ptr() for _, t in named_tensors(leaf)}:
+                    where = f"{path}.{name}".lstrip(".")
+                    raise CaptureError(
+                        f"the model computes with a {type(leaf).__name__} in {where!r} that is not registered, so that a "
+                        "change of its weights would go unnoticed: keep it in an nn.ModuleList or nn.ModuleDict"
+                    )
 
 
 def _where(error: Exception, model: nn.Module) -> str:
@@ -440,7 +456,9 @@ def glance(model: nn.Module) -> list[Any]:
             if isinstance(value, (int, str)):
                 seen.append((name, value))
             elif isinstance(value, (float, tuple, list, dict, set)):
-                seen.append((name, repr(value)))
+                seen.append((name, text := repr(value)))
+                if "tensor(" in text:  # which shows only a part of large ones
+                    seen.extend((id(t), t._version) for t in pytree.tree_leaves(value) if isinstance(t, Tensor))
             elif isinstance(value, Tensor):
                 seen.append((name, id(value), value._version))
     return seen

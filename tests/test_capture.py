@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_mipin import CaptureError, InputError, TrainingModeError, check
+from captum_mipin import LRP, CaptureError, InputError, TrainingModeError, check
 from captum_mipin.capture import Signature, capture, first_example, module_output, place
 
 
@@ -240,3 +240,36 @@ def test_check_takes_several_inputs_and_further_arguments() -> None:
     report = check(Wants().eval(), (torch.ones(2, 4), torch.ones(2, 3)), (torch.ones(2, 5), None, 3.0))
     assert report.ok
     assert {"first", "second", "relu", "last", ""} == {row.path for row in report.rows}
+
+
+class Hides(nn.Module):
+    """Holds modules and a tensor in plain containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 2)
+        self.known, self.hidden, self.unused = [self.last], {"a": [nn.Linear(4, 4)]}, [nn.Linear(4, 4)]
+        self.factors = [torch.ones(2000)]
+        self.uses = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.hidden["a"][0](x) if self.uses else x
+        return self.known[0](x) * self.factors[0][1000:1002]
+
+
+def test_weights_that_nobody_would_see_change_are_refused() -> None:
+    model = Hides().eval()
+    capture(model, (torch.ones(2, 4),))
+    model.uses = True
+    with pytest.raises(CaptureError, match=r"a Linear in 'hidden' that is not registered.* nn.ModuleList"):
+        capture(nn.Sequential(model).eval()[0], (torch.ones(2, 4),))
+    with pytest.raises(CaptureError, match=r"'0.hidden'"):
+        capture(nn.Sequential(model).eval(), (torch.ones(2, 4),))
+
+
+def test_a_tensor_in_a_list_that_changes_has_the_model_captured_again() -> None:
+    model, x = Hides().eval(), torch.randn(20, 4)
+    lrp = LRP(model)
+    before = lrp.attribute(x, 0)
+    model.factors[0][1000] = -3
+    torch.testing.assert_close(lrp.attribute(x, 0), -3 * before)
