@@ -113,7 +113,7 @@ class Batches:
                 raise FitError(f"batch {index}: input {number} contains NaN or Inf")
 
 
-class Kept:
+class Activations:
     """Of every batch what the part of a model that is inverted starts from, for fits to come: in memory, or in a folder.
 
     Args:
@@ -121,10 +121,12 @@ class Kept:
         room: Bytes of memory that it may take.
 
     Raises:
-        InputError: The folder is not empty.
+        InputError: The folder is not empty, or none.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, room: int) -> None:
+        if not isinstance(folder, str | os.PathLike | None) or (folder is not None and Path(folder).is_file()):
+            raise InputError(f"keep={folder!r} is no folder to keep activations in")
         self._folder, self._room = None if folder is None else Path(folder).absolute(), room
         self._batches: list[Values] = []
         self._digests: list[str] = []

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from captum_mipin.capture import CapturedGraph, Extras, Inputs, Signature, finite
 from captum_mipin.convolution import CHUNK
-from captum_mipin.data import Kept, Values, check_apart
+from captum_mipin.data import Activations, Values, check_apart
 from captum_mipin.descent import Descent
 from captum_mipin.errors import FitError
 from captum_mipin.processes import Processes
@@ -109,7 +109,7 @@ class Fit:
         progress: bool,
         processes: Processes,
         example: tuple[Inputs, Extras],
-        kept: Kept | None = None,
+        kept: Activations | None = None,
     ) -> None:
         self._model, self._captured, self._surrogate, self._batches = model, captured, surrogate, batches
         self._targets, self._settings, self._memory, self._progress = list(targets), settings, memory, progress

@@ -32,7 +32,7 @@ from captum_mipin.capture import (
     plain,
     unwrapped,
 )  # fmt: skip
-from captum_mipin.data import Batches, Kept, Unpack
+from captum_mipin.data import Activations, Batches, Unpack
 from captum_mipin.errors import (
     CaptureError,
     FitError,
@@ -196,6 +196,8 @@ class InverseNetwork:
             raise InputError(f"autocast={autocast!r} is not one of None, torch.bfloat16, torch.float16")
         if learning_rate is not None and not learning_rate > 0:
             raise InputError(f"learning_rate={learning_rate!r} must be above 0")
+        if not isinstance(generator, torch.Generator | None):
+            raise InputError(f"generator is a {type(generator).__name__}, expected a torch.Generator")
         self.settings = Settings(
             ridge, ridge_scale, pooling == "shares", solver, epochs, learning_rate, forks == "joint", precision == "double",
             sharing == "classes", None if autocast is None else str(autocast).removeprefix("torch."), positions,
@@ -336,7 +338,7 @@ class InverseNetwork:
                 others = next(iter(before.fitted.inverses.values()))
                 below = {key: others[key] for key in surrogate.learned[1:]}
                 state.fitted.inverses.update((target, dict(below)) for target in chosen)
-            kept = Kept(keep, memory) if lazy else None
+            kept = Activations(keep, memory) if lazy else None
             fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress, processes, example, kept)
             try:
                 unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
@@ -667,24 +669,8 @@ class InverseNetwork:
         output = storage.output_of(content)
         inverse = cls(model, layer=layer, output=output)
         inverse.settings = Settings(**content["settings"])
-        device, signature, dims = device_of(model), Signature.from_json(content["signature"]), tuple(content["dims"])
-        inputs = [(str(tuple(shape)), f"torch.{dtype}") for shape, dtype in content["inputs"]]
-        if not inputs or [leaf[1:3] for leaf in signature.leaves[: len(inputs)]] != inputs:
-            raise ValueError(f"inputs {inputs} are not those of the signature")
-        if not all(type(n) is int and n > 0 for n in dims):
-            raise ValueError(f"outputs cannot have shape {dims}")
-        example = tuple(
-            torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in content["inputs"]
-        )
-        inverse._state = _State(
-            _unpack_fitted(tensors, content, device),
-            dims,
-            signature,
-            content["structure"],
-            example,
-            None if content["extras"] else (),
-            storage.Watch(model, content["fingerprint"]),
-        )
+        fitted = _unpack_fitted(tensors, content, device_of(model))
+        inverse._state = _State(fitted, *head_of(content, model))
         return inverse
 
     def _write(self, path: str | os.PathLike[str], state: _State, unfinished: dict[str, Any] | None) -> None:
@@ -705,6 +691,17 @@ class InverseNetwork:
             for index, bits in enumerate(fitted.information.get(target, ())):
                 tensors[f"{number}.information.{index}"] = bits
         content = {
+            **self._head(state),
+            "targets": entries,
+            "same": same,
+            "layers": [asdict(layer) for layer in fitted.layers],
+            "unfinished": unfinished,
+        }
+        storage.save(path, tensors, content)
+
+    def _head(self, state: _State) -> dict[str, Any]:
+        """What a file says of the model, of how it was captured, and of the options."""
+        return {
             "version": captum_mipin.__version__,
             "model": type(self.model).__name__,
             "rules": sorted(table().keys() - MIPIN.keys()),
@@ -717,12 +714,7 @@ class InverseNetwork:
             "inputs": [(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for x in state.example],
             "extras": state.extras != (),
             "dims": state.dims,
-            "targets": entries,
-            "same": same,
-            "layers": [asdict(layer) for layer in fitted.layers],
-            "unfinished": unfinished,
         }
-        storage.save(path, tensors, content)
 
     def _resume(self, path: str | os.PathLike[str], state: _State, unfinished: dict[str, Any]) -> Fitted:
         """What an interrupted fit had done."""
@@ -885,6 +877,27 @@ def as_extras(arguments: Any) -> Extras:
 def like(inputs: Any, results: Inputs) -> Any:
     """A tensor for a tensor, a tuple for a tuple."""
     return results if isinstance(inputs, tuple) else results[0]
+
+
+def head_of(
+    content: dict[str, Any], model: nn.Module
+) -> tuple[tuple[int, ...], Signature, str, Inputs, Extras | None, storage.Watch]:
+    """What a state is made of besides what was fitted, from a file's content.
+
+    Raises:
+        ValueError: The parts do not go together.
+    """
+    signature, dims = Signature.from_json(content["signature"]), tuple(content["dims"])
+    inputs = [(str(tuple(shape)), f"torch.{dtype}") for shape, dtype in content["inputs"]]
+    if not inputs or [leaf[1:3] for leaf in signature.leaves[: len(inputs)]] != inputs:
+        raise ValueError(f"inputs {inputs} are not those of the signature")
+    if not all(type(n) is int and n > 0 for n in dims):
+        raise ValueError(f"outputs cannot have shape {dims}")
+    example = tuple(
+        torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device_of(model)) for shape, dtype in content["inputs"]
+    )
+    extras = None if content["extras"] else ()
+    return dims, signature, content["structure"], example, extras, storage.Watch(model, content["fingerprint"])
 
 
 def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: torch.device) -> Fitted:

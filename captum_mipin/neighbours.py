@@ -9,7 +9,7 @@ import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -46,7 +46,7 @@ from captum_mipin.errors import (
     NotFittedError,
 )  # fmt: skip
 from captum_mipin.fitting import Fitted, Settings
-from captum_mipin.inverse import Explanation, InverseNetwork, _State, device_of, generator_kept
+from captum_mipin.inverse import Explanation, InverseNetwork, _State, device_of, generator_kept, head_of
 from captum_mipin.parts import Part, evaluate, is_size
 from captum_mipin.propagation import Inverses, Run, Seen, Step, Surrogate, Target, source
 from captum_mipin.regression import RidgeScale, Rows, solve, solve_rows
@@ -63,7 +63,7 @@ Metric = Literal["cosine", "euclidean"]
 
 
 @dataclass
-class Kept:
+class Examples:
     """What is kept of the data, the examples along the first dimension throughout.
 
     Attributes:
@@ -90,11 +90,11 @@ class Kept:
         """Memory of one example."""
         return sum(t[:1].nbytes for t in self.tensors)
 
-    def mapped(self, change: Callable[..., Tensor], *others: "Kept") -> "Kept":
+    def mapped(self, change: Callable[..., Tensor], *others: "Examples") -> "Examples":
         """Each tensor changed, together with those in its place in others of the same kind."""
         found = iter([change(*tensors) for tensors in zip(self.tensors, *(other.tensors for other in others), strict=True)])
         sources, features = [next(found) for _ in self.sources], [next(found) for _ in self.features]
-        return Kept(sources, {key: [next(found) for _ in outputs] for key, outputs in self.outputs.items()}, features)
+        return Examples(sources, {key: [next(found) for _ in outputs] for key, outputs in self.outputs.items()}, features)
 
     def nearest(self, examples: Sequence[Tensor], count: int, metric: Metric) -> Tensor:
         """The ``count`` most similar for each of some examples, by their features: (examples, count).
@@ -111,7 +111,12 @@ class Kept:
                 torch.cat([(part - mean).double().square().sum(1) for part in x.split(256)])
                 for x, mean in zip(features, means, strict=True)
             ]
-            self._sums[metric] = means, torch.stack(squared).sum(0).to(features[0].dtype)
+            sums = torch.stack(squared).sum(0).to(features[0].dtype)
+            if not finite(sums):
+                raise InputError(
+                    f"the features that neighbours are looked for by are too large for {sums.dtype}: scale them down"
+                )
+            self._sums[metric] = means, sums
         means, squares = self._sums[metric]
         pairs = zip(examples, means, features, strict=True)
         products = torch.stack([(q.to(x) - mean) @ x.mT for q, mean, x in pairs]).sum(0)
@@ -181,7 +186,7 @@ class Replay:
         return [self._part.below(values)[0].detach().flatten(1)]
 
     def inverses(
-        self, kept: Kept, rows: Tensor, target: Target, values: Mapping[str, Any], keys: Sequence[str], settings: Settings
+        self, kept: Examples, rows: Tensor, target: Target, values: Mapping[str, Any], keys: Sequence[str], settings: Settings
     ) -> dict[str, Inverse]:
         """Algorithm 1 on some of the examples.
 
@@ -260,10 +265,10 @@ def _solved(seen: Seen, signals: tuple[Tensor, ...], settings: Settings, last: b
 
 
 @dataclass
-class _KeptState(_State):
+class _NeighbourState(_State):
     """All that a fit leaves behind, and what it keeps of the data."""
 
-    kept: Kept
+    kept: Examples
 
 
 @contextmanager
@@ -342,7 +347,7 @@ class NeighbourInverse(InverseNetwork):
             raise InputError(f"feature={feature!r} is neither a module of the model nor 'input'")
         self.neighbours, self.metric = operator.index(neighbours), metric
         self.feature = unwrapped(feature) if isinstance(feature, nn.Module) else feature
-        self._state: _KeptState | None = None
+        self._state: _NeighbourState | None = None
         self._replays = WeakKeyDictionary[Surrogate, Replay]()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -417,12 +422,12 @@ class NeighbourInverse(InverseNetwork):
             kept = self._keep(batches, graph, surrogate, memory, progress)
             signature, example = Signature.of(inputs, extras, graph.shared), first_example(inputs, extras, graph.shared)
             made_of = structure(graph, surrogate.rules)
-        self._state = _KeptState(fitted, dims, signature, made_of, *example, storage.Watch(model), kept)
+        self._state = _NeighbourState(fitted, dims, signature, made_of, *example, storage.Watch(model), kept)
         return self
 
-    def _keep(self, batches: Batches, graph: CapturedGraph, surrogate: Surrogate, memory: int, progress: bool) -> Kept:
+    def _keep(self, batches: Batches, graph: CapturedGraph, surrogate: Surrogate, memory: int, progress: bool) -> Examples:
         """One pass over the data."""
-        parts: list[Kept] = []
+        parts: list[Examples] = []
         signature: Signature | None = None
         rows = 0
         for index, (inputs, extras) in enumerate(tqdm(batches, unit="batch", disable=not progress)):
@@ -449,7 +454,7 @@ class NeighbourInverse(InverseNetwork):
 
     def _seen(
         self, graph: CapturedGraph, surrogate: Surrogate, inputs: Inputs, extras: Extras, proving: bool = False
-    ) -> tuple[Tensor, Kept]:
+    ) -> tuple[Tensor, Examples]:
         """The model's output for a batch, and what is kept of it."""
         steps, values = surrogate.steps, graph.values(self.model, inputs, extras)
         run = Run(steps, Options(shares=self.settings.shares), fitting=surrogate.learned, proving=proving)
@@ -458,7 +463,7 @@ class NeighbourInverse(InverseNetwork):
         features = self._replay(graph, surrogate).features(values) if self.feature is not None else []
         sources = [layout.first(run.sources[index]) for index, layout in enumerate(surrogate.layouts)]
         outputs = {key: [steps[key].layout.first(y.detach()) for y in run.seen[key].outputs] for key in surrogate.learned}
-        return output, Kept(sources, outputs, features)
+        return output, Examples(sources, outputs, features)
 
     # ------------------------------------------------------------------------------------------------- explain
 
@@ -492,7 +497,7 @@ class NeighbourInverse(InverseNetwork):
         layer: nn.Module | None,
         unit: bool = False,
     ) -> Explanation:
-        assert isinstance(state, _KeptState)  # for mypy: fit and load make no other
+        assert isinstance(state, _NeighbourState)  # for mypy: fit and load make no other
         kept = state.kept
         _check_search(self.neighbours, self.metric)
         if self.neighbours > len(kept):
@@ -514,16 +519,16 @@ class NeighbourInverse(InverseNetwork):
         )
         return Explanation(features, signals, torch.cat([part.output for part in found]))
 
-    def _fitted(self) -> _KeptState:
+    def _fitted(self) -> _NeighbourState:
         state = super()._fitted()
-        assert isinstance(state, _KeptState)  # for mypy: as above
+        assert isinstance(state, _NeighbourState)  # for mypy: as above
         return state
 
     def _check_steps(self, state: _State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
         for target in targets:
             if target not in state.fitted.inverses:
                 raise self._unknown(target)
-        assert isinstance(state, _KeptState)  # for mypy: as above
+        assert isinstance(state, _NeighbourState)  # for mypy: as above
         missing = [key for key in surrogate.learned if key not in state.kept.outputs]
         if missing:
             raise NotFittedError(
@@ -549,7 +554,7 @@ class NeighbourInverse(InverseNetwork):
         sources: Sequence[Tensor],
     ) -> tuple[Mapping[Target, Inverses], Sequence[tuple[Target, slice]]]:
         """The inverse of each example, under its number."""
-        assert isinstance(state, _KeptState)  # for mypy: as above
+        assert isinstance(state, _NeighbourState)  # for mypy: as above
         kept = state.kept
         if Signature.of(inputs, extras, graph.shared) != state.signature:
             raise InputError(f"neighbours are looked for among other inputs than these.\n{self._way_out(state)}")
@@ -582,15 +587,7 @@ class NeighbourInverse(InverseNetwork):
         state = self._fitted()
         feature = self.feature if isinstance(self.feature, str | None) else self._path(self.feature)
         content = {
-            "fingerprint": state.watch.fingerprint,
-            "layer": None if self.layer is None else self._path(self.layer),
-            "output": self.output,
-            "settings": asdict(self.settings),
-            "signature": state.signature.to_json(),
-            "structure": state.structure,
-            "inputs": [(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for x in state.example],
-            "extras": state.extras != (),
-            "dims": state.dims,
+            **self._head(state),
             "targets": list(state.fitted.inverses),
             "neighbours": {
                 "count": self.neighbours,
@@ -624,10 +621,7 @@ class NeighbourInverse(InverseNetwork):
             forks="joint" if settings.joint else "sum",
             precision="double" if settings.double else "model",
         )
-        device = device_of(model)
-        example = tuple(
-            torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in content["inputs"]
-        )
+        device, head = device_of(model), head_of(content, model)
         wanted = how["sources"] + how["features"] + sum(count for _, count in how["outputs"])
         if len(tensors) != wanted:
             raise InverseFileError(f"{name!r} has {len(tensors)} tensors, expected {wanted}")
@@ -635,17 +629,8 @@ class NeighbourInverse(InverseNetwork):
         found = iter([tensors[str(number)].to(device, copy=True) for number in range(len(tensors))])
         sources, features = ([next(found) for _ in range(how[kind])] for kind in ("sources", "features"))
         outputs = {key: [next(found) for _ in range(count)] for key, count in how["outputs"]}
-        kept = Kept(sources, outputs, features)
+        kept = Examples(sources, outputs, features)
         if not all(t.ndim > 0 and len(t) == len(kept) and t.is_floating_point() and finite(t) for t in kept.tensors):
             raise InverseFileError(f"{name!r} holds other tensors than finite numbers of as many examples each")
-        inverse._state = _KeptState(
-            Fitted({tuple(target): {} for target in content["targets"]}),
-            tuple(content["dims"]),
-            Signature.from_json(content["signature"]),
-            content["structure"],
-            example,
-            None if content["extras"] else (),
-            storage.Watch(model, content["fingerprint"]),
-            kept,
-        )
+        inverse._state = _NeighbourState(Fitted({tuple(target): {} for target in content["targets"]}), *head, kept)
         return inverse

@@ -10,7 +10,7 @@ BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
 @pytest.fixture
 def completeness(monkeypatch):
-    pytest.importorskip("sklearn")  # the digits come with it; not needed by the package
+    pytest.importorskip("sklearn", reason="the digits come with it; the package does not need it")
     monkeypatch.syspath_prepend(BENCHMARKS)
     import completeness
 
@@ -67,8 +67,8 @@ def test_controls_do_what_they_say(completeness):
 
 @pytest.fixture
 def bottleneck(monkeypatch):
-    pytest.importorskip("torchvision")
-    pytest.importorskip("sklearn")
+    pytest.importorskip("torchvision", reason="networks to test on; the package does not need it")
+    pytest.importorskip("sklearn", reason="the digits come with it; the package does not need it")
     monkeypatch.syspath_prepend(BENCHMARKS)
     import bottleneck
 
@@ -104,7 +104,7 @@ def test_deletion_and_insertion_by_hand(bottleneck):
 
 
 def test_rank_correlation_is_spearmans(bottleneck):
-    stats = pytest.importorskip("scipy.stats")  # comes with scikit-learn
+    stats = pytest.importorskip("scipy.stats", reason="independent rank correlations to compare with")
     a, b = torch.rand(3, 5, 4), torch.rand(3, 5, 4)
     expected = sum(stats.spearmanr(p.flatten(), q.flatten()).statistic for p, q in zip(a, b, strict=True)) / 3
     assert bottleneck.rank(a, b) == pytest.approx(expected)
@@ -112,7 +112,7 @@ def test_rank_correlation_is_spearmans(bottleneck):
 
 @pytest.fixture
 def boxes(monkeypatch):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("torchvision", reason="networks to test on; the package does not need it")
     monkeypatch.syspath_prepend(BENCHMARKS)
     import boxes
 

@@ -23,7 +23,7 @@ def network_and_images():
     """ResNet-20, and forty test images as it takes them."""
     if not (WEIGHTS.exists() and IMAGES.exists()):
         pytest.skip("needs CIFAR-10 and the weights of a network for it")
-    image = pytest.importorskip("PIL.Image")
+    image = pytest.importorskip("PIL.Image", reason="images to read; the package does not need it")
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     try:
         import pretrained

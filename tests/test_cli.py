@@ -316,7 +316,7 @@ def test_weights(weights, model):
 
 
 def test_networks_of_torchvision(monkeypatch, capsys):
-    models = pytest.importorskip("torchvision.models")
+    models = pytest.importorskip("torchvision.models", reason="networks to test on; the package does not need it")
     assert cli.main(["check", "torchvision:squeezenet1_1", "--size", "64", "--layer", "features", "--json"]) == 0
     assert "random weights" in refused(capsys, "fit", "torchvision:squeezenet1_1", "few", "--out", "a.safetensors")
     assert "no network 'resnet'" in refused(capsys, "check", "torchvision:resnet")

@@ -295,7 +295,7 @@ def test_a_table_for_pandas(found, monkeypatch):
 
 
 def test_a_table_in_pandas(found):
-    pandas = pytest.importorskip("pandas")
+    pandas = pytest.importorskip("pandas", reason="tables as data frames are for those who have it")
     frame = found.table("pandas")
     assert isinstance(frame, pandas.DataFrame)
     assert frame.loc["MIP-IN", "deletion"] == found["MIP-IN"].results["deletion"].mean

@@ -85,7 +85,10 @@ def test_what_is_the_logit_itself_has_as_many_bits_as_can_be_told():
 
 def test_it_ranks_pixels_of_digits_as_a_neighbour_estimate_does():
     """Real images are not Gaussian: ranks agree, which is what a map shows."""
-    datasets, selection = pytest.importorskip("sklearn.datasets"), pytest.importorskip("sklearn.feature_selection")
+    datasets, selection = (
+        pytest.importorskip("sklearn.datasets", reason="the digits come with it; the package does not need it"),
+        pytest.importorskip("sklearn.feature_selection", reason="an estimate to compare with"),
+    )
     from scipy.stats import spearmanr
 
     images = torch.from_numpy(datasets.load_digits().data).float() / 16

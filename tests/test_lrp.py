@@ -198,7 +198,9 @@ def test_equals_captum_where_that_is_right(name):
 
 
 def _zennits(model, x, rule, first=None):
-    core, rules, types = (pytest.importorskip(f"zennit.{name}") for name in ("core", "rules", "types"))
+    core, rules, types = (
+        pytest.importorskip(f"zennit.{name}", reason="independent rules to compare with") for name in ("core", "rules", "types")
+    )
     from zennit.attribution import Gradient
     from zennit.composites import LayerMapComposite, SpecialFirstLayerMapComposite
     from zennit.layer import Sum
@@ -221,7 +223,7 @@ def _zennits(model, x, rule, first=None):
 
 @pytest.mark.parametrize("name", ["VGG", "ResNet"])
 def test_equals_zennit(name):
-    rules = pytest.importorskip("zennit.rules")
+    rules = pytest.importorskip("zennit.rules", reason="independent rules to compare with")
     model, x = _network(name, eps=0.0)  # zennit leaves the ε of a batch norm that it merges
     tiny = 1e-30
     cases = [
@@ -244,7 +246,7 @@ def test_equals_zennit(name):
 
 @pytest.mark.parametrize("rule", [Flat(), WSquare()])
 def test_rules_of_inputs_in_every_layer_equal_zennits(rule):
-    rules = pytest.importorskip("zennit.rules")
+    rules = pytest.importorskip("zennit.rules", reason="independent rules to compare with")
     model, x = _network("VGG", eps=0.0)
     theirs = rules.Flat(1e-30) if isinstance(rule, Flat) else rules.WSquare(1e-30, zero_params="bias")
     torch.testing.assert_close(LRP(model, rule=rule).attribute(x, TARGET), _zennits(model, x, theirs), rtol=1e-6, atol=1e-12)
@@ -662,3 +664,16 @@ def test_the_innvestigate_preset_by_hand():
     gated = Function(lambda m, x: m["a"](x) * m["b"](x).sigmoid(), a=nn.Linear(4, 3), b=nn.Linear(4, 3)).eval()
     with pytest.raises(UnsupportedOperationError, match=r"aten\.mul"):
         DeepTaylor(gated, preset="innvestigate").attribute(normal(2, 4), 0)
+
+
+def test_options_set_after_a_call_count():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).eval(), torch.randn(3, 4)
+    lrp = LRP(model)
+    lrp.attribute(x, 0)
+    lrp.rule = Gamma(3.0)
+    assert torch.equal(lrp.attribute(x, 0), LRP(model, rule=Gamma(3.0)).attribute(x, 0))
+    lrp.input_rule = ZBox(torch.full((4,), -3.0), torch.full((4,), 3.0))
+    first = lrp.attribute(x, 0)
+    lrp.input_rule = ZBox(torch.full((4,), -9.0), torch.full((4,), 9.0))
+    assert not torch.equal(lrp.attribute(x, 0), first)

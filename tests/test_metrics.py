@@ -422,7 +422,7 @@ def test_localization_for_any_shape_ties_and_nan(count, height, width, seed, lev
 
 
 def test_relevance_rank_accuracy_of_quantus():
-    quantus = pytest.importorskip("quantus")
+    quantus = pytest.importorskip("quantus", reason="an independent rank accuracy to compare with")
     maps = torch.rand(6, 1, 8, 8, generator=generator(2))
     inside = masks(*BOXES, *BOXES)
     found = quantus.RelevanceRankAccuracy(disable_warnings=True, display_progressbar=False)(

@@ -109,7 +109,7 @@ def test_each_example_has_its_own_target_and_arguments():
 
 
 def test_blur_is_that_of_rise():
-    ndimage = pytest.importorskip("scipy.ndimage")
+    ndimage = pytest.importorskip("scipy.ndimage", reason="an independent blur to compare with")
     import numpy as np
 
     point = np.zeros((11, 11))

@@ -23,7 +23,7 @@ def generator(seed=0):
 @given(st.integers(2, 12), st.integers(0, 2**31), st.integers(1, 50))
 @settings(max_examples=60, deadline=None)
 def test_spearman_is_that_of_scipy(size, seed, levels):
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="independent rank correlations to compare with")
     a, b = (levels * torch.rand(2, 3, size, generator=generator(seed), dtype=torch.float64)).round().unbind()
     for x, y, found in zip(a, b, spearman(a, b), strict=True):
         if len(x.unique()) == 1 or len(y.unique()) == 1:
@@ -33,7 +33,7 @@ def test_spearman_is_that_of_scipy(size, seed, levels):
 
 
 def test_ssim_is_that_of_scikit_image():
-    metrics = pytest.importorskip("skimage.metrics")
+    metrics = pytest.importorskip("skimage.metrics", reason="an independent SSIM to compare with")
     a, b = normal(4, 12, 9, dtype=torch.float64), normal(4, 12, 9, seed=1, dtype=torch.float64)
     for window in (3, 5, 7):
         expected = [

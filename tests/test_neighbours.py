@@ -175,11 +175,11 @@ def test_neighbours_by_another_feature():
 def test_far_from_zero_and_beside_zeros_neighbours_are_found():
     """Where features are far from 0, differences of squares would lose them; a feature of zeros has no direction."""
     x, q = data(12, rows=40, dtype=torch.float32)
-    kept = neighbours.Kept([x + 1000], {}, [])
+    kept = neighbours.Examples([x + 1000], {}, [])
     found = kept.nearest([q + 1000], 5, "euclidean")
     assert [set(rows) for rows in found.tolist()] == [set(rows) for rows in nearest(x, q, 5, "euclidean").tolist()]
     x[3] = 0
-    found = neighbours.Kept([x], {}, []).nearest([q], 30, "cosine")
+    found = neighbours.Examples([x], {}, []).nearest([q], 30, "cosine")
     cosine = torch.nn.functional.cosine_similarity(q.unsqueeze(1), x.unsqueeze(0), 2)
     assert torch.equal(found.sort(1).values, cosine.topk(30, 1).indices.sort(1).values)
 
@@ -429,3 +429,20 @@ def test_files_that_say_what_no_data_says_are_refused(tmp_path, change):
     storage.save(tmp_path / "file", tensors, content)
     with pytest.raises((InverseFileError, InputError, NotFittedError)):
         NeighbourInverse.load(tmp_path / "file", model).source_signal(q, 1)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_features_too_large_to_be_compared_are_refused(metric):
+    kept = neighbours.Examples([1e20 * torch.randn(9, 4)], {}, [])
+    with pytest.raises(InputError, match=r"too large for torch.float32: scale them down"):
+        kept.nearest([torch.ones(1, 4)], 3, metric)
+
+
+def test_a_file_says_what_made_it_as_others_do(tmp_path):
+    model = nn.Linear(3, 2).eval()
+    x = torch.randn(9, 3)
+    for name, inverse in (("a", InverseNetwork(model)), ("b", NeighbourInverse(model, neighbours=5))):
+        inverse.fit(x, progress=False).save(tmp_path / name)
+    one, other = (storage.load(tmp_path / name)[1] for name in "ab")
+    alike = [name for name in one if one[name] == other.get(name)]
+    assert {"version", "model", "rules", "fingerprint", "layer", "output", "signature", "inputs", "dims"} <= set(alike)

@@ -13,9 +13,9 @@ import torch
 
 from captum_mipin.rules import table as rules
 
-pytest.importorskip("sklearn")  # the digits come with it; not needed by the package
-pytest.importorskip("torchvision")
-pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn", reason="the digits come with it; the package does not need it")
+pytest.importorskip("torchvision", reason="networks to test on; the package does not need it")
+pytest.importorskip("matplotlib", reason="pictures are for those who have it")
 
 from execute import NOTEBOOKS, code, outputs, read  # needs matplotlib
 

@@ -29,7 +29,7 @@ def run(title):
 
 
 def test_the_ten_lines_run(capsys):
-    pytest.importorskip("sklearn")  # the digits come with it; not needed by the package
+    pytest.importorskip("sklearn", reason="the digits come with it; the package does not need it")
     names = run("Ten lines")
     assert names["attribution"].shape == names["signal"].shape == (5, 64)
     assert "0/linear" in capsys.readouterr().out
@@ -45,7 +45,7 @@ def test_an_operation_of_your_own_runs(capsys):
 
 
 def test_methods_side_by_side_run(capsys, tmp_path, monkeypatch):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="the digits come with it; the package does not need it")
     monkeypatch.chdir(tmp_path)
     names = run("Side by side, and measured")
     assert not any(row.errors for row in names["found"].rows)
@@ -63,7 +63,7 @@ def test_its_table_of_metrics_is_whole():
 
 
 def test_the_bottleneck_runs(capsys):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="the digits come with it; the package does not need it")
     names = run("Information bottlenecks")
     assert names["bits"].shape == (5, 1, 8, 8)
     assert (names["bits"].sum((1, 2, 3)) / names["total"]).tolist() == pytest.approx([1] * 5)
@@ -96,7 +96,10 @@ def test_a_process_that_fits_with_others_runs(tmp_path, monkeypatch):
 
 
 def test_the_command_line_runs(capsys, tmp_path, monkeypatch):
-    models, image = pytest.importorskip("torchvision.models"), pytest.importorskip("PIL.Image")
+    models, image = (
+        pytest.importorskip("torchvision.models", reason="networks to test on; the package does not need it"),
+        pytest.importorskip("PIL.Image", reason="images to read; the package does not need it"),
+    )
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     torch.save(models.resnet18().state_dict(), "weights.pt")  # the network's own are to be downloaded

@@ -80,7 +80,7 @@ def test_the_others_are_captums():
 
 def test_which_methods_tell_classes_apart(captured_once):
     """On handwritten digits, explained for two classes: the same map for both, or not (Sixt et al., 2020)."""
-    datasets = pytest.importorskip("sklearn.datasets")  # the digits come with it; not needed by the package
+    datasets = pytest.importorskip("sklearn.datasets", reason="the digits come with it; the package does not need it")
     digits = datasets.load_digits()
     x, y = torch.tensor(digits.images).float().unsqueeze(1) / 16, torch.tensor(digits.target)
     model = _cnn()

@@ -33,6 +33,19 @@ from captum_mipin.survey import Treatment, survey
 from captum_mipin.targets import per_example
 
 
+@dataclass(frozen=True, eq=False)
+class _Itself:
+    """An option, which is the same only if it is the same object: options may hold tensors."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def _as_it_is(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
     """Rewrite nothing."""
 
@@ -156,7 +169,8 @@ class Propagation(NoFuture, GradientAttribution):
         def build(graph: CapturedGraph, start: str | None) -> Surrogate:
             return Surrogate(graph, self._table(), start, joint=False)
 
-        return self._graphs.build(self.model, layer, None, lambda: self._find(inputs, extras), build)
+        options = [_Itself(value) for name, value in vars(self).items() if not name.startswith("_")]
+        return self._graphs.build(self.model, layer, options, lambda: self._find(inputs, extras), build)
 
     def _find(self, inputs: Inputs, extras: Extras) -> Signature:
         return self._graphs.find(inputs, extras, self._capture)
