@@ -174,6 +174,12 @@ def test_any_geometry_equals_oracle(kernel, stride, padding, dilation, groups, s
     assert_like_oracle(model, normal(25, 2, 6, 7), ridge_scale=scale)
 
 
+@pytest.mark.parametrize("groups, scale", [(1, "relative"), (2, "mean"), (1, "sum")])
+def test_windows_that_tile_equal_the_oracle(groups, scale):
+    model = cnn(nn.Conv2d(2, 4, (3, 2), (3, 2), groups=groups), nn.ReLU(), size=(6, 6))
+    assert_like_oracle(model, normal(25, 2, 6, 6) + 1, ridge_scale=scale)
+
+
 def test_taps_that_never_see_a_signal_do_not_count_for_the_ridge():
     model = cnn(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(1, 4), size=(4, 4), seed=4)
     assert_like_oracle(model, normal(40, 2, 4, 4, seed=4))
