@@ -1,5 +1,6 @@
 """The inverse network: fitted to a model and data, it sends a class's logit back to the input or to a layer."""
 
+import json
 import os
 import sys
 import warnings
@@ -719,15 +720,8 @@ class InverseNetwork:
     def _resume(self, path: str | os.PathLike[str], state: _State, unfinished: dict[str, Any]) -> Fitted:
         """What an interrupted fit had done."""
         tensors, content = storage.load(path)
-        same = {
-            "fingerprint": state.watch.fingerprint,
-            "layer": None if self.layer is None else self._path(self.layer),
-            "output": list(self.output) if isinstance(self.output, tuple) else self.output,
-            "settings": asdict(self.settings),
-            "signature": state.signature.to_json(),
-            "structure": state.structure,
-            **unfinished,
-        }
+        same = {**json.loads(json.dumps(self._head(state))), **unfinished}  # as files have it
+        del same["version"], same["model"]  # told, not compared
         found = {**content, **(content["unfinished"] or {})}
         other = [name for name, value in same.items() if found.get(name) != value]
         if other:
