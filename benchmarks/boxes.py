@@ -31,6 +31,7 @@ from captum_mipin import (
     Deconvnet,
     DeepTaylor,
     GuidedBackprop,
+    InputIBA,
     InverseNetwork,
     MIPINError,
     PatternAttribution,
@@ -38,17 +39,18 @@ from captum_mipin import (
     Patterns,
     SmoothGrad,
 )
+from captum_mipin.input_iba import INPUT_IBA_SETTINGS
 from captum_mipin.metrics import bounding_box_accuracy, deletion, insertion
 from captum_mipin.metrics.common import heat
 from captum_mipin.neighbours import NeighbourInverse
 
 LARGEST = 0.33
 CLASSES = 10
-#: Images for methods that take many passes; for insertion and deletion; to fit MIP-IN on, down to the pixels.
-SLOW, PERTURBED, WHOLE = 24, 8, 30
+#: Images for methods that take many passes, and for insertion and deletion; to fit MIP-IN on, down to the pixels.
+SLOW, WHOLE = 24, 30
 #: Images to fit patterns on at a layer, at most.
 PATTERNS = 200
-WIDTH = 1024
+WIDTH = 4096
 REDUCTIONS = ("relu_of_sum", "sum_of_relu", "sum_of_abs")
 PROTOCOL = {
     "data": "ILSVRC2012 validation photographs at 224 x 224, boxes of at most 33 %, the classes with the most such",
@@ -60,7 +62,10 @@ AT_LAYERS = {"Grad-CAM": ("relu_of_sum",), "LayerCAM": ("sum_of_relu",), "featur
 #: What the paper reads: A, averages sent back by shares, or of a dense head.
 PAPER = ("A, shares", "A, all samples")
 #: Whose insertion and deletion are measured.
-PERTURBED_ROWS = ("MIP-IN", "Grad-CAM", "LayerCAM", "IBA", "SmoothGrad", "Guided Backprop", "random", "centre prior")
+PERTURBED_ROWS = (
+    "MIP-IN", "Grad-CAM", "LayerCAM", "LRP-ε", "IBA", "InputIBA", "SmoothGrad", "Guided Backprop",
+    "random", "centre prior",
+)  # fmt: skip
 Method = Callable[[Tensor, Tensor], Any]
 #: Steps below → features.
 Features = dict[int, Tensor]
@@ -391,15 +396,29 @@ def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Ite
         yield from tried("IBA" + ", fast" * (not top), where, bits, x[cut], about, index, ("sum",))
 
 
-def at_pixels(net: Chain, about: Photographs, count: int) -> Iterator[Try]:
-    """Everything else down to the pixels, of ``count`` images at most."""
+def at_pixels(net: Chain, about: Photographs) -> Iterator[Try]:
+    """Everything else down to the pixels."""
     low, high = (net.normalise(torch.full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
     others = gradients(net.steps, 16, net.rectified) | propagated(net.steps, about.fit, (low, high))
     for name, method in tqdm(others.items(), desc="at the pixels"):
-        index = about.report[: SLOW if name in ("SmoothGrad", "Integrated Gradients") else count]
+        index = about.report[: SLOW if name in ("SmoothGrad", "Integrated Gradients") else None]
         yield from tried(name, "pixels", method, about.x, about, index, ("sum", "sum_of_abs"))
     for name, method in controls(about.x.shape[-1]).items():
         yield from tried(name, "pixels", method, about.x, about, about.report, ("sum",))
+    yield from input_iba(net, about)
+
+
+def input_iba(net: Chain, about: Photographs) -> Iterator[Try]:
+    """Mask and bits at the pixels, with the bottleneck at the lowest layer looked at; fewer copies than published, for time."""
+    fast = INPUT_IBA_SETTINGS["fast"]
+    few = replace(fast, feature=replace(fast.feature, copies=2), input=replace(fast.input, copies=2))
+    iba = InputIBA(net.steps, net.steps[net.cuts[0] - 1], few).estimate(about.fit, batch_size=10, progress=False)
+    index = about.report[:SLOW]
+    start = time.perf_counter()
+    found = [iba.explain((about.x[i : i + 1],), about.labels[i : i + 1]).input for i in tqdm(index.tolist(), desc="InputIBA")]
+    seconds = (time.perf_counter() - start) / len(index)
+    for kind, maps in (("mask", [one.alpha.sigmoid() for one in found]), ("bits", [one.information for one in found])):
+        yield Try.of(("InputIBA", "pixels", f"{kind}, fast, 2 copies"), "sum", torch.cat(maps), about, index, seconds)
 
 
 def mipin_at_pixels(net: Chain, about: Photographs, classes: int, count: int) -> Iterator[Try]:
@@ -427,7 +446,7 @@ def best(tries: list[Try], about: Photographs) -> list[Try]:
 
 def perturbations(one: Try, net: Chain, about: Photographs) -> dict[str, float]:
     """Insertion and deletion, an eighth of the pixels at a time."""
-    index = about.report[:PERTURBED]
+    index = about.report[:SLOW]
     maps = one.maps[(one.index[None] == index[:, None]).long().argmax(1)]
     x, step = about.x[index], about.x.shape[2] * about.x.shape[3] // 8
     return {
@@ -436,26 +455,21 @@ def perturbations(one: Try, net: Chain, about: Photographs) -> dict[str, float]:
     }
 
 
-def run(name: str, folder: Path, count: int, classes: int, pixels: int = SLOW, perturb: bool = False) -> None:
+def run(name: str, folder: Path, count: int, classes: int) -> None:
     """Table 2 for one network.
 
     Args:
         name: See :func:`chain`.
         folder: With the photographs and weights.
         count: Images to fit on; the dense head takes all there are.
-        classes: Of MIP-IN for the whole network; 0 leaves it out.
-        pixels: Images that the other methods are asked for maps of pixels of, at most.
-        perturb: Measure insertion and deletion as well.
+        classes: Of MIP-IN for the whole network.
     """
     net = chain(name, folder)
     about = photographs(name, folder, net.normalise, count)
     x = features(net, about.x)
     fit = features(net, about.fit) | ({14: heads.features(folder).train} if name == "head" else {})
-    tries = [*mipin(net, about, fit, x), *at_layers(net, about, fit, x)]
-    if pixels:
-        tries += at_pixels(net, about, pixels)
-    if classes:
-        tries += mipin_at_pixels(net, about, classes, min(count, WHOLE))
+    tries = [*mipin(net, about, fit, x), *at_layers(net, about, fit, x), *at_pixels(net, about)]
+    tries += mipin_at_pixels(net, about, classes, min(count, WHOLE))
     shown = best(tries, about)
     top = places(x)[net.cuts[-1]]
     paper = [one for one in tries if one.method == "MIP-IN" and one.where == top and one.reading in PAPER]
@@ -464,7 +478,7 @@ def run(name: str, folder: Path, count: int, classes: int, pixels: int = SLOW, p
     rows = []
     for one in tries:
         row = told.get(id(one), one).row(about, first, any(one is other for other in shown))
-        if perturb and row["chosen"] and one.method in PERTURBED_ROWS and torch.isin(about.report[:PERTURBED], one.index).all():
+        if row["chosen"] and one.method in PERTURBED_ROWS and torch.isin(about.report[:SLOW], one.index).all():
             row |= perturbations(one, net, about)
         rows.append(row)
     with torch.no_grad():
@@ -475,7 +489,7 @@ def run(name: str, folder: Path, count: int, classes: int, pixels: int = SLOW, p
         counts |= {"width": WIDTH, "fit, patterns at 7 x 7": PATTERNS}
     write(
         f"paper-boxes-{name}", rows, **PROTOCOL, **counts, **{"choosing half": len(about.choice)}, n=len(labels), network=name,
-        classes=sorted(about.classes), perturbed=PERTURBED if perturb else 0,
+        classes=sorted(about.classes), perturbed=SLOW,
         accuracy=float((logits.argmax(1) == labels).double().mean()),
         **{"positive logits": float((logits.gather(1, labels[:, None]) > 0).double().mean())},
     )  # fmt: skip

@@ -3,7 +3,7 @@
 Each part writes its own results file, ``paper-<part>.json``; pictures go beside it.
 
 - boxes-NETWORK: table 2, bounding-box accuracy, for squeezenet1_0, mobilenet_v2, efficientnet_lite0 and "head", a dense head
-  of VGG's kind; see ``benchmarks/boxes.py``. Insertion and deletion for EfficientNet-Lite0.
+  of VGG's kind; see ``benchmarks/boxes.py``.
 - maps: figure 3, global and local signals and attributions, and figure 5, all methods on the MLP of table 3, where neither
   local connections nor max pooling help a method (section 6.2.1). Measured: of the n hottest pixels the share on the ink, n
   being the number of pixels with ink (above 0.5); insertion and deletion.
@@ -271,10 +271,10 @@ def pictures(folder: Path, fit: int = 60) -> None:
 
 
 PARTS: dict[str, Callable[[Path], None]] = {
-    "boxes-efficientnet_lite0": partial(boxes.run, "efficientnet_lite0", count=60, classes=2, pixels=1000, perturb=True),
-    "boxes-squeezenet1_0": partial(boxes.run, "squeezenet1_0", count=60, classes=0, pixels=0),
-    "boxes-head": partial(boxes.run, "head", count=60, classes=0, pixels=1000),
-    "boxes-mobilenet_v2": partial(boxes.run, "mobilenet_v2", count=60, classes=0, pixels=0),
+    **{
+        f"boxes-{name}": partial(boxes.run, name, count=60, classes=2)
+        for name in ("efficientnet_lite0", "squeezenet1_0", "head", "mobilenet_v2")
+    },
     "maps": maps,
     "classes": classes,
     "randomization": random_weights,

@@ -410,7 +410,7 @@ def _ridge(gram: Tensor, cross: Tensor, penalty: Tensor, dead: Tensor, ridge: fl
     else:
         inverse = torch.linalg.pinv(ridged, hermitian=True)
         result, norm = inverse @ cross, torch.linalg.matrix_norm(inverse, 1)
-    condition = torch.linalg.matrix_norm(ridged, 1) * norm
+    condition = torch.linalg.vector_norm(ridged, 1, -1).amax(-1) * norm  # of a symmetric matrix, without a copy
     return result.masked_fill(dead.unsqueeze(-1), 0.0), float(condition.max())
 
 
