@@ -20,7 +20,7 @@ from captum_mipin.errors import (
 )  # fmt: skip
 from captum_mipin.iba import IBA
 from captum_mipin.input_iba import Adversary, InputIBA, ThreeStages
-from captum_mipin.inverse import InverseNetwork, check
+from captum_mipin.inverse import InverseNetwork
 from captum_mipin.methods import (
     LRP,
     AlphaBeta,
@@ -48,6 +48,7 @@ from captum_mipin.methods import (
 )  # fmt: skip
 from captum_mipin.neighbours import NeighbourInverse
 from captum_mipin.rules import Learned, Passes, Recorded, register_rule, unregister_rule
+from captum_mipin.survey import check
 
 __version__ = "0.1.0"
 

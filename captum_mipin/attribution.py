@@ -7,9 +7,10 @@ from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
 from captum_mipin._captum import NoFuture, captum_entry
+from captum_mipin.arguments import as_extras, as_inputs, like
 from captum_mipin.capture import Inputs, select, unwrapped
 from captum_mipin.errors import InputError
-from captum_mipin.inverse import Explanation, InverseNetwork, as_extras, as_inputs, like
+from captum_mipin.inverse import Explanation, InverseNetwork
 from captum_mipin.propagation import seed
 from captum_mipin.targets import per_example
 

@@ -24,10 +24,11 @@ from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.capture import select
 from captum_mipin.compare import METHODS, METRICS, Comparison, Row, compare
 from captum_mipin.errors import CaptureError, InputError, MIPINError, TargetError
-from captum_mipin.inverse import InverseNetwork, check
+from captum_mipin.inverse import InverseNetwork
 from captum_mipin.metrics.common import Examples
 from captum_mipin.metrics.common import explain as maps_of
 from captum_mipin.report import table
+from captum_mipin.survey import check
 
 _PICTURES = (".jpg", ".jpeg", ".pdf", ".png", ".svg")
 _IMAGES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})

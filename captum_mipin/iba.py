@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from captum_mipin import storage
 from captum_mipin._captum import NoFuture, captum_entry
+from captum_mipin.arguments import as_extras, as_inputs, device_of, generator_kept, like
 from captum_mipin.bottleneck import Bottleneck, CrossEntropy, Noise, Optimised, optimise, whole
 from captum_mipin.capture import (
     TURNS,
@@ -36,7 +37,6 @@ from captum_mipin.capture import (
 from captum_mipin.data import Batches, Unpack, check_apart
 from captum_mipin.errors import FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.graphs import Graphs
-from captum_mipin.inverse import as_extras, as_inputs, device_of, generator_kept, like
 from captum_mipin.parts import Part, Parts, tensor_name
 from captum_mipin.propagation import Target
 from captum_mipin.statistics import Statistics

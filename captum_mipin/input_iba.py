@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 
 from captum_mipin import storage
 from captum_mipin._captum import NoFuture, captum_entry
+from captum_mipin.arguments import as_extras, as_inputs, device_of, like
 from captum_mipin.bottleneck import Bottleneck, Noise, Optimised, mask, normal, optimise, settled, whole
 from captum_mipin.capture import TURNS, Inputs, Output, check_model, unwrapped
 from captum_mipin.data import Unpack
 from captum_mipin.errors import CaptureError, InputError, InverseFileError
 from captum_mipin.iba import IBA, Case, EstimateReport, at_input, calm, joined, positions, seed
-from captum_mipin.inverse import as_extras, as_inputs, device_of, like
 from captum_mipin.parts import Parts, tensor_name
 
 

@@ -4,9 +4,9 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import captum_mipin
 from captum_mipin import storage
+from captum_mipin.arguments import as_extras, as_inputs, check_output, device_of, generator_kept, like
 from captum_mipin.capture import (
     TURNS,
     CapturedGraph,
@@ -28,7 +29,6 @@ from captum_mipin.capture import (
     check_model,
     finite,
     first_example,
-    module_output,
     pick,
     plain,
     unwrapped,
@@ -49,14 +49,11 @@ from captum_mipin.lazy import Lazy
 from captum_mipin.processes import Processes
 from captum_mipin.propagation import Inverses, Run, Surrogate, Target, seed
 from captum_mipin.regression import RidgeScale
-from captum_mipin.report import CheckReport, CheckRow, FitReport, LayerFit
+from captum_mipin.report import FitReport
 from captum_mipin.rules import MIPIN, Inverse, Options, Rule, table
+from captum_mipin.state import PARTS, State, head_of, joined, packed, share_rows, unpacked
 from captum_mipin.structure import difference, structure
-from captum_mipin.survey import survey
 from captum_mipin.targets import one, per_example, several, shown
-
-#: What an inverse is made of, in files.
-_PARTS = ("weight", "bias", "live", "own", "rows")
 
 
 @dataclass(frozen=True)
@@ -72,21 +69,6 @@ class Explanation:
     features: Inputs
     signals: tuple[Inputs, ...]
     output: Tensor
-
-
-@dataclass
-class _State:
-    """All that a fit leaves behind."""
-
-    fitted: Fitted
-    dims: tuple[int, ...]
-    signature: Signature
-    structure: str
-    example: Inputs
-    extras: Extras | None
-    watch: storage.Watch
-    #: Where classes come from that are fitted when they are explained.
-    lazy: dict[Target, Lazy] = field(default_factory=dict, kw_only=True)
 
 
 class InverseNetwork:
@@ -204,7 +186,7 @@ class InverseNetwork:
             sharing == "classes", None if autocast is None else str(autocast).removeprefix("torch."), positions,
             int(torch.randint(2**62, (), generator=generator)) if generator else 0,
         )  # fmt: skip
-        self._state: _State | None = None
+        self._state: State | None = None
         self._graphs = Graphs[Surrogate]()
 
     @property
@@ -232,7 +214,7 @@ class InverseNetwork:
 
         for inverses in self._fitted().fitted.inverses.values():
             for key, inverse in inverses.items():
-                parts = (getattr(inverse, part) for part in _PARTS)
+                parts = (getattr(inverse, part) for part in PARTS)
                 inverses[key] = Inverse(*(None if part is None else move(part) for part in parts))  # type: ignore[arg-type]  # as above
         return self
 
@@ -330,7 +312,7 @@ class InverseNetwork:
                 chosen = several(targets, dims)
                 watch = before.watch if before is not None else storage.Watch(model)
                 example = first_example(inputs, extras, graph.shared)
-                state = _State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
+                state = State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
             processes.agree("classes", (chosen, self.targets))
             processes.agree("inputs", (signature, state.structure))
             processes.agree("weights", watch.fingerprint)
@@ -362,9 +344,9 @@ class InverseNetwork:
             else:
                 state.fitted = fit.run(state.fitted, written)
         if before is not None:
-            state.fitted = _joined(before.fitted, state.fitted, chosen)
+            state.fitted = joined(before.fitted, state.fitted, chosen)
             state.lazy = {**{key: value for key, value in before.lazy.items() if key not in chosen}, **state.lazy}
-        _share_rows(state.fitted)
+        share_rows(state.fitted)
         self._state = state
         if checkpoint is not None and processes.rank == 0:
             Path(checkpoint).unlink(missing_ok=True)
@@ -517,7 +499,7 @@ class InverseNetwork:
 
     def _back(
         self,
-        state: _State,
+        state: State,
         inputs: Inputs,
         target: Any,
         extras: Extras,
@@ -571,7 +553,7 @@ class InverseNetwork:
 
     def _inverses(
         self,
-        state: _State,
+        state: State,
         graph: CapturedGraph,
         surrogate: Surrogate,
         inputs: Inputs,
@@ -591,7 +573,7 @@ class InverseNetwork:
     def _options(self, local: bool) -> Options:
         return Options(local=local, shares=self.settings.shares)
 
-    def _classes(self, state: _State, targets: Sequence[Target]) -> dict[Target, Inverses]:
+    def _classes(self, state: State, targets: Sequence[Target]) -> dict[Target, Inverses]:
         """The inverses of classes, some of which may have to be fitted first."""
         wanted = dict.fromkeys(targets)
         found: dict[Target, Inverses] = {t: state.fitted.inverses[t] for t in wanted if t not in state.lazy}
@@ -600,7 +582,7 @@ class InverseNetwork:
             found.update(lazy.get(of_it, lambda: self._weights_of(state)))
         return found
 
-    def _weights_of(self, state: _State) -> list[Any]:
+    def _weights_of(self, state: State) -> list[Any]:
         """What tells that weights may lie elsewhere than before; they have to be those that the data was looked at with."""
         if state.watch.changed(self.model):
             raise ModelChangedError(
@@ -609,7 +591,7 @@ class InverseNetwork:
             )
         return state.watch.marks
 
-    def _check_steps(self, state: _State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
+    def _check_steps(self, state: State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
         """Whether every class can be explained."""
         unknown = [target for target in targets if target not in state.fitted.inverses and target not in state.lazy]
         if unknown:
@@ -670,37 +652,15 @@ class InverseNetwork:
         output = storage.output_of(content)
         inverse = cls(model, layer=layer, output=output)
         inverse.settings = Settings(**content["settings"])
-        fitted = _unpack_fitted(tensors, content, device_of(model))
-        inverse._state = _State(fitted, *head_of(content, model))
+        fitted = unpacked(tensors, content, device_of(model))
+        inverse._state = State(fitted, *head_of(content, model))
         return inverse
 
-    def _write(self, path: str | os.PathLike[str], state: _State, unfinished: dict[str, Any] | None) -> None:
-        fitted = state.fitted
-        tensors: dict[str, Tensor] = {}
-        entries: list[dict[str, Any]] = []
-        names: dict[int, str] = {}
-        same: dict[str, str] = {}  # what classes share is written once
-        for number, (target, inverses) in enumerate(fitted.inverses.items()):
-            entries.append({"target": target, "keys": list(inverses)})
-            for index, inverse in enumerate(inverses.values()):
-                for part in _PARTS:
-                    name, tensor = f"{number}.{index}.{part}", getattr(inverse, part)
-                    if id(tensor) in names:
-                        same[name] = names[id(tensor)]
-                    elif tensor is not None:
-                        tensors[name], names[id(tensor)] = tensor, name
-            for index, bits in enumerate(fitted.information.get(target, ())):
-                tensors[f"{number}.information.{index}"] = bits
-        content = {
-            **self._head(state),
-            "targets": entries,
-            "same": same,
-            "layers": [asdict(layer) for layer in fitted.layers],
-            "unfinished": unfinished,
-        }
-        storage.save(path, tensors, content)
+    def _write(self, path: str | os.PathLike[str], state: State, unfinished: dict[str, Any] | None) -> None:
+        tensors, content = packed(state.fitted)
+        storage.save(path, tensors, {**self._head(state), **content, "unfinished": unfinished})
 
-    def _head(self, state: _State) -> dict[str, Any]:
+    def _head(self, state: State) -> dict[str, Any]:
         """What a file says of the model, of how it was captured, and of the options."""
         return {
             "version": captum_mipin.__version__,
@@ -717,7 +677,7 @@ class InverseNetwork:
             "dims": state.dims,
         }
 
-    def _resume(self, path: str | os.PathLike[str], state: _State, unfinished: dict[str, Any]) -> Fitted:
+    def _resume(self, path: str | os.PathLike[str], state: State, unfinished: dict[str, Any]) -> Fitted:
         """What an interrupted fit had done."""
         tensors, content = storage.load(path)
         same = {**json.loads(json.dumps(self._head(state))), **unfinished}  # as files have it
@@ -726,7 +686,7 @@ class InverseNetwork:
         other = [name for name, value in same.items() if found.get(name) != value]
         if other:
             raise InverseFileError(f"the checkpoint {os.fspath(path)!r} is of another fit: its {', '.join(other)} differ")
-        return _unpack_fitted(tensors, content, device_of(self.model))
+        return unpacked(tensors, content, device_of(self.model))
 
     # ------------------------------------------------------------------------------------------------- parts
 
@@ -753,7 +713,7 @@ class InverseNetwork:
 
     def _check_alike(
         self,
-        state: _State,
+        state: State,
         signature: Signature,
         graph: CapturedGraph,
         inputs: Inputs,
@@ -782,19 +742,19 @@ class InverseNetwork:
                 f"inverse was fitted on, first at {other}.\n{self._way_out(state)}"
             )
 
-    def _way_out(self, state: _State) -> str:
+    def _way_out(self, state: State) -> str:
         return (
             f"The inverse was fitted on {_shapes(state.signature)}. Give it such inputs, resized if need be, or fit another "
             "InverseNetwork on the others. A network takes any size if it pools to a fixed one (nn.AdaptiveAvgPool2d) "
             "before its dense layers."
         )
 
-    def _fitted(self) -> _State:
+    def _fitted(self) -> State:
         if self._state is None:
             raise NotFittedError("this InverseNetwork is not fitted yet: call fit(data, targets=...) first")
         return self._state
 
-    def _check_unchanged(self, state: _State) -> None:
+    def _check_unchanged(self, state: State) -> None:
         if state.watch.changed(self.model):
             raise ModelChangedError(
                 "the model's weights have changed since the inverse was fitted: fit a new InverseNetwork, or keep the old one "
@@ -803,153 +763,6 @@ class InverseNetwork:
 
     def _path(self, layer: nn.Module | None) -> str:
         return next((path for path, module in self.model.named_modules() if module is layer), "")
-
-
-def check(
-    model: nn.Module,
-    example_inputs: Tensor | Inputs,
-    additional_forward_args: Any = None,
-    *,
-    layer: nn.Module | None = None,
-    output: Output = None,
-    method: Any = None,
-) -> CheckReport:
-    """Tell for every operation of a model whether the signal can be sent back through it.
-
-    Args:
-        model: A module in evaluation mode.
-        example_inputs: Tensor (batch, ...) or tuple of such; only shapes, dtypes and devices count.
-        additional_forward_args: Further arguments of the model.
-        layer: Look only at what lies above this module.
-        output: Which of several outputs, as for :class:`InverseNetwork`.
-        method: Another method of this package than MIP-IN: its class, or ``LRP(model, ...)`` with the options to look at. Where
-            it does not conserve, or its definition does not reach, a column more says so.
-
-    Returns:
-        A table of operations, each "supported", "passes" or "refused" with its reason.
-
-    Raises:
-        CaptureError: The model as a whole cannot be captured.
-
-    Examples:
-        >>> print(check(nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)).eval(), torch.ones(1, 4)))
-        module  operation            status     what happens to the signal
-        0       aten.linear.default  supported  learned dense inverse
-        1       aten.softmax.int     refused    no rule covers it; where it ends the model, return the logits that go into it
-    """
-    model, inputs, extras = unwrapped(model), as_inputs(example_inputs), as_extras(additional_forward_args)
-    graph = capture(model, inputs, extras, output=output, explained=layer is None)
-    start = None if layer is None else module_output(graph, model, unwrapped(layer))
-    method = method(model) if isinstance(method, type) else method
-    found = survey(graph, table(), start) if method is None else method.survey(graph, start)
-    return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note, t.caveat) for t in found))
-
-
-def check_output(output: Any) -> None:
-    """Refuse what cannot say which output is meant."""
-    path = output if isinstance(output, tuple) else (output,)
-    if not all(type(key) in (int, str) for key in path) and output is not None:
-        raise InputError(f"output={output!r} must be an index, a key or a field's name, or a tuple of such")
-
-
-def as_inputs(inputs: Any) -> Inputs:
-    """A tensor or a tuple of tensors, as a tuple."""
-    if isinstance(inputs, Tensor):
-        return (inputs,)
-    if not isinstance(inputs, tuple):
-        raise InputError(f"inputs are a {type(inputs).__name__}, expected a torch.Tensor or a tuple of them")
-    return inputs
-
-
-def as_extras(arguments: Any) -> Extras:
-    """``additional_forward_args`` as Captum takes them, as a tuple."""
-    if arguments is None:
-        return ()
-    return arguments if isinstance(arguments, tuple) else (arguments,)
-
-
-def like(inputs: Any, results: Inputs) -> Any:
-    """A tensor for a tensor, a tuple for a tuple."""
-    return results if isinstance(inputs, tuple) else results[0]
-
-
-def head_of(
-    content: dict[str, Any], model: nn.Module
-) -> tuple[tuple[int, ...], Signature, str, Inputs, Extras | None, storage.Watch]:
-    """What a state is made of besides what was fitted, from a file's content.
-
-    Raises:
-        ValueError: The parts do not go together.
-    """
-    signature, dims = Signature.from_json(content["signature"]), tuple(content["dims"])
-    inputs = [(str(tuple(shape)), f"torch.{dtype}") for shape, dtype in content["inputs"]]
-    if not inputs or [leaf[1:3] for leaf in signature.leaves[: len(inputs)]] != inputs:
-        raise ValueError(f"inputs {inputs} are not those of the signature")
-    if not all(type(n) is int and n > 0 for n in dims):
-        raise ValueError(f"outputs cannot have shape {dims}")
-    example = tuple(
-        torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device_of(model)) for shape, dtype in content["inputs"]
-    )
-    extras = None if content["extras"] else ()
-    return dims, signature, content["structure"], example, extras, storage.Watch(model, content["fingerprint"])
-
-
-def _unpack_fitted(tensors: dict[str, Tensor], content: dict[str, Any], device: torch.device) -> Fitted:
-    # copies, since the file's own memory is aligned otherwise and matrix products would round otherwise
-    found = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-    found.update((name, found[first]) for name, first in content["same"].items())
-    fitted = Fitted()
-    for number, entry in enumerate(content["targets"]):
-        fitted.inverses[tuple(entry["target"])] = {
-            key: _inverse(*(found.get(f"{number}.{index}.{part}") for part in _PARTS))
-            for index, key in enumerate(entry["keys"])
-        }
-        maps = sorted((int(name.split(".")[2]), t) for name, t in found.items() if name.startswith(f"{number}.information."))
-        fitted.information[tuple(entry["target"])] = tuple(bits for _, bits in maps)
-    for layer in content["layers"]:
-        target = tuple(layer["target"]) if isinstance(layer["target"], list) else layer["target"]
-        fitted.layers.append(LayerFit(**{**layer, "target": target}))
-    return fitted
-
-
-def _inverse(
-    weight: Tensor | None, bias: Tensor | None, live: Tensor | None, own: Tensor | None, rows: Tensor | None
-) -> Inverse:
-    """An inverse of the tensors that a file holds.
-
-    Raises:
-        ValueError: They cannot be parts of one.
-    """
-    if weight is None or bias is None:
-        raise ValueError("an inverse lacks its weight or its bias")
-    floating = {part.dtype for part in (weight, bias, own, rows) if part is not None}
-    if (
-        len(floating) > 1
-        or not weight.is_floating_point()
-        or (live is not None and (live.dtype, live.ndim) != (torch.int64, 1))
-    ):
-        raise ValueError(f"an inverse has parts of dtypes {floating}, and indices of {None if live is None else live.dtype}")
-    return Inverse(weight, bias, live, own, rows)
-
-
-def _joined(before: Fitted, done: Fitted, chosen: Sequence[Target]) -> Fitted:
-    """What was fitted before, but for the classes ``chosen``, and what was done for these."""
-    names = {shown(target) for target in chosen}
-    inverses = {target: old for target, old in before.inverses.items() if target not in chosen or target in done.inverses}
-    information = {target: bits for target, bits in before.information.items() if target in inverses}
-    layers = [layer for layer in before.layers if layer.target not in names]
-    return Fitted({**inverses, **done.inverses}, layers + done.layers, {**information, **done.information})
-
-
-def _share_rows(fitted: Fitted) -> None:
-    """Let classes share equal rows, see :class:`~captum_mipin.rules.base.Inverse`, if they were fitted on the same data."""
-    first: dict[str, Tensor] = {}
-    for inverses in fitted.inverses.values():
-        for key, inverse in inverses.items():
-            if inverse.rows is not None:
-                rows = first.setdefault(key, inverse.rows)
-                if rows is not inverse.rows and torch.equal(rows, inverse.rows):
-                    inverses[key] = replace(inverse, rows=rows)
 
 
 def _outside() -> int:
@@ -964,23 +777,7 @@ def _shapes(signature: Signature) -> str:
     return ", ".join(" ".join(leaf[1:3]) for leaf in signature.leaves)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model is."""
-    first = next(iter(model.parameters()), next(iter(model.buffers()), None))
-    return torch.device("cpu") if first is None else first.device
-
-
 def _groups(targets: Sequence[Target]) -> list[tuple[Target, slice]]:
     """Runs of equal targets."""
     starts = [i for i, target in enumerate(targets) if i == 0 or target != targets[i - 1]]
     return [(targets[a], slice(a, b)) for a, b in zip(starts, [*starts[1:], len(targets)], strict=True)]
-
-
-@contextmanager
-def generator_kept() -> Iterator[None]:
-    """Leave torch's global generator as it was: a ``DataLoader`` draws a seed from it each time it is gone through."""
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from captum_mipin import storage
+from captum_mipin.arguments import device_of, generator_kept
 from captum_mipin.batch import first_dimension
 from captum_mipin.capture import (
     TURNS,
@@ -46,12 +47,13 @@ from captum_mipin.errors import (
     NotFittedError,
 )  # fmt: skip
 from captum_mipin.fitting import Fitted, Settings
-from captum_mipin.inverse import Explanation, InverseNetwork, _State, device_of, generator_kept, head_of
+from captum_mipin.inverse import Explanation, InverseNetwork
 from captum_mipin.parts import Part, evaluate, is_size
 from captum_mipin.propagation import Inverses, Run, Seen, Step, Surrogate, Target, source
 from captum_mipin.regression import RidgeScale, Rows, solve, solve_rows
 from captum_mipin.rules import Inverse, Options
 from captum_mipin.rules.linear import Dense
+from captum_mipin.state import State, head_of
 from captum_mipin.structure import structure
 from captum_mipin.targets import per_example, several, shown
 from captum_mipin.trace import Trace
@@ -265,7 +267,7 @@ def _solved(seen: Seen, signals: tuple[Tensor, ...], settings: Settings, last: b
 
 
 @dataclass
-class _NeighbourState(_State):
+class _NeighbourState(State):
     """All that a fit leaves behind, and what it keeps of the data."""
 
     kept: Examples
@@ -487,7 +489,7 @@ class NeighbourInverse(InverseNetwork):
 
     def _back(
         self,
-        state: _State,
+        state: State,
         inputs: Inputs,
         target: Any,
         extras: Extras,
@@ -524,7 +526,7 @@ class NeighbourInverse(InverseNetwork):
         assert isinstance(state, _NeighbourState)  # for mypy: as above
         return state
 
-    def _check_steps(self, state: _State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
+    def _check_steps(self, state: State, surrogate: Surrogate, targets: Sequence[Target]) -> None:
         for target in targets:
             if target not in state.fitted.inverses:
                 raise self._unknown(target)
@@ -536,7 +538,7 @@ class NeighbourInverse(InverseNetwork):
                 "NeighbourInverse that stops further down, by layer="
             )
 
-    def _check_unchanged(self, state: _State) -> None:
+    def _check_unchanged(self, state: State) -> None:
         if state.watch.changed(self.model):
             raise ModelChangedError(
                 "the model's weights have changed since the data was kept, but neighbours are fitted on with the new ones: "
@@ -545,7 +547,7 @@ class NeighbourInverse(InverseNetwork):
 
     def _inverses(
         self,
-        state: _State,
+        state: State,
         graph: CapturedGraph,
         surrogate: Surrogate,
         inputs: Inputs,

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from captum_mipin.arguments import as_extras, as_inputs
 from captum_mipin.averages import join_averages
 from captum_mipin.batch import Layout, first_dimension, layout
-from captum_mipin.capture import CapturedGraph, Place, place
+from captum_mipin.capture import CapturedGraph, Inputs, Output, Place, capture, module_output, place, unwrapped
 from captum_mipin.errors import CaptureError
-from captum_mipin.rules import RECORDABLE, Learned, Passes, Recorded, Rule, operation
+from captum_mipin.report import CheckReport, CheckRow
+from captum_mipin.rules import RECORDABLE, Learned, Passes, Recorded, Rule, operation, table
 
 #: Operations that change a shape at most; sizes among their arguments are harmless.
 SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
@@ -337,3 +339,43 @@ def _floating(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(_floating(v) for v in value)
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def check(
+    model: nn.Module,
+    example_inputs: Tensor | Inputs,
+    additional_forward_args: Any = None,
+    *,
+    layer: nn.Module | None = None,
+    output: Output = None,
+    method: Any = None,
+) -> CheckReport:
+    """Tell for every operation of a model whether the signal can be sent back through it.
+
+    Args:
+        model: A module in evaluation mode.
+        example_inputs: Tensor (batch, ...) or tuple of such; only shapes, dtypes and devices count.
+        additional_forward_args: Further arguments of the model.
+        layer: Look only at what lies above this module.
+        output: Which of several outputs, as for :class:`InverseNetwork`.
+        method: Another method of this package than MIP-IN: its class, or ``LRP(model, ...)`` with the options to look at. Where
+            it does not conserve, or its definition does not reach, a column more says so.
+
+    Returns:
+        A table of operations, each "supported", "passes" or "refused" with its reason.
+
+    Raises:
+        CaptureError: The model as a whole cannot be captured.
+
+    Examples:
+        >>> print(check(nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)).eval(), torch.ones(1, 4)))
+        module  operation            status     what happens to the signal
+        0       aten.linear.default  supported  learned dense inverse
+        1       aten.softmax.int     refused    no rule covers it; where it ends the model, return the logits that go into it
+    """
+    model, inputs, extras = unwrapped(model), as_inputs(example_inputs), as_extras(additional_forward_args)
+    graph = capture(model, inputs, extras, output=output, explained=layer is None)
+    start = None if layer is None else module_output(graph, model, unwrapped(layer))
+    method = method(model) if isinstance(method, type) else method
+    found = survey(graph, table(), start) if method is None else method.survey(graph, start)
+    return CheckReport(tuple(CheckRow(t.place.path, t.operation, t.status, t.note, t.caveat) for t in found))

@@ -9,6 +9,7 @@ from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, fx, nn
 
 from captum_mipin._captum import NoFuture, captum_entry
+from captum_mipin.arguments import as_extras, as_inputs, check_output, like
 from captum_mipin.capture import (
     TURNS,
     CapturedGraph,
@@ -26,7 +27,6 @@ from captum_mipin.capture import (
 )  # fmt: skip
 from captum_mipin.errors import InputError
 from captum_mipin.graphs import Graphs
-from captum_mipin.inverse import as_extras, as_inputs, check_output, like
 from captum_mipin.propagation import Run, Surrogate, Target, seed
 from captum_mipin.rules import Rule
 from captum_mipin.survey import Treatment, survey

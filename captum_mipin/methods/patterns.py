@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 from captum_mipin import storage
+from captum_mipin.arguments import check_output, device_of, generator_kept
 from captum_mipin.capture import Extras, Inputs, Output, Signature, check_model, finite, first_example, unwrapped
 from captum_mipin.data import Batches, Unpack
 from captum_mipin.errors import FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
-from captum_mipin.inverse import check_output, device_of, generator_kept
 from captum_mipin.methods.base import Explanation, Relevance, Signal, Table
 from captum_mipin.methods.gradients import derivative, smooth_gate
 from captum_mipin.methods.lrp import hand_on, quotient, values, varying

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_mipin._captum import NoFuture, captum_entry
+from captum_mipin.arguments import as_inputs, like
 from captum_mipin.capture import check_inputs
 from captum_mipin.errors import InputError
-from captum_mipin.inverse import as_inputs, like
 
 
 def saliency(model: nn.Module) -> Saliency:
