@@ -273,17 +273,18 @@ def propagated(model: nn.Module, fit: Tensor | None, bounds: tuple[Tensor | floa
     return {name: method.attribute for name, method in methods.items()}
 
 
+def gradient(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    """Of the logits ``t`` with respect to what ``model`` starts from."""
+    saliency: Any = Saliency(model)
+    found: Tensor = saliency.attribute(x.clone().requires_grad_(), t, False)
+    return found.detach()
+
+
 def cams(model: nn.Module) -> dict[str, Method]:
     """Grad-CAM, LayerCAM (without their sums over channels) and the features themselves, where ``model`` starts."""
-
-    def gradient(x: Tensor, t: Tensor) -> Tensor:
-        saliency: Any = Saliency(model)
-        found: Tensor = saliency.attribute(x.clone().requires_grad_(), t, False)
-        return found.detach()
-
     return {
-        "Grad-CAM": lambda x, t: gradient(x, t).mean((2, 3), keepdim=True) * x,
-        "LayerCAM": lambda x, t: gradient(x, t).relu() * x,
+        "Grad-CAM": lambda x, t: gradient(model, x, t).mean((2, 3), keepdim=True) * x,
+        "LayerCAM": lambda x, t: gradient(model, x, t).relu() * x,
         "features alone": lambda x, t: x,
         "mask only": lambda x, t: (x != 0).float(),
     }
@@ -346,6 +347,9 @@ def mipin(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterato
             if cut > lowest or cut == cuts[0]:
                 at_lowest = explained(inverse, layer, x[lowest], about.labels)
             found = switched(net.steps[cut:lowest], x[cut], at_lowest) if cut < lowest else at_lowest
+            found["A × gradient"] = found["A"] * torch.cat(
+                [gradient(net.above(cut), *part) for part in zip(x[cut].split(16), about.labels.split(16), strict=True)]
+            )
             seconds = (time.perf_counter() - start) / len(everything)
             for reading, maps in found.items():
                 together.setdefault(reading, []).append(shares(maps, 28))
@@ -428,7 +432,10 @@ def mipin_at_pixels(net: Chain, about: Photographs, classes: int, count: int) ->
     start = time.perf_counter()
     inverse = InverseNetwork(net.steps).fit(about.fit[:count], targets, batch_size=10, progress=False)
     print(f"MIP-IN, whole network: fitted in {time.perf_counter() - start:.0f} s", flush=True)
-    for reading, maps in explained(inverse, None, about.x[index], about.labels[index]).items():
+    found = explained(inverse, None, about.x[index], about.labels[index])
+    parts = zip(about.x[index].split(4), about.labels[index].split(4), strict=True)
+    found["A × gradient"] = found["A"] * torch.cat([gradient(net.steps, *part) for part in parts])
+    for reading, maps in found.items():
         for reduction in REDUCTIONS:
             yield Try.of(("MIP-IN, whole network", "pixels", f"{reading}, shares"), reduction, maps, about, index)
 

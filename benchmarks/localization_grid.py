@@ -124,12 +124,13 @@ def peers(model: nn.Module, layer: nn.Module | None, seed: int, steps: int) -> d
 
 
 def ours(model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, name: str) -> dict[str, Method]:
-    """MIP-IN as it is, times the feature, and its pattern without anything of the image."""
+    """MIP-IN as it is, times the feature, times the gradient, and its pattern without anything of the image."""
     method: Any = MIPINAttribution(model, inverse) if layer is None else LayerMIPINAttribution(model, inverse, layer)
     product = "multiply_by_inputs" if layer is None else "multiply_by_features"
     found: dict[str, Method] = {
         f"MIP-IN, {name}": lambda x, target: method.attribute(x, target=target),
         f"MIP-IN, {name}, × feature": lambda x, target: method.attribute(x, target=target, **{product: True}),
+        f"MIP-IN, {name}, × gradient": lambda x, target: method.attribute(x, target=target, multiply_by_gradients=True),
     }
     if name == "shares, joint":
         found["pattern only"] = lambda x, target: method.attribute(x, target=target, local=False)

@@ -11,6 +11,7 @@ from captum_mipin.arguments import as_extras, as_inputs, like
 from captum_mipin.capture import Inputs, select, unwrapped
 from captum_mipin.errors import InputError
 from captum_mipin.inverse import Explanation, InverseNetwork
+from captum_mipin.methods.gradients import Gradient
 from captum_mipin.propagation import seed
 from captum_mipin.targets import per_example
 
@@ -43,6 +44,7 @@ class MIPINAttribution(NoFuture, GradientAttribution):
         GradientAttribution.__init__(self, model)
         self.model = unwrapped(model)
         self.inverse = _of(inverse, model)
+        self._gradient = Gradient(model, output=inverse.output)
 
     @captum_entry
     def attribute(
@@ -54,6 +56,7 @@ class MIPINAttribution(NoFuture, GradientAttribution):
         local: bool = True,
         mask_input: bool = False,
         multiply_by_inputs: bool = False,
+        multiply_by_gradients: bool = False,
         return_convergence_delta: bool = False,
     ) -> Any:
         """A, the attribution of the target's logit to the input (algorithm 1).
@@ -66,6 +69,8 @@ class MIPINAttribution(NoFuture, GradientAttribution):
             local: Adapt the inverse to each example by its masks and switches (equation 9); without, the global view.
             mask_input: Apply equation 9 to the input as well.
             multiply_by_inputs: Return A ⊙ x.
+            multiply_by_gradients: Return A ⊙ ∂Φ_c/∂x, what the network reads of A: relevance, in units of the output, as
+                PatternAttribution's of PatternNet's signal; if Φ_c is linear, it adds up to it. Takes one more pass each way.
             return_convergence_delta: Return also the completeness error of the source signal, Φ_c(S) − Φ_c(x).
 
         Returns:
@@ -84,7 +89,9 @@ class MIPINAttribution(NoFuture, GradientAttribution):
         found = self.inverse.explain(tensors, target, extras, biases=biases, local=local, mask=mask_input)
         maps = found.signals[0]
         if multiply_by_inputs:
-            maps = tuple(a * x for a, x in zip(maps, found.features, strict=True))
+            maps = _product(maps, found.features)
+        if multiply_by_gradients:
+            maps = _product(maps, self._gradient.explain(tensors, target, extras).signals)
         if not return_convergence_delta:
             return like(inputs, maps)
         return like(inputs, maps), self._delta(found.signals[1], found.output, target, extras)
@@ -188,6 +195,7 @@ class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
         GradientAttribution.__init__(self, model)
         self.model = unwrapped(model)
         self.inverse = inverse
+        self._gradient = Gradient(model, output=inverse.output)
 
     @captum_entry
     def attribute(
@@ -198,6 +206,7 @@ class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
         *,
         local: bool = True,
         multiply_by_features: bool = False,
+        multiply_by_gradients: bool = False,
     ) -> Tensor:
         """A at the layer: how the target's logit is carried by each feature of its output.
 
@@ -205,6 +214,7 @@ class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
             inputs, target, additional_forward_args: As for :meth:`MIPINAttribution.attribute`.
             local: Adapt the inverse to each example; without, the global view.
             multiply_by_features: Return A ⊙ features.
+            multiply_by_gradients: Return A ⊙ the gradient there, as for :meth:`MIPINAttribution.attribute`.
 
         Returns:
             Shaped like the layer's output.
@@ -213,8 +223,13 @@ class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
             As :meth:`MIPINAttribution.attribute`; CaptureError where the layer has not exactly one output tensor.
         """
         found = self._explain(inputs, target, additional_forward_args, False, local)
-        (a,), (x,) = found.signals[0], found.features
-        return a * x if multiply_by_features else a
+        maps = found.signals[0]
+        if multiply_by_features:
+            maps = _product(maps, found.features)
+        if multiply_by_gradients:
+            extras = as_extras(additional_forward_args)
+            maps = _product(maps, self._gradient.explain(as_inputs(inputs), target, extras, self.layer).signals)
+        return maps[0]
 
     def source_signal(
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *, local: bool = True
@@ -230,6 +245,10 @@ class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
     def get_name(cls) -> str:
         """The name that Captum's tools show."""
         return "Layer MIP-IN"
+
+
+def _product(maps: Inputs, factors: Inputs) -> Inputs:
+    return tuple(a * b for a, b in zip(maps, factors, strict=True))
 
 
 def _of(inverse: object, model: nn.Module) -> InverseNetwork:

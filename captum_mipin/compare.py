@@ -73,6 +73,7 @@ class Setup:
 #: Methods that can be asked for by name. Captum's DeepLift looks at modules, not at functions.
 METHODS: dict[str, Callable[[Setup], Method]] = {
     "MIP-IN": lambda setup: _mipin(setup),
+    "MIP-IN × gradient": lambda setup: _bound(_mipin(setup), multiply_by_gradients=True),
     "Saliency": lambda setup: standard.saliency(setup.model),
     "Gradient": lambda setup: _bound(standard.saliency(setup.model), abs=False),
     "Input×Gradient": lambda setup: attr.InputXGradient(setup.model),

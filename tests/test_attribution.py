@@ -14,7 +14,14 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from captum.attr import GradientAttribution, LayerAttribution, NoiseTunnel, Saliency
+from captum.attr import (
+    GradientAttribution,
+    LayerActivation,
+    LayerAttribution,
+    LayerGradientXActivation,
+    NoiseTunnel,
+    Saliency,
+)
 from captum.attr import visualization as viz
 from captum.attr._utils.attribution import PerturbationAttribution
 from captum.metrics import infidelity, sensitivity_max
@@ -307,11 +314,32 @@ def test_output_is_contiguous_where_the_model_turns_its_input() -> None:
         assert found.is_contiguous()
 
 
+def test_relevance_of_a_linear_model_adds_up_to_its_output() -> None:
+    model, x = nn.Linear(6, 3).double().eval(), torch.randn(80, 6, dtype=torch.float64)
+    mipin = MIPINAttribution(model, InverseNetwork(model, ridge=0).fit(x, progress=False))
+    relevance = mipin.attribute(x[:3], [0, 1, 2], multiply_by_gradients=True)
+    torch.testing.assert_close(relevance.sum(1), model(x[:3]).diagonal().detach())
+
+
+def test_gradients_at_a_layer_are_those_of_the_model(cnn: Any) -> None:
+    layer, x, target = next(m for m in cnn.model.modules() if isinstance(m, nn.ReLU)), cnn.x[:4], [0, 1, 2, 0]
+    mipin = LayerMIPINAttribution(cnn.model, cnn.inverse, layer)
+    bare = LayerGradientXActivation(cnn.model, layer, multiply_by_inputs=False)
+    expected = mipin.attribute(x, target) * bare.attribute(x, target)
+    torch.testing.assert_close(mipin.attribute(x, target, multiply_by_gradients=True), expected.detach())
+    product = mipin.attribute(x, target, multiply_by_features=True, multiply_by_gradients=True)
+    torch.testing.assert_close(product, (expected * LayerActivation(cnn.model, layer).attribute(x)).detach())
+
+
 def test_options_are_what_they_say(cnn: Any) -> None:
     x = cnn.x[:3] - 0.5
     x[:, :, :2] = 0
     a, s = cnn.mipin.attribute(x, target=0), cnn.mipin.source_signal(x, target=0)
     assert torch.equal(cnn.mipin.attribute(x, target=0, multiply_by_inputs=True), a * x)
+    gradient = Saliency(cnn.model).attribute(x.clone().requires_grad_(), 0, abs=False)
+    torch.testing.assert_close(cnn.mipin.attribute(x, target=0, multiply_by_gradients=True), a * gradient)
+    both = cnn.mipin.attribute(x, target=0, multiply_by_inputs=True, multiply_by_gradients=True)
+    torch.testing.assert_close(both, a * x * gradient)
     assert torch.equal(cnn.mipin.attribute(x, target=0, mask_input=True), a * (x != 0))
     assert torch.equal(cnn.mipin.source_signal(x, target=0, mask_input=True), s * (x != 0))
     assert torch.equal(cnn.mipin.distractor(x, target=0), x - s)

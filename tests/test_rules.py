@@ -850,6 +850,8 @@ def test_networks_of_every_family(name, captured_once, tmp_path):
     assert found.shape == features[0].shape
     assert found.flatten(1).any(1).all()
     assert not found[features[0] == 0].any(), "equation 9"
+    (gradient,) = torch.autograd.grad(model(leaf := few.clone().requires_grad_())[range(4), mixed].sum(), leaf)
+    torch.testing.assert_close(mipin.attribute(few, mixed, multiply_by_gradients=True), a * gradient)
     inverse.save(tmp_path / "file")
     loaded = InverseNetwork.load(tmp_path / "file", model)
     assert torch.equal(loaded.source_signal(few, mixed), s)

@@ -1,4 +1,4 @@
-"""Methods that are gradients but for their activations: Deconvnet and Guided Backprop.
+"""Gradients, and methods that are gradients but for their activations: Deconvnet and Guided Backprop.
 
 Every operation has its derivative, except rectifiers, which gate what is sent back: Deconvnet by the sign of that itself,
 Guided Backprop by that and by what the forward pass recorded. Both were defined for ReLU. For its bounded and smooth kin the
@@ -31,6 +31,29 @@ _COMPARISONS = ("gt", "ge", "lt", "le")
 _NO_DERIVATIVE = ("heaviside", "nextafter")
 #: Gates by which their own argument is multiplied, and what that makes.
 _SMOOTH = {"sigmoid": torch.ops.aten.silu.default, "hardsigmoid": torch.ops.aten.hardswish.default}
+
+
+class Gradient(Signal):
+    """The gradient of an output, at the input or, by :class:`~captum_mipin.LayerPropagation`, at a layer.
+
+    Args:
+        model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
+
+    Source: Simonyan et al., ICLR 2014 (workshop), with its sign.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).eval()
+        >>> Gradient(model).attribute(torch.randn(2, 4), target=1).shape
+        torch.Size([2, 4])
+    """
+
+    _name = "Gradient"
+
+    def _table(self) -> Table:
+        return Table({}, other=Passes(note="derivative", carriers=_floating, records=True, exact=True))
+
+    def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
+        return seed(output, targets, unit=True)
 
 
 class Deconvnet(Signal):
