@@ -12,6 +12,7 @@ import io
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,16 @@ from data import load
 from PIL import Image
 from torch import Tensor, nn
 
-from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin import (
+    LRP,
+    ExcitationBackprop,
+    Gamma,
+    GuidedBackprop,
+    InverseNetwork,
+    LayerMIPINAttribution,
+    LayerPropagation,
+    MIPINAttribution,
+)
 from captum_mipin.metrics import grid_pointing_game, mosaics
 
 CONFIDENCE = 0.99
@@ -118,6 +128,14 @@ def peers(model: nn.Module, layer: nn.Module | None, seed: int, steps: int) -> d
         "Input×Gradient": by_gradient,
         "Integrated Gradients": integrated,
     }
+    propagated: dict[str, Any] = {
+        "Guided Backprop": GuidedBackprop(model),
+        "LRP-ε": LRP(model),
+        "LRP-γ": LRP(model, rule=Gamma(0.25)),
+        "Excitation backprop, contrastive": ExcitationBackprop(model, contrastive=True),
+    }
+    for name, method in propagated.items():
+        found[name] = (method if layer is None else LayerPropagation(method, layer)).attribute
     if layer is not None:
         found["Grad-CAM"] = grad_cam
     return found
@@ -133,6 +151,10 @@ def ours(model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, nam
         f"MIP-IN, {name}, × gradient": lambda x, target: method.attribute(x, target=target, multiply_by_gradients=True),
     }
     if name == "shares, joint":
+        evidence = partial(method.attribute, evidence=True)
+        found["MIP-IN, evidence"] = lambda x, target: evidence(x, target=target)
+        found["MIP-IN, evidence, × feature"] = lambda x, target: evidence(x, target=target, **{product: True})
+        found["MIP-IN, evidence, × gradient"] = lambda x, target: evidence(x, target=target, multiply_by_gradients=True)
         found["pattern only"] = lambda x, target: method.attribute(x, target=target, local=False)
     return found
 

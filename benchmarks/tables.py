@@ -117,20 +117,57 @@ def _differs(cell: float | str) -> str:
 
 
 def localization() -> str:
-    """The grid pointing game: every network that was measured, one block of columns a layer."""
-    rows = []
-    for path in sorted(RESULTS.glob("localization-*.json")):
-        result = json.loads(path.read_text())
+    """The grid pointing game: one table a network, one block of columns a layer."""
+    tables = []
+    for title, result in _mosaics().items():
+        lines: dict[str, dict[str, Any]] = {}
+        for row in result["rows"]:
+            line = lines.setdefault(row["method"], {"method": row["method"]})
+            for grid in ("2x2", "3x3"):
+                line[f"{row['layer']} {grid}"] = f"{row[grid]:.2f} ({row[f'{grid}, positive logit']:.2f})"
         settings = result["settings"]
-        name = f"{path.stem.removeprefix('localization-')}, {len(settings['classes'])} classes, {settings['mosaics']} mosaics"
-        name += f", confidence {settings['confidence']}" if settings["confidence"] != 0.99 else ""
-        for method in dict.fromkeys(row["method"] for row in result["rows"]):
-            line: dict[str, Any] = {"network": name, "method": method}
-            for row in (row for row in result["rows"] if row["method"] == method):
-                for grid in ("2x2", "3x3"):
-                    line[f"{row['layer']} {grid}"] = f"{row[grid]:.2f} ({row[f'{grid}, positive logit']:.2f})"
-            rows.append(line)
+        about = f"{len(settings['classes'])} classes, {settings['mosaics']} mosaics, fitted on {settings['fit']} images"
+        about += f", confidence {settings['confidence']}" if settings["confidence"] != 0.99 else ""
+        tables.append(f"**{title}**, {about}:\n\n{show(list(lines.values()))}")
+    return "\n\n".join(tables)
+
+
+def mosaics() -> str:
+    """What of that a newcomer wants to know: MIP-IN as it is by default, and the best of all other methods."""
+    rows = []
+    for title, result in _mosaics().items():
+        for layer in ("input", "middle", "last"):
+            found = [row for row in result["rows"] if row["layer"] == layer]
+            own = {row["method"]: row for row in found if row["method"].startswith("MIP-IN")}
+            others = [row for row in found if row["method"] not in own and row["method"] != "pattern only"]
+            best = [max(others, key=lambda row: row[grid]) for grid in ("2x2", "3x3")]
+            names = " / ".join(dict.fromkeys(row["method"] for row in best))
+            rows.append(
+                {
+                    "network": title,
+                    "at": layer,
+                    **{
+                        name: " / ".join(f"{own[method][grid]:.2f}" for grid in ("2x2", "3x3"))
+                        for name, method in (
+                            ("MIP-IN", "MIP-IN, shares, joint"),
+                            ("MIP-IN × gradient", "MIP-IN, shares, joint, × gradient"),
+                            ("evidence", "MIP-IN, evidence"),
+                            ("evidence × gradient", "MIP-IN, evidence, × gradient"),
+                        )
+                        if method in own
+                    },
+                    "best of the others": f"{best[0]['2x2']:.2f} / {best[1]['3x3']:.2f} ({names})",
+                }
+            )
     return show(rows)
+
+
+def _mosaics() -> dict[str, dict[str, Any]]:
+    names = {
+        "efficientnet_lite0": "EfficientNet-Lite0", "mobilenet_v2": "MobileNetV2", "squeezenet1_0": "SqueezeNet 1.0",
+        "resnet20": "ResNet-20, CIFAR-10", "resnet56": "ResNet-56, CIFAR-10",
+    }  # fmt: skip
+    return {title: _load(f"localization-{name}") for name, title in names.items()}
 
 
 def zoo() -> str:
@@ -496,7 +533,7 @@ def paper_randomization() -> str:
 
 def main() -> None:
     texts = {page: page.read_text() for page in pages()}
-    own = (completeness, controls, variants, localization, invariance, class_sensitivity, speed, speed_methods, zoo)
+    own = (completeness, controls, variants, localization, mosaics, invariance, class_sensitivity, speed, speed_methods, zoo)
     scaled = (neighbours, scale, thousand, floor, sampled)
     paper = (paper_boxes, paper_settings, paper_perturbations, paper_maps, paper_classes, paper_randomization)
     for table in (*own, *scaled, *paper, bottlenecks, bottlenecks_text, bottlenecks_speed, comparison):

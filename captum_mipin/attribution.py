@@ -57,6 +57,7 @@ class MIPINAttribution(NoFuture, GradientAttribution):
         mask_input: bool = False,
         multiply_by_inputs: bool = False,
         multiply_by_gradients: bool = False,
+        evidence: bool = False,
         return_convergence_delta: bool = False,
     ) -> Any:
         """A, the attribution of the target's logit to the input (algorithm 1).
@@ -71,6 +72,9 @@ class MIPINAttribution(NoFuture, GradientAttribution):
             multiply_by_inputs: Return A ⊙ x.
             multiply_by_gradients: Return A ⊙ ∂Φ_c/∂x, what the network reads of A: relevance, in units of the output, as
                 PatternAttribution's of PatternNet's signal; if Φ_c is linear, it adds up to it. Takes one more pass each way.
+            evidence: Explain what speaks for the target alone, place by place, of an output that is an average over places or a
+                dense layer on one: the average of the places' positive parts, instead of a logit that may be negative. Where
+                the logit is positive, the map is the same up to its scale.
             return_convergence_delta: Return also the completeness error of the source signal, Φ_c(S) − Φ_c(x).
 
         Returns:
@@ -85,8 +89,10 @@ class MIPINAttribution(NoFuture, GradientAttribution):
             ModelChangedError: The model's weights changed since the fit.
         """
         tensors, extras = as_inputs(inputs), as_extras(additional_forward_args)
+        if evidence and return_convergence_delta:
+            raise InputError("return_convergence_delta=True is of the whole output, evidence=True explains a part: ask for one")
         biases = (False, True) if return_convergence_delta else (False,)
-        found = self.inverse.explain(tensors, target, extras, biases=biases, local=local, mask=mask_input)
+        found = self.inverse.explain(tensors, target, extras, biases=biases, local=local, mask=mask_input, evidence=evidence)
         maps = found.signals[0]
         if multiply_by_inputs:
             maps = _product(maps, found.features)
@@ -207,6 +213,7 @@ class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
         local: bool = True,
         multiply_by_features: bool = False,
         multiply_by_gradients: bool = False,
+        evidence: bool = False,
     ) -> Tensor:
         """A at the layer: how the target's logit is carried by each feature of its output.
 
@@ -215,6 +222,7 @@ class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
             local: Adapt the inverse to each example; without, the global view.
             multiply_by_features: Return A ⊙ features.
             multiply_by_gradients: Return A ⊙ the gradient there, as for :meth:`MIPINAttribution.attribute`.
+            evidence: Explain what speaks for the target alone, as for :meth:`MIPINAttribution.attribute`.
 
         Returns:
             Shaped like the layer's output.
@@ -222,7 +230,7 @@ class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
         Raises:
             As :meth:`MIPINAttribution.attribute`; CaptureError where the layer has not exactly one output tensor.
         """
-        found = self._explain(inputs, target, additional_forward_args, False, local)
+        found = self._explain(inputs, target, additional_forward_args, False, local, evidence)
         maps = found.signals[0]
         if multiply_by_features:
             maps = _product(maps, found.features)
@@ -237,9 +245,12 @@ class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
         """S at the layer: what of its output the target's logit carries, shaped like it."""
         return self._explain(inputs, target, additional_forward_args, True, local).signals[0][0]
 
-    def _explain(self, inputs: Any, target: Any, arguments: Any, bias: bool, local: bool) -> Explanation:
-        extras = as_extras(arguments)
-        return self.inverse.explain(as_inputs(inputs), target, extras, biases=(bias,), local=local, layer=self.layer)
+    def _explain(
+        self, inputs: Any, target: Any, arguments: Any, bias: bool, local: bool, evidence: bool = False
+    ) -> Explanation:
+        return self.inverse.explain(
+            as_inputs(inputs), target, as_extras(arguments), biases=(bias,), local=local, layer=self.layer, evidence=evidence
+        )
 
     @classmethod
     def get_name(cls) -> str:

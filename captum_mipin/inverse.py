@@ -470,6 +470,7 @@ class InverseNetwork:
         local: bool = True,
         mask: bool = False,
         layer: nn.Module | None = None,
+        evidence: bool = False,
     ) -> Explanation:
         """Send the logits of ``target`` back, once for each of ``biases``: True for S, False for A.
 
@@ -482,6 +483,7 @@ class InverseNetwork:
                 ``where`` and ``maximum``, always are each example's own.
             mask: Apply equation 9 to the inputs as well; to the output of ``layer`` it always is, if ``local``.
             layer: Stop at this module's output instead of the inputs.
+            evidence: Send back what at each place speaks for the target, of an output that is an average over places.
 
         Raises:
             NotFittedError, InputError, TargetError, CaptureError, ModelChangedError: As their descriptions say.
@@ -494,8 +496,10 @@ class InverseNetwork:
                 f"this inverse stops at layer {self._path(self.layer)!r}, it does not reach the input: use "
                 "LayerMIPINAttribution, or fit InverseNetwork(model) without layer="
             )
+        if evidence and not (local and self.settings.shares):
+            raise InputError("evidence=True is told by places, which local=False and pooling='even' leave out")
         mask = local and (mask or layer is not None)
-        return self._back(state, inputs, target, extras, biases, self._options(local), mask, layer)
+        return self._back(state, inputs, target, extras, biases, self._options(local, evidence), mask, layer)
 
     def _back(
         self,
@@ -530,10 +534,11 @@ class InverseNetwork:
             if mixed:
                 targets = [targets[index] for index in order]
                 inputs, extras = pick(inputs, extras, torch.tensor(order, device=inputs[0].device), graph.shared)
-            run = Run(surrogate.steps, options)
+            run = Run(surrogate.steps, options, evidence=surrogate.average() if options.evidence else None)
             with TURNS.explaining():
                 output = surrogate(run, graph.values(self.model, inputs, extras))
-                start = seed(output, targets, unit)
+                start = seed(output, targets)
+                sent = seed(output, targets, unit=True) if unit or options.evidence else start
                 sources = [run.sources[index] for index in range(surrogate.starts)]
             run.inverses, run.groups = self._inverses(state, graph, surrogate, inputs, extras, targets, sources)
             with TURNS.explaining():
@@ -541,7 +546,7 @@ class InverseNetwork:
                 signals: list[Inputs] = []
                 for bias in biases:
                     run.options = replace(options, bias=bias)
-                    found = torch.autograd.grad(output, sources, start, retain_graph=len(biases) > 1)
+                    found = torch.autograd.grad(output, sources, sent, retain_graph=len(biases) > 1)
                     if mask:
                         found = tuple(s * (x != 0) for s, x in zip(found, sources, strict=True))
                     if not all(finite(s) for s in found):
@@ -570,8 +575,8 @@ class InverseNetwork:
                 raise NotFittedError(f"the inverse {reach} and has nothing for {', '.join(missing[:4])}")
         return found, _groups(targets)
 
-    def _options(self, local: bool) -> Options:
-        return Options(local=local, shares=self.settings.shares)
+    def _options(self, local: bool, evidence: bool = False) -> Options:
+        return Options(local=local, shares=self.settings.shares, evidence=evidence)
 
     def _classes(self, state: State, targets: Sequence[Target]) -> dict[Target, Inverses]:
         """The inverses of classes, some of which may have to be fitted first."""

@@ -8,7 +8,7 @@ the seeded output then *is* the method, and the gradient with respect to an oper
 
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, repeat
 from typing import Any
@@ -21,7 +21,8 @@ from captum_mipin.capture import CapturedGraph
 from captum_mipin.errors import CaptureError, InputError, RuleError, UnsupportedOperationError
 from captum_mipin.rules import MIPIN, Fork, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.base import argument
-from captum_mipin.rules.linear import TOGETHER
+from captum_mipin.rules.linear import TOGETHER, pooled_dense
+from captum_mipin.rules.pooling import average
 from captum_mipin.survey import (
     carrying_users,
     channels,
@@ -83,6 +84,7 @@ class Run:
         sources: The tensors at which the signal is wanted.
         proving: Make sure that what rules compute is what their operations do.
         once: There is one way back only: what it needs is forgotten step by step.
+        evidence: Key of the average at the output of which :attr:`Options.evidence` is sent back, if it is asked for.
         autocast: What products with weights are computed in, by their operations as autocast has it; None for no other dtype.
             All else keeps its own.
     """
@@ -97,6 +99,7 @@ class Run:
     sources: dict[int, Tensor] = field(default_factory=dict)
     proving: bool = False
     once: bool = False
+    evidence: str | None = None
     autocast: torch.dtype | None = None
 
     def operate(self, this: Step, x: Tensor, arguments: Any, named: Any) -> Any:
@@ -147,12 +150,13 @@ class _Invert(torch.autograd.Function):
 
 
 def _forward(run: Run, step: Step, x: Any, arguments: Any, named: Any) -> tuple[Any, Callable[..., Tensor]]:
+    options = replace(run.options, evidence=step.key == run.evidence)
     if isinstance(step.rule, Recorded):
-        found = step.rule.run(run.options, step.operation, x, *arguments, **named)
+        found = step.rule.run(options, step.operation, x, *arguments, **named)
         if run.proving:
             _prove(step, found, step.operation(x, *arguments, **named))
         return found
-    inverter = step.rule.inverter(run.options, x, *arguments, **named)
+    inverter = step.rule.inverter(options, x, *arguments, **named)
     return run.operate(step, x, arguments, named), partial(run.invert, inverter, step)
 
 
@@ -330,6 +334,25 @@ class Surrogate:
     def learned(self) -> tuple[str, ...]:
         """Keys of the steps with a learned inverse, in the order in which they are fitted: from the output down."""
         return tuple(key for key, this in reversed(self.steps.items()) if isinstance(this.rule, Learned))
+
+    def average(self) -> str:
+        """Key of the average over places that the output is, or of the dense layer on one.
+
+        Raises:
+            UnsupportedOperationError: It is none.
+        """
+        (node,) = next(node for node in self.graph.nodes if node.op == "output").all_input_nodes
+        while node.target is not step and len(carried := [n for n in node.all_input_nodes if n.meta.get("signal")]) == 1:
+            (node,) = carried
+        rule = self.steps[str(node.args[1])].rule if node.target is step else None
+        if (isinstance(rule, Recorded) and rule.run is average) or (
+            isinstance(rule, Learned) and rule.inverter is pooled_dense
+        ):
+            return str(node.args[1])
+        raise UnsupportedOperationError(
+            "evidence=True tells what speaks for the output from what speaks against it, place by place; but the output is "
+            f"that of {node.meta['key']}: it has to be an average over places, or a dense layer on one. Explain all of it"
+        )
 
     @property
     def graph(self) -> fx.Graph:

@@ -331,6 +331,76 @@ def test_gradients_at_a_layer_are_those_of_the_model(cnn: Any) -> None:
     torch.testing.assert_close(product, (expected * LayerActivation(cnn.model, layer).attribute(x)).detach())
 
 
+def pooled(last: nn.Module | None = None) -> nn.Sequential:
+    """A network that ends with an average over places, or a dense layer on one."""
+    torch.manual_seed(0)
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    head = [*pool, nn.Linear(6, 3)] if last is None else [last, *pool]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), *head).double().eval()
+
+
+def test_evidence_is_what_speaks_for_the_target_place_by_place() -> None:
+    model, x = pooled(), torch.rand(80, 3, 8, 8, dtype=torch.float64)
+    model[-1].bias.data -= model(x).mean(0)  # logits of both signs
+    inverse = InverseNetwork(model).fit(x, progress=False)
+    mipin, last = MIPINAttribution(model, inverse), LayerMIPINAttribution(model, inverse, model[3])
+    few, target = x[:12], [0, 1, 2] * 4
+    features = model[:4](few).detach()
+    at_places = nn.functional.linear(features.movedim(1, -1), model[-1].weight, model[-1].bias).detach()
+    logits = at_places.mean((1, 2))[range(12), target]
+    assert (logits > 0).any()
+    assert (logits < 0).any()
+    speaks = at_places[range(12), ..., target].clamp(min=0)
+    a, found = mipin.attribute(few, target), mipin.attribute(few, target, evidence=True)
+    assert (speaks.mean((1, 2)) > logits.clamp(min=0)).any(), "places of both signs in one image"
+    for one, whole, logit, places in zip(found, a, logits, speaks, strict=True):
+        if logit > 0:
+            torch.testing.assert_close(one, whole * places.mean() / logit)
+    weights = torch.stack([inverse._fitted().fitted.inverses[t,]["6/linear"].weight[:, 0] for t in target])
+    expected = weights[:, :, None, None] * speaks[:, None] * (features != 0)
+    torch.testing.assert_close(last.attribute(few, target, evidence=True), expected)
+    for i in range(12):  # alone as among others
+        torch.testing.assert_close(mipin.attribute(few[i : i + 1], target[i], evidence=True)[0], found[i])
+
+
+@pytest.mark.parametrize("end, sign", [(None, 1), ("sum", 1), ("negative", -1)])
+def test_evidence_of_maps_that_are_averaged_or_summed_up(end: str | None, sign: int) -> None:
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.body(x)
+            return y.sum((2, 3)) if end == "sum" else -y.mean((2, 3)) if end == "negative" else y.mean((2, 3))
+
+    torch.manual_seed(0)
+    model, x = Ends().double().eval(), torch.rand(60, 3, 8, 8, dtype=torch.float64) - 0.5
+    model.body[2].bias.data -= model.body(x).mean((0, 2, 3))  # at places of both signs
+    inverse = InverseNetwork(model, layer=model.body).fit(x, progress=False)
+    mipin, target = LayerMIPINAttribution(model, inverse), [0, 1, 2, 0]
+    y, found = model.body(x[:4]).detach(), mipin.attribute(x[:4], target, evidence=True)
+    own = torch.eye(3, dtype=torch.float64)[target][:, :, None, None]
+    speaks = y * (sign * y > 0) * own
+    assert speaks.flatten(1).any(1).all()
+    for one, places in zip(found, speaks, strict=True):  # what stops there has a factor a channel
+        torch.testing.assert_close(one / one.abs().max(), places / places.abs().max())
+
+
+def test_evidence_is_refused_where_there_are_no_places(mlp: Any, cnn: Any) -> None:
+    with pytest.raises(UnsupportedOperationError, match=r"the output is that of .*linear: it has to be an average"):
+        mlp.mipin.attribute(mlp.x[:2], 0, evidence=True)
+    model, x = pooled(), torch.rand(40, 3, 8, 8, dtype=torch.float64)
+    mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, 0, progress=False))
+    with pytest.raises(InputError, match="told by places"):
+        mipin.attribute(x[:2], 0, evidence=True, local=False)
+    with pytest.raises(InputError, match="ask for one"):
+        mipin.attribute(x[:2], 0, evidence=True, return_convergence_delta=True)
+    even = MIPINAttribution(model, InverseNetwork(model, pooling="even").fit(x, 0, progress=False))
+    with pytest.raises(InputError, match="told by places"):
+        even.attribute(x[:2], 0, evidence=True)
+
+
 def test_options_are_what_they_say(cnn: Any) -> None:
     x = cnn.x[:3] - 0.5
     x[:, :, :2] = 0

@@ -22,12 +22,14 @@ class Options:
         shares: Average pooling sends the signal to where the value came from; without, it spreads it evenly.
         bias: Keep the biases of the inverses: the source signal S. Without: the attribution A.
         packed: Record masks as bits, for what is kept long.
+        evidence: Of an average that the output is, send back what at each place speaks for the output, not its share in it.
     """
 
     local: bool = True
     shares: bool = True
     bias: bool = True
     packed: bool = False
+    evidence: bool = False
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ class PooledDense(Inverter):
         dense: The inverse at each place.
         x: (n, ..., features), what is averaged.
         weight, bias: Of the dense layer.
-        recorded: See :func:`~captum_mipin.rules.pooling.shared_out`.
+        recorded, evidence: See :func:`~captum_mipin.rules.pooling.shared_out`.
         dim: Where the channels are in x as it is given.
     """
 
@@ -195,6 +195,7 @@ class PooledDense(Inverter):
     weight: Tensor
     bias: Tensor | None
     recorded: bool
+    evidence: bool
     dim: int
 
     def part(self, examples: slice) -> "PooledDense":
@@ -223,7 +224,7 @@ class PooledDense(Inverter):
         bias = None if self.bias is None else self.bias[live]
         y = torch.nn.functional.linear(self.x, self.weight[live], bias)
         over = tuple(range(1, y.ndim - 1))
-        return shared_out(lambda t: t.mean(over), y, y.mean(over), self.recorded)(s[:, live])
+        return shared_out(lambda t: t.mean(over), y, y.mean(over), self.recorded, self.evidence)(s[:, live])
 
 
 class PooledLinear:
@@ -241,7 +242,8 @@ class PooledLinear:
 def pooled_dense(options: Options, x: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> PooledDense:
     """The inverse of :class:`PooledLinear`; the channels of ``x`` are along ``dim``."""
     inner = Dense(weight.shape[1], (weight.shape[0],))
-    return PooledDense(inner, x.detach().movedim(dim, -1), weight, bias, options.local and options.shares, dim)
+    recorded = options.local and options.shares
+    return PooledDense(inner, x.detach().movedim(dim, -1), weight, bias, recorded, options.evidence, dim)
 
 
 def add_own(x: Tensor, inverse: Inverse, own: Sequence[Tensor], dim: int) -> Tensor:

@@ -67,16 +67,28 @@ def adaptive_max_pool(options: Options, operation: Any, x: Tensor, size: Sequenc
 def average(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
     """Send the signal to where the average, or sum, came from (:func:`shared_out`), or evenly if so wished or without masks."""
     value = operation(x, *arguments, **named)
-    return value, shared_out(lambda t: operation(t, *arguments, **named), x, value, options.local and options.shares)
+    recorded = options.local and options.shares
+    return value, shared_out(lambda t: operation(t, *arguments, **named), x, value, recorded, options.evidence)
 
 
-def shared_out(operator: Callable[[Tensor], Tensor], x: Tensor, value: Tensor, recorded: bool) -> Back:
+def shared_out(operator: Callable[[Tensor], Tensor], x: Tensor, value: Tensor, recorded: bool, evidence: bool = False) -> Back:
     """Send the signal at the averages ``value`` = P x to the elements that they came from, the soft form of a switch.
 
     An average came from the elements that agree with it in sign. With weights P ≥ 0, window w gives each of these the
     signal S_w |x_i| / Σ_j P_wj |x_j|, over those alone, and the others nothing; where windows overlap, an element gets the
     mean with weights P_wi. For x ≥ 0 the signal S = y returns x itself. Not ``recorded``, |x| is replaced by 1 throughout.
+
+    With ``evidence`` it is the elements themselves that are sent, |S_w| x_i where x_i agrees in sign with S_w: for S_w = 1,
+    Σ_i P_wi x_i⁺ is what speaks for the average, which may be negative.
     """
+    if evidence:
+        back_through = adjoint(operator, x)
+
+        def speaking(s: Tensor) -> Tensor:
+            wanted = _ratio(back_through(s), back_through(torch.ones_like(s)))
+            return x * wanted.abs() * (x * wanted > 0)
+
+        return speaking
     if not recorded:
         return _by_share(operator, torch.ones_like(x))
     if bool((x >= 0).all()):
