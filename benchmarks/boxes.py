@@ -30,6 +30,8 @@ from captum_mipin import (
     LRP,
     Deconvnet,
     DeepTaylor,
+    ExcitationBackprop,
+    Gamma,
     GuidedBackprop,
     InputIBA,
     InverseNetwork,
@@ -67,6 +69,10 @@ PERTURBED_ROWS = (
     "random", "centre prior",
 )  # fmt: skip
 Method = Callable[[Tensor, Tensor], Any]
+#: Of what does not belong to a last layer by its definition, what is also asked below it.
+BELOW = (
+    "Input×Gradient", "LRP-ε", "LRP-γ", "Excitation backprop, contrastive", "Guided Backprop", "PatternAttribution",
+)  # fmt: skip
 #: Steps below → features.
 Features = dict[int, Tensor]
 
@@ -262,6 +268,8 @@ def propagated(model: nn.Module, fit: Tensor | None, bounds: tuple[Tensor | floa
     low, high = bounds or (None, None)
     methods: dict[str, Any] = {
         "LRP-ε": LRP(model),
+        "LRP-γ": LRP(model, rule=Gamma(0.25)),
+        "Excitation backprop, contrastive": ExcitationBackprop(model, contrastive=True),
         "Deep Taylor": DeepTaylor(model, low=low, high=high),
         "Deep Taylor, as in iNNvestigate": DeepTaylor(model, preset="innvestigate"),
         "Deconvnet": Deconvnet(model),
@@ -387,7 +395,7 @@ def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Ite
         top, where = cut == net.cuts[-1], places(x)[cut]
         above = net.above(cut)
         others = gradients(above, 10, net.rectified) | propagated(above, some(fit[cut]), None)
-        kept = [name for name in others if top or name in ("Input×Gradient", "LRP-ε", "Guided Backprop", "PatternAttribution")]
+        kept = [name for name in others if top or name in BELOW]
         for name, method in tqdm([(name, others[name]) for name in kept] + list(cams(above).items()), desc=f"at {where}"):
             yield from tried(name, where, method, x[cut], about, everything, AT_LAYERS.get(name, ("sum_of_relu", "sum_of_abs")))
         for name, method in controls(x[cut].shape[-1]).items():
