@@ -12,6 +12,7 @@ replace black pixels by black ones leave the image as it was, and deletion runs 
 """
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -25,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave t
 
 import torch
 from captum.attr import InputXGradient
-from common import show, write
+from common import RESULTS, show, write
 from data import load
 from networks import RECIPES
 from torch import Tensor, nn
@@ -129,8 +130,12 @@ def measure(case: Case, counts: Sequence[int]) -> list[dict[str, Any]]:
 def ratios(times: dict[tuple[int, str, str], list[float]], threads: int) -> dict[str, float]:
     """By each clock, least and median, the three times, and by how much the loop takes longer."""
     row: dict[str, float] = {}
-    for clock, (which, middle) in product(CLOCKS, {"least": min, "median": statistics.median}.items()):
-        own = {name: middle(found) for (count, name, by), found in times.items() if (count, by) == (threads, clock)}
+    for clock, which in product(CLOCKS, ("least", "median")):
+        own = {
+            name: min(found) if which == "least" else statistics.median(found)
+            for (count, name, by), found in times.items()
+            if (count, by) == (threads, clock)
+        }
         loop, ours = own.pop("one forward a step"), own.pop("deletion")
         alone, said = min(own.values()), f"{which} {clock}"
         row |= {
@@ -156,26 +161,21 @@ class Listening(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="networks; by default all, which writes the results file")
+    parser.add_argument("names", nargs="*", help="networks, whose rows of the results file are written anew; by default all")
     parser.add_argument("--data", help="folder with the images of MNIST and CIFAR-10; without it, random ones and digits")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    file = RESULTS / "speed-metrics.json"
+    rows = json.loads(file.read_text())["rows"] if arguments.names and file.exists() else []
+    rows = [row for row in rows if row["network"] not in arguments.names]
     for case in cases(arguments.data, arguments.names):
         rows += measure(case, arguments.threads)
         shown = [{key: row[key] for key in row if "wall" not in key} for row in rows[-len(arguments.threads) :]]
         print(show(shown), time.strftime("%X"), flush=True)
-        if not arguments.names:
-            maps = "random for random images, Input×Gradient for others"
-            write(
-                "speed-metrics",
-                rows,
-                baseline=0,
-                score="softmax",
-                step="one row of the image",
-                maps=maps,
-                threads_wait=os.environ["OMP_WAIT_POLICY"],
-            )
+        write(
+            "speed-metrics", rows, baseline=0, score="softmax", step="one row of the image",
+            maps="random for random images, Input×Gradient for others", threads_wait=os.environ["OMP_WAIT_POLICY"],
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
