@@ -43,6 +43,8 @@ from captum_mipin import IBA, InputIBA, InverseNetwork, LayerMIPINAttribution
 from captum_mipin.bottleneck import information, mask
 from captum_mipin.iba import IBA_SETTINGS
 from captum_mipin.input_iba import INPUT_IBA_SETTINGS
+from captum_mipin.metrics import deletion, insertion
+from captum_mipin.metrics.perturbation import Baseline
 
 LAYER = "features.7"
 CLASSES = 4
@@ -80,7 +82,7 @@ def training(folder: Path, count: int) -> Tensor:
 
 
 def ranked(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Pixels of each map (N, H, W), the highest-scored first, equal ones in random order."""
+    """Pixels of each map (N, H, W), the highest-scored first, equal ones in random order, as deletion has them."""
     flat = scores.flatten(1).double()
     order = torch.rand(flat.shape, generator=generator).argsort(1)
     return order.gather(1, flat.gather(1, order).argsort(dim=1, descending=True, stable=True))
@@ -93,19 +95,19 @@ def box_accuracy(order: Tensor, boxes: Tensor) -> Tensor:
     return (inside.gather(1, order) & first).sum(1) / count
 
 
-def curves(model: nn.Module, x: Tensor, order: Tensor, target: Tensor, steps: int = 8) -> tuple[Tensor, Tensor]:
-    """Deletion and insertion of each image."""
-    rank = order.argsort(1).view(len(x), 1, *x.shape[2:])
-    blurred = gaussian_blur(x, [11, 11], [5.0, 5.0])
-    found = []
-    for start, end in ((x, torch.zeros_like(x)), (blurred, x)):
-        probabilities = []
-        for step in range(steps + 1):
-            image = torch.where(rank < round(step * order.shape[1] / steps), end, start)
-            with torch.no_grad():
-                probabilities.append(model(image).softmax(1).gather(1, target[:, None])[:, 0])
-        found.append(torch.trapezoid(torch.stack(probabilities), dx=1 / steps, dim=0))
-    return found[0], found[1]
+def curves(
+    model: nn.Module, x: Tensor, maps: Tensor, target: Tensor, seed: int, baseline: Baseline, steps: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Areas of deletion, to 0, and insertion, from ``baseline``, of each image."""
+    options: Any = {"model": model, "step": maps[0].numel() // steps}
+    ties = (torch.Generator().manual_seed(seed) for _ in range(2))
+    deleted = deletion(maps, x, target, generator=next(ties), **options)
+    return deleted.values, insertion(maps, x, target, baseline=baseline, generator=next(ties), **options).values
+
+
+def blurred(x: Tensor) -> Tensor:
+    found: Tensor = gaussian_blur(x, [11, 11], [5.0, 5.0])
+    return found
 
 
 def resized(maps: Tensor) -> Tensor:
@@ -166,12 +168,11 @@ def measured(
 ) -> dict[str, Any]:
     order = ranked(maps, torch.Generator().manual_seed(1))
     accuracy = box_accuracy(order, boxes)
-    deletion, insertion = (torch.cat(part) for part in zip(*(curves(model, *part) for part in zip(*(
-        some.split(10) for some in (x, order, t)), strict=True)), strict=True))  # fmt: skip
+    deleted, inserted = curves(model, x, maps, t, 1, blurred)
     row = {
         "method": name, "layer, reduction": where, "box accuracy": float(accuracy.mean()),
-        "standard error": float(accuracy.std() / len(x) ** 0.5), "insertion": float(insertion.mean()),
-        "deletion": float(deletion.mean()), "s an image": taken / len(x),
+        "standard error": float(accuracy.std() / len(x) ** 0.5), "insertion": float(inserted.mean()),
+        "deletion": float(deleted.mean()), "s an image": taken / len(x),
     }  # fmt: skip
     print(show([row]).splitlines()[-1], flush=True)
     return row
@@ -424,18 +425,8 @@ def text(count: int) -> None:
         start = time.perf_counter()
         maps[name] = method()
         taken = time.perf_counter() - start
-        order = ranked(maps[name].unsqueeze(1), torch.Generator().manual_seed(2))
-        place = order.argsort(1)
-        values = []
-        for keep in (False, True):
-            probabilities = []
-            for step in range(9):
-                first = place < round(step * tokens.shape[1] / 8)
-                with torch.no_grad():
-                    logits = model(tokens.where(first if keep else ~first, UNKNOWN))
-                probabilities.append(logits.softmax(1).gather(1, target[:, None])[:, 0])
-            values.append(float(torch.trapezoid(torch.stack(probabilities), dx=1 / 8, dim=0).mean()))
-        rows.append({"method": name, "deletion": values[0], "insertion": values[1], "s a passage": taken / len(tokens)})
+        deleted, inserted = (float(areas.mean()) for areas in curves(model, tokens, maps[name], target, 2, UNKNOWN))
+        rows.append({"method": name, "deletion": deleted, "insertion": inserted, "s a passage": taken / len(tokens)})
         print(show(rows[-1:]).splitlines()[-1], flush=True)
     write(
         "bottleneck-text", rows, data="passages of 16 words from the docstrings of torch and of scikit-learn, by files",

@@ -1,29 +1,72 @@
 """What deletion costs against one forward a step and image, as a ratio within one run: python benchmarks/metrics.py.
 
-16 images, maps at random, RISE's steps of one image row; the time does not depend on the weights, which are torch's random
-ones. "one forward a step" does what the RISE protocol says, image by image: it replaces the next pixels, in place, runs the
-network, takes the softmax. Both give the same curves, which is checked. "forwards alone" is the time of the network on as many
-images, ready made, in batches of the size that is fastest: what no implementation can go below. At 224 x 224 it is 2 images.
+16 images (one at 224 x 224), RISE's steps of one image row, torch's random weights, on which the time does not depend. "one
+forward a step" does what the RISE protocol says, image by image: it replaces the next pixels, in place, runs the network, takes
+the softmax. Both give the same curves, which is checked. "forwards alone" is the network on the images of that loop, ready
+made, in batches of the size that is fastest: what nothing can go below that runs the network on each of them. All in turn, on
+one and on two threads, each for a tenth of a second or once; wall and processor time (of all threads), the median and the least
+of the repeats: what else the machine does only adds, and adds more to the loop, which needs its caches more.
+
+Random images with random maps change in every step. Real images with the maps of a method (Input×Gradient) may not: steps that
+replace black pixels by black ones leave the image as it was, and deletion runs it once.
 """
 
 import argparse
+import json
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the processor to others
+
 import torch
-from common import show, write
+from captum.attr import InputXGradient
+from common import RESULTS, show, write
+from data import load
 from networks import RECIPES
 from torch import Tensor, nn
 
 from captum_mipin.metrics import deletion
 
-IMAGES = 16
+IMAGES, TARGET = 16, 3
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
-def one_by_one(model: nn.Module, maps: Tensor, x: Tensor, target: int, step: int) -> Tensor:
+@dataclass(frozen=True)
+class Case:
+    """What to delete from."""
+
+    network: str
+    build: Callable[[], nn.Module]
+    images: str
+    x: Tensor
+    sizes: tuple[int, ...] = (1, 4, 16, 64, 144, 256)
+    repeats: int = 5
+
+
+def cases(folder: str | None, names: Sequence[str]) -> Iterator[Case]:
+    """Random images for all networks, or for some; real ones where they are at hand."""
+    import torchvision
+
+    shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+    for name in ("cnn-digits", "mlp-mnist", "cnn-mnist", "cnn-cifar10"):
+        build, data = RECIPES[name].build, RECIPES[name].data
+        if not names or name in names:
+            yield Case(name, build, "random", torch.rand(IMAGES, *shapes[data]))
+            if data == "digits" or folder is not None:
+                yield Case(name, build, data, load(data, folder).test[:IMAGES])
+    if not names or "squeezenet1_1" in names:
+        build = partial(torchvision.models.squeezenet1_1, weights=None)
+        yield Case("squeezenet1_1", build, "random", torch.rand(1, 3, 224, 224), (1, 4, 16), 1)
+
+
+def one_by_one(model: nn.Module, maps: Tensor, x: Tensor, step: int) -> Tensor:
     """RISE's loop: (images, steps + 1) probabilities."""
     curves = []
     for image, heat in zip(x, maps, strict=True):
@@ -33,28 +76,9 @@ def one_by_one(model: nn.Module, maps: Tensor, x: Tensor, target: int, step: int
         with torch.no_grad():
             for start in range(-step, len(order), step):
                 flat[:, order[max(start, 0) : start + step]] = 0
-                curve.append(float(model(now[None]).softmax(1)[0, target]))
+                curve.append(float(model(now[None]).softmax(1)[0, TARGET]))
         curves.append(curve)
     return torch.tensor(curves)
-
-
-def networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
-    """Name → how to build it, the shape of its images."""
-    import torchvision
-
-    return {
-        "cnn-digits": (RECIPES["cnn-digits"].build, (IMAGES, 1, 8, 8)),
-        "mlp-mnist": (RECIPES["mlp-mnist"].build, (IMAGES, 1, 28, 28)),
-        "cnn-mnist": (RECIPES["cnn-mnist"].build, (IMAGES, 1, 28, 28)),
-        "cnn-cifar10": (RECIPES["cnn-cifar10"].build, (IMAGES, 3, 32, 32)),
-        "squeezenet1_1": (lambda: torchvision.models.squeezenet1_1(weights=None), (2, 3, 224, 224)),
-    }
-
-
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
 
 
 def forwards(model: nn.Module, x: Tensor, size: int) -> None:
@@ -63,42 +87,95 @@ def forwards(model: nn.Module, x: Tensor, size: int) -> None:
             model(part)
 
 
-def measure(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
-    """Medians of alternating runs."""
+def measure(case: Case, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """One row for each number of threads."""
     torch.manual_seed(0)
-    model, x, maps = build().eval(), torch.rand(shape), torch.rand(shape[0], *shape[2:])
-    ready = x.repeat(shape[-1] + 1, 1, 1, 1)
-    times: dict[str, list[float]] = {}
-    for repeat in range(repeats + 1):
-        loop, expected = timed(lambda: one_by_one(model, maps, x, 3, shape[-1]))
-        ours, result = timed(lambda: deletion(maps, x, 3, model=model))
-        now = {"loop": loop, "ours": ours}
-        now |= {f"forward {size}": timed(partial(forwards, model, ready, size))[0] for size in (1, 4, 16, 64, 256)}
-        if repeat:  # the first warms up
-            for key, seconds in now.items():
-                times.setdefault(key, []).append(seconds)
-        torch.testing.assert_close(result.curves.float(), expected, rtol=1e-3, atol=1e-5)
-    middle = {key: statistics.median(found) for key, found in times.items()}
-    alone = min(seconds for key, seconds in middle.items() if key.startswith("forward"))
-    return {
-        "network": name, "images": shape[0], "steps": shape[-1], "one forward a step, s": middle["loop"],
-        "deletion, s": middle["ours"], "forwards alone, s": alone, "times faster": middle["loop"] / middle["ours"],
-        "times faster at most": middle["loop"] / alone, "repeats": repeats,
-    }  # fmt: skip
+    model, x = case.build().eval(), case.x
+    maps = torch.rand(len(x), *x.shape[2:])
+    if case.images != "random":
+        maps = InputXGradient(model).attribute(x.clone().requires_grad_(), target=TARGET).sum(1).detach()
+        maps += 1e-9 * maps.abs().max() * torch.rand(maps.shape)  # both break ties alike
+    inputs: list[Tensor] = []
+    listening = Listening(model, inputs).eval()
+    one_by_one(listening, maps, x, x.shape[-1])
+    ready = torch.cat(inputs)
+    inputs.clear()
+    result = deletion(maps, x, TARGET, model=listening)
+    assert result.curves is not None
+    torch.testing.assert_close(result.curves.float(), one_by_one(model, maps, x, x.shape[-1]), rtol=1e-4, atol=1e-6)
+    calls: dict[str, Callable[[], Any]] = {
+        "one forward a step": partial(one_by_one, model, maps, x, x.shape[-1]),
+        "deletion": partial(deletion, maps, x, TARGET, model=model),
+        **{f"forwards {size}": partial(forwards, model, ready, size) for size in case.sizes},
+    }
+    start = time.process_time()
+    calls["one forward a step"]()
+    often = max(1, round(0.1 / (time.process_time() - start)))  # in a row
+    times: dict[tuple[int, str, str], list[float]] = {}
+    for _ in range(case.repeats):
+        for threads in counts:
+            torch.set_num_threads(threads)
+            for name, call in calls.items():
+                begun = [now() for now in CLOCKS.values()]
+                for _ in range(often):
+                    call()
+                for clock, start, now in zip(CLOCKS, begun, CLOCKS.values(), strict=True):
+                    times.setdefault((threads, name, clock), []).append((now() - start) / often)
+    torch.set_num_threads(1)
+    about = {"network": case.network, "images": case.images, "count": len(x), "steps": x.shape[-1]}
+    about |= {"forwards, loop": len(ready), "forwards, deletion": sum(map(len, inputs))}
+    return [about | {"threads": threads} | ratios(times, threads) | {"repeats": case.repeats} for threads in counts]
+
+
+def ratios(times: dict[tuple[int, str, str], list[float]], threads: int) -> dict[str, float]:
+    """By each clock, least and median, the three times, and by how much the loop takes longer."""
+    row: dict[str, float] = {}
+    for clock, which in product(CLOCKS, ("least", "median")):
+        own = {
+            name: min(found) if which == "least" else statistics.median(found)
+            for (count, name, by), found in times.items()
+            if (count, by) == (threads, clock)
+        }
+        loop, ours = own.pop("one forward a step"), own.pop("deletion")
+        alone, said = min(own.values()), f"{which} {clock}"
+        row |= {
+            f"one forward a step, {said} s": loop, f"deletion, {said} s": ours, f"forwards alone, {said} s": alone,
+            f"times faster, {said}": loop / ours, f"forwards alone times faster, {said}": loop / alone,
+        }  # fmt: skip
+    return row
+
+
+class Listening(nn.Module):
+    """A network, and the inputs that it has been given."""
+
+    def __init__(self, model: nn.Module, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inputs.append(x.clone())
+        found: Tensor = self.model(x)
+        return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="networks; by default all")
+    parser.add_argument("names", nargs="*", help="networks, whose rows of the results file are written anew; by default all")
+    parser.add_argument("--data", help="folder with the images of MNIST and CIFAR-10; without it, random ones and digits")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
-    rows = []
-    for name, (build, shape) in networks().items():
-        if not arguments.names or name in arguments.names:
-            rows.append(measure(name, build, shape, 3 if shape[0] < IMAGES else 7))
-            print(rows[-1], flush=True)
-    if not arguments.names:
-        write("metrics", rows, baseline=0, score="softmax", step="one row of the image")
-    print(show(rows))
+    file = RESULTS / "speed-metrics.json"
+    rows = json.loads(file.read_text())["rows"] if arguments.names and file.exists() else []
+    rows = [row for row in rows if row["network"] not in arguments.names]
+    for case in cases(arguments.data, arguments.names):
+        rows += measure(case, arguments.threads)
+        shown = [{key: row[key] for key in row if "wall" not in key} for row in rows[-len(arguments.threads) :]]
+        print(show(shown), time.strftime("%X"), flush=True)
+        write(
+            "speed-metrics", rows, baseline=0, score="softmax", step="one row of the image",
+            maps="random for random images, Input×Gradient for others", threads_wait=os.environ["OMP_WAIT_POLICY"],
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -385,6 +385,21 @@ def speed_methods() -> str:
     return show(rows)
 
 
+def speed_metrics() -> str:
+    """How many times longer than deletion the loop takes that runs the network once a step and image."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in _load("speed-metrics")["rows"]:
+        images = f"{row['count']} of {row['images']}" if row["images"] != "random" else f"{row['count']} random"
+        about = {"network": row["network"], "images": images, "steps": row["steps"]}
+        line = rows.setdefault(
+            (row["network"], images), about | {"inputs run": f"{row['forwards, deletion']} of {row['forwards, loop']}"}
+        )
+        for clock in ("processor", "wall"):
+            cell = f"{row[f'times faster, least {clock}']:.1f} / {row[f'forwards alone times faster, least {clock}']:.1f}"
+            line[f"{row['threads']} thread{'s' * (row['threads'] > 1)}, {clock}"] = cell
+    return show(list(rows.values()))
+
+
 PHOTOGRAPHS = {
     "head": "dense head",
     "efficientnet_lite0": "EfficientNet-Lite0",
@@ -533,10 +548,10 @@ def paper_randomization() -> str:
 
 def main() -> None:
     texts = {page: page.read_text() for page in pages()}
-    own = (completeness, controls, variants, localization, mosaics, invariance, class_sensitivity, speed, speed_methods, zoo)
-    scaled = (neighbours, scale, thousand, floor, sampled)
+    own = (completeness, controls, variants, localization, mosaics, invariance, class_sensitivity)
+    costs = (speed, speed_methods, speed_metrics, zoo, neighbours, scale, thousand, floor, sampled)
     paper = (paper_boxes, paper_settings, paper_perturbations, paper_maps, paper_classes, paper_randomization)
-    for table in (*own, *scaled, *paper, bottlenecks, bottlenecks_text, bottlenecks_speed, comparison):
+    for table in (*own, *costs, *paper, bottlenecks, bottlenecks_text, bottlenecks_speed, comparison):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         places = [page for page, text in texts.items() if begin in text and end in text]
         if len(places) != 1:

@@ -96,11 +96,33 @@ def test_deletion_and_insertion_by_hand(bottleneck):
             share = x.flatten(1).mean(1)
             return torch.stack([share, 1 - share], 1).clamp(min=1e-9).log()
 
-    x, steps = torch.ones(2, 1, 12, 12), 8
-    order = bottleneck.ranked(torch.rand(2, 12, 12), torch.Generator().manual_seed(0))
-    deletion, insertion = bottleneck.curves(Amount(), x, order, torch.tensor([0, 1]), steps)
-    torch.testing.assert_close(deletion, torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(insertion, torch.tensor([1.0, 0.0]), rtol=1e-5, atol=1e-5)
+    found = bottleneck.curves(
+        Amount().eval(), torch.ones(2, 1, 12, 12), torch.rand(2, 12, 12), torch.tensor([0, 1]), 0, bottleneck.blurred
+    )
+    torch.testing.assert_close(found[0], torch.tensor([0.5, 0.5]).double())
+    torch.testing.assert_close(found[1], torch.tensor([1.0, 0.0]).double(), rtol=1e-5, atol=1e-5)
+
+
+def test_curves_are_those_of_eighths_replaced_in_the_order_of_the_ranks(bottleneck):
+    """Of images, ties among their pixels, and of tokens: as the results files say."""
+    torch.manual_seed(0)
+    images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 3)).eval()
+    words = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(64, 3)).eval()
+    target = torch.tensor([0, 1, 2, 1])
+    for model, x, maps, baseline in (
+        (images, torch.rand(4, 1, 12, 12), torch.rand(4, 12, 12).mul(3).round(), bottleneck.blurred),
+        (words, torch.randint(9, (4, 16)), torch.rand(4, 16).mul(5).round(), bottleneck.UNKNOWN),
+    ):
+        rank = bottleneck.ranked(maps.unsqueeze(1), torch.Generator().manual_seed(2)).argsort(1).view_as(maps)
+        first = baseline(x) if callable(baseline) else torch.full_like(x, baseline)
+        found = bottleneck.curves(model, x, maps, target, 2, baseline)
+        for areas, start, finish in zip(found, (x, first), (torch.zeros_like(x), x), strict=True):
+            points = []
+            for step in range(9):
+                gone = (rank < step * maps[0].numel() // 8).view_as(x)
+                with torch.no_grad():
+                    points.append(model(torch.where(gone, finish, start)).softmax(1)[torch.arange(4), target])
+            torch.testing.assert_close(areas, torch.trapezoid(torch.stack(points), dx=1 / 8, dim=0).double(), rtol=0, atol=1e-6)
 
 
 def test_rank_correlation_is_spearmans(bottleneck):

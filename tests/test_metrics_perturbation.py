@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from captum.attr import InputXGradient, LayerGradCam, Saliency
@@ -13,6 +14,7 @@ from torch import nn
 
 from captum_mipin import InputError
 from captum_mipin.metrics import deletion, infidelity, insertion, sensitivity_n
+from captum_mipin.metrics.common import hottest_first, ranked
 from captum_mipin.metrics.perturbation import _numbers, blur
 
 
@@ -88,14 +90,134 @@ def test_every_step_goes_through_the_model_in_few_calls(cnn):
         calls.append(len(x))
         return cnn.model(x)
 
-    deletion(torch.rand(4, 8, 8), cnn.x[:4], 0, model=spy)
-    assert calls == [4 * 9]
-    calls.clear()
-    deletion(torch.rand(4, 8, 8), cnn.x[:4], 0, model=spy, batch_size=20)
-    assert calls == [18, 18]  # whole examples
-    calls.clear()
-    deletion(torch.rand(2, 8, 8), cnn.x[:2], 0, model=spy, batch_size=5)
-    assert calls == [5, 4, 5, 4]
+    for options, expected in (
+        ({}, [4 * 8 + 1]),  # one baseline
+        ({"baseline": lambda x: torch.zeros_like(x)}, [4 * 9]),  # not known to be the same
+        ({"target": [0, 1, 2, 0]}, [4 * 9]),
+        ({"batch_size": 20}, [17, 16]),
+        ({"batch_size": 5}, [5] * 5 + [4] * 2),
+    ):
+        calls.clear()
+        deletion(torch.rand(4, 8, 8), cnn.x[:4], **{"target": 0, "model": spy, **options})
+        assert calls == expected
+
+
+@pytest.mark.parametrize(("metric", "baseline"), [(deletion, 0.0), (insertion, 0.0), (insertion, "blur"), (deletion, 0.5)])
+@pytest.mark.parametrize("target", [1, [2, 0, 1]])
+def test_no_input_is_run_twice_and_the_curves_are_those_of_the_loop(cnn, metric, baseline, target):
+    """Images of few pixels, maps of many ties: most steps change nothing, and one target has one baseline."""
+    x = cnn.x[:3] * (torch.rand(3, 1, 8, 8, generator=generator(1)) > 0.8)
+    maps = (x.sum(1) > 0) * torch.rand(3, 8, 8, generator=generator(2)).mul(3).round()
+    ties = torch.rand(3, 64, generator=generator(3))
+    seen = []
+
+    def spy(x):
+        seen.extend(x.clone())
+        return cnn.model(x)
+
+    result = metric(maps, x, target, model=spy, baseline=baseline, step=3, generator=generator(3), batch_size=5)
+    other = blur(x) if baseline == "blur" else torch.full_like(x, baseline)
+    start, finish = (x, other) if metric is deletion else (other, x)
+    inputs, curves = [], []
+    for i in range(3):
+        order = np.lexsort((ties[i].numpy(), -maps[i].flatten().numpy()))
+        for done in range(0, 67, 3):
+            now = start[i].clone()
+            now.flatten(1)[:, order[:done]] = finish[i].flatten(1)[:, order[:done]]
+            inputs.append((now.numpy().tobytes(), target if isinstance(target, int) else i))
+            with torch.no_grad():
+                curves.append(float(cnn.model(now[None]).softmax(1)[0, target if isinstance(target, int) else target[i]]))
+    expected = torch.tensor(curves, dtype=torch.float64).view(3, -1)
+    torch.testing.assert_close(result.curves, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result.values, torch.trapezoid(expected, dx=1 / 22), rtol=1e-6, atol=1e-6)
+    assert len(seen) == len(set(inputs))
+    assert {one.numpy().tobytes() for one in seen} == {one for one, _ in inputs}
+
+
+def test_inputs_that_equal_the_baseline_are_run_once(cnn):
+    calls = []
+
+    def spy(x):
+        calls.append(len(x))
+        return cnn.model(x)
+
+    for metric in (deletion, insertion):
+        result = metric(torch.rand(3, 8, 8), torch.zeros(3, 3, 8, 8), 0, model=spy, baseline=0.0)
+        with torch.no_grad():
+            blank = cnn.model(torch.zeros(1, 3, 8, 8)).softmax(1)[0, 0].double()
+        torch.testing.assert_close(result.curves, blank.expand(3, 9))
+    assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("step", [64, 65, 1000])
+def test_one_step_and_one_image(cnn, step):
+    x, maps = cnn.x[:1], normal(1, 3, 8, 8)
+    with torch.no_grad():
+        ends = cnn.model(torch.cat([x, torch.zeros_like(x)])).softmax(1)[:, 2].double()
+    result = deletion(maps, x, 2, model=cnn.model, step=step)
+    torch.testing.assert_close(result.curves, ends[None])
+    assert float(result.values[0]) == pytest.approx(float(ends.mean()))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+        torch.cfloat,
+    ],
+    ids=str,
+)
+def test_pixels_of_every_type_are_taken_bit_by_bit(dtype):
+    """Also NaN, infinities and the sign of zero."""
+    special = [0.0, 1.0, 2.0, 5.0]
+    if dtype.is_floating_point:
+        special = [0.0, -0.0, math.nan, math.inf, -math.inf, 1e-3]
+    values = torch.tensor(special, dtype=dtype)
+    x, other = (values[torch.randint(len(values), (2, 2, 3, 3), generator=generator(seed))] for seed in (0, 1))
+    x, seen = x.transpose(2, 3), []  # not contiguous
+
+    def model(x):
+        seen.extend(x)
+        return torch.zeros(len(x))
+
+    deletion(torch.rand(2, 3, 3), x, model=model, baseline=lambda x: other, score="logit", step=9)
+    expected = [one for pair in zip(x, other, strict=True) for one in pair]
+    assert [one.dtype for one in seen] == [dtype] * 4
+    found, expected = (torch.stack(some).contiguous() for some in (seen, expected))
+    assert torch.equal(found.flatten().view(torch.uint8), expected.flatten().view(torch.uint8))
+
+
+def test_a_model_may_ask_for_gradients_and_write_on_its_input():
+    """An energy that descends once: what it is given is its own."""
+
+    def model(x):
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            (slope,) = torch.autograd.grad((x**3).sum(), x)
+        return x.detach().mul_(2).sum(1) + slope.sum(1)
+
+    x = torch.tensor([[3.0, 2.0]], requires_grad=True)
+    with torch.inference_mode(False):
+        result = deletion(x.detach(), x, model=model, score="logit")
+    assert result.curves.tolist() == [[10 + 39, 4 + 12, 0]]
+    assert x.tolist() == [[3, 2]]
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 5), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_orders_are_those_of_stable_sorts(count, places, levels, seed):
+    heat, random = ((levels * torch.rand(count, places, generator=generator(seed + i))).round() for i in (0, 1))
+    expected = [np.lexsort((b, -a)).tolist() for a, b in zip(heat.numpy(), random.numpy(), strict=True)]
+    assert hottest_first(heat, random).tolist() == expected
+    for stable in (True, False):
+        assert torch.equal(ranked(heat, stable), heat.argsort(stable=stable).argsort())
 
 
 def test_each_example_has_its_own_target_and_arguments():
@@ -297,6 +419,7 @@ def test_what_cannot_be_disturbed_is_refused(cnn):
         (lambda: sensitivity_n(x, x, 0, model=cnn.model, samples=1), "samples=1 must be at least 2"),
         (lambda: deletion(x, x, 0, model=cnn.model, step=0), "step=0"),
         (lambda: deletion(x, x, 0), "pass model="),
+        (lambda: deletion(x, x.to(torch.cdouble), 0, model=cnn.model), "complex128 are not supported"),
         (lambda: deletion((x, x), (x, x), 0, model=cnn.model), "one input tensor"),
         (lambda: deletion(x, torch.ones(2), model=cnn.model), "needs inputs"),
         (lambda: deletion(torch.ones(2, 3), torch.ones(2, 4), 0, model=lambda x: x), "map of shape"),

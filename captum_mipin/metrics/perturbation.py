@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from captum.metrics import infidelity as captum_infidelity
 from torch import Tensor
@@ -27,8 +27,10 @@ from captum_mipin.metrics.common import (
     finite_rows,
     heat,
     hottest_first,
+    inverted,
     model_of,
     outputs,
+    ranked,
     resized,
     rows_at_once,
     seeded,
@@ -162,13 +164,15 @@ def sensitivity_n(
     if not numbers or not all(1 <= number <= places for number in numbers):
         raise InputError(f"n={n!r} must be numbers of pixels from 1 to {places}")
     whole = all_outputs(model, examples, batch_size, score)
-    rows = []
+    start, change = _between(x, finish)
+    taken, rows = torch.tensor(numbers, device=x.device), []
     for one in range(len(examples)):
-        order = uniform(random, samples, places, device=x.device).argsort().argsort()
-        sets, row = torch.cat([order < number for number in numbers]), torch.tensor([one], device=x.device)
-        left = torch.cat([_with(model, examples, row, part[None], x, finish, score) for part in sets.split(size)])
-        sums = torch.cat([part.double() @ flat[one] for part in sets.split(size)])
-        rows.append(_correlation(sums.view(-1, samples), (whole[one] - left).view(-1, samples)))
+        ranks = ranked(uniform(random, samples, places, device=x.device), stable=False)
+        sums, ranks, left = flat[one][inverted(ranks)].cumsum(1).T[taken - 1], ranks.int(), []
+        for part in torch.arange(len(numbers) * samples, device=x.device).split(size):
+            wait = ranks.index_select(0, part % samples).sub_(taken[part // samples, None])
+            left.append(_with(model, examples, torch.full_like(part, one), wait, start, change, score))
+        rows.append(_correlation(sums, (whole[one] - torch.cat(left)).view(-1, samples)))
     curves = torch.stack(rows)
     settings = described(method, examples, maps, reduction=reduction, score=score, baseline=_told(baseline), n=numbers,
                          samples=samples, correlation="an example")  # fmt: skip
@@ -268,15 +272,16 @@ def _replaced(
     x = examples.inputs[0]
     step = step or (x.shape[-1] if x.ndim > 2 else 1)
     points = -(-ranks.shape[1] // step) + 1
-    due = ranks // step + 1  # the point from which on each place is replaced
-    size = rows_at_once(x, batch_size)
-    start, finish = (x, other) if metric == "deletion" else (other, x)
+    due = (ranks // step + 1).int()  # the point from which on each place is replaced
+    start, change = _between(*((x, other) if metric == "deletion" else (other, x)))
+    shared = other.stride(0) == 0 and examples.alike  # one baseline, with one output
+    runs, number = _runs(due, change, points, None if not shared else "last" if metric == "deletion" else "first")
     found = []
-    for rows in torch.arange(len(x), device=x.device).split(max(1, size // points)):
-        for now in torch.arange(points, device=x.device).split(size):
-            changed = due[rows, None] <= now[:, None]
-            found.append(_with(model, examples, rows, changed, start, finish, score))
-    curves = torch.cat(found).view(-1, points)
+    for part in runs.to(x.device).tensor_split(-(-len(runs) // rows_at_once(x, batch_size))):
+        rows, now = part.unbind(1)
+        wait = due.index_select(0, rows).sub_(now.int()[:, None] + 1)
+        found.append(_with(model, examples, rows, wait, start, change, score))
+    curves = torch.cat(found)[number.to(x.device)]
     values = (curves[:, 1:] + curves[:, :-1]).sum(1) / (2 * (points - 1))
     settings = described(method, examples, maps, reduction=reduction, score=score, baseline=_told(baseline), step=step,
                          ties="random")  # fmt: skip
@@ -312,24 +317,61 @@ def _asked(
     if x.ndim == 2 and (summed or warm.shape != x.shape):
         raise InputError(f"{metric} needs a map of shape {tuple(x.shape)}, found {tuple(maps[0].shape)}")
     flat = resized(warm, places).flatten(1)
-    order = hottest_first(flat.nan_to_num(), uniform(seeded(generator), *flat.shape, device=x.device))
-    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(prod(places), device=x.device).expand_as(order))
+    ranks = inverted(hottest_first(flat.nan_to_num(), uniform(seeded(generator), *flat.shape, device=x.device)))
     return examples, model, ranks, flat, maps, other
+
+
+def _between(start: Tensor, finish: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs, and as integers the bits in which others differ from them.
+
+    To change these takes less time than ``torch.where``, and gives the same.
+    """
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(start.element_size())
+    if kind is None:
+        raise InputError(f"inputs of dtype {start.dtype} are not supported: give them, and the model, half the precision")
+    start, finish = (x.detach() for x in (start, finish))
+    return start, start.view(kind) ^ finish.view(kind)
 
 
 def _with(
     model: Callable[..., Any],
     examples: Examples,
     rows: Tensor,
-    changed: Tensor,
+    wait: Tensor,
     start: Tensor,
-    finish: Tensor,
+    change: Tensor,
     score: Score,
 ) -> Tensor:
-    """(rows · sets,) outputs for examples ``rows``, each with sets of places ``changed`` (rows, sets, places)."""
-    shape = (1, *start.shape[2:]) if start.ndim > 2 else start.shape[1:]
-    x = torch.where(changed.view(*changed.shape[:2], *shape), finish[rows, None], start[rows, None])
-    return outputs(model, examples.pick_for(rows.repeat_interleave(changed.shape[1]), x.flatten(0, 1)), score)
+    """(sets,) outputs for examples ``rows``, changed where ``wait`` (sets, places), int32 and overwritten, is below 0."""
+    bits = wait.bitwise_right_shift_(31).to(change.dtype)  # all or none
+    bits = bits.view(-1, *((1, *change.shape[2:]) if change.ndim > 2 else change.shape[1:]))
+    x = change.index_select(0, rows).bitwise_and_(bits).bitwise_xor_(start.index_select(0, rows).view(change.dtype))
+    return outputs(model, examples.pick_for(rows, x.view(start.dtype)), score)
+
+
+def _runs(due: Tensor, change: Tensor, points: int, plain: Literal["first", "last"] | None) -> tuple[Tensor, Tensor]:
+    """Examples and points (runs, 2) whose inputs to run, no input twice; (examples, points) which run has the output of each.
+
+    Args:
+        due: (examples, places) the point from which on each is changed.
+        change: Its bits: a point that changes none has the input of the point before.
+        points: Of a curve.
+        plain: Whether the first, or the last, input of all examples is the same.
+    """
+    differs = (change if change.ndim == 2 else change.flatten(2).any(1)) != 0
+    new = torch.zeros(len(due), points, dtype=torch.bool, device=due.device).scatter_(1, due * differs, True).cpu().numpy()
+    new[:, 0] = True
+    found = new.cumsum(1)
+    if plain is None:
+        run, number = new, new.cumsum() - 1
+    else:
+        same = found == (1 if plain == "first" else found[:, -1:])
+        first = same.argmax()
+        run = new & ~same
+        run.flat[first] = True
+        number = run.cumsum() - 1
+        number[same.ravel()] = number[first]
+    return torch.from_numpy(np.argwhere(run)), torch.from_numpy(number).view(len(due), points)
 
 
 def _baseline(baseline: Baseline, x: Tensor) -> Tensor:
