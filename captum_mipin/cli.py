@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from captum_mipin import programs
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.capture import select
 from captum_mipin.compare import METHODS, METRICS, Comparison, Row, compare
-from captum_mipin.errors import CaptureError, InputError, MIPINError, TargetError
+from captum_mipin.errors import InputError, MIPINError, TargetError
 from captum_mipin.inverse import InverseNetwork
 from captum_mipin.metrics.common import Examples
 from captum_mipin.metrics.common import explain as maps_of
@@ -56,8 +57,8 @@ MIP-IN attributions of a network's classes: what of an image carries a logit.
 MODEL is one of
   torchvision:NAME        a network of torchvision, such as torchvision:resnet50
   package.module:FACTORY  what builds the network when called without arguments; the current folder is looked in first
-Exported programs (.pt2) are refused: they have no evaluation mode and often one batch size. Take the factory of the network
-that was exported, and its weights: torch.save(torch.export.load("model.pt2").state_dict, "weights.pt").
+  FILE.pt2                a program by torch.export.save, exported in evaluation mode and with a dynamic batch:
+                          torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 Exit codes: 0 done; 1 refused or failed, with one line on stderr; 2 wrong usage. Results go to stdout, progress to stderr."""
 
@@ -69,7 +70,8 @@ examples:
       --out maps.png --out maps.safetensors
   captum-mipin compare torchvision:resnet50 photos --weights torchvision --inverse inverse.safetensors --targets 207 \\
       --methods MIP-IN,Saliency,Grad-CAM --layer layer4 --out page.html --out table.md
-  captum-mipin check mynets.small:build --weights weights.safetensors --size 32 --mean 0.5 --std 0.25 --json"""
+  captum-mipin check mynets.small:build --weights weights.safetensors --size 32 --mean 0.5 --std 0.25 --json
+  captum-mipin check exported.pt2 --layer features.3"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,21 +201,18 @@ def _write_maps(path: Path, maps: Tensor, signals: Tensor, targets: list[int] | 
 
 def _model(asked: Namespace) -> nn.Module:
     """The network, with its weights, in evaluation mode."""
-    if asked.model.endswith(".pt2"):
-        raise CaptureError(
-            f"{asked.model!r} is an exported program, which has no evaluation mode and often one batch size: name the network "
-            "that was exported as package.module:factory, with --weights for the state_dict of the program"
-        )
     source, _, name = asked.model.partition(":")
-    if not source or not name or source.startswith(".") or "/" in source:
-        raise InputError(f"the model {asked.model!r} is neither torchvision:NAME nor package.module:FACTORY")
-    published = asked.weights == "torchvision"
-    if source == "torchvision":
+    published, exported = asked.weights == "torchvision", asked.model.endswith(".pt2")
+    if not exported and (not source or not name or source.startswith(".") or "/" in source):
+        raise InputError(f"the model {asked.model!r} is neither torchvision:NAME, package.module:FACTORY nor a FILE.pt2")
+    if source == "torchvision" and not exported:
         if asked.weights is None and asked.command != "check":
             raise InputError(f"{asked.model} has random weights: pass --weights FILE, or --weights torchvision for its own")
         model = _published(name, published)
     elif published:
         raise InputError(f"--weights torchvision goes with torchvision:NAME, not with {asked.model}")
+    elif exported:
+        model = programs.load(asked.model, (len(asked.mean), *asked.size), asked.device)
     else:
         model = _built(source, name)
     if asked.weights is not None and not published:
@@ -470,7 +469,7 @@ def _command(commands: Any, name: str, run: Callable[[Namespace], int], about: s
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run, parser=parser)
-    parser.add_argument("model", metavar="MODEL", help="torchvision:NAME or package.module:FACTORY")
+    parser.add_argument("model", metavar="MODEL", help="torchvision:NAME, package.module:FACTORY or FILE.pt2")
     if images:
         parser.add_argument("images", metavar="IMAGES", help="a folder of images, with those inside it, or one image")
         parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at once (default: 32)")

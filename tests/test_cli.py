@@ -379,9 +379,9 @@ def test_what_is_refused_is_refused_in_one_line(folder, capsys):
     explain = ("--inverse", "inverse.safetensors", "--out", "no.safetensors")
     built = ("tiny_networks:build", *FORM)
     for message, *arguments in (
-        ("exported program", "check", "model.pt2"),
-        ("neither torchvision:NAME nor package.module:FACTORY", "check", "resnet50"),
-        ("neither torchvision:NAME nor package.module:FACTORY", "check", "../tiny_networks:build"),
+        ("No such file or directory: 'model.pt2'", "check", "model.pt2"),
+        ("neither torchvision:NAME, package.module:FACTORY nor", "check", "resnet50"),
+        ("neither torchvision:NAME, package.module:FACTORY nor", "check", "../tiny_networks:build"),
         ("ends the process", "check", "tiny_networks:script"),
         ("No module named 'no_such_networks'", "check", "no_such_networks:build"),
         ("'tiny_networks' has no 'bild'", "check", "tiny_networks:bild"),
@@ -487,7 +487,7 @@ def test_help_has_examples(capsys):
         assert stopped.value.code == 0
         text = capsys.readouterr().out
         assert f"examples:\n  captum-mipin {command} torchvision:resnet50" in text
-        assert "Exported programs (.pt2) are refused" in text
+        assert "FILE.pt2 " in text
         assert "Exit codes" in text
     for line in cli._EXAMPLES.replace("\\\n", "").splitlines()[1:]:
         asked = line.replace("mynets.small", "tiny_networks").split()[1:]
