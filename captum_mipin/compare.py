@@ -143,6 +143,10 @@ class Comparison:
     def __str__(self) -> str:
         return str(self.table())
 
+    def _repr_markdown_(self) -> str:
+        """What notebooks show."""
+        return str(self.table("markdown"))
+
     def table(self, form: Literal["text", "markdown", "pandas"] = "text", parts: bool = False) -> Any:
         """One row a method: mean ± standard error of each metric, and how many images were scored if not all.
 
@@ -182,7 +186,7 @@ class Comparison:
                 example ``method="blended_heat_map"``.
 
         Returns:
-            A ``matplotlib.figure.Figure``; ``savefig`` writes it.
+            A ``matplotlib.figure.Figure``, which notebooks show; ``savefig`` writes it. pyplot knows nothing of it.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -190,7 +194,8 @@ class Comparison:
         """
         try:
             from captum.attr import visualization
-            from matplotlib.figure import Figure
+
+            from captum_mipin.figures import Figure
         except ImportError as error:
             raise ImportError("a figure needs matplotlib: pip install matplotlib") from error
         rows = [self[name] for name in methods] if methods is not None else [row for row in self.rows if row.maps is not None]

@@ -327,6 +327,16 @@ def test_a_figure_is_images_by_methods(found, tmp_path):
     assert one.axes[1].images[1].get_cmap().name == "PiYG"
 
 
+def test_notebooks_show_figures_and_tables(found):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure = found.figure(["S"], [0])
+    shown = figure._repr_png_()
+    assert shown[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", shown[16:24]) == tuple(int(inches * figure.dpi) for inches in figure.get_size_inches())
+    assert not pyplot.get_fignums()
+    assert found._repr_markdown_() == found.table("markdown")
+
+
 def test_a_figure_is_drawn_by_captum(found, cnn):
     """The same picture as the user would draw by hand."""
     figure = found.figure(["MIP-IN"], [0])
