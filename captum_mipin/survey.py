@@ -17,7 +17,7 @@ from captum_mipin.arguments import as_extras, as_inputs
 from captum_mipin.averages import join_averages
 from captum_mipin.batch import Layout, first_dimension, layout
 from captum_mipin.capture import CapturedGraph, Inputs, Output, Place, capture, module_output, place, unwrapped
-from captum_mipin.errors import CaptureError
+from captum_mipin.errors import CaptureError, RuleError
 from captum_mipin.report import CheckReport, CheckRow
 from captum_mipin.rules import RECORDABLE, Learned, Passes, Recorded, Rule, operation, table
 
@@ -228,7 +228,13 @@ def _carriers(node: fx.Node, rules: Mapping[str, Rule]) -> Sequence[int]:
     rule = rules.get(str(node.target))
     if node.op == "output" or rule is None or not _floating(node.meta.get("val")):
         return range(len(node.args))
-    return rule.carriers(node)
+    positions = rule.carriers(node)
+    if not isinstance(positions, Sequence) or any(at not in range(len(node.args)) for at in positions):
+        raise RuleError(
+            f"the rule of {place(node)} says that the arguments at {positions!r} carry signal, expected a tuple of positions "
+            f"among the {len(node.args)} that {node.target} is given by position"
+        )
+    return positions
 
 
 def treatments(graph: fx.Graph, rules: Mapping[str, Rule]) -> list[Treatment]:
