@@ -286,7 +286,8 @@ def check_inputs(inputs: Inputs, explained: bool = True) -> None:
         if x.is_complex() or (explained and not x.is_floating_point()):
             raise InputError(
                 f"input {index} has dtype {x.dtype}, expected a floating dtype: integers carry no signal. "
-                "Convert it, or stop at a layer behind it, such as its embedding: InverseNetwork(model, layer=...)."
+                "Convert it, or stop at a layer behind it, such as its embedding: InverseNetwork(model, layer=...). What only "
+                "steers, such as a mask, goes into additional_forward_args, which fit takes by unpack=."
             )
         if x.layout != torch.strided:
             raise InputError(f"input {index} has layout {x.layout}, expected a dense tensor: call to_dense() first")

@@ -42,7 +42,7 @@ class Part:
     Args:
         captured: The network's graph.
         start: The name of the tensor.
-        end: That of the result; by default the network's output.
+        end: That of the result; by default the network's output. If it is the tensor itself, only what lies below counts.
 
     Raises:
         CaptureError: The result does not depend on the tensor.
@@ -65,7 +65,7 @@ class Part:
         for node in captured.graph.nodes:
             if node.op == "call_function" and following & set(node.all_input_nodes):
                 following.add(node)
-        if last is first or last not in following:
+        if last not in following or (last is first and end is None):
             raise CaptureError(f"tensor {last.name!r} does not depend on tensor {first.name!r}, so there is nothing to explain")
         for node in reversed(list(captured.graph.nodes)):
             if node in needed:
