@@ -273,7 +273,7 @@ class InverseNetwork:
             TargetError: A target that the model does not have.
             ModelChangedError: The model changed since earlier classes were fitted.
             InverseFileError: The checkpoint is damaged, or of another fit.
-            RuleError: A registered rule gives another value than its operation, a signal of another shape, or cannot pass it on.
+            RuleError: A registered rule gives another value than its operation, or a signal of another shape, or none.
         """
         before, processes = self._state, Processes(distributed)
         with processes.step():

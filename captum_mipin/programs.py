@@ -77,7 +77,7 @@ def load(path: str, shape: Sequence[int], device: torch.device) -> nn.Module:
     Raises:
         OSError: The file cannot be read.
         InputError: It is no exported program, damaged, or holds what could run code.
-        CaptureError: The program is in training mode, for one batch size, or for other images.
+        CaptureError: The program is in training mode, taken apart, for one batch size, or for other images.
     """
     archive = _checked(path, torch.zeros(2, *shape))
     try:
@@ -198,8 +198,13 @@ def _strings(key: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _check_mode(path: str, program: ExportedProgram) -> None:
-    """Refuse dropout and batch statistics at work."""
+    """Refuse dropout and batch statistics at work, and convolutions that were made operations without a rule."""
     for node in program.graph.nodes:
+        if node.target is torch.ops.aten.convolution.default:
+            raise CaptureError(
+                f"the program in {path!r} holds aten.convolution, which run_decompositions() makes of convolutions: save the "
+                "program as torch.export.export gave it"
+            )
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
         names = [argument.name for argument in node.target._schema.arguments]
@@ -228,9 +233,9 @@ def _check_shape(path: str, program: ExportedProgram, shape: Sequence[int]) -> N
             f"the program in {path!r} was exported for inputs (batch, {known}), but the images have shape {tuple(shape)}: "
             "give --size HEIGHTxWIDTH to fit, and one --mean and --std for grey images"
         )
-    whole: Any = program.module()
     try:
         with torch.no_grad():
+            whole: Any = program.module()
             whole(torch.zeros(2, *shape, dtype=expected.dtype))
-    except (AssertionError, RuntimeError) as error:  # guards among them
+    except Exception as error:  # of any kind, guards among them
         raise CaptureError(f"the program in {path!r} does not run on images of shape {tuple(shape)}: {error}") from error

@@ -88,6 +88,8 @@ def folder(tmp_path_factory):
     torch.export.save(export(made(Functional), (x,)), root / "fixed.pt2")
     torch.export.save(export(nn.Sequential(nn.Flatten(), nn.Dropout()), (x,), dynamic_shapes=(free,)), root / "dropout.pt2")
     torch.export.save(export(nn.Bilinear(3, 3, 2).eval(), (x[..., 0, 0], x[..., 0, 0])), root / "two.pt2")
+    program = export(made(Larger), (x,), dynamic_shapes=(free,)).run_decompositions()
+    torch.export.save(program, root / "decomposed.pt2")
     other = made(Residual)
     torch.nn.init.normal_(other.head[3].weight)
     torch.save(other.state_dict(), root / "other.pt")
@@ -204,6 +206,7 @@ def test_what_cannot_be_explained_is_refused_with_the_way_out(folder, capsys):
         ("exported in training mode, as aten.dropout.default in '1' shows: call model.eval()", "dropout.pt2", *FORM),
         ("exported for inputs (batch, 3, 8, 8), but the images have shape (3, 9, 8)", "Residual.pt2", *FORM, "--size", "9x8"),
         ("but the images have shape (1, 8, 8)", "Residual.pt2", "--size", "8", "--mean", "0", "--std", "1"),
+        ("aten.convolution, which run_decompositions() makes of convolutions", "decomposed.pt2", *FORM),
         ("takes other than one tensor", "two.pt2", *FORM),
         ("does not run on images of shape (3, 9, 9): Guard failed:", "Larger.pt2", *FORM, "--size", "9"),
         ("No such file or directory: 'none.pt2'", "none.pt2", *FORM),
