@@ -30,7 +30,10 @@ _PLAIN = re.compile(
     r"data/weights/weight_\d+|data/constants/tensor_\d+|\.data/(version|serialization_id)|archive_(format|version)|byteorder"
 )
 
-_FUNCTIONS = r"\b(Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|ModularIndexing)\("
+_FUNCTIONS = (
+    r"\b(Max|Min|Mod|PythonMod|ModularIndexing|FloorDiv|CeilDiv|CleanDiv|IntTrueDiv|PowByNatural|ToFloat"
+    r"|(Trunc|Ceil|Floor)ToInt)\("
+)
 #: What strings of a graph may be, by the key they are under; all others are names.
 _STRINGS = {
     "name": re.compile(r"\w*"),
@@ -151,11 +154,11 @@ def _graph(path: str, program: dict[str, Any]) -> bytes:
             raise InputError(f"the program in {path!r} {verb} other than one tensor: {_WAY_OUT}")
     module["metadata"] = {}
     for node in module["graph"]["nodes"]:
-        if not _known(target := node.pop("target")):
-            raise InputError(f"the program in {path!r} holds {target!r}, no operation of ATen, which is not run: {_WAY_OUT}")
-        stack = node["metadata"].get("nn_module_stack", "")
-        node["metadata"] = {"nn_module_stack": stack} if stack else {}
-        node["target"] = target
+        if not _known(node["target"]):
+            raise InputError(
+                f"the program in {path!r} holds {node['target']!r}, no operation of ATen, which is not run: {_WAY_OUT}"
+            )
+        node["metadata"] = {key: value for key, value in node["metadata"].items() if key == "nn_module_stack"}
     _check_strings(path, program)
     guards = [guard for guard in program.get("guards_code", ()) if "size()[0]" in guard]
     if guards:
