@@ -138,7 +138,7 @@ class Replay:
     """
 
     def __init__(self, captured: CapturedGraph, surrogate: Surrogate, feature: str | None) -> None:
-        self._inputs, self._part = captured.inputs, None if feature is None else Part(captured, feature, feature)
+        self._inputs, self._part = captured.inputs, None if feature is None else Part(captured, feature, alone=True)
         for node in captured.graph.nodes:
             value = node.meta.get("val")
             if node.name in ([feature] if feature else captured.inputs) and (
