@@ -188,7 +188,10 @@ def test_what_cannot_be_compared_is_refused(cnn):
     x, model = cnn.x[:3], cnn.model
     for bad, message in (
         (lambda: compare({}, x, 0), "no methods"),
-        (lambda: compare(["Saliencey"], x, 0, model=model), "no method has the name 'Saliencey'; known are MIP-IN, MIP-IN × gradient, Saliency"),
+        (
+            lambda: compare(["Saliencey"], x, 0, model=model),
+            "no method has the name 'Saliencey'; known are MIP-IN, MIP-IN × gradient, Saliency",
+        ),
         (lambda: compare(["Saliency"], x, 0), "pass model="),
         (lambda: compare(["Saliency"], x, 0, model=model, metrics=["accuracy"]), "not all among bounding_box_accuracy"),
         (lambda: compare(["Saliency"], x, 0, model=model, metrics="deletion"), "not all among"),
