@@ -247,6 +247,11 @@ def check_model(model: object) -> nn.Module:
         CaptureError: ``model`` is not a module.
         TrainingModeError: It, or one of its modules, is in training mode.
     """
+    if isinstance(model, ExportedProgram) or (isinstance(model, fx.GraphModule) and "eval" in vars(model)):  # its module()
+        raise CaptureError(
+            "the model is an exported program, whose module() has no evaluation mode and no layers: take "
+            "torch.export.unflatten(program).eval(), of a program that was exported in evaluation mode and with a dynamic batch"
+        )
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"the model is a {type(model).__name__}, expected a torch.nn.Module: its layers have to be known. "
@@ -281,7 +286,8 @@ def check_inputs(inputs: Inputs, explained: bool = True) -> None:
         if x.is_complex() or (explained and not x.is_floating_point()):
             raise InputError(
                 f"input {index} has dtype {x.dtype}, expected a floating dtype: integers carry no signal. "
-                "Convert it, or stop at a layer behind it, such as its embedding: InverseNetwork(model, layer=...)."
+                "Convert it, or stop at a layer behind it, such as its embedding: InverseNetwork(model, layer=...). What only "
+                "steers, such as a mask, goes into additional_forward_args, which fit takes by unpack=."
             )
         if x.layout != torch.strided:
             raise InputError(f"input {index} has layout {x.layout}, expected a dense tensor: call to_dense() first")
@@ -340,7 +346,7 @@ def capture(
             shapes[leaves[index]] = {0: Dim.DYNAMIC}
     arguments = pytree.tree_unflatten(leaves, structure)
     try:
-        twin = copy.deepcopy(model, {id(tensor): tensor for _, tensor in named_tensors(model)})
+        twin = copy.deepcopy(model, {id(tensor): tensor for _, tensor in named_tensors(model)} | traced(model))
     except Exception as error:
         raise CaptureError(
             f"the model cannot be copied ({type(error).__name__}: {error}). Its parameters are shared with the copy, "
@@ -374,6 +380,7 @@ def capture(
 def _check_registered(program: ExportedProgram, model: nn.Module) -> None:
     """Refuse weights of modules that are kept in plain containers: neither torch nor anything here knows when they change."""
     used = {tensor.data_ptr() for tensor in program.constants.values() if isinstance(tensor, Tensor) and tensor.numel()}
+    used -= {tensor.data_ptr() for _, tensor in named_tensors(model)}
     known = set(model.modules())
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -473,6 +480,15 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
         if isinstance(value, Tensor)
     ]
     return [*model.named_parameters(), *model.named_buffers(), *attributes]
+
+
+def traced(model: nn.Module) -> dict[int, Any]:
+    """What ``copy.deepcopy`` is to leave as it is, as its memo: what torch has traced of exported programs cannot be copied."""
+    kept = (value for module in model.modules() for value in vars(module).values())
+    graphs = [
+        value if isinstance(value, fx.Graph) else value.graph for value in kept if isinstance(value, fx.Graph | fx.GraphModule)
+    ]
+    return {id(value): value for graph in graphs for node in graph.nodes if (value := node.meta.get("val")) is not None}
 
 
 def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -> str:

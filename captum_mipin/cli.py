@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -20,15 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from captum_mipin import programs
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.capture import select
 from captum_mipin.compare import METHODS, METRICS, Comparison, Row, compare
-from captum_mipin.errors import CaptureError, InputError, MIPINError, TargetError
+from captum_mipin.errors import InputError, MIPINError, TargetError
 from captum_mipin.inverse import InverseNetwork
 from captum_mipin.metrics.common import Examples
 from captum_mipin.metrics.common import explain as maps_of
 from captum_mipin.report import table
 from captum_mipin.survey import check
+from captum_mipin.targets import per_example
 
 _PICTURES = (".jpg", ".jpeg", ".pdf", ".png", ".svg")
 _IMAGES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -56,8 +58,8 @@ MIP-IN attributions of a network's classes: what of an image carries a logit.
 MODEL is one of
   torchvision:NAME        a network of torchvision, such as torchvision:resnet50
   package.module:FACTORY  what builds the network when called without arguments; the current folder is looked in first
-Exported programs (.pt2) are refused: they have no evaluation mode and often one batch size. Take the factory of the network
-that was exported, and its weights: torch.save(torch.export.load("model.pt2").state_dict, "weights.pt").
+  FILE.pt2                a program by torch.export.save, exported in evaluation mode and with a dynamic batch:
+                          torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 Exit codes: 0 done; 1 refused or failed, with one line on stderr; 2 wrong usage. Results go to stdout, progress to stderr."""
 
@@ -69,7 +71,8 @@ examples:
       --out maps.png --out maps.safetensors
   captum-mipin compare torchvision:resnet50 photos --weights torchvision --inverse inverse.safetensors --targets 207 \\
       --methods MIP-IN,Saliency,Grad-CAM --layer layer4 --out page.html --out table.md
-  captum-mipin check mynets.small:build --weights weights.safetensors --size 32 --mean 0.5 --std 0.25 --json"""
+  captum-mipin check mynets.small:build --weights weights.safetensors --size 32 --mean 0.5 --std 0.25 --json
+  captum-mipin check exported.pt2 --layer features.3"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,8 +172,11 @@ def _compare(asked: Namespace) -> int:
     for path in asked.out:
         _write_comparison(found, path)
     _show(asked, found.table(), {**found.to_dict(), "files": images.names, "out": list(map(str, asked.out))})
-    errors = [row.error for row in found.rows if row.name in chosen]
-    return _failed(f"every method failed: {errors[0]}") if all(errors) else 0
+    rows = [row for row in found.rows if row.name in chosen]
+    if any(row.results for row in rows):
+        return 0
+    metric, why = next((metric, why) for row in rows for metric, why in row.errors.items())
+    return _failed(f"nothing could be measured: {metric} failed, first with {why}" if metric else f"every method failed: {why}")
 
 
 def _draw(found: Comparison, path: Path) -> None:
@@ -199,21 +205,18 @@ def _write_maps(path: Path, maps: Tensor, signals: Tensor, targets: list[int] | 
 
 def _model(asked: Namespace) -> nn.Module:
     """The network, with its weights, in evaluation mode."""
-    if asked.model.endswith(".pt2"):
-        raise CaptureError(
-            f"{asked.model!r} is an exported program, which has no evaluation mode and often one batch size: name the network "
-            "that was exported as package.module:factory, with --weights for the state_dict of the program"
-        )
     source, _, name = asked.model.partition(":")
-    if not source or not name or source.startswith(".") or "/" in source:
-        raise InputError(f"the model {asked.model!r} is neither torchvision:NAME nor package.module:FACTORY")
-    published = asked.weights == "torchvision"
-    if source == "torchvision":
+    published, exported = asked.weights == "torchvision", asked.model.endswith(".pt2")
+    if not exported and (not source or not name or source.startswith(".") or "/" in source):
+        raise InputError(f"the model {asked.model!r} is neither torchvision:NAME, package.module:FACTORY nor a FILE.pt2")
+    if source == "torchvision" and not exported:
         if asked.weights is None and asked.command != "check":
             raise InputError(f"{asked.model} has random weights: pass --weights FILE, or --weights torchvision for its own")
         model = _published(name, published)
     elif published:
         raise InputError(f"--weights torchvision goes with torchvision:NAME, not with {asked.model}")
+    elif exported:
+        model = programs.load(asked.model, (len(asked.mean), *asked.size), asked.device)
     else:
         model = _built(source, name)
     if asked.weights is not None and not published:
@@ -352,10 +355,8 @@ def _targets(asked: Namespace, model: nn.Module, x: Tensor) -> tuple[list[int] |
     chosen = chosen * len(x) if len(chosen) == 1 else chosen
     if len(chosen) != len(x):
         raise TargetError(f"there are {len(chosen)} targets, but {len(x)} images: give one for all, or one for each")
-    unknown = [target for target in chosen if not 0 <= target < outputs.shape[1]]
-    if unknown:
-        raise TargetError(f"target {unknown[0]} is outside the model's {outputs.shape[1]} outputs")
-    return chosen, outputs[torch.arange(len(x)), chosen].tolist()
+    classes = [target for (target,) in per_example(chosen, outputs)]
+    return classes, outputs[torch.arange(len(x)), classes].tolist()
 
 
 def _titles(targets: list[int] | None, count: int) -> tuple[str, ...]:
@@ -423,9 +424,9 @@ def _parser() -> ArgumentParser:
     _command(commands, "check", _check, "tell for every operation of a model whether the signal can be sent back", False)
 
     one = _command(commands, "fit", _fit, "learn the inverse of a model for some classes, and write it to a file")
-    one.add_argument("--targets", type=_integers, metavar="C,C,...", help="classes to fit (default: all)")
+    one.add_argument("--targets", type=_TARGETS, metavar="C,C,...", help="classes to fit (default: all)")
     one.add_argument("--out", type=_file(".safetensors"), required=True, metavar="FILE", help="the inverse, .safetensors")
-    one.add_argument("--ridge", type=float, default=1e-3, help="of the regression, equation 6 (default: %(default)s)")
+    one.add_argument("--ridge", type=_NUMBER, default=1e-3, help="of the regression, equation 6 (default: %(default)s)")
     one.add_argument(
         "--sharing", choices=("nothing", "classes"), default="nothing",
         help="each class has an inverse of its own, or all classes share one below the first step (default: nothing)",
@@ -470,24 +471,24 @@ def _command(commands: Any, name: str, run: Callable[[Namespace], int], about: s
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run, parser=parser)
-    parser.add_argument("model", metavar="MODEL", help="torchvision:NAME or package.module:FACTORY")
+    parser.add_argument("model", metavar="MODEL", help="torchvision:NAME, package.module:FACTORY or FILE.pt2")
     if images:
         parser.add_argument("images", metavar="IMAGES", help="a folder of images, with those inside it, or one image")
-        parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at once (default: 32)")
+        parser.add_argument("--batch-size", type=_COUNT, default=32, metavar="N", help="images at once (default: 32)")
     if name in ("fit", "compare"):
         parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--weights", help='a state dict by torch.save, or .safetensors; "torchvision" for torchvision\'s own')
     parser.add_argument("--layer", metavar="PATH", help=_LAYERS[name])
     parser.add_argument(
-        "--size", type=_size, default=(224, 224), metavar="N",
+        "--size", type=_PIXELS, default=(224, 224), metavar="N",
         help="images are scaled to cover N x N pixels and cropped; or HEIGHTxWIDTH (default: 224)",
     )  # fmt: skip
     parser.add_argument(
-        "--mean", type=_channels, default=[0.485, 0.456, 0.406], metavar="R,G,B",
+        "--mean", type=_MEAN, default=[0.485, 0.456, 0.406], metavar="R,G,B",
         help="taken off pixels in [0, 1]; one value makes images grey (default: ImageNet's, 0.485,0.456,0.406)",
     )  # fmt: skip
     parser.add_argument(
-        "--std", type=_deviations, default=[0.229, 0.224, 0.225], metavar="R,G,B",
+        "--std", type=_STD, default=[0.229, 0.224, 0.225], metavar="R,G,B",
         help="what they are then divided by (default: ImageNet's, 0.229,0.224,0.225)",
     )  # fmt: skip
     parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="such as cuda (default: cpu)")
@@ -497,7 +498,7 @@ def _command(commands: Any, name: str, run: Callable[[Namespace], int], about: s
 
 def _add_targets(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--targets", type=_integers, metavar="C,C,...",
+        "--targets", type=_TARGETS, metavar="C,C,...",
         help="the class to explain for all images, or one for each in the order of their names (default: what is predicted)",
     )  # fmt: skip
 
@@ -508,14 +509,29 @@ def _examples(command: str) -> str:
     return "\n".join(line for line in found if line.startswith(f"  captum-mipin {command} ")).replace("\0", "\\\n")
 
 
+Kind = TypeVar("Kind")
+
+
+def _read(kind: Callable[[str], Kind], words: str) -> Callable[[str], Kind]:
+    """A reader of an argument that says in words what it takes."""
+
+    def read(text: str) -> Kind:
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise ArgumentTypeError(f"{text!r} is not {words}") from error
+
+    return read
+
+
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -526,15 +542,23 @@ def _size(text: str) -> tuple[int, int]:
 def _channels(text: str) -> list[float]:
     values = [float(part) for part in text.split(",")]
     if len(values) not in (1, 3) or not all(map(math.isfinite, values)):
-        raise ArgumentTypeError(f"{text} is neither one number nor three")
+        raise ValueError
     return values
 
 
 def _deviations(text: str) -> list[float]:
     values = _channels(text)
     if min(values) <= 0:
-        raise ArgumentTypeError(f"{text} is not above 0")
+        raise ValueError
     return values
+
+
+_TARGETS = _read(_integers, "a class, or several with commas between them, such as 207,208")
+_COUNT = _read(_positive, "a whole number above 0")
+_PIXELS = _read(_size, "a number of pixels, or HEIGHTxWIDTH, such as 224 or 240x320")
+_MEAN = _read(_channels, "one number or three with commas between them, such as 0.485,0.456,0.406")
+_STD = _read(_deviations, "one number above 0 or three with commas between them, such as 0.229,0.224,0.225")
+_NUMBER = _read(float, "a number")
 
 
 def _device(text: str) -> torch.device:

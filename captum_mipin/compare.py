@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from captum import attr
 from torch import Tensor, nn
+from torch.export.unflatten import UnflattenedModule
 from tqdm.auto import tqdm
 
 from captum_mipin import metrics as library
 from captum_mipin import page, report
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.capture import traced
 from captum_mipin.errors import InputError, NotFittedError
 from captum_mipin.inverse import InverseNetwork
 from captum_mipin.methods import LRP, Deconvnet, DeepTaylor, ExcitationBackprop, GuidedBackprop, standard
@@ -79,7 +81,7 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
     "Input×Gradient": lambda setup: attr.InputXGradient(setup.model),
     "Integrated Gradients": lambda setup: _bound(standard.integrated_gradients(setup.model), internal_batch_size=64),
     "SmoothGrad": lambda setup: standard.smooth_grad(setup.model),
-    "DeepLift": lambda setup: standard.deep_lift(setup.model),
+    "DeepLift": lambda setup: _deep_lift(setup),
     "Guided Backprop": lambda setup: GuidedBackprop(setup.model),
     "Deconvnet": lambda setup: Deconvnet(setup.model),
     "LRP": lambda setup: LRP(setup.model),
@@ -141,6 +143,10 @@ class Comparison:
     def __str__(self) -> str:
         return str(self.table())
 
+    def _repr_markdown_(self) -> str:
+        """What notebooks show."""
+        return str(self.table("markdown"))
+
     def table(self, form: Literal["text", "markdown", "pandas"] = "text", parts: bool = False) -> Any:
         """One row a method: mean ± standard error of each metric, and how many images were scored if not all.
 
@@ -180,7 +186,7 @@ class Comparison:
                 example ``method="blended_heat_map"``.
 
         Returns:
-            A ``matplotlib.figure.Figure``; ``savefig`` writes it.
+            A ``matplotlib.figure.Figure``, which notebooks show; ``savefig`` writes it. pyplot knows nothing of it.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -188,7 +194,8 @@ class Comparison:
         """
         try:
             from captum.attr import visualization
-            from matplotlib.figure import Figure
+
+            from captum_mipin.figures import Figure
         except ImportError as error:
             raise ImportError("a figure needs matplotlib: pip install matplotlib") from error
         rows = [self[name] for name in methods] if methods is not None else [row for row in self.rows if row.maps is not None]
@@ -468,7 +475,7 @@ def _made(named: Mapping[str, Any], model: Any, inverse: InverseNetwork | None, 
     mipin: Any = None
     if inverse is not None:
         mipin = MIPINAttribution(model, inverse) if inverse.layer is None else LayerMIPINAttribution(model, inverse)
-    copied: tuple[nn.Module, nn.Module | None] = copy.deepcopy((model, layer))
+    copied: tuple[nn.Module, nn.Module | None] = copy.deepcopy((model, layer), traced(model))
     setup = Setup(*copied, mipin)
     return {name: _by_name(method, setup) if isinstance(method, str) else method for name, method in named.items()}
 
@@ -574,6 +581,15 @@ def _mipin(setup: Setup) -> Any:
     if setup.mipin is None:
         raise NotFittedError("MIP-IN by name needs a fitted inverse network: pass inverse=")
     return setup.mipin
+
+
+def _deep_lift(setup: Setup) -> Method:
+    if isinstance(setup.model, UnflattenedModule):
+        raise InputError(
+            "DeepLift looks for modules such as nn.ReLU, which an exported program no longer has: take the network that was "
+            "exported"
+        )
+    return standard.deep_lift(setup.model)
 
 
 def _bound(method: Any, **options: Any) -> Method:

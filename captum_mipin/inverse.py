@@ -273,7 +273,7 @@ class InverseNetwork:
             TargetError: A target that the model does not have.
             ModelChangedError: The model changed since earlier classes were fitted.
             InverseFileError: The checkpoint is damaged, or of another fit.
-            RuleError: A registered rule gives another value than its operation.
+            RuleError: A registered rule gives another value than its operation, or a signal of another shape, or none.
         """
         before, processes = self._state, Processes(distributed)
         with processes.step():
@@ -540,7 +540,7 @@ class InverseNetwork:
                 start = seed(output, targets)
                 sent = seed(output, targets, unit=True) if unit or options.evidence else start
                 sources = [run.sources[index] for index in range(surrogate.starts)]
-            run.inverses, run.groups = self._inverses(state, graph, surrogate, inputs, extras, targets, sources)
+            run.inverses, run.groups = self._inverses(state, graph, surrogate, inputs, extras, targets, sources, layer)
             with TURNS.explaining():
                 back = torch.tensor(order, device=output.device).argsort() if mixed else slice(None)
                 signals: list[Inputs] = []
@@ -565,15 +565,24 @@ class InverseNetwork:
         extras: Extras,
         targets: Sequence[Target],
         sources: Sequence[Tensor],
+        layer: nn.Module | None,
     ) -> tuple[Mapping[Target, Inverses], Sequence[tuple[Target, slice]]]:
         """Which inverses the examples of a batch have, and whose is whose: each class's own."""
         found = self._classes(state, targets)
         for inverses in found.values():
             missing = [key for key in surrogate.learned if key not in inverses]
             if missing:
-                reach = f"stops at layer {self._path(self.layer)!r}" if self.layer else "was fitted on another graph"
-                raise NotFittedError(f"the inverse {reach} and has nothing for {', '.join(missing[:4])}")
+                raise self._beyond(missing, layer)
         return found, _groups(targets)
+
+    def _beyond(self, missing: Sequence[str], layer: nn.Module | None) -> NotFittedError:
+        """What is said where something is to be explained that the inverse does not lead to."""
+        here = "reaches the input" if self.layer is None else f"stops at layer {self._path(self.layer)!r}"
+        there = "the input" if layer is None else f"layer {self._path(layer)!r}"
+        return NotFittedError(
+            f"this inverse {here}, and has nothing for {', '.join(missing[:4])} on the way to {there}. Explain what it leads "
+            f"to, or fit another with layer= at {there}"
+        )
 
     def _options(self, local: bool, evidence: bool = False) -> Options:
         return Options(local=local, shares=self.settings.shares, evidence=evidence)

@@ -51,7 +51,7 @@ from captum_mipin.inverse import Explanation, InverseNetwork
 from captum_mipin.parts import Part, evaluate, is_size
 from captum_mipin.propagation import Inverses, Run, Seen, Step, Surrogate, Target, source
 from captum_mipin.regression import RidgeScale, Rows, solve, solve_rows
-from captum_mipin.rules import Inverse, Options
+from captum_mipin.rules import Fork, Inverse, Options
 from captum_mipin.rules.linear import Dense
 from captum_mipin.state import State, head_of
 from captum_mipin.structure import structure
@@ -138,7 +138,7 @@ class Replay:
     """
 
     def __init__(self, captured: CapturedGraph, surrogate: Surrogate, feature: str | None) -> None:
-        self._inputs, self._part = captured.inputs, None if feature is None else Part(captured, feature)
+        self._inputs, self._part = captured.inputs, None if feature is None else Part(captured, feature, alone=True)
         for node in captured.graph.nodes:
             value = node.meta.get("val")
             if node.name in ([feature] if feature else captured.inputs) and (
@@ -152,8 +152,10 @@ class Replay:
         self._symbol = captured.batch
         (result,) = next(node for node in surrogate.graph.nodes if node.op == "output").args
         needed, stack = set[fx.Node](), [result]
+        sources = {node.args[2]: node for node in surrogate.graph.nodes if node.target is source}
         while stack:
             node = stack.pop()
+            node = sources.get(node, node)  # where the passes end, what goes round as a recording is known too
             if isinstance(node, fx.Node) and node not in needed:
                 needed.add(node)
                 stack.extend([] if node.target is source or is_size(node) else node.all_input_nodes)
@@ -175,7 +177,7 @@ class Replay:
         inputs = [graph.placeholder(f"source_{index}") for index in range(surrogate.starts)]
         for node in surrogate.graph.nodes:
             if node.target is source:
-                copied[node] = graph.call_function(source, (run, node.args[1], inputs[node.args[1]]))
+                copied[node] = copied[node.args[2]] = graph.call_function(source, (run, node.args[1], inputs[node.args[1]]))
             elif node in needed and node not in copied:
                 copied[node] = graph.node_copy(node, copied.__getitem__)
         graph.output(copied[result])
@@ -230,7 +232,7 @@ class Replay:
 
 
 def _refused(node: fx.Node, needed: set[fx.Node]) -> CaptureError:
-    user = next(user for user in node.users if user in needed)
+    user = next(user for user in node.users if user in needed and not is_size(user))
     return CaptureError(
         f"neighbours cannot be fitted on here: {place(user)} takes {place(node).path} by another way than through the layer "
         "where the inverse stops. Stop at one that everything goes through, by layer=, or fit an InverseNetwork"
@@ -240,7 +242,7 @@ def _refused(node: fx.Node, needed: set[fx.Node]) -> CaptureError:
 def _given(step: Step, outputs: list[Tensor]) -> Step:
     """A step whose operation is not run: its outputs are known."""
     found = [step.layout.restored(output) for output in outputs]
-    value = found[0] if len(found) == 1 else tuple(found)
+    value = found[0] if len(found) == 1 and not isinstance(step.operation, Fork) else tuple(found)
     return replace(step, operation=lambda *arguments, **named: value)
 
 
@@ -530,13 +532,6 @@ class NeighbourInverse(InverseNetwork):
         for target in targets:
             if target not in state.fitted.inverses:
                 raise self._unknown(target)
-        assert isinstance(state, _NeighbourState)  # for mypy: as above
-        missing = [key for key in surrogate.learned if key not in state.kept.outputs]
-        if missing:
-            raise NotFittedError(
-                f"nothing was kept of {', '.join(missing[:4])}, which lies below where this inverse stops: fit another "
-                "NeighbourInverse that stops further down, by layer="
-            )
 
     def _check_unchanged(self, state: State) -> None:
         if state.watch.changed(self.model):
@@ -554,10 +549,14 @@ class NeighbourInverse(InverseNetwork):
         extras: Extras,
         targets: Sequence[Target],
         sources: Sequence[Tensor],
+        layer: nn.Module | None,
     ) -> tuple[Mapping[Target, Inverses], Sequence[tuple[Target, slice]]]:
         """The inverse of each example, under its number."""
         assert isinstance(state, _NeighbourState)  # for mypy: as above
         kept = state.kept
+        missing = [key for key in surrogate.learned if key not in kept.outputs]
+        if missing:
+            raise self._beyond(missing, layer)
         if Signature.of(inputs, extras, graph.shared) != state.signature:
             raise InputError(f"neighbours are looked for among other inputs than these.\n{self._way_out(state)}")
         if self.changed != "refuse":

@@ -43,6 +43,7 @@ class Part:
         captured: The network's graph.
         start: The name of the tensor.
         end: That of the result; by default the network's output.
+        alone: Only the tensor itself is wanted, by :meth:`below`.
 
     Raises:
         CaptureError: The result does not depend on the tensor.
@@ -58,14 +59,14 @@ class Part:
         True
     """
 
-    def __init__(self, captured: CapturedGraph, start: str, end: str | None = None) -> None:
+    def __init__(self, captured: CapturedGraph, start: str, end: str | None = None, *, alone: bool = False) -> None:
         nodes = {node.name: node for node in captured.graph.nodes}
-        first, last = nodes[start], nodes[end or captured.output.name]
+        first, last = nodes[start], nodes[start if alone else end or captured.output.name]
         following, needed = {first}, {last}
         for node in captured.graph.nodes:
             if node.op == "call_function" and following & set(node.all_input_nodes):
                 following.add(node)
-        if last is first or last not in following:
+        if last not in following or (last is first and not alone):
             raise CaptureError(f"tensor {last.name!r} does not depend on tensor {first.name!r}, so there is nothing to explain")
         for node in reversed(list(captured.graph.nodes)):
             if node in needed:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from captum_mipin.batch import Layout
 from captum_mipin.capture import CapturedGraph
 from captum_mipin.errors import CaptureError, InputError, RuleError, UnsupportedOperationError
-from captum_mipin.rules import MIPIN, Fork, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation
+from captum_mipin.rules import MIPIN, Fork, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation, table
 from captum_mipin.rules.base import argument
 from captum_mipin.rules.linear import TOGETHER, pooled_dense
 from captum_mipin.rules.pooling import average
@@ -138,7 +138,7 @@ class _Invert(torch.autograd.Function):
     def forward(ctx: Any, run: Run, step: Step, arguments: Any, named: Any, *x: Tensor) -> Any:
         several = isinstance(step.rule, Recorded) and step.rule.several
         value, ctx.back = _forward(run, step, x if several else x[0], arguments, named)
-        ctx.once = run.once
+        ctx.once, ctx.key, ctx.shapes = run.once, step.key, [tuple(part.shape) for part in x]
         return value
 
     @staticmethod
@@ -146,7 +146,18 @@ class _Invert(torch.autograd.Function):
         found = ctx.back(*signals)
         if ctx.once:
             ctx.back = None
-        return None, None, None, None, *(found if isinstance(found, tuple) else (found,))
+        found = found if isinstance(found, tuple) else (found,)
+        shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in found]
+        if shapes != ctx.shapes:
+            raise RuleError(
+                f"the rule of {ctx.key} sends back {_listed(shapes)}, expected a signal of the shape of what carries it, "
+                f"{_listed(ctx.shapes)}"
+            )
+        return None, None, None, None, *found
+
+
+def _listed(shapes: Sequence[Any]) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _forward(run: Run, step: Step, x: Any, arguments: Any, named: Any) -> tuple[Any, Callable[..., Tensor]]:
@@ -187,6 +198,25 @@ def step(run: Run, key: str, x: Any, *arguments: Any, **named: Any) -> Any:
         return _Invert.apply(run, this, arguments, named, *carried)
     with torch.no_grad():
         return _forward(run, this, x, arguments, named)[0]
+
+
+def passed(run: Run, key: str, operation: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Run an operation that a rule of the user's says to pass: its autograd formula has to be there."""
+    if run.proving:
+        with torch.enable_grad():
+            probes = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
+            value = operation(*probes, **named)
+            wanted = [x for x in probes if isinstance(x, Tensor) and x.requires_grad]
+            try:
+                torch.autograd.grad(value, wanted, torch.zeros_like(value), allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise RuleError(
+                    f"the rule of {key} passes the signal on by the operation's autograd formula, which fails: {error} Give it "
+                    "one, such as by register_autograd of a torch.library.custom_op, or a Recorded rule."
+                ) from error
+    return operation(*arguments, **named)
 
 
 def _cut(run: Run, this: Step, x: Tensor, arguments: Any, named: Any) -> Any:
@@ -428,10 +458,13 @@ class Surrogate:
     def _replace(self, graph: fx.Graph, run: fx.Node, node: fx.Node, rules: Mapping[str, Rule]) -> fx.Node:
         """Put a step in the place of an operation, where its rule wants one."""
         rule = None if node.target is operator.getitem else rules[str(node.target)]
+        key = node.meta["key"]
+        if isinstance(rule, Passes) and str(node.target) in table().keys() - MIPIN.keys():
+            target: Any = node.target
+            node.target, node.args = passed, (run, key, target, *node.args)
         if not isinstance(rule, (Recorded, Learned)):
             return node
         assert callable(node.target)  # for mypy: it is an operation
-        key = node.meta["key"]
         carriers = rule.carriers(node)
         carried = tuple(node.args[at] for at in carriers)
         others = [argument for at, argument in enumerate(node.args) if at not in carriers]

@@ -17,7 +17,7 @@ from captum_mipin.arguments import as_extras, as_inputs
 from captum_mipin.averages import join_averages
 from captum_mipin.batch import Layout, first_dimension, layout
 from captum_mipin.capture import CapturedGraph, Inputs, Output, Place, capture, module_output, place, unwrapped
-from captum_mipin.errors import CaptureError
+from captum_mipin.errors import CaptureError, RuleError
 from captum_mipin.report import CheckReport, CheckRow
 from captum_mipin.rules import RECORDABLE, Learned, Passes, Recorded, Rule, operation, table
 
@@ -45,6 +45,9 @@ _CHANNELS = {
     **dict.fromkeys(("_native_batch_norm_legit_no_training", "group_norm", "instance_norm"), 1),
 }
 
+
+#: What to do about inputs that are not to be explained.
+_ARGUMENTS = ". Inputs that are not explained themselves go into additional_forward_args, which fit takes by unpack="
 
 #: Operations that move values, so that their result is shaped like what they take by chance alone.
 _MOVES = ("permute", "transpose", "t")
@@ -112,10 +115,10 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
     for node in graph.nodes:
         if node.meta["depends"]:
             node.meta["layout"] = Layout() if node in starts else layout(node, captured.batch)
-    lost = [node.name for node in starts if not node.meta.get("signal")]
+    lost = [node for node in starts if not node.meta.get("signal")]
     if lost or not output.meta["signal"]:
         raise CaptureError(
-            f"the model's output does not depend on {', '.join(lost) or 'its input'}, so nothing can be explained"
+            _without_signal(lost, output) + (_ARGUMENTS if start is None and 0 < len(lost) < len(starts) else "")
         )
     for node in starts:
         if not first_dimension(node.meta["val"], captured.batch):
@@ -126,6 +129,16 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
         shape = tuple(map(str, output.meta["val"].shape))
         raise CaptureError(f"the model's output has shape {shape}, expected the batch alone as its first dimension")
     return graph, starts
+
+
+def _without_signal(lost: Sequence[fx.Node], output: fx.Node) -> str:
+    """What is said of tensors to which no signal comes back."""
+    steering = [node.name for node in lost if output in _followers([node])]
+    if steering:
+        made = "nothing but gates, conditions or attention weights, to which no signal is sent"
+        return f"the model makes of {', '.join(steering)} {made}, so nothing can be explained"
+    names = ", ".join(node.name for node in lost) or "its input"
+    return f"the model's output does not depend on {names}, so nothing can be explained"
 
 
 def _followers(starts: Sequence[fx.Node]) -> set[fx.Node]:
@@ -228,7 +241,13 @@ def _carriers(node: fx.Node, rules: Mapping[str, Rule]) -> Sequence[int]:
     rule = rules.get(str(node.target))
     if node.op == "output" or rule is None or not _floating(node.meta.get("val")):
         return range(len(node.args))
-    return rule.carriers(node)
+    positions = rule.carriers(node)
+    if not isinstance(positions, Sequence) or any(at not in range(len(node.args)) for at in positions):
+        raise RuleError(
+            f"the rule of {place(node)} says that the arguments at {positions!r} carry signal, expected a tuple of positions "
+            f"among the {len(node.args)} that {node.target} is given by position"
+        )
+    return positions
 
 
 def treatments(graph: fx.Graph, rules: Mapping[str, Rule]) -> list[Treatment]:

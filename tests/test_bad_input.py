@@ -156,6 +156,64 @@ def test_an_operation_without_a_rule(untouched: Any, mlp: Any, step: Any, name: 
     assert [row.path for row in check(model, mlp.x).refused] in ([""], ["step"])
 
 
+class Steered(nn.Module):
+    """A second input that only steers the first."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.dense, self.how = nn.Linear(4, 3), lambda x, g: how(x, g)
+
+    def forward(self, x: Tensor, g: Tensor) -> Any:
+        return self.dense(self.how(x, g))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (lambda x, g: x * g, "multiplies two values .*: what only scales goes into additional_forward_args"),
+        (lambda x, g: x * torch.sigmoid(g), "makes of g nothing but gates, conditions .*go into additional_forward_args"),
+        (lambda x, g: torch.where(g > 0, x, 0.0), "makes of g nothing but gates, conditions .*go into additional_forward_args"),
+        (lambda x, g: x + torch.zeros_like(g), "output does not depend on g, .*go into additional_forward_args"),
+    ],
+)
+def test_an_input_that_only_steers(how: Any, message: str) -> None:
+    torch.manual_seed(0)
+    model, x, g = Steered(how).eval(), torch.randn(40, 4), torch.randn(40, 4)
+    with pytest.raises(CaptureError, match=f"(?s){message}, which fit takes by unpack="):
+        InverseNetwork(model).fit((x, g), progress=False)
+    inverse = InverseNetwork(model).fit([(x, g)], unpack=lambda batch: (batch[0], batch[1]), progress=False)  # the way out
+    assert MIPINAttribution(model, inverse).attribute(x[:3], 0, g[:3]).any()
+
+
+def test_a_condition_among_the_inputs() -> None:
+    model = Steered(lambda x, g: torch.where(g, x, 0.0)).eval()
+    with pytest.raises(InputError, match=r"input 1 has dtype torch\.bool.*such as a mask, goes into additional_forward_args"):
+        check(model, (torch.randn(2, 4), torch.ones(2, 4) > 0))
+
+
+def test_what_an_inverse_does_not_lead_to() -> None:
+    """A fork below where it stops."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.inner, self.last = nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.act(self.first(x))
+            return self.last((h + self.inner(h)).relu())
+
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(40, 4)
+    inverse = InverseNetwork(model, layer=model.inner).fit(x, progress=False)
+    message = (
+        r"this inverse stops at layer 'inner', and has nothing for act/relu/fork on the way to layer 'act'. "
+        r"Explain what it leads to, or fit another with layer= at layer 'act'"
+    )
+    with pytest.raises(NotFittedError, match=message):
+        LayerMIPINAttribution(model, inverse, model.act).attribute(x[:2], 0)
+
+
 def test_the_way_out_of_an_operation_without_a_rule_works(mlp: Any) -> None:
     model = Steps(nn.Sequential(nn.Softmax(1), nn.Linear(5, 5))).eval()
     inverse = InverseNetwork(model, layer=model.step[1]).fit(mlp.x, progress=False)

@@ -202,6 +202,20 @@ def test_explain_writes_the_maps_of_the_library(folder, model, capsys):
         assert picture.size[1] > picture.size[0]  # three images below each other, one method
 
 
+def test_targets_count_from_the_end_as_in_python(folder, model, capsys):
+    outs = ["--inverse", "inverse.safetensors", "--out", "last.safetensors", "--json"]
+    assert cli.main(["explain", *MODEL, "few", "--targets=-1,0,-2", *outs]) == 0
+    assert [row["target"] for row in json.loads(capsys.readouterr().out)["images"]] == [2, 0, 1]
+    mipin = MIPINAttribution(model, InverseNetwork.load("inverse.safetensors", model))
+    found = load_file("last.safetensors")
+    torch.testing.assert_close(found["attribution"], mipin.attribute(pixels(folder / "few"), target=[-1, 0, -2]))
+    assert found["target"].tolist() == [2, 0, 1]
+    chosen = ["--methods", "Saliency", "--metrics", "deletion", "--targets=-1", "--json", "--quiet"]
+    assert cli.main(["compare", *MODEL, "few", *chosen]) == 0
+    assert json.loads(capsys.readouterr().out)["titles"] == ["2"] * 3
+    assert "target -4 is outside" in refused(capsys, "explain", *MODEL, "few", "--targets=-4", *outs)
+
+
 def test_what_is_predicted_is_explained_by_default(folder, model, capsys):
     command = ["explain", *MODEL, "few", "--inverse", "layer.safetensors", "--out", "layer_maps.safetensors"]
     assert cli.main(command) == 0
@@ -280,6 +294,13 @@ def test_a_method_that_fails_is_told_in_its_row_and_all_that_fail_in_one_line(ca
     assert "every method failed: InputError" in refused(
         capsys, "compare", *MODEL, "few", "--methods", "Grad-CAM", "--metrics", "deletion", "--quiet"
     )
+
+
+def test_nothing_measured_is_a_failure(capsys):
+    asked = ["compare", *MODEL, "few", "--methods", "Saliency,Gradient", "--quiet"]
+    assert "nothing could be measured: completeness failed, first with" in refused(capsys, *asked, "--metrics", "completeness")
+    assert cli.main([*asked, "--metrics", "completeness,deletion"]) == 0
+    assert "completeness (Saliency, Gradient" in capsys.readouterr().out
 
 
 def test_a_model_with_one_output_has_no_target(capsys):
@@ -379,9 +400,9 @@ def test_what_is_refused_is_refused_in_one_line(folder, capsys):
     explain = ("--inverse", "inverse.safetensors", "--out", "no.safetensors")
     built = ("tiny_networks:build", *FORM)
     for message, *arguments in (
-        ("exported program", "check", "model.pt2"),
-        ("neither torchvision:NAME nor package.module:FACTORY", "check", "resnet50"),
-        ("neither torchvision:NAME nor package.module:FACTORY", "check", "../tiny_networks:build"),
+        ("No such file or directory: 'model.pt2'", "check", "model.pt2"),
+        ("neither torchvision:NAME, package.module:FACTORY nor", "check", "resnet50"),
+        ("neither torchvision:NAME, package.module:FACTORY nor", "check", "../tiny_networks:build"),
         ("ends the process", "check", "tiny_networks:script"),
         ("No module named 'no_such_networks'", "check", "no_such_networks:build"),
         ("'tiny_networks' has no 'bild'", "check", "tiny_networks:bild"),
@@ -407,7 +428,7 @@ def test_what_is_refused_is_refused_in_one_line(folder, capsys):
         ("fitted to another model", "explain", *built, "few", *explain),
         ("no file 'none'", "explain", *MODEL, "few", "--inverse", "none", "--out", "no.safetensors"),
         ("2 targets, but 3 images", "explain", *MODEL, "few", "--targets", "0,1", *explain),
-        ("target 7 is outside the model's 3 outputs", "explain", *MODEL, "few", "--targets", "7", *explain),
+        ("target 7 is outside the model's outputs of shape (3,)", "explain", *MODEL, "few", "--targets", "7", *explain),
         ("no inverse was fitted for target 1", "explain", *MODEL, "few", "--targets", "1", "--inverse", "other.safetensors",
          "--out", "no.safetensors"),
         ("expected (images, classes)", "compare", "tiny_networks:segmentation", *FORM, "few"),
@@ -428,11 +449,13 @@ def test_wrong_usage_is_told_before_any_work(folder, capsys):
         ("required: --out", *fit),
         ("ends in none of .safetensors", *fit, "--out", "a.pt"),
         ("there is no folder 'nowhere'", *fit, "--out", "nowhere/a.safetensors"),
-        ("invalid _integers value", *fit, "--out", "a.safetensors", "--targets", "cat"),
-        ("0 is not above 0", *fit, "--out", "a.safetensors", "--batch-size", "0"),
-        ("invalid _size value", *fit, "--out", "a.safetensors", "--size", "8x8x8"),
-        ("neither one number nor three", *fit, "--out", "a.safetensors", "--mean", "1,2"),
-        ("0,1,1 is not above 0", *fit, "--out", "a.safetensors", "--std", "0,1,1"),
+        ("'cat' is not a class, or several with commas", *fit, "--out", "a.safetensors", "--targets", "cat"),
+        ("'0' is not a whole number above 0", *fit, "--out", "a.safetensors", "--batch-size", "0"),
+        ("'all' is not a whole number above 0", *fit, "--out", "a.safetensors", "--batch-size", "all"),
+        ("'8x8x8' is not a number of pixels, or HEIGHTxWIDTH", *fit, "--out", "a.safetensors", "--size", "8x8x8"),
+        ("'1,2' is not one number or three", *fit, "--out", "a.safetensors", "--mean", "1,2"),
+        ("'0,1,1' is not one number above 0 or three", *fit, "--out", "a.safetensors", "--std", "0,1,1"),
+        ("'much' is not a number", *fit, "--out", "a.safetensors", "--ridge", "much"),
         ("'folder.safetensors' cannot be written", *fit, "--out", "folder.safetensors"),
         ("--mean has 1 values, --std 3", *fit, "--out", "a.safetensors", "--mean", "1"),
         ("--device", *fit, "--out", "a.safetensors", "--device", "gpu"),
@@ -447,6 +470,7 @@ def test_wrong_usage_is_told_before_any_work(folder, capsys):
         out, err = capsys.readouterr()
         assert out == ""
         assert message in err
+        assert not re.search(r"\b_\w+", err)  # no private name
 
 
 def test_what_is_not_installed_is_asked_for(monkeypatch, capsys):
@@ -487,7 +511,7 @@ def test_help_has_examples(capsys):
         assert stopped.value.code == 0
         text = capsys.readouterr().out
         assert f"examples:\n  captum-mipin {command} torchvision:resnet50" in text
-        assert "Exported programs (.pt2) are refused" in text
+        assert "FILE.pt2 " in text
         assert "Exit codes" in text
     for line in cli._EXAMPLES.replace("\\\n", "").splitlines()[1:]:
         asked = line.replace("mynets.small", "tiny_networks").split()[1:]

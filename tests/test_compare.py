@@ -188,7 +188,10 @@ def test_what_cannot_be_compared_is_refused(cnn):
     x, model = cnn.x[:3], cnn.model
     for bad, message in (
         (lambda: compare({}, x, 0), "no methods"),
-        (lambda: compare(["Saliencey"], x, 0, model=model), "no method has the name 'Saliencey'; known are MIP-IN, MIP-IN × gradient, Saliency"),
+        (
+            lambda: compare(["Saliencey"], x, 0, model=model),
+            "no method has the name 'Saliencey'; known are MIP-IN, MIP-IN × gradient, Saliency",
+        ),
         (lambda: compare(["Saliency"], x, 0), "pass model="),
         (lambda: compare(["Saliency"], x, 0, model=model, metrics=["accuracy"]), "not all among bounding_box_accuracy"),
         (lambda: compare(["Saliency"], x, 0, model=model, metrics="deletion"), "not all among"),
@@ -325,6 +328,16 @@ def test_a_figure_is_images_by_methods(found, tmp_path):
     assert len(one.axes) == 3
     assert len(one.axes[1].images) == 2  # the grey image and the map
     assert one.axes[1].images[1].get_cmap().name == "PiYG"
+
+
+def test_notebooks_show_figures_and_tables(found):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure = found.figure(["S"], [0])
+    shown = figure._repr_png_()
+    assert shown[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", shown[16:24]) == tuple(int(inches * figure.dpi) for inches in figure.get_size_inches())
+    assert not pyplot.get_fignums()
+    assert found._repr_markdown_() == found.table("markdown")
 
 
 def test_a_figure_is_drawn_by_captum(found, cnn):

@@ -56,6 +56,19 @@ def convolutions():
 
 
 @cache
+def pooled():
+    """A batch norm, and a dense layer behind an average over all places."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Dropout(), nn.Linear(5, 3),
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        model(normal(40, 2, 6, 6, seed=1, dtype=torch.float64))
+    return model.eval()
+
+
+@cache
 def tiles():
     """A patch embedding, whose inverse is that of a dense layer."""
     torch.manual_seed(0)
@@ -156,8 +169,31 @@ def test_at_a_layer_and_above_it():
     with pytest.raises(NotFittedError, match=r"stops at layer '1', it does not reach the input"):
         inverse.source_signal(q, 0)
     inverse = NeighbourInverse(model, layer=model[4], neighbours=12).fit(x, progress=False)
-    with pytest.raises(NotFittedError, match="nothing was kept of 3/conv2d"):
+    with pytest.raises(NotFittedError, match=r"stops at layer '\d', and has nothing for 3/conv2d"):
         LayerMIPINAttribution(model, inverse, model[1]).attribute(q, 0)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3, 8])
+def test_with_all_examples_as_neighbours_it_is_the_global_fit_at_any_layer(layer):
+    """Before a batch norm, where the scale is learned; below a pooled head, whose map is recorded; at the output itself."""
+    model = pooled()
+    x = normal(40, 2, 6, 6, dtype=torch.float64)
+    own = NeighbourInverse(model, layer=model[layer], neighbours=40).fit(x, progress=False)
+    known = InverseNetwork(model, layer=model[layer]).fit(x, progress=False)
+    for s in ("attribute", "source_signal"):
+        found, expected = (getattr(LayerMIPINAttribution(model, i), s)(x[:5], TARGETS) for i in (own, known))
+        close(found, expected)
+        assert found.any()
+
+
+def test_neighbours_by_the_output():
+    model, x = pooled(), normal(40, 2, 6, 6, dtype=torch.float64)
+    inverse = NeighbourInverse(model, layer=model[4], neighbours=12, feature=model[8]).fit(x, progress=False)
+    found = LayerMIPINAttribution(model, inverse).attribute(x[:1], 1)
+    with torch.no_grad():
+        rows = nearest(model(x), model(x[:1]), 12, "cosine")[0]
+    known = InverseNetwork(model, layer=model[4]).fit(x[rows], 1, progress=False)
+    close(found, LayerMIPINAttribution(model, known).attribute(x[:1], 1))
 
 
 def test_neighbours_by_another_feature():

@@ -70,6 +70,14 @@ def test_the_bottleneck_runs(capsys):
     assert "512 features of 1797 values each" in capsys.readouterr().out
 
 
+def test_an_exported_program_is_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = run("Exported programs")
+    assert names["program"].range_constraints
+    assert main(["check", "exported.pt2", "--size", "8", "--layer", "1"]) == 0
+    assert "3       aten.linear.default  supported  learned dense inverse" in capsys.readouterr().out
+
+
 def test_an_inverse_for_each_example_runs():
     names = run("An inverse of its own for each example")
     assert names["attribution"].shape == (5, 64)

@@ -358,3 +358,33 @@ def test_a_rule_that_computes_something_else_is_refused(run, message):
             InverseNetwork(model).fit(torch.randn(30, 4), 0, progress=False)
     finally:
         unregister_rule("mipin_tests::same")
+
+
+@pytest.mark.parametrize(
+    ("back", "message"),
+    [
+        (lambda s: s[:, :3], r"the rule of \(model\)/swish sends back \(50, 3\), expected .*\(50, 5\)"),
+        (lambda s: s.expand(2, *s.shape), r"sends back \(2, 50, 5\), expected .*\(50, 5\)"),  # which autograd would add up
+        (lambda s: (s, s), r"sends back \(50, 5\), \(50, 5\), expected .*\(50, 5\)"),
+        (lambda s: None, r"sends back NoneType, expected .*\(50, 5\)"),
+    ],
+)
+def test_a_way_back_to_another_shape_is_refused(register: Any, untouched: Any, back: Any, message: str) -> None:
+    register("own::swish", Recorded(run=lambda options, operation, x: (operation(x), back), note="wrong"))
+    model = _model(swish)
+    with untouched(model), pytest.raises(RuleError, match=message):
+        InverseNetwork(model).fit(_data(), progress=False)
+
+
+@pytest.mark.parametrize("positions", [(1,), (-1,), (0, 5), 0, None], ids=str)
+def test_carriers_that_are_no_arguments_are_refused(register: Any, positions: Any) -> None:
+    register("own::swish", Recorded(run=gate, note="wrong", carriers=lambda node: positions))
+    for attempt in (lambda: check(_model(swish), _data()), lambda: _fitted(swish)):
+        with pytest.raises(RuleError, match=r"the rule of \(model\)/swish says that the arguments at .* among the 1 that"):
+            attempt()
+
+
+def test_passing_on_takes_an_autograd_formula(register: Any) -> None:
+    register("own::swish", Passes(note="adjoint"))
+    with pytest.raises(RuleError, match=r"the rule of \(model\)/swish passes .* autograd formula.*register_autograd"):
+        _fitted(swish)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from captum_mipin.capture import traced
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.common import (
     Examples,
@@ -98,7 +99,7 @@ def randomization(
             "a method that does not know its model cannot be moved to another: pass refit=, a function model -> method"
         )
     before = explain(method, examples, batch_size)
-    copied: tuple[Any, nn.Module] = copy.deepcopy((method if refit is None else None, trained))
+    copied: tuple[Any, nn.Module] = copy.deepcopy((method if refit is None else None, trained), traced(trained))
     twin, changed = copied  # the model of the one is the other
     stages = _stages(changed, _paths(trained, layers), examples, layers is None)
     measured = [

@@ -93,9 +93,11 @@ class Fork:
 
 
 def _two_signals(node: fx.Node) -> str | None:
-    if len(factors(node)) > 1:
-        return "it multiplies two values that both depend on the input, and neither is a gate that a sigmoid made"
-    return None
+    if len(factors(node)) < 2:
+        return None
+    inputs = {n for n in node.all_input_nodes if n.op == "placeholder" and len(n.users) == 1}
+    hint = ": what only scales goes into additional_forward_args, which fit takes by unpack=" if inputs else ""
+    return f"it multiplies two values that both depend on the input, and neither is a gate that a sigmoid made{hint}"
 
 
 def _divides_by_signal(node: fx.Node) -> str | None:
