@@ -50,6 +50,7 @@ _LAYERS = {
     "explain": "explain the output of this module (default: where the inverse stops, the pixels or a layer)",
     "compare": "a module, such as layer4, for Grad-CAM and Grad×Feature; MIP-IN stops where its inverse does",
 }
+_FITTED = {name for name in METHODS if name.startswith("MIP-IN")}
 _DEFAULT = ("Saliency", "SmoothGrad", "Integrated Gradients")
 
 _ABOUT = """\
@@ -153,7 +154,7 @@ def _explain(asked: Namespace) -> int:
 
 
 def _compare(asked: Namespace) -> int:
-    if asked.inverse is None and "MIP-IN" in asked.methods:
+    if asked.inverse is None and not _FITTED.isdisjoint(asked.methods):
         asked.parser.error("MIP-IN among the methods needs --inverse FILE, written by captum-mipin fit")
     model = _model(asked)
     layer = _layer(model, asked.layer)
@@ -163,7 +164,7 @@ def _compare(asked: Namespace) -> int:
     images = _Images(asked)
     x = images.all()
     targets, _ = _targets(asked, model, x)
-    chosen = asked.methods or ["MIP-IN"] * (inverse is not None) + list(_DEFAULT) + ["Grad-CAM"] * (layer is not None)
+    chosen = asked.methods or sorted(_FITTED) * (inverse is not None) + list(_DEFAULT) + ["Grad-CAM"] * (layer is not None)
     found = compare(
         chosen, x, targets, metrics=asked.metrics or None, model=model, inverse=inverse, layer=layer,
         batch_size=asked.batch_size, progress=not asked.quiet,
@@ -447,7 +448,7 @@ def _parser() -> ArgumentParser:
     _add_targets(one)
     one.add_argument(
         "--methods", type=_names("method", METHODS), default=[], metavar="M,M,...",
-        help=f"any of {', '.join(METHODS)} (default: {', '.join(_DEFAULT)}, with --inverse MIP-IN, with --layer Grad-CAM)",
+        help=f"any of {', '.join(METHODS)} (default: {', '.join(_DEFAULT)}; with --inverse MIP-IN's, with --layer Grad-CAM)",
     )  # fmt: skip
     one.add_argument(
         "--metrics", type=_names("metric", _METRICS), default=[], metavar="M,M,...",

@@ -463,6 +463,7 @@ def test_wrong_usage_is_told_before_any_work(folder, capsys):
         ("no method has the name 'salience'; known are MIP-IN", "compare", *MODEL, "few", "--methods", "Salience"),
         ("no metric has the name 'pointing_game'", "compare", *MODEL, "few", "--metrics", "pointing_game"),
         ("needs --inverse", "compare", *MODEL, "few", "--methods", "MIP-IN"),
+        ("needs --inverse", "compare", *MODEL, "few", "--methods", "Saliency,MIP-IN × gradient"),
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*arguments])
