@@ -133,31 +133,28 @@ def localization() -> str:
 
 
 def mosaics() -> str:
-    """What of that a newcomer wants to know: MIP-IN as it is by default, and the best of all other methods."""
+    """What of that a newcomer wants to know: MIP-IN, and the best of those it is compared with, by kind."""
+    kinds = {
+        "best gradient method": ("Saliency", "Input×Gradient", "Integrated Gradients", "Guided Backprop", "Grad-CAM"),
+        "best of LRP and excitation backprop": ("LRP-ε", "LRP-γ", "Excitation backprop, contrastive"),
+    }
+    own = {
+        "MIP-IN": "MIP-IN, shares, joint", "× gradient": "MIP-IN, shares, joint, × gradient", "evidence": "MIP-IN, evidence",
+        "evidence × gradient": "MIP-IN, evidence, × gradient",
+    }  # fmt: skip
     rows = []
     for title, result in _mosaics().items():
         for layer in ("input", "middle", "last"):
-            found = [row for row in result["rows"] if row["layer"] == layer]
-            own = {row["method"]: row for row in found if row["method"].startswith("MIP-IN")}
-            others = [row for row in found if row["method"] not in own and row["method"] != "pattern only"]
-            best = [max(others, key=lambda row: row[grid]) for grid in ("2x2", "3x3")]
-            names = " / ".join(dict.fromkeys(row["method"] for row in best))
+            found = {row["method"]: row for row in result["rows"] if row["layer"] == layer}
+            cells = {name: [found.get(method)] for name, method in own.items()}
+            cells |= {kind: [found[name] for name in names if name in found] for kind, names in kinds.items()}
+            best = {
+                name: [max(row[grid] for row in rows if row) for grid in ("2x2", "3x3")]
+                for name, rows in cells.items()
+                if any(rows)
+            }
             rows.append(
-                {
-                    "network": title,
-                    "at": layer,
-                    **{
-                        name: " / ".join(f"{own[method][grid]:.2f}" for grid in ("2x2", "3x3"))
-                        for name, method in (
-                            ("MIP-IN", "MIP-IN, shares, joint"),
-                            ("MIP-IN × gradient", "MIP-IN, shares, joint, × gradient"),
-                            ("evidence", "MIP-IN, evidence"),
-                            ("evidence × gradient", "MIP-IN, evidence, × gradient"),
-                        )
-                        if method in own
-                    },
-                    "best of the others": f"{best[0]['2x2']:.2f} / {best[1]['3x3']:.2f} ({names})",
-                }
+                {"network": title, "at": layer, **{name: " / ".join(f"{v:.2f}" for v in two) for name, two in best.items()}}
             )
     return show(rows)
 
@@ -493,20 +490,17 @@ def _ahead(rows: list[dict[str, Any]]) -> str:
 
 
 def paper_perturbations() -> str:
-    """Insertion and deletion of what table 2 shows."""
-    result = _load("paper-boxes-efficientnet_lite0")
-    rows = sorted((row for row in result["rows"] if "insertion" in row), key=lambda row: -row["insertion"])
-    return show(
-        [
-            {
-                "method": row["method"],
-                "where": row["where"],
-                "insertion": f"{row['insertion']:.2f}",
-                "deletion": f"{row['deletion']:.3f}",
-            }
-            for row in rows
-        ]
-    )
+    """Insertion and deletion of what table 2 shows; the best first."""
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    scores: dict[tuple[str, str], list[float]] = {}
+    for title, result in _boxes().items():
+        for row in result["rows"]:
+            if "insertion" in row:
+                key = row["method"], "pixels" if row["where"] == "pixels" else "the layer chosen"
+                line = lines.setdefault(key, {"method": key[0], "at": key[1]})
+                line[f"{title}, n = {result['settings']['perturbed']}"] = f"{row['insertion']:.2f} / {row['deletion']:.3f}"
+                scores.setdefault(key, []).append(row["insertion"] - row["deletion"])
+    return show([lines[key] for key in sorted(lines, key=lambda key: -sum(scores[key]) / len(scores[key]))])
 
 
 def paper_maps() -> str:
