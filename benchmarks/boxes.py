@@ -284,8 +284,8 @@ def propagated(model: nn.Module, fit: Tensor | None, bounds: tuple[Tensor | floa
 def gradient(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     """Of the logits ``t`` with respect to what ``model`` starts from."""
     saliency: Any = Saliency(model)
-    found: Tensor = saliency.attribute(x.clone().requires_grad_(), t, False)
-    return found.detach()
+    parts = zip(x.split(16), t.split(16), strict=True)
+    return torch.cat([saliency.attribute(some.clone().requires_grad_(), own, False).detach() for some, own in parts])
 
 
 def cams(model: nn.Module) -> dict[str, Method]:
@@ -355,9 +355,7 @@ def mipin(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterato
             if cut > lowest or cut == cuts[0]:
                 at_lowest = explained(inverse, layer, x[lowest], about.labels)
             found = switched(net.steps[cut:lowest], x[cut], at_lowest) if cut < lowest else at_lowest
-            found["A × gradient"] = found["A"] * torch.cat(
-                [gradient(net.above(cut), *part) for part in zip(x[cut].split(16), about.labels.split(16), strict=True)]
-            )
+            found["A × gradient"] = found["A"] * gradient(net.above(cut), x[cut], about.labels)
             seconds = (time.perf_counter() - start) / len(everything)
             for reading, maps in found.items():
                 together.setdefault(reading, []).append(shares(maps, 28))
@@ -441,8 +439,7 @@ def mipin_at_pixels(net: Chain, about: Photographs, classes: int, count: int) ->
     inverse = InverseNetwork(net.steps).fit(about.fit[:count], targets, batch_size=10, progress=False)
     print(f"MIP-IN, whole network: fitted in {time.perf_counter() - start:.0f} s", flush=True)
     found = explained(inverse, None, about.x[index], about.labels[index])
-    parts = zip(about.x[index].split(4), about.labels[index].split(4), strict=True)
-    found["A × gradient"] = found["A"] * torch.cat([gradient(net.steps, *part) for part in parts])
+    found["A × gradient"] = found["A"] * gradient(net.steps, about.x[index], about.labels[index])
     for reading, maps in found.items():
         for reduction in REDUCTIONS:
             yield Try.of(("MIP-IN, whole network", "pixels", f"{reading}, shares"), reduction, maps, about, index)

@@ -242,15 +242,18 @@ def pictures(folder: Path, fit: int = 60) -> None:
     x, above = boxes.features(net, net.normalise(shown)), net.above(lowest)
     inverse = InverseNetwork(above, pooling=pooling).fit(train, sorted(set(labels.tolist())), batch_size=25, progress=False)
     names = boxes.places(x)
-    at = {names[cut]: None if cut == lowest else above[cut - lowest - 1] for cut in net.cuts}
+    at = {names[cut]: cut for cut in net.cuts}
     columns = {"Grad-CAM": boxes.cams(net.above(top))["Grad-CAM"](x[top], labels).sum(1).relu()}
     asked: list[tuple[str, str, str, Any]] = [
         ("MIP-IN, as the paper has it", names[top], "A", "relu_of_sum"),
         ("MIP-IN, as chosen", chosen["where"], reading, chosen["reduction"]),
     ]
     for title, where, read, reduction in asked:
-        layers = at.values() if where == "all layers" else [at[where]]
-        read_at = [boxes.explained(inverse, layer, x[lowest], labels)[read] for layer in layers]
+        read_at = []
+        for cut in at.values() if where == "all layers" else [at[where]]:
+            maps = boxes.explained(inverse, None if cut == lowest else above[cut - lowest - 1], x[lowest], labels)
+            maps["A × gradient"] = maps["A"] * boxes.gradient(net.above(cut), x[cut], labels)
+            read_at.append(maps[read])
         together = sum(boxes.shares(one, 28) for one in read_at) if len(read_at) > 1 else read_at[0]
         columns[title] = heat(torch.as_tensor(together), x[lowest], reduction)
     page = Figure(figsize=(6, 1.5 * len(found)), layout="constrained")
