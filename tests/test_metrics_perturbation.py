@@ -194,6 +194,26 @@ def test_pixels_of_every_type_are_taken_bit_by_bit(dtype):
     assert torch.equal(found.flatten().view(torch.uint8), expected.flatten().view(torch.uint8))
 
 
+def test_pixels_and_maps_however_they_are_kept():
+    def model(x):
+        return x.real.sum((1, 2)) + x.imag.sum((1, 2)) if x.is_complex() else x.sum((1, 2))
+
+    x, maps = normal(3, 2, 4, dtype=torch.complex64), normal(3, 2, 4, seed=1).round()
+    asked = {"model": model, "baseline": 0.0, "score": "logit"}
+    assert x.conj().is_conj()
+    assert x.conj().imag.is_neg()
+    weight = torch.ones((), requires_grad=True)
+    for metric in (deletion, insertion):
+        for kept in (x.conj(), x.conj().imag):
+            assert torch.equal(
+                metric(maps, kept, **asked).curves, metric(maps, kept.resolve_conj().resolve_neg(), **asked).curves
+            )
+    for metric in (deletion, sensitivity_n):
+        expected = metric(maps, x.real, **asked).curves
+        for reduction in (lambda m: m.sum(1) * weight, lambda m: m.sum(1).bfloat16()):
+            assert torch.equal(metric(maps, x.real, reduction=reduction, **asked).curves, expected)
+
+
 def test_a_model_may_ask_for_gradients_and_write_on_its_input():
     """An energy that descends once: what it is given is its own."""
 

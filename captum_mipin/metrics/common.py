@@ -281,7 +281,7 @@ def heat(maps: Tensor, like: Tensor, reduction: Reduction = "sum") -> Tensor:
         found = reduction(maps)
         if len(found) != len(maps) or found.ndim < 2:
             raise InputError(f"the reduction gives shape {tuple(found.shape)} for maps of shape {tuple(maps.shape)}")
-        return found
+        return found.detach().double()
     if reduction not in _REDUCTIONS:
         raise InputError(f"reduction={reduction!r} is not one of {', '.join(map(repr, _REDUCTIONS))}, or a function")
     without = maps.ndim == 2 or maps.ndim == like.ndim - 1

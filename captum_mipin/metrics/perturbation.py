@@ -329,7 +329,7 @@ def _between(start: Tensor, finish: Tensor) -> tuple[Tensor, Tensor]:
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(start.element_size())
     if kind is None:
         raise InputError(f"inputs of dtype {start.dtype} are not supported: give them, and the model, half the precision")
-    start, finish = (x.detach() for x in (start, finish))
+    start, finish = (x.detach().resolve_conj().resolve_neg() for x in (start, finish))
     return start, start.view(kind) ^ finish.view(kind)
 
 
