@@ -375,14 +375,26 @@ class Surrogate:
         while node.target is not step and len(carried := [n for n in node.all_input_nodes if n.meta.get("signal")]) == 1:
             (node,) = carried
         rule = self.steps[str(node.args[1])].rule if node.target is step else None
-        if (isinstance(rule, Recorded) and rule.run is average) or (
-            isinstance(rule, Learned) and rule.inverter is pooled_dense
-        ):
+        of_places = isinstance(rule, Recorded) and rule.run is average and self._at_places(node)
+        if of_places or (isinstance(rule, Learned) and rule.inverter is pooled_dense):
             return str(node.args[1])
         raise UnsupportedOperationError(
             "evidence=True tells what speaks for the output from what speaks against it, place by place; but the output is "
             f"that of {node.meta['key']}: it has to be an average over places, or a dense layer on one. Explain all of it"
         )
+
+    def _at_places(self, node: fx.Node) -> bool:
+        """Whether an average is one over places, not over what a dense layer gives, or averages of several channels."""
+        x: Any = node.args[2]
+        while x.meta["val"].ndim == 2:
+            rule = self.steps[str(x.args[1])].rule if x.target is step else None
+            if isinstance(rule, Learned) or (isinstance(rule, Recorded) and rule.run is average):
+                return False
+            carried = [n for n in x.all_input_nodes if n.meta.get("signal")]
+            if len(carried) != 1:
+                break
+            (x,) = carried
+        return True
 
     @property
     def graph(self) -> fx.Graph:
@@ -505,6 +517,7 @@ class Surrogate:
         for index in reversed(range(count)):
             with graph.inserting_after(forked):
                 parts.insert(0, graph.call_function(operator.getitem, (forked, index)))
+            parts[0].meta = dict(meta)
         redirect(node, iter(parts[len(weighed) :]), [user for user in users if user not in weighed])
         for user, part in zip(weighed, parts, strict=False):
             part.meta = dict(user.meta)

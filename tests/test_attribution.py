@@ -401,6 +401,54 @@ def test_evidence_is_refused_where_there_are_no_places(mlp: Any, cnn: Any) -> No
         even.attribute(x[:2], 0, evidence=True)
 
 
+ENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sub": lambda y: y - y.mean(1, keepdim=True),
+    "mean": lambda y: y.mean(1),
+    "sum": lambda y: torch.relu(y * 2).sum(1),
+    "cat": lambda y: torch.cat([y, 2 * y], 1),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("dense", [True, False])
+def test_evidence_is_not_told_by_classes(end: str, dense: bool) -> None:
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.last = pooled()[:4], pooled()[6]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.body(x).mean((2, 3))
+            return ENDS[end](self.last(y) if dense else y)
+
+    model, x = Ends().eval(), torch.rand(20, 3, 8, 8, dtype=torch.float64)
+    mipin = LayerMIPINAttribution(model, InverseNetwork(model, layer=model.body).fit(x, progress=False))
+    target = None if end in ("mean", "sum") else 0
+    assert mipin.attribute(x[:2], target).any()
+    with pytest.raises(UnsupportedOperationError, match=rf"the output is that of .*/{end}\S*: it has to be an average"):
+        mipin.attribute(x[:2], target, evidence=True)
+
+
+def test_heads_that_each_average_for_themselves() -> None:
+    class Heads(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.heads = pooled()[:4], nn.ModuleList(nn.Linear(6, 2).double() for _ in range(count))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.body(x)
+            return torch.cat([head(y.mean((2, 3))) for head in self.heads], 1)
+
+    x, found = torch.rand(30, 3, 8, 8, dtype=torch.float64), []
+    for count in (1, 2):  # of the second head, nothing comes back for classes of the first
+        model = Heads(count).eval()
+        inverse = InverseNetwork(model, forks="sum", layer=model.body).fit(x, targets=[0, 1], progress=False)
+        found.append(LayerMIPINAttribution(model, inverse).attribute(x[:4], [0, 1, 1, 0]))
+    assert found[0].any()
+    torch.testing.assert_close(*found)
+
+
 def test_options_are_what_they_say(cnn: Any) -> None:
     x = cnn.x[:3] - 0.5
     x[:, :, :2] = 0

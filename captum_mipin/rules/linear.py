@@ -39,7 +39,7 @@ class Dense(Inverter):
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         s, own = self._divided(signals)
-        x, s, *own = (t.reshape(1, -1, t.shape[-1]) for t in (x, s, *own))
+        x, s, *own = (t.flatten(0, -2).unsqueeze(0) for t in (x, s, *own))
         live = s[0].any(0).nonzero().squeeze(1)
         some = 2 * len(live) < s.shape[2]  # of the logits, only the target's is there
         moments = Moments.zeros(1, self.features, len(live) if some else s.shape[2], self.own, x.device)
