@@ -72,6 +72,8 @@ class MIPINAttribution(NoFuture, GradientAttribution):
             multiply_by_inputs: Return A ⊙ x.
             multiply_by_gradients: Return A ⊙ ∂Φ_c/∂x, what the network reads of A: relevance, in units of the output, as
                 PatternAttribution's of PatternNet's signal; if Φ_c is linear, it adds up to it. Takes one more pass each way.
+                It is the derivative of the operations that the model runs, whatever an ``autograd.Function`` has for its
+                ``backward``; nothing comes back through ``detach()`` and what is computed under ``torch.no_grad()``.
             evidence: Explain what speaks for the target alone, place by place, of an output that is an average over places or a
                 dense layer on one: the average of the places' positive parts, instead of a logit that may be negative. Where
                 the logit is positive, the map is the same up to its scale.

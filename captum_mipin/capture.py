@@ -316,6 +316,7 @@ def capture(
     *,
     output: Output = None,
     explained: bool = True,
+    detached: bool = False,
 ) -> CapturedGraph:
     """Capture ``model`` as a graph for inputs of these shapes, with any batch size.
 
@@ -326,6 +327,7 @@ def capture(
         shared: unless this says that none is.
         output: Which output, where the model returns several, see :func:`select`.
         explained: See :func:`check_inputs`.
+        detached: Detach what the model computes under ``torch.no_grad()``, of which the graph keeps no other trace.
 
     Raises:
         CaptureError: ``torch.export`` cannot follow the model, or its output is not one tensor.
@@ -358,6 +360,8 @@ def capture(
             warnings.filterwarnings("error", message=".* assigned during export")  # by a model that keeps state
             warnings.filterwarnings("ignore", message=_RECURRENT)
             program = export(twin, arguments, dynamic_shapes=shapes, strict=False)
+            if detached:
+                _detach(program.graph)
             program = program.run_decompositions(dict(_decompositions()))
     except CaptureError:
         raise
@@ -375,6 +379,18 @@ def capture(
             )
     _check_registered(program, twin)
     return _from_program(program, len(inputs), shared)
+
+
+def _detach(graph: fx.Graph) -> None:
+    """Detach what goes into the parts of a graph that run under ``torch.no_grad()``."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled and node.args[0] is False:
+            given = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+            with graph.inserting_before(node):
+                cuts = {n: graph.call_function(torch.ops.aten.detach.default, (n,)) for n in given}
+            for n, cut in cuts.items():
+                cut.meta = dict(n.meta)
+                node.replace_input_with(n, cut)
 
 
 def _check_registered(program: ExportedProgram, model: nn.Module) -> None:

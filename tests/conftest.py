@@ -173,7 +173,8 @@ def captured_once(monkeypatch: pytest.MonkeyPatch, graphs: dict[Any, Any]) -> No
     capture = inverse_module.capture
 
     def once(model: nn.Module, inputs: Any, extras: Any = (), shared: bool = False, **options: Any) -> Any:
-        key = id(model), repr(glance(model)), Signature.of(inputs, extras, shared), repr(options.get("output"))
+        made = [options.get(name) for name in ("output", "detached")]
+        key = id(model), repr(glance(model)), Signature.of(inputs, extras, shared), repr(made)
         if key not in graphs:
             graphs[key] = capture(model, inputs, extras, shared, **options), model  # kept, and with it its id
         return graphs[key][0]

@@ -331,6 +331,28 @@ def test_gradients_at_a_layer_are_those_of_the_model(cnn: Any) -> None:
     torch.testing.assert_close(product, (expected * LayerActivation(cnn.model, layer).attribute(x)).detach())
 
 
+def test_gradients_leave_out_what_the_model_computes_without() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gate, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.relu(self.first(x))
+            with torch.no_grad():
+                gate = torch.sigmoid(self.gate(h))
+                with torch.enable_grad():
+                    other = torch.sigmoid(self.gate(h) + gate)
+                last = torch.sigmoid(self.gate(h * other))
+            return self.last(h * gate * other * last)
+
+    model, x, target = Gated().double().eval(), torch.randn(60, 6, dtype=torch.float64), [0, 1, 2, 0]
+    mipin, few = MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False)), x[:4].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(few)[range(4), target].sum(), few)
+    found, a = mipin.attribute(few, target, multiply_by_gradients=True), mipin.attribute(few, target)
+    torch.testing.assert_close(found, a * gradient)
+
+
 def pooled(last: nn.Module | None = None) -> nn.Sequential:
     """A network that ends with an average over places, or a dense layer on one."""
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from captum_mipin import (
     LRP,
+    CaptureError,
     Deconvnet,
     DeepTaylor,
     GuidedBackprop,
@@ -25,6 +26,7 @@ from captum_mipin import (
     UnsupportedOperationError,
     check,
 )  # fmt: skip
+from captum_mipin.methods.gradients import Gradient
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 BOTH = pytest.mark.parametrize("method", [Deconvnet, GuidedBackprop])
@@ -219,6 +221,32 @@ def test_several_inputs_extra_arguments_and_outputs(method):
     torch.testing.assert_close(found[1], s @ model.layers["b"].weight)
     with pytest.raises(InputError, match="output="):
         method(model, output=1.5)
+
+
+def test_what_is_detached_has_no_derivative():
+    def run(m, x, detached):
+        h = torch.tanh(m["first"](x))
+        with torch.set_grad_enabled(not detached):
+            bypass = m["other"](h)
+        return m["last"](h + bypass) + (m["last"](h).detach() if detached else 0)
+
+    x = normal(4, 5, dtype=torch.float64)
+    for detached in (True, False):
+        model = Function(partial(run, detached=detached), first=nn.Linear(5, 6), other=nn.Linear(6, 6), last=nn.Linear(6, 2))
+        first, other, last = (layer.weight for layer in model.double().eval().layers.values())
+        through = last[1] if detached else last[1] + last[1] @ other
+        slope = 1 - torch.tanh(model.layers["first"](x)) ** 2
+        for method in (Gradient, Deconvnet, GuidedBackprop):
+            torch.testing.assert_close(method(model).attribute(x, 1), ((through * slope) @ first).detach())
+    model = Function(lambda m, x: m["last"](x.detach()), last=nn.Linear(5, 2)).double().eval()
+    with pytest.raises(CaptureError, match="does not depend on"):
+        Gradient(model).attribute(x, 1)
+
+
+def test_nothing_is_lost_in_complex_numbers():
+    model = Function(lambda m, x: m["last"](x * torch.sigmoid(torch.fft.rfft(x).abs()[:, :1])), last=nn.Linear(5, 2)).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"fft_rfft.*: it turns the input into torch\.complex64"):
+        Gradient(model).attribute(normal(4, 5), 1)
 
 
 def test_at_a_layer():

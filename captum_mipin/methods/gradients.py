@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from captum_mipin.capture import CapturedGraph, Extras, Inputs, capture
 from captum_mipin.methods.base import Signal, Table
 from captum_mipin.propagation import Target, seed
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
@@ -33,8 +34,21 @@ _NO_DERIVATIVE = ("heaviside", "nextafter")
 _SMOOTH = {"sigmoid": torch.ops.aten.silu.default, "hardsigmoid": torch.ops.aten.hardswish.default}
 
 
-class Gradient(Signal):
+class _Derived(Signal):
+    """A gradient, but for its rectifiers."""
+
+    def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
+        return seed(output, targets, unit=True)
+
+    def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
+        return capture(self.model, inputs, extras, shared, output=self.output, explained=False, detached=True)
+
+
+class Gradient(_Derived):
     """The gradient of an output, at the input or, by :class:`~captum_mipin.LayerPropagation`, at a layer.
+
+    It is that of the operations that the model runs: what an ``autograd.Function`` gives for one, by a ``backward`` of its
+    own, is not asked for.
 
     Args:
         model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
@@ -50,13 +64,10 @@ class Gradient(Signal):
     _name = "Gradient"
 
     def _table(self) -> Table:
-        return Table({}, other=Passes(note="derivative", carriers=_floating, records=True, exact=True))
-
-    def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
-        return seed(output, targets, unit=True)
+        return Table(_DETACHED, other=Passes(note="derivative", carriers=_floating, records=True, exact=True))
 
 
-class Deconvnet(Signal):
+class Deconvnet(_Derived):
     """Deconvnet: a gradient whose rectifiers let pass what is positive of what is sent back, whatever the forward pass did.
 
     Max pooling sends back to its switches, and everything else has its derivative. Rectifiers are ReLU in any spelling (as a
@@ -80,11 +91,8 @@ class Deconvnet(Signal):
     def _table(self) -> Table:
         return _gated(forward=False)
 
-    def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
-        return seed(output, targets, unit=True)
 
-
-class GuidedBackprop(Signal):
+class GuidedBackprop(_Derived):
     """Guided Backprop: a gradient whose rectifiers let pass only what is positive of what is sent back.
 
     Rectifiers are those of :class:`Deconvnet`. Of ReLU6, SiLU, GELU and their like, the derivative stands for the mask of ReLU.
@@ -105,15 +113,13 @@ class GuidedBackprop(Signal):
     def _table(self) -> Table:
         return _gated(forward=True)
 
-    def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
-        return seed(output, targets, unit=True)
-
 
 def _gated(forward: bool) -> Table:
     """The table of Deconvnet, or with the forward pass that of Guided Backprop."""
     note = "what is positive of what is sent back" + (", times the forward mask" if forward else "")
     kin = "what is positive of what is sent back" + (", times the derivative" if forward else "")
     rules: dict[str, Rule] = {
+        **_DETACHED,
         "aten.relu.default": Recorded(run=partial(_relu, forward), note=note, exact=True),
         **{f"aten.{name}.default": Recorded(run=partial(_rectifier, forward), note=kin, caveat=_kin) for name in _RECTIFIERS},
         **{f"aten.{name}.default": Passes(note="derivative", caveat=_none) for name in _OTHERS},
@@ -255,12 +261,16 @@ def _bounds(node: Any, name: str) -> tuple[Any, Any]:
 def _is_floating(node: Any) -> bool:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     value = value[0] if isinstance(value, (tuple, list)) and value else value
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _floating(node: fx.Node) -> tuple[int, ...]:
     """The arguments that a derivative is taken by."""
     return tuple(i for i, n in enumerate(node.args) if any(map(_is_floating, n if isinstance(n, (tuple, list)) else (n,))))
+
+
+def _nothing(node: Any) -> tuple[int, ...]:
+    return ()
 
 
 def _carrier(node: Any) -> tuple[int, ...]:
@@ -295,3 +305,7 @@ def _unknown(node: fx.Node) -> str | None:
 def _spelled(node: Any) -> str | None:
     high = node.args[2] if node.target.what == "clip" else None
     return None if high is None else _kin(node)
+
+
+#: Nothing comes back through what the model detaches.
+_DETACHED: dict[str, Rule] = {"aten.detach.default": Passes(note="no derivative", carriers=_nothing, records=True, exact=True)}
