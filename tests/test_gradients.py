@@ -239,8 +239,23 @@ def test_what_is_detached_has_no_derivative():
         for method in (Gradient, Deconvnet, GuidedBackprop):
             torch.testing.assert_close(method(model).attribute(x, 1), ((through * slope) @ first).detach())
     model = Function(lambda m, x: m["last"](x.detach()), last=nn.Linear(5, 2)).double().eval()
-    with pytest.raises(CaptureError, match="does not depend on"):
+    with pytest.raises(CaptureError, match="so nothing can be explained"):
         Gradient(model).attribute(x, 1)
+
+
+def test_what_is_assigned_to_a_part_is_passed_on():
+    def run(m, x):
+        h = torch.tanh(m["first"](x)).clone()
+        h[:, 0] = h[:, 1] * 2
+        h[:, 2:4] = h[:, 4:5]
+        h[:, 5] = 1.0
+        return m["last"](h)
+
+    model, x = Function(run, first=nn.Linear(5, 6), last=nn.Linear(6, 2)).double().eval(), normal(4, 5, dtype=torch.float64)
+    probe = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(probe)[:, 1].sum(), probe)
+    for method in (Gradient, Deconvnet, GuidedBackprop):  # there is no rectifier
+        torch.testing.assert_close(method(model).attribute(x, 1), expected)
 
 
 def test_nothing_is_lost_in_complex_numbers():

@@ -64,7 +64,7 @@ class Gradient(_Derived):
     _name = "Gradient"
 
     def _table(self) -> Table:
-        return Table(_DETACHED, other=Passes(note="derivative", carriers=_floating, records=True, exact=True))
+        return Table(_OWN, other=Passes(note="derivative", carriers=_floating, records=True, exact=True))
 
 
 class Deconvnet(_Derived):
@@ -119,7 +119,7 @@ def _gated(forward: bool) -> Table:
     note = "what is positive of what is sent back" + (", times the forward mask" if forward else "")
     kin = "what is positive of what is sent back" + (", times the derivative" if forward else "")
     rules: dict[str, Rule] = {
-        **_DETACHED,
+        **_OWN,
         "aten.relu.default": Recorded(run=partial(_relu, forward), note=note, exact=True),
         **{f"aten.{name}.default": Recorded(run=partial(_rectifier, forward), note=kin, caveat=_kin) for name in _RECTIFIERS},
         **{f"aten.{name}.default": Passes(note="derivative", caveat=_none) for name in _OTHERS},
@@ -269,6 +269,15 @@ def _floating(node: fx.Node) -> tuple[int, ...]:
     return tuple(i for i, n in enumerate(node.args) if any(map(_is_floating, n if isinstance(n, (tuple, list)) else (n,))))
 
 
+def _copied(options: Options, operation: Any, x: Tensor, over: Tensor, *arguments: Any) -> tuple[Tensor, Back]:
+    """X in the place, and in the shape and dtype, of another tensor."""
+    return operation(x, over, *arguments), lambda s: s.sum_to_size(x.shape).to(x.dtype)
+
+
+def _second(node: Any) -> tuple[int, ...]:
+    return (1,)
+
+
 def _nothing(node: Any) -> tuple[int, ...]:
     return ()
 
@@ -307,5 +316,8 @@ def _spelled(node: Any) -> str | None:
     return None if high is None else _kin(node)
 
 
-#: Nothing comes back through what the model detaches.
-_DETACHED: dict[str, Rule] = {"aten.detach.default": Passes(note="no derivative", carriers=_nothing, records=True, exact=True)}
+#: Operations whose derivative autograd does not have as it is meant: what the model detaches, and what it assigns to a part.
+_OWN: dict[str, Rule] = {
+    "aten.detach.default": Passes(note="no derivative", carriers=_nothing, records=True, exact=True),
+    "aten.copy.default": Recorded(run=_copied, note="derivative", carriers=_second, records=True, exact=True),
+}
