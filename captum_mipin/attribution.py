@@ -76,7 +76,7 @@ class MIPINAttribution(NoFuture, GradientAttribution):
                 ``backward``; nothing comes back through ``detach()`` and what is computed under ``torch.no_grad()``.
             evidence: Explain what speaks for the target alone, place by place, of an output that is an average over places or a
                 dense layer on one: the average of the places' positive parts, instead of a logit that may be negative. Where
-                the logit is positive, the map is the same up to its scale.
+                the average is positive, the map is the same up to its scale.
             return_convergence_delta: Return also the completeness error of the source signal, Φ_c(S) − Φ_c(x).
 
         Returns:
