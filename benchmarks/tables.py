@@ -146,16 +146,13 @@ def mosaics() -> str:
     for title, result in _mosaics().items():
         for layer in ("input", "middle", "last"):
             found = {row["method"]: row for row in result["rows"] if row["layer"] == layer}
-            cells = {name: [found.get(method)] for name, method in own.items()}
-            cells |= {kind: [found[name] for name in names if name in found] for kind, names in kinds.items()}
-            best = {
-                name: [max(row[grid] for row in rows if row) for grid in ("2x2", "3x3")]
-                for name, rows in cells.items()
-                if any(rows)
+            groups = {name: [found[method]] if method in found else [] for name, method in own.items()}
+            groups |= {kind: [found[name] for name in names if name in found] for kind, names in kinds.items()}
+            cells = {
+                name: " / ".join(f"{max(row[grid] for row in group):.2f}" for grid in ("2x2", "3x3")) if group else ""
+                for name, group in groups.items()
             }
-            rows.append(
-                {"network": title, "at": layer, **{name: " / ".join(f"{v:.2f}" for v in two) for name, two in best.items()}}
-            )
+            rows.append({"network": title, "at": layer, **cells})
     return show(rows)
 
 
