@@ -133,12 +133,12 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
 
 def _without_signal(lost: Sequence[fx.Node], output: fx.Node) -> str:
     """What is said of tensors to which no signal comes back."""
-    steering = [node.name for node in lost if output in _followers([node])]
+    names = {node: node.name if node.op == "placeholder" else str(place(node)) for node in lost}
+    steering = [names[node] for node in lost if output in _followers([node])]
     if steering:
         made = "nothing but gates, conditions or attention weights, to which no signal is sent"
         return f"the model makes of {', '.join(steering)} {made}, so nothing can be explained"
-    names = ", ".join(node.name for node in lost) or "its input"
-    return f"the model's output does not depend on {names}, so nothing can be explained"
+    return f"the model's output does not depend on {', '.join(names.values()) or 'its input'}, so nothing can be explained"
 
 
 def _followers(starts: Sequence[fx.Node]) -> set[fx.Node]:
