@@ -133,7 +133,7 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
 
 def _without_signal(lost: Sequence[fx.Node], output: fx.Node) -> str:
     """What is said of tensors to which no signal comes back."""
-    names = {node: node.name if node.op == "placeholder" else str(place(node)) for node in lost}
+    names = {node: node.name if node.op == "placeholder" else node.meta["key"] for node in lost}
     steering = [names[node] for node in lost if output in _followers([node])]
     if steering:
         made = "nothing but gates, conditions or attention weights, to which no signal is sent"
