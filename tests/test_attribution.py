@@ -43,6 +43,7 @@ from captum_mipin import (
     check,
 )
 from captum_mipin.capture import capture
+from captum_mipin.rules.pooling import shared_out
 
 matplotlib.use("Agg")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -383,6 +384,27 @@ def test_evidence_is_what_speaks_for_the_target_place_by_place() -> None:
     torch.testing.assert_close(last.attribute(few, target, evidence=True), expected)
     for i in range(12):  # alone as among others
         torch.testing.assert_close(mipin.attribute(few[i : i + 1], target[i], evidence=True)[0], found[i])
+
+
+def test_evidence_is_told_at_the_last_average_alone() -> None:
+    torch.manual_seed(0)
+    pool = nn.AvgPool2d(2)  # of values of both signs
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), pool, nn.Conv2d(8, 6, 2), nn.ReLU(), *head).double().eval()
+    x = torch.rand(60, 3, 8, 8, dtype=torch.float64) - 0.5
+    model[-1].bias.data -= model(x).mean(0)  # logits of both signs
+    mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, 0, progress=False))
+    few = x[model(x)[:, 0] > 0][:4]
+    a, found = (mipin.attribute(few, 0, evidence=evidence).flatten(1) for evidence in (False, True))
+    assert len(few)
+    torch.testing.assert_close(found / found.norm(dim=1, keepdim=True), a / a.norm(dim=1, keepdim=True))
+
+
+def test_evidence_is_in_units_of_what_is_averaged() -> None:
+    x = torch.tensor([[1.0, -2.0, 3.0]])
+    back = shared_out(lambda t: t.mean(1), x, x.mean(1), recorded=True, evidence=True)
+    assert back(torch.tensor([2.0])).tolist() == [[2, 0, 6]]
+    assert back(torch.tensor([-2.0])).tolist() == [[0, -4, 0]]
 
 
 @pytest.mark.parametrize("end, sign", [(None, 1), ("sum", 1), ("negative", -1)])
