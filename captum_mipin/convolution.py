@@ -151,9 +151,10 @@ class Geometry:
 
     def tiles(self, x_size: torch.Size) -> bool:
         """Whether the windows of y tile x: several taps, as far apart as the stride, and nothing left over."""
-        sizes = zip(self.kernel, self.stride, self.dilation, self.padding, x_size[2:], strict=True)
-        even = all(k == step and (d == 1 or k == 1) and p == 0 and z % k == 0 for k, step, d, p, z in sizes)
-        return even and not self.transposed and not any(self.skip) and prod(self.kernel) > 1
+        if self.stride != self.kernel or self.transposed or any(self.skip) or prod(self.kernel) == 1:
+            return False
+        sizes = zip(self.kernel, self.dilation, self.padding, x_size[2:], strict=True)
+        return all((d == 1 or k == 1) and p == 0 and z % k == 0 for k, d, p, z in sizes)
 
     def moments_of_tiles(self, x: Tensor, s: Tensor) -> Moments:
         """Moments of the regression of the tiles of ``x``, channel by channel, on ``s``."""

@@ -534,7 +534,8 @@ class InverseNetwork:
             if mixed:
                 targets = [targets[index] for index in order]
                 inputs, extras = pick(inputs, extras, torch.tensor(order, device=inputs[0].device), graph.shared)
-            run = Run(surrogate.steps, options, evidence=surrogate.average() if options.evidence else None)
+            average = surrogate.average() if options.evidence else None
+            run = Run(surrogate.steps, replace(options, evidence=False), evidence=average)
             with TURNS.explaining():
                 output = surrogate(run, graph.values(self.model, inputs, extras))
                 start = seed(output, targets)
@@ -545,7 +546,7 @@ class InverseNetwork:
                 back = torch.tensor(order, device=output.device).argsort() if mixed else slice(None)
                 signals: list[Inputs] = []
                 for bias in biases:
-                    run.options = replace(options, bias=bias)
+                    run.options = replace(run.options, bias=bias)
                     found = torch.autograd.grad(output, sources, sent, retain_graph=len(biases) > 1)
                     if mask:
                         found = tuple(s * (x != 0) for s, x in zip(found, sources, strict=True))

@@ -161,7 +161,7 @@ def _listed(shapes: Sequence[Any]) -> str:
 
 
 def _forward(run: Run, step: Step, x: Any, arguments: Any, named: Any) -> tuple[Any, Callable[..., Tensor]]:
-    options = replace(run.options, evidence=step.key == run.evidence)
+    options = replace(run.options, evidence=True) if step.key == run.evidence else run.options
     if isinstance(step.rule, Recorded):
         found = step.rule.run(options, step.operation, x, *arguments, **named)
         if run.proving:

@@ -880,6 +880,20 @@ def test_an_average_with_a_negative_divisor_is_refused():
         InverseNetwork(model).fit(torch.randn(30, 2, 4, 4), 0, progress=False)
 
 
+def test_averages_are_shared_out_in_each_channel_with_and_without_a_batch():
+    x, signal = torch.randn(2, 3, 6, 7, dtype=torch.float64), torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    operation, window = torch.ops.aten.avg_pool2d.default, ([3, 3], [1, 1], [1, 1])  # overlapping; maps keep their size
+    for shares in (True, False):
+        run, options = MIPIN["aten.avg_pool2d.default"].run, Options(shares=shares)
+        whole = run(options, operation, x, *window)[1](signal)
+        for index in range(2):
+            alone = run(options, operation, x[index], *window)[1](signal[index])
+            torch.testing.assert_close(alone, whole[index])
+            for channel in range(3):
+                one = run(options, operation, x[index, channel][None], *window)[1](signal[index, channel][None])
+                torch.testing.assert_close(one[0], whole[index, channel])
+
+
 @pytest.mark.parametrize("pool", [
     lambda h: F.adaptive_avg_pool2d(h, (1, 1)),
     lambda h: F.avg_pool2d(h, (3, 8), 1),

@@ -564,8 +564,7 @@ def _averaged(
 ) -> tuple[Tensor, Back]:
     """The signal of an average is that of each of its elements (the mean where windows overlap), of a sum its part."""
     if not attribution:
-        value = operation(x, *arguments, **named)
-        return value, shared_out(lambda t: operation(t, *arguments, **named), x, value, recorded=False)
+        return shared_out(lambda t: operation(t, *arguments, **named), x, recorded=False)
     value, back = derivative(lambda xs: operation(*xs, *arguments, **named), (x,))
     weights = operation(torch.ones_like(x), *arguments, **named)
     return value, lambda s: back(s / weights)[0]

@@ -215,16 +215,17 @@ class PooledDense(Inverter):
         return self.dense.inverse(solution, like)
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
-        live = torch.arange(self.size[2], device=signals[0].device) if inverse.live is None else inverse.live
         whole = Inverse(inverse.weight, inverse.bias)
-        return self.dense.apply(whole, (self._map(signals[0], live),), bias).movedim(-1, self.dim)
+        return self.dense.apply(whole, (self._map(signals[0], inverse.live),), bias).movedim(-1, self.dim)
 
-    def _map(self, s: Tensor, live: Tensor) -> Tensor:
-        """The signals ``live`` (n, outputs) at the places (n, ..., signals) they came from."""
-        bias = None if self.bias is None else self.bias[live]
-        y = torch.nn.functional.linear(self.x, self.weight[live], bias)
+    def _map(self, s: Tensor, live: Tensor | None) -> Tensor:
+        """The signals ``live``, or all, of (n, outputs) at the places (n, ..., signals) they came from."""
+        weight, bias = self.weight, self.bias
+        if live is not None:
+            s, weight, bias = s[:, live], weight[live], None if bias is None else bias[live]
+        y = torch.nn.functional.linear(self.x.contiguous(), weight, bias)
         over = tuple(range(1, y.ndim - 1))
-        return shared_out(lambda t: t.mean(over), y, y.mean(over), self.recorded, self.evidence)(s[:, live])
+        return shared_out(lambda t: t.mean(over), y, self.recorded, self.evidence, alone=1)[1](s)
 
 
 class PooledLinear:

@@ -1,6 +1,7 @@
 """Pooling: switches for the maximum (equation 8), recorded shares for averages and sums."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -64,15 +65,20 @@ def adaptive_max_pool(options: Options, operation: Any, x: Tensor, size: Sequenc
     return value, lambda s: _ratio(back_through(s * window), back_through(window))
 
 
-def average(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
+def average(options: Options, operation: Any, x: Tensor, *arguments: Any, alone: int = 0, **named: Any) -> tuple[Tensor, Back]:
     """Send the signal to where the average, or sum, came from (:func:`shared_out`), or evenly if so wished or without masks."""
-    value = operation(x, *arguments, **named)
     recorded = options.local and options.shares
-    return value, shared_out(lambda t: operation(t, *arguments, **named), x, value, recorded, options.evidence)
+    return shared_out(lambda t: operation(t, *arguments, **named), x, recorded, options.evidence, alone)
 
 
-def shared_out(operator: Callable[[Tensor], Tensor], x: Tensor, value: Tensor, recorded: bool, evidence: bool = False) -> Back:
-    """Send the signal at the averages ``value`` = P x to the elements that they came from, the soft form of a switch.
+def _average_pool(dims: int, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
+    return average(options, operation, x, *arguments, alone=x.ndim - dims, **named)
+
+
+def shared_out(
+    operator: Callable[[Tensor], Tensor], x: Tensor, recorded: bool, evidence: bool = False, alone: int = 0
+) -> tuple[Tensor, Back]:
+    """Averages P x, and how the signal at them goes to the elements that they came from, the soft form of a switch.
 
     An average came from the elements that agree with it in sign. With weights P ≥ 0, window w gives each of these the
     signal S_w |x_i| / Σ_j P_wj |x_j|, over those alone, and the others nothing; where windows overlap, an element gets the
@@ -80,30 +86,35 @@ def shared_out(operator: Callable[[Tensor], Tensor], x: Tensor, value: Tensor, r
 
     With ``evidence`` it is the elements themselves that are sent, |S_w| x_i where x_i agrees in sign with S_w: for S_w = 1,
     Σ_i P_wi x_i⁺ is what speaks for the average, which may be negative.
+
+    Args:
+        operator: x → P x.
+        x: The elements.
+        recorded, evidence: As above.
+        alone: Number of leading dimensions that P leaves alone.
     """
+    value, back_through = value_and_adjoint(operator, x)
+    one = (slice(1),) * alone  # P is the same for all of them
+    weight = adjoint(operator, x[one])(torch.ones_like(value[one]))  # Σ_w P_wi
+
+    def share(origin: Tensor | float, total: Tensor) -> Back:
+        return lambda s: origin * _ratio(back_through(_ratio(s, total)), weight)
+
     if evidence:
-        back_through = adjoint(operator, x)
 
         def speaking(s: Tensor) -> Tensor:
-            wanted = _ratio(back_through(s), back_through(torch.ones_like(s)))
+            wanted = _ratio(back_through(s), weight)
             return x * wanted.abs() * (x * wanted > 0)
 
-        return speaking
+        return value, speaking
     if not recorded:
-        return _by_share(operator, torch.ones_like(x))
+        return value, share(1.0, operator(torch.ones_like(x[one])))
     if bool((x >= 0).all()):
-        return _by_share(operator, x)
-    above, below = _by_share(operator, x.clamp(min=0)), _by_share(operator, -x.clamp(max=0))
-    return lambda s: above(s * (value > 0)) + below(s * (value < 0))
-
-
-def _by_share(operator: Callable[[Tensor], Tensor], origin: Tensor) -> Back:
-    def back(s: Tensor) -> Tensor:
-        total, back_through = value_and_adjoint(operator, origin)
-        signal = back_through(_ratio(s, total))
-        return origin * _ratio(signal, back_through(torch.ones_like(s)))
-
-    return back
+        return value, share(x, value)
+    positive = x.clamp(min=0)
+    total = operator(positive)
+    above, below = share(positive, total), share(positive - x, total - value)
+    return value, lambda s: above(s * (value > 0)) + below(s * (value < 0))
 
 
 def _to_switches(switches: Tensor, size: torch.Size, dims: int, overlap: bool) -> Back:
@@ -142,7 +153,7 @@ _ADAPTIVE_MAX = {
     for dims in (1, 2, 3)
 }
 _AVERAGE = {
-    f"aten.{form}avg_pool{dims}d.default": Recorded(run=average, note="recorded shares", refuse=_negative)
+    f"aten.{form}avg_pool{dims}d.default": Recorded(run=partial(_average_pool, dims), note="recorded shares", refuse=_negative)
     for dims in (1, 2, 3)
     for form in ("", "adaptive_", "_adaptive_")
     if (form, dims) != ("_adaptive_", 1)
