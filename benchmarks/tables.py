@@ -177,6 +177,7 @@ def zoo() -> str:
                 "capture": f"{row['capture s']:.1f} s",
                 "fit": f"{row['fit s']:.0f} s, {row['fit images']} images",
                 "time": f"{row['time / Saliency']:.2f} × Saliency",
+                "time, 8 images": f"{row['time / Saliency, 8 images']:.2f} × Saliency",
                 "memory": f"{row['memory / Saliency']:.2f} × Saliency",
                 "R² held out": f"{row['R² held out']:.2f}" if "R² held out" in row else "",
             }

@@ -1,0 +1,150 @@
+"""How complete the signal is on a residual network, layer by layer.
+
+    python benchmarks/completeness_layers.py resnet20 --data FOLDER
+
+S at the output of a layer takes the place of what the layer gives, and the rest of the network is run on it: how far is the
+output of the image's class from that for the image itself (APC, equation 10)? Beside it stand:
+
+- shuffled output: the inverse is given the output of another image of the class, with the masks of this one;
+- mean: the mean of the features at the layer, over the images fitted on;
+- true features, at the input: the image rebuilt by one inverse of the first convolution from what the ReLU behind it *really*
+  let through. By equation 9 nothing else comes down to there, so that no signal from above can be expected to do better.
+
+Forks are calibrated jointly, or summed up.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pretrained
+import torch
+from common import show, write
+from localization_grid import photos
+from torch import Tensor, nn
+
+from captum_mipin import InverseNetwork
+from captum_mipin.convolution import Geometry
+from captum_mipin.regression import solve
+from captum_mipin.rules.linear import Convolution
+
+#: (x, class) → what takes the place of the features.
+Signal = Callable[[Tensor, int], Tensor]
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """The residual blocks of a CIFAR ResNet, the last one first."""
+    return [f"layer{i}.{j}" for i in (3, 2, 1) for j in reversed(range(len(model.get_submodule(f"layer{i}"))))]  # type: ignore[arg-type]
+
+
+def features(model: nn.Module, layer: nn.Module | None, x: Tensor) -> Tensor:
+    """What a layer gives; x itself for None."""
+    if layer is None:
+        return x
+    kept: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return kept[0]
+
+
+def outputs(model: nn.Module, layer: nn.Module | None, x: Tensor, s: Tensor) -> Tensor:
+    """The logits where ``s`` takes the place of what a layer gives, or of x."""
+    if layer is None:
+        with torch.no_grad():
+            return model(s)  # type: ignore[no-any-return]
+    handle = layer.register_forward_hook(lambda module, inputs, output: s)
+    with torch.no_grad():
+        result: Tensor = model(x)
+    handle.remove()
+    return result
+
+
+def from_true_features(model: nn.Module, fit: Tensor) -> Signal:
+    """The image from relu(bn(conv x)), by the regression that a fit would make of it."""
+    conv: Any = model.get_submodule("conv1")
+    stem = nn.Sequential(conv, model.get_submodule("bn1"), nn.ReLU())
+    geometry = Geometry(tuple(conv.weight.shape), conv.stride, conv.padding, conv.dilation, conv.groups)
+    inverter = Convolution((geometry,), fit.shape)
+    with torch.no_grad():
+        inverse = inverter.inverse(solve(inverter.moments(fit, (stem(fit),)), 1e-3), fit)
+
+    def signal(x: Tensor, label: int) -> Tensor:
+        with torch.no_grad():
+            return inverter.apply(inverse, (stem(x),), True)
+
+    return signal
+
+
+def signals(model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, fit: Tensor) -> dict[str, Signal]:
+    """S at a layer and its controls. S = A + B with A linear in the output, so that another output needs no other pass."""
+    mean = features(model, layer, fit).mean(0)
+
+    def shuffled(x: Tensor, label: int) -> Tensor:
+        found = inverse.explain((x,), label, biases=(False, True), layer=layer)
+        (a,), (s,) = found.signals
+        change = found.output.roll(1) / found.output - 1
+        return s + a * change.view(-1, *(1,) * (a.ndim - 1))
+
+    return {
+        "S": lambda x, c: inverse.explain((x,), c, biases=(True,), layer=layer).signals[0][0],
+        "shuffled output": shuffled,
+        "mean": lambda x, c: mean.expand(len(x), *mean.shape),
+    }
+
+
+def measure(model: nn.Module, layer: nn.Module | None, x: Tensor, labels: Tensor, signal: Signal) -> dict[str, float]:
+    """APC in percent: mean over each class's images, then over classes; of all, of those classified rightly; and the median."""
+    columns = []
+    for label in labels.unique().tolist():
+        of = x[labels == label]
+        with torch.no_grad():
+            logits = model(of)
+        found = torch.cat([outputs(model, layer, part, signal(part, label)) for part in of.split(100)])
+        error = (found - logits)[:, label].abs() / logits[:, label].abs()
+        columns.append([error.mean(), error[logits.argmax(1) == label].mean(), error.median()])
+    return dict(
+        zip(("APC %", "APC % (correct)", "median error %"), (100 * torch.tensor(columns).mean(0)).tolist(), strict=True)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", choices=("resnet20", "resnet56"))
+    parser.add_argument("--data", type=Path, required=True, help="folder with the images and weights/")
+    parser.add_argument("--fit", type=int, default=400, help="images to fit on")
+    parser.add_argument("--test", type=int, default=200, help="images of each class to measure on")
+    arguments = parser.parse_args()
+    model, normalise = pretrained.load(arguments.network, arguments.data / "weights")
+    images = photos(arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0))
+    fit, chosen = normalise(images.fit), [(images.labels == c).nonzero()[: arguments.test, 0] for c in images.labels.unique()]
+    index = torch.cat(chosen)
+    x, labels = normalise(images.test[index]), images.labels[index]
+    rows: list[dict[str, Any]] = []
+
+    def add(forks: str, layer: str | None, kind: str, signal: Signal) -> None:
+        at = None if layer is None else model.get_submodule(layer)
+        row = {"forks": forks, "layer": layer or "input", "signal": kind, **measure(model, at, x, labels, signal)}
+        rows.append(row)
+        print(show([row]).splitlines()[-1], flush=True)
+
+    for forks in ("joint", "sum"):
+        inverse = InverseNetwork(model, forks=forks).fit(fit, labels.unique().tolist(), batch_size=100, progress=False)
+        for layer in (*blocks(model), None):
+            at = None if layer is None else model.get_submodule(layer)
+            for kind, signal in signals(model, inverse, at, fit).items():
+                if forks == "joint" or kind == "S":
+                    add(forks, layer, kind, signal)
+    add("", None, "true features", from_true_features(model, fit))
+    write(
+        f"completeness-layers-{arguments.network}", rows,
+        data="CIFAR-10", fitted_on="train", fit=arguments.fit, evaluated_on="test", n=len(x), target="true class",
+        reduction="mean over a class, then over classes", ties="none needed",
+    )  # fmt: skip
+    print(show(rows))
+
+
+if __name__ == "__main__":
+    main()
