@@ -83,6 +83,23 @@ def variants() -> str:
     return show(rows)
 
 
+def layers() -> str:
+    """APC of S at each block of a residual network, and of its controls: all images / those classified rightly / median."""
+    found: dict[str, dict[str, str]] = {}
+    names = {
+        ("joint", "S"): "**S**",
+        ("joint", "shuffled output"): "shuffled within the class",
+        ("joint", "mean"): "mean features",
+        ("sum", "S"): 'S, `forks="sum"`',
+        ("", "true features"): "from true features",
+    }
+    for row in _load("completeness-layers-resnet20")["rows"]:
+        name = names[row["forks"], row["signal"]]
+        cells = [f"{row[key]:.0f}" for key in ("APC %", "APC % (correct)", "median error %")]
+        found.setdefault(row["layer"], dict.fromkeys(names.values(), ""))[name] = " / ".join(cells)
+    return show([{"S at": layer if layer == "input" else f"`{layer}`", **cells} for layer, cells in found.items()])
+
+
 def speed() -> str:
     """Every ratio that was measured."""
     rows = [
@@ -540,7 +557,7 @@ def paper_randomization() -> str:
 
 def main() -> None:
     texts = {page: page.read_text() for page in pages()}
-    own = (completeness, controls, variants, localization, mosaics, invariance, class_sensitivity)
+    own = (completeness, controls, variants, layers, localization, mosaics, invariance, class_sensitivity)
     costs = (speed, speed_methods, speed_metrics, zoo, neighbours, scale, thousand, floor, sampled)
     paper = (paper_boxes, paper_settings, paper_perturbations, paper_maps, paper_classes, paper_randomization)
     for table in (*own, *costs, *paper, bottlenecks, bottlenecks_text, bottlenecks_speed, comparison):
