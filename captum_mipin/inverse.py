@@ -280,48 +280,23 @@ class InverseNetwork:
             model = check_model(self.model)
             if before is not None:
                 self._check_unchanged(before)
-            if batch_size < 1:
-                raise InputError(f"batch_size={batch_size!r} must be at least 1")
-            if cache < 0:
-                raise InputError(f"cache={cache!r} must be at least 0")
-            if keep is not None and not lazy:
-                raise InputError("keep= is where activations are kept for lazy=True")
-            if lazy and (distributed or checkpoint is not None or self.settings.sharing):
-                raise InputError(
-                    "lazy=True fits one class at a time, when it is explained: not with distributed=True, checkpoint= or "
-                    'sharing="classes"'
-                )
-            if distributed and self.settings.solver == "sgd":
-                raise InputError('solver="sgd" goes from batch to batch in one process: fit without distributed=True')
+            self._check_asked(batch_size, cache, keep, lazy, checkpoint, distributed)
         with generator_kept(), torch.inference_mode(False), torch.autocast(device_of(model).type, enabled=False):
+            batches, (inputs, extras) = self._data(data, batch_size, unpack, processes)
             with processes.step():
-                shard = processes.rank, processes.count
-                batches = Batches(data, batch_size, unpack, device_of(model), self.layer is None, shard)
-                first = next(iter(batches), None)
-            if not all(processes.gathered(first is not None)):  # a process without data learns of its shape from another
-                first = processes.first(first)
-            with processes.step():
-                if first is None:
-                    raise FitError("the data yields no batch: nothing to fit on")
-                inputs, extras = first
                 graph, surrogate = self._surrogate(inputs, extras, self.layer)
-                signature = Signature.of(inputs, extras, graph.shared)
-                if before is not None and before.signature != signature:
-                    raise InputError("the data has another shape, dtype or further arguments than that of earlier fits")
-                dims = tuple(int(n) for n in graph.output.meta["val"].shape[1:])
-                chosen = several(targets, dims)
-                watch = before.watch if before is not None else storage.Watch(model)
-                example = first_example(inputs, extras, graph.shared)
-                state = State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
+                state = self._begun(before, inputs, extras, graph, surrogate)
+                chosen = several(targets, state.dims)
             processes.agree("classes", (chosen, self.targets))
-            processes.agree("inputs", (signature, state.structure))
-            processes.agree("weights", watch.fingerprint)
+            processes.agree("inputs", (state.signature, state.structure))
+            processes.agree("weights", state.watch.fingerprint)
             processes.agree("settings", (self.settings, memory))
             if self.settings.sharing and before is not None:
                 others = next(iter(before.fitted.inverses.values()))
                 below = {key: others[key] for key in surrogate.learned[1:]}
                 state.fitted.inverses.update((target, dict(below)) for target in chosen)
             kept = Activations(keep, memory) if lazy else None
+            example = first_example(inputs, extras, graph.shared)
             fit = Fit(model, graph, surrogate, batches, chosen, self.settings, memory, progress, processes, example, kept)
             try:
                 unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
@@ -340,7 +315,7 @@ class InverseNetwork:
                         self._write(checkpoint, state, unfinished)
 
             if lazy:
-                state.lazy = dict.fromkeys(chosen, Lazy(fit, cache, watch.marks))
+                state.lazy = dict.fromkeys(chosen, Lazy(fit, cache, state.watch.marks))
             else:
                 state.fitted = fit.run(state.fitted, written)
         if before is not None:
@@ -351,6 +326,55 @@ class InverseNetwork:
         if checkpoint is not None and processes.rank == 0:
             Path(checkpoint).unlink(missing_ok=True)
         return self
+
+    def _check_asked(
+        self,
+        batch_size: int,
+        cache: int,
+        keep: str | os.PathLike[str] | None,
+        lazy: bool,
+        checkpoint: str | os.PathLike[str] | None,
+        distributed: bool,
+    ) -> None:
+        """Whether the arguments of a fit go together."""
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size!r} must be at least 1")
+        if cache < 0:
+            raise InputError(f"cache={cache!r} must be at least 0")
+        if keep is not None and not lazy:
+            raise InputError("keep= is where activations are kept for lazy=True")
+        if lazy and (distributed or checkpoint is not None or self.settings.sharing):
+            raise InputError(
+                "lazy=True fits one class at a time, when it is explained: not with distributed=True, checkpoint= or "
+                'sharing="classes"'
+            )
+        if distributed and self.settings.solver == "sgd":
+            raise InputError('solver="sgd" goes from batch to batch in one process: fit without distributed=True')
+
+    def _data(
+        self, data: Any, batch_size: int, unpack: Unpack | None, processes: Processes
+    ) -> tuple[Batches, tuple[Inputs, Extras]]:
+        """The batches of this process, and the first of them; a process without data learns of its shape from another."""
+        with processes.step():
+            shard = processes.rank, processes.count
+            batches = Batches(data, batch_size, unpack, device_of(self.model), self.layer is None, shard)
+            first = next(iter(batches), None)
+        if not all(processes.gathered(first is not None)):
+            first = processes.first(first)
+        with processes.step():
+            if first is None:
+                raise FitError("the data yields no batch: nothing to fit on")
+        return batches, first
+
+    def _begun(self, before: State | None, inputs: Inputs, extras: Extras, graph: CapturedGraph, surrogate: Surrogate) -> State:
+        """What is known of a fit before it goes through the data; the data has to be like that of the fit before."""
+        signature = Signature.of(inputs, extras, graph.shared)
+        if before is not None and before.signature != signature:
+            raise InputError("the data has another shape, dtype or further arguments than that of earlier fits")
+        dims = tuple(int(n) for n in graph.output.meta["val"].shape[1:])
+        watch = before.watch if before is not None else storage.Watch(self.model)
+        example = first_example(inputs, extras, graph.shared)
+        return State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
 
     # ------------------------------------------------------------------------------------------------- explain
 
