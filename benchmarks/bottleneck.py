@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from captum_mipin import IBA, InputIBA, InverseNetwork, LayerMIPINAttribution
+from captum_mipin import IBA, LRP, Gamma, InputIBA, InverseNetwork, LayerMIPINAttribution, LayerPropagation
 from captum_mipin.bottleneck import information, mask
 from captum_mipin.iba import IBA_SETTINGS
 from captum_mipin.input_iba import INPUT_IBA_SETTINGS
@@ -119,7 +119,6 @@ def methods(model: nn.Module, fit: Tensor, known: Tensor, classes: list[int]) ->
     """Name → (layer and reduction, attribution as a map of pixels)."""
     layer, last = model.get_submodule(LAYER), model.get_submodule("features.12")
     inverse = InverseNetwork(model, layer=layer).fit(fit, classes, batch_size=20)
-    mipin: Any = LayerMIPINAttribution(model, inverse)
     iba = {name: IBA(model, layer, name).estimate(known, batch_size=20) for name in ("published", "fast")}
     print(iba["fast"].report)
     generator = torch.Generator().manual_seed(0)
@@ -141,22 +140,27 @@ def methods(model: nn.Module, fit: Tensor, known: Tensor, classes: list[int]) ->
         cam: Any = LayerGradCam(model, module)
         return lambda x, t: resized(cam.attribute(x, t, relu_attributions=True).detach().sum(1))
 
-    def ours(**options: Any) -> Method:
-        return lambda x, t: resized(mipin.attribute(x, target=t, **options).sum(1).clamp(min=0))
+    def positive(attribute: Any, **options: Any) -> Method:
+        return lambda x, t: resized(attribute(x, t, **options).detach().sum(1).clamp(min=0))
 
-    at = f"{LAYER}, "
+    def ours(module: nn.Module, **options: Any) -> Method:
+        return positive(LayerMIPINAttribution(model, inverse, module).attribute, **options)
+
+    at, top = f"{LAYER}, ", "features.12, "
     return {
         "random": ("input", lambda x, t: torch.rand(len(x), 224, 224, generator=generator)),
         "centre prior": ("input", lambda x, t: -(away[:, None] + away[None]).expand(len(x), -1, -1)),
-        "mask only": (
-            at + "sum",
-            lambda x, t: resized((inverse.explain((x,), t, layer=layer).features[0] != 0).float().sum(1)),
-        ),
-        "pattern only": (at + "sum, ReLU", ours(local=False)),
-        "MIP-IN": (at + "sum, ReLU", ours()),
-        "MIP-IN, × feature": (at + "sum, ReLU", ours(multiply_by_features=True)),
+        "mask only": (at + "sum", present),
+        "pattern only": (at + "sum, ReLU", ours(layer, local=False)),
+        "MIP-IN": (at + "sum, ReLU", ours(layer)),
+        "MIP-IN, × feature": (at + "sum, ReLU", ours(layer, multiply_by_features=True)),
+        "MIP-IN, × gradient": (at + "sum, ReLU", ours(layer, multiply_by_gradients=True)),
+        "MIP-IN, last layer": (top + "sum, ReLU", ours(last)),
+        "MIP-IN, × feature, last layer": (top + "sum, ReLU", ours(last, multiply_by_features=True)),
+        "MIP-IN, × gradient, last layer": (top + "sum, ReLU", ours(last, multiply_by_gradients=True)),
+        "LRP-γ": (at + "sum, ReLU", positive(LayerPropagation(LRP(model, rule=Gamma(0.25)), layer).attribute)),
         "Grad-CAM": (at + "sum, ReLU", grad_cam(layer)),
-        "Grad-CAM, last layer": ("features.12, sum, ReLU", grad_cam(last)),
+        "Grad-CAM, last layer": (top + "sum, ReLU", grad_cam(last)),
         "SmoothGrad": ("input, absolute, sum", smooth_grad),
         "IBA": (at + "sum", lambda x, t: iba["published"].attribute(x, t, per_position=True)),
         "IBA, fast": (at + "sum", lambda x, t: iba["fast"].attribute(x, t, per_position=True)),
@@ -417,6 +421,7 @@ def text(count: int) -> None:
         "random": lambda: torch.rand(tokens.shape, generator=random),
         "Gradient × embedding": lambda: gradients.attribute(tokens, target).sum(2).detach(),
         "MIP-IN, × feature": lambda: mipin.attribute(tokens, target=target, multiply_by_features=True).sum(2),
+        "MIP-IN, × gradient": lambda: mipin.attribute(tokens, target=target, multiply_by_gradients=True).sum(2),
         "IBA at the embedding": lambda: alone.attribute(tokens, target),
         "InputIBA, mask": informed,
         "InputIBA, information": lambda: stages[0],

@@ -22,7 +22,7 @@ from captum_mipin.errors import CaptureError, InputError, RuleError, Unsupported
 from captum_mipin.rules import MIPIN, Fork, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation, table
 from captum_mipin.rules.base import argument
 from captum_mipin.rules.linear import TOGETHER, pooled_dense
-from captum_mipin.rules.pooling import average
+from captum_mipin.rules.pooling import is_average
 from captum_mipin.survey import (
     carrying_users,
     channels,
@@ -263,14 +263,21 @@ def _placed(operation: Callable[..., Any], positions: Sequence[int], x: tuple[Te
     return operation(*arguments, **named)
 
 
-def _constants_first(graph: fx.Graph, last: fx.Node) -> None:
-    """Move what follows from parameters alone, such as normalised weights, behind the last placeholder."""
+def _constants_first(graph: fx.Graph) -> fx.Node:
+    """Move what follows from parameters alone, such as normalised weights, behind the placeholders; the last of all these."""
+    last: fx.Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in list(graph.nodes):
         constant = node.op == "call_function" and not node.meta["depends"]
         if constant and all(n.op == "placeholder" or n.meta.get("constant") for n in node.all_input_nodes):
             node.meta["constant"] = True
             last.append(node)
             last = node
+    return last
+
+
+def _places(node: fx.Node) -> set[int | None]:
+    """The dimensions of a tensor, besides that of the batch, along which there is more than one element."""
+    return {dim for dim, n in enumerate(node.meta["val"].shape) if dim > 0 and n != 1}
 
 
 def _module(given: Sequence[fx.Node], nodes: Iterable[fx.Node], results: Sequence[fx.Node]) -> fx.GraphModule:
@@ -330,8 +337,7 @@ class Surrogate:
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
             run = graph.placeholder("run")
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-        _constants_first(graph, last)
+        last = _constants_first(graph)
         learns = any(isinstance(rule, Learned) for rule in rules.values())
         needs_scale = [learns and unscaled(node, rules) for node in starts]
         if any(needs_scale) and not calibrate:
@@ -375,7 +381,7 @@ class Surrogate:
         while node.target is not step and len(carried := [n for n in node.all_input_nodes if n.meta.get("signal")]) == 1:
             (node,) = carried
         rule = self.steps[str(node.args[1])].rule if node.target is step else None
-        of_places = isinstance(rule, Recorded) and rule.run is average and self._at_places(node)
+        of_places = is_average(rule) and self._at_places(node)
         if of_places or (isinstance(rule, Learned) and rule.inverter is pooled_dense):
             return str(node.args[1])
         raise UnsupportedOperationError(
@@ -386,9 +392,9 @@ class Surrogate:
     def _at_places(self, node: fx.Node) -> bool:
         """Whether an average is one over places, not over what a dense layer gives, or averages of several channels."""
         x: Any = node.args[2]
-        while x.meta["val"].ndim == 2:
+        while x.meta["val"].ndim == 2 or _places(x) <= {x.meta.get("channels")}:
             rule = self.steps[str(x.args[1])].rule if x.target is step else None
-            if isinstance(rule, Learned) or (isinstance(rule, Recorded) and rule.run is average):
+            if isinstance(rule, Learned) or is_average(rule):
                 return False
             carried = [n for n in x.all_input_nodes if n.meta.get("signal")]
             if len(carried) != 1:

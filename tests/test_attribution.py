@@ -407,16 +407,27 @@ def test_evidence_is_in_units_of_what_is_averaged() -> None:
     assert back(torch.tensor([-2.0])).tolist() == [[0, -4, 0]]
 
 
-@pytest.mark.parametrize("end, sign", [(None, 1), ("sum", 1), ("negative", -1)])
-def test_evidence_of_maps_that_are_averaged_or_summed_up(end: str | None, sign: int) -> None:
+AVERAGED: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda y: y.mean((2, 3)),
+    "sum": lambda y: y.sum((2, 3)),
+    "negative": lambda y: -y.mean((2, 3)),
+    "adaptive": lambda y: nn.functional.adaptive_avg_pool2d(y, 1).flatten(1),
+    "window": lambda y: nn.functional.avg_pool2d(y, 4).flatten(1),
+    "lines": lambda y: nn.functional.adaptive_avg_pool1d(y.flatten(2), 1).squeeze(2),
+}
+
+
+@pytest.mark.parametrize("end", AVERAGED)
+def test_evidence_of_maps_that_are_averaged_or_summed_up(end: str) -> None:
+    sign = -1 if end == "negative" else 1
+
     class Ends(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.body(x)
-            return y.sum((2, 3)) if end == "sum" else -y.mean((2, 3)) if end == "negative" else y.mean((2, 3))
+            return AVERAGED[end](self.body(x))
 
     torch.manual_seed(0)
     model, x = Ends().double().eval(), torch.rand(60, 3, 8, 8, dtype=torch.float64) - 0.5
@@ -455,14 +466,15 @@ ENDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("dense", [True, False])
-def test_evidence_is_not_told_by_classes(end: str, dense: bool) -> None:
+@pytest.mark.parametrize("pool", ["mean", "adaptive"])
+def test_evidence_is_not_told_by_classes(end: str, dense: bool, pool: str) -> None:
     class Ends(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.body, self.last = pooled()[:4], pooled()[6]
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.body(x).mean((2, 3))
+            y = AVERAGED[pool](self.body(x))
             return ENDS[end](self.last(y) if dense else y)
 
     model, x = Ends().eval(), torch.rand(20, 3, 8, 8, dtype=torch.float64)
@@ -471,6 +483,18 @@ def test_evidence_is_not_told_by_classes(end: str, dense: bool) -> None:
     assert mipin.attribute(x[:2], target).any()
     with pytest.raises(UnsupportedOperationError, match=rf"the output is that of .*/{end}\S*: it has to be an average"):
         mipin.attribute(x[:2], target, evidence=True)
+
+
+def test_evidence_of_one_map_is_told_by_places_and_sums_of_pools_are_not() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 2, 12, dtype=torch.float64)
+    line = nn.Sequential(nn.Conv1d(2, 1, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten()).double().eval()
+    mipin = MIPINAttribution(line, InverseNetwork(line).fit(x, 0, progress=False))
+    assert mipin.attribute(x[:2], 0, evidence=True).any()
+    sums = nn.Sequential(nn.AvgPool1d(4), nn.Flatten(), nn.Linear(6, 4), nn.ReLU(), nn.AvgPool1d(4)).double().eval()
+    mipin = MIPINAttribution(sums, InverseNetwork(sums).fit(x, 0, progress=False))
+    with pytest.raises(UnsupportedOperationError, match="it has to be an average over places"):
+        mipin.attribute(x[:2], 0, evidence=True)
 
 
 def test_heads_that_each_average_for_themselves() -> None:

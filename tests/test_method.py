@@ -587,6 +587,27 @@ def test_weights_computed_in_the_network_are_weights_too():
         assert_close(a, b, 1e-9)
 
 
+class Skip(nn.Module):
+    """A dense layer beside the input itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(x + self.layer(x)))
+
+
+def test_weights_computed_in_the_network_on_a_fork_at_the_input():
+    x, plain = normal(50, 6), seeded(Skip())
+    normed = copy.deepcopy(plain)
+    nn.utils.parametrizations.weight_norm(normed.layer)
+    normed.eval()
+    assert_close(normed(x).detach(), plain(x).detach())
+    for a, b in zip(both(fitted(plain, x, 1), x[:5], 1), both(fitted(normed, x, 1), x[:5], 1), strict=True):
+        assert_close(a, b, 1e-9)
+
+
 class Sequence(nn.Module):
     """A dense layer on the average over time of two branches, channels first or last, and the average first or last."""
 

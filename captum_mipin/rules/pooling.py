@@ -71,6 +71,12 @@ def average(options: Options, operation: Any, x: Tensor, *arguments: Any, alone:
     return shared_out(lambda t: operation(t, *arguments, **named), x, recorded, options.evidence, alone)
 
 
+def is_average(rule: Any) -> bool:
+    """Whether a rule is that of averages or sums."""
+    run = getattr(rule, "run", None)
+    return getattr(run, "func", run) in (average, _average_pool)
+
+
 def _average_pool(dims: int, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
     return average(options, operation, x, *arguments, alone=x.ndim - dims, **named)
 
