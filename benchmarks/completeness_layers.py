@@ -33,9 +33,10 @@ from captum_mipin.rules.linear import Convolution
 Signal = Callable[[Tensor, int], Tensor]
 
 
-def blocks(model: nn.Module) -> list[str]:
-    """The residual blocks of a CIFAR ResNet, the last one first."""
-    return [f"layer{i}.{j}" for i in (3, 2, 1) for j in reversed(range(len(model.get_submodule(f"layer{i}"))))]  # type: ignore[arg-type]
+def layers(model: nn.Module) -> list[str]:
+    """The residual blocks of a CIFAR ResNet, the last one first, and the batch norm behind the first convolution."""
+    blocks = [f"layer{i}.{j}" for i in (3, 2, 1) for j in reversed(range(len(model.get_submodule(f"layer{i}"))))]  # type: ignore[arg-type]
+    return [*blocks, "bn1"]
 
 
 def features(model: nn.Module, layer: nn.Module | None, x: Tensor) -> Tensor:
@@ -96,18 +97,25 @@ def signals(model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, 
 
 
 def measure(model: nn.Module, layer: nn.Module | None, x: Tensor, labels: Tensor, signal: Signal) -> dict[str, float]:
-    """APC in percent: mean over each class's images, then over classes; of all, of those classified rightly; and the median."""
+    """What takes the place of the features, over each class's images, then over classes.
+
+    APC in percent, of all images and of those classified rightly, and the median error; the median of its logit ÷ the image's;
+    and the share of the features' variance that it explains.
+    """
     columns = []
     for label in labels.unique().tolist():
         of = x[labels == label]
         with torch.no_grad():
             logits = model(of)
-        found = torch.cat([outputs(model, layer, part, signal(part, label)) for part in of.split(100)])
-        error = (found - logits)[:, label].abs() / logits[:, label].abs()
-        columns.append([error.mean(), error[logits.argmax(1) == label].mean(), error.median()])
-    return dict(
-        zip(("APC %", "APC % (correct)", "median error %"), (100 * torch.tensor(columns).mean(0)).tolist(), strict=True)
-    )
+        wanted, found = features(model, layer, of), torch.cat([signal(part, label) for part in of.split(100)])
+        parts = zip(of.split(100), found.split(100), strict=True)
+        y, again = logits[:, label], torch.cat([outputs(model, layer, *part) for part in parts])[:, label]
+        error = 100 * (again - y).abs() / y.abs()
+        explained = 1 - (wanted - found).square().sum() / (wanted - wanted.mean(0)).square().sum()
+        right = logits.argmax(1) == label
+        columns.append([error.mean(), error[right].mean(), error.median(), (again / y).median(), explained])
+    names = "APC %", "APC % (correct)", "median error %", "logit ratio", "explained variance"
+    return dict(zip(names, torch.tensor(columns).mean(0).tolist(), strict=True))
 
 
 def main() -> None:
@@ -132,7 +140,7 @@ def main() -> None:
 
     for forks in ("joint", "sum"):
         inverse = InverseNetwork(model, forks=forks).fit(fit, labels.unique().tolist(), batch_size=100, progress=False)
-        for layer in (*blocks(model), None):
+        for layer in (*layers(model), None):
             at = None if layer is None else model.get_submodule(layer)
             for kind, signal in signals(model, inverse, at, fit).items():
                 if forks == "joint" or kind == "S":

@@ -5,9 +5,10 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
-from captum_mipin.batch import first_dimension
+from captum_mipin.batch import batch_dimension
 from captum_mipin.rules import PooledLinear, operation
 from captum_mipin.rules.base import argument, each
 
@@ -21,16 +22,30 @@ def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
         if operation(node) != "linear" or node.meta["val"].ndim != 2:
             continue
         chain, averaged = _averaged(_source(node), starts)
-        x = _source(chain[-1]) if chain else node
-        kept = [dim for dim in range(1, x.meta["val"].ndim) if dim not in averaged]
+        if not averaged:
+            continue
+        x = _source(chain[-1])
+        at = batch_dimension(x.meta["val"], batch)
+        kept = [dim for dim in range(x.meta["val"].ndim) if dim != at and dim not in averaged]
         weight = argument(node, 1, "weight")
-        if not averaged or len(kept) != 1 or not first_dimension(x.meta["val"], batch):
+        if at is None or at in averaged or len(kept) != 1:
             continue
         if x.meta["val"].shape[kept[0]] == weight.meta["val"].shape[1]:
+            if at != 0:
+                x, kept = _batch_first(graph, x, at), [kept[0] + (kept[0] < at)]
             node.meta["shown"] = node.target
             node.target, node.args, node.kwargs = PooledLinear(), (x, *(*node.args, None)[:3], kept[0]), {}
             for part in chain:
                 part.meta["joined"] = True
+
+
+def _batch_first(graph: fx.Graph, x: fx.Node, at: int) -> fx.Node:
+    """``x`` with dimension ``at`` as the first."""
+    order = [at, *(dim for dim in range(x.meta["val"].ndim) if dim != at)]
+    with graph.inserting_after(x):
+        first = graph.call_function(torch.ops.aten.permute.default, (x, order))
+    first.meta = {**x.meta, "val": x.meta["val"].permute(order), "key": f"{x.meta['key']}/permute"}
+    return first
 
 
 def _averaged(node: fx.Node, starts: Sequence[fx.Node]) -> tuple[list[fx.Node], set[int]]:

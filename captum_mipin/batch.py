@@ -56,7 +56,13 @@ class Layout:
 
 def first_dimension(value: Any, batch: str) -> bool:
     """Whether the first dimension of a traced tensor, and no other, is the batch."""
-    return _folded(value, batch) == (0, 1)
+    return batch_dimension(value, batch) == 0
+
+
+def batch_dimension(value: Tensor, batch: str) -> int | None:
+    """The one dimension of a traced tensor that is the batch."""
+    dim, count = _folded(value, batch) or (None, 0)
+    return dim if count == 1 else None
 
 
 def layout(node: fx.Node, batch: str) -> Layout | str:
@@ -112,7 +118,7 @@ def _works_along(name: str, node: fx.Node, source: fx.Node, at: Layout, after: L
     if name in _ALONG_DIMS:
         dims = argument(node, *_ALONG_DIMS[name])
         dims = range(x.ndim) if dims is None or dims == [] else dims if isinstance(dims, (tuple, list)) else [dims]
-        whole = name == "slice" and _everything(node)
+        whole = name == "slice" and everything(node)
         return not whole and any(dim % x.ndim == at.dim for dim in dims)
     if name in ("constant_pad_nd", "pad"):
         pads = argument(node, 1, "pad")
@@ -131,7 +137,7 @@ def _known(node: fx.Node) -> bool:
     return node.target is operator.getitem or str(node.meta.get("shown", node.target)) in MIPIN.keys() | RECORDABLE
 
 
-def _everything(node: fx.Node) -> bool:
+def everything(node: fx.Node) -> bool:
     """Whether a slice takes all there is."""
     start, stop, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
     return start in (None, 0) and (stop is None or (isinstance(stop, int) and stop >= 2**62)) and step == 1

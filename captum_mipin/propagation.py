@@ -23,6 +23,7 @@ from captum_mipin.rules import MIPIN, Fork, Inverse, Inverter, Learned, Options,
 from captum_mipin.rules.base import argument
 from captum_mipin.rules.linear import TOGETHER, pooled_dense
 from captum_mipin.rules.pooling import is_average
+from captum_mipin.spelling import respell
 from captum_mipin.survey import (
     carrying_users,
     channels,
@@ -327,6 +328,9 @@ class Surrogate:
         refused = [t for t in treatments(graph, rules) if t.status == "refused"]
         if refused:
             raise UnsupportedOperationError(refusal(refused, rules))
+        respell(graph, starts, captured.batch)
+        if lost := [node.meta["key"] for node in starts if not node.users]:
+            raise CaptureError(f"the model's output does not depend on {', '.join(lost)}, so nothing can be explained")
         for node in graph.nodes:
             if node.meta["signal"] and isinstance(node.meta["val"], Tensor):
                 node.meta["channels"] = channels(node)

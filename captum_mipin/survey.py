@@ -91,7 +91,7 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
         names[name] += 1
         new.meta["origin"] = old.name  # a copy may have to take another
         new.meta["key"] = name if names[name] == 1 else f"{name}#{names[name]}"
-        if new.target is torch.ops.aten.view.default:  # the export saw contiguous tensors; others need a copy
+        if new.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):  # contiguous as the export saw it
             new.target = torch.ops.aten.reshape.default
             new.meta["shown"] = old.target
     output = copied[captured.output]
@@ -101,17 +101,12 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
     varying = _followers([new for old, new in copied.items() if old.name in captured.inputs])
     for node in graph.nodes:
         node.meta["varies"] = node in varying
-    needed, stack = {output}, [output]
-    while stack:
-        for node in stack.pop().all_input_nodes:
-            if node not in needed:
-                needed.add(node)
-                stack.append(node)
+    needed = _needed(output)
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and node not in needed:
             graph.erase_node(node)
     getattr(rules, "rewrite", join_averages)(graph, captured.batch, starts)
-    _mark(graph, rules, starts, needed)
+    _mark(graph, rules, starts, _needed(output))
     for node in graph.nodes:
         if node.meta["depends"]:
             node.meta["layout"] = Layout() if node in starts else layout(node, captured.batch)
@@ -129,6 +124,16 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
         shape = tuple(map(str, output.meta["val"].shape))
         raise CaptureError(f"the model's output has shape {shape}, expected the batch alone as its first dimension")
     return graph, starts
+
+
+def _needed(output: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from."""
+    needed, stack = {output}, [output]
+    while stack:
+        new = [node for node in stack.pop().all_input_nodes if node not in needed]
+        needed.update(new)
+        stack.extend(new)
+    return needed
 
 
 def _without_signal(lost: Sequence[fx.Node], output: fx.Node) -> str:

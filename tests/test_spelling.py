@@ -1,0 +1,180 @@
+"""Ways of writing one network: A and S are those of the function, whatever its copies, transpositions and stacks."""
+
+import copy
+
+import pytest
+import torch
+from small import Function, normal
+from torch import nn
+from torch.nn import functional as F
+
+from captum_mipin import CaptureError, InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.capture import capture
+from captum_mipin.propagation import Surrogate
+from captum_mipin.rules import MIPIN
+
+
+def explained(model, x):
+    model = model.double().eval()
+    mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, [0, 1], progress=False))
+    return model(x).detach(), mipin.attribute(x[:4], target=1), mipin.source_signal(x[:4], target=1)
+
+
+def agree(one, other, x):
+    for a, b in zip(explained(one, x), explained(other, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def block(respelled):
+    """A residual block, what its convolution takes respelled."""
+    torch.manual_seed(0)
+
+    def run(m, x):
+        h = F.relu(m["stem"](x))
+        return m["head"](F.relu(h + m["b"](F.relu(m["a"](respelled(h))))).flatten(1))
+
+    convolutions = {name: nn.Conv2d(3, 3, 3, padding=1) for name in ("stem", "a", "b")}
+    return Function(run, **convolutions, head=nn.Linear(147, 3))
+
+
+COPIES = {
+    "clone": torch.clone,
+    "view": lambda h: h.view(h.shape),
+    "channels last": lambda h: h.contiguous(memory_format=torch.channels_last),
+    "slice": lambda h: h[:, :],
+    "dropout": F.dropout2d,
+    "dtype": lambda h: h.to(torch.float64),
+    "there and back": lambda h: h.clone()[:].contiguous(),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_make_no_difference(name):
+    respelled = (lambda h: F.dropout2d(h, training=False)) if name == "dropout" else COPIES[name]
+    agree(block(lambda h: h), block(respelled), normal(40, 3, 7, 7, dtype=torch.float64))
+
+
+def test_copies_of_what_is_copied_already_make_no_difference():
+    x = normal(40, 6, dtype=torch.float64)
+
+    def model(copied):
+        torch.manual_seed(0)
+
+        def run(m, x):
+            h = torch.relu(m["stem"](x))
+            return m["head"](torch.relu(m["a"](copied(h)) + m["b"](copied(h)) + copied(h)))
+
+        return Function(run, stem=nn.Linear(6, 5), a=nn.Linear(5, 5), b=nn.Linear(5, 5), head=nn.Linear(5, 3))
+
+    agree(model(lambda h: h), model(torch.clone), x)
+
+
+def test_what_only_rearranges_is_done_once():
+    def model(once):
+        torch.manual_seed(0)
+
+        def run(m, x):
+            h = torch.relu(m["stem"](x))
+            first = h.flatten(1)
+            return m["a"](first) + torch.relu(m["b"](first if once else h.flatten(1)))
+
+        return Function(run, stem=nn.Conv1d(2, 3, 3), a=nn.Linear(12, 3), b=nn.Linear(12, 3))
+
+    agree(model(True), model(False), normal(60, 2, 6, dtype=torch.float64))
+
+
+def by_hand(m, x):
+    """``nn.MultiheadAttention`` of two heads, batch first, on x itself."""
+    packed = F.linear(x, m["attention"].in_proj_weight, m["attention"].in_proj_bias)
+    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in packed.chunk(3, -1))
+    return m["attention"].out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_attention_beside_the_identity_whatever_the_order_of_dimensions():
+    torch.manual_seed(0)
+    attention, head, x = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3), normal(60, 5, 8, dtype=torch.float64)
+    layers = {"attention": attention, "head": head}
+    module = Function(lambda m, x: m["head"]((x + m["attention"](x, x, x, need_weights=False)[0]).mean(1)), **layers)
+    agree(module, Function(lambda m, x: m["head"]((x + by_hand(m, x)).mean(1)), **layers), x)
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_transformers_with_the_sequence_or_the_batch_first(back):
+    torch.manual_seed(0)
+    first, head = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)
+    second = nn.TransformerEncoderLayer(8, 2, 16)
+    second.load_state_dict(first.state_dict())
+
+    def sequence_first(m, x):
+        h = m["encoder"](x.transpose(0, 1))
+        return m["head"](h.transpose(0, 1).mean(1) if back else h.mean(0))
+
+    one = Function(lambda m, x: m["head"](m["encoder"](x).mean(1)), encoder=first, head=head)
+    agree(one, Function(sequence_first, encoder=second, head=head), normal(60, 5, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_last_output_of_recurrent_networks_is_their_state(kind, first):
+    torch.manual_seed(0)
+    layers = {"recurrent": kind(6, 5, 2, batch_first=first), "head": nn.Linear(5, 3)}
+
+    def by_output(m, x):
+        output, _ = m["recurrent"](x if first else x.transpose(0, 1))
+        return m["head"](output[:, -1] if first else output[-1])
+
+    def by_state(m, x):
+        _, state = m["recurrent"](x if first else x.transpose(0, 1))
+        return m["head"]((state[0] if kind is nn.LSTM else state)[-1])
+
+    x = normal(60, 4, 6, dtype=torch.float64)
+    agree(Function(by_output, **layers), Function(by_state, **copy.deepcopy(layers)), x)
+
+
+PICKED = {
+    "stack": lambda g, h: torch.stack([g, h], 1)[:, 1],
+    "stack, from the end": lambda g, h: torch.stack([h, g], -1)[..., -2],
+    "cat": lambda g, h: torch.cat([g.unsqueeze(1), h.unsqueeze(1)], 1)[:, 1],
+    "transposed": lambda g, h: torch.stack([g, h]).transpose(0, 1).select(1, 1),
+}
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_what_is_stacked_only_to_pick_one_is_that_one(name):
+    def model(pick):
+        torch.manual_seed(0)
+
+        def run(m, x):
+            g = torch.tanh(m["stem"](x))
+            return m["head"](pick(g, torch.tanh(m["layer"](g.flip(1)))))
+
+        return Function(run, stem=nn.Linear(8, 6), layer=nn.Linear(6, 6), head=nn.Linear(6, 3))
+
+    agree(model(lambda g, h: h), model(PICKED[name]), normal(60, 8, dtype=torch.float64))
+
+
+def test_a_layer_that_only_what_is_dropped_depends_on_is_refused():
+    torch.manual_seed(0)
+    model = Function(
+        lambda m, x: m["head"](torch.stack([torch.tanh(m["side"](x)), torch.tanh(m["layer"](x))])[1]),
+        side=nn.Linear(4, 4), layer=nn.Linear(4, 4), head=nn.Linear(4, 3),
+    ).eval()  # fmt: skip
+    with pytest.raises(CaptureError, match="does not depend on"):
+        InverseNetwork(model, layer=model.layers["side"]).fit(normal(40, 4), progress=False)
+
+
+class Copy(nn.Module):
+    def forward(self, x):
+        return x.clone()
+
+
+def test_a_layer_that_makes_a_copy_can_be_explained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), Copy(), nn.Linear(5, 3)).eval()
+    x = normal(50, 6)
+    mipin = LayerMIPINAttribution(model, InverseNetwork(model, layer=model[2]).fit(x, 0, progress=False))
+    whole = LayerMIPINAttribution(model, InverseNetwork(model).fit(x, 0, progress=False), model[1])
+    torch.testing.assert_close(mipin.attribute(x[:3], 0), whole.attribute(x[:3], 0))
+    captured = capture(model, (x[:1],))
+    assert any("clone" in str(node.target) for node in captured.graph.nodes)
+    assert "clone" not in Surrogate(captured, MIPIN).code
