@@ -93,10 +93,13 @@ def layers() -> str:
         ("sum", "S"): 'S, `forks="sum"`',
         ("", "true features"): "from true features",
     }
+    measured = "S: logit ÷ the image's", "S: variance explained"
     for row in _load("completeness-layers-resnet20")["rows"]:
         name = names[row["forks"], row["signal"]]
-        cells = [f"{row[key]:.0f}" for key in ("APC %", "APC % (correct)", "median error %")]
-        found.setdefault(row["layer"], dict.fromkeys(names.values(), ""))[name] = " / ".join(cells)
+        cells = found.setdefault(row["layer"], dict.fromkeys((*names.values(), *measured), ""))
+        cells[name] = " / ".join(f"{row[key]:.0f}" for key in ("APC %", "APC % (correct)", "median error %"))
+        if name == "**S**":
+            cells |= zip(measured, (f"{row[key]:.2f}" for key in ("logit ratio", "explained variance")), strict=True)
     return show([{"S at": layer if layer == "input" else f"`{layer}`", **cells} for layer, cells in found.items()])
 
 
