@@ -21,6 +21,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, default_decompositions, export
 from torch.export.graph_signature import InputKind
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError, InputError, TrainingModeError
@@ -289,6 +292,10 @@ def check_inputs(inputs: Inputs, explained: bool = True) -> None:
                 "Convert it, or stop at a layer behind it, such as its embedding: InverseNetwork(model, layer=...). What only "
                 "steers, such as a mask, goes into additional_forward_args, which fit takes by unpack=."
             )
+        if x.is_nested:
+            raise InputError(
+                f"input {index} is a nested tensor, expected one shape for all examples: pad them, or give one by one"
+            )
         if x.layout != torch.strided:
             raise InputError(f"input {index} has layout {x.layout}, expected a dense tensor: call to_dense() first")
         if x.ndim == 0 or x.numel() == 0:
@@ -339,6 +346,7 @@ def capture(
         ['0/linear']
     """
     check_model(model)
+    _check_plain(model)
     check_inputs(inputs, explained)
     leaves, structure = pytree.tree_flatten(plain((*inputs, *extras)))
     shapes = ShapesCollection()
@@ -379,6 +387,23 @@ def capture(
             )
     _check_registered(program, twin)
     return _from_program(program, len(inputs), shared)
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Refuse modules whose computation, or whose weights, cannot be seen."""
+    for path, module in model.named_modules():
+        name = f"module {path!r}" if path else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{name} is compiled by TorchScript, and torch.export cannot follow it: take what it was made from"
+            )
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
+                raise CaptureError(
+                    f"{name} computes its weight anew each time in a hook, {type(hook).__name__}, which torch.export cannot "
+                    "follow: make it a weight by remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils, "
+                    "or use torch.nn.utils.parametrizations"
+                )
 
 
 def _detach(graph: fx.Graph) -> None:

@@ -273,3 +273,34 @@ def test_a_tensor_in_a_list_that_changes_has_the_model_captured_again() -> None:
     before = lrp.attribute(x, 0)
     model.factors[0][1000] = -3
     torch.testing.assert_close(lrp.attribute(x, 0), -3 * before)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (nn.utils.weight_norm, "WeightNorm"),
+        (nn.utils.spectral_norm, "SpectralNorm"),
+        (lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5), "L1Unstructured"),
+    ],
+)
+def test_weights_that_hooks_make_are_told_by_their_name(make: Any, name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), make(nn.Linear(3, 2))).eval()
+    with pytest.raises(
+        CaptureError, match=rf"module '2' computes its weight anew each time in a hook, {name}, .*parametrizations"
+    ):
+        check(model, torch.randn(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_what_torchscript_compiled_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.Linear(3, 2))).eval()
+    with pytest.raises(CaptureError, match="module '1' is compiled by TorchScript"):
+        check(model, torch.randn(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(4), torch.randn(4)])
+    with pytest.raises(InputError, match="input 0 is a nested tensor"):
+        check(nn.Linear(4, 3).eval(), nested)
