@@ -226,6 +226,10 @@ def _cut(run: Run, this: Step, x: Tensor, arguments: Any, named: Any) -> Any:
     with torch.no_grad():
         inverter = this.rule.inverter(run.options, x.detach(), *arguments, **named)
         value = run.operate(this, x, arguments, named)
+    if not callable(getattr(inverter, "moments", None)):
+        raise RuleError(
+            f"the rule of {this.key} learns a {type(inverter).__name__}, expected an Inverter: see rules.linear.dense"
+        )
     outputs = tuple(output.detach().requires_grad_() for output in (value if isinstance(value, tuple) else (value,)))
     run.seen[this.key] = Seen(inverter, x, outputs)
     run.sizes[this.key] = x.nbytes

@@ -376,6 +376,12 @@ def test_a_way_back_to_another_shape_is_refused(register: Any, untouched: Any, b
         InverseNetwork(model).fit(_data(), progress=False)
 
 
+def test_what_is_no_inverter_is_refused(register: Any) -> None:
+    register("own::swish", Learned(inverter=lambda options, x: None, note="wrong"))
+    with pytest.raises(RuleError, match=r"the rule of \(model\)/swish learns a NoneType, expected an Inverter"):
+        _fitted(swish)
+
+
 @pytest.mark.parametrize("positions", [(1,), (-1,), (0, 5), 0, None], ids=str)
 def test_carriers_that_are_no_arguments_are_refused(register: Any, positions: Any) -> None:
     register("own::swish", Recorded(run=gate, note="wrong", carriers=lambda node: positions))
