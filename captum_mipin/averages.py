@@ -44,7 +44,7 @@ def _batch_first(graph: fx.Graph, x: fx.Node, at: int) -> fx.Node:
     order = [at, *(dim for dim in range(x.meta["val"].ndim) if dim != at)]
     with graph.inserting_after(x):
         first = graph.call_function(torch.ops.aten.permute.default, (x, order))
-    first.meta = {**x.meta, "val": x.meta["val"].permute(order), "key": f"{x.meta['key']}/permute"}
+    first.meta = {**x.meta, "val": x.meta["val"].permute(order), "key": f"{x.meta['key']}/permute", "added": True}
     return first
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from captum_mipin.batch import everything, layout
+from captum_mipin.capture import place
 from captum_mipin.rules.base import argument, operation
 
 #: Operations that give what they take, wherever it has the same shape and dtype afterwards.
@@ -22,24 +23,28 @@ _REARRANGEMENTS = (*_COPIES, "flatten", "unflatten", "permute", "transpose", "sq
 
 
 def respell(graph: fx.Graph, starts: Collection[fx.Node], batch: str) -> None:
-    """Rewrite a marked graph; the nodes in ``starts`` stay."""
+    """Rewrite a marked graph; the nodes in ``starts``, and what modules give, at which others may start, stay."""
     seen: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
-        if node in starts or node.op != "call_function":
+        if node in starts or node.op != "call_function" or _leaves_module(node):
             continue
         if _is_copy(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
             continue
         if operation(node) in _REARRANGEMENTS:
-            same = seen.setdefault(str((node.target, node.args, node.kwargs)), node)
+            order = permutation(node)
+            what = str((node.target, node.args, node.kwargs) if order is None else (node.all_input_nodes, order))
+            same = seen.get(what, node)
             if same is not node and not same._erased and _marks(same) == _marks(node):
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)
                 continue
+            seen[what] = node
         if operation(node) == "select":
             _pick(graph, node, starts)
-        elif operation(node) == "linear":
+    for node in list(graph.nodes):
+        if operation(node) == "linear" and node not in starts:
             while node.args[0] not in starts and _swapped(graph, node, batch):
                 pass
     graph.eliminate_dead_code(lambda node: node in starts or node.is_impure())
@@ -56,6 +61,12 @@ def permutation(node: fx.Node) -> list[int] | None:
     a, b = (argument(node, at, f"dim{at - 1}") for at in (1, 2))
     order[a], order[b] = order[b], order[a]
     return order
+
+
+def _leaves_module(node: fx.Node) -> bool:
+    """Whether a node is what a module gives, not only what is computed inside."""
+    inside = set(place(node).stack)
+    return any(inside - set(place(user).stack) for user in node.users if user.op != "output")
 
 
 def _marks(node: fx.Node) -> tuple[bool, ...]:
@@ -75,13 +86,13 @@ def _is_copy(node: fx.Node) -> bool:
 def _swapped(graph: fx.Graph, node: fx.Node, batch: str) -> bool:
     """Put a dense layer before the transposition of other dimensions that it follows, if it follows one."""
     source = node.args[0]
-    order = permutation(source) if isinstance(source, fx.Node) else None
-    if order is None or order[-1] != len(order) - 1:
+    assert isinstance(source, fx.Node)  # for mypy: this takes a tensor
+    order = permutation(source)
+    if order is None or order[-1] != len(order) - 1 or _leaves_module(source):
         return False
-    assert isinstance(source, fx.Node)  # for mypy: as above
     with graph.inserting_after(node):
         moved = graph.call_function(torch.ops.aten.permute.default, (node, order))
-    moved.meta = {**node.meta, "key": f"{node.meta['key']}/permute"}
+    moved.meta = dict(node.meta)  # its key among them: what follows is called as it would be
     node.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
     node.args = (source.args[0], *node.args[1:])
     node.meta["val"] = node.meta["val"].permute([order.index(dim) for dim in range(len(order))])
@@ -105,6 +116,8 @@ def _pick(graph: fx.Graph, node: fx.Node, starts: Collection[fx.Node]) -> None:
     if source in starts or operation(source) not in ("stack", "cat") or along % source.meta["val"].ndim != dim:
         return
     parts = source.args[0]
+    if any(part.meta["val"].ndim != parts[0].meta["val"].ndim for part in parts):  # one of them is empty
+        return
     sizes = [1 if operation(source) == "stack" else part.meta["val"].shape[dim] for part in parts]
     if not all(isinstance(n, int) for n in [index, *sizes]):
         return
@@ -112,6 +125,8 @@ def _pick(graph: fx.Graph, node: fx.Node, starts: Collection[fx.Node]) -> None:
     while index >= sizes[at]:
         index, at = index - sizes[at], at + 1
     picked = parts[at]
+    if picked.meta["val"].dtype != node.meta["val"].dtype or picked.meta["val"].device != node.meta["val"].device:
+        return  # which others decided
     if operation(source) == "cat":
         with graph.inserting_before(node):
             picked = graph.call_function(torch.ops.aten.select.int, (parts[at], dim, index))

@@ -261,7 +261,7 @@ def treatments(graph: fx.Graph, rules: Mapping[str, Rule]) -> list[Treatment]:
     for node in graph.nodes:
         follows = any(n.meta["depends"] for n in node.all_input_nodes)
         marked = node.meta["signal"] or node.meta["other"] or node.meta["recorded"]
-        if node.op != "call_function" or not marked or not follows or node.target is operator.getitem:
+        if node.op != "call_function" or not marked or not follows or node.target is operator.getitem or "added" in node.meta:
             continue
         rule = rules.get(str(node.target))
         if node.meta["other"]:

@@ -8,9 +8,9 @@ from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import CaptureError, InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin import CaptureError, InverseNetwork, LayerMIPINAttribution, MIPINAttribution, check
 from captum_mipin.capture import capture
-from captum_mipin.propagation import Surrogate
+from captum_mipin.propagation import Run, Surrogate
 from captum_mipin.rules import MIPIN
 
 
@@ -163,6 +163,91 @@ def test_a_layer_that_only_what_is_dropped_depends_on_is_refused():
         InverseNetwork(model, layer=model.layers["side"]).fit(normal(40, 4), progress=False)
 
 
+@pytest.mark.parametrize("made", [torch.stack, torch.cat])
+def test_parts_of_another_dtype_are_not_picked(made):
+    """What is stacked with floats becomes a float: True + True > 1.5."""
+
+    def model(stacked):
+        torch.manual_seed(0)
+
+        def run(m, x):
+            h = torch.tanh(m["stem"](x))
+            gate = h > 0
+            if stacked:
+                parts = [gate.unsqueeze(1), torch.zeros_like(h).unsqueeze(1)]
+                gate = made(parts, 1)[:, 0]
+                gate = (gate[:, 0] if made is torch.stack else gate) * 2 > 1.5
+            return m["head"](torch.where(gate, h, 0.1 * h))
+
+        return Function(run, stem=nn.Linear(6, 5), head=nn.Linear(5, 3))
+
+    agree(model(False), model(True), normal(60, 6, dtype=torch.float64))
+    mixed = Function(
+        lambda m, x: m["head"](torch.stack([(h := torch.tanh(m["stem"](x))).float(), h], 1)[:, 0]),
+        stem=nn.Linear(6, 5), head=nn.Linear(5, 3),
+    ).double().eval()  # fmt: skip
+    x = normal(60, 6, dtype=torch.float64)
+    captured = capture(mixed, (x[:1],))
+    surrogate = Surrogate(captured, MIPIN)
+    found = surrogate(Run(surrogate.steps), captured.values(mixed, (x,), ()))
+    torch.testing.assert_close(found, mixed(x).detach())
+
+
+def test_strings_that_began_empty():
+    def model(empty):
+        torch.manual_seed(0)
+        first = [torch.empty(0, dtype=torch.float64)] * empty
+        return Function(
+            lambda m, x: m["head"](torch.cat([*first, torch.tanh(m["stem"](x))[:, None]], 1)[:, 0]),
+            stem=nn.Linear(6, 5), head=nn.Linear(5, 3),
+        )  # fmt: skip
+
+    agree(model(0), model(1), normal(60, 6, dtype=torch.float64))
+
+
+def test_transpositions_of_one_tensor_are_one_in_any_order_and_spelling():
+    def model(*transposed):
+        torch.manual_seed(0)
+        spellings = (lambda h: h.transpose(1, 2), lambda h: h.permute(0, 2, 1, 3), lambda h: h.transpose(-2, -3))
+        a, b, c = (spellings[index] for index in transposed)
+
+        def run(m, x):
+            h = torch.relu(m["stem"](x))
+            return m["head"]((torch.relu(m["a"](a(h))) + torch.tanh(m["b"](b(h))) + torch.relu(m["c"](c(h)))).mean((1, 2)))
+
+        layers = {"a": nn.Linear(5, 5), "b": nn.Conv2d(4, 4, 1), "c": nn.Conv2d(4, 4, 3, padding=1)}
+        return Function(run, stem=nn.Conv2d(2, 3, 1), **layers, head=nn.Linear(5, 3))
+
+    x = normal(40, 2, 4, 5, dtype=torch.float64)
+    agree(model(0, 0, 0), model(0, 1, 2), x)
+
+
+LAYERS = {
+    "two users": lambda m, c: torch.relu(m["a"](c)) + c,
+    "a copy of it": lambda m, c: torch.relu(m["a"](c.clone())) + c.clone() + torch.tanh(c),
+    "transposed": lambda m, c: torch.relu(m["a"](c.flip(1))) + m["b"](c),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("respelled", [torch.clone, lambda h: h.unsqueeze(1).flatten(1), lambda h: torch.stack([h, -h])[0]])
+def test_layers_that_only_spell_can_be_explained_by_an_inverse_of_the_whole(name, respelled):
+    class Spells(nn.Module):
+        def forward(self, x):
+            return respelled(x)
+
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(5, 5), "b": nn.Linear(5, 5)}
+    model = Function(
+        lambda m, x: m["head"](LAYERS[name](m, m["layer"](torch.tanh(m["stem"](x))))),
+        stem=nn.Linear(6, 5), layer=Spells(), **layers, head=nn.Linear(5, 3),
+    ).double().eval()  # fmt: skip
+    x, layer = normal(60, 6, dtype=torch.float64), model.layers["layer"]
+    whole, alone = InverseNetwork(model).fit(x, 0, progress=False), InverseNetwork(model, layer=layer).fit(x, 0, progress=False)
+    found = [LayerMIPINAttribution(model, inverse, layer).attribute(x[:3], 0) for inverse in (whole, alone)]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 class Copy(nn.Module):
     def forward(self, x):
         return x.clone()
@@ -175,6 +260,15 @@ def test_a_layer_that_makes_a_copy_can_be_explained():
     mipin = LayerMIPINAttribution(model, InverseNetwork(model, layer=model[2]).fit(x, 0, progress=False))
     whole = LayerMIPINAttribution(model, InverseNetwork(model).fit(x, 0, progress=False), model[1])
     torch.testing.assert_close(mipin.attribute(x[:3], 0), whole.attribute(x[:3], 0))
-    captured = capture(model, (x[:1],))
-    assert any("clone" in str(node.target) for node in captured.graph.nodes)
+
+
+def test_no_copies_are_left_in_the_surrogate_and_all_in_the_report():
+    model = block(torch.clone).eval()
+    captured = capture(model, (normal(1, 3, 7, 7),))
     assert "clone" not in Surrogate(captured, MIPIN).code
+    assert "aten.clone" in str(check(model, normal(1, 3, 7, 7)))
+
+
+def test_the_report_is_of_the_operations_of_the_model():
+    model = Function(lambda m, x: m["head"](m["body"](x.transpose(0, 1)).mean(0)), body=nn.Linear(4, 4), head=nn.Linear(4, 3))
+    assert "permute" not in str(check(model.eval(), normal(2, 5, 4)))
