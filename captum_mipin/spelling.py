@@ -108,7 +108,7 @@ def _pick(graph: fx.Graph, node: fx.Node, starts: Collection[fx.Node]) -> None:
     source, dim, index = arguments
     dim %= source.meta["val"].ndim
     while source not in starts and (order := permutation(source)) is not None:
-        rest = [origin for place, origin in enumerate(order) if place != dim]
+        rest = order[:dim] + order[dim + 1 :]
         if rest != sorted(rest):
             return
         source, dim = source.all_input_nodes[0], order[dim]

@@ -465,8 +465,7 @@ ENDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize("pool", ["mean", "adaptive"])
+@pytest.mark.parametrize(("dense", "pool"), [(True, "mean"), (False, "mean"), (False, "adaptive")])
 def test_evidence_is_not_told_by_classes(end: str, dense: bool, pool: str) -> None:
     class Ends(nn.Module):
         def __init__(self) -> None:

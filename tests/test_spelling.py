@@ -113,8 +113,7 @@ def test_transformers_with_the_sequence_or_the_batch_first(back):
     agree(one, Function(sequence_first, encoder=second, head=head), normal(60, 5, 8, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("kind", "first"), [(nn.LSTM, True), (nn.LSTM, False), (nn.GRU, True), (nn.RNN, False)])
 def test_the_last_output_of_recurrent_networks_is_their_state(kind, first):
     torch.manual_seed(0)
     layers = {"recurrent": kind(6, 5, 2, batch_first=first), "head": nn.Linear(5, 3)}
@@ -229,8 +228,10 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("respelled", [torch.clone, lambda h: h.unsqueeze(1).flatten(1), lambda h: torch.stack([h, -h])[0]])
+@pytest.mark.parametrize(
+    ("name", "respelled"),
+    zip(LAYERS, [torch.clone, lambda h: h.unsqueeze(1).flatten(1), lambda h: torch.stack([h, -h])[0]], strict=True),
+)
 def test_layers_that_only_spell_can_be_explained_by_an_inverse_of_the_whole(name, respelled):
     class Spells(nn.Module):
         def forward(self, x):
