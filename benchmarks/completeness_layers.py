@@ -21,7 +21,7 @@ from typing import Any
 import pretrained
 import torch
 from common import show, write
-from localization_grid import photos
+from localization_grid import features, photos
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork
@@ -37,18 +37,6 @@ def layers(model: nn.Module) -> list[str]:
     """The residual blocks of a CIFAR ResNet, the last one first, and the batch norm behind the first convolution."""
     blocks = [f"layer{i}.{j}" for i in (3, 2, 1) for j in reversed(range(len(model.get_submodule(f"layer{i}"))))]  # type: ignore[arg-type]
     return [*blocks, "bn1"]
-
-
-def features(model: nn.Module, layer: nn.Module | None, x: Tensor) -> Tensor:
-    """What a layer gives; x itself for None."""
-    if layer is None:
-        return x
-    kept: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    with torch.no_grad():
-        model(x)
-    handle.remove()
-    return kept[0]
 
 
 def outputs(model: nn.Module, layer: nn.Module | None, x: Tensor, s: Tensor) -> Tensor:

@@ -80,22 +80,24 @@ def _image(archive: zipfile.ZipFile, file: str, size: int) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
 
 
+def features(model: nn.Module, layer: nn.Module | None, x: Tensor) -> Tensor:
+    """What a layer gives; x itself for None."""
+    if layer is None:
+        return x
+    kept: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return kept[0]
+
+
 def peers(model: nn.Module, layer: nn.Module | None, seed: int, steps: int) -> dict[str, Method]:
     """What MIP-IN is compared with, at a layer or the input."""
     generator = torch.Generator().manual_seed(seed)
 
-    def features(x: Tensor) -> Tensor:
-        if layer is None:
-            return x
-        kept: list[Tensor] = []
-        handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output.detach()))
-        with torch.no_grad():
-            model(x)
-        handle.remove()
-        return kept[0]
-
     def centre(x: Tensor, target: Tensor) -> Tensor:
-        h, w = features(x[:1]).shape[2:]
+        h, w = features(model, layer, x[:1]).shape[2:]
         away = [(torch.arange(k) - (k - 1) / 2) / k for k in (h, w)]
         return torch.exp(-8 * (away[0][:, None] ** 2 + away[1][None] ** 2)).expand(len(x), 1, h, w)
 
@@ -121,9 +123,9 @@ def peers(model: nn.Module, layer: nn.Module | None, seed: int, steps: int) -> d
         return cam.attribute(x, target, relu_attributions=True).detach()
 
     found: dict[str, Method] = {
-        "random": lambda x, target: torch.rand(len(x), 1, *features(x).shape[2:], generator=generator),
+        "random": lambda x, target: torch.rand(len(x), 1, *features(model, layer, x).shape[2:], generator=generator),
         "centre prior": centre,
-        "mask only": lambda x, target: (features(x) != 0).float(),
+        "mask only": lambda x, target: (features(model, layer, x) != 0).float(),
         "Saliency": gradient,
         "Input×Gradient": by_gradient,
         "Integrated Gradients": integrated,

@@ -118,7 +118,7 @@ def _works_along(name: str, node: fx.Node, source: fx.Node, at: Layout, after: L
     if name in _ALONG_DIMS:
         dims = argument(node, *_ALONG_DIMS[name])
         dims = range(x.ndim) if dims is None or dims == [] else dims if isinstance(dims, (tuple, list)) else [dims]
-        whole = name == "slice" and everything(node)
+        whole = name == "slice" and takes_all(node)
         return not whole and any(dim % x.ndim == at.dim for dim in dims)
     if name in ("constant_pad_nd", "pad"):
         pads = argument(node, 1, "pad")
@@ -137,7 +137,7 @@ def _known(node: fx.Node) -> bool:
     return node.target is operator.getitem or str(node.meta.get("shown", node.target)) in MIPIN.keys() | RECORDABLE
 
 
-def everything(node: fx.Node) -> bool:
+def takes_all(node: fx.Node) -> bool:
     """Whether a slice takes all there is."""
     start, stop, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
     return start in (None, 0) and (stop is None or (isinstance(stop, int) and stop >= 2**62)) and step == 1

@@ -280,7 +280,7 @@ class InverseNetwork:
             model = check_model(self.model)
             if before is not None:
                 self._check_unchanged(before)
-            self._check_asked(batch_size, cache, keep, lazy, checkpoint, distributed)
+            self._check_arguments(batch_size, cache, keep, lazy, checkpoint, distributed)
         with generator_kept(), torch.inference_mode(False), torch.autocast(device_of(model).type, enabled=False):
             batches, (inputs, extras) = self._data(data, batch_size, unpack, processes)
             with processes.step():
@@ -327,7 +327,7 @@ class InverseNetwork:
             Path(checkpoint).unlink(missing_ok=True)
         return self
 
-    def _check_asked(
+    def _check_arguments(
         self,
         batch_size: int,
         cache: int,

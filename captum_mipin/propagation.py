@@ -34,6 +34,7 @@ from captum_mipin.survey import (
     refusal,
     treatments,
     unscaled,
+    without_signal,
 )
 
 #: A class, as the index of its logit among the model's outputs without the batch dimension.
@@ -329,12 +330,13 @@ class Surrogate:
         joint: bool = True,
     ) -> None:
         graph, starts = marked_copy(captured, rules, start)
+        (output,) = next(node for node in graph.nodes if node.op == "output").all_input_nodes
         refused = [t for t in treatments(graph, rules) if t.status == "refused"]
         if refused:
             raise UnsupportedOperationError(refusal(refused, rules))
         respell(graph, starts, captured.batch)
-        if lost := [node.meta["key"] for node in starts if not node.users]:
-            raise CaptureError(f"the model's output does not depend on {', '.join(lost)}, so nothing can be explained")
+        if lost := [node for node in starts if not node.users]:  # what they go to is dropped
+            raise CaptureError(without_signal(lost, output))
         for node in graph.nodes:
             if node.meta["signal"] and isinstance(node.meta["val"], Tensor):
                 node.meta["channels"] = channels(node)

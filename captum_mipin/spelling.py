@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.batch import everything, layout
+from captum_mipin.batch import layout, takes_all
 from captum_mipin.capture import place
 from captum_mipin.rules.base import argument, operation
 
@@ -80,7 +80,7 @@ def _is_copy(node: fx.Node) -> bool:
     if not (isinstance(value, Tensor) and isinstance(source, Tensor)) or node.args[0] is not sources[0]:
         return False
     alike = str(value.shape) == str(source.shape) and value.dtype == source.dtype and value.device == source.device
-    return alike and (operation(node) in _COPIES or (operation(node) == "slice" and everything(node)))
+    return alike and (operation(node) in _COPIES or (operation(node) == "slice" and takes_all(node)))
 
 
 def _swapped(graph: fx.Graph, node: fx.Node, batch: str) -> bool:

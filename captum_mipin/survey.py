@@ -112,9 +112,7 @@ def marked_copy(captured: CapturedGraph, rules: Mapping[str, Rule], start: str |
             node.meta["layout"] = Layout() if node in starts else layout(node, captured.batch)
     lost = [node for node in starts if not node.meta.get("signal")]
     if lost or not output.meta["signal"]:
-        raise CaptureError(
-            _without_signal(lost, output) + (_ARGUMENTS if start is None and 0 < len(lost) < len(starts) else "")
-        )
+        raise CaptureError(without_signal(lost, output) + (_ARGUMENTS if start is None and 0 < len(lost) < len(starts) else ""))
     for node in starts:
         if not first_dimension(node.meta["val"], captured.batch):
             shape = tuple(map(str, node.meta["val"].shape))
@@ -136,7 +134,7 @@ def _needed(output: fx.Node) -> set[fx.Node]:
     return needed
 
 
-def _without_signal(lost: Sequence[fx.Node], output: fx.Node) -> str:
+def without_signal(lost: Sequence[fx.Node], output: fx.Node) -> str:
     """What is said of tensors to which no signal comes back."""
     names = {node: node.name if node.op == "placeholder" else node.meta["key"] for node in lost}
     steering = [names[node] for node in lost if output in _followers([node])]

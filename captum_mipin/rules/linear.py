@@ -225,7 +225,7 @@ class PooledDense(Inverter):
             s, weight, bias = s[:, live], weight[live], None if bias is None else bias[live]
         y = torch.nn.functional.linear(self.x.contiguous(), weight, bias)
         over = tuple(range(1, y.ndim - 1))
-        return shared_out(lambda t: t.mean(over), y, self.recorded, self.evidence, alone=1)[1](s)
+        return shared_out(lambda t: t.mean(over), y, self.recorded, self.evidence, leading=1)[1](s)
 
 
 class PooledLinear:

@@ -65,10 +65,12 @@ def adaptive_max_pool(options: Options, operation: Any, x: Tensor, size: Sequenc
     return value, lambda s: _ratio(back_through(s * window), back_through(window))
 
 
-def average(options: Options, operation: Any, x: Tensor, *arguments: Any, alone: int = 0, **named: Any) -> tuple[Tensor, Back]:
+def average(
+    options: Options, operation: Any, x: Tensor, *arguments: Any, leading: int = 0, **named: Any
+) -> tuple[Tensor, Back]:
     """Send the signal to where the average, or sum, came from (:func:`shared_out`), or evenly if so wished or without masks."""
     recorded = options.local and options.shares
-    return shared_out(lambda t: operation(t, *arguments, **named), x, recorded, options.evidence, alone)
+    return shared_out(lambda t: operation(t, *arguments, **named), x, recorded, options.evidence, leading)
 
 
 def is_average(rule: Any) -> bool:
@@ -78,11 +80,11 @@ def is_average(rule: Any) -> bool:
 
 
 def _average_pool(dims: int, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
-    return average(options, operation, x, *arguments, alone=x.ndim - dims, **named)
+    return average(options, operation, x, *arguments, leading=x.ndim - dims, **named)
 
 
 def shared_out(
-    operator: Callable[[Tensor], Tensor], x: Tensor, recorded: bool, evidence: bool = False, alone: int = 0
+    operator: Callable[[Tensor], Tensor], x: Tensor, recorded: bool, evidence: bool = False, leading: int = 0
 ) -> tuple[Tensor, Back]:
     """Averages P x, and how the signal at them goes to the elements that they came from, the soft form of a switch.
 
@@ -95,12 +97,15 @@ def shared_out(
 
     Args:
         operator: x → P x.
-        x: The elements.
+        x: The elements, of any shape.
         recorded, evidence: As above.
-        alone: Number of leading dimensions that P leaves alone.
+        leading: Number of dimensions at the front that P leaves alone.
+
+    Returns:
+        P x, and signals shaped like it → signals shaped like x.
     """
     value, back_through = value_and_adjoint(operator, x)
-    one = (slice(1),) * alone  # P is the same for all of them
+    one = (slice(1),) * leading  # P is the same for all of them
     weight = adjoint(operator, x[one])(torch.ones_like(value[one]))  # Σ_w P_wi
 
     def share(origin: Tensor | float, total: Tensor) -> Back:
