@@ -152,6 +152,38 @@ def test_what_is_stacked_only_to_pick_one_is_that_one(name):
     agree(model(lambda g, h: h), model(PICKED[name]), normal(60, 8, dtype=torch.float64))
 
 
+def test_what_is_picked_twice_is_one_tensor():
+    def model(stacked):
+        torch.manual_seed(0)
+
+        def run(m, x):
+            g = torch.tanh(m["stem"](x))
+            h = torch.tanh(m["layer"](g.flip(1)))
+            both = torch.stack([g, h])
+            a, b = (both[1], both[1]) if stacked else (h, h)
+            return m["head"](torch.relu(m["a"](a)) + b)
+
+        return Function(run, stem=nn.Linear(8, 6), layer=nn.Linear(6, 6), a=nn.Linear(6, 6), head=nn.Linear(6, 3))
+
+    agree(model(False), model(True), normal(60, 8, dtype=torch.float64))
+
+
+def test_a_layer_that_transposes_can_be_explained_by_an_inverse_of_the_whole():
+    class Transposes(nn.Module):
+        def forward(self, x):
+            return x.transpose(1, 2)
+
+    torch.manual_seed(0)
+    model = Function(
+        lambda m, x: m["head"]((lambda h: torch.relu(m["a"](h)) + torch.tanh(m["b"](h)))(m["layer"](m["stem"](x))).flatten(1)),
+        stem=nn.Conv2d(2, 3, 1), layer=Transposes(), a=nn.Linear(5, 5), b=nn.Linear(5, 5), head=nn.Linear(60, 3),
+    ).double().eval()  # fmt: skip
+    x, layer = normal(40, 2, 4, 5, dtype=torch.float64), model.layers["layer"]
+    whole, alone = InverseNetwork(model).fit(x, 0, progress=False), InverseNetwork(model, layer=layer).fit(x, 0, progress=False)
+    found = [LayerMIPINAttribution(model, inverse, layer).attribute(x[:3], 0) for inverse in (whole, alone)]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 def test_a_layer_that_only_what_is_dropped_depends_on_is_refused():
     torch.manual_seed(0)
     model = Function(
