@@ -83,6 +83,20 @@ def test_what_only_rearranges_is_done_once():
     agree(model(True), model(False), normal(60, 2, 6, dtype=torch.float64))
 
 
+def test_what_is_rearranged_for_a_gate_and_for_the_signal():
+    def model(once):
+        torch.manual_seed(0)
+
+        def run(m, x):
+            h = torch.relu(m["stem"](x))
+            for_gate = h.flatten(1)
+            return m["head"](torch.relu(m["a"](for_gate if once else h.flatten(1))) * torch.sigmoid(for_gate))
+
+        return Function(run, stem=nn.Conv1d(2, 3, 3), a=nn.Linear(12, 12), head=nn.Linear(12, 3))
+
+    agree(model(True), model(False), normal(60, 2, 6, dtype=torch.float64))
+
+
 def by_hand(m, x):
     """``nn.MultiheadAttention`` of two heads, batch first, on x itself."""
     packed = F.linear(x, m["attention"].in_proj_weight, m["attention"].in_proj_bias)
