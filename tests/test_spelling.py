@@ -97,6 +97,20 @@ def test_what_is_rearranged_for_a_gate_and_for_the_signal():
     agree(model(True), model(False), normal(60, 2, 6, dtype=torch.float64))
 
 
+def test_dense_layers_along_another_dimension_stay_behind_its_transposition():
+    def model(dense):
+        torch.manual_seed(0)
+
+        def run(m, x):
+            h = torch.relu(m["stem"](x))
+            y = F.linear(h.transpose(1, 2), m["a"].weight[..., 0], m["a"].bias).transpose(1, 2) if dense else m["a"](h)
+            return m["head"](torch.relu(y).flatten(1))
+
+        return Function(run, stem=nn.Conv1d(2, 3, 1), a=nn.Conv1d(3, 4, 1), head=nn.Linear(24, 3))
+
+    agree(model(True), model(False), normal(60, 2, 6, dtype=torch.float64))
+
+
 def by_hand(m, x):
     """``nn.MultiheadAttention`` of two heads, batch first, on x itself."""
     packed = F.linear(x, m["attention"].in_proj_weight, m["attention"].in_proj_bias)
@@ -149,6 +163,7 @@ PICKED = {
     "stack, from the end": lambda g, h: torch.stack([h, g], -1)[..., -2],
     "cat": lambda g, h: torch.cat([g.unsqueeze(1), h.unsqueeze(1)], 1)[:, 1],
     "transposed": lambda g, h: torch.stack([g, h]).transpose(0, 1).select(1, 1),
+    "the rest out of order": lambda g, h: torch.stack([g, h]).permute(2, 0, 1).select(1, 1).t(),
 }
 
 
