@@ -32,7 +32,7 @@ def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
             continue
         if x.meta["val"].shape[kept[0]] == weight.meta["val"].shape[1]:
             if at != 0:
-                x, kept = _batch_first(graph, x, at), [kept[0] + (kept[0] < at)]
+                x = _batch_first(graph, x, at)  # the channels come after the batch, where they were
             node.meta["shown"] = node.target
             node.target, node.args, node.kwargs = PooledLinear(), (x, *(*node.args, None)[:3], kept[0]), {}
             for part in chain:
