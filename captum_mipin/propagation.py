@@ -402,7 +402,7 @@ class Surrogate:
     def _at_places(self, node: fx.Node) -> bool:
         """Whether an average is one over places, not over what a dense layer gives, or averages of several channels."""
         x: Any = node.args[2]
-        while x.meta["val"].ndim == 2 or _places(x) <= {x.meta.get("channels")}:
+        while _places(x) <= {x.meta.get("channels")}:
             rule = self.steps[str(x.args[1])].rule if x.target is step else None
             if isinstance(rule, Learned) or is_average(rule):
                 return False
