@@ -12,7 +12,7 @@ from captum_mipin.capture import Inputs, select, unwrapped
 from captum_mipin.errors import InputError
 from captum_mipin.inverse import Explanation, InverseNetwork
 from captum_mipin.methods.gradients import Gradient
-from captum_mipin.propagation import seed
+from captum_mipin.steps import seed
 from captum_mipin.targets import per_example
 
 

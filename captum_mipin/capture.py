@@ -143,13 +143,15 @@ class CapturedGraph:
 
     def weights(self, model: nn.Module) -> dict[str, Any]:
         """The value of every placeholder that is a parameter, a buffer or a constant, as it is in ``model`` now."""
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = dict(tree(model))
         values: dict[str, Any] = {}
+        source: Any
         for name, source in self.constants.items():
             if isinstance(source, str):
                 path, _, attribute = source.rpartition(".")
-                source = getattr(modules[path], attribute)
-            values[name] = source.detach()
+                source = modules[path]._parameters.get(attribute)  # a third of getattr's time
+                source = getattr(modules[path], attribute) if source is None else source
+            values[name] = source.detach() if source.requires_grad else source
         return values
 
 
@@ -488,6 +490,20 @@ def memory(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def tree(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``model.named_modules(remove_duplicate=False)`` goes through, in a third of the time."""
+    found: list[tuple[str, nn.Module]] = []
+
+    def visit(path: str, module: nn.Module) -> None:
+        found.append((path, module))
+        for name, part in module._modules.items():
+            if part is not None:
+                visit(f"{path}.{name}" if path else name, part)
+
+    visit("", model)
+    return found
+
+
 def glance(model: nn.Module) -> list[Any]:
     """What a captured graph has taken in of a model besides its parameters and buffers.
 
@@ -495,12 +511,13 @@ def glance(model: nn.Module) -> list[Any]:
     model is captured again.
     """
     seen: list[Any] = []
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in tree(model):
         seen.append((path, type(module), id(module)))
-        seen.extend(id(hook) for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks.values())
-        for name, value in vars(module).items():
-            if name in _OWN:
-                continue
+        if module._forward_hooks or module._forward_pre_hooks:
+            seen.extend(id(hook) for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks.values())
+        attributes = vars(module)
+        for name in attributes.keys() - _OWN:
+            value = attributes[name]
             if isinstance(value, (int, str)):
                 seen.append((name, value))
             elif isinstance(value, (float, tuple, list, dict, set)):

@@ -20,11 +20,12 @@ from captum_mipin.data import Activations, Values, check_apart
 from captum_mipin.descent import Descent
 from captum_mipin.errors import FitError
 from captum_mipin.processes import Processes
-from captum_mipin.propagation import Inverses, Run, Surrogate, Target
+from captum_mipin.propagation import Surrogate
 from captum_mipin.regression import Moments, RidgeScale, Rows, gaussian_information, solve, solve_rows
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse, Inverter, Options
 from captum_mipin.rules.linear import Convolution, Dense
+from captum_mipin.steps import Inverses, Run, Target
 from captum_mipin.targets import shown
 from captum_mipin.trace import Trace
 

@@ -38,8 +38,8 @@ from captum_mipin.data import Batches, Unpack, check_apart
 from captum_mipin.errors import FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
 from captum_mipin.graphs import Graphs
 from captum_mipin.parts import Part, Parts, tensor_name
-from captum_mipin.propagation import Target
 from captum_mipin.statistics import Statistics
+from captum_mipin.steps import Target
 from captum_mipin.targets import per_example
 
 #: Masked values that a CPU takes at a time, and that other devices do.

@@ -47,11 +47,12 @@ from captum_mipin.fitting import Fit, Fitted, Settings, Solver
 from captum_mipin.graphs import Graphs
 from captum_mipin.lazy import Lazy
 from captum_mipin.processes import Processes
-from captum_mipin.propagation import Inverses, Run, Surrogate, Target, seed
+from captum_mipin.propagation import Surrogate
 from captum_mipin.regression import RidgeScale
 from captum_mipin.report import FitReport
 from captum_mipin.rules import MIPIN, Inverse, Options, Rule, table
 from captum_mipin.state import PARTS, State, head_of, joined, packed, share_rows, unpacked
+from captum_mipin.steps import Inverses, Run, Target, seed
 from captum_mipin.structure import difference, structure
 from captum_mipin.targets import one, per_example, several, shown
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from captum_mipin.capture import TURNS, Inputs
 from captum_mipin.errors import NotFittedError
 from captum_mipin.fitting import Fit, Fitted
-from captum_mipin.propagation import Target
 from captum_mipin.rules import Inverse
+from captum_mipin.steps import Target
 
 
 class Lazy:

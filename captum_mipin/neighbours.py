@@ -49,11 +49,12 @@ from captum_mipin.errors import (
 from captum_mipin.fitting import Fitted, Settings
 from captum_mipin.inverse import Explanation, InverseNetwork
 from captum_mipin.parts import Part, evaluate, is_size
-from captum_mipin.propagation import Inverses, Run, Seen, Step, Surrogate, Target, source
+from captum_mipin.propagation import Surrogate
 from captum_mipin.regression import RidgeScale, Rows, solve, solve_rows
 from captum_mipin.rules import Fork, Inverse, Options
 from captum_mipin.rules.linear import Dense
 from captum_mipin.state import State, head_of
+from captum_mipin.steps import Inverses, Run, Seen, Step, Target, source
 from captum_mipin.structure import structure
 from captum_mipin.targets import per_example, several, shown
 from captum_mipin.trace import Trace

@@ -12,9 +12,9 @@ from captum_mipin.arguments import device_of
 from captum_mipin.capture import Extras, Inputs, Signature
 from captum_mipin.fitting import Fitted
 from captum_mipin.lazy import Lazy
-from captum_mipin.propagation import Target
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse
+from captum_mipin.steps import Target
 from captum_mipin.targets import shown
 
 #: What an inverse is made of, in files.

@@ -18,10 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from captum_mipin.capture import memory
+from captum_mipin.capture import memory, tree
 from captum_mipin.errors import InverseFileError, MIPINError, ModelChangedError
 
 FORMAT = "captum-mipin-inverse-3"
+
+#: Marks of a model's tensors, parts of their memory, and the sums of these.
+_Look = tuple[list[Any], list[list[list[Tensor]]], list[int]]
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -42,14 +45,14 @@ class Watch:
 
     def __init__(self, model: nn.Module, expected: str | None = None) -> None:
         self.fingerprint = expected or fingerprint(model)
-        self._seen: tuple[list[Any], list[Tensor], list[int]] | None = _look(model)
-        self._told: tuple[list[Any], list[Tensor], list[int]] | None = None
+        self._seen: _Look | None = _look(model)
+        self._told: _Look | None = None
 
     def changed(self, model: nn.Module) -> bool:
         """Whether a parameter or buffer is no longer as it was."""
         if self._seen is not None:
-            marks, words, sums = self._seen
-            if marks == _marks(model) and sums == _sums(words):
+            marks, parts, sums = self._seen
+            if marks == _marks(model) and sums == _sums(parts):
                 return False
         if fingerprint(model) != self.fingerprint:
             return True
@@ -196,16 +199,16 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _look(model: nn.Module) -> tuple[list[Any], list[Tensor], list[int]]:
-    words = [_words(tensor) for _, tensor in _named_tensors(model)]
-    return _marks(model), words, _sums(words)
+def _look(model: nn.Module) -> _Look:
+    parts = _parts([_words(tensor) for _, tensor in _named_tensors(model)])
+    return _marks(model), parts, _sums(parts)
 
 
 def _marks(model: nn.Module) -> list[Any]:
     """What changes when a tensor is replaced, or written to in a way torch keeps count of."""
     return [
         (name, tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype)
-        for module in model.modules()
+        for _, module in tree(model)
         for tensors in (module._parameters, module._buffers)
         for name, tensor in tensors.items()
         if tensor is not None
@@ -214,22 +217,29 @@ def _marks(model: nn.Module) -> list[Any]:
 
 def _words(tensor: Tensor) -> Tensor:
     """A tensor's memory as integers, for large ones one cache line in sixteen; a view wherever it can be."""
-    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    in_order = tensor.detach().permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))  # as they lie in memory
+    octets = in_order.contiguous().reshape(-1).view(torch.uint8)
     if len(octets) % 8 or octets.storage_offset() % 8:
         return octets
     words = octets.view(torch.int64)
     return words if len(words) < 1 << 19 else words[: len(words) // 8 * 8].view(-1, 8)[::16]
 
 
-def _sums(words: list[Tensor]) -> list[int]:
-    """The sum of each large tensor, and one over all small ones, since a call costs more than adding them."""
-    sums: list[int] = []
-    for device in {w.device for w in words}:
-        here = [w for w in words if w.device == device]
-        small = [w.to(torch.int64) for w in here if w.numel() < 1 << 12]
-        parts = [w for w in here if w.numel() >= 1 << 12] + ([torch.cat(small)] if small else [])
-        sums += torch.stack([part.sum(dtype=torch.int64) for part in parts]).tolist()
-    return sums
+def _parts(words: list[Tensor]) -> list[list[list[Tensor]]]:
+    """What is summed up at once, by device: each large tensor, and all small ones, since a call costs more than adding them."""
+    here = [[w for w in words if w.device == device] for device in {w.device for w in words}]
+    large = [[[w] for w in own if w.numel() >= 1 << 12] for own in here]
+    small = [[w for w in own if w.numel() < 1 << 12] for own in here]
+    return [[*each, few] if few else each for each, few in zip(large, small, strict=True)]
+
+
+def _sums(parts: list[list[list[Tensor]]]) -> list[int]:
+    """The sum of each of them."""
+    found: list[int] = []
+    for own in parts:
+        whole = [each[0] if len(each) == 1 else torch.cat(each) for each in own]
+        found += torch.stack([part.sum(dtype=torch.int64) for part in whole]).tolist()
+    return found
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_mipin.errors import TargetError, TargetRangeError
-from captum_mipin.propagation import Target
+from captum_mipin.steps import Target
 
 
 def per_example(target: Any, output: Tensor) -> list[Target]:

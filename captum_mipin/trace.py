@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from captum_mipin.propagation import Inverses, Run, Seen, Target, seed
+from captum_mipin.steps import Inverses, Run, Seen, Target, seed
 
 #: For each step not passed yet, from the bottom up, the signals at its outputs; None where nothing has come.
 _Waiting = dict[str, list[Tensor | None]]

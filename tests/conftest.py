@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution
 from captum_mipin import inverse as inverse_module
+from captum_mipin import survey as survey_module
 from captum_mipin.capture import Signature, glance
 from captum_mipin.methods import base as base_module
 
@@ -181,3 +182,4 @@ def captured_once(monkeypatch: pytest.MonkeyPatch, graphs: dict[Any, Any]) -> No
 
     monkeypatch.setattr(inverse_module, "capture", once)
     monkeypatch.setattr(base_module, "capture", once)
+    monkeypatch.setattr(survey_module, "capture", once)

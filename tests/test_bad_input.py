@@ -336,6 +336,18 @@ def test_batch_statistics_changed_since_the_fit(own_cnn: Any, survives: Any) -> 
         mean.copy_(before)
 
 
+def test_a_weight_that_lies_otherwise_in_memory_changed_since_the_fit() -> None:
+    model = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        .eval()
+        .to(memory_format=torch.channels_last)
+    )
+    mipin = MIPINAttribution(model, _fit(model, torch.randn(20, 3, 4, 4)))
+    model[0].weight.data[0, 1, 2, 0] += 100  # which torch does not count
+    with pytest.raises(ModelChangedError, match="weights have changed"):
+        mipin.attribute(torch.randn(2, 3, 4, 4), 0)
+
+
 @pytest.mark.parametrize("through_data", [False, True])
 def test_one_weight_of_many_changed_since_the_fit(through_data: bool) -> None:
     model, x = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 2)).eval(), torch.randn(50, 40)

@@ -1,3 +1,6 @@
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,12 +8,14 @@ from hypothesis import strategies as st
 from small import Function
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_mipin import InverseNetwork, LayerMIPINAttribution, UnsupportedOperationError, check
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, UnsupportedOperationError, check, propagation
 from captum_mipin.capture import capture
 from captum_mipin.errors import CaptureError
-from captum_mipin.propagation import Run, Surrogate
+from captum_mipin.propagation import Surrogate
 from captum_mipin.rules import MIPIN
+from captum_mipin.steps import Run
 
 
 def dense(*sizes):
@@ -47,6 +52,47 @@ def test_forward_values_are_the_models_bits():
     x = torch.randn(4, 3, 9, 9)
     with torch.no_grad():
         assert torch.equal(forward(model, x), model(x))
+
+
+class Seen(TorchDispatchMode):
+    """Which operations run."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count[str(operation).split(".")[1]] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def gated(m, x):
+    h = F.relu(m["n"](m["a"](x)))
+    y = F.silu(m["n"](m["b"](h)) + m["c"](h) + h)
+    return m["d"]((y * y.sigmoid()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("forks", ["joint", "sum"])
+def test_each_operation_runs_once_and_steps_in_sequence_are_steps(forks, monkeypatch):
+    """Before, between and behind forks, and where a value is its own gate."""
+    torch.manual_seed(0)
+    conv = partial(nn.Conv2d, 4, 4, 3, padding=1, dtype=torch.float64)
+    model = Function(gated, a=conv(), b=conv(), c=conv(), d=dense(4, 3), n=nn.BatchNorm2d(4, dtype=torch.float64)).eval()
+    x, found = normal(3, 4, 5, 5), []
+    inverse = InverseNetwork(model, forks=forks).fit(normal(40, 4, 5, 5, seed=1), targets=0, progress=False)
+    for in_sequences in (propagation._in_sequences, lambda graph: graph):
+        monkeypatch.setattr(propagation, "_in_sequences", in_sequences)
+        surrogate = Surrogate(graph := capture(model, (x,)), MIPIN, joint=forks == "joint")
+        with Seen() as ours:
+            surrogate(Run(surrogate.steps), graph.values(model, (x,), ()))
+        with Seen() as theirs, torch.no_grad():
+            model(x)
+        same = ("convolution", "relu", "silu", "sigmoid", "addmm")
+        assert [ours.count[name] for name in same] == [theirs.count[name] for name in same] == [3, 1, 1, 1, 1]
+        inverse._graphs = type(inverse._graphs)()
+        found.append(inverse.explain((x,), 0, biases=(False, True)).signals)
+        assert ("sequence" in surrogate._module.code) == (len(found) == 1)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_code_shows_every_step():

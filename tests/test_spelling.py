@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from captum_mipin import CaptureError, InverseNetwork, LayerMIPINAttribution, MIPINAttribution, check
 from captum_mipin.capture import capture
-from captum_mipin.propagation import Run, Surrogate
+from captum_mipin.propagation import Surrogate
 from captum_mipin.rules import MIPIN
+from captum_mipin.steps import Run
 
 
 def explained(model, x):

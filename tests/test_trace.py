@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from captum_mipin import FitError, InverseNetwork, LayerMIPINAttribution
 from captum_mipin.capture import capture
-from captum_mipin.propagation import Run, Surrogate
+from captum_mipin.propagation import Surrogate
 from captum_mipin.regression import Moments, solve
 from captum_mipin.rules import MIPIN
+from captum_mipin.steps import Run
 from captum_mipin.trace import Trace
 
 

@@ -27,8 +27,9 @@ from captum_mipin.capture import (
 )  # fmt: skip
 from captum_mipin.errors import InputError
 from captum_mipin.graphs import Graphs
-from captum_mipin.propagation import Run, Surrogate, Target, seed
+from captum_mipin.propagation import Surrogate
 from captum_mipin.rules import Rule
+from captum_mipin.steps import Run, Target, seed
 from captum_mipin.survey import Treatment, survey
 from captum_mipin.targets import per_example
 

@@ -10,10 +10,10 @@ from captum_mipin.capture import Output
 from captum_mipin.methods.gradients import derivative
 from captum_mipin.methods.lrp import LRP, LayerRule, quotient, relevance
 from captum_mipin.methods.weights import Layer
-from captum_mipin.propagation import Target, seed
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.base import Back
+from captum_mipin.steps import Target, seed
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch import Tensor, fx
 
 from captum_mipin.capture import CapturedGraph, Extras, Inputs, capture
 from captum_mipin.methods.base import Signal, Table
-from captum_mipin.propagation import Target, seed
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.base import Back, argument, depends, gate_source, varies
+from captum_mipin.steps import Target, seed
 
 #: Operations that are rectifiers whatever their arguments, besides ReLU.
 _RECTIFIERS = (

@@ -26,7 +26,6 @@ from captum_mipin.methods.lrp import hand_on, quotient, values, varying
 from captum_mipin.methods.norms import SCALES
 from captum_mipin.methods.weights import Layer, layers
 from captum_mipin.processes import Processes
-from captum_mipin.propagation import Run
 from captum_mipin.report import table
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.activations import ACTIVATIONS
@@ -35,6 +34,7 @@ from captum_mipin.rules.attention import ATTENTION
 from captum_mipin.rules.base import Back, varies
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING, shared_out
+from captum_mipin.steps import Run
 from captum_mipin.survey import channels
 
 Estimator = Literal["linear", "positive"]
