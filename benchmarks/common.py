@@ -34,6 +34,11 @@ def write(name: str, rows: Sequence[dict[str, Any]], **settings: Any) -> Path:
     return path
 
 
+def read(name: str) -> Any:
+    """What ``results/<name>.json`` holds."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a Markdown table, one column a key."""
     header = list(dict.fromkeys(key for row in rows for key in row))

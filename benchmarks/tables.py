@@ -1,19 +1,14 @@
 """Write the tables of README.md and docs/ from the results files: python benchmarks/tables.py."""
 
-import json
 from typing import Any
 
-from common import RESULTS, pages, show
+from common import RESULTS, pages, read, show
 
 NETWORKS = {
     "mlp-mnist": ("MLP, MNIST", "10.1 / 2.6"),
     "cnn-mnist": ("CNN, MNIST", "16.5 / 2.3"),
     "cnn-cifar10": ("CNN, CIFAR-10", "21.1 / 10.6"),
 }
-
-
-def _load(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def _pair(row: dict[str, Any], suffix: str = "") -> str:
@@ -31,7 +26,7 @@ def completeness() -> str:
     """APC / positive APC of S, for every network and seed, fitted on all training images."""
     rows = []
     for name, (title, paper) in NETWORKS.items():
-        result = _load(f"completeness-{name}")
+        result = read(f"completeness-{name}")
         count, full = _fitted_on(result, most=True)
         for seed, accuracy in enumerate(result["settings"]["test accuracy"]):
             found = {row["signal"]: row for row in full if row["seed"] == seed}
@@ -57,7 +52,7 @@ def controls() -> str:
     """APC / positive APC of S and of the controls that keep what the label tells, on correct images."""
     rows = []
     for name, (title, _) in NETWORKS.items():
-        count, few = _fitted_on(_load(f"completeness-{name}"), most=False)
+        count, few = _fitted_on(read(f"completeness-{name}"), most=False)
         found = {row["signal"]: row for row in reversed(few) if row["fitted on"] == "all classes" and row["ridge"] == 1e-3}
         columns = {
             "**S**": "S",
@@ -74,7 +69,7 @@ def variants() -> str:
     """APC / positive APC of S with other options, on correct images."""
     rows = []
     for name, (title, _) in NETWORKS.items():
-        count, few = _fitted_on(_load(f"completeness-{name}"), most=False)
+        count, few = _fitted_on(read(f"completeness-{name}"), most=False)
         row: dict[str, Any] = {"network": title, "fitted on": f"{count:,}"}
         for variant in (r for r in few if r["signal"] == "S"):
             label = f"λ = {variant['ridge']:g}, {variant['ridge scale']}"
@@ -94,7 +89,7 @@ def layers() -> str:
         ("", "true features"): "from true features",
     }
     measured = "S: logit ÷ the image's", "S: variance explained"
-    for row in _load("completeness-layers-resnet20")["rows"]:
+    for row in read("completeness-layers-resnet20")["rows"]:
         name = names[row["forks"], row["signal"]]
         cells = found.setdefault(row["layer"], dict.fromkeys((*names.values(), *measured), ""))
         cells[name] = " / ".join(f"{row[key]:.0f}" for key in ("APC %", "APC % (correct)", "median error %"))
@@ -110,9 +105,9 @@ def speed() -> str:
             "": f"`attribute`, {row['network']}, {row['input']}, {row['targets']} target" + "s" * (row["targets"] == "mixed"),
             "time": f"{row['ratio']:.2f} × Saliency",
         }
-        for row in _load("speed-attribute")["rows"]
+        for row in read("speed-attribute")["rows"]
     ]
-    exact, *descents = _load("speed-sgd")["rows"]
+    exact, *descents = read("speed-sgd")["rows"]
     for sgd in descents:
         errors = f"{100 * sgd['unexplained, conv 1']:.2f} % unexplained, exact {100 * exact['unexplained, conv 1']:.2f} %"
         what = f'`solver="sgd"`, {sgd["epochs"]} epochs, CNN, {exact["images"]} images ({errors})'
@@ -124,7 +119,7 @@ def invariance() -> str:
     """What each method makes of the spellings of one network; spellings with the same answers in one row."""
     groups: dict[tuple[str, ...], list[str]] = {}
     methods: list[str] = []
-    for row in _load("invariance")["rows"]:
+    for row in read("invariance")["rows"]:
         spelling, *methods = row
         groups.setdefault(tuple(_differs(row[method]) for method in methods), []).append(f"`{row[spelling]}`")
     rows = [{"written with": ", ".join(names), **dict(zip(methods, cells, strict=True))} for cells, names in groups.items()]
@@ -181,13 +176,13 @@ def _mosaics() -> dict[str, dict[str, Any]]:
         "efficientnet_lite0": "EfficientNet-Lite0", "mobilenet_v2": "MobileNetV2", "squeezenet1_0": "SqueezeNet 1.0",
         "resnet20": "ResNet-20, CIFAR-10", "resnet56": "ResNet-56, CIFAR-10",
     }  # fmt: skip
-    return {title: _load(f"localization-{name}") for name, title in names.items()}
+    return {title: read(f"localization-{name}") for name, title in names.items()}
 
 
 def zoo() -> str:
     """What each of torchvision's networks costs."""
     rows = []
-    for row in _load("zoo")["rows"]:
+    for row in read("zoo")["rows"]:
         if "failed" in row or "refused" in row:
             rows.append({"network": row["network"], "capture": row.get("failed") or row["refused"]})
             continue
@@ -208,7 +203,7 @@ def zoo() -> str:
 def scale() -> str:
     """The head of VGG-19, so many classes at once, or one after the other."""
     rows = []
-    for row in _load("scale")["rows"]:
+    for row in read("scale")["rows"]:
         late = "further classes s" in row
         first = row.get("look s", 0.0) + row.get("first class s", 0.0)
         count = int(str(row["classes"]).split(",")[0])
@@ -231,7 +226,7 @@ def thousand() -> str:
     """All classes of a network, one after the other."""
     rows = []
     for path in sorted(RESULTS.glob("scale-mobilenet_v2-*.json")):
-        (row,) = json.loads(path.read_text())["rows"]
+        (row,) = read(path.stem)["rows"]
         rows.append(
             {
                 "inverse stops at": f"`{row['layer']}`",
@@ -258,7 +253,7 @@ def floor() -> str:
                 "floor ÷ fit": f"{row['ratio']:.2f}",
                 **{part: f"{100 * row[f'{part} s'] / row['fit s']:.0f} %" for part in parts},
             }
-            for row in _load("speed-fit")["rows"]
+            for row in read("speed-fit")["rows"]
         ]
     )
 
@@ -273,7 +268,7 @@ def sampled() -> str:
                 "difference of S": f"{100 * row['difference of S']:.1f} %",
                 "unexplained on test images": f"{row['test error']:.3f}",
             }
-            for row in _load("speed-positions")["rows"]
+            for row in read("speed-positions")["rows"]
         ]
     )
 
@@ -281,7 +276,7 @@ def sampled() -> str:
 def neighbours() -> str:
     """Neighbourhood fits, from few neighbours to all, beside what needs no fit."""
     rows: list[dict[str, Any]] = []
-    for row in _load("neighbours")["rows"]:
+    for row in read("neighbours")["rows"]:
         count = f"{row['neighbours']:,}" if "neighbours" in row else ""
         cells = {
             "method": row["method"],
@@ -299,7 +294,7 @@ def neighbours() -> str:
 
 def bottlenecks() -> str:
     """Information bottlenecks and their peers on photographs."""
-    results = [_load(name) for name in ("bottleneck-images", "bottleneck-input")]
+    results = [read(name) for name in ("bottleneck-images", "bottleneck-input")]
     return show(
         [
             {
@@ -319,7 +314,7 @@ def bottlenecks() -> str:
 
 def comparison() -> str:
     """What of that a newcomer wants to know."""
-    rows = _load("bottleneck-images")["rows"]
+    rows = read("bottleneck-images")["rows"]
     return show(
         [
             {
@@ -344,7 +339,7 @@ def bottlenecks_text() -> str:
                 "deletion": f"{row['deletion']:.3f}",
                 "s a passage": f"{row['s a passage']:.2g}" if row["s a passage"] >= 1e-3 else "",
             }
-            for row in _load("bottleneck-text")["rows"]
+            for row in read("bottleneck-text")["rows"]
         ]
     )
 
@@ -362,9 +357,9 @@ def bottlenecks_speed() -> str:
             "rank correlation, fast": f"{row['rank, fast']:.2f}",
             "other noise": f"{row['rank, other noise']:.2f}",
         }
-        for row in _load("bottleneck-speed")["rows"]
+        for row in read("bottleneck-speed")["rows"]
     ]
-    presets = _load("bottleneck-presets")
+    presets = read("bottleneck-presets")
     full, fast = presets["rows"]
     rows.append(
         {
@@ -382,7 +377,7 @@ def class_sensitivity() -> str:
     """Cosines between the maps of two classes, every network that was measured."""
     rows: list[dict[str, Any]] = []
     for path in sorted(RESULTS.glob("class-sensitivity-*.json")):
-        result = json.loads(path.read_text())
+        result = read(path.stem)
         name = f"{path.stem.removeprefix('class-sensitivity-')}, {result['settings']['images']} images"
         for row in result["rows"]:
             cells = {key: value if isinstance(value, str) else f"{value:.2f}" for key, value in row.items()}
@@ -393,7 +388,7 @@ def class_sensitivity() -> str:
 def speed_methods() -> str:
     """Times of the methods beside MIP-IN ÷ Saliency."""
     rows = []
-    for row in _load("speed-methods")["rows"]:
+    for row in read("speed-methods")["rows"]:
         times = {whose: row.get(f"{whose} ÷ Saliency") for whose in ("ours", "Captum", "zennit")}
         shown = {whose: f"{time:.2f}" if time else "" for whose, time in times.items()}
         rows.append({"network": row["network"], "method": row["method"], **shown})
@@ -403,7 +398,7 @@ def speed_methods() -> str:
 def speed_metrics() -> str:
     """How many times longer than deletion the loop takes that runs the network once a step and image."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in _load("speed-metrics")["rows"]:
+    for row in read("speed-metrics")["rows"]:
         images = f"{row['count']} of {row['images']}" if row["images"] != "random" else f"{row['count']} random"
         about = {"network": row["network"], "images": images, "steps": row["steps"]}
         line = rows.setdefault(
@@ -438,7 +433,7 @@ PUBLISHED = {
 
 
 def _boxes() -> dict[str, Any]:
-    return {title: _load(f"paper-boxes-{name}") for name, title in PHOTOGRAPHS.items() if _there(f"paper-boxes-{name}")}
+    return {title: read(f"paper-boxes-{name}") for name, title in PHOTOGRAPHS.items() if _there(f"paper-boxes-{name}")}
 
 
 def _there(name: str) -> bool:
@@ -524,7 +519,7 @@ def paper_perturbations() -> str:
 def paper_maps() -> str:
     """All methods on the MLP: share on the ink of the maps and of their absolute values, insertion and deletion."""
     lines: dict[str, dict[str, Any]] = {}
-    for row in _load("paper-maps")["rows"]:
+    for row in read("paper-maps")["rows"]:
         line = lines.setdefault(row["method"], {"method": row["method"]})
         which = "" if row["reduction"] == "sum" else ", absolute"
         line[f"on the ink{which}"] = f"{row['ink']:.2f}"
@@ -543,7 +538,7 @@ def paper_classes() -> str:
                 "raw L2": f"{row['raw L2']:.3g}",
                 **{key: f"{row[key]:.3g}" for key in ("normalised L2", "cosine", "SSIM") if row.get(key) is not None},
             }
-            for row in _load("paper-classes")["rows"]
+            for row in read("paper-classes")["rows"]
         ]
     )
 
@@ -551,7 +546,7 @@ def paper_classes() -> str:
 def paper_randomization() -> str:
     """Likeness with the trained network's maps, averaged over layers, and by the last layer alone."""
     rows = []
-    for row in _load("paper-randomization")["rows"]:
+    for row in read("paper-randomization")["rows"]:
         values = {key: row[key] for key in ("Spearman", "Spearman of absolute values", "SSIM")}
         cells = {key: "" if value is None or value != value else f"{value:.2f}" for key, value in values.items()}
         rows.append({"method": row["method"], **cells})

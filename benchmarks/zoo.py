@@ -20,7 +20,7 @@ from typing import Any
 import pretrained
 import torch
 from captum.attr import Saliency
-from common import show, write
+from common import read, show, write
 from localization_grid import photos
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -117,18 +117,18 @@ def main() -> None:
         print(json.dumps(measure(arguments.names[0], arguments.data, arguments.fit)))
         return
     names = arguments.names or [*NAMES, *(WITH_WEIGHTS if arguments.data else ())]
-    rows = []
+    rows = {row["network"]: row for row in read("zoo")["rows"]} if arguments.names else {}  # those not named stay
     for name in names:
         command = [sys.executable, __file__, "--one", name, "--fit", str(arguments.fit)]
         command += ["--data", str(arguments.data)] if arguments.data else []
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         failed = result.returncode != 0
         reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
-        rows.append({"network": name, "failed": reason} if failed else json.loads(result.stdout.splitlines()[-1]))
-        print(show([rows[-1]]).splitlines()[-1], flush=True)
+        rows[name] = {"network": name, "failed": reason} if failed else json.loads(result.stdout.splitlines()[-1])
+        print(show([rows[name]]).splitlines()[-1], flush=True)
         write(
             "zoo",
-            rows,
+            list(rows.values()),
             held_out=HELD_OUT,
             batch=BATCH,
             clock="processor time",
@@ -136,7 +136,7 @@ def main() -> None:
             target="one class",
             data="random images, or as named",
         )
-    print(show(rows))
+    print(show(list(rows.values())))
 
 
 if __name__ == "__main__":

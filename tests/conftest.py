@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution
+from captum_mipin import iba as iba_module
 from captum_mipin import inverse as inverse_module
 from captum_mipin import survey as survey_module
-from captum_mipin.capture import Signature, glance
+from captum_mipin.capture import Signature, check_inputs, glance
 from captum_mipin.methods import base as base_module
+from captum_mipin.methods import gradients as gradients_module
 
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")  # the same examples each time
@@ -174,12 +176,12 @@ def captured_once(monkeypatch: pytest.MonkeyPatch, graphs: dict[Any, Any]) -> No
     capture = inverse_module.capture
 
     def once(model: nn.Module, inputs: Any, extras: Any = (), shared: bool = False, **options: Any) -> Any:
+        check_inputs(inputs, options.get("explained", True))
         made = [options.get(name) for name in ("output", "detached")]
         key = id(model), repr(glance(model)), Signature.of(inputs, extras, shared), repr(made)
         if key not in graphs:
             graphs[key] = capture(model, inputs, extras, shared, **options), model  # kept, and with it its id
         return graphs[key][0]
 
-    monkeypatch.setattr(inverse_module, "capture", once)
-    monkeypatch.setattr(base_module, "capture", once)
-    monkeypatch.setattr(survey_module, "capture", once)
+    for module in (inverse_module, survey_module, iba_module, base_module, gradients_module):
+        monkeypatch.setattr(module, "capture", once)

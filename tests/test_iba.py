@@ -30,6 +30,8 @@ from captum_mipin import (
 )
 from captum_mipin.graphs import Graphs
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 SHORT = Bottleneck(steps=3, copies=4)
 
 

@@ -31,6 +31,8 @@ from captum_mipin.bottleneck import Noise, optimise
 from captum_mipin.iba import at_input
 from captum_mipin.input_iba import INPUT_IBA_SETTINGS, Critic, adversarial_mask
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 SHORT = ThreeStages(
     Bottleneck(beta=20, sigma=0, steps=3, copies=4),
     Adversary(samples=8, groups=2, epochs=2, batch=4, critic_steps=2, width=0.5),

@@ -18,6 +18,8 @@ from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.batch import Layout
 from captum_mipin.rules import MIPIN, Options
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 def back(name, x, *arguments, local=True, **named):
     """The rule's value, and what it sends back for a signal of ones."""

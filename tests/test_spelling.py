@@ -14,6 +14,8 @@ from captum_mipin.propagation import Surrogate
 from captum_mipin.rules import MIPIN
 from captum_mipin.steps import Run
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 def explained(model, x):
     model = model.double().eval()

@@ -14,6 +14,8 @@ from captum_mipin.rules import MIPIN
 from captum_mipin.steps import Run
 from captum_mipin.trace import Trace
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 class Residual(nn.Module):
     def __init__(self):
