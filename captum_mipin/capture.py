@@ -487,20 +487,16 @@ def finite(x: Tensor) -> bool:
 
 def memory(tensor: Tensor) -> Any:
     """A tensor's values as bytes."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8).numpy().data
 
 
-def tree(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What ``model.named_modules(remove_duplicate=False)`` goes through, in a third of the time."""
-    found: list[tuple[str, nn.Module]] = []
-
-    def visit(path: str, module: nn.Module) -> None:
-        found.append((path, module))
-        for name, part in module._modules.items():
-            if part is not None:
-                visit(f"{path}.{name}" if path else name, part)
-
-    visit("", model)
+def tree(model: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
+    """What ``model.named_modules(remove_duplicate=False)`` goes through, in less time."""
+    found = [(path, model)]
+    for name, part in model._modules.items():
+        if part is not None:
+            found += tree(part, f"{path}.{name}" if path else name)
     return found
 
 

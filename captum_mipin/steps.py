@@ -123,31 +123,45 @@ class _Invert(torch.autograd.Function):
     def forward(ctx: Any, run: Run, calls: Sequence[_Call], *x: Tensor) -> Any:
         ctx.way, ctx.once = [], run.once
         value: Any = x
-        for this, arguments, named in calls:
+        for number, (this, arguments, named) in enumerate(calls):
             taken = value if isinstance(value, tuple) else (value,)
+            if number and taken[0].is_floating_point():  # rules may differentiate what they are given, as the first one can
+                taken = (taken[0].detach().requires_grad_(),)
             several = isinstance(this.rule, Recorded) and this.rule.several
             value, back = _forward(run, this, taken if several else taken[0], arguments, named)
-            ctx.way.append((this.key, [part.shape for part in taken], back))
+            ctx.way.append((this.key, [(part.shape, part.dtype, part.device) for part in taken], back))
         return value
 
     @staticmethod
     def backward(ctx: Any, *signals: Tensor) -> Any:
         way = ctx.way if ctx.once else list(ctx.way)
         while way:
-            key, shapes, back = way.pop()
+            key, expected, back = way.pop()
             found = back(*signals)
-            signals = found if isinstance(found, tuple) else (found,)
-            if [part.shape if isinstance(part, Tensor) else None for part in signals] != shapes:
-                given = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in signals]
-                raise RuleError(
-                    f"the rule of {key} sends back {_listed(given)}, expected a signal of the shape of what carries it, "
-                    f"{_listed([tuple(shape) for shape in shapes])}"
-                )
+            signals = _like(key, found if isinstance(found, tuple) else (found,), expected)
         return None, None, *signals
 
 
+def _like(key: str, signals: tuple[Any, ...], expected: Sequence[tuple[torch.Size, torch.dtype, torch.device]]) -> Any:
+    """What a rule sends back, in the dtype of what carries it.
+
+    Raises:
+        RuleError: It cannot be signals of that.
+    """
+    shapes = [part.shape if isinstance(part, Tensor) else type(part).__name__ for part in signals]
+    if shapes != [shape for shape, _, _ in expected]:
+        raise RuleError(
+            f"the rule of {key} sends back {_listed(shapes)}, expected a signal of the shape of what carries it, "
+            f"{_listed([shape for shape, _, _ in expected])}"
+        )
+    for part, (_, dtype, device) in zip(signals, expected, strict=True):
+        if part.device != device or part.is_complex() != dtype.is_complex:
+            raise RuleError(f"the rule of {key} sends back {part.dtype} on {part.device}, expected {dtype} on {device}")
+    return tuple(part.to(dtype) for part, (_, dtype, _) in zip(signals, expected, strict=True))
+
+
 def _listed(shapes: Sequence[Any]) -> str:
-    return ", ".join(map(str, shapes))
+    return ", ".join(str(tuple(shape)) if isinstance(shape, torch.Size) else str(shape) for shape in shapes)
 
 
 def _forward(run: Run, step: Step, x: Any, arguments: Any, named: Any) -> tuple[Any, Callable[..., Tensor]]:

@@ -1,6 +1,8 @@
 """From a model to its graph, and the table of what is supported."""
 
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_mipin import LRP, CaptureError, InputError, TrainingModeError, check
-from captum_mipin.capture import Signature, capture, first_example, module_output, place
+from captum_mipin.capture import Signature, capture, first_example, module_output, place, tree
 
 
 class Wants(nn.Module):
@@ -304,3 +306,17 @@ def test_nested_tensors_are_refused() -> None:
     nested = torch.nested.nested_tensor([torch.randn(4), torch.randn(4)])
     with pytest.raises(InputError, match="input 0 is a nested tensor"):
         check(nn.Linear(4, 3).eval(), nested)
+
+
+def test_the_tree_of_modules_is_torchs_and_keeps_none_of_them() -> None:
+    shared = nn.ReLU()
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), shared), shared, nn.ModuleDict({"a": nn.Linear(2, 1)}))
+    model.register_module("none", None)
+    assert tree(model) == list(model.named_modules(remove_duplicate=False))
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

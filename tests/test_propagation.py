@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import Function
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +15,7 @@ from captum_mipin.capture import capture
 from captum_mipin.errors import CaptureError
 from captum_mipin.propagation import Surrogate
 from captum_mipin.rules import MIPIN
-from captum_mipin.steps import Run
+from captum_mipin.steps import Run, step
 
 
 def dense(*sizes):
@@ -93,6 +93,26 @@ def test_each_operation_runs_once_and_steps_in_sequence_are_steps(forks, monkeyp
         found.append(inverse.explain((x,), 0, biases=(False, True)).signals)
         assert ("sequence" in surrogate._module.code) == (len(found) == 1)
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_what_is_used_elsewhere_too_ends_a_sequence():
+    """Used by the output, twice, or not as what carries the signal; what is given by name stays so."""
+    graph = fx.Graph()
+    run, x = graph.placeholder("run"), graph.placeholder("x")
+    a = graph.call_function(step, (run, "a", x), {"by": 1})
+    b = graph.call_function(step, (run, "b", a), {"by": 2})  # goes to the output as well
+    c = graph.call_function(step, (run, "c", b, x))
+    d = graph.call_function(step, (run, "d", c, c))  # takes c twice
+    e = graph.call_function(step, (run, "e", x, d))  # takes d as something else
+    graph.output((e, b))
+    found = propagation._in_sequences(graph)
+    calls = [(node.target.__name__, node.args[1:], dict(node.kwargs)) for node in found.nodes if node.op == "call_function"]
+    assert [(name, str(args), named) for name, args, named in calls] == [
+        ("sequence", "(x, ('a', (), {'by': 1}), ('b', (), {'by': 2}))", {}),
+        ("step", "('c', sequence, x)", {}),
+        ("step", "('d', step_2, step_2)", {}),
+        ("step", "('e', x, step_3)", {}),
+    ]
 
 
 def test_code_shows_every_step():

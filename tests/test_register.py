@@ -21,6 +21,7 @@ from captum_mipin import (
     RuleError,
     UnsupportedOperationError,
     check,
+    propagation,
     register_rule,
     unregister_rule,
 )
@@ -374,6 +375,45 @@ def test_a_way_back_to_another_shape_is_refused(register: Any, untouched: Any, b
     model = _model(swish)
     with untouched(model), pytest.raises(RuleError, match=message):
         InverseNetwork(model).fit(_data(), progress=False)
+
+
+def _between_steps() -> nn.Module:
+    torch.manual_seed(0)
+    own = Function(lambda m, x: swish(x)).eval()
+    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), own, nn.Tanh(), nn.Linear(6, 2)).eval()
+
+
+def _by_autograd(options: Any, operation: Any, x: Tensor) -> Any:
+    with torch.enable_grad():
+        y = x * torch.sigmoid(x)
+    return y.detach(), lambda s: torch.autograd.grad(y, x, s, retain_graph=True)[0]
+
+
+def _twice_as_wide(options: Any, operation: Any, x: Tensor) -> Any:
+    return operation(x), lambda s: s.double() / 3
+
+
+@pytest.mark.parametrize("run", [_by_autograd, _twice_as_wide])
+def test_steps_before_and_behind_change_nothing(register: Any, monkeypatch: Any, run: Any) -> None:
+    """A rule is given what requires a gradient, and what it sends back comes to the next in that one's dtype."""
+    register("own::swish", Recorded(run=run, note="own"))
+    model, x, found = _between_steps(), torch.randn(40, 5), []
+    for in_sequences in (propagation._in_sequences, lambda graph: graph):
+        monkeypatch.setattr(propagation, "_in_sequences", in_sequences)
+        inverse = InverseNetwork(model).fit(x, 0, progress=False)
+        found.append(inverse.explain((x[:3],), 0, biases=(False, True)).signals)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("other", [lambda s: s.to(torch.complex64), lambda s: s.to("meta")])
+def test_a_way_back_of_another_kind_is_refused(register: Any, other: Any) -> None:
+    ways = [lambda s: s]
+    register("own::swish", Recorded(run=lambda options, operation, x: (operation(x), lambda s: ways[-1](s)), note="own"))
+    model, x = _between_steps(), torch.randn(40, 5)
+    inverse = InverseNetwork(model).fit(x, 0, progress=False)
+    ways.append(other)
+    with pytest.raises(RuleError, match=r"the rule of 2/swish sends back torch.*, expected torch.float32 on cpu"):
+        inverse.source_signal(x[:2], 0)
 
 
 def test_what_is_no_inverter_is_refused(register: Any) -> None:

@@ -187,3 +187,33 @@ def test_the_watch_takes_models_without_weights_and_with_nan_buffers() -> None:
     model = _model()
     model.register_buffer("unused", torch.tensor(float("nan")))
     assert not storage.Watch(model).changed(model)
+
+
+WEIGHTS = {
+    "with gaps": torch.randn(8, 8)[:, :4],
+    "every other": torch.randn(8)[::2],
+    "expanded": torch.randn(4, 1).expand(4, 6),
+    "one of a row": torch.randn(1, 5)[:, 0],
+    "conjugate": torch.randn(4, 4, dtype=torch.complex64).conj(),
+    "transposed": torch.randn(3, 4).t(),
+    "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "a number": torch.tensor(3.0),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_are_watched_however_they_lie_in_memory(name: str) -> None:
+    model = nn.Module()
+    model.w = nn.Parameter(WEIGHTS[name].detach())
+    watch = storage.Watch(model)
+    assert not watch.changed(model)
+    model.w.data[(0,) * model.w.ndim] += 1  # which torch does not count
+    assert watch.changed(model)
+
+
+def test_what_lies_in_the_gaps_is_no_weight() -> None:
+    memory, model = torch.randn(8, 8), nn.Module()
+    model.w = nn.Parameter(memory[:, :4])
+    watch = storage.Watch(model)
+    memory[0, 5] += 1
+    assert not watch.changed(model)
