@@ -218,12 +218,11 @@ def _marks(model: nn.Module) -> list[Any]:
 def _words(tensor: Tensor) -> Tensor:
     """A tensor's memory as integers, for large ones one cache line in sixteen: a view, so that it shows what is written there.
 
-    Of what has gaps, or repeats itself, that is all the memory it lies in.
+    Of what does not lie there in order, without gaps, that is all the memory it lies in.
     """
-    in_order = tensor.detach().permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))  # as they lie in memory
-    whole = in_order.is_contiguous() and in_order.stride()[-1:] in ((), (1,)) and not (tensor.is_conj() or tensor.is_neg())
-    if whole:
-        octets = in_order.reshape(-1).view(torch.uint8)
+    flat = tensor.is_contiguous() and tensor.stride()[-1:] in ((), (1,)) and not (tensor.is_conj() or tensor.is_neg())
+    if flat:
+        octets = tensor.detach().reshape(-1).view(torch.uint8)
     else:
         octets = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     if len(octets) % 8 or octets.storage_offset() % 8:

@@ -320,3 +320,11 @@ def test_the_tree_of_modules_is_torchs_and_keeps_none_of_them() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_weights_are_the_models_own_memory_without_gradients() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval()
+    values = capture(model, (torch.ones(1, 2),)).weights(model)
+    found = {value.data_ptr() for value in values.values()}
+    assert {p.data_ptr() for p in model.parameters()} <= found <= {t.data_ptr() for t in model.state_dict().values()}
+    assert not any(value.requires_grad for value in values.values())

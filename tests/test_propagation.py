@@ -54,7 +54,7 @@ def test_forward_values_are_the_models_bits():
         assert torch.equal(forward(model, x), model(x))
 
 
-class Seen(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Which operations run."""
 
     def __init__(self):
@@ -83,9 +83,9 @@ def test_each_operation_runs_once_and_steps_in_sequence_are_steps(forks, monkeyp
     for in_sequences in (propagation._in_sequences, lambda graph: graph):
         monkeypatch.setattr(propagation, "_in_sequences", in_sequences)
         surrogate = Surrogate(graph := capture(model, (x,)), MIPIN, joint=forks == "joint")
-        with Seen() as ours:
+        with Operations() as ours:
             surrogate(Run(surrogate.steps), graph.values(model, (x,), ()))
-        with Seen() as theirs, torch.no_grad():
+        with Operations() as theirs, torch.no_grad():
             model(x)
         same = ("convolution", "relu", "silu", "sigmoid", "addmm")
         assert [ours.count[name] for name in same] == [theirs.count[name] for name in same] == [3, 1, 1, 1, 1]

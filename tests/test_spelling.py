@@ -72,30 +72,25 @@ def test_copies_of_what_is_copied_already_make_no_difference():
     agree(model(lambda h: h), model(torch.clone), x)
 
 
-def test_what_only_rearranges_is_done_once():
+USES = {
+    "the signal twice": (lambda m, first, again: m["b"](first) + torch.relu(m["a"](again)), 3),
+    "a gate and the signal": (lambda m, first, again: m["b"](torch.relu(m["a"](again)) * torch.sigmoid(first)), 12),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_what_only_rearranges_is_done_once(name):
+    use, width = USES[name]
+
     def model(once):
         torch.manual_seed(0)
 
         def run(m, x):
             h = torch.relu(m["stem"](x))
             first = h.flatten(1)
-            return m["a"](first) + torch.relu(m["b"](first if once else h.flatten(1)))
+            return use(m, first, first if once else h.flatten(1))
 
-        return Function(run, stem=nn.Conv1d(2, 3, 3), a=nn.Linear(12, 3), b=nn.Linear(12, 3))
-
-    agree(model(True), model(False), normal(60, 2, 6, dtype=torch.float64))
-
-
-def test_what_is_rearranged_for_a_gate_and_for_the_signal():
-    def model(once):
-        torch.manual_seed(0)
-
-        def run(m, x):
-            h = torch.relu(m["stem"](x))
-            for_gate = h.flatten(1)
-            return m["head"](torch.relu(m["a"](for_gate if once else h.flatten(1))) * torch.sigmoid(for_gate))
-
-        return Function(run, stem=nn.Conv1d(2, 3, 3), a=nn.Linear(12, 12), head=nn.Linear(12, 3))
+        return Function(run, stem=nn.Conv1d(2, 3, 3), a=nn.Linear(12, width), b=nn.Linear(12, 3))
 
     agree(model(True), model(False), normal(60, 2, 6, dtype=torch.float64))
 
