@@ -39,10 +39,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from captum_mipin import IBA, LRP, Gamma, InputIBA, InverseNetwork, LayerMIPINAttribution, LayerPropagation
-from captum_mipin.bottleneck import information, mask
-from captum_mipin.iba import IBA_SETTINGS
-from captum_mipin.input_iba import INPUT_IBA_SETTINGS
+from captum_mipin import IBA, LRP, InputIBA, InverseNetwork, LayerMIPINAttribution
+from captum_mipin.bottleneck.gaussian import information, mask
+from captum_mipin.bottleneck.iba import IBA_SETTINGS
+from captum_mipin.bottleneck.input_iba import INPUT_IBA_SETTINGS
+from captum_mipin.methods import Gamma, LayerPropagation
 from captum_mipin.metrics import deletion, insertion
 from captum_mipin.metrics.perturbation import Baseline
 
@@ -60,7 +61,12 @@ def photographs(folder: Path, count: int) -> tuple[Tensor, Tensor, Tensor]:
         sizes = Counter(int(rows[i]["class_index"]) for i in fine)
         classes = {c for c, _ in sizes.most_common(CLASSES)}
         chosen = [i for i in fine if int(rows[i]["class_index"]) in classes]
-        chosen = [chosen[k] for k in torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:count].tolist()]
+        chosen = [
+            chosen[k]
+            for k in torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[
+                :count
+            ].tolist()
+        ]
         images = torch.stack([_image(archive, rows[i]["file"], 224) for i in chosen])
     labels = torch.tensor([int(rows[i]["class_index"]) for i in chosen])
     return images, labels, torch.stack([boxes[i] for i in chosen])
@@ -77,7 +83,9 @@ def training(folder: Path, count: int) -> Tensor:
     """Images of ImageNet's training set, of the same twenty classes."""
     with zipfile.ZipFile(folder / "imagenet20_train_128px.zip") as archive:
         files = sorted(file for file in archive.namelist() if file.endswith(".JPEG"))
-        picked = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
+        picked = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[
+            :count
+        ].tolist()
         return torch.stack([_image(archive, files[index], 224) for index in picked])
 
 
@@ -96,13 +104,21 @@ def box_accuracy(order: Tensor, boxes: Tensor) -> Tensor:
 
 
 def curves(
-    model: nn.Module, x: Tensor, maps: Tensor, target: Tensor, seed: int, baseline: Baseline, steps: int = 8
+    model: nn.Module,
+    x: Tensor,
+    maps: Tensor,
+    target: Tensor,
+    seed: int,
+    baseline: Baseline,
+    steps: int = 8,
 ) -> tuple[Tensor, Tensor]:
     """Areas of deletion, to 0, and insertion, from ``baseline``, of each image."""
     options: Any = {"model": model, "step": maps[0].numel() // steps}
     ties = (torch.Generator().manual_seed(seed) for _ in range(2))
     deleted = deletion(maps, x, target, generator=next(ties), **options)
-    return deleted.values, insertion(maps, x, target, baseline=baseline, generator=next(ties), **options).values
+    return deleted.values, insertion(
+        maps, x, target, baseline=baseline, generator=next(ties), **options
+    ).values
 
 
 def blurred(x: Tensor) -> Tensor:
@@ -112,14 +128,21 @@ def blurred(x: Tensor) -> Tensor:
 
 def resized(maps: Tensor) -> Tensor:
     """(N, h, w) at the input's size."""
-    return F.interpolate(maps.unsqueeze(1), size=(224, 224), mode="bilinear", align_corners=False).squeeze(1)
+    return F.interpolate(
+        maps.unsqueeze(1), size=(224, 224), mode="bilinear", align_corners=False
+    ).squeeze(1)
 
 
-def methods(model: nn.Module, fit: Tensor, known: Tensor, classes: list[int]) -> dict[str, tuple[str, Method]]:
+def methods(
+    model: nn.Module, fit: Tensor, known: Tensor, classes: list[int]
+) -> dict[str, tuple[str, Method]]:
     """Name → (layer and reduction, attribution as a map of pixels)."""
     layer, last = model.get_submodule(LAYER), model.get_submodule("features.12")
     inverse = InverseNetwork(model, layer=layer).fit(fit, classes, batch_size=20)
-    iba = {name: IBA(model, layer, name).estimate(known, batch_size=20) for name in ("published", "fast")}
+    iba = {
+        name: IBA(model, layer, name).estimate(known, batch_size=20)
+        for name in ("published", "fast")
+    }
     print(iba["fast"].report)
     generator = torch.Generator().manual_seed(0)
     away = ((torch.arange(224) - 111.5) / 224) ** 2
@@ -128,7 +151,11 @@ def methods(model: nn.Module, fit: Tensor, known: Tensor, classes: list[int]) ->
     def smooth_grad(x: Tensor, t: Tensor) -> Tensor:
         torch.manual_seed(0)
         found: Any = tunnel.attribute(
-            x, target=t, nt_samples=20, stdevs=0.15 * float(x.max() - x.min()), nt_samples_batch_size=5
+            x,
+            target=t,
+            nt_samples=20,
+            stdevs=0.15 * float(x.max() - x.min()),
+            nt_samples_batch_size=5,
         )
         total: Tensor = found.abs().sum(1).detach()
         return total
@@ -149,7 +176,10 @@ def methods(model: nn.Module, fit: Tensor, known: Tensor, classes: list[int]) ->
     at, top = f"{LAYER}, ", "features.12, "
     return {
         "random": ("input", lambda x, t: torch.rand(len(x), 224, 224, generator=generator)),
-        "centre prior": ("input", lambda x, t: -(away[:, None] + away[None]).expand(len(x), -1, -1)),
+        "centre prior": (
+            "input",
+            lambda x, t: -(away[:, None] + away[None]).expand(len(x), -1, -1),
+        ),
         "mask only": (at + "sum", present),
         "pattern only": (at + "sum, ReLU", ours(layer, local=False)),
         "MIP-IN": (at + "sum, ReLU", ours(layer)),
@@ -157,8 +187,14 @@ def methods(model: nn.Module, fit: Tensor, known: Tensor, classes: list[int]) ->
         "MIP-IN, × gradient": (at + "sum, ReLU", ours(layer, multiply_by_gradients=True)),
         "MIP-IN, last layer": (top + "sum, ReLU", ours(last)),
         "MIP-IN, × feature, last layer": (top + "sum, ReLU", ours(last, multiply_by_features=True)),
-        "MIP-IN, × gradient, last layer": (top + "sum, ReLU", ours(last, multiply_by_gradients=True)),
-        "LRP-γ": (at + "sum, ReLU", positive(LayerPropagation(LRP(model, rule=Gamma(0.25)), layer).attribute)),
+        "MIP-IN, × gradient, last layer": (
+            top + "sum, ReLU",
+            ours(last, multiply_by_gradients=True),
+        ),
+        "LRP-γ": (
+            at + "sum, ReLU",
+            positive(LayerPropagation(LRP(model, rule=Gamma(0.25)), layer).attribute),
+        ),
         "Grad-CAM": (at + "sum, ReLU", grad_cam(layer)),
         "Grad-CAM, last layer": (top + "sum, ReLU", grad_cam(last)),
         "SmoothGrad": ("input, absolute, sum", smooth_grad),
@@ -168,7 +204,14 @@ def methods(model: nn.Module, fit: Tensor, known: Tensor, classes: list[int]) ->
 
 
 def measured(
-    name: str, where: str, maps: Tensor, taken: float, model: nn.Module, x: Tensor, t: Tensor, boxes: Tensor
+    name: str,
+    where: str,
+    maps: Tensor,
+    taken: float,
+    model: nn.Module,
+    x: Tensor,
+    t: Tensor,
+    boxes: Tensor,
 ) -> dict[str, Any]:
     order = ranked(maps, torch.Generator().manual_seed(1))
     accuracy = box_accuracy(order, boxes)
@@ -201,7 +244,13 @@ def images(folder: Path, count: int, fitted: int, estimated: int, pictures: Path
         rows.append(measured(name, where, maps, time.perf_counter() - start, model, x, t, boxes))
         kept[name] = maps
     settings = {"images": len(x), "fitted": fitted, "estimated": estimated, "classes": classes}
-    write("bottleneck-images", rows, **SETTINGS, **settings, fast_rank=rank(kept["IBA, fast"], kept["IBA"]))
+    write(
+        "bottleneck-images",
+        rows,
+        **SETTINGS,
+        **settings,
+        fast_rank=rank(kept["IBA, fast"], kept["IBA"]),
+    )
     print(show(rows))
     if pictures:
         torch.save({"images": photos, "boxes": boxes, "maps": kept}, pictures)
@@ -213,14 +262,23 @@ def inputs(folder: Path, count: int, estimated: int, pictures: Path | None) -> N
     photos, t, boxes = photographs(folder, count)
     x = normalise(photos)
     fast = INPUT_IBA_SETTINGS["fast"]
-    how = replace(fast, feature=replace(fast.feature, copies=2), input=replace(fast.input, copies=2))
-    iba = InputIBA(model, model.get_submodule(LAYER), how).estimate(normalise(training(folder, estimated)), batch_size=20)
+    how = replace(
+        fast, feature=replace(fast.feature, copies=2), input=replace(fast.input, copies=2)
+    )
+    iba = InputIBA(model, model.get_submodule(LAYER), how).estimate(
+        normalise(training(folder, estimated)), batch_size=20
+    )
     start = time.perf_counter()
     found = [iba.explain((part,), some) for part, some in zip(x.split(1), t.split(1), strict=True)]
     taken = time.perf_counter() - start
     rows = []
     for kind in ("mask", "information"):
-        maps = torch.cat([f.input.alpha.sigmoid().mean(1) if kind == "mask" else f.input.information.sum(1) for f in found])
+        maps = torch.cat(
+            [
+                f.input.alpha.sigmoid().mean(1) if kind == "mask" else f.input.information.sum(1)
+                for f in found
+            ]
+        )
         name = f"InputIBA, fast with 2 copies, {kind}"
         where = f"{LAYER} and input, " + ("mean" if kind == "mask" else "sum")
         rows.append(measured(name, where, maps, taken, model, x, t, boxes))
@@ -233,7 +291,11 @@ def inputs(folder: Path, count: int, estimated: int, pictures: Path | None) -> N
 def rank(a: Tensor, b: Tensor) -> float:
     """Spearman's correlation of maps (N, ...), mean over them."""
     ranks = [m.flatten(1).argsort(1).argsort(1).double() for m in (a, b)]
-    return float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*ranks, strict=True)]).mean())
+    return float(
+        torch.stack(
+            [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*ranks, strict=True)]
+        ).mean()
+    )
 
 
 def speed(folder: Path) -> None:
@@ -241,7 +303,12 @@ def speed(folder: Path) -> None:
     digits = load("digits", folder)
     rows = [
         compared(
-            "cnn-digits", trained("cnn-digits", digits), "features.1", digits.train[:1000], digits.test, digits.test_labels
+            "cnn-digits",
+            trained("cnn-digits", digits),
+            "features.1",
+            digits.train[:1000],
+            digits.test,
+            digits.test_labels,
         )
     ]
     cifar = load("cifar10", folder)
@@ -253,27 +320,47 @@ def speed(folder: Path) -> None:
     presets: list[dict[str, Any]] = []
     maps: list[Tensor] = []
     for name in ("images", "fast"):
-        iba = InputIBA(resnet, resnet.get_submodule("layer2"), INPUT_IBA_SETTINGS[name]).estimate(known, progress=False)
+        iba = InputIBA(resnet, resnet.get_submodule("layer2"), INPUT_IBA_SETTINGS[name]).estimate(
+            known, progress=False
+        )
         start = time.perf_counter()
         maps.append(iba.attribute(x[:2], t[:2], per_position=True))
         seconds = (time.perf_counter() - start) / 2
-        again = iba.attribute(x[:2], t[:2], per_position=True, generator=torch.Generator().manual_seed(5))
+        again = iba.attribute(
+            x[:2], t[:2], per_position=True, generator=torch.Generator().manual_seed(5)
+        )
         agree = {"rank": rank(maps[-1], maps[0]), "rank, other noise": rank(again, maps[0])}
         presets.append({"settings": name, "s an image": seconds, **agree})
-    write("bottleneck-presets", presets, network="resnet20", layer="layer2", data="CIFAR-10 test", images=2)
+    write(
+        "bottleneck-presets",
+        presets,
+        network="resnet20",
+        layer="layer2",
+        data="CIFAR-10 test",
+        images=2,
+    )
     print(show(presets))
 
 
-def compared(network: str, model: nn.Module, path: str, known: Tensor, x: Tensor, t: Tensor) -> dict[str, Any]:
+def compared(
+    network: str, model: nn.Module, path: str, known: Tensor, x: Tensor, t: Tensor
+) -> dict[str, Any]:
     """Sixteen images together, one by one, four by the published loop, with other noise, and by the fast preset."""
     x, t, layer = x[:16], t[:16], model.get_submodule(path)
-    iba, fast = (IBA(model, layer, IBA_SETTINGS[name]).estimate(known, batch_size=20) for name in ("published", "fast"))
+    iba, fast = (
+        IBA(model, layer, IBA_SETTINGS[name]).estimate(known, batch_size=20)
+        for name in ("published", "fast")
+    )
     maps, taken = dict[str, Tensor](), dict[str, float]()
     runs: dict[str, Callable[[], Tensor]] = {
-        "one by one": lambda: torch.cat([iba.attribute(*one, at="layer") for one in zip(x.split(1), t.split(1), strict=True)]),
+        "one by one": lambda: torch.cat(
+            [iba.attribute(*one, at="layer") for one in zip(x.split(1), t.split(1), strict=True)]
+        ),
         "batch": lambda: iba.attribute(x, t, at="layer"),
         "loop": lambda: published_loop(model, layer, iba, x[:4], t[:4]),
-        "other noise": lambda: iba.attribute(x, t, at="layer", generator=torch.Generator().manual_seed(5)),
+        "other noise": lambda: iba.attribute(
+            x, t, at="layer", generator=torch.Generator().manual_seed(5)
+        ),
         "fast": lambda: fast.attribute(x, t, at="layer"),
     }
     for method in (iba, fast):
@@ -331,7 +418,11 @@ class Reader(nn.Module):
 
     def __init__(self, words: int) -> None:
         super().__init__()
-        self.words, self.lstm, self.last = nn.Embedding(words, 32), nn.LSTM(32, 64, batch_first=True), nn.Linear(64, 2)
+        self.words, self.lstm, self.last = (
+            nn.Embedding(words, 32),
+            nn.LSTM(32, 64, batch_first=True),
+            nn.Linear(64, 2),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.last(self.lstm(self.words(tokens))[0][:, -1])
@@ -349,11 +440,15 @@ def passages(package: str, length: int = 16) -> tuple[list[list[str]], list[list
             continue
         tree = ast.parse(file.read_text(errors="ignore"))
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+        texts = [
+            ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)
+        ]
         words = re.findall(r"[a-z]{2,}", " ".join(texts).lower())
         words = [word for word in words if word not in NAMES]
         held_out = zlib.crc32(file.name.encode()) % 5 == 0
-        parts[held_out].extend(words[i : i + length] for i in range(0, len(words) - length + 1, length))
+        parts[held_out].extend(
+            words[i : i + length] for i in range(0, len(words) - length + 1, length)
+        )
     return parts
 
 
@@ -377,8 +472,14 @@ def text(count: int) -> None:
             for i in torch.randperm(len(part[split]), generator=drawn)[: size[split]].tolist()
         ]  # fmt: skip
         chosen = [chosen[i] for i in torch.randperm(len(chosen), generator=drawn).tolist()]
-        tokens = torch.tensor([[vocabulary.get(word, UNKNOWN) for word in passage] for passage, _ in chosen])
-        return tokens, torch.tensor([label for _, label in chosen]), [passage for passage, _ in chosen]
+        tokens = torch.tensor(
+            [[vocabulary.get(word, UNKNOWN) for word in passage] for passage, _ in chosen]
+        )
+        return (
+            tokens,
+            torch.tensor([label for _, label in chosen]),
+            [passage for passage, _ in chosen],
+        )
 
     (x, t, _), (test, labels, shown) = encoded(0), encoded(1)
     torch.manual_seed(0)
@@ -388,7 +489,9 @@ def text(count: int) -> None:
         for index in torch.randperm(len(x), generator=drawn).split(64):
             optimiser.zero_grad()
             known = x[index]
-            known = known.where(torch.rand(known.shape, generator=drawn) > 0.1, UNKNOWN)  # so that it knows what that is
+            known = known.where(
+                torch.rand(known.shape, generator=drawn) > 0.1, UNKNOWN
+            )  # so that it knows what that is
             loss: Any = F.cross_entropy(model(known), t[index])
             loss.backward()
             optimiser.step()
@@ -401,7 +504,9 @@ def text(count: int) -> None:
     chosen = right.nonzero().flatten()[:count]
     tokens, target = test[chosen], labels[chosen]
     options: Any = {"channels": -1, "input_channels": -1, "across": (1,)}
-    both = InputIBA(model, model.lstm, "text", input_layer=model.words, **options).estimate(x[:1000], progress=False)
+    both = InputIBA(model, model.lstm, "text", input_layer=model.words, **options).estimate(
+        x[:1000], progress=False
+    )
     how = replace(IBA_SETTINGS["published"], sigma=0)
     alone = IBA(model, model.words, how, **options).estimate(x[:1000], progress=False)
     inverse = InverseNetwork(model, layer=model.words).fit(x[:1000], progress=False)
@@ -420,8 +525,12 @@ def text(count: int) -> None:
     named: dict[str, Callable[[], Tensor]] = {
         "random": lambda: torch.rand(tokens.shape, generator=random),
         "Gradient × embedding": lambda: gradients.attribute(tokens, target).sum(2).detach(),
-        "MIP-IN, × feature": lambda: mipin.attribute(tokens, target=target, multiply_by_features=True).sum(2),
-        "MIP-IN, × gradient": lambda: mipin.attribute(tokens, target=target, multiply_by_gradients=True).sum(2),
+        "MIP-IN, × feature": lambda: mipin.attribute(
+            tokens, target=target, multiply_by_features=True
+        ).sum(2),
+        "MIP-IN, × gradient": lambda: mipin.attribute(
+            tokens, target=target, multiply_by_gradients=True
+        ).sum(2),
         "IBA at the embedding": lambda: alone.attribute(tokens, target),
         "InputIBA, mask": informed,
         "InputIBA, information": lambda: stages[0],
@@ -430,8 +539,17 @@ def text(count: int) -> None:
         start = time.perf_counter()
         maps[name] = method()
         taken = time.perf_counter() - start
-        deleted, inserted = (float(areas.mean()) for areas in curves(model, tokens, maps[name], target, 2, UNKNOWN))
-        rows.append({"method": name, "deletion": deleted, "insertion": inserted, "s a passage": taken / len(tokens)})
+        deleted, inserted = (
+            float(areas.mean()) for areas in curves(model, tokens, maps[name], target, 2, UNKNOWN)
+        )
+        rows.append(
+            {
+                "method": name,
+                "deletion": deleted,
+                "insertion": inserted,
+                "s a passage": taken / len(tokens),
+            }
+        )
         print(show(rows[-1:]).splitlines()[-1], flush=True)
     write(
         "bottleneck-text", rows, data="passages of 16 words from the docstrings of torch and of scikit-learn, by files",
@@ -446,7 +564,9 @@ def text(count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=("images", "input", "speed", "text"))
     parser.add_argument("--data", type=Path, help="folder with the images and weights/")
     parser.add_argument("--images", type=int, default=50)

@@ -25,26 +25,22 @@ from localization_grid import photos
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_mipin import (
-    IBA,
-    LRP,
+from captum_mipin import IBA, LRP, InputIBA, InverseNetwork, MIPINError
+from captum_mipin.bottleneck.input_iba import INPUT_IBA_SETTINGS
+from captum_mipin.inverse.neighbours import NeighbourInverse
+from captum_mipin.methods import (
     Deconvnet,
     DeepTaylor,
     ExcitationBackprop,
     Gamma,
     GuidedBackprop,
-    InputIBA,
-    InverseNetwork,
-    MIPINError,
     PatternAttribution,
     PatternNet,
     Patterns,
     SmoothGrad,
 )
-from captum_mipin.input_iba import INPUT_IBA_SETTINGS
 from captum_mipin.metrics import bounding_box_accuracy, deletion, insertion
 from captum_mipin.metrics.common import heat
-from captum_mipin.neighbours import NeighbourInverse
 
 LARGEST = 0.33
 CLASSES = 10
@@ -60,7 +56,12 @@ PROTOCOL = {
     "target": "the label", "ties": "expected", "split": "two halves, class by class at random; figures are of the second",
 }  # fmt: skip
 #: The reductions that define a method at a layer; of the others the better one of two is chosen.
-AT_LAYERS = {"Grad-CAM": ("relu_of_sum",), "LayerCAM": ("sum_of_relu",), "features alone": ("sum",), "mask only": ("sum",)}
+AT_LAYERS = {
+    "Grad-CAM": ("relu_of_sum",),
+    "LayerCAM": ("sum_of_relu",),
+    "features alone": ("sum",),
+    "mask only": ("sum",),
+}
 #: What the paper reads: A, averages sent back by shares, or of a dense head.
 PAPER = ("A, shares", "A, all samples")
 #: Whose insertion and deletion are measured.
@@ -111,9 +112,20 @@ def chain(name: str, folder: Path) -> Chain:
     if name == "squeezenet1_0":
         steps, cuts = [*model.features, *model.classifier, nn.Flatten()], (11, 12, 13)
     elif name == "mobilenet_v2":
-        steps, cuts = [*model.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *model.classifier], (14, 18, 19)
+        steps, cuts = (
+            [*model.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *model.classifier],
+            (14, 18, 19),
+        )
     elif name == "efficientnet_lite0":
-        steps = [model._conv_stem, model._bn0, nn.ReLU6(), *model._blocks, model._conv_head, model._bn1, nn.ReLU6()]
+        steps = [
+            model._conv_stem,
+            model._bn0,
+            nn.ReLU6(),
+            *model._blocks,
+            model._conv_head,
+            model._bn1,
+            nn.ReLU6(),
+        ]
         steps, cuts = [*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model._fc], (14, 19, 22)
     else:
         head = heads.trained(WIDTH, heads.features(folder))
@@ -123,7 +135,9 @@ def chain(name: str, folder: Path) -> Chain:
         if isinstance(module, (nn.ReLU, nn.ReLU6)):
             module.inplace = False  # Captum's DeepLift needs what an activation got
     dense = name == "head"
-    return Chain(found, normalise, cuts, 14 if dense else 0, not dense, dense or name == "squeezenet1_0")
+    return Chain(
+        found, normalise, cuts, 14 if dense else 0, not dense, dense or name == "squeezenet1_0"
+    )
 
 
 @dataclass(frozen=True)
@@ -146,12 +160,20 @@ class Photographs:
     @property
     def classes(self) -> list[int]:
         """Of the images, those with the most images first."""
-        return torch.bincount(self.labels).argsort(descending=True, stable=True)[: len(self.labels.unique())].tolist()
+        return (
+            torch.bincount(self.labels)
+            .argsort(descending=True, stable=True)[: len(self.labels.unique())]
+            .tolist()
+        )
 
 
-def photographs(name: str, folder: Path, normalise: Callable[[Tensor], Tensor], count: int) -> Photographs:
+def photographs(
+    name: str, folder: Path, normalise: Callable[[Tensor], Tensor], count: int
+) -> Photographs:
     """Of the classes with the most photographs whose boxes are small; ``count`` to fit on."""
-    found = photos("squeezenet1_0" if name == "head" else name, folder, count, torch.Generator().manual_seed(0))
+    found = photos(
+        "squeezenet1_0" if name == "head" else name, folder, count, torch.Generator().manual_seed(0)
+    )
     boxes = heads.boxes(folder)
     labels = heads.features(folder).test_labels if name == "head" else found.labels
     area = boxes.flatten(1).double().mean(1)
@@ -159,7 +181,9 @@ def photographs(name: str, folder: Path, normalise: Callable[[Tensor], Tensor], 
     many = torch.bincount(labels[kept]).argsort(descending=True, stable=True)[:CLASSES]
     kept = kept[torch.isin(labels[kept], many)]
     choice, report = halves(labels[kept], torch.Generator().manual_seed(0))
-    return Photographs(normalise(found.fit), normalise(found.test[kept]), labels[kept], boxes[kept], choice, report)
+    return Photographs(
+        normalise(found.fit), normalise(found.test[kept]), labels[kept], boxes[kept], choice, report
+    )
 
 
 def halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -167,7 +191,9 @@ def halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order].argsort(stable=True)]
     one, other = order[::2], order[1::2]
-    return one[torch.randperm(len(one), generator=generator)], other[torch.randperm(len(other), generator=generator)]
+    return one[torch.randperm(len(one), generator=generator)], other[
+        torch.randperm(len(other), generator=generator)
+    ]
 
 
 @dataclass(frozen=True)
@@ -193,19 +219,36 @@ class Try:
 
     @classmethod
     def of(
-        cls, names: tuple[str, str, str], reduction: Any, maps: Tensor, about: Photographs, index: Tensor, seconds: float = 0.0
+        cls,
+        names: tuple[str, str, str],
+        reduction: Any,
+        maps: Tensor,
+        about: Photographs,
+        index: Tensor,
+        seconds: float = 0.0,
     ) -> "Try":
         """Scored on the choosing half, or where ``index`` has nothing of it, on the other."""
         values = torch.full((len(about.x),), float("nan"), dtype=torch.float64)
-        one = cls(*names, str(reduction), heat(maps, about.x[index], reduction).float(), index, values, seconds)
-        return one.scored(about, about.choice if torch.isin(index, about.choice).any() else about.report)
+        one = cls(
+            *names,
+            str(reduction),
+            heat(maps, about.x[index], reduction).float(),
+            index,
+            values,
+            seconds,
+        )
+        return one.scored(
+            about, about.choice if torch.isin(index, about.choice).any() else about.report
+        )
 
     def scored(self, about: Photographs, half: Tensor) -> "Try":
         """With the scores of those of ``half`` that were asked."""
         mine = torch.isin(self.index, half)
         index, values = self.index[mine], self.values.clone()
         x, boxes = about.x[index], about.boxes[index]
-        values[index] = bounding_box_accuracy(self.maps[mine], x, boxes=boxes, largest=LARGEST).values
+        values[index] = bounding_box_accuracy(
+            self.maps[mine], x, boxes=boxes, largest=LARGEST
+        ).values
         return replace(self, values=values)
 
     def mean(self, index: Tensor) -> float:
@@ -224,13 +267,26 @@ class Try:
         asked = ~own.isnan()
         less, n = (best.values[about.report] - own)[asked], int(asked.sum())
         if n:
-            row |= {"n": n, "accuracy": float(own[asked].mean()), "standard error": float(own[asked].std() / n**0.5)}
-            row |= {"MIP-IN less this": float(less.mean()), "its standard error": float(less.std() / n**0.5)}
+            row |= {
+                "n": n,
+                "accuracy": float(own[asked].mean()),
+                "standard error": float(own[asked].std() / n**0.5),
+            }
+            row |= {
+                "MIP-IN less this": float(less.mean()),
+                "its standard error": float(less.std() / n**0.5),
+            }
         return row
 
 
 def tried(
-    name: str, where: str, method: Method, x: Tensor, about: Photographs, index: Tensor, reductions: Iterable[str]
+    name: str,
+    where: str,
+    method: Method,
+    x: Tensor,
+    about: Photographs,
+    index: Tensor,
+    reductions: Iterable[str],
 ) -> Iterator[Try]:
     """One method on the images ``index``; ``x`` is what it is asked for, images or features."""
     start = time.perf_counter()
@@ -253,9 +309,13 @@ def gradients(model: nn.Module, steps: int, rectified: bool) -> dict[str, Method
     integrated: Any = IntegratedGradients(model)
     found: dict[str, Method] = {
         "Grads": lambda x, t: saliency.attribute(x.clone().requires_grad_(), t, False),
-        "Input×Gradient": lambda x, t: InputXGradient(model).attribute(x.clone().requires_grad_(), t),
+        "Input×Gradient": lambda x, t: InputXGradient(model).attribute(
+            x.clone().requires_grad_(), t
+        ),
         "SmoothGrad": SmoothGrad(model, samples=steps).attribute,
-        "Integrated Gradients": lambda x, t: integrated.attribute(x, None, t, n_steps=steps, internal_batch_size=len(x)),
+        "Integrated Gradients": lambda x, t: integrated.attribute(
+            x, None, t, n_steps=steps, internal_batch_size=len(x)
+        ),
     }
     if rectified:
         lift: Any = DeepLift(model)
@@ -263,7 +323,9 @@ def gradients(model: nn.Module, steps: int, rectified: bool) -> dict[str, Method
     return found
 
 
-def propagated(model: nn.Module, fit: Tensor | None, bounds: tuple[Tensor | float, Tensor | float] | None) -> dict[str, Method]:
+def propagated(
+    model: nn.Module, fit: Tensor | None, bounds: tuple[Tensor | float, Tensor | float] | None
+) -> dict[str, Method]:
     """Of this package; those with patterns, if there is something to fit them on."""
     low, high = bounds or (None, None)
     methods: dict[str, Any] = {
@@ -277,7 +339,10 @@ def propagated(model: nn.Module, fit: Tensor | None, bounds: tuple[Tensor | floa
     }
     if fit is not None:
         patterns = Patterns(model).fit(fit, batch_size=20, progress=False)
-        methods |= {"PatternNet": PatternNet(model, patterns), "PatternAttribution": PatternAttribution(model, patterns)}
+        methods |= {
+            "PatternNet": PatternNet(model, patterns),
+            "PatternAttribution": PatternAttribution(model, patterns),
+        }
     return {name: method.attribute for name, method in methods.items()}
 
 
@@ -285,7 +350,12 @@ def gradient(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     """Of the logits ``t`` with respect to what ``model`` starts from."""
     saliency: Any = Saliency(model)
     parts = zip(x.split(16), t.split(16), strict=True)
-    return torch.cat([saliency.attribute(some.clone().requires_grad_(), own, False).detach() for some, own in parts])
+    return torch.cat(
+        [
+            saliency.attribute(some.clone().requires_grad_(), own, False).detach()
+            for some, own in parts
+        ]
+    )
 
 
 def cams(model: nn.Module) -> dict[str, Method]:
@@ -314,7 +384,9 @@ def explained(
     """What can be read of MIP-IN at a layer, or where ``inverse`` ends, with the forward mask there (section 6.1.2)."""
     parts = []
     for some, t in zip(x.split(16), labels.split(16), strict=True):
-        found = inverse.explain((some,), t, biases=(False, True), layer=layer, mask=True, local=local)
+        found = inverse.explain(
+            (some,), t, biases=(False, True), layer=layer, mask=True, local=local
+        )
         (features,), ((a,), (s,)) = found.features, found.signals
         parts.append({"A": a, "S": s, "A × feature": a * features, "S × feature": s * features})
     return {reading: torch.cat([part[reading] for part in parts]) for reading in parts[0]}
@@ -330,7 +402,9 @@ def shares(maps: Tensor, size: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- table
 
 
-def variants(net: Chain) -> Iterator[tuple[str, tuple[int, ...], Callable[[nn.Module], InverseNetwork]]]:
+def variants(
+    net: Chain,
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[nn.Module], InverseNetwork]]]:
     """Name, layers to read at, how to make the inverse."""
     if net.pooled:
         yield "shares", net.cuts, InverseNetwork
@@ -338,7 +412,11 @@ def variants(net: Chain) -> Iterator[tuple[str, tuple[int, ...], Callable[[nn.Mo
         return
     yield "all samples", net.cuts, InverseNetwork
     for count, ridge in ((30, 1e-3), (60, 1e-3), (60, 0.1), (100, 1e-3), (300, 1e-3)):
-        yield f"{count} nearest, λ {ridge:g}", net.cuts, partial(NeighbourInverse, neighbours=count, ridge=ridge)
+        yield (
+            f"{count} nearest, λ {ridge:g}",
+            net.cuts,
+            partial(NeighbourInverse, neighbours=count, ridge=ridge),
+        )
 
 
 def mipin(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterator[Try]:
@@ -347,25 +425,41 @@ def mipin(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterato
     for number, (name, cuts, make) in enumerate(variants(net)):
         start, lowest = time.perf_counter(), max(cuts[0], net.fitted)
         above = net.above(lowest)
-        inverse = make(above).fit(fit[lowest], sorted(about.classes), batch_size=25 if net.pooled else 256, progress=False)
-        print(f"MIP-IN, {name}: fitted on {len(fit[lowest])} in {time.perf_counter() - start:.0f} s", flush=True)
+        inverse = make(above).fit(
+            fit[lowest], sorted(about.classes), batch_size=25 if net.pooled else 256, progress=False
+        )
+        print(
+            f"MIP-IN, {name}: fitted on {len(fit[lowest])} in {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
         together: dict[str, list[Tensor]] = {}
         for cut in cuts:
             start, layer = time.perf_counter(), above[cut - lowest - 1] if cut > lowest else None
             if cut > lowest or cut == cuts[0]:
                 at_lowest = explained(inverse, layer, x[lowest], about.labels)
-            found = switched(net.steps[cut:lowest], x[cut], at_lowest) if cut < lowest else at_lowest
+            found = (
+                switched(net.steps[cut:lowest], x[cut], at_lowest) if cut < lowest else at_lowest
+            )
             found["A × gradient"] = found["A"] * gradient(net.above(cut), x[cut], about.labels)
             seconds = (time.perf_counter() - start) / len(everything)
             for reading, maps in found.items():
                 together.setdefault(reading, []).append(shares(maps, 28))
                 for reduction in REDUCTIONS:
-                    yield Try.of(("MIP-IN", where[cut], f"{reading}, {name}"), reduction, maps, about, everything, seconds)
+                    yield Try.of(
+                        ("MIP-IN", where[cut], f"{reading}, {name}"),
+                        reduction,
+                        maps,
+                        about,
+                        everything,
+                        seconds,
+                    )
             if number == 0 and cut >= lowest:
                 layer = above[cut - lowest - 1] if cut > lowest else None
                 pattern = explained(inverse, layer, x[lowest], about.labels, local=False)["A"]
                 for reduction in REDUCTIONS:
-                    yield Try.of(("pattern only", where[cut], "A"), reduction, pattern, about, everything)
+                    yield Try.of(
+                        ("pattern only", where[cut], "A"), reduction, pattern, about, everything
+                    )
         for reading, several in together.items():
             if len(several) > 1:
                 names = "MIP-IN", "all layers", f"{reading}, {name}"
@@ -376,9 +470,17 @@ def switched(pooling: nn.Module, x: Tensor, found: dict[str, Tensor]) -> dict[st
     """Signals below max pooling, by its switches (equation 8), which take no fit."""
     x = x.detach().requires_grad_()
     pooled = pooling(x)
-    a, s = (torch.autograd.grad(pooled, x, found[reading], retain_graph=True)[0] * (x != 0) for reading in ("A", "S"))
+    a, s = (
+        torch.autograd.grad(pooled, x, found[reading], retain_graph=True)[0] * (x != 0)
+        for reading in ("A", "S")
+    )
     x = x.detach()
-    return {"A": a.detach(), "S": s.detach(), "A × feature": a.detach() * x, "S × feature": s.detach() * x}
+    return {
+        "A": a.detach(),
+        "S": s.detach(),
+        "A × feature": a.detach() * x,
+        "S × feature": s.detach() * x,
+    }
 
 
 def some(fit: Tensor) -> Tensor:
@@ -394,8 +496,18 @@ def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Ite
         above = net.above(cut)
         others = gradients(above, 10, net.rectified) | propagated(above, some(fit[cut]), None)
         kept = [name for name in others if top or name in BELOW]
-        for name, method in tqdm([(name, others[name]) for name in kept] + list(cams(above).items()), desc=f"at {where}"):
-            yield from tried(name, where, method, x[cut], about, everything, AT_LAYERS.get(name, ("sum_of_relu", "sum_of_abs")))
+        for name, method in tqdm(
+            [(name, others[name]) for name in kept] + list(cams(above).items()), desc=f"at {where}"
+        ):
+            yield from tried(
+                name,
+                where,
+                method,
+                x[cut],
+                about,
+                everything,
+                AT_LAYERS.get(name, ("sum_of_relu", "sum_of_abs")),
+            )
         for name, method in controls(x[cut].shape[-1]).items():
             yield from tried(name, where, method, x[cut], about, everything, ("sum",))
         if not top and cut != net.cuts[0]:
@@ -421,14 +533,31 @@ def at_pixels(net: Chain, about: Photographs) -> Iterator[Try]:
 def input_iba(net: Chain, about: Photographs) -> Iterator[Try]:
     """Mask and bits at the pixels, with the bottleneck at the lowest layer looked at; fewer copies than published, for time."""
     fast = INPUT_IBA_SETTINGS["fast"]
-    few = replace(fast, feature=replace(fast.feature, copies=2), input=replace(fast.input, copies=2))
-    iba = InputIBA(net.steps, net.steps[net.cuts[0] - 1], few).estimate(about.fit, batch_size=10, progress=False)
+    few = replace(
+        fast, feature=replace(fast.feature, copies=2), input=replace(fast.input, copies=2)
+    )
+    iba = InputIBA(net.steps, net.steps[net.cuts[0] - 1], few).estimate(
+        about.fit, batch_size=10, progress=False
+    )
     index = about.report[:SLOW]
     start = time.perf_counter()
-    found = [iba.explain((about.x[i : i + 1],), about.labels[i : i + 1]).input for i in tqdm(index.tolist(), desc="InputIBA")]
+    found = [
+        iba.explain((about.x[i : i + 1],), about.labels[i : i + 1]).input
+        for i in tqdm(index.tolist(), desc="InputIBA")
+    ]
     seconds = (time.perf_counter() - start) / len(index)
-    for kind, maps in (("mask", [one.alpha.sigmoid() for one in found]), ("bits", [one.information for one in found])):
-        yield Try.of(("InputIBA", "pixels", f"{kind}, fast, 2 copies"), "sum", torch.cat(maps), about, index, seconds)
+    for kind, maps in (
+        ("mask", [one.alpha.sigmoid() for one in found]),
+        ("bits", [one.information for one in found]),
+    ):
+        yield Try.of(
+            ("InputIBA", "pixels", f"{kind}, fast, 2 copies"),
+            "sum",
+            torch.cat(maps),
+            about,
+            index,
+            seconds,
+        )
 
 
 def mipin_at_pixels(net: Chain, about: Photographs, classes: int, count: int) -> Iterator[Try]:
@@ -436,13 +565,21 @@ def mipin_at_pixels(net: Chain, about: Photographs, classes: int, count: int) ->
     targets = about.classes[:classes]
     index = torch.isin(about.labels, torch.tensor(targets)).nonzero().flatten()
     start = time.perf_counter()
-    inverse = InverseNetwork(net.steps).fit(about.fit[:count], targets, batch_size=10, progress=False)
+    inverse = InverseNetwork(net.steps).fit(
+        about.fit[:count], targets, batch_size=10, progress=False
+    )
     print(f"MIP-IN, whole network: fitted in {time.perf_counter() - start:.0f} s", flush=True)
     found = explained(inverse, None, about.x[index], about.labels[index])
     found["A × gradient"] = found["A"] * gradient(net.steps, about.x[index], about.labels[index])
     for reading, maps in found.items():
         for reduction in REDUCTIONS:
-            yield Try.of(("MIP-IN, whole network", "pixels", f"{reading}, shares"), reduction, maps, about, index)
+            yield Try.of(
+                ("MIP-IN, whole network", "pixels", f"{reading}, shares"),
+                reduction,
+                maps,
+                about,
+                index,
+            )
 
 
 def best(tries: list[Try], about: Photographs) -> list[Try]:
@@ -462,7 +599,9 @@ def perturbations(one: Try, net: Chain, about: Photographs) -> dict[str, float]:
     maps = one.maps[(one.index[None] == index[:, None]).long().argmax(1)]
     x, step = about.x[index], about.x.shape[2] * about.x.shape[3] // 8
     return {
-        metric.__name__: metric(maps, x, about.labels[index].tolist(), model=net.steps, step=step).mean
+        metric.__name__: metric(
+            maps, x, about.labels[index].tolist(), model=net.steps, step=step
+        ).mean
         for metric in (insertion, deletion)
     }
 
@@ -484,19 +623,29 @@ def run(name: str, folder: Path, count: int, classes: int) -> None:
     tries += mipin_at_pixels(net, about, classes, min(count, WHOLE))
     shown = best(tries, about)
     top = places(x)[net.cuts[-1]]
-    paper = [one for one in tries if one.method == "MIP-IN" and one.where == top and one.reading in PAPER]
+    paper = [
+        one for one in tries if one.method == "MIP-IN" and one.where == top and one.reading in PAPER
+    ]
     told = {id(one): one.scored(about, about.report) for one in [*shown, *paper]}
     first = next(told[id(one)] for one in shown if one.method == "MIP-IN")
     rows = []
     for one in tries:
         row = told.get(id(one), one).row(about, first, any(one is other for other in shown))
-        if row["chosen"] and one.method in PERTURBED_ROWS and torch.isin(about.report[:SLOW], one.index).all():
+        if (
+            row["chosen"]
+            and one.method in PERTURBED_ROWS
+            and torch.isin(about.report[:SLOW], one.index).all()
+        ):
             row |= perturbations(one, net, about)
         rows.append(row)
     with torch.no_grad():
         logits = torch.cat([net.steps(part) for part in about.x[about.report].split(10)])
     labels = about.labels[about.report]
-    counts = {"fit": len(fit[max(net.cuts[0], net.fitted)]), "fit, whole network": min(count, WHOLE), "fit, patterns": count}
+    counts = {
+        "fit": len(fit[max(net.cuts[0], net.fitted)]),
+        "fit, whole network": min(count, WHOLE),
+        "fit, patterns": count,
+    }
     if name == "head":
         counts |= {"width": WIDTH, "fit, patterns at 7 x 7": PATTERNS}
     write(

@@ -18,15 +18,13 @@ from localization_grid import photos
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_mipin import (
-    LRP,
+from captum_mipin import LRP, InverseNetwork, MIPINAttribution
+from captum_mipin.methods import (
     Deconvnet,
     DeepTaylor,
     Epsilon,
     ExcitationBackprop,
     GuidedBackprop,
-    InverseNetwork,
-    MIPINAttribution,
     PatternAttribution,
     PatternNet,
     Patterns,
@@ -62,10 +60,14 @@ def methods(model: nn.Module, fit: Tensor, classes: tuple[int, int]) -> dict[str
 def cosines(method: Map, x: Tensor, classes: tuple[int, int]) -> tuple[float, float]:
     """Mean cosine of the maps for two classes, and of their absolute values."""
     one, other = (method(x, c).flatten(1).double() for c in classes)
-    return float(F.cosine_similarity(one, other).mean()), float(F.cosine_similarity(one.abs(), other.abs()).mean())
+    return float(F.cosine_similarity(one, other).mean()), float(
+        F.cosine_similarity(one.abs(), other.abs()).mean()
+    )
 
 
-def compare(model: nn.Module, fit: Tensor, x: Tensor, classes: tuple[int, int], chunk: int = 10) -> list[dict[str, Any]]:
+def compare(
+    model: nn.Module, fit: Tensor, x: Tensor, classes: tuple[int, int], chunk: int = 10
+) -> list[dict[str, Any]]:
     """One row a method."""
     rows = []
     for name, method in methods(model, fit, classes).items():
@@ -77,15 +79,21 @@ def compare(model: nn.Module, fit: Tensor, x: Tensor, classes: tuple[int, int], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("network", choices=pretrained.NETWORKS)
-    parser.add_argument("--data", type=Path, required=True, help="folder with images, and weights/ in it")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with images, and weights/ in it"
+    )
     parser.add_argument("--classes", type=int, nargs=2, default=(3, 8))
     parser.add_argument("--fit", type=int, default=100, help="images to fit on")
     parser.add_argument("--images", type=int, default=100, help="images to explain")
     arguments = parser.parse_args()
     model, normalise = pretrained.load(arguments.network, arguments.data / "weights")
-    found = photos(arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0))
+    found = photos(
+        arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0)
+    )
     classes = tuple(arguments.classes)
     rows = compare(model, normalise(found.fit), normalise(found.test[: arguments.images]), classes)
     settings = {"classes": classes, "fit images": arguments.fit, "images": arguments.images}

@@ -30,7 +30,10 @@ def write(name: str, rows: Sequence[dict[str, Any]], **settings: Any) -> Path:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
-    path.write_text(json.dumps({"environment": environment, "settings": settings, "rows": list(rows)}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"environment": environment, "settings": settings, "rows": list(rows)}, indent=1)
+        + "\n"
+    )
     return path
 
 
@@ -42,7 +45,11 @@ def read(name: str) -> Any:
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a Markdown table, one column a key."""
     header = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [header, ["---"] * len(header), *[[_cell(row.get(key, "")) for key in header] for row in rows]]
+    lines = [
+        header,
+        ["---"] * len(header),
+        *[[_cell(row.get(key, "")) for key in header] for row in rows],
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

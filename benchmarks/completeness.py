@@ -45,12 +45,25 @@ def apc(model: nn.Module, images: Images, signal: Signal) -> dict[str, float]:
     for label in range(len(images.classes)):
         chosen = (images.test_labels == label) | (predicted == label)
         with torch.no_grad():
-            found = torch.cat([model(signal(x, label))[:, label] for x in images.test[chosen].split(250)])
-        y, true, named = logits[chosen, label], images.test_labels[chosen] == label, predicted[chosen] == label
+            found = torch.cat(
+                [model(signal(x, label))[:, label] for x in images.test[chosen].split(250)]
+            )
+        y, true, named = (
+            logits[chosen, label],
+            images.test_labels[chosen] == label,
+            predicted[chosen] == label,
+        )
         error = (y - found) / y.abs()
-        pairs = [(e.abs().mean(), e.relu().mean()) for e in (error[true], error[true & named], error[named])]
+        pairs = [
+            (e.abs().mean(), e.relu().mean())
+            for e in (error[true], error[true & named], error[named])
+        ]
         columns.append([*(value for pair in pairs for value in pair), error[true].abs().median()])
-    names = [f"{kind} %{of}" for of in ("", " (correct)", " (predicted)") for kind in ("APC", "positive APC")]
+    names = [
+        f"{kind} %{of}"
+        for of in ("", " (correct)", " (predicted)")
+        for kind in ("APC", "positive APC")
+    ]
     values = torch.tensor(columns).mean(0).mul(100).tolist()
     return dict(zip([*names, "median error %"], values, strict=True))
 
@@ -58,7 +71,9 @@ def apc(model: nn.Module, images: Images, signal: Signal) -> dict[str, float]:
 def controls(model: nn.Module, images: Images, inverse: InverseNetwork) -> dict[str, Signal]:
     """S and what stands beside it. S = A + B with A linear in Y_c, so another Y_c needs no other pass back."""
     with torch.no_grad():
-        train, test = (torch.cat([model(x) for x in part.split(500)]) for part in (images.train, images.test))
+        train, test = (
+            torch.cat([model(x) for x in part.split(500)]) for part in (images.train, images.test)
+        )
     generator = torch.Generator().manual_seed(0)
 
     def restarted(x: Tensor, label: int, y: Tensor) -> Tensor:
@@ -67,7 +82,9 @@ def controls(model: nn.Module, images: Images, inverse: InverseNetwork) -> dict[
         return s - a + a * (y / found.output).view(-1, *(1,) * (x.ndim - 1))
 
     def shuffled(x: Tensor, label: int, logits: Tensor) -> Tensor:
-        return restarted(x, label, logits[torch.randint(len(logits), (len(x),), generator=generator)])
+        return restarted(
+            x, label, logits[torch.randint(len(logits), (len(x),), generator=generator)]
+        )
 
     def own(values: Tensor, labels: Tensor, label: int) -> Tensor:
         return values[labels == label]
@@ -78,8 +95,12 @@ def controls(model: nn.Module, images: Images, inverse: InverseNetwork) -> dict[
         "mean image": lambda x, c: images.train.mean(0).expand_as(x),
         "shuffled output": lambda x, c: shuffled(x, c, test[:, c]),
         "mask only": lambda x, c: restarted(x, c, train[:, c].mean().expand(len(x))),
-        "mean image of the class": lambda x, c: own(images.train, images.train_labels, c).mean(0).expand_as(x),
-        "shuffled output within the class": lambda x, c: shuffled(x, c, own(test[:, c], images.test_labels, c)),
+        "mean image of the class": lambda x, c: (
+            own(images.train, images.train_labels, c).mean(0).expand_as(x)
+        ),
+        "shuffled output within the class": lambda x, c: shuffled(
+            x, c, own(test[:, c], images.test_labels, c)
+        ),
         "mask only, mean of the class": lambda x, c: restarted(
             x, c, own(train[:, c], images.train_labels, c).mean().expand(len(x))
         ),
@@ -87,18 +108,36 @@ def controls(model: nn.Module, images: Images, inverse: InverseNetwork) -> dict[
 
 
 def measure(
-    name: str, images: Images, model: nn.Module, count: int, *, plain: bool = True, own: bool = False, **options: Any
+    name: str,
+    images: Images,
+    model: nn.Module,
+    count: int,
+    *,
+    plain: bool = True,
+    own: bool = False,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Fit on ``count`` training images, of each class its own only if ``own``; measure S, and unless ``plain`` the controls."""
     start = time.perf_counter()
-    x, labels, classes = images.train[:count], images.train_labels[:count], range(len(images.classes))
+    x, labels, classes = (
+        images.train[:count],
+        images.train_labels[:count],
+        range(len(images.classes)),
+    )
     if own:
-        inverses = [InverseNetwork(model, **options).fit(x[labels == c], targets=c, batch_size=500) for c in classes]
+        inverses = [
+            InverseNetwork(model, **options).fit(x[labels == c], targets=c, batch_size=500)
+            for c in classes
+        ]
     else:
         inverses = [InverseNetwork(model, **options).fit(x, batch_size=500)] * len(classes)
     seconds = time.perf_counter() - start
     logger.info("%s", inverses[0].report)
-    signals = {"S": lambda x, c: inverses[c].source_signal(x, target=c)} if plain else controls(model, images, inverses[0])
+    signals = (
+        {"S": lambda x, c: inverses[c].source_signal(x, target=c)}
+        if plain
+        else controls(model, images, inverses[0])
+    )
     rows = []
     for kind, signal in signals.items():
         settings = {
@@ -112,12 +151,28 @@ def measure(
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", default=["mlp-mnist", "cnn-mnist", "cnn-cifar10"], choices=RECIPES)
-    parser.add_argument("--data", help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision")
-    parser.add_argument("--variants", type=int, default=10_000, help="training images for the rows that vary an option")
-    parser.add_argument("--few", action="store_true", help="leave out the fits on all training images")
-    parser.add_argument("--seeds", type=int, default=1, help="networks trained, with seeds 0, 1, ...")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "networks", nargs="*", default=["mlp-mnist", "cnn-mnist", "cnn-cifar10"], choices=RECIPES
+    )
+    parser.add_argument(
+        "--data",
+        help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision",
+    )
+    parser.add_argument(
+        "--variants",
+        type=int,
+        default=10_000,
+        help="training images for the rows that vary an option",
+    )
+    parser.add_argument(
+        "--few", action="store_true", help="leave out the fits on all training images"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="networks trained, with seeds 0, 1, ..."
+    )
     arguments = parser.parse_args()
     for name in arguments.networks:
         images = load(RECIPES[name].data, arguments.data)
@@ -128,8 +183,17 @@ def main() -> None:
             new = measure(name, images, model, len(images.train), plain=False)
             rows += [{"seed": seed, **row} for row in new]
         model, few = trained(name, images), arguments.variants
-        for options in ({}, {"ridge_scale": "mean"}, {"ridge_scale": "sum"}, {"ridge": 0.1}, {"own": True}):
-            rows += [{"seed": 0, **row} for row in measure(name, images, model, few, plain=bool(options), **options)]
+        for options in (
+            {},
+            {"ridge_scale": "mean"},
+            {"ridge_scale": "sum"},
+            {"ridge": 0.1},
+            {"own": True},
+        ):
+            rows += [
+                {"seed": 0, **row}
+                for row in measure(name, images, model, few, plain=bool(options), **options)
+            ]
         settings = {
             "data": images.name, "fitted on split": "train", "evaluated on split": "test", "n": len(images.test),
             "target": "true class", "layer": "input", "reduction": "mean over a class, then over classes",

@@ -25,8 +25,8 @@ from localization_grid import features, photos
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork
-from captum_mipin.convolution import Geometry
-from captum_mipin.regression import solve
+from captum_mipin.regression.convolution import Geometry
+from captum_mipin.regression.ridge import solve
 from captum_mipin.rules.linear import Convolution
 
 #: (x, class) → what takes the place of the features.
@@ -35,7 +35,11 @@ Signal = Callable[[Tensor, int], Tensor]
 
 def layers(model: nn.Module) -> list[str]:
     """The residual blocks of a CIFAR ResNet, the last one first, and the batch norm behind the first convolution."""
-    blocks = [f"layer{i}.{j}" for i in (3, 2, 1) for j in reversed(range(len(model.get_submodule(f"layer{i}"))))]  # type: ignore[arg-type]
+    blocks = [
+        f"layer{i}.{j}"
+        for i in (3, 2, 1)
+        for j in reversed(range(len(model.get_submodule(f"layer{i}"))))
+    ]  # type: ignore[arg-type]
     return [*blocks, "bn1"]
 
 
@@ -55,7 +59,9 @@ def from_true_features(model: nn.Module, fit: Tensor) -> Signal:
     """The image from relu(bn(conv x)), by the regression that a fit would make of it."""
     conv: Any = model.get_submodule("conv1")
     stem = nn.Sequential(conv, model.get_submodule("bn1"), nn.ReLU())
-    geometry = Geometry(tuple(conv.weight.shape), conv.stride, conv.padding, conv.dilation, conv.groups)
+    geometry = Geometry(
+        tuple(conv.weight.shape), conv.stride, conv.padding, conv.dilation, conv.groups
+    )
     inverter = Convolution((geometry,), fit.shape)
     with torch.no_grad():
         inverse = inverter.inverse(solve(inverter.moments(fit, (stem(fit),)), 1e-3), fit)
@@ -67,7 +73,9 @@ def from_true_features(model: nn.Module, fit: Tensor) -> Signal:
     return signal
 
 
-def signals(model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, fit: Tensor) -> dict[str, Signal]:
+def signals(
+    model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, fit: Tensor
+) -> dict[str, Signal]:
     """S at a layer and its controls. S = A + B with A linear in the output, so that another output needs no other pass."""
     mean = features(model, layer, fit).mean(0)
 
@@ -84,7 +92,9 @@ def signals(model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, 
     }
 
 
-def measure(model: nn.Module, layer: nn.Module | None, x: Tensor, labels: Tensor, signal: Signal) -> dict[str, float]:
+def measure(
+    model: nn.Module, layer: nn.Module | None, x: Tensor, labels: Tensor, signal: Signal
+) -> dict[str, float]:
     """What takes the place of the features, over each class's images, then over classes.
 
     APC in percent, of all images and of those classified rightly, and the median error; the median of its logit ÷ the image's;
@@ -95,39 +105,63 @@ def measure(model: nn.Module, layer: nn.Module | None, x: Tensor, labels: Tensor
         of = x[labels == label]
         with torch.no_grad():
             logits = model(of)
-        wanted, found = features(model, layer, of), torch.cat([signal(part, label) for part in of.split(100)])
+        wanted, found = (
+            features(model, layer, of),
+            torch.cat([signal(part, label) for part in of.split(100)]),
+        )
         parts = zip(of.split(100), found.split(100), strict=True)
-        y, again = logits[:, label], torch.cat([outputs(model, layer, *part) for part in parts])[:, label]
+        y, again = (
+            logits[:, label],
+            torch.cat([outputs(model, layer, *part) for part in parts])[:, label],
+        )
         error = 100 * (again - y).abs() / y.abs()
         explained = 1 - (wanted - found).square().sum() / (wanted - wanted.mean(0)).square().sum()
         right = logits.argmax(1) == label
-        columns.append([error.mean(), error[right].mean(), error.median(), (again / y).median(), explained])
+        columns.append(
+            [error.mean(), error[right].mean(), error.median(), (again / y).median(), explained]
+        )
     names = "APC %", "APC % (correct)", "median error %", "logit ratio", "explained variance"
     return dict(zip(names, torch.tensor(columns).mean(0).tolist(), strict=True))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("network", choices=("resnet20", "resnet56"))
-    parser.add_argument("--data", type=Path, required=True, help="folder with the images and weights/")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the images and weights/"
+    )
     parser.add_argument("--fit", type=int, default=400, help="images to fit on")
     parser.add_argument("--test", type=int, default=200, help="images of each class to measure on")
     arguments = parser.parse_args()
     model, normalise = pretrained.load(arguments.network, arguments.data / "weights")
-    images = photos(arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0))
-    fit, chosen = normalise(images.fit), [(images.labels == c).nonzero()[: arguments.test, 0] for c in images.labels.unique()]
+    images = photos(
+        arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0)
+    )
+    fit, chosen = (
+        normalise(images.fit),
+        [(images.labels == c).nonzero()[: arguments.test, 0] for c in images.labels.unique()],
+    )
     index = torch.cat(chosen)
     x, labels = normalise(images.test[index]), images.labels[index]
     rows: list[dict[str, Any]] = []
 
     def add(forks: str, layer: str | None, kind: str, signal: Signal) -> None:
         at = None if layer is None else model.get_submodule(layer)
-        row = {"forks": forks, "layer": layer or "input", "signal": kind, **measure(model, at, x, labels, signal)}
+        row = {
+            "forks": forks,
+            "layer": layer or "input",
+            "signal": kind,
+            **measure(model, at, x, labels, signal),
+        }
         rows.append(row)
         print(show([row]).splitlines()[-1], flush=True)
 
     for forks in ("joint", "sum"):
-        inverse = InverseNetwork(model, forks=forks).fit(fit, labels.unique().tolist(), batch_size=100, progress=False)
+        inverse = InverseNetwork(model, forks=forks).fit(
+            fit, labels.unique().tolist(), batch_size=100, progress=False
+        )
         for layer in (*layers(model), None):
             at = None if layer is None else model.get_submodule(layer)
             for kind, signal in signals(model, inverse, at, fit).items():

@@ -16,8 +16,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+FASHION_CLASSES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "boot",
+)
 DIGIT_CLASSES = tuple(str(digit) for digit in range(10))
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10")
 
@@ -34,7 +56,9 @@ class Images:
     classes: tuple[str, ...]
 
 
-def load(name: str, folder: str | Path | None = None, cache: str | Path = ".cache/datasets") -> Images:
+def load(
+    name: str, folder: str | Path | None = None, cache: str | Path = ".cache/datasets"
+) -> Images:
     """Load a data set by name, from ``folder`` where it holds the files, else from its public source."""
     if name == "digits":
         return _digits()
@@ -43,7 +67,9 @@ def load(name: str, folder: str | Path | None = None, cache: str | Path = ".cach
             return _mnist_npz(Path(folder))
         if name == "cifar10":
             return _cifar10_webp(Path(folder))
-        raise SystemExit(f"--data holds no {name!r}; leave it out to download {name!r} with torchvision")
+        raise SystemExit(
+            f"--data holds no {name!r}; leave it out to download {name!r} with torchvision"
+        )
     return _torchvision(name, Path(cache))
 
 
@@ -60,8 +86,13 @@ def _digits() -> Images:
 
 def _mnist_npz(folder: Path) -> Images:
     with np.load(folder / "mnist.npz") as files:
-        train, test = (torch.from_numpy(files[f"{part}_images"]).float().unsqueeze(1) / 255 for part in ("train", "test"))
-        train_labels, test_labels = (torch.from_numpy(files[f"{part}_labels"]).long() for part in ("train", "test"))
+        train, test = (
+            torch.from_numpy(files[f"{part}_images"]).float().unsqueeze(1) / 255
+            for part in ("train", "test")
+        )
+        train_labels, test_labels = (
+            torch.from_numpy(files[f"{part}_labels"]).long() for part in ("train", "test")
+        )
     return Images("mnist", train, train_labels, test, test_labels, DIGIT_CLASSES)
 
 
@@ -76,11 +107,18 @@ def _cifar10_webp(folder: Path) -> Images:
         return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 255
 
     def labels(part: str) -> Tensor:
-        return torch.tensor([int(v) for v in (folder / f"cifar10_{part}_labels.txt").read_text().split()])
+        return torch.tensor(
+            [int(v) for v in (folder / f"cifar10_{part}_labels.txt").read_text().split()]
+        )
 
     train = np.concatenate([tiles(f"cifar10_train_images_{part}.webp") for part in range(1, 5)])
     return Images(
-        "cifar10", tensor(train), labels("train"), tensor(tiles("cifar10_test_images.webp")), labels("test"), CIFAR10_CLASSES
+        "cifar10",
+        tensor(train),
+        labels("train"),
+        tensor(tiles("cifar10_test_images.webp")),
+        labels("test"),
+        CIFAR10_CLASSES,
     )
 
 
@@ -104,4 +142,6 @@ def _torchvision(name: str, cache: Path) -> Images:
     def labels(part: Any) -> Tensor:
         return torch.as_tensor(part.targets).long()
 
-    return Images(name, images(parts[0]), labels(parts[0]), images(parts[1]), labels(parts[1]), classes)
+    return Images(
+        name, images(parts[0]), labels(parts[0]), images(parts[1]), labels(parts[1]), classes
+    )

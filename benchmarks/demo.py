@@ -69,7 +69,12 @@ def figure(images: Images, model: Network, mipin: MIPINAttribution, rows: int = 
                 _picture(axis, found.clamp(0, 1))
             else:
                 viz.visualize_image_attr(
-                    _hwc(found), method="heat_map", sign="all", plt_fig_axis=(page, axis), use_pyplot=False, cmap="RdBu"
+                    _hwc(found),
+                    method="heat_map",
+                    sign="all",
+                    plt_fig_axis=(page, axis),
+                    use_pyplot=False,
+                    cmap="RdBu",
                 )
             if row == 0:
                 axis.set_title(name, fontsize=9)
@@ -90,11 +95,18 @@ def _hwc(x: Tensor) -> Any:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    warnings.filterwarnings("ignore", module="captum|torch")  # Captum's methods announce their hooks on every call
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    warnings.filterwarnings(
+        "ignore", module="captum|torch"
+    )  # Captum's methods announce their hooks on every call
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data_set", nargs="?", default="digits", choices=NAMES)
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
-    parser.add_argument("--data", help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision")
+    parser.add_argument(
+        "--data",
+        help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision",
+    )
     arguments = parser.parse_args()
     begin = time.perf_counter()
     images = load(arguments.data_set, arguments.data)
@@ -105,14 +117,18 @@ def main() -> None:
     for name, signal in controls(model, images, inverse).items():
         rows.append({"signal": name, **apc(model, images, signal)})
     arguments.out.mkdir(parents=True, exist_ok=True)
-    figure(images, model, MIPINAttribution(model, inverse)).savefig(arguments.out / "side-by-side.png", dpi=110)
+    figure(images, model, MIPINAttribution(model, inverse)).savefig(
+        arguments.out / "side-by-side.png", dpi=110
+    )
     text = (
         f"{images.name}: {len(images.train[:FITTED])} training images fitted on, {len(images.test)} test images, network "
         f"cnn-{images.name} (test accuracy {100 * accuracy(model, images.test, images.test_labels):.1f} %), target: true "
         f"class, layer: input\n\n{show(rows)}\n"
     )
     (arguments.out / "completeness.md").write_text(text)
-    print(f"\n{text}\nwrote {arguments.out}/side-by-side.png and completeness.md in {time.perf_counter() - begin:.0f} s")
+    print(
+        f"\n{text}\nwrote {arguments.out}/side-by-side.png and completeness.md in {time.perf_counter() - begin:.0f} s"
+    )
 
 
 if __name__ == "__main__":

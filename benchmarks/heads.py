@@ -54,7 +54,9 @@ def features(folder: Path, cache: Path = CACHE) -> Features:
         save_file(_features(folder), str(partial))
         partial.replace(path)
     found = load_file(str(path))
-    return Features(found["train"], found["train_labels"], found["test"], found["test_labels"], boxes(folder))
+    return Features(
+        found["train"], found["train_labels"], found["test"], found["test_labels"], boxes(folder)
+    )
 
 
 def body(folder: Path) -> nn.Module:
@@ -66,7 +68,9 @@ def body(folder: Path) -> nn.Module:
 def boxes(folder: Path) -> Tensor:
     """Where the objects of the photographs to explain are, (N, 224, 224)."""
     with zipfile.ZipFile(folder / "ilsvrc2012_val_600_boxes.zip") as archive:
-        return torch.stack([_mask(json.loads(row["boxes_xyxy_norm"])) for row in _annotations(archive)])
+        return torch.stack(
+            [_mask(json.loads(row["boxes_xyxy_norm"])) for row in _annotations(archive)]
+        )
 
 
 def _annotations(archive: zipfile.ZipFile) -> list[dict[str, str]]:
@@ -84,7 +88,10 @@ def _features(folder: Path) -> dict[str, Tensor]:
     with zipfile.ZipFile(folder / "imagenet20_train_128px.zip") as archive:
         files = sorted(file for file in archive.namelist() if file.endswith(".JPEG"))
         names = sorted({_class(file) for file in files})
-        train, labels = _through(folder, archive, files), [names.index(_class(file)) for file in files]
+        train, labels = (
+            _through(folder, archive, files),
+            [names.index(_class(file)) for file in files],
+        )
     with zipfile.ZipFile(folder / "ilsvrc2012_val_600_boxes.zip") as archive:
         rows = _annotations(archive)
         test = _through(folder, archive, [row["file"] for row in rows])
@@ -98,15 +105,21 @@ def _class(file: str) -> str:
     return file.partition("/")[0]
 
 
-def _through(folder: Path, archive: zipfile.ZipFile, files: Sequence[str], size: int = 20) -> Tensor:
+def _through(
+    folder: Path, archive: zipfile.ZipFile, files: Sequence[str], size: int = 20
+) -> Tensor:
     """Features of photographs; channels_last is what is fast here."""
     model = body(folder).to(memory_format=torch.channels_last)
     _, normalise = pretrained.load("squeezenet1_0", folder / "weights")
     found = torch.empty(len(files), *SHAPE)
     with torch.inference_mode(), tqdm(total=len(files), desc="features", unit="image") as progress:
         for start in range(0, len(files), size):
-            images = torch.stack([_image(archive, file, SIZE) for file in files[start : start + size]])
-            found[start : start + size] = model(normalise(images).contiguous(memory_format=torch.channels_last))
+            images = torch.stack(
+                [_image(archive, file, SIZE) for file in files[start : start + size]]
+            )
+            found[start : start + size] = model(
+                normalise(images).contiguous(memory_format=torch.channels_last)
+            )
             progress.update(len(images))
     return found
 
@@ -135,7 +148,9 @@ def train(width: int, x: Tensor, labels: Tensor, epochs: int = 6, seed: int = 0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-4, total_steps=steps)
     with tqdm(total=steps, desc=f"train a head of width {width}", unit="batch") as progress:
         for index in _order(len(x), epochs, size, generator):
-            loss = F.cross_entropy(model(_augment(x[index], generator) / scale), labels[index], label_smoothing=0.1)
+            loss = F.cross_entropy(
+                model(_augment(x[index], generator) / scale), labels[index], label_smoothing=0.1
+            )
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -158,7 +173,9 @@ def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
     flip = torch.rand(len(x), generator=generator) < 0.5
     x = torch.where(flip[:, None, None, None], x.flip(-1), x)
     row, column = torch.randint(0, 3, (2,), generator=generator).tolist()
-    return F.pad(x, (1, 1, 1, 1), "replicate")[..., row : row + SHAPE[1], column : column + SHAPE[2]]
+    return F.pad(x, (1, 1, 1, 1), "replicate")[
+        ..., row : row + SHAPE[1], column : column + SHAPE[2]
+    ]
 
 
 def trained(width: int, found: Features, cache: Path = CACHE) -> nn.Sequential:
@@ -175,8 +192,12 @@ def trained(width: int, found: Features, cache: Path = CACHE) -> nn.Sequential:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Dense heads on frozen features of real photographs.")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the zip files and weights/")
+    parser = argparse.ArgumentParser(
+        description="Dense heads on frozen features of real photographs."
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the zip files and weights/"
+    )
     parser.add_argument("--width", type=int, default=1024)
     arguments = parser.parse_args()
     photographs = features(arguments.data)

@@ -99,7 +99,12 @@ SPELLINGS: Mapping[str, Spelling] = {
     "nn.Flatten": Spelling(flatten=nn.Flatten()),
     "nn.Dropout": Spelling(dropout=True),
     "functional throughout": Spelling(
-        relu=torch.relu_, add=_swapped, pool=_mean, flatten=_reshape, dropout=True, shortcut_first=True
+        relu=torch.relu_,
+        add=_swapped,
+        pool=_mean,
+        flatten=_reshape,
+        dropout=True,
+        shortcut_first=True,
     ),
 }
 
@@ -107,10 +112,15 @@ SPELLINGS: Mapping[str, Spelling] = {
 class Block(nn.Module):
     """Two convolutions beside the identity, or beside a 1 × 1 convolution where the size changes."""
 
-    def __init__(self, channels: int, wider: int, spelling: Spelling, relu: Callable[[], Layer]) -> None:
+    def __init__(
+        self, channels: int, wider: int, spelling: Spelling, relu: Callable[[], Layer]
+    ) -> None:
         super().__init__()
         stride = wider // channels
-        self.conv1, self.bn1 = nn.Conv2d(channels, wider, 3, stride, 1, bias=False), nn.BatchNorm2d(wider)
+        self.conv1, self.bn1 = (
+            nn.Conv2d(channels, wider, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(wider),
+        )
         self.conv2, self.bn2 = nn.Conv2d(wider, wider, 3, 1, 1, bias=False), nn.BatchNorm2d(wider)
         shortcut = nn.Conv2d(channels, wider, 1, stride, bias=False), nn.BatchNorm2d(wider)
         self.down = nn.Sequential(*shortcut) if stride > 1 else None
@@ -141,8 +151,14 @@ class Residual(nn.Module):
         def relu() -> Layer:
             return spelling.relu or (one if spelling.reused else nn.ReLU(spelling.inplace))
 
-        self.conv, self.bn, self.relu = nn.Conv2d(3, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4), relu()
-        self.blocks = nn.Sequential(*(Block(n, wider, spelling, relu) for n, wider in ((4, 4), (4, 8), (8, 8))))
+        self.conv, self.bn, self.relu = (
+            nn.Conv2d(3, 4, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(4),
+            relu(),
+        )
+        self.blocks = nn.Sequential(
+            *(Block(n, wider, spelling, relu) for n, wider in ((4, 4), (4, 8), (8, 8)))
+        )
         self.pool = spelling.pool or nn.AdaptiveAvgPool2d(1)
         self.flatten, self.dropout = spelling.flatten, nn.Dropout() if spelling.dropout else None
         self.last = nn.Linear(8, classes)
@@ -155,7 +171,9 @@ class Residual(nn.Module):
 
 def images(count: int) -> Tensor:
     """Smooth random images (count, 3, 8, 8)."""
-    noise = torch.randn(count, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(
+        count, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     return F.interpolate(noise, scale_factor=2, mode="bilinear")
 
 
@@ -197,7 +215,10 @@ def captum(method: Callable[[nn.Module], Any], model: nn.Module, x: Tensor, targ
 
 METHODS: Mapping[str, Callable[[nn.Module, Tensor, Any], Tensor]] = {
     "MIP-IN": mipin,
-    **{f"Captum's {m.__name__}": partial(captum, m) for m in (LRP, GuidedBackprop, Deconvolution, DeepLift, Saliency)},
+    **{
+        f"Captum's {m.__name__}": partial(captum, m)
+        for m in (LRP, GuidedBackprop, Deconvolution, DeepLift, Saliency)
+    },
 }
 
 
@@ -230,7 +251,9 @@ def compare() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     rows = compare()
     write("invariance", rows, reference=REFERENCE)
     print(show(rows))

@@ -32,16 +32,8 @@ from data import load
 from PIL import Image
 from torch import Tensor, nn
 
-from captum_mipin import (
-    LRP,
-    ExcitationBackprop,
-    Gamma,
-    GuidedBackprop,
-    InverseNetwork,
-    LayerMIPINAttribution,
-    LayerPropagation,
-    MIPINAttribution,
-)
+from captum_mipin import LRP, InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.methods import ExcitationBackprop, Gamma, GuidedBackprop, LayerPropagation
 from captum_mipin.metrics import grid_pointing_game, mosaics
 
 CONFIDENCE = 0.99
@@ -76,7 +68,11 @@ def photos(name: str, folder: Path, count: int, generator: torch.Generator) -> P
 
 
 def _image(archive: zipfile.ZipFile, file: str, size: int) -> Tensor:
-    image = Image.open(io.BytesIO(archive.read(file))).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    image = (
+        Image.open(io.BytesIO(archive.read(file)))
+        .convert("RGB")
+        .resize((size, size), Image.Resampling.BILINEAR)
+    )
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
 
 
@@ -114,8 +110,12 @@ def peers(model: nn.Module, layer: nn.Module | None, seed: int, steps: int) -> d
         return product.attribute(x, target).detach()
 
     def integrated(x: Tensor, target: Tensor) -> Any:
-        method: Any = IntegratedGradients(model) if layer is None else LayerIntegratedGradients(model, layer)
-        return method.attribute(x, target=target, n_steps=steps, internal_batch_size=len(x)).detach()
+        method: Any = (
+            IntegratedGradients(model) if layer is None else LayerIntegratedGradients(model, layer)
+        )
+        return method.attribute(
+            x, target=target, n_steps=steps, internal_batch_size=len(x)
+        ).detach()
 
     def grad_cam(x: Tensor, target: Tensor) -> Any:
         assert layer is not None
@@ -123,7 +123,9 @@ def peers(model: nn.Module, layer: nn.Module | None, seed: int, steps: int) -> d
         return cam.attribute(x, target, relu_attributions=True).detach()
 
     found: dict[str, Method] = {
-        "random": lambda x, target: torch.rand(len(x), 1, *features(model, layer, x).shape[2:], generator=generator),
+        "random": lambda x, target: torch.rand(
+            len(x), 1, *features(model, layer, x).shape[2:], generator=generator
+        ),
         "centre prior": centre,
         "mask only": lambda x, target: (features(model, layer, x) != 0).float(),
         "Saliency": gradient,
@@ -143,20 +145,34 @@ def peers(model: nn.Module, layer: nn.Module | None, seed: int, steps: int) -> d
     return found
 
 
-def ours(model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, name: str) -> dict[str, Method]:
+def ours(
+    model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, name: str
+) -> dict[str, Method]:
     """MIP-IN as it is, times the feature, times the gradient, and its pattern without anything of the image."""
-    method: Any = MIPINAttribution(model, inverse) if layer is None else LayerMIPINAttribution(model, inverse, layer)
+    method: Any = (
+        MIPINAttribution(model, inverse)
+        if layer is None
+        else LayerMIPINAttribution(model, inverse, layer)
+    )
     product = "multiply_by_inputs" if layer is None else "multiply_by_features"
     found: dict[str, Method] = {
         f"MIP-IN, {name}": lambda x, target: method.attribute(x, target=target),
-        f"MIP-IN, {name}, × feature": lambda x, target: method.attribute(x, target=target, **{product: True}),
-        f"MIP-IN, {name}, × gradient": lambda x, target: method.attribute(x, target=target, multiply_by_gradients=True),
+        f"MIP-IN, {name}, × feature": lambda x, target: method.attribute(
+            x, target=target, **{product: True}
+        ),
+        f"MIP-IN, {name}, × gradient": lambda x, target: method.attribute(
+            x, target=target, multiply_by_gradients=True
+        ),
     }
     if name == "shares, joint":
         evidence = partial(method.attribute, evidence=True)
         found["MIP-IN, evidence"] = lambda x, target: evidence(x, target=target)
-        found["MIP-IN, evidence, × feature"] = lambda x, target: evidence(x, target=target, **{product: True})
-        found["MIP-IN, evidence, × gradient"] = lambda x, target: evidence(x, target=target, multiply_by_gradients=True)
+        found["MIP-IN, evidence, × feature"] = lambda x, target: evidence(
+            x, target=target, **{product: True}
+        )
+        found["MIP-IN, evidence, × gradient"] = lambda x, target: evidence(
+            x, target=target, multiply_by_gradients=True
+        )
         found["pattern only"] = lambda x, target: method.attribute(x, target=target, local=False)
     return found
 
@@ -164,20 +180,30 @@ def ours(model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, nam
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("network", choices=pretrained.NETWORKS)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the images and weights/")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the images and weights/"
+    )
     parser.add_argument("--fit", type=int, default=400, help="images to fit on")
     parser.add_argument("--classes", type=int, default=10, help="number of classes to fit")
-    parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="with which each image is recognised")
+    parser.add_argument(
+        "--confidence", type=float, default=CONFIDENCE, help="with which each image is recognised"
+    )
     parser.add_argument("--mosaics", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20, help="of Integrated Gradients")
     parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--variants", action="store_true", help="even spread and summed forks as well")
+    parser.add_argument(
+        "--variants", action="store_true", help="even spread and summed forks as well"
+    )
     arguments = parser.parse_args()
     about = pretrained.NETWORKS[arguments.network]
     model, normalise = pretrained.load(arguments.network, arguments.data / "weights")
-    images = photos(arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0))
+    images = photos(
+        arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0)
+    )
     fit, test = normalise(images.fit), normalise(images.test)
-    classes = sorted(set(images.labels.tolist()))[:: max(1, len(set(images.labels.tolist())) // arguments.classes)]
+    classes = sorted(set(images.labels.tolist()))[
+        :: max(1, len(set(images.labels.tolist())) // arguments.classes)
+    ]
     grids = [
         mosaics(
             model, test, images.labels, n, arguments.mosaics,
@@ -185,9 +211,15 @@ def main() -> None:
         )
         for n in (2, 3)
     ]  # fmt: skip
-    kinds: list[tuple[str, Literal["shares", "even"], Literal["joint", "sum"]]] = [("shares, joint", "shares", "joint")]
+    kinds: list[tuple[str, Literal["shares", "even"], Literal["joint", "sum"]]] = [
+        ("shares, joint", "shares", "joint")
+    ]
     if arguments.variants:
-        kinds += [("even, joint", "even", "joint"), ("shares, sum", "shares", "sum"), ("even, sum", "even", "sum")]
+        kinds += [
+            ("even, joint", "even", "joint"),
+            ("shares, sum", "shares", "sum"),
+            ("even, sum", "even", "sum"),
+        ]
     inverses = {
         name: InverseNetwork(model, pooling=pooling, forks=forks).fit(fit, classes, batch_size=50)
         for name, pooling, forks in kinds
@@ -201,11 +233,17 @@ def main() -> None:
         for name, method in methods.items():
             row: dict[str, Any] = {"layer": place, "path": path or "", "method": name}
             for grid in grids:
-                parts = zip(grid.x.split(arguments.batch), grid.targets.split(arguments.batch), strict=True)
-                result = grid_pointing_game(torch.cat([method(x, target) for x, target in parts]), grid)
+                parts = zip(
+                    grid.x.split(arguments.batch), grid.targets.split(arguments.batch), strict=True
+                )
+                result = grid_pointing_game(
+                    torch.cat([method(x, target) for x, target in parts]), grid
+                )
                 found = result.values
                 with torch.no_grad():
-                    logits = torch.cat([model(x) for x in grid.x.split(arguments.batch)]).gather(1, grid.targets[:, None])
+                    logits = torch.cat([model(x) for x in grid.x.split(arguments.batch)]).gather(
+                        1, grid.targets[:, None]
+                    )
                 positive = logits[:, 0] > 0
                 row[f"{grid.n}x{grid.n}"] = result.mean
                 row[f"{grid.n}x{grid.n} standard error"] = result.standard_error

@@ -22,7 +22,9 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the processor to others
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # threads that wait leave the processor to others
 
 import torch
 from captum.attr import InputXGradient
@@ -93,7 +95,12 @@ def measure(case: Case, counts: Sequence[int]) -> list[dict[str, Any]]:
     model, x = case.build().eval(), case.x
     maps = torch.rand(len(x), *x.shape[2:])
     if case.images != "random":
-        maps = InputXGradient(model).attribute(x.clone().requires_grad_(), target=TARGET).sum(1).detach()
+        maps = (
+            InputXGradient(model)
+            .attribute(x.clone().requires_grad_(), target=TARGET)
+            .sum(1)
+            .detach()
+        )
         maps += 1e-9 * maps.abs().max() * torch.rand(maps.shape)  # both break ties alike
     inputs: list[Tensor] = []
     listening = Listening(model, inputs).eval()
@@ -102,7 +109,9 @@ def measure(case: Case, counts: Sequence[int]) -> list[dict[str, Any]]:
     inputs.clear()
     result = deletion(maps, x, TARGET, model=listening)
     assert result.curves is not None
-    torch.testing.assert_close(result.curves.float(), one_by_one(model, maps, x, x.shape[-1]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        result.curves.float(), one_by_one(model, maps, x, x.shape[-1]), rtol=1e-4, atol=1e-6
+    )
     calls: dict[str, Callable[[], Any]] = {
         "one forward a step": partial(one_by_one, model, maps, x, x.shape[-1]),
         "deletion": partial(deletion, maps, x, TARGET, model=model),
@@ -124,7 +133,10 @@ def measure(case: Case, counts: Sequence[int]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     about = {"network": case.network, "images": case.images, "count": len(x), "steps": x.shape[-1]}
     about |= {"forwards, loop": len(ready), "forwards, deletion": sum(map(len, inputs))}
-    return [about | {"threads": threads} | ratios(times, threads) | {"repeats": case.repeats} for threads in counts]
+    return [
+        about | {"threads": threads} | ratios(times, threads) | {"repeats": case.repeats}
+        for threads in counts
+    ]
 
 
 def ratios(times: dict[tuple[int, str, str], list[float]], threads: int) -> dict[str, float]:
@@ -160,9 +172,18 @@ class Listening(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="networks, whose rows of the results file are written anew; by default all")
-    parser.add_argument("--data", help="folder with the images of MNIST and CIFAR-10; without it, random ones and digits")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        help="networks, whose rows of the results file are written anew; by default all",
+    )
+    parser.add_argument(
+        "--data",
+        help="folder with the images of MNIST and CIFAR-10; without it, random ones and digits",
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
     file = RESULTS / "speed-metrics.json"
@@ -170,7 +191,10 @@ def main() -> None:
     rows = [row for row in rows if row["network"] not in arguments.names]
     for case in cases(arguments.data, arguments.names):
         rows += measure(case, arguments.threads)
-        shown = [{key: row[key] for key in row if "wall" not in key} for row in rows[-len(arguments.threads) :]]
+        shown = [
+            {key: row[key] for key in row if "wall" not in key}
+            for row in rows[-len(arguments.threads) :]
+        ]
         print(show(shown), time.strftime("%X"), flush=True)
         write(
             "speed-metrics", rows, baseline=0, score="softmax", step="one row of the image",

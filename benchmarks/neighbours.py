@@ -36,7 +36,19 @@ from captum_mipin.metrics.similarity import cosine
 CLASSES = 8
 BATCH = 20
 FEW = 60
-PARTS = ("references", "15", "30", "60", "100", "300", "1000", "Euclidean", "hidden 1", "hidden 2", "all")
+PARTS = (
+    "references",
+    "15",
+    "30",
+    "60",
+    "100",
+    "300",
+    "1000",
+    "Euclidean",
+    "hidden 1",
+    "hidden 2",
+    "all",
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,9 @@ def chosen(found: heads.Features) -> Chosen:
     rows = rows[torch.randperm(len(rows), generator=generator)]
     labels = found.test_labels[rows]
     steps = torch.randint(1, CLASSES, (len(rows),), generator=generator)
-    others = torch.tensor(classes)[(torch.searchsorted(torch.tensor(classes), labels) + steps) % CLASSES]
+    others = torch.tensor(classes)[
+        (torch.searchsorted(torch.tensor(classes), labels) + steps) % CLASSES
+    ]
     return Chosen(found.test[rows], labels, found.boxes[rows], others, classes)
 
 
@@ -91,7 +105,9 @@ def measured(inverse: InverseNetwork, model: nn.Module, these: Chosen) -> dict[s
         again = model(s)[rows, these.labels]
         shuffled = model(s + a * (swapped / y - 1).view(-1, 1, 1, 1))[rows, these.labels]
     right = logits.argmax(1) == these.labels
-    apc, control = (100 * float(((y - found) / y).abs()[right].mean()) for found in (again, shuffled))
+    apc, control = (
+        100 * float(((y - found) / y).abs()[right].mean()) for found in (again, shuffled)
+    )
     accuracies = {
         name: boxed(maps.clamp(min=0).mean(1), these)
         for name, maps in (("A", a), ("A × feature", a.clamp(min=0) * these.x), ("S", s))
@@ -125,7 +141,10 @@ def compare(part: str, model: nn.Module, train: Tensor, these: Chosen) -> list[d
     """The rows of one part."""
     if part == "references":
         scores = {name: boxed(maps, these) for name, maps in references(model, these).items()}
-        return [{"method": name, "box accuracy, A": score, "standard error": error} for name, (score, error) in scores.items()]
+        return [
+            {"method": name, "box accuracy, A": score, "standard error": error}
+            for name, (score, error) in scores.items()
+        ]
     if part == "all":
         return [everywhere(model, train, these)]
     path = {"hidden 1": "3", "hidden 2": "6"}.get(part)
@@ -137,7 +156,9 @@ def compare(part: str, model: nn.Module, train: Tensor, these: Chosen) -> list[d
     ).fit(train, progress=False)
     inverse.source_signal(these.x[:2], 0)
     if inverse.neighbours >= 1000:  # for time
-        these = replace(these, **{key: getattr(these, key)[:FEW] for key in ("x", "labels", "boxes", "others")})
+        these = replace(
+            these, **{key: getattr(these, key)[:FEW] for key in ("x", "labels", "boxes", "others")}
+        )
     name = "neighbours" if part.isdecimal() else f"neighbours, {part}"
     return [{"method": name, "neighbours": inverse.neighbours, **measured(inverse, model, these)}]
 
@@ -147,13 +168,26 @@ def everywhere(model: nn.Module, train: Tensor, these: Chosen) -> dict[str, Any]
     start = time.perf_counter()
     inverse = InverseNetwork(model).fit(train, these.classes, progress=False)
     seconds = time.perf_counter() - start
-    return {"method": "all", "neighbours": len(train), **measured(inverse, model, these), "fit s": seconds}
+    return {
+        "method": "all",
+        "neighbours": len(train),
+        **measured(inverse, model, these),
+        "fit s": seconds,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"what to measure, other rows stay as they were: {', '.join(PARTS)}")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the zip files and weights/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        help=f"what to measure, other rows stay as they were: {', '.join(PARTS)}",
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the zip files and weights/"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = heads.features(arguments.data)
@@ -168,7 +202,10 @@ def main() -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() and arguments.parts else []
     for part in arguments.parts or PARTS:
         new = [{"part": part, **row} for row in compare(part, model, found.train, these)]
-        rows = sorted([row for row in rows if row["part"] != part] + new, key=lambda row: PARTS.index(row["part"]))
+        rows = sorted(
+            [row for row in rows if row["part"] != part] + new,
+            key=lambda row: PARTS.index(row["part"]),
+        )
         write("neighbours", rows, **settings)
         print(show(new), flush=True)
 

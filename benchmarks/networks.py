@@ -47,8 +47,18 @@ def mlp(inputs: int = 784, width: int = 512, classes: int = 10, dropout: float =
 
 def cnn_mnist() -> Network:
     """Table 4: conv 16 (5x5), conv 64 (3x3), max pool 2, dense 7744-512-10."""
-    features = nn.Sequential(nn.Conv2d(1, 16, 5), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25))
-    return Network(features, nn.Sequential(nn.Linear(7744, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10)))
+    features = nn.Sequential(
+        nn.Conv2d(1, 16, 5),
+        nn.ReLU(),
+        nn.Conv2d(16, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.25),
+    )
+    return Network(
+        features,
+        nn.Sequential(nn.Linear(7744, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10)),
+    )
 
 
 def cnn_cifar() -> Network:
@@ -58,15 +68,25 @@ def cnn_cifar() -> Network:
         nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
         nn.Conv2d(64, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
     )  # fmt: skip
-    return Network(features, nn.Sequential(nn.Linear(2304, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10)))
+    return Network(
+        features,
+        nn.Sequential(nn.Linear(2304, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10)),
+    )
 
 
 def cnn_digits() -> Network:
     """A small network of the same kind for the 8 x 8 digits of the demo."""
     features = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.25),
     )
-    return Network(features, nn.Sequential(nn.Linear(288, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)))
+    return Network(
+        features, nn.Sequential(nn.Linear(288, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10))
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +109,9 @@ RECIPES = {
 }
 
 
-def _batches(images: Images, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    images: Images, size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
     for index in torch.randperm(len(images.train), generator=generator).split(size):
         yield images.train[index], images.train_labels[index]
 
@@ -106,7 +128,10 @@ def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
 def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
     """Share of ``x`` that ``model`` puts into its class."""
     with torch.no_grad():
-        hits = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), labels.split(500), strict=True))
+        hits = sum(
+            int((model(a).argmax(1) == b).sum())
+            for a, b in zip(x.split(500), labels.split(500), strict=True)
+        )
     return hits / len(x)
 
 
@@ -118,7 +143,9 @@ def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -
     model, epochs = recipe.build(), epochs or recipe.epochs
     steps = epochs * -(-len(images.train) // size)
     optimiser = torch.optim.Adam(model.parameters(), weight_decay=recipe.decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3 if recipe.augment else 1e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, 2e-3 if recipe.augment else 1e-3, total_steps=steps
+    )
     with tqdm(total=steps, desc=f"train {name}", unit="batch") as progress:
         for _ in range(epochs):
             for x, y in _batches(images, size, generator):
@@ -131,7 +158,9 @@ def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -
     return model.eval()
 
 
-def trained(name: str, images: Images, seed: int = 0, cache: str | Path = ".cache/networks") -> Network:
+def trained(
+    name: str, images: Images, seed: int = 0, cache: str | Path = ".cache/networks"
+) -> Network:
     """The network ``name``, trained once and kept in ``cache``."""
     path = Path(cache) / f"{name}-{seed}.safetensors"
     if not path.exists():
@@ -148,7 +177,10 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description="Train the paper's small networks.")
     parser.add_argument("names", nargs="+", choices=RECIPES)
-    parser.add_argument("--data", help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision")
+    parser.add_argument(
+        "--data",
+        help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision",
+    )
     arguments = parser.parse_args()
     for network in arguments.names:
         trained(network, load(RECIPES[network].data, arguments.data))

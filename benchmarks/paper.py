@@ -38,17 +38,28 @@ from networks import trained
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, MIPINError, PatternAttribution, Patterns
-from captum_mipin.metrics import bounding_box_accuracy, class_sensitivity, deletion, insertion, randomization
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, MIPINError
+from captum_mipin.methods import PatternAttribution, Patterns
+from captum_mipin.metrics import (
+    bounding_box_accuracy,
+    class_sensitivity,
+    deletion,
+    insertion,
+    randomization,
+)
 from captum_mipin.metrics.common import heat
 
 Method = Callable[[Tensor, Any], Any]
 
 
-def small(model: nn.Module, images: Images, fit: int, classes: list[int] | None = None) -> dict[str, Any]:
+def small(
+    model: nn.Module, images: Images, fit: int, classes: list[int] | None = None
+) -> dict[str, Any]:
     """All methods on a network for digits, those that learn fitted on ``fit`` training images."""
     x = images.train[:fit]
-    mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, classes, batch_size=500, progress=False))
+    mipin = MIPINAttribution(
+        model, InverseNetwork(model).fit(x, classes, batch_size=500, progress=False)
+    )
     return {
         **boxes.gradients(model, 50, True), **boxes.propagated(model, x, (0.0, 1.0)), "MIP-IN A": mipin.attribute,
         "MIP-IN S": mipin.source_signal,
@@ -74,10 +85,19 @@ def maps(folder: Path, fit: int = 10_000, count: int = 300) -> None:
     for name, method in tqdm({**methods, **controls}.items(), desc="maps"):
         found = method(x, torch.tensor(labels)).detach()
         for reduction in ("sum", "sum_of_abs"):
-            ink = bounding_box_accuracy(found, x, boxes=x[:, 0] > 0.5, largest=0.5, reduction=reduction)
+            ink = bounding_box_accuracy(
+                found, x, boxes=x[:, 0] > 0.5, largest=0.5, reduction=reduction
+            )
             asked: dict[str, Any] = {"model": model, "baseline": 0.0, "reduction": reduction}
-            row = {"method": name, "reduction": reduction, "ink": ink.mean, "standard error": ink.standard_error}
-            rows.append(row | {m.__name__: m(found, x, labels, **asked).mean for m in (insertion, deletion)})
+            row = {
+                "method": name,
+                "reduction": reduction,
+                "ink": ink.mean,
+                "standard error": ink.standard_error,
+            }
+            rows.append(
+                row | {m.__name__: m(found, x, labels, **asked).mean for m in (insertion, deletion)}
+            )
     write(
         "paper-maps", rows, network="mlp-mnist", data="MNIST test, correctly classified", n=len(x), fit=fit, layer="input",
         target="the label", ties="expected; at random for insertion and deletion", ink="pixels above 0.5",
@@ -90,7 +110,9 @@ def maps(folder: Path, fit: int = 10_000, count: int = 300) -> None:
 
 def figure3(x: Tensor, labels: list[int], mipin: MIPINAttribution) -> Figure:
     """Global and local signals and attributions of the first three images of two classes."""
-    chosen = [i for label in (0, 3) for i in [i for i, own in enumerate(labels) if own == label][:3]]
+    chosen = [
+        i for label in (0, 3) for i in [i for i, own in enumerate(labels) if own == label][:3]
+    ]
     page = Figure(figsize=(7, 1.4 * len(chosen)), layout="constrained")
     axes = page.subplots(len(chosen), 5)
     for row, i in zip(axes, chosen, strict=True):
@@ -99,7 +121,9 @@ def figure3(x: Tensor, labels: list[int], mipin: MIPINAttribution) -> Figure:
         for column, local in ((1, False), (3, True)):
             _picture(row[column], mipin.source_signal(image, label, local=local).clamp(0, 1))
             _signed(page, row[column + 1], mipin.attribute(image, label, local=local))
-    for axis, title in zip(axes[0], ("image", "global S", "global A", "local S", "local A"), strict=True):
+    for axis, title in zip(
+        axes[0], ("image", "global S", "global A", "local S", "local A"), strict=True
+    ):
         axis.set_title(title, fontsize=9)
     return page
 
@@ -122,7 +146,12 @@ def figure5(x: Tensor, labels: list[int], methods: dict[str, Any]) -> Figure:
 def _signed(page: Figure, axis: Any, found: Tensor) -> None:
     """Blue for, red against the class."""
     visualization.visualize_image_attr(
-        _hwc(found), method="heat_map", sign="all", plt_fig_axis=(page, axis), use_pyplot=False, cmap="RdBu"
+        _hwc(found),
+        method="heat_map",
+        sign="all",
+        plt_fig_axis=(page, axis),
+        use_pyplot=False,
+        cmap="RdBu",
     )
 
 
@@ -130,20 +159,33 @@ def classes(folder: Path, fit: int = 60, count: int = 8, digits: int = 60) -> No
     """Figure 9 and appendix B."""
     net = boxes.chain("squeezenet1_0", folder)
     found = photos("squeezenet1_0", folder, fit, torch.Generator().manual_seed(0))
-    x = net.normalise(found.test[torch.randperm(len(found.test), generator=torch.Generator().manual_seed(0))[:count]])
+    x = net.normalise(
+        found.test[
+            torch.randperm(len(found.test), generator=torch.Generator().manual_seed(0))[:count]
+        ]
+    )
     train, (lowest, _, top) = net.normalise(found.fit), net.cuts
     low, high = (net.normalise(torch.full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
-    inverse = InverseNetwork(net.steps, layer=net.steps[lowest - 1]).fit(train, [981, 589], batch_size=25, progress=False)
-    methods: dict[str, Any] = {**boxes.gradients(net.steps, 10, True), **boxes.propagated(net.steps, train, (low, high))}
+    inverse = InverseNetwork(net.steps, layer=net.steps[lowest - 1]).fit(
+        train, [981, 589], batch_size=25, progress=False
+    )
+    methods: dict[str, Any] = {
+        **boxes.gradients(net.steps, 10, True),
+        **boxes.propagated(net.steps, train, (low, high)),
+    }
     for cut, where in ((lowest, "27 x 27"), (top, "13 x 13")):
-        methods[f"MIP-IN A, at {where}"] = LayerMIPINAttribution(net.steps, inverse, net.steps[cut - 1]).attribute
+        methods[f"MIP-IN A, at {where}"] = LayerMIPINAttribution(
+            net.steps, inverse, net.steps[cut - 1]
+        ).attribute
     methods["Grad-CAM, at 13 x 13"] = lambda x, t: _at(net, top, x, t)
     rows = _sensitivities("SqueezeNet 1.0, 981 and 589", net.steps, methods, x, 981, 589)
     images = load("mnist", folder)
     model = trained("cnn-mnist", images)
     labels = images.test_labels[:digits].tolist()
     own = small(model, images, 300)
-    rows += _sensitivities("CNN, MNIST, own and another", model, own, images.test[:digits], labels, None)
+    rows += _sensitivities(
+        "CNN, MNIST, own and another", model, own, images.test[:digits], labels, None
+    )
     write(
         "paper-classes", rows, data="ILSVRC2012 validation photographs of twenty classes; MNIST test", fit=fit,
         reduction="none; SSIM: sum over channels", ties="none needed", layer="input, or as the row says",
@@ -170,7 +212,12 @@ def _sensitivities(
         except MIPINError as error:
             print(f"{name}: {error}")
             continue
-        row: dict[str, Any] = {"network": network, "method": name, "n": found.n, "raw L2": found.mean}
+        row: dict[str, Any] = {
+            "network": network,
+            "method": name,
+            "n": found.n,
+            "raw L2": found.mean,
+        }
         rows.append(row | _known({key: part.mean for key, part in found.parts.items()}))
     return rows
 
@@ -183,7 +230,9 @@ def random_weights(folder: Path, fit: int = 300, count: int = 12) -> None:
     x, labels = images.test[of_pair], images.test_labels[of_pair].tolist()
 
     def mipin(network: nn.Module, **options: Any) -> MIPINAttribution:
-        inverse = InverseNetwork(network, **options).fit(known, pair, batch_size=500, progress=False)
+        inverse = InverseNetwork(network, **options).fit(
+            known, pair, batch_size=500, progress=False
+        )
         return MIPINAttribution(network, inverse)
 
     def pattern(network: nn.Module) -> PatternAttribution:
@@ -192,7 +241,9 @@ def random_weights(folder: Path, fit: int = 300, count: int = 12) -> None:
     def others(network: nn.Module) -> dict[str, Any]:
         return {**boxes.gradients(network, 10, True), **boxes.propagated(network, None, (0.0, 1.0))}
 
-    asked: list[tuple[str, Any, Any]] = [(name, None, partial(_named, others, name)) for name in others(model)]
+    asked: list[tuple[str, Any, Any]] = [
+        (name, None, partial(_named, others, name)) for name in others(model)
+    ]
     asked += [
         ("PatternAttribution, made anew", None, pattern),
         ("MIP-IN A, fit kept", mipin(model, changed="ignore"), None),
@@ -227,20 +278,30 @@ def pictures(folder: Path, fit: int = 60) -> None:
     """Figure 10, on photographs under CC BY 2.0 of classes that the fitted photographs are of."""
     name, part = "efficientnet_lite0", "boxes-efficientnet_lite0"
     net, (lowest, *_, top) = boxes.chain(name, folder), boxes.chain(name, folder).cuts
-    chosen = [row for row in json.loads((RESULTS / f"paper-{part}.json").read_text())["rows"] if row["chosen"]]
+    chosen = [
+        row
+        for row in json.loads((RESULTS / f"paper-{part}.json").read_text())["rows"]
+        if row["chosen"]
+    ]
     (chosen,) = [row for row in chosen if row["method"] == "MIP-IN"]
     reading, pooling = chosen["reading"].split(", ")
     with zipfile.ZipFile(folder / "ilsvrc2012_val_600_boxes.zip") as archive:
         rows = csv.DictReader(io.TextIOWrapper(archive.open("annotations.csv"), "utf-8"))
         known = {int(row["class_index"]) for row in rows}
     with zipfile.ZipFile(folder / "nips17_imagenet_compatible_600.zip") as archive:
-        found = list(csv.DictReader(io.TextIOWrapper(archive.open("labels_and_attribution.csv"), "utf-8")))
+        found = list(
+            csv.DictReader(io.TextIOWrapper(archive.open("labels_and_attribution.csv"), "utf-8"))
+        )
         found = [row for row in found if int(row["class_index"]) in known]
         shown = torch.stack([_image(archive, row["file"], 224) for row in found])
     labels = torch.tensor([int(row["class_index"]) for row in found])
-    train = boxes.features(net, net.normalise(photos(name, folder, fit, torch.Generator().manual_seed(0)).fit))[lowest]
+    train = boxes.features(
+        net, net.normalise(photos(name, folder, fit, torch.Generator().manual_seed(0)).fit)
+    )[lowest]
     x, above = boxes.features(net, net.normalise(shown)), net.above(lowest)
-    inverse = InverseNetwork(above, pooling=pooling).fit(train, sorted(set(labels.tolist())), batch_size=25, progress=False)
+    inverse = InverseNetwork(above, pooling=pooling).fit(
+        train, sorted(set(labels.tolist())), batch_size=25, progress=False
+    )
     names = boxes.places(x)
     at = {names[cut]: cut for cut in net.cuts}
     columns = {"Grad-CAM": boxes.cams(net.above(top))["Grad-CAM"](x[top], labels).sum(1).relu()}
@@ -251,7 +312,9 @@ def pictures(folder: Path, fit: int = 60) -> None:
     for title, where, read, reduction in asked:
         read_at = []
         for cut in at.values() if where == "all layers" else [at[where]]:
-            maps = boxes.explained(inverse, None if cut == lowest else above[cut - lowest - 1], x[lowest], labels)
+            maps = boxes.explained(
+                inverse, None if cut == lowest else above[cut - lowest - 1], x[lowest], labels
+            )
             maps["A × gradient"] = maps["A"] * boxes.gradient(net.above(cut), x[cut], labels)
             read_at.append(maps[read])
         together = sum(boxes.shares(one, 28) for one in read_at) if len(read_at) > 1 else read_at[0]
@@ -261,7 +324,9 @@ def pictures(folder: Path, fit: int = 60) -> None:
     for i, row in enumerate(axes):
         _picture(row[0], shown[i : i + 1], found[i]["class_name"])
         for axis, (title, warm) in zip(row[1:], columns.items(), strict=True):
-            large = nn.functional.interpolate(warm[i : i + 1, None].float(), (224, 224), mode="bilinear", align_corners=False)
+            large = nn.functional.interpolate(
+                warm[i : i + 1, None].float(), (224, 224), mode="bilinear", align_corners=False
+            )
             visualization.visualize_image_attr(
                 _hwc(large.relu() + 1e-12), _hwc(shown[i : i + 1]), method="blended_heat_map", sign="positive",
                 plt_fig_axis=(page, axis), use_pyplot=False, cmap="jet", alpha_overlay=0.5,
@@ -269,8 +334,19 @@ def pictures(folder: Path, fit: int = 60) -> None:
             if i == 0:
                 axis.set_title(title, fontsize=8)
     page.savefig(RESULTS / "paper-figure10.jpg", dpi=80)
-    credits = [{"class": row["class_name"], "author": row["author"], "page": row["landing_url"]} for row in found]
-    write("paper-pictures", credits, network=name, licence="CC BY 2.0", fit=fit, chosen=chosen["where"], reading=reading)
+    credits = [
+        {"class": row["class_name"], "author": row["author"], "page": row["landing_url"]}
+        for row in found
+    ]
+    write(
+        "paper-pictures",
+        credits,
+        network=name,
+        licence="CC BY 2.0",
+        fit=fit,
+        chosen=chosen["where"],
+        reading=reading,
+    )
 
 
 PARTS: dict[str, Callable[[Path], None]] = {
@@ -286,9 +362,13 @@ PARTS: dict[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the images, and weights/ in it")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the images, and weights/ in it"
+    )
     arguments = parser.parse_args()
     for part in arguments.parts:
         PARTS[part](arguments.data)

@@ -29,7 +29,10 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.more:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more // 2))
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride],
+                (0, 0, 0, 0, self.more // 2, self.more // 2),
+            )
         return F.relu(y + x)
 
 
@@ -41,7 +44,9 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1, self.layer2, self.layer3 = (
-            nn.Sequential(*(_Block(a if i == 0 else b, b, stride if i == 0 else 1) for i in range(blocks)))
+            nn.Sequential(
+                *(_Block(a if i == 0 else b, b, stride if i == 0 else 1) for i in range(blocks))
+            )
             for a, b, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2))
         )
         self.linear = nn.Linear(64, 10)
@@ -66,7 +71,9 @@ class _Same(nn.Module):
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Module:
     if stride == 1:
         return nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(_Same(kernel), nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False))
+    return nn.Sequential(
+        _Same(kernel), nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
+    )
 
 
 class _MBConv(nn.Module):
@@ -75,7 +82,10 @@ class _MBConv(nn.Module):
         width = expand * inputs
         if expand > 1:
             self._expand_conv, self._bn0 = _conv(inputs, width, 1), nn.BatchNorm2d(width, 1e-3)
-        self._depthwise_conv, self._bn1 = _conv(width, width, kernel, stride, width), nn.BatchNorm2d(width, 1e-3)
+        self._depthwise_conv, self._bn1 = (
+            _conv(width, width, kernel, stride, width),
+            nn.BatchNorm2d(width, 1e-3),
+        )
         self._project_conv, self._bn2 = _conv(width, outputs, 1), nn.BatchNorm2d(outputs, 1e-3)
         self.expand, self.residual = expand > 1, stride == 1 and inputs == outputs
 
@@ -98,7 +108,9 @@ class EfficientNetLite0(nn.Module):
             (6, 320, 1, 3, 1),
         ):  # fmt: skip
             for repeat in range(repeats):
-                blocks.append(_MBConv(expand, inputs, outputs, kernel, stride if repeat == 0 else 1))
+                blocks.append(
+                    _MBConv(expand, inputs, outputs, kernel, stride if repeat == 0 else 1)
+                )
                 inputs = outputs
         self._blocks = nn.Sequential(*blocks)
         self._conv_head, self._bn1 = _conv(320, 1280, 1), nn.BatchNorm2d(1280, 1e-3)
@@ -168,7 +180,9 @@ def load(name: str, folder: str | Path) -> tuple[nn.Module, Callable[[Tensor], T
     if sorted(found) == sorted(wanted):
         model.load_state_dict(found, strict=False)
     else:  # stride-2 convolutions lie one module deeper than in the file
-        model.load_state_dict({key: found[key if key in found else _outer(key)] for key in wanted}, strict=False)
+        model.load_state_dict(
+            {key: found[key if key in found else _outer(key)] for key in wanted}, strict=False
+        )
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (about.mean, about.std))
     return model.float().eval(), lambda x: (x - mean) / std
 

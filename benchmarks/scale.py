@@ -50,8 +50,17 @@ def timed(row: dict[str, Any], name: str) -> Iterator[None]:
 
 def head() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    layers = nn.Linear(25088, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout()
-    return nn.Sequential(*layers, nn.Linear(4096, 1000)).eval(), torch.empty(IMAGES, 25088).normal_().clamp_(min=0)
+    layers = (
+        nn.Linear(25088, 4096),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Linear(4096, 4096),
+        nn.ReLU(),
+        nn.Dropout(),
+    )
+    return nn.Sequential(*layers, nn.Linear(4096, 1000)).eval(), torch.empty(
+        IMAGES, 25088
+    ).normal_().clamp_(min=0)
 
 
 def measure(classes: int) -> dict[str, Any]:
@@ -90,7 +99,13 @@ def wide(arguments: argparse.Namespace) -> None:
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(json.loads(result.stdout.splitlines()[-1]))
         print(show(rows[-1:]).splitlines()[-1], flush=True)
-    write("scale", rows, network="head of VGG-19", data=f"{IMAGES} random features", threads=torch.get_num_threads())
+    write(
+        "scale",
+        rows,
+        network="head of VGG-19",
+        data=f"{IMAGES} random features",
+        threads=torch.get_num_threads(),
+    )
     print(show(rows))
 
 
@@ -142,19 +157,26 @@ def thousand(arguments: argparse.Namespace) -> None:
     row["R² of the last class"] = {layer.layer: layer.explained_variance for layer in fitted}
     inverses = inverse._classes(inverse._fitted(), [(target,)])[target,]
     row["inverse MB a class"] = (
-        sum(part.nbytes for i in inverses.values() for part in vars(i).values() if part is not None) / 1e6
+        sum(part.nbytes for i in inverses.values() for part in vars(i).values() if part is not None)
+        / 1e6
     )
     write(f"scale-mobilenet_v2-{arguments.layer}", [row], threads=torch.get_num_threads())
     print(show([row]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", default=[], help="wide, thousand; default: wide")
-    parser.add_argument("--one", type=int, help="measure so many classes, in this process; 0 for those fitted late")
+    parser.add_argument(
+        "--one", type=int, help="measure so many classes, in this process; 0 for those fitted late"
+    )
     parser.add_argument("--data", help="folder with the photographs and weights")
     parser.add_argument("--images", type=int, default=200, help="photographs to fit on")
-    parser.add_argument("--explained", type=int, default=10, help="photographs explained by each class")
+    parser.add_argument(
+        "--explained", type=int, default=10, help="photographs explained by each class"
+    )
     parser.add_argument("--layer", default="features.17", help="where the inverse stops")
     parser.add_argument("--classes", type=int, default=1000)
     arguments = parser.parse_args()

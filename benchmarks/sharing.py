@@ -40,7 +40,10 @@ def localization(folder: Path, fit: int, test: int) -> None:
         for path in ("layer2", "layer3"):
             method = LayerMIPINAttribution(model, inverse, model.get_submodule(path))
             for name, product in (("A", False), ("A × feature", True)):
-                result = grid_pointing_game(method.attribute(grid.x, target=grid.targets, multiply_by_features=product), grid)
+                result = grid_pointing_game(
+                    method.attribute(grid.x, target=grid.targets, multiply_by_features=product),
+                    grid,
+                )
                 rows.append(
                     {
                         "network": "resnet20", "sharing": sharing, "layer": path, "map": name, "fit s": taken,
@@ -57,8 +60,13 @@ def localization(folder: Path, fit: int, test: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("networks", nargs="*", default=["mlp-mnist"], choices=[*RECIPES, "resnet20"])
-    parser.add_argument("--data", help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision")
+    parser.add_argument(
+        "networks", nargs="*", default=["mlp-mnist"], choices=[*RECIPES, "resnet20"]
+    )
+    parser.add_argument(
+        "--data",
+        help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision",
+    )
     parser.add_argument("--fit", type=int, default=3000, help="training images to fit on")
     parser.add_argument("--test", type=int, default=1000, help="test images")
     arguments = parser.parse_args()
@@ -73,16 +81,26 @@ def main() -> None:
             right = model(x).argmax(1) == labels
         for sharing in SHARING:
             start = time.perf_counter()
-            inverse = InverseNetwork(model, sharing=sharing).fit(images.train[: arguments.fit], batch_size=500, progress=False)
-            row: dict[str, Any] = {"network": name, "sharing": sharing, "fit s": time.perf_counter() - start}
+            inverse = InverseNetwork(model, sharing=sharing).fit(
+                images.train[: arguments.fit], batch_size=500, progress=False
+            )
+            row: dict[str, Any] = {
+                "network": name,
+                "sharing": sharing,
+                "fit s": time.perf_counter() - start,
+            }
             with tempfile.TemporaryDirectory() as folder:
                 inverse.save(Path(folder) / "inverse")
                 row["file MB"] = (Path(folder) / "inverse").stat().st_size / 1e6
             method = MIPINAttribution(model, inverse)
             generator = torch.Generator().manual_seed(0)
-            found = completeness(method, x[right], labels[right], generator=generator, batch_size=250)
+            found = completeness(
+                method, x[right], labels[right], generator=generator, batch_size=250
+            )
             row |= {"APC": found.mean, **{key: part.mean for key, part in found.parts.items()}}
-            apart = class_sensitivity(method, x[right], labels[right], generator=generator, batch_size=250)
+            apart = class_sensitivity(
+                method, x[right], labels[right], generator=generator, batch_size=250
+            )
             row |= {f"classes: {key}": part.mean for key, part in apart.parts.items()}
             rows.append(row)
             print(show(rows[-1:]).splitlines()[-1], flush=True)

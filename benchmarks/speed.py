@@ -28,15 +28,19 @@ from data import load
 from networks import RECIPES, trained
 from torch import Tensor, nn
 
-from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, fitting, storage
-from captum_mipin import inverse as inverse_module
-from captum_mipin.fitting import Fit
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.inverse import fit as fitting
+from captum_mipin.inverse import network as inverse_module
+from captum_mipin.inverse.fit import Fit
+from captum_mipin.inverse.trace import Trace
 from captum_mipin.rules.linear import Convolution, Dense
-from captum_mipin.trace import Trace
+from captum_mipin.storage import files as storage
 
 
 def seconds(
-    calls: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+    calls: Sequence[Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """Times of each call, in turn, after one call to warm up."""
     for call in calls:
@@ -62,7 +66,11 @@ def against_saliency(
 ) -> dict[str, Any]:
     saliency, mipin = Saliency(model), MIPINAttribution(model, inverse)
     base, ours = seconds(
-        [lambda: saliency.attribute(x, target=target, abs=False), lambda: mipin.attribute(x, target=target)], repeats
+        [
+            lambda: saliency.attribute(x, target=target, abs=False),
+            lambda: mipin.attribute(x, target=target),
+        ],
+        repeats,
     )
     return {
         "what": "attribute ÷ Saliency", "network": name, "input": "x".join(map(str, x.shape)),
@@ -88,7 +96,9 @@ def attribute(folder: str | None) -> list[dict[str, Any]]:
         model = torchvision.models.get_model(name, weights=None).eval()
         inverse = InverseNetwork(model).fit(torch.randn(2, 3, 224, 224), targets=0, batch_size=2)
         for batch in (2, 8):
-            rows.append(against_saliency(name, model, torch.randn(batch, 3, 224, 224), inverse, 0, 15))
+            rows.append(
+                against_saliency(name, model, torch.randn(batch, 3, 224, 224), inverse, 0, 15)
+            )
             print(rows[-1])
     return rows
 
@@ -126,7 +136,9 @@ def parts(row: dict[str, Any]) -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def against_floor(name: str, model: nn.Module, x: Tensor, targets: Any, batch: int, **options: Any) -> dict[str, Any]:
+def against_floor(
+    name: str, model: nn.Module, x: Tensor, targets: Any, batch: int, **options: Any
+) -> dict[str, Any]:
     """A whole fit against the matrix products of its Gram matrices and one pass forward, at their measured rates."""
     small = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2)).eval()
     InverseNetwork(small).fit(torch.randn(9, 1, 4, 4), progress=False)  # to warm up
@@ -157,14 +169,31 @@ def fit(folder: str | None) -> list[dict[str, Any]]:
     import torchvision
 
     rows = []
-    for name, count, targets in (("mlp-mnist", 20_000, None), ("cnn-mnist", 300, 3), ("cnn-cifar10", 500, 3)):
+    for name, count, targets in (
+        ("mlp-mnist", 20_000, None),
+        ("cnn-mnist", 300, 3),
+        ("cnn-cifar10", 500, 3),
+    ):
         images = load(RECIPES[name].data, folder)
-        rows.append(against_floor(name, trained(name, images), images.train[:count], targets, 100 if count < 1000 else 1000))
+        rows.append(
+            against_floor(
+                name,
+                trained(name, images),
+                images.train[:count],
+                targets,
+                100 if count < 1000 else 1000,
+            )
+        )
         print(rows[-1], flush=True)
     torch.manual_seed(0)
     features = torchvision.models.vgg19(weights=None).features
-    model = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)).eval()
-    rows += [against_floor("features of VGG-19", model, torch.randn(n, 3, 160, 160), 0, n) for n in (4, 32)]
+    model = nn.Sequential(
+        features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)
+    ).eval()
+    rows += [
+        against_floor("features of VGG-19", model, torch.randn(n, 3, 160, 160), 0, n)
+        for n in (4, 32)
+    ]
     return rows
 
 
@@ -177,11 +206,18 @@ def positions(folder: str | None) -> list[dict[str, Any]]:
     for share in (None, 0.5, 0.2, 0.1, 0.05, 0.02):
         row: dict[str, Any] = {"network": "cnn-cifar10", "positions": share or "all"}
         with parts(row):
-            inverse = InverseNetwork(model, positions=share).fit(x, 3, batch_size=100, progress=False)
+            inverse = InverseNetwork(model, positions=share).fit(
+                x, 3, batch_size=100, progress=False
+            )
         signals.append(inverse.source_signal(images.test[:500], 3))
         row["difference of S"] = float((signals[-1] - signals[0]).norm() / signals[0].norm())
         row["test error"] = _unexplained(images.test[:500], signals[-1])
-        rows.append({key: row[key] for key in ("network", "positions", "moments s", "difference of S", "test error")})
+        rows.append(
+            {
+                key: row[key]
+                for key in ("network", "positions", "moments s", "difference of S", "test error")
+            }
+        )
     return rows
 
 
@@ -193,7 +229,12 @@ def sgd(folder: str | None, count: int = 500) -> list[dict[str, Any]]:
     with torch.no_grad():
         features = first(x)
     rows: list[dict[str, Any]] = []
-    runs: tuple[tuple[Literal["exact", "sgd"], int], ...] = (("exact", 1), ("sgd", 20), ("sgd", 100), ("sgd", 300))
+    runs: tuple[tuple[Literal["exact", "sgd"], int], ...] = (
+        ("exact", 1),
+        ("sgd", 20),
+        ("sgd", 100),
+        ("sgd", 300),
+    )
     InverseNetwork(model).fit(images.train[:50], targets=3, progress=False)  # to warm up
     for solver, epochs in runs:
         inverse = InverseNetwork(model, solver=solver, epochs=epochs)
@@ -221,11 +262,23 @@ def _unexplained(x: Tensor, s: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=[], help="attribute, fit, positions, sgd; default: all")
-    parser.add_argument("--data", help="folder with mnist.npz and the CIFAR-10 sheets; default: download with torchvision")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", default=[], help="attribute, fit, positions, sgd; default: all"
+    )
+    parser.add_argument(
+        "--data",
+        help="folder with mnist.npz and the CIFAR-10 sheets; default: download with torchvision",
+    )
     arguments = parser.parse_args()
-    for name, part in (("attribute", attribute), ("fit", fit), ("positions", positions), ("sgd", sgd)):
+    for name, part in (
+        ("attribute", attribute),
+        ("fit", fit),
+        ("positions", positions),
+        ("sgd", sgd),
+    ):
         if not arguments.parts or name in arguments.parts:
             rows = part(arguments.data)
             write(f"speed-{name}", rows)

@@ -31,8 +31,8 @@ from common import show, write
 from speed import seconds
 from torch import Tensor, nn
 
-from captum_mipin import (
-    LRP,
+from captum_mipin import LRP
+from captum_mipin.methods import (
     Deconvnet,
     DeepTaylor,
     Epsilon,
@@ -79,9 +79,14 @@ def methods(model: nn.Module, x: Tensor) -> dict[str, dict[str, Call]]:
 
     def rules(rule: Any) -> Any:
         layers = [(zennit.types.Convolution, rule), (zennit.types.Linear, rule)]
-        return zennit.composites.LayerMapComposite(layers + zennit.composites.layer_map_base(), canonizers)
+        return zennit.composites.LayerMapComposite(
+            layers + zennit.composites.layer_map_base(), canonizers
+        )
 
-    zennit_gradient = {"Deconvnet": zennit.composites.DeconvNet(), "Guided Backprop": zennit.composites.GuidedBackprop()}
+    zennit_gradient = {
+        "Deconvnet": zennit.composites.DeconvNet(),
+        "Guided Backprop": zennit.composites.GuidedBackprop(),
+    }
     return {
         "Deconvnet": {
             **ours(Deconvnet(model)), "Captum": captums(Deconvolution(other)),
@@ -113,8 +118,12 @@ def keep_memory() -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", default=["vgg16", "resnet50"], help="names of torchvision")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "networks", nargs="*", default=["vgg16", "resnet50"], help="names of torchvision"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -127,13 +136,28 @@ def main() -> None:
         x = torch.randn(2, 3, 224, 224)
         saliency = Saliency(model)
         for method, calls in methods(model, x).items():
-            times = seconds([partial(saliency.attribute, x, 0), *calls.values()], arguments.repeats, time.process_time)
+            times = seconds(
+                [partial(saliency.attribute, x, 0), *calls.values()],
+                arguments.repeats,
+                time.process_time,
+            )
             base, *others = (statistics.median(each) for each in times)
-            found = {f"{whose} ÷ Saliency": taken / base for whose, taken in zip(calls, others, strict=True)}
+            found = {
+                f"{whose} ÷ Saliency": taken / base
+                for whose, taken in zip(calls, others, strict=True)
+            }
             rows.append({"network": name, "method": method, **found, "Saliency ms": 1e3 * base})
             print(rows[-1], time.strftime("%X"), flush=True)
         clock = "processor time, one thread"
-        write("speed-methods", rows, repeats=arguments.repeats, batch=2, size=224, clock=clock, memory_kept=kept)
+        write(
+            "speed-methods",
+            rows,
+            repeats=arguments.repeats,
+            batch=2,
+            size=224,
+            clock=clock,
+            memory_kept=kept,
+        )
     print(show(rows))
 
 

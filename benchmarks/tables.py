@@ -53,7 +53,11 @@ def controls() -> str:
     rows = []
     for name, (title, _) in NETWORKS.items():
         count, few = _fitted_on(read(f"completeness-{name}"), most=False)
-        found = {row["signal"]: row for row in reversed(few) if row["fitted on"] == "all classes" and row["ridge"] == 1e-3}
+        found = {
+            row["signal"]: row
+            for row in reversed(few)
+            if row["fitted on"] == "all classes" and row["ridge"] == 1e-3
+        }
         columns = {
             "**S**": "S",
             "mask only, mean of the class": "mask only, mean of the class",
@@ -73,7 +77,9 @@ def variants() -> str:
         row: dict[str, Any] = {"network": title, "fitted on": f"{count:,}"}
         for variant in (r for r in few if r["signal"] == "S"):
             label = f"λ = {variant['ridge']:g}, {variant['ridge scale']}"
-            row["own class only" if variant["fitted on"] == "own class" else label] = _pair(variant, " (correct)")
+            row["own class only" if variant["fitted on"] == "own class" else label] = _pair(
+                variant, " (correct)"
+            )
         rows.append(row)
     return show(rows)
 
@@ -92,17 +98,29 @@ def layers() -> str:
     for row in read("completeness-layers-resnet20")["rows"]:
         name = names[row["forks"], row["signal"]]
         cells = found.setdefault(row["layer"], dict.fromkeys((*names.values(), *measured), ""))
-        cells[name] = " / ".join(f"{row[key]:.0f}" for key in ("APC %", "APC % (correct)", "median error %"))
+        cells[name] = " / ".join(
+            f"{row[key]:.0f}" for key in ("APC %", "APC % (correct)", "median error %")
+        )
         if name == "**S**":
-            cells |= zip(measured, (f"{row[key]:.2f}" for key in ("logit ratio", "explained variance")), strict=True)
-    return show([{"S at": layer if layer == "input" else f"`{layer}`", **cells} for layer, cells in found.items()])
+            cells |= zip(
+                measured,
+                (f"{row[key]:.2f}" for key in ("logit ratio", "explained variance")),
+                strict=True,
+            )
+    return show(
+        [
+            {"S at": layer if layer == "input" else f"`{layer}`", **cells}
+            for layer, cells in found.items()
+        ]
+    )
 
 
 def speed() -> str:
     """Every ratio that was measured."""
     rows = [
         {
-            "": f"`attribute`, {row['network']}, {row['input']}, {row['targets']} target" + "s" * (row["targets"] == "mixed"),
+            "": f"`attribute`, {row['network']}, {row['input']}, {row['targets']} target"
+            + "s" * (row["targets"] == "mixed"),
             "time": f"{row['ratio']:.2f} × Saliency",
         }
         for row in read("speed-attribute")["rows"]
@@ -121,14 +139,25 @@ def invariance() -> str:
     methods: list[str] = []
     for row in read("invariance")["rows"]:
         spelling, *methods = row
-        groups.setdefault(tuple(_differs(row[method]) for method in methods), []).append(f"`{row[spelling]}`")
-    rows = [{"written with": ", ".join(names), **dict(zip(methods, cells, strict=True))} for cells, names in groups.items()]
+        groups.setdefault(tuple(_differs(row[method]) for method in methods), []).append(
+            f"`{row[spelling]}`"
+        )
+    rows = [
+        {"written with": ", ".join(names), **dict(zip(methods, cells, strict=True))}
+        for cells, names in groups.items()
+    ]
     return show(rows)
 
 
 def _differs(cell: float | str) -> str:
     """A relative difference, or an error."""
-    return "refused" if isinstance(cell, str) else "same" if cell <= 1e-6 else f"differs by {100 * cell:.0f} %"
+    return (
+        "refused"
+        if isinstance(cell, str)
+        else "same"
+        if cell <= 1e-6
+        else f"differs by {100 * cell:.0f} %"
+    )
 
 
 def localization() -> str:
@@ -139,7 +168,9 @@ def localization() -> str:
         for row in result["rows"]:
             line = lines.setdefault(row["method"], {"method": row["method"]})
             for grid in ("2x2", "3x3"):
-                line[f"{row['layer']} {grid}"] = f"{row[grid]:.2f} ({row[f'{grid}, positive logit']:.2f})"
+                line[f"{row['layer']} {grid}"] = (
+                    f"{row[grid]:.2f} ({row[f'{grid}, positive logit']:.2f})"
+                )
         settings = result["settings"]
         about = f"{len(settings['classes'])} classes, {settings['mosaics']} mosaics, fitted on {settings['fit']} images"
         about += f", confidence {settings['confidence']}" if settings["confidence"] != 0.99 else ""
@@ -150,8 +181,18 @@ def localization() -> str:
 def mosaics() -> str:
     """What of that a newcomer wants to know: MIP-IN, and the best of those it is compared with, by kind."""
     kinds = {
-        "best gradient method": ("Saliency", "Input×Gradient", "Integrated Gradients", "Guided Backprop", "Grad-CAM"),
-        "best of LRP and excitation backprop": ("LRP-ε", "LRP-γ", "Excitation backprop, contrastive"),
+        "best gradient method": (
+            "Saliency",
+            "Input×Gradient",
+            "Integrated Gradients",
+            "Guided Backprop",
+            "Grad-CAM",
+        ),
+        "best of LRP and excitation backprop": (
+            "LRP-ε",
+            "LRP-γ",
+            "Excitation backprop, contrastive",
+        ),
     }
     own = {
         "MIP-IN": "MIP-IN, shares, joint", "× gradient": "MIP-IN, shares, joint, × gradient", "evidence": "MIP-IN, evidence",
@@ -161,10 +202,19 @@ def mosaics() -> str:
     for title, result in _mosaics().items():
         for layer in ("input", "middle", "last"):
             found = {row["method"]: row for row in result["rows"] if row["layer"] == layer}
-            groups = {name: [found[method]] if method in found else [] for name, method in own.items()}
-            groups |= {kind: [found[name] for name in names if name in found] for kind, names in kinds.items()}
+            groups = {
+                name: [found[method]] if method in found else [] for name, method in own.items()
+            }
+            groups |= {
+                kind: [found[name] for name in names if name in found]
+                for kind, names in kinds.items()
+            }
             cells = {
-                name: " / ".join(f"{max(row[grid] for row in group):.2f}" for grid in ("2x2", "3x3")) if group else ""
+                name: " / ".join(
+                    f"{max(row[grid] for row in group):.2f}" for grid in ("2x2", "3x3")
+                )
+                if group
+                else ""
                 for name, group in groups.items()
             }
             rows.append({"network": title, "at": layer, **cells})
@@ -210,7 +260,11 @@ def scale() -> str:
         if late:
             taken = f"{first:.0f} s, then {row['further classes s'] / (count - 1):.1f} s a class"
         else:
-            taken = f"{row['fit s']:.0f} s" if "fit s" in row else f"{row['fit wall s']:.0f} s on the clock, machine busy"
+            taken = (
+                f"{row['fit s']:.0f} s"
+                if "fit s" in row
+                else f"{row['fit wall s']:.0f} s on the clock, machine busy"
+            )
         rows.append(
             {
                 "classes": row["classes"],
@@ -248,7 +302,8 @@ def floor() -> str:
     return show(
         [
             {
-                "network": f"{row['network']}, {row['images']:,} images, {row['targets']} class" + "es" * (row["targets"] > 1),
+                "network": f"{row['network']}, {row['images']:,} images, {row['targets']} class"
+                + "es" * (row["targets"] > 1),
                 "fit": f"{row['fit s']:.1f} s",
                 "floor ÷ fit": f"{row['ratio']:.2f}",
                 **{part: f"{100 * row[f'{part} s'] / row['fit s']:.0f} %" for part in parts},
@@ -263,7 +318,9 @@ def sampled() -> str:
     return show(
         [
             {
-                "positions": row["positions"] if row["positions"] == "all" else f"{100 * row['positions']:.0f} %",
+                "positions": row["positions"]
+                if row["positions"] == "all"
+                else f"{100 * row['positions']:.0f} %",
                 "moments": f"{row['moments s']:.2f} s",
                 "difference of S": f"{100 * row['difference of S']:.1f} %",
                 "unexplained on test images": f"{row['test error']:.3f}",
@@ -282,12 +339,20 @@ def neighbours() -> str:
             "method": row["method"],
             "k": count + (f", {row['photographs']} photographs" if row["part"] == "1000" else ""),
             "box accuracy, A": f"{row['box accuracy, A']:.2f} ± {row['standard error']:.2f}",
-            **{name: f"{row[f'box accuracy, {name}']:.2f}" for name in ("A × feature", "S") if f"box accuracy, {name}" in row},
+            **{
+                name: f"{row[f'box accuracy, {name}']:.2f}"
+                for name in ("A × feature", "S")
+                if f"box accuracy, {name}" in row
+            },
         }
         if "APC %" in row:
-            cells["APC % (shuffled output)"] = f"{row['APC %']:.1f} ({row['APC %, shuffled output']:.1f})"
+            cells["APC % (shuffled output)"] = (
+                f"{row['APC %']:.1f} ({row['APC %, shuffled output']:.1f})"
+            )
             cells["cosine of two classes"] = f"{row['cosine of two classes']:.2f}"
-            cells["ms a photograph"] = f"{1000 * row['s a photograph']:.0f} ({1000 * row['s of the processor']:.0f})"
+            cells["ms a photograph"] = (
+                f"{1000 * row['s a photograph']:.0f} ({1000 * row['s of the processor']:.0f})"
+            )
         rows.append(cells)
     return show(rows)
 
@@ -378,9 +443,14 @@ def class_sensitivity() -> str:
     rows: list[dict[str, Any]] = []
     for path in sorted(RESULTS.glob("class-sensitivity-*.json")):
         result = read(path.stem)
-        name = f"{path.stem.removeprefix('class-sensitivity-')}, {result['settings']['images']} images"
+        name = (
+            f"{path.stem.removeprefix('class-sensitivity-')}, {result['settings']['images']} images"
+        )
         for row in result["rows"]:
-            cells = {key: value if isinstance(value, str) else f"{value:.2f}" for key, value in row.items()}
+            cells = {
+                key: value if isinstance(value, str) else f"{value:.2f}"
+                for key, value in row.items()
+            }
             rows.append({"network": name, **cells})
     return show(rows)
 
@@ -399,10 +469,15 @@ def speed_metrics() -> str:
     """How many times longer than deletion the loop takes that runs the network once a step and image."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in read("speed-metrics")["rows"]:
-        images = f"{row['count']} of {row['images']}" if row["images"] != "random" else f"{row['count']} random"
+        images = (
+            f"{row['count']} of {row['images']}"
+            if row["images"] != "random"
+            else f"{row['count']} random"
+        )
         about = {"network": row["network"], "images": images, "steps": row["steps"]}
         line = rows.setdefault(
-            (row["network"], images), about | {"inputs run": f"{row['forwards, deletion']} of {row['forwards, loop']}"}
+            (row["network"], images),
+            about | {"inputs run": f"{row['forwards, deletion']} of {row['forwards, loop']}"},
         )
         for clock in ("processor", "wall"):
             cell = f"{row[f'times faster, least {clock}']:.1f} / {row[f'forwards alone times faster, least {clock}']:.1f}"
@@ -433,7 +508,11 @@ PUBLISHED = {
 
 
 def _boxes() -> dict[str, Any]:
-    return {title: read(f"paper-boxes-{name}") for name, title in PHOTOGRAPHS.items() if _there(f"paper-boxes-{name}")}
+    return {
+        title: read(f"paper-boxes-{name}")
+        for name, title in PHOTOGRAPHS.items()
+        if _there(f"paper-boxes-{name}")
+    }
 
 
 def _there(name: str) -> bool:
@@ -442,8 +521,16 @@ def _there(name: str) -> bool:
 
 def _paper(result: dict[str, Any], reduction: str) -> dict[str, Any]:
     """MIP-IN as section 6.1.2 has it, at the last layer with places; ``reduction`` says what comes first."""
-    rows = [row for row in result["rows"] if row["method"] == "MIP-IN" and row["reading"] in ("A, shares", "A, all samples")]
-    return next(row for row in reversed(rows) if row["reduction"] == reduction and row["where"] != "all layers")
+    rows = [
+        row
+        for row in result["rows"]
+        if row["method"] == "MIP-IN" and row["reading"] in ("A, shares", "A, all samples")
+    ]
+    return next(
+        row
+        for row in reversed(rows)
+        if row["reduction"] == reduction and row["where"] != "all layers"
+    )
 
 
 def _accuracy(row: dict[str, Any]) -> str:
@@ -455,7 +542,11 @@ def paper_boxes() -> str:
     lines: dict[str, dict[str, Any]] = {}
     behind: dict[str, list[float]] = {}
     for title, result in _boxes().items():
-        rows = [row for row in result["rows"] if row["chosen"] and row["method"] != "MIP-IN, whole network"]
+        rows = [
+            row
+            for row in result["rows"]
+            if row["chosen"] and row["method"] != "MIP-IN, whole network"
+        ]
         rows += [{**_paper(result, "relu_of_sum"), "method": "MIP-IN, ReLU after the mean"}]
         rows += [{**_paper(result, "sum_of_relu"), "method": "MIP-IN, ReLU before the mean"}]
         n = result["settings"]["n"]
@@ -468,7 +559,16 @@ def paper_boxes() -> str:
             behind.setdefault(name, []).append(min(row["MIP-IN less this"] for row in own))
     order = sorted(lines, key=lambda name: sum(behind[name]) / len(behind[name]))
     names = {name: "**MIP-IN, chosen**" if name == "MIP-IN" else name for name in order}
-    return show([{"method": names[name], "paper: VGG19 / ResNet50": PUBLISHED.get(name, ""), **lines[name]} for name in order])
+    return show(
+        [
+            {
+                "method": names[name],
+                "paper: VGG19 / ResNet50": PUBLISHED.get(name, ""),
+                **lines[name],
+            }
+            for name in order
+        ]
+    )
 
 
 def paper_settings() -> str:
@@ -479,7 +579,11 @@ def paper_settings() -> str:
         (own,) = [row for row in shown if row["method"] == "MIP-IN"]
         whole = [row for row in shown if row["method"] == "MIP-IN, whole network"]
         others = [row for row in shown if not row["method"].startswith(("MIP-IN", "pattern only"))]
-        listed = [r for r in others if r["method"] == "Grad-CAM" or (r["where"] == "pixels" and r["method"] in PUBLISHED)]
+        listed = [
+            r
+            for r in others
+            if r["method"] == "Grad-CAM" or (r["where"] == "pixels" and r["method"] in PUBLISHED)
+        ]
         lines.append(
             {
                 "network": title,
@@ -489,7 +593,9 @@ def paper_settings() -> str:
                 "reported half": _accuracy(own),
                 "ahead of the paper's list": _ahead(listed),
                 "ahead of all others": _ahead(others),
-                "down to the pixels": f"{_accuracy(whole[0])}, n = {whole[0]['n']}" if whole else "",
+                "down to the pixels": f"{_accuracy(whole[0])}, n = {whole[0]['n']}"
+                if whole
+                else "",
             }
         )
     return show(lines)
@@ -511,9 +617,13 @@ def paper_perturbations() -> str:
             if "insertion" in row:
                 key = row["method"], "pixels" if row["where"] == "pixels" else "the layer chosen"
                 line = lines.setdefault(key, {"method": key[0], "at": key[1]})
-                line[f"{title}, n = {result['settings']['perturbed']}"] = f"{row['insertion']:.2f} / {row['deletion']:.3f}"
+                line[f"{title}, n = {result['settings']['perturbed']}"] = (
+                    f"{row['insertion']:.2f} / {row['deletion']:.3f}"
+                )
                 scores.setdefault(key, []).append(row["insertion"] - row["deletion"])
-    return show([lines[key] for key in sorted(lines, key=lambda key: -sum(scores[key]) / len(scores[key]))])
+    return show(
+        [lines[key] for key in sorted(lines, key=lambda key: -sum(scores[key]) / len(scores[key]))]
+    )
 
 
 def paper_maps() -> str:
@@ -536,7 +646,11 @@ def paper_classes() -> str:
                 "network and classes": f"{row['network']}, n = {row['n']}",
                 "method": row["method"],
                 "raw L2": f"{row['raw L2']:.3g}",
-                **{key: f"{row[key]:.3g}" for key in ("normalised L2", "cosine", "SSIM") if row.get(key) is not None},
+                **{
+                    key: f"{row[key]:.3g}"
+                    for key in ("normalised L2", "cosine", "SSIM")
+                    if row.get(key) is not None
+                },
             }
             for row in read("paper-classes")["rows"]
         ]
@@ -548,21 +662,50 @@ def paper_randomization() -> str:
     rows = []
     for row in read("paper-randomization")["rows"]:
         values = {key: row[key] for key in ("Spearman", "Spearman of absolute values", "SSIM")}
-        cells = {key: "" if value is None or value != value else f"{value:.2f}" for key, value in values.items()}
+        cells = {
+            key: "" if value is None or value != value else f"{value:.2f}"
+            for key, value in values.items()
+        }
         rows.append({"method": row["method"], **cells})
     return show(rows)
 
 
 def main() -> None:
     texts = {page: page.read_text() for page in pages()}
-    own = (completeness, controls, variants, layers, localization, mosaics, invariance, class_sensitivity)
+    own = (
+        completeness,
+        controls,
+        variants,
+        layers,
+        localization,
+        mosaics,
+        invariance,
+        class_sensitivity,
+    )
     costs = (speed, speed_methods, speed_metrics, zoo, neighbours, scale, thousand, floor, sampled)
-    paper = (paper_boxes, paper_settings, paper_perturbations, paper_maps, paper_classes, paper_randomization)
-    for table in (*own, *costs, *paper, bottlenecks, bottlenecks_text, bottlenecks_speed, comparison):
+    paper = (
+        paper_boxes,
+        paper_settings,
+        paper_perturbations,
+        paper_maps,
+        paper_classes,
+        paper_randomization,
+    )
+    for table in (
+        *own,
+        *costs,
+        *paper,
+        bottlenecks,
+        bottlenecks_text,
+        bottlenecks_speed,
+        comparison,
+    ):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         places = [page for page, text in texts.items() if begin in text and end in text]
         if len(places) != 1:
-            raise SystemExit(f"the table {table.__name__!r} has {len(places)} places on {', '.join(p.name for p in texts)}")
+            raise SystemExit(
+                f"the table {table.__name__!r} has {len(places)} places on {', '.join(p.name for p in texts)}"
+            )
         before, _, rest = texts[places[0]].partition(begin)
         texts[places[0]] = before + begin + "\n" + table() + "\n\n" + end + rest.partition(end)[2]
     for page, text in texts.items():

@@ -45,7 +45,12 @@ def network(name: str, data: Path | None, count: int) -> tuple[nn.Module, Tensor
         name = name.split()[0]
         model, normalise = pretrained.load(name, data / "weights")
         images = photos(name, data, count, torch.Generator().manual_seed(0))
-        return model, normalise(images.fit), normalise(images.test[:HELD_OUT]), int(images.labels[0])
+        return (
+            model,
+            normalise(images.fit),
+            normalise(images.test[:HELD_OUT]),
+            int(images.labels[0]),
+        )
     torch.manual_seed(0)
     more = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model = getattr(models, name)(weights=None, **more).eval()
@@ -80,7 +85,10 @@ def ratio(ours: Callable[[], Any], theirs: Callable[[], Any]) -> float:
 
 def measure(name: str, data: Path | None, count: int) -> dict[str, Any]:
     model, fit, held_out, target = network(name, data, count)
-    row: dict[str, Any] = {"network": name, "parameters": sum(p.numel() for p in model.parameters())}
+    row: dict[str, Any] = {
+        "network": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     start = time.perf_counter()
     refused = check(model, fit[:1]).refused
     row["capture s"] = time.perf_counter() - start
@@ -94,14 +102,18 @@ def measure(name: str, data: Path | None, count: int) -> dict[str, Any]:
 
     def both(batch: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
         x, leaf = fit[:batch], fit[:batch].clone().requires_grad_()
-        return partial(mipin.attribute, x, target=target), partial(saliency.attribute, leaf, target=target)
+        return partial(mipin.attribute, x, target=target), partial(
+            saliency.attribute, leaf, target=target
+        )
 
     row["time / Saliency"] = ratio(*both(BATCH))
     row[f"time / Saliency, {MORE} images"] = ratio(*both(MORE))
     row["memory / Saliency"] = truediv(*map(peak, both(BATCH)))
     if name in WITH_WEIGHTS:
         signal = torch.cat([mipin.source_signal(part, target=target) for part in held_out.split(8)])
-        residual = (held_out - signal).square().sum() / (held_out - held_out.mean((0, 2, 3), keepdim=True)).square().sum()
+        residual = (held_out - signal).square().sum() / (
+            held_out - held_out.mean((0, 2, 3), keepdim=True)
+        ).square().sum()
         row["R² held out"] = float(1 - residual)
     return row
 
@@ -109,22 +121,32 @@ def measure(name: str, data: Path | None, count: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--data", type=Path, help="folder with images and weights/, for the networks with weights")
+    parser.add_argument(
+        "--data", type=Path, help="folder with images and weights/, for the networks with weights"
+    )
     parser.add_argument("--fit", type=int, default=64, help="images to fit on")
-    parser.add_argument("--one", action="store_true", help="measure the one network named, in this process")
+    parser.add_argument(
+        "--one", action="store_true", help="measure the one network named, in this process"
+    )
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.names[0], arguments.data, arguments.fit)))
         return
     names = arguments.names or [*NAMES, *(WITH_WEIGHTS if arguments.data else ())]
-    rows = {row["network"]: row for row in read("zoo")["rows"]} if arguments.names else {}  # those not named stay
+    rows = (
+        {row["network"]: row for row in read("zoo")["rows"]} if arguments.names else {}
+    )  # those not named stay
     for name in names:
         command = [sys.executable, __file__, "--one", name, "--fit", str(arguments.fit)]
         command += ["--data", str(arguments.data)] if arguments.data else []
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         failed = result.returncode != 0
         reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
-        rows[name] = {"network": name, "failed": reason} if failed else json.loads(result.stdout.splitlines()[-1])
+        rows[name] = (
+            {"network": name, "failed": reason}
+            if failed
+            else json.loads(result.stdout.splitlines()[-1])
+        )
         print(show([rows[name]]).splitlines()[-1], flush=True)
         write(
             "zoo",

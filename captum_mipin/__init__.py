@@ -1,110 +1,30 @@
-"""MIP-IN for Captum: attributions from a learned inverse of the network."""
+"""Explain predictions with MIP-IN, inside Captum.
+
+This module has the names that most users need. The rest lives in the subpackages ``methods``,
+``bottleneck``, ``metrics``, ``rules`` and ``errors``.
+"""
 
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
-from captum_mipin.bottleneck import Bottleneck
-from captum_mipin.compare import Comparison, compare
-from captum_mipin.errors import (
-    CaptureError,
-    FitError,
-    InputError,
-    InverseFileError,
-    MIPINError,
-    ModelChangedError,
-    ModelChangedWarning,
-    NotFittedError,
-    RuleError,
-    TargetError,
-    TargetRangeError,
-    TrainingModeError,
-    UnsupportedOperationError,
-)  # fmt: skip
-from captum_mipin.iba import IBA
-from captum_mipin.input_iba import Adversary, InputIBA, ThreeStages
-from captum_mipin.inverse import InverseNetwork
-from captum_mipin.methods import (
-    LRP,
-    AlphaBeta,
-    Deconvnet,
-    DeepTaylor,
-    Epsilon,
-    ExcitationBackprop,
-    Flat,
-    Gamma,
-    GradCAM,
-    GuidedBackprop,
-    LayerPropagation,
-    PatternAttribution,
-    PatternNet,
-    Patterns,
-    SmoothGrad,
-    WSquare,
-    ZBox,
-    ZPlus,
-    deep_lift,
-    grad_cam,
-    integrated_gradients,
-    saliency,
-    smooth_grad,
-)  # fmt: skip
-from captum_mipin.neighbours import NeighbourInverse
-from captum_mipin.rules import Learned, Passes, Recorded, register_rule, unregister_rule
-from captum_mipin.survey import check
-
-__version__ = "0.1.0"
+from captum_mipin.bottleneck import IBA, InputIBA
+from captum_mipin.comparison import compare
+from captum_mipin.errors import MIPINError
+from captum_mipin.inverse import InverseNetwork, NeighbourInverse
+from captum_mipin.methods import LRP
+from captum_mipin.propagation.check import check
+from captum_mipin.rules import register_rule
+from captum_mipin.version import __version__
 
 __all__ = [
     "IBA",
     "LRP",
-    "Adversary",
-    "AlphaBeta",
-    "Bottleneck",
-    "CaptureError",
-    "Comparison",
-    "Deconvnet",
-    "DeepTaylor",
-    "Epsilon",
-    "ExcitationBackprop",
-    "FitError",
-    "Flat",
-    "Gamma",
-    "GradCAM",
-    "GuidedBackprop",
-    "InputError",
     "InputIBA",
-    "InverseFileError",
     "InverseNetwork",
     "LayerMIPINAttribution",
-    "LayerPropagation",
-    "Learned",
     "MIPINAttribution",
     "MIPINError",
-    "ModelChangedError",
-    "ModelChangedWarning",
     "NeighbourInverse",
-    "NotFittedError",
-    "Passes",
-    "PatternAttribution",
-    "PatternNet",
-    "Patterns",
-    "Recorded",
-    "RuleError",
-    "SmoothGrad",
-    "TargetError",
-    "TargetRangeError",
-    "ThreeStages",
-    "TrainingModeError",
-    "UnsupportedOperationError",
-    "WSquare",
-    "ZBox",
-    "ZPlus",
     "__version__",
     "check",
     "compare",
-    "deep_lift",
-    "grad_cam",
-    "integrated_gradients",
     "register_rule",
-    "saliency",
-    "smooth_grad",
-    "unregister_rule",
 ]

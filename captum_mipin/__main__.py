@@ -1,5 +1,5 @@
 """``python -m captum_mipin``: the command line."""
 
-from captum_mipin.cli import main
+from captum_mipin.cli.main import main
 
 raise SystemExit(main())

@@ -7,12 +7,12 @@ from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
 from captum_mipin._captum import NoFuture, captum_entry
-from captum_mipin.arguments import as_extras, as_inputs, like
-from captum_mipin.capture import Inputs, select, unwrapped
 from captum_mipin.errors import InputError
-from captum_mipin.inverse import Explanation, InverseNetwork
+from captum_mipin.graph.capture import Inputs, select, unwrapped
+from captum_mipin.graph.validate import as_extras, as_inputs, like
+from captum_mipin.inverse.network import Explanation, InverseNetwork
 from captum_mipin.methods.gradients import Gradient
-from captum_mipin.steps import seed
+from captum_mipin.propagation.runtime import seed
 from captum_mipin.targets import per_example
 
 
@@ -92,9 +92,13 @@ class MIPINAttribution(NoFuture, GradientAttribution):
         """
         tensors, extras = as_inputs(inputs), as_extras(additional_forward_args)
         if evidence and return_convergence_delta:
-            raise InputError("return_convergence_delta=True is of the whole output, evidence=True explains a part: ask for one")
+            raise InputError(
+                "return_convergence_delta=True is of the whole output, evidence=True explains a part: ask for one"
+            )
         biases = (False, True) if return_convergence_delta else (False,)
-        found = self.inverse.explain(tensors, target, extras, biases=biases, local=local, mask=mask_input, evidence=evidence)
+        found = self.inverse.explain(
+            tensors, target, extras, biases=biases, local=local, mask=mask_input, evidence=evidence
+        )
         maps = found.signals[0]
         if multiply_by_inputs:
             maps = _product(maps, found.features)
@@ -114,7 +118,9 @@ class MIPINAttribution(NoFuture, GradientAttribution):
         mask_input: bool = False,
     ) -> Any:
         """S, see :meth:`InverseNetwork.source_signal`."""
-        return self.inverse.source_signal(inputs, target, additional_forward_args, local=local, mask_input=mask_input)
+        return self.inverse.source_signal(
+            inputs, target, additional_forward_args, local=local, mask_input=mask_input
+        )
 
     def distractor(
         self,
@@ -126,7 +132,9 @@ class MIPINAttribution(NoFuture, GradientAttribution):
         mask_input: bool = False,
     ) -> Any:
         """X − S, see :meth:`InverseNetwork.distractor`."""
-        return self.inverse.distractor(inputs, target, additional_forward_args, local=local, mask_input=mask_input)
+        return self.inverse.distractor(
+            inputs, target, additional_forward_args, local=local, mask_input=mask_input
+        )
 
     def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
         """The global map of a class, see :meth:`InverseNetwork.class_attribution`."""
@@ -137,7 +145,11 @@ class MIPINAttribution(NoFuture, GradientAttribution):
         return True
 
     def compute_convergence_delta(
-        self, source_signal: Any, inputs: Any, target: Any = None, additional_forward_args: Any = None
+        self,
+        source_signal: Any,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
     ) -> Tensor:
         """Completeness error of a source signal, Φ_c(S) − Φ_c(x), example by example (section 5).
 
@@ -194,11 +206,15 @@ class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
         torch.Size([2, 1, 8, 8])
     """
 
-    def __init__(self, model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None = None
+    ) -> None:
         inverse = _of(inverse, model)
         layer = inverse.layer if layer is None else layer
         if layer is None:
-            raise InputError("no layer was given, and this inverse does not stop at one: pass layer=")
+            raise InputError(
+                "no layer was given, and this inverse does not stop at one: pass layer="
+            )
         LayerAttribution.__init__(self, model, unwrapped(layer))
         GradientAttribution.__init__(self, model)
         self.model = unwrapped(model)
@@ -238,20 +254,39 @@ class LayerMIPINAttribution(NoFuture, LayerAttribution, GradientAttribution):
             maps = _product(maps, found.features)
         if multiply_by_gradients:
             extras = as_extras(additional_forward_args)
-            maps = _product(maps, self._gradient.explain(as_inputs(inputs), target, extras, self.layer).signals)
+            maps = _product(
+                maps, self._gradient.explain(as_inputs(inputs), target, extras, self.layer).signals
+            )
         return maps[0]
 
     def source_signal(
-        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *, local: bool = True
+        self,
+        inputs: Tensor | Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        local: bool = True,
     ) -> Tensor:
         """S at the layer: what of its output the target's logit carries, shaped like it."""
         return self._explain(inputs, target, additional_forward_args, True, local).signals[0][0]
 
     def _explain(
-        self, inputs: Any, target: Any, arguments: Any, bias: bool, local: bool, evidence: bool = False
+        self,
+        inputs: Any,
+        target: Any,
+        arguments: Any,
+        bias: bool,
+        local: bool,
+        evidence: bool = False,
     ) -> Explanation:
         return self.inverse.explain(
-            as_inputs(inputs), target, as_extras(arguments), biases=(bias,), local=local, layer=self.layer, evidence=evidence
+            as_inputs(inputs),
+            target,
+            as_extras(arguments),
+            biases=(bias,),
+            local=local,
+            layer=self.layer,
+            evidence=evidence,
         )
 
     @classmethod
@@ -268,5 +303,7 @@ def _of(inverse: object, model: nn.Module) -> InverseNetwork:
     if not isinstance(inverse, InverseNetwork):
         raise InputError(f"inverse is a {type(inverse).__name__}, expected an InverseNetwork")
     if inverse.model is not unwrapped(model):
-        raise InputError("the inverse belongs to another model object; InverseNetwork.load(path, model) binds one to this")
+        raise InputError(
+            "the inverse belongs to another model object; InverseNetwork.load(path, model) binds one to this"
+        )
     return inverse

@@ -45,7 +45,17 @@ class FitReport:
     layers: tuple[LayerFit, ...]
 
     def __str__(self) -> str:
-        header = ("layer", "rows", "features", "signals", "explained variance", "dead", "condition", "solver", "targets")
+        header = (
+            "layer",
+            "rows",
+            "features",
+            "signals",
+            "explained variance",
+            "dead",
+            "condition",
+            "solver",
+            "targets",
+        )
         rows = []
         for name in dict.fromkeys(fit.layer for fit in self.layers):
             fits = [fit for fit in self.layers if fit.layer == name]
@@ -104,7 +114,10 @@ class CheckReport:
 
     def __str__(self) -> str:
         header = ("module", "operation", "status", "what happens to the signal", "but")
-        rows = [(row.path or "(model)", row.operation, row.status, row.note, row.caveat) for row in self.rows]
+        rows = [
+            (row.path or "(model)", row.operation, row.status, row.note, row.caveat)
+            for row in self.rows
+        ]
         columns = 5 if self.caveats else 4
         return table(header[:columns], [row[:columns] for row in rows], left=columns)
 
@@ -114,7 +127,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     cells = [
-        [text.ljust(width) if i < left else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True))]
+        [
+            text.ljust(width) if i < left else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
         for line in lines
     ]
     return "\n".join("  ".join(line).rstrip() for line in cells)

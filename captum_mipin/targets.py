@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_mipin.errors import TargetError, TargetRangeError
-from captum_mipin.steps import Target
+from captum_mipin.propagation.runtime import Target
 
 
 def per_example(target: Any, output: Tensor) -> list[Target]:
@@ -32,7 +32,9 @@ def per_example(target: Any, output: Tensor) -> list[Target]:
         [(0,), (3,)]
     """
     if output.ndim == 0:
-        raise TargetError("the model returns one number for the whole batch, expected one row of outputs an example")
+        raise TargetError(
+            "the model returns one number for the whole batch, expected one row of outputs an example"
+        )
     batch, dims = len(output), tuple(output.shape[1:])
     if isinstance(target, np.ndarray):
         target = torch.from_numpy(target) if target.dtype.kind in "iufb" else target.tolist()
@@ -40,7 +42,9 @@ def per_example(target: Any, output: Tensor) -> list[Target]:
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise TargetError(f"the target is a tensor of dtype {target.dtype}, expected integers")
         if target.ndim > 1:
-            raise TargetError(f"the target is a tensor of shape {tuple(target.shape)}, expected one index an example: 1-D")
+            raise TargetError(
+                f"the target is a tensor of shape {tuple(target.shape)}, expected one index an example: 1-D"
+            )
         target = target.item() if target.numel() == 1 else target.tolist()
     if not isinstance(target, list):
         return [one(target, dims)] * batch
@@ -53,7 +57,9 @@ def one(target: Any, dims: Sequence[int]) -> Target:
     """One class as the index of its output among ``dims``, the model's output shape without the batch."""
     if target is None:
         if any(n != 1 for n in dims):
-            raise TargetError(f"no target was given, but the model has outputs of shape {tuple(dims)}: choose one of them")
+            raise TargetError(
+                f"no target was given, but the model has outputs of shape {tuple(dims)}: choose one of them"
+            )
         return (0,) * len(dims)
     index = tuple(_integer(t, target) for t in (target if isinstance(target, tuple) else (target,)))
     if all(n == 1 for n in dims[len(index) :]):
@@ -65,7 +71,9 @@ def one(target: Any, dims: Sequence[int]) -> Target:
         )
     for i, n in zip(index, dims, strict=True):
         if not -n <= i < n:
-            raise TargetRangeError(f"target {target!r} is outside the model's outputs of shape {tuple(dims)}")
+            raise TargetRangeError(
+                f"target {target!r} is outside the model's outputs of shape {tuple(dims)}"
+            )
     return tuple(i % n for i, n in zip(index, dims, strict=True))
 
 
@@ -75,7 +83,11 @@ def several(targets: Any, dims: Sequence[int]) -> list[Target]:
         return [tuple(index) for index in np.ndindex(*dims)]
     if isinstance(targets, (Tensor, np.ndarray)):
         targets = targets.tolist()
-    chosen = targets if isinstance(targets, Iterable) and not isinstance(targets, (tuple, str)) else [targets]
+    chosen = (
+        targets
+        if isinstance(targets, Iterable) and not isinstance(targets, (tuple, str))
+        else [targets]
+    )
     found = list(dict.fromkeys(one(t, dims) for t in chosen))
     if not found:
         raise TargetError("the list of targets is empty")
@@ -91,5 +103,7 @@ def _integer(value: Any, target: Any) -> int:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TargetError(f"target {target!r} of type {type(target).__name__} is not valid: expected integers")
+        raise TargetError(
+            f"target {target!r} of type {type(target).__name__} is not valid: expected integers"
+        )
     return operator.index(value)

@@ -40,14 +40,22 @@ def outputs(notebook: Any) -> list[list[Any]]:
     names: dict[str, Any] = {"__name__": "__main__"}
     with torch.random.fork_rng(devices=[]):
         try:
-            return [_shown("".join(cell["source"]), number, names) for number, cell in enumerate(code(notebook), 1)]
+            return [
+                _shown("".join(cell["source"]), number, names)
+                for number, cell in enumerate(code(notebook), 1)
+            ]
         finally:
             plt.close("all")
 
 
 def _shown(source: str, number: int, names: dict[str, Any]) -> list[Any]:
     """What one cell prints, the value of its last line, and the figures that it leaves open."""
-    statements, place, value, printed = ast.parse(source).body, f"<cell {number}>", None, io.StringIO()
+    statements, place, value, printed = (
+        ast.parse(source).body,
+        f"<cell {number}>",
+        None,
+        io.StringIO(),
+    )
     last = statements.pop() if statements and isinstance(statements[-1], ast.Expr) else None
     with redirect_stdout(printed):
         exec(compile(ast.Module(statements, []), place, "exec"), names)
@@ -55,10 +63,26 @@ def _shown(source: str, number: int, names: dict[str, Any]) -> list[Any]:
             value = eval(compile(ast.Expression(last.value), place, "eval"), names)
     found: list[Any] = []
     if printed.getvalue():
-        found.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)})
+        found.append(
+            {
+                "output_type": "stream",
+                "name": "stdout",
+                "text": printed.getvalue().splitlines(keepends=True),
+            }
+        )
     if value is not None:
-        found.append({"output_type": "execute_result", "execution_count": number, "metadata": {}, "data": _data(value)})
-    found += [{"output_type": "display_data", "metadata": {}, "data": _data(plt.figure(open_))} for open_ in plt.get_fignums()]
+        found.append(
+            {
+                "output_type": "execute_result",
+                "execution_count": number,
+                "metadata": {},
+                "data": _data(value),
+            }
+        )
+    found += [
+        {"output_type": "display_data", "metadata": {}, "data": _data(plt.figure(open_))}
+        for open_ in plt.get_fignums()
+    ]
     plt.close("all")
     return found
 
@@ -68,7 +92,10 @@ def _data(value: Any) -> dict[str, Any]:
         return {"text/plain": repr(value).splitlines(keepends=True)}
     drawn = io.BytesIO()
     value.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
-    return {"image/png": base64.b64encode(drawn.getvalue()).decode(), "text/plain": [f"<Figure with {len(value.axes)} axes>"]}
+    return {
+        "image/png": base64.b64encode(drawn.getvalue()).decode(),
+        "text/plain": [f"<Figure with {len(value.axes)} axes>"],
+    }
 
 
 def write(path: Path) -> None:

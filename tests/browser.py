@@ -25,7 +25,9 @@ class Page:
 
     def _ask(self, method, path, **body):
         data = json.dumps(body).encode() if method == "POST" else None
-        request = urllib.request.Request(f"{self._address}{path}", data, {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(
+            f"{self._address}{path}", data, {"Content-Type": "application/json"}, method=method
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["value"]
 
@@ -41,8 +43,14 @@ class Page:
 
     def press(self, *keys):
         """Press keys, whatever has the focus."""
-        actions = [action for key in keys for action in ({"type": "keyDown", "value": key}, {"type": "keyUp", "value": key})]
-        self._ask("POST", "/actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
+        actions = [
+            action
+            for key in keys
+            for action in ({"type": "keyDown", "value": key}, {"type": "keyUp", "value": key})
+        ]
+        self._ask(
+            "POST", "/actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}]
+        )
 
     def resize(self, width, height):
         self._ask("POST", "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
@@ -61,7 +69,9 @@ def opened(address, width=1200, height=900):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        ["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     session = None
     try:
         whole = Page(f"http://127.0.0.1:{port}")
@@ -81,7 +91,11 @@ def opened(address, width=1200, height=900):
             ],
             "binary": next(filter(None, map(shutil.which, BROWSERS))),
         }
-        asked = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        asked = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
         found = whole._ask("POST", "/session", capabilities={"alwaysMatch": asked})
         session = Page(f"http://127.0.0.1:{port}/session/{found['sessionId']}")
         session._ask("POST", "/url", url=address)

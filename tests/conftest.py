@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution
-from captum_mipin import iba as iba_module
-from captum_mipin import inverse as inverse_module
-from captum_mipin import survey as survey_module
-from captum_mipin.capture import Signature, check_inputs, glance
+from captum_mipin.bottleneck import iba as iba_module
+from captum_mipin.graph.capture import Signature, check_inputs, glance
+from captum_mipin.inverse import network as inverse_module
 from captum_mipin.methods import base as base_module
 from captum_mipin.methods import gradients as gradients_module
+from captum_mipin.propagation import check as survey_module
 
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")  # the same examples each time
@@ -96,12 +96,21 @@ def own_cnn(cnn: Fitted) -> Fitted:
 
 
 def _bits(tensor: Tensor | None) -> bytes | None:
-    return None if tensor is None else tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (
+        None
+        if tensor is None
+        else tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    )
 
 
 def _state(t: Tensor) -> tuple[Any, ...]:
     version = None if t.is_inference() else t._version
-    return _bits(t), None if t.grad is None else (id(t.grad), _bits(t.grad)), version, bool(t._backward_hooks)
+    return (
+        _bits(t),
+        None if t.grad is None else (id(t.grad), _bits(t.grad)),
+        version,
+        bool(t._backward_hooks),
+    )
 
 
 def _traces(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -175,12 +184,17 @@ def captured_once(monkeypatch: pytest.MonkeyPatch, graphs: dict[Any, Any]) -> No
     """Let all that tests of a module do with a model share one graph, for speed: graphs are never written to."""
     capture = inverse_module.capture
 
-    def once(model: nn.Module, inputs: Any, extras: Any = (), shared: bool = False, **options: Any) -> Any:
+    def once(
+        model: nn.Module, inputs: Any, extras: Any = (), shared: bool = False, **options: Any
+    ) -> Any:
         check_inputs(inputs, options.get("explained", True))
         made = [options.get(name) for name in ("output", "detached")]
         key = id(model), repr(glance(model)), Signature.of(inputs, extras, shared), repr(made)
         if key not in graphs:
-            graphs[key] = capture(model, inputs, extras, shared, **options), model  # kept, and with it its id
+            graphs[key] = (
+                capture(model, inputs, extras, shared, **options),
+                model,
+            )  # kept, and with it its id
         return graphs[key][0]
 
     for module in (inverse_module, survey_module, iba_module, base_module, gradients_module):

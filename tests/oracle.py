@@ -33,13 +33,17 @@ def regress_jointly(x, shared, own, ridge):
         columns = [o[:, feature] for o in own]
         design = np.column_stack([shared, *columns])
         centred = design - design.mean(axis=0)
-        units = [shared.var(axis=0).mean() if shared.size else 0] * shared.shape[1] + [np.var(columns, axis=1).mean()] * len(
-            own
-        )
+        units = [shared.var(axis=0).mean() if shared.size else 0] * shared.shape[1] + [
+            np.var(columns, axis=1).mean()
+        ] * len(own)
         gram = centred.T @ centred / rows + ridge * np.diag(units)
-        weights.append(np.linalg.solve(gram, centred.T @ (x[:, feature] - x[:, feature].mean()) / rows))
+        weights.append(
+            np.linalg.solve(gram, centred.T @ (x[:, feature] - x[:, feature].mean()) / rows)
+        )
     weights = np.stack(weights)
-    means = np.stack([np.append(shared.mean(axis=0), [o[:, f].mean() for o in own]) for f in range(x.shape[1])])
+    means = np.stack(
+        [np.append(shared.mean(axis=0), [o[:, f].mean() for o in own]) for f in range(x.shape[1])]
+    )
     return weights, x.mean(axis=0) - (weights * means).sum(axis=1)
 
 
@@ -63,11 +67,14 @@ def partners(x_grid, y_grid, kernel, stride, padding, dilation, transposed=False
     near, far = (x_grid, y_grid) if transposed else (y_grid, x_grid)
     for position in product(*map(range, near)):
         for tap in product(*map(range, kernel)):
-            other = [p * s - o + t * d for p, s, o, t, d in zip(position, stride, padding, tap, dilation, strict=True)]
+            other = [
+                p * s - o + t * d
+                for p, s, o, t, d in zip(position, stride, padding, tap, dilation, strict=True)
+            ]
             if all(0 <= o < size for o, size in zip(other, far, strict=True)):
                 x_at, y_at = (position, other) if transposed else (other, position)
-                table[np.ravel_multi_index(x_at, x_grid), np.ravel_multi_index(tap, kernel)] = np.ravel_multi_index(
-                    y_at, y_grid
+                table[np.ravel_multi_index(x_at, x_grid), np.ravel_multi_index(tap, kernel)] = (
+                    np.ravel_multi_index(y_at, y_grid)
                 )
     return table
 
@@ -87,7 +94,9 @@ def patches(y, table):
 def fit_kernel(x, s, table, groups, ridge, scale="relative"):
     """Equation 7 by its normal equations, one regression a group: every element of x on the patch of s that can reach it."""
     kernels = []
-    for x_group, s_group in zip(np.split(x, groups, axis=1), np.split(s, groups, axis=1), strict=True):
+    for x_group, s_group in zip(
+        np.split(x, groups, axis=1), np.split(s, groups, axis=1), strict=True
+    ):
         rows = np.moveaxis(x_group, 1, -1).reshape(-1, x_group.shape[1])
         kernels.append(regress(rows, patches(s_group, table), ridge, scale))
     return kernels
@@ -108,7 +117,10 @@ def sliding_windows(size, kernel, stride, padding, dilation=1, ceil_mode=False):
     if ceil_mode and (count - 1) * stride >= size + padding:
         count -= 1
     starts = [i * stride - padding for i in range(count)]
-    return [[j for j in range(start, start + dilation * kernel, dilation) if 0 <= j < size] for start in starts]
+    return [
+        [j for j in range(start, start + dilation * kernel, dilation) if 0 <= j < size]
+        for start in starts
+    ]
 
 
 def adaptive_windows(size, count):
@@ -169,17 +181,25 @@ class Conv2d:
         return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
 
     def table(self, x):
-        return partners(x.shape[2:], self.grid(x), self.kernel, self.stride, self.padding, self.dilation)
+        return partners(
+            x.shape[2:], self.grid(x), self.kernel, self.stride, self.padding, self.dilation
+        )
 
     def forward(self, x):
         y = np.zeros((len(x), len(self.weight), int(np.prod(self.grid(x)))))
-        x_flat, per_x, per_y = x.reshape(*x.shape[:2], -1), x.shape[1] // self.groups, len(self.weight) // self.groups
+        x_flat, per_x, per_y = (
+            x.reshape(*x.shape[:2], -1),
+            x.shape[1] // self.groups,
+            len(self.weight) // self.groups,
+        )
         weight = self.weight.reshape(*self.weight.shape[:2], -1)
         for position, taps in enumerate(self.table(x)):
             for tap, partner in enumerate(taps):
                 for g in range(self.groups if partner >= 0 else 0):
                     out = slice(g * per_y, (g + 1) * per_y)
-                    y[:, out, partner] += x_flat[:, g * per_x : (g + 1) * per_x, position] @ weight[out, :, tap].T
+                    y[:, out, partner] += (
+                        x_flat[:, g * per_x : (g + 1) * per_x, position] @ weight[out, :, tap].T
+                    )
         return y.reshape(len(x), -1, *self.grid(x)) + self.bias[:, None, None]
 
     def fit(self, x, s, ridge, scale):
@@ -203,7 +223,10 @@ class MaxPool2d:
         self.ceil_mode = ceil_mode
 
     def axes(self, x):
-        return [sliding_windows(size, *axis, self.ceil_mode) for size, axis in zip(x.shape[2:], self.geometry, strict=True)]
+        return [
+            sliding_windows(size, *axis, self.ceil_mode)
+            for size, axis in zip(x.shape[2:], self.geometry, strict=True)
+        ]
 
     def forward(self, x):
         return max_pool(x, self.axes(x))
@@ -263,11 +286,15 @@ def _layer(module):
     kind = type(module).__name__
     if kind in ("Linear", "Conv2d"):
         weight = module.weight.detach().double().numpy()
-        bias = np.zeros(len(weight)) if module.bias is None else module.bias.detach().double().numpy()
+        bias = (
+            np.zeros(len(weight)) if module.bias is None else module.bias.detach().double().numpy()
+        )
         if kind == "Linear":
             return Dense(weight, bias)
         return Conv2d(weight, bias, module.stride, module.padding, module.dilation, module.groups)
     if kind == "MaxPool2d":
-        geometry = (pair(g) for g in (module.kernel_size, module.stride, module.padding, module.dilation))
+        geometry = (
+            pair(g) for g in (module.kernel_size, module.stride, module.padding, module.dilation)
+        )
         return MaxPool2d(*geometry, module.ceil_mode)
     return {"ReLU": ReLU, "Flatten": Flatten}[kind]()

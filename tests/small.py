@@ -29,7 +29,11 @@ class SmallResNet(ResNet):
         self.fc = nn.Linear(self.inplanes, 3)
 
     def _make_layer(self, block, planes, blocks, *others, **named):
-        return super()._make_layer(block, planes, blocks, *others, **named) if blocks else nn.Identity()
+        return (
+            super()._make_layer(block, planes, blocks, *others, **named)
+            if blocks
+            else nn.Identity()
+        )
 
 
 def varied(model, *shape, zero_biases=False, eps=None):

@@ -30,19 +30,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from captum_mipin import (
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, check
+from captum_mipin.errors import (
     CaptureError,
     InputError,
-    InverseNetwork,
-    LayerMIPINAttribution,
-    MIPINAttribution,
     NotFittedError,
     TargetError,
     TargetRangeError,
     UnsupportedOperationError,
-    check,
 )
-from captum_mipin.capture import capture
+from captum_mipin.graph.capture import capture
 from captum_mipin.rules.pooling import shared_out
 
 matplotlib.use("Agg")
@@ -56,7 +53,9 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(2, 6), nn.Linear(6, 3)
 
-    def forward(self, a: Tensor, b: Tensor, scale: Tensor | None = None, factor: float = 1.0) -> Tensor:
+    def forward(
+        self, a: Tensor, b: Tensor, scale: Tensor | None = None, factor: float = 1.0
+    ) -> Tensor:
         h = torch.relu(self.first(a) + self.second(b))
         if scale is not None:
             h = h * scale
@@ -116,8 +115,14 @@ def shaped(*dims: int) -> tuple[MIPINAttribution, Tensor]:
 def two_inputs() -> tuple[MIPINAttribution, tuple[Tensor, Tensor], Tensor]:
     """Fitted with a per-example scale and the factor 2."""
     torch.manual_seed(6)
-    model, inputs, scale = TwoInputs().eval(), (torch.randn(60, 4), torch.randn(60, 2)), torch.rand(60, 1) + 0.5
-    batches = [(tuple(x[i : i + 20] for x in inputs), (scale[i : i + 20], 2.0)) for i in range(0, 60, 20)]
+    model, inputs, scale = (
+        TwoInputs().eval(),
+        (torch.randn(60, 4), torch.randn(60, 2)),
+        torch.rand(60, 1) + 0.5,
+    )
+    batches = [
+        (tuple(x[i : i + 20] for x in inputs), (scale[i : i + 20], 2.0)) for i in range(0, 60, 20)
+    ]
     inverse = InverseNetwork(model).fit(batches, unpack=lambda batch: batch, progress=False)
     return MIPINAttribution(model, inverse), inputs, scale
 
@@ -149,7 +154,12 @@ def test_is_a_gradient_attribution_and_not_a_perturbation_attribution(mlp: Any) 
 @pytest.mark.parametrize("kind", [MIPINAttribution, LayerMIPINAttribution])
 def test_attribute_has_captums_order_of_arguments_and_options_by_keyword_only(kind: type) -> None:
     parameters = list(inspect.signature(kind.attribute).parameters.values())
-    assert [p.name for p in parameters[:4]] == ["self", "inputs", "target", "additional_forward_args"]
+    assert [p.name for p in parameters[:4]] == [
+        "self",
+        "inputs",
+        "target",
+        "additional_forward_args",
+    ]
     assert [p.default for p in parameters[2:4]] == [None, None]
     assert {p.kind for p in parameters[4:]} == {inspect.Parameter.KEYWORD_ONLY}
     assert all(p.default is not inspect.Parameter.empty for p in parameters[4:])
@@ -161,11 +171,17 @@ def test_everything_is_usable_by_keyword(mlp: Any) -> None:
     plain = mipin.attribute(mlp.x[:2], 1, None)
     assert torch.equal(mipin.attribute(**everything), plain)
     a, delta = mipin.attribute(
-        **everything, local=True, mask_input=False, multiply_by_inputs=False, return_convergence_delta=True
+        **everything,
+        local=True,
+        mask_input=False,
+        multiply_by_inputs=False,
+        return_convergence_delta=True,
     )
     assert torch.equal(a, plain)
     signal = mipin.source_signal(**everything, local=True, mask_input=False)
-    assert torch.equal(mipin.distractor(**everything, local=True, mask_input=False), mlp.x[:2] - signal)
+    assert torch.equal(
+        mipin.distractor(**everything, local=True, mask_input=False), mlp.x[:2] - signal
+    )
     assert torch.equal(mipin.compute_convergence_delta(source_signal=signal, **everything), delta)
     assert mipin.class_attribution(target=1, additional_forward_args=None).shape == (1, 6)
     layer = LayerMIPINAttribution(model=mlp.model, inverse=mlp.inverse, layer=mlp.model[1])
@@ -184,7 +200,8 @@ def test_attribute_has_a_wrapped_that_works_and_checks_its_arguments(mlp: Any) -
         bare(mipin, mlp.x[:2], target=3)
     layer = LayerMIPINAttribution(mlp.model, mlp.inverse, mlp.model[1])
     assert torch.equal(
-        LayerMIPINAttribution.attribute.__wrapped__(layer, mlp.x[:2], target=0), layer.attribute(mlp.x[:2], target=0)
+        LayerMIPINAttribution.attribute.__wrapped__(layer, mlp.x[:2], target=0),
+        layer.attribute(mlp.x[:2], target=0),
     )
 
 
@@ -224,20 +241,35 @@ def test_tensor_in_tensor_out_tuple_in_tuple_out(mlp: Any) -> None:
     assert isinstance(delta, Tensor)
 
 
-@pytest.mark.parametrize("wrap", [list, np.asarray, lambda tensors: None, lambda tensors: [tensors[0]], lambda tensors: "x"])
+@pytest.mark.parametrize(
+    "wrap",
+    [list, np.asarray, lambda tensors: None, lambda tensors: [tensors[0]], lambda tensors: "x"],
+)
 def test_lists_and_other_things_are_refused(mlp: Any, wrap: Callable[[Any], Any]) -> None:
-    with pytest.raises(InputError, match=r"inputs are a .*, expected a torch\.Tensor or a tuple of them") as caught:
+    with pytest.raises(
+        InputError, match=r"inputs are a .*, expected a torch\.Tensor or a tuple of them"
+    ) as caught:
         mlp.mipin.attribute(wrap((mlp.x[:2],)), target=0)
     assert isinstance(caught.value, AssertionError)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_output_has_the_shape_dtype_and_device_of_the_input(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)).eval().to(dtype)
+    model = (
+        nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)
+        )
+        .eval()
+        .to(dtype)
+    )
     x = torch.randn(64, 2, 6, 6).to(dtype)
     mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False))
     x = x[:3].requires_grad_()
-    for result in (*mipin.attribute((x,), target=[0, 1, 0]), mipin.source_signal(x, target=1), mipin.distractor(x, target=1)):
+    for result in (
+        *mipin.attribute((x,), target=[0, 1, 0]),
+        mipin.source_signal(x, target=1),
+        mipin.distractor(x, target=1),
+    ):
         assert (result.shape, result.dtype, result.device) == (x.shape, dtype, x.device)
         assert result.is_contiguous()
         assert not result.requires_grad
@@ -257,7 +289,9 @@ def test_output_is_not_the_input_nor_part_of_the_model(mlp: Any) -> None:
 
 def test_the_same_bits_when_called_twice(cnn: Any) -> None:
     x, targets = cnn.x[:5], [0, 1, 2, 1, 0]
-    first, again = (cnn.mipin.attribute(x, targets, return_convergence_delta=True) for _ in range(2))
+    first, again = (
+        cnn.mipin.attribute(x, targets, return_convergence_delta=True) for _ in range(2)
+    )
     torch.rand(3)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     anew = MIPINAttribution(cnn.model, InverseNetwork(cnn.model).fit(cnn.x, progress=False))
@@ -266,7 +300,9 @@ def test_the_same_bits_when_called_twice(cnn: Any) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_each_example_is_independent_of_the_rest_of_its_batch(cnn: Any, data: st.DataObject) -> None:
+def test_each_example_is_independent_of_the_rest_of_its_batch(
+    cnn: Any, data: st.DataObject
+) -> None:
     rows = data.draw(st.lists(st.integers(0, 15), min_size=1, max_size=6))
     targets = data.draw(st.lists(st.integers(0, 2), min_size=16, max_size=16))
     whole = cnn.mipin.attribute(cnn.x[:16], targets)
@@ -286,14 +322,21 @@ def test_a_batch_of_one(cnn: Any, own_cnn: Any) -> None:
     single = own_cnn.mipin.attribute(cnn.x[3:4], 2)  # captured from one example
     assert single.shape == (1, 3, 8, 8)
     assert torch.allclose(single, expected[3:], rtol=1e-4, atol=1e-6)
-    assert torch.allclose(own_cnn.mipin.attribute(cnn.x[:4], [2, 0, 1, 2]), expected, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(
+        own_cnn.mipin.attribute(cnn.x[:4], [2, 0, 1, 2]), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_channels_last_and_other_strides(cnn: Any) -> None:
     x = cnn.x[:3]
     expected = cnn.mipin.attribute(x, target=1)
     strided = torch.stack([x, -x], -1)[..., 0]
-    for same in (x.contiguous(memory_format=torch.channels_last), strided, x.flip(3).flip(3), x[:1].expand(3, 3, 8, 8)):
+    for same in (
+        x.contiguous(memory_format=torch.channels_last),
+        strided,
+        x.flip(3).flip(3),
+        x[:1].expand(3, 3, 8, 8),
+    ):
         found = cnn.mipin.attribute(same, target=1)
         assert found.is_contiguous()
         assert torch.allclose(found[0], expected[0], rtol=1e-4, atol=1e-6)
@@ -302,15 +345,24 @@ def test_channels_last_and_other_strides(cnn: Any) -> None:
 def test_a_channels_last_model(cnn: Any) -> None:
     model = copy.deepcopy(cnn.model).to(memory_format=torch.channels_last)
     x = cnn.x.contiguous(memory_format=torch.channels_last)
-    found = MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False)).attribute(x[:3], target=1)
+    found = MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False)).attribute(
+        x[:3], target=1
+    )
     assert found.is_contiguous()
     assert torch.allclose(found, cnn.mipin.attribute(cnn.x[:3], target=1), rtol=1e-2, atol=1e-4)
 
 
 def test_output_is_contiguous_where_the_model_turns_its_input() -> None:
-    model, x = nn.Sequential(Turn(), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2)).eval(), torch.randn(60, 3, 4)
+    model, x = (
+        nn.Sequential(Turn(), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2)).eval(),
+        torch.randn(60, 3, 4),
+    )
     mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False))
-    for found in (mipin.attribute(x[:2], [0, 1]), mipin.source_signal(x[:2], 0), mipin.class_attribution(1)):
+    for found in (
+        mipin.attribute(x[:2], [0, 1]),
+        mipin.source_signal(x[:2], 0),
+        mipin.class_attribution(1),
+    ):
         assert found.shape[1:] == (3, 4)
         assert found.is_contiguous()
 
@@ -323,13 +375,21 @@ def test_relevance_of_a_linear_model_adds_up_to_its_output() -> None:
 
 
 def test_gradients_at_a_layer_are_those_of_the_model(cnn: Any) -> None:
-    layer, x, target = next(m for m in cnn.model.modules() if isinstance(m, nn.ReLU)), cnn.x[:4], [0, 1, 2, 0]
+    layer, x, target = (
+        next(m for m in cnn.model.modules() if isinstance(m, nn.ReLU)),
+        cnn.x[:4],
+        [0, 1, 2, 0],
+    )
     mipin = LayerMIPINAttribution(cnn.model, cnn.inverse, layer)
     bare = LayerGradientXActivation(cnn.model, layer, multiply_by_inputs=False)
     expected = mipin.attribute(x, target) * bare.attribute(x, target)
-    torch.testing.assert_close(mipin.attribute(x, target, multiply_by_gradients=True), expected.detach())
+    torch.testing.assert_close(
+        mipin.attribute(x, target, multiply_by_gradients=True), expected.detach()
+    )
     product = mipin.attribute(x, target, multiply_by_features=True, multiply_by_gradients=True)
-    torch.testing.assert_close(product, (expected * LayerActivation(cnn.model, layer).attribute(x)).detach())
+    torch.testing.assert_close(
+        product, (expected * LayerActivation(cnn.model, layer).attribute(x)).detach()
+    )
 
 
 def test_gradients_leave_out_what_the_model_computes_without() -> None:
@@ -347,10 +407,20 @@ def test_gradients_leave_out_what_the_model_computes_without() -> None:
                 last = torch.sigmoid(self.gate(h * other))
             return self.last(h * gate * other * last)
 
-    model, x, target = Gated().double().eval(), torch.randn(60, 6, dtype=torch.float64), [0, 1, 2, 0]
-    mipin, few = MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False)), x[:4].clone().requires_grad_()
+    model, x, target = (
+        Gated().double().eval(),
+        torch.randn(60, 6, dtype=torch.float64),
+        [0, 1, 2, 0],
+    )
+    mipin, few = (
+        MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False)),
+        x[:4].clone().requires_grad_(),
+    )
     (gradient,) = torch.autograd.grad(model(few)[range(4), target].sum(), few)
-    found, a = mipin.attribute(few, target, multiply_by_gradients=True), mipin.attribute(few, target)
+    found, a = (
+        mipin.attribute(few, target, multiply_by_gradients=True),
+        mipin.attribute(few, target),
+    )
     torch.testing.assert_close(found, a * gradient)
 
 
@@ -359,7 +429,11 @@ def pooled(last: nn.Module | None = None) -> nn.Sequential:
     torch.manual_seed(0)
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     head = [*pool, nn.Linear(6, 3)] if last is None else [last, *pool]
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), *head).double().eval()
+    return (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), *head)
+        .double()
+        .eval()
+    )
 
 
 def test_evidence_is_what_speaks_for_the_target_place_by_place() -> None:
@@ -369,7 +443,9 @@ def test_evidence_is_what_speaks_for_the_target_place_by_place() -> None:
     mipin, last = MIPINAttribution(model, inverse), LayerMIPINAttribution(model, inverse, model[3])
     few, target = x[:12], [0, 1, 2] * 4
     features = model[:4](few).detach()
-    at_places = nn.functional.linear(features.movedim(1, -1), model[-1].weight, model[-1].bias).detach()
+    at_places = nn.functional.linear(
+        features.movedim(1, -1), model[-1].weight, model[-1].bias
+    ).detach()
     logits = at_places.mean((1, 2))[range(12), target]
     assert (logits > 0).any()
     assert (logits < 0).any()
@@ -379,25 +455,35 @@ def test_evidence_is_what_speaks_for_the_target_place_by_place() -> None:
     for one, whole, logit, places in zip(found, a, logits, speaks, strict=True):
         if logit > 0:
             torch.testing.assert_close(one, whole * places.mean() / logit)
-    weights = torch.stack([inverse._fitted().fitted.inverses[t,]["6/linear"].weight[:, 0] for t in target])
+    weights = torch.stack(
+        [inverse._fitted().fitted.inverses[t,]["6/linear"].weight[:, 0] for t in target]
+    )
     expected = weights[:, :, None, None] * speaks[:, None] * (features != 0)
     torch.testing.assert_close(last.attribute(few, target, evidence=True), expected)
     for i in range(12):  # alone as among others
-        torch.testing.assert_close(mipin.attribute(few[i : i + 1], target[i], evidence=True)[0], found[i])
+        torch.testing.assert_close(
+            mipin.attribute(few[i : i + 1], target[i], evidence=True)[0], found[i]
+        )
 
 
 def test_evidence_is_told_at_the_last_average_alone() -> None:
     torch.manual_seed(0)
     pool = nn.AvgPool2d(2)  # of values of both signs
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)]
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), pool, nn.Conv2d(8, 6, 2), nn.ReLU(), *head).double().eval()
+    model = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), pool, nn.Conv2d(8, 6, 2), nn.ReLU(), *head)
+        .double()
+        .eval()
+    )
     x = torch.rand(60, 3, 8, 8, dtype=torch.float64) - 0.5
     model[-1].bias.data -= model(x).mean(0)  # logits of both signs
     mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, 0, progress=False))
     few = x[model(x)[:, 0] > 0][:4]
     a, found = (mipin.attribute(few, 0, evidence=evidence).flatten(1) for evidence in (False, True))
     assert len(few)
-    torch.testing.assert_close(found / found.norm(dim=1, keepdim=True), a / a.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(
+        found / found.norm(dim=1, keepdim=True), a / a.norm(dim=1, keepdim=True)
+    )
 
 
 def test_evidence_is_in_units_of_what_is_averaged() -> None:
@@ -443,7 +529,9 @@ def test_evidence_of_maps_that_are_averaged_or_summed_up(end: str) -> None:
 
 
 def test_evidence_is_refused_where_there_are_no_places(mlp: Any, cnn: Any) -> None:
-    with pytest.raises(UnsupportedOperationError, match=r"the output is that of .*linear: it has to be an average"):
+    with pytest.raises(
+        UnsupportedOperationError, match=r"the output is that of .*linear: it has to be an average"
+    ):
         mlp.mipin.attribute(mlp.x[:2], 0, evidence=True)
     model, x = pooled(), torch.rand(40, 3, 8, 8, dtype=torch.float64)
     mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, 0, progress=False))
@@ -477,10 +565,15 @@ def test_evidence_is_not_told_by_classes(end: str, dense: bool, pool: str) -> No
             return ENDS[end](self.last(y) if dense else y)
 
     model, x = Ends().eval(), torch.rand(20, 3, 8, 8, dtype=torch.float64)
-    mipin = LayerMIPINAttribution(model, InverseNetwork(model, layer=model.body).fit(x, progress=False))
+    mipin = LayerMIPINAttribution(
+        model, InverseNetwork(model, layer=model.body).fit(x, progress=False)
+    )
     target = None if end in ("mean", "sum") else 0
     assert mipin.attribute(x[:2], target).any()
-    with pytest.raises(UnsupportedOperationError, match=rf"the output is that of .*/{end}\S*: it has to be an average"):
+    with pytest.raises(
+        UnsupportedOperationError,
+        match=rf"the output is that of .*/{end}\S*: it has to be an average",
+    ):
         mipin.attribute(x[:2], target, evidence=True)
 
 
@@ -490,7 +583,11 @@ def test_evidence_of_one_map_is_told_by_places_and_sums_of_pools_are_not() -> No
     line = nn.Sequential(nn.Conv1d(2, 1, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten()).double().eval()
     mipin = MIPINAttribution(line, InverseNetwork(line).fit(x, 0, progress=False))
     assert mipin.attribute(x[:2], 0, evidence=True).any()
-    sums = nn.Sequential(nn.AvgPool1d(4), nn.Flatten(), nn.Linear(6, 4), nn.ReLU(), nn.AvgPool1d(4)).double().eval()
+    sums = (
+        nn.Sequential(nn.AvgPool1d(4), nn.Flatten(), nn.Linear(6, 4), nn.ReLU(), nn.AvgPool1d(4))
+        .double()
+        .eval()
+    )
     mipin = MIPINAttribution(sums, InverseNetwork(sums).fit(x, 0, progress=False))
     with pytest.raises(UnsupportedOperationError, match="it has to be an average over places"):
         mipin.attribute(x[:2], 0, evidence=True)
@@ -501,7 +598,10 @@ def test_heads_that_each_average_for_themselves() -> None:
         def __init__(self, count: int) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.body, self.heads = pooled()[:4], nn.ModuleList(nn.Linear(6, 2).double() for _ in range(count))
+            self.body, self.heads = (
+                pooled()[:4],
+                nn.ModuleList(nn.Linear(6, 2).double() for _ in range(count)),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.body(x)
@@ -510,7 +610,9 @@ def test_heads_that_each_average_for_themselves() -> None:
     x, found = torch.rand(30, 3, 8, 8, dtype=torch.float64), []
     for count in (1, 2):  # of the second head, nothing comes back for classes of the first
         model = Heads(count).eval()
-        inverse = InverseNetwork(model, forks="sum", layer=model.body).fit(x, targets=[0, 1], progress=False)
+        inverse = InverseNetwork(model, forks="sum", layer=model.body).fit(
+            x, targets=[0, 1], progress=False
+        )
         found.append(LayerMIPINAttribution(model, inverse).attribute(x[:4], [0, 1, 1, 0]))
     assert found[0].any()
     torch.testing.assert_close(*found)
@@ -522,7 +624,9 @@ def test_options_are_what_they_say(cnn: Any) -> None:
     a, s = cnn.mipin.attribute(x, target=0), cnn.mipin.source_signal(x, target=0)
     assert torch.equal(cnn.mipin.attribute(x, target=0, multiply_by_inputs=True), a * x)
     gradient = Saliency(cnn.model).attribute(x.clone().requires_grad_(), 0, abs=False)
-    torch.testing.assert_close(cnn.mipin.attribute(x, target=0, multiply_by_gradients=True), a * gradient)
+    torch.testing.assert_close(
+        cnn.mipin.attribute(x, target=0, multiply_by_gradients=True), a * gradient
+    )
     both = cnn.mipin.attribute(x, target=0, multiply_by_inputs=True, multiply_by_gradients=True)
     torch.testing.assert_close(both, a * x * gradient)
     assert torch.equal(cnn.mipin.attribute(x, target=0, mask_input=True), a * (x != 0))
@@ -530,7 +634,9 @@ def test_options_are_what_they_say(cnn: Any) -> None:
     assert torch.equal(cnn.mipin.distractor(x, target=0), x - s)
     assert not torch.equal(cnn.mipin.attribute(x, target=0, local=False), a)
     far = cnn.mipin.attribute(x, target=0, local=False) / cnn.model(x)[:, :1, None, None].detach()
-    assert torch.allclose(far, cnn.mipin.class_attribution(0).expand_as(far), rtol=1e-3, atol=1e-5), "no example in it"
+    assert torch.allclose(
+        far, cnn.mipin.class_attribution(0).expand_as(far), rtol=1e-3, atol=1e-5
+    ), "no example in it"
 
 
 # ------------------------------------------------------------------------------------------------- targets
@@ -538,10 +644,20 @@ def test_options_are_what_they_say(cnn: Any) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    [1, -2, np.int64(1), np.array(1), torch.tensor(1), torch.tensor([1]), torch.tensor([1], dtype=torch.int32)],
+    [
+        1,
+        -2,
+        np.int64(1),
+        np.array(1),
+        torch.tensor(1),
+        torch.tensor([1]),
+        torch.tensor([1], dtype=torch.int32),
+    ],
 )
 def test_one_target_in_every_form(mlp: Any, target: Any) -> None:
-    assert torch.equal(mlp.mipin.attribute(mlp.x[:3], target), mlp.mipin.attribute(mlp.x[:3], [1, 1, 1]))
+    assert torch.equal(
+        mlp.mipin.attribute(mlp.x[:3], target), mlp.mipin.attribute(mlp.x[:3], [1, 1, 1])
+    )
 
 
 @pytest.mark.parametrize(
@@ -556,7 +672,9 @@ def test_one_target_in_every_form(mlp: Any, target: Any) -> None:
     ],
 )
 def test_targets_of_each_example_in_every_form(mlp: Any, targets: Any) -> None:
-    expected = torch.cat([mlp.mipin.attribute(mlp.x[i : i + 1], t) for i, t in enumerate((0, 2, 1))])
+    expected = torch.cat(
+        [mlp.mipin.attribute(mlp.x[i : i + 1], t) for i, t in enumerate((0, 2, 1))]
+    )
     assert torch.allclose(mlp.mipin.attribute(mlp.x[:3], targets), expected, atol=1e-6)
 
 
@@ -583,7 +701,20 @@ def test_no_target_for_models_with_one_output(dims: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", [None, "0", 1.0, True, slice(0, 1), torch.tensor([0.0, 1.0]), [0], [0, 1, 2], (9999,) * 20, (0, 0), [[0], [1]]]
+    "target",
+    [
+        None,
+        "0",
+        1.0,
+        True,
+        slice(0, 1),
+        torch.tensor([0.0, 1.0]),
+        [0],
+        [0, 1, 2],
+        (9999,) * 20,
+        (0, 0),
+        [[0], [1]],
+    ],
 )
 def test_bad_targets_are_assertion_errors(mlp: Any, target: Any) -> None:
     with pytest.raises(AssertionError, match="target") as caught:
@@ -602,7 +733,10 @@ def test_a_class_without_inverse_is_an_error_that_lists_those_with(mlp: Any) -> 
     inverse = InverseNetwork(mlp.model).fit(mlp.x, targets=[2, 0], progress=False)
     mipin = MIPINAttribution(mlp.model, inverse)
     for call in (mipin.attribute, mipin.source_signal, mipin.distractor):
-        with pytest.raises(NotFittedError, match=r"no inverse was fitted for target 1; fitted are \[2, 0\]\. Add it with fit"):
+        with pytest.raises(
+            NotFittedError,
+            match=r"no inverse was fitted for target 1; fitted are \[2, 0\]\. Add it with fit",
+        ):
             call(mlp.x[:2], [0, 1])
     with pytest.raises(NotFittedError, match=r"fitted are \[2, 0\]"):
         mipin.class_attribution(1)
@@ -628,7 +762,9 @@ def test_works_in_every_gradient_mode(cnn: Any, own_cnn: Any, mode: Callable[[],
 def test_fits_in_every_gradient_mode(cnn: Any, mode: Callable[[], Any]) -> None:
     with mode():
         inverse = InverseNetwork(cnn.model).fit(cnn.x + 0, progress=False)  # data made in this mode
-    assert torch.equal(inverse.source_signal(cnn.x[:3], [0, 1, 2]), cnn.inverse.source_signal(cnn.x[:3], [0, 1, 2]))
+    assert torch.equal(
+        inverse.source_signal(cnn.x[:3], [0, 1, 2]), cnn.inverse.source_signal(cnn.x[:3], [0, 1, 2])
+    )
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -647,8 +783,12 @@ def test_further_arguments_may_require_gradients() -> None:
     wants = scale.clone().requires_grad_()  # as what comes out of another network does
     found = mipin.attribute((a, b), 1, (wants[:4], 2.0))
     expected = mipin.attribute((a, b), 1, (scale[:4], 2.0))
-    assert all(torch.equal(f, e) and not f.requires_grad for f, e in zip(found, expected, strict=True))
-    batches = [(tuple(x[i : i + 20] for x in inputs), (wants[i : i + 20], 2.0)) for i in range(0, 60, 20)]
+    assert all(
+        torch.equal(f, e) and not f.requires_grad for f, e in zip(found, expected, strict=True)
+    )
+    batches = [
+        (tuple(x[i : i + 20] for x in inputs), (wants[i : i + 20], 2.0)) for i in range(0, 60, 20)
+    ]
     inverse = InverseNetwork(mipin.model).fit(batches, unpack=lambda batch: batch, progress=False)
     again = MIPINAttribution(mipin.model, inverse).attribute((a, b), 1, (scale[:4], 2.0))
     assert all(torch.equal(f, e) for f, e in zip(again, expected, strict=True))
@@ -664,14 +804,21 @@ def test_several_inputs_and_per_example_arguments() -> None:
     assert all(f.abs().sum() > 0 and f.is_contiguous() for f in found)
     for i in range(6):
         row, one = mipin.attribute(
-            (a[i : i + 1], b[i : i + 1]), targets[i], (scale[i : i + 1], 2.0), return_convergence_delta=True
+            (a[i : i + 1], b[i : i + 1]),
+            targets[i],
+            (scale[i : i + 1], 2.0),
+            return_convergence_delta=True,
         )
         assert all(torch.allclose(r[0], f[i], atol=1e-5) for r, f in zip(row, found, strict=True))
         assert torch.allclose(one[0], delta[i], atol=1e-5)
-    assert not torch.allclose(mipin.attribute((a, b), targets, (scale[:6] + 1, 2.0))[0], found[0]), "the scale counts"
+    assert not torch.allclose(
+        mipin.attribute((a, b), targets, (scale[:6] + 1, 2.0))[0], found[0]
+    ), "the scale counts"
     signal = mipin.source_signal((a, b), targets, (scale[:6], 2.0))
     rest = mipin.distractor((a, b), targets, (scale[:6], 2.0))
-    assert all(torch.allclose(s + r, x, atol=1e-6) for s, r, x in zip(signal, rest, (a, b), strict=True))
+    assert all(
+        torch.allclose(s + r, x, atol=1e-6) for s, r, x in zip(signal, rest, (a, b), strict=True)
+    )
 
 
 @pytest.mark.parametrize("argument", [None, 0.5, (0.5,), "tensor", ("tensor",)])
@@ -714,7 +861,9 @@ def test_convergence_delta_is_the_completeness_error_of_the_source_signal(cnn: A
     assert delta.shape == (4,)
     assert not delta.requires_grad
     assert torch.allclose(delta, expected, atol=1e-6)
-    assert torch.allclose(cnn.mipin.compute_convergence_delta(signal, x, targets), expected, atol=1e-6)
+    assert torch.allclose(
+        cnn.mipin.compute_convergence_delta(signal, x, targets), expected, atol=1e-6
+    )
     assert torch.equal(cnn.mipin.compute_convergence_delta(x, x, targets), torch.zeros(4))
 
 
@@ -733,8 +882,14 @@ def test_convergence_delta_of_outputs_of_more_dimensions() -> None:
 def test_noise_tunnel_without_noise_gives_the_attribution(cnn: Any, partial: int | None) -> None:
     x, targets = cnn.x[:3], [0, 1, 2]
     plain, tunnel = cnn.mipin.attribute(x, targets), NoiseTunnel(cnn.mipin)
-    for kind, expected in (("smoothgrad", plain), ("smoothgrad_sq", plain**2), ("vargrad", torch.zeros_like(plain))):
-        found = tunnel.attribute(x, nt_type=kind, nt_samples=4, nt_samples_batch_size=partial, stdevs=0.0, target=targets)
+    for kind, expected in (
+        ("smoothgrad", plain),
+        ("smoothgrad_sq", plain**2),
+        ("vargrad", torch.zeros_like(plain)),
+    ):
+        found = tunnel.attribute(
+            x, nt_type=kind, nt_samples=4, nt_samples_batch_size=partial, stdevs=0.0, target=targets
+        )
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5), kind
 
 
@@ -748,14 +903,18 @@ def test_noise_tunnel_with_noise(cnn: Any, kind: str) -> None:
     assert torch.isfinite(found).all()
     assert delta.shape == (12,)
     assert not torch.allclose(found, cnn.mipin.attribute(x, targets))
-    assert isinstance(NoiseTunnel(cnn.mipin).attribute((x,), nt_type=kind, nt_samples=2, target=0), tuple)
+    assert isinstance(
+        NoiseTunnel(cnn.mipin).attribute((x,), nt_type=kind, nt_samples=2, target=0), tuple
+    )
 
 
 def test_noise_tunnel_hands_on_several_inputs_and_arguments() -> None:
     mipin, inputs, scale = two_inputs()
     few = tuple(x[:4] for x in inputs)
     arguments = {"target": [0, 1, 2, 0], "additional_forward_args": (scale[:4], 2.0)}
-    found = NoiseTunnel(mipin).attribute(few, nt_samples=3, nt_samples_batch_size=2, stdevs=0.0, **arguments)
+    found = NoiseTunnel(mipin).attribute(
+        few, nt_samples=3, nt_samples_batch_size=2, stdevs=0.0, **arguments
+    )
     expected = mipin.attribute(few, **arguments)
     assert all(torch.allclose(f, e, atol=1e-5) for f, e in zip(found, expected, strict=True))
 
@@ -768,30 +927,48 @@ def test_infidelity(cnn: Any) -> None:
         return noise, inputs - noise
 
     for normalize in (False, True):
-        score = infidelity(cnn.model, perturb, x, cnn.mipin.attribute(x, 1), target=1, n_perturb_samples=5, normalize=normalize)
+        score = infidelity(
+            cnn.model,
+            perturb,
+            x,
+            cnn.mipin.attribute(x, 1),
+            target=1,
+            n_perturb_samples=5,
+            normalize=normalize,
+        )
         assert score.shape == (3,)
         assert torch.isfinite(score).all()
         assert (score >= 0).all()
 
 
 def test_sensitivity_max(cnn: Any) -> None:
-    still = sensitivity_max(cnn.mipin.attribute, cnn.x[:3], perturb_radius=0.0, n_perturb_samples=2, target=[0, 1, 2])
+    still = sensitivity_max(
+        cnn.mipin.attribute, cnn.x[:3], perturb_radius=0.0, n_perturb_samples=2, target=[0, 1, 2]
+    )
     assert torch.allclose(still, torch.zeros(3), atol=1e-5)
     for x in (cnn.x[:3], cnn.x[:3].contiguous(memory_format=torch.channels_last), (cnn.x[:3],)):
-        score = sensitivity_max(cnn.mipin.attribute, x, n_perturb_samples=3, max_examples_per_batch=6, target=[0, 1, 2])
+        score = sensitivity_max(
+            cnn.mipin.attribute, x, n_perturb_samples=3, max_examples_per_batch=6, target=[0, 1, 2]
+        )
         assert score.shape == (3,)
         assert torch.isfinite(score).all()
     mipin, inputs, scale = two_inputs()
     few = tuple(x[:4] for x in inputs)
-    score = sensitivity_max(mipin.attribute, few, target=0, additional_forward_args=(scale[:4], 2.0))
+    score = sensitivity_max(
+        mipin.attribute, few, target=0, additional_forward_args=(scale[:4], 2.0)
+    )
     assert score.shape == (4,)
 
 
-@pytest.mark.parametrize("method", ["heat_map", "blended_heat_map", "masked_image", "alpha_scaling", "original_image"])
+@pytest.mark.parametrize(
+    "method", ["heat_map", "blended_heat_map", "masked_image", "alpha_scaling", "original_image"]
+)
 def test_visualize_image_attr(cnn: Any, method: str) -> None:
     maps = cnn.mipin.attribute(cnn.x[:1], target=0)[0].permute(1, 2, 0).numpy()
     image = cnn.x[0].permute(1, 2, 0).numpy()
-    figure, axes = viz.visualize_image_attr(maps, image, method=method, sign="absolute_value", use_pyplot=False)
+    figure, axes = viz.visualize_image_attr(
+        maps, image, method=method, sign="absolute_value", use_pyplot=False
+    )
     assert figure is not None
     assert axes.images
 
@@ -820,10 +997,14 @@ def test_a_layer_has_the_attribution_of_its_own_output() -> None:
     assert (s[features == 0] == 0).all()
     assert a.abs().sum() > 0
     assert torch.equal(mipin.attribute((x[:4],), [0, 1, 2, 0]), a)
-    assert torch.allclose(mipin.attribute(x[:4], [0, 1, 2, 0], multiply_by_features=True), a * features, atol=1e-6)
+    assert torch.allclose(
+        mipin.attribute(x[:4], [0, 1, 2, 0], multiply_by_features=True), a * features, atol=1e-6
+    )
     assert not torch.equal(mipin.attribute(x[:4], [0, 1, 2, 0], local=False), a)
     assert torch.allclose(mipin.attribute(x[2:3], 2), a[2:3], atol=1e-6)
-    assert torch.allclose(a[1], LayerMIPINAttribution(model, inverse, model[1]).attribute(x[:4], 1)[1], atol=1e-6)
+    assert torch.allclose(
+        a[1], LayerMIPINAttribution(model, inverse, model[1]).attribute(x[:4], 1)[1], atol=1e-6
+    )
 
 
 def test_layer_attributions_can_be_interpolated_and_go_through_noise_tunnel() -> None:
@@ -831,7 +1012,12 @@ def test_layer_attributions_can_be_interpolated_and_go_through_noise_tunnel() ->
     mipin = LayerMIPINAttribution(model, inverse)
     maps = mipin.attribute(x[:2], 0)
     assert LayerAttribution.interpolate(maps, (8, 8)).shape == (2, 4, 8, 8)
-    assert LayerMIPINAttribution.interpolate(maps, (8, 8), interpolate_mode="bilinear").shape == (2, 4, 8, 8)
+    assert LayerMIPINAttribution.interpolate(maps, (8, 8), interpolate_mode="bilinear").shape == (
+        2,
+        4,
+        8,
+        8,
+    )
     found = NoiseTunnel(mipin).attribute(x[:2], nt_samples=3, stdevs=0.0, target=[0, 1])
     assert torch.allclose(found, mipin.attribute(x[:2], [0, 1]), atol=1e-5)
 
@@ -850,21 +1036,38 @@ def test_layers_that_have_no_one_output_are_refused(untouched: Any) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.relu, self.b, self.c = nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 2)
+            self.a, self.relu, self.b, self.c = (
+                nn.Linear(4, 5),
+                nn.ReLU(),
+                nn.Linear(5, 5),
+                nn.Linear(5, 2),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.c(self.relu(self.b(self.relu(self.a(x)))))
 
     model, x, foreign = Twice().eval(), torch.randn(40, 4), nn.Linear(4, 5)
     inverse = InverseNetwork(model).fit(x, progress=False)
-    with pytest.raises(CaptureError, match=r"layer 'relu' \(ReLU\) is called 2 times"), untouched(model, x):
+    with (
+        pytest.raises(CaptureError, match=r"layer 'relu' \(ReLU\) is called 2 times"),
+        untouched(model, x),
+    ):
         LayerMIPINAttribution(model, inverse, model.relu).attribute(x[:2], 0)
-    with pytest.raises(CaptureError, match="Linear is not a module of this Twice"), untouched(model, x):
+    with (
+        pytest.raises(CaptureError, match="Linear is not a module of this Twice"),
+        untouched(model, x),
+    ):
         LayerMIPINAttribution(model, inverse, foreign).attribute(x[:2], 0)
-    with pytest.raises(CaptureError, match="Linear is not a module of this Twice"), untouched(model, x):
+    with (
+        pytest.raises(CaptureError, match="Linear is not a module of this Twice"),
+        untouched(model, x),
+    ):
         InverseNetwork(model, layer=foreign).fit(x, progress=False)
     sequence, stops, images = mixed_layers()
-    with pytest.raises(CaptureError, match=r"layer '2' \(Dropout\).*does nothing at inference\. Name the module before it"):
+    with pytest.raises(
+        CaptureError,
+        match=r"layer '2' \(Dropout\).*does nothing at inference\. Name the module before it",
+    ):
         LayerMIPINAttribution(sequence, stops, sequence[2]).attribute(images[:2], 0)
 
 
@@ -874,7 +1077,10 @@ def test_layers_that_have_no_one_output_are_refused(untouched: Any) -> None:
 def _used(fitted: Any) -> None:
     """Give a model what users' models have: hooks of their own, gradients, frozen weights, attributes."""
     model = fitted.model
-    handles = [model[0].register_forward_hook(lambda *_: None), model[0].register_full_backward_hook(lambda *_: None)]
+    handles = [
+        model[0].register_forward_hook(lambda *_: None),
+        model[0].register_full_backward_hook(lambda *_: None),
+    ]
     model[1].note = "mine"
     model(fitted.x[:2].clone().requires_grad_()).sum().backward()
     model[0].bias.requires_grad_(False)
@@ -886,25 +1092,41 @@ SUCCESSES: dict[str, Callable[[Any, Path], Any]] = {
     "fit": lambda f, path: InverseNetwork(f.model).fit(f.x, targets=[0, 1], progress=False),
     "fit again": lambda f, path: f.inverse.fit(f.x, targets=1, progress=False),
     "fit a loader": lambda f, path: InverseNetwork(f.model).fit(
-        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(f.x, f.x), 16, shuffle=True), 0, progress=False
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(f.x, f.x), 16, shuffle=True),
+        0,
+        progress=False,
     ),
-    "fit a data set": lambda f, path: InverseNetwork(f.model).fit(torch.utils.data.TensorDataset(f.x), 0, progress=False),
-    "fit by descent": lambda f, path: InverseNetwork(f.model, solver="sgd", epochs=2).fit(f.x, 0, progress=False),
-    "fit with a checkpoint": lambda f, path: InverseNetwork(f.model).fit(f.x, 0, progress=False, checkpoint=path),
+    "fit a data set": lambda f, path: InverseNetwork(f.model).fit(
+        torch.utils.data.TensorDataset(f.x), 0, progress=False
+    ),
+    "fit by descent": lambda f, path: InverseNetwork(f.model, solver="sgd", epochs=2).fit(
+        f.x, 0, progress=False
+    ),
+    "fit with a checkpoint": lambda f, path: InverseNetwork(f.model).fit(
+        f.x, 0, progress=False, checkpoint=path
+    ),
     "attribute": lambda f, path: f.mipin.attribute(f.x[:3], [0, 1, 2]),
-    "attribute with delta": lambda f, path: f.mipin.attribute(f.x[:3], 0, return_convergence_delta=True),
-    "attribute with gradients wanted": lambda f, path: f.mipin.attribute(f.x[:3].requires_grad_(), 0),
+    "attribute with delta": lambda f, path: f.mipin.attribute(
+        f.x[:3], 0, return_convergence_delta=True
+    ),
+    "attribute with gradients wanted": lambda f, path: f.mipin.attribute(
+        f.x[:3].requires_grad_(), 0
+    ),
     "source signal": lambda f, path: f.mipin.source_signal(f.x[:3], 0),
     "distractor": lambda f, path: f.mipin.distractor(f.x[:3], 0),
     "class attribution": lambda f, path: f.mipin.class_attribution(0),
-    "layer": lambda f, path: LayerMIPINAttribution(f.model, f.inverse, f.model[2]).attribute(f.x[:3], 0),
+    "layer": lambda f, path: LayerMIPINAttribution(f.model, f.inverse, f.model[2]).attribute(
+        f.x[:3], 0
+    ),
     "save and load": lambda f, path: (f.inverse.save(path), InverseNetwork.load(path, f.model)),
     "copy": lambda f, path: copy.deepcopy(f.inverse),
 }
 
 
 @pytest.mark.parametrize("name", SUCCESSES)
-def test_nothing_is_touched_by_success(own_cnn: Any, untouched: Any, tmp_path: Path, name: str) -> None:
+def test_nothing_is_touched_by_success(
+    own_cnn: Any, untouched: Any, tmp_path: Path, name: str
+) -> None:
     _used(own_cnn)
     own_cnn.x.requires_grad_(name == "source signal")
     with untouched(own_cnn.model, own_cnn.x):
@@ -942,20 +1164,37 @@ def _load_foreign(fitted: Any, path: Path) -> None:
 
 FAILURES: dict[str, tuple[type[Exception], Callable[[Any, Path], Any]]] = {
     "check of a wrong shape": (CaptureError, lambda f, path: check(f.model, f.x[:, :2])),
-    "fit of raising data": (OSError, lambda f, path: InverseNetwork(f.model).fit(Fails(f.x), memory=0, progress=False)),
-    "fit of an unknown class": (TargetRangeError, lambda f, path: InverseNetwork(f.model).fit(f.x, 5, progress=False)),
-    "attribute for a bad target": (TargetError, lambda f, path: f.mipin.attribute(f.x[:3], (9999,) * 20)),
+    "fit of raising data": (
+        OSError,
+        lambda f, path: InverseNetwork(f.model).fit(Fails(f.x), memory=0, progress=False),
+    ),
+    "fit of an unknown class": (
+        TargetRangeError,
+        lambda f, path: InverseNetwork(f.model).fit(f.x, 5, progress=False),
+    ),
+    "attribute for a bad target": (
+        TargetError,
+        lambda f, path: f.mipin.attribute(f.x[:3], (9999,) * 20),
+    ),
     "attribute of a wrong shape": (CaptureError, lambda f, path: f.mipin.attribute(f.x[:3, :2], 0)),
     "attribute of NaN": (InputError, lambda f, path: f.mipin.attribute(f.x[:3] * float("nan"), 0)),
-    "source signal for a bad target": (TargetError, lambda f, path: f.mipin.source_signal(f.x[:3], "0")),
-    "a foreign layer": (CaptureError, lambda f, path: LayerMIPINAttribution(f.model, f.inverse, nn.ReLU()).attribute(f.x, 0)),
+    "source signal for a bad target": (
+        TargetError,
+        lambda f, path: f.mipin.source_signal(f.x[:3], "0"),
+    ),
+    "a foreign layer": (
+        CaptureError,
+        lambda f, path: LayerMIPINAttribution(f.model, f.inverse, nn.ReLU()).attribute(f.x, 0),
+    ),
     "save to nowhere": (OSError, lambda f, path: f.inverse.save(path / "no" / "such")),
     "load of a foreign file": (ValueError, _load_foreign),
 }
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_nothing_is_touched_by_failure(own_cnn: Any, untouched: Any, tmp_path: Path, name: str) -> None:
+def test_nothing_is_touched_by_failure(
+    own_cnn: Any, untouched: Any, tmp_path: Path, name: str
+) -> None:
     _used(own_cnn)
     own_cnn.x.requires_grad_(name == "source signal for a bad target")
     error, call = FAILURES[name]
@@ -1016,7 +1255,9 @@ def test_eight_threads_give_what_one_gives(cnn: Any, own_cnn: Any, untouched: An
     mipin = own_cnn.mipin  # nothing captured yet
     with untouched(own_cnn.model):
         for _ in range(3):
-            results = _in_threads(8, lambda n: mipin.attribute(*chunks[n], return_convergence_delta=True))
+            results = _in_threads(
+                8, lambda n: mipin.attribute(*chunks[n], return_convergence_delta=True)
+            )
             for found, right in zip(results, expected, strict=True):
                 assert isinstance(found, tuple), found
                 assert all(torch.equal(f, r) for f, r in zip(found, right, strict=True))
@@ -1033,7 +1274,11 @@ def test_inverses_of_several_networks_may_be_used_in_threads(cnn: Any, mlp: Any)
 
 def test_a_capture_in_another_thread_changes_no_bit(cnn: Any) -> None:
     """``torch.export`` switches oneDNN off for the whole process while it runs."""
-    expected, stop, other = cnn.mipin.attribute(cnn.x[:3], [0, 1, 2]), threading.Event(), copy.deepcopy(cnn.model)
+    expected, stop, other = (
+        cnn.mipin.attribute(cnn.x[:3], [0, 1, 2]),
+        threading.Event(),
+        copy.deepcopy(cnn.model),
+    )
 
     def captures() -> None:
         while not stop.is_set():
@@ -1042,7 +1287,9 @@ def test_a_capture_in_another_thread_changes_no_bit(cnn: Any) -> None:
     thread = threading.Thread(target=captures)
     thread.start()
     try:
-        assert all(torch.equal(cnn.mipin.attribute(cnn.x[:3], [0, 1, 2]), expected) for _ in range(40))
+        assert all(
+            torch.equal(cnn.mipin.attribute(cnn.x[:3], [0, 1, 2]), expected) for _ in range(40)
+        )
     finally:
         stop.set()
         thread.join()
@@ -1051,7 +1298,9 @@ def test_a_capture_in_another_thread_changes_no_bit(cnn: Any) -> None:
 # ------------------------------------------------------------------------------------------------- warnings
 
 
-def test_no_warnings_on_the_happy_path(own_cnn: Any, tmp_path: Path, recwarn: Any, capfd: Any) -> None:
+def test_no_warnings_on_the_happy_path(
+    own_cnn: Any, tmp_path: Path, recwarn: Any, capfd: Any
+) -> None:
     model, x = own_cnn.model, own_cnn.x
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -1060,7 +1309,9 @@ def test_no_warnings_on_the_happy_path(own_cnn: Any, tmp_path: Path, recwarn: An
         inverse.save(tmp_path / "file")
         mipin = MIPINAttribution(model, InverseNetwork.load(tmp_path / "file", model))
         for wants in (False, True):
-            mipin.attribute(x[:2].clone().requires_grad_(wants), target=[0, 1], return_convergence_delta=True)
+            mipin.attribute(
+                x[:2].clone().requires_grad_(wants), target=[0, 1], return_convergence_delta=True
+            )
         mipin.source_signal(x[:2], target=0)
         mipin.class_attribution(0)
         LayerMIPINAttribution(model, inverse, model[2]).attribute(x[:2], target=0)
@@ -1078,18 +1329,24 @@ TABLE = [entry for entry in config if Saliency in entry["algorithms"]]
 @pytest.mark.parametrize("entry", TABLE, ids=[entry["name"] for entry in TABLE])
 def test_captums_own_table(entry: dict[str, Any], untouched: Any) -> None:
     model, arguments = copy.deepcopy(entry["model"]).eval(), entry["attribute_args"]
-    inputs = arguments["inputs"] if isinstance(arguments["inputs"], tuple) else (arguments["inputs"],)
+    inputs = (
+        arguments["inputs"] if isinstance(arguments["inputs"], tuple) else (arguments["inputs"],)
+    )
     extras = arguments.get("additional_forward_args") or ()
     extras = extras if isinstance(extras, tuple) else (extras,)
     batch, target = len(inputs[0]), arguments["target"]
 
     def rows(index: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        return tuple(x[index] for x in inputs), tuple(e[index] if isinstance(e, Tensor) else e for e in extras)
+        return tuple(x[index] for x in inputs), tuple(
+            e[index] if isinstance(e, Tensor) else e for e in extras
+        )
 
     near, further = rows(torch.arange(64) % batch)
     near = tuple(x + (x.abs().mean() + 0.1) * torch.randn_like(x) for x in near)
     try:
-        inverse = InverseNetwork(model).fit([(near, further)], unpack=lambda batch: batch, progress=False)
+        inverse = InverseNetwork(model).fit(
+            [(near, further)], unpack=lambda batch: batch, progress=False
+        )
     except (UnsupportedOperationError, CaptureError) as error:
         pytest.fail(f"a model of Captum's table is refused: {error}")
     mipin = MIPINAttribution(model, inverse)
@@ -1097,21 +1354,44 @@ def test_captums_own_table(entry: dict[str, Any], untouched: Any) -> None:
         whole = mipin.attribute(inputs, target, extras)
     for i in range(batch):
         one, own = rows(slice(i, i + 1))
-        each = target[i] if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1) else target
+        each = (
+            target[i]
+            if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1)
+            else target
+        )
         single = mipin.attribute(one, each, own)
-        assert all(torch.allclose(w[i : i + 1], s, rtol=1e-4, atol=1e-5) for w, s in zip(whole, single, strict=True))
-    assert all(w.shape == x.shape and torch.isfinite(w).all() for w, x in zip(whole, inputs, strict=True))
+        assert all(
+            torch.allclose(w[i : i + 1], s, rtol=1e-4, atol=1e-5)
+            for w, s in zip(whole, single, strict=True)
+        )
+    assert all(
+        w.shape == x.shape and torch.isfinite(w).all() for w, x in zip(whole, inputs, strict=True)
+    )
     with pytest.raises(AssertionError), untouched(model, *inputs):
         mipin.attribute(inputs, (9999,) * 20, extras)
     if entry.get("noise_tunnel"):
-        options = {key: value for key, value in arguments.items() if key in ("nt_samples", "nt_samples_batch_size", "stdevs")}
-        found = NoiseTunnel(mipin).attribute(inputs, target=target, additional_forward_args=extras or None, **options)
+        options = {
+            key: value
+            for key, value in arguments.items()
+            if key in ("nt_samples", "nt_samples_batch_size", "stdevs")
+        }
+        found = NoiseTunnel(mipin).attribute(
+            inputs, target=target, additional_forward_args=extras or None, **options
+        )
         assert all(torch.isfinite(f).all() for f in found)
 
 
 def test_an_unsupported_operation_is_refused_by_name(untouched: Any) -> None:
-    model, x = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 2)).eval(), torch.randn(8, 4)
-    with pytest.raises(UnsupportedOperationError, match=r"aten\.softmax\.int in 1: no rule covers it"), untouched(model, x):
+    model, x = (
+        nn.Sequential(nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 2)).eval(),
+        torch.randn(8, 4),
+    )
+    with (
+        pytest.raises(
+            UnsupportedOperationError, match=r"aten\.softmax\.int in 1: no rule covers it"
+        ),
+        untouched(model, x),
+    ):
         InverseNetwork(model).fit(x, progress=False)
 
 
@@ -1125,7 +1405,9 @@ def test_cuda_gives_what_the_cpu_gives(own_cnn: Any) -> None:
     own_cnn.model.cuda()
     for inverse in (own_cnn.inverse, own_cnn.inverse.to("cuda")):
         mipin = MIPINAttribution(own_cnn.model, inverse)
-        found, moved = mipin.attribute(x.cuda(), torch.tensor(targets, device="cuda"), return_convergence_delta=True)
+        found, moved = mipin.attribute(
+            x.cuda(), torch.tensor(targets, device="cuda"), return_convergence_delta=True
+        )
         assert found.device.type == moved.device.type == "cuda"
         assert torch.allclose(found.cpu(), expected, rtol=1e-2, atol=1e-3)
         assert torch.allclose(moved.cpu(), delta, rtol=1e-2, atol=1e-3)
@@ -1137,7 +1419,9 @@ def test_cuda_gives_what_the_cpu_gives(own_cnn: Any) -> None:
 def test_cuda_fit_save_and_load(own_cnn: Any, untouched: Any, tmp_path: Path) -> None:
     model = own_cnn.model.cuda()
     with untouched(model):
-        inverse = InverseNetwork(model).fit(own_cnn.x, progress=False)  # data on the CPU is moved batch by batch
+        inverse = InverseNetwork(model).fit(
+            own_cnn.x, progress=False
+        )  # data on the CPU is moved batch by batch
         inverse.save(tmp_path / "file")
     loaded = InverseNetwork.load(tmp_path / "file", model)
     x = own_cnn.x[:3].cuda()

@@ -18,24 +18,26 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import captum_mipin
 from captum_mipin import (
-    CaptureError,
-    FitError,
-    InputError,
-    InverseFileError,
     InverseNetwork,
     LayerMIPINAttribution,
     MIPINAttribution,
     MIPINError,
+    check,
+)
+from captum_mipin.errors import (
+    CaptureError,
+    FitError,
+    InputError,
+    InverseFileError,
     ModelChangedError,
     NotFittedError,
     TargetError,
     TargetRangeError,
     TrainingModeError,
     UnsupportedOperationError,
-    check,
-    storage,
 )
-from captum_mipin.regression import Solution, solve
+from captum_mipin.regression.ridge import Solution, solve
+from captum_mipin.storage import files as storage
 
 
 class Steps(nn.Module):
@@ -66,7 +68,9 @@ class Batches:
     A fit looks at the first batch (pass 0), goes through the data once for the outputs (pass 1) and once for each layer.
     """
 
-    def __init__(self, x: Tensor, odd: Callable[[int, int, Tensor], Any] = lambda number, index, batch: batch) -> None:
+    def __init__(
+        self, x: Tensor, odd: Callable[[int, int, Tensor], Any] = lambda number, index, batch: batch
+    ) -> None:
         self.batches, self.odd, self.passes = x.split(16), odd, 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -93,7 +97,9 @@ def _fit(model: nn.Module, data: Any, **options: Any) -> InverseNetwork:
     return InverseNetwork(model).fit(data, progress=False, **options)
 
 
-def _both(fitted: Any, survives: Any, error: type[BaseException], message: str, data: Any, **options: Any) -> None:
+def _both(
+    fitted: Any, survives: Any, error: type[BaseException], message: str, data: Any, **options: Any
+) -> None:
     """A fresh fit and one that adds to an earlier one fail alike, and neither leaves anything."""
     fresh = InverseNetwork(fitted.model)
     with pytest.raises(error, match=message):
@@ -131,8 +137,16 @@ def test_a_part_that_cannot_be_exported_is_named_with_its_line(mlp: Any) -> None
 
 
 def test_a_model_that_is_a_function(mlp: Any) -> None:
-    for function in (lambda x: x, torch.nn.functional.relu, mlp.model.forward, torch.compile(lambda x: x)):
-        with pytest.raises(CaptureError, match=r"expected a torch\.nn\.Module.*Wrap a function in a small nn\.Module"):
+    for function in (
+        lambda x: x,
+        torch.nn.functional.relu,
+        mlp.model.forward,
+        torch.compile(lambda x: x),
+    ):
+        with pytest.raises(
+            CaptureError,
+            match=r"expected a torch\.nn\.Module.*Wrap a function in a small nn\.Module",
+        ):
             _fit(function, mlp.x)  # type: ignore[arg-type]  # no module, on purpose
 
 
@@ -141,15 +155,28 @@ def test_a_model_that_is_a_function(mlp: Any) -> None:
     [
         (torch.sin, r"aten\.sin\.default in the model itself: no rule covers it"),
         (nn.Softmax(1), r"aten\.softmax\.int in step: no rule covers it"),
-        (lambda h: h * h, r"aten\.mul\.Tensor in the model itself: it multiplies .*two values that both depend on the input"),
-        (lambda h: h.clamp(1, 2), r"clamp between 1 and 2 is no activation: it does not let 0 through"),
+        (
+            lambda h: h * h,
+            r"aten\.mul\.Tensor in the model itself: it multiplies .*two values that both depend on the input",
+        ),
+        (
+            lambda h: h.clamp(1, 2),
+            r"clamp between 1 and 2 is no activation: it does not let 0 through",
+        ),
         (lambda h: h.flip(0), r"aten\.flip\.default in the model itself: it works along the batch"),
-        (lambda h: h - h.mean(0), r"aten\.mean\.dim in the model itself: it does not keep the batch"),
+        (
+            lambda h: h - h.mean(0),
+            r"aten\.mean\.dim in the model itself: it does not keep the batch",
+        ),
     ],
 )
 def test_an_operation_without_a_rule(untouched: Any, mlp: Any, step: Any, name: str) -> None:
     model = Steps(step).eval()
-    way_out = r"(?s)" + name + r".*InverseNetwork\(model, layer=\.\.\.\).*check\(model, inputs\) lists all"
+    way_out = (
+        r"(?s)"
+        + name
+        + r".*InverseNetwork\(model, layer=\.\.\.\).*check\(model, inputs\) lists all"
+    )
     with pytest.raises(UnsupportedOperationError, match=way_out) as caught, untouched(model, mlp.x):
         _fit(model, mlp.x)
     assert isinstance(caught.value, NotImplementedError)
@@ -170,10 +197,22 @@ class Steered(nn.Module):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (lambda x, g: x * g, "multiplies two values .*: what only scales goes into additional_forward_args"),
-        (lambda x, g: x * torch.sigmoid(g), "makes of g nothing but gates, conditions .*go into additional_forward_args"),
-        (lambda x, g: torch.where(g > 0, x, 0.0), "makes of g nothing but gates, conditions .*go into additional_forward_args"),
-        (lambda x, g: x + torch.zeros_like(g), "output does not depend on g, .*go into additional_forward_args"),
+        (
+            lambda x, g: x * g,
+            "multiplies two values .*: what only scales goes into additional_forward_args",
+        ),
+        (
+            lambda x, g: x * torch.sigmoid(g),
+            "makes of g nothing but gates, conditions .*go into additional_forward_args",
+        ),
+        (
+            lambda x, g: torch.where(g > 0, x, 0.0),
+            "makes of g nothing but gates, conditions .*go into additional_forward_args",
+        ),
+        (
+            lambda x, g: x + torch.zeros_like(g),
+            "output does not depend on g, .*go into additional_forward_args",
+        ),
     ],
 )
 def test_an_input_that_only_steers(how: Any, message: str) -> None:
@@ -181,13 +220,18 @@ def test_an_input_that_only_steers(how: Any, message: str) -> None:
     model, x, g = Steered(how).eval(), torch.randn(40, 4), torch.randn(40, 4)
     with pytest.raises(CaptureError, match=f"(?s){message}, which fit takes by unpack="):
         InverseNetwork(model).fit((x, g), progress=False)
-    inverse = InverseNetwork(model).fit([(x, g)], unpack=lambda batch: (batch[0], batch[1]), progress=False)  # the way out
+    inverse = InverseNetwork(model).fit(
+        [(x, g)], unpack=lambda batch: (batch[0], batch[1]), progress=False
+    )  # the way out
     assert MIPINAttribution(model, inverse).attribute(x[:3], 0, g[:3]).any()
 
 
 def test_a_condition_among_the_inputs() -> None:
     model = Steered(lambda x, g: torch.where(g, x, 0.0)).eval()
-    with pytest.raises(InputError, match=r"input 1 has dtype torch\.bool.*such as a mask, goes into additional_forward_args"):
+    with pytest.raises(
+        InputError,
+        match=r"input 1 has dtype torch\.bool.*such as a mask, goes into additional_forward_args",
+    ):
         check(model, (torch.randn(2, 4), torch.ones(2, 4) > 0))
 
 
@@ -197,7 +241,12 @@ def test_what_an_inverse_does_not_lead_to() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.act, self.inner, self.last = nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 3)
+            self.first, self.act, self.inner, self.last = (
+                nn.Linear(4, 5),
+                nn.ReLU(),
+                nn.Linear(5, 5),
+                nn.Linear(5, 3),
+            )
 
         def forward(self, x: Tensor) -> Any:
             h = self.act(self.first(x))
@@ -232,7 +281,9 @@ def test_the_way_out_of_an_operation_without_a_rule_works(mlp: Any) -> None:
         (lambda y: y.mean(0), "does not keep the batch"),
     ],
 )
-def test_a_model_with_another_output_than_one_row_of_logits_an_example(mlp: Any, output: Any, message: str | None) -> None:
+def test_a_model_with_another_output_than_one_row_of_logits_an_example(
+    mlp: Any, output: Any, message: str | None
+) -> None:
     class Odd(Steps):
         def forward(self, x: Tensor) -> Any:
             return output(super().forward(x))
@@ -263,7 +314,9 @@ def test_training_mode(own_mlp: Any, survives: Any, tmp_path: Path, part: str | 
         ):
             with pytest.raises(TrainingModeError, match=message):
                 call()
-        assert [m.training for m in model.modules()].count(True) == count, "the flag is left as it is"
+        assert [m.training for m in model.modules()].count(True) == count, (
+            "the flag is left as it is"
+        )
         model.eval()
 
 
@@ -302,8 +355,12 @@ def _other_module(model: nn.Module) -> None:
     model[0] = nn.Linear(6, 8).eval()
 
 
-@pytest.mark.parametrize("change", [_in_place, _one_step, _data, _replaced_data, _replaced, _loaded, _other_module])
-def test_weights_changed_since_the_fit(own_mlp: Any, survives: Any, change: Callable[[nn.Module], None]) -> None:
+@pytest.mark.parametrize(
+    "change", [_in_place, _one_step, _data, _replaced_data, _replaced, _loaded, _other_module]
+)
+def test_weights_changed_since_the_fit(
+    own_mlp: Any, survives: Any, change: Callable[[nn.Module], None]
+) -> None:
     model, x, mipin = own_mlp.model, own_mlp.x, own_mlp.mipin
     modules, kept = list(model), [(p, p.detach().clone()) for p in model.parameters()]
     layer = LayerMIPINAttribution(model, own_mlp.inverse, model[1])
@@ -316,7 +373,10 @@ def test_weights_changed_since_the_fit(own_mlp: Any, survives: Any, change: Call
             lambda: layer.attribute(x[:2], 0),
             lambda: own_mlp.inverse.fit(x, targets=0, progress=False),
         ):
-            with pytest.raises(ModelChangedError, match=r"weights have changed since the inverse was fitted: fit a new"):
+            with pytest.raises(
+                ModelChangedError,
+                match=r"weights have changed since the inverse was fitted: fit a new",
+            ):
                 call()
         model[0] = modules[0]
         for (parameter, value), (path, name) in zip(
@@ -350,7 +410,10 @@ def test_a_weight_that_lies_otherwise_in_memory_changed_since_the_fit() -> None:
 
 @pytest.mark.parametrize("through_data", [False, True])
 def test_one_weight_of_many_changed_since_the_fit(through_data: bool) -> None:
-    model, x = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 2)).eval(), torch.randn(50, 40)
+    model, x = (
+        nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 2)).eval(),
+        torch.randn(50, 40),
+    )
     mipin = MIPINAttribution(model, _fit(model, x))
     with torch.no_grad():
         weight = model[0].weight.data if through_data else model[0].weight
@@ -372,16 +435,28 @@ def test_a_buffer_of_nan_is_no_change(mlp: Any) -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda x: x[:, :5], CaptureError, r"(?s)for inputs \(3, 5\) torch\.float32 on cpu.*must have the shape"),
+        (
+            lambda x: x[:, :5],
+            CaptureError,
+            r"(?s)for inputs \(3, 5\) torch\.float32 on cpu.*must have the shape",
+        ),
         (lambda x: x.double(), MIPINError, r"(?s)float64"),
         (lambda x: x.half(), MIPINError, r"(?s)float16"),
         (lambda x: x.to("meta"), MIPINError, r"(?s)meta"),
-        (lambda x: x.long(), InputError, r"dtype torch\.int64, expected a floating dtype.*Convert it"),
+        (
+            lambda x: x.long(),
+            InputError,
+            r"dtype torch\.int64, expected a floating dtype.*Convert it",
+        ),
         (lambda x: x > 0, InputError, r"dtype torch\.bool, expected a floating dtype"),
         (lambda x: x + 0j, InputError, r"dtype torch\.complex64, expected a floating dtype"),
         (lambda x: x[:0], InputError, r"input 0 is empty: its shape is \(0, 6\)"),
         (lambda x: x[0, 0], InputError, r"input 0 is empty: its shape is \(\)"),
-        (lambda x: x.to_sparse(), InputError, r"torch\.sparse_coo, expected a dense tensor: call to_dense\(\)"),
+        (
+            lambda x: x.to_sparse(),
+            InputError,
+            r"torch\.sparse_coo, expected a dense tensor: call to_dense\(\)",
+        ),
         (lambda x: (), InputError, "no input tensor was given"),
         (lambda x: (x, x), MIPINError, None),
         (lambda x: (x, 1.0), InputError, "input 1 is a float"),
@@ -391,10 +466,17 @@ def test_a_buffer_of_nan_is_no_change(mlp: Any) -> None:
         (lambda x: x * float("nan"), InputError, "input 0 contains NaN or Inf"),
     ],
 )
-def test_inputs_that_cannot_be_explained(mlp: Any, survives: Any, wrong: Any, error: Any, message: str | None) -> None:
+def test_inputs_that_cannot_be_explained(
+    mlp: Any, survives: Any, wrong: Any, error: Any, message: str | None
+) -> None:
     bad = wrong(mlp.x[:3])
     layer = LayerMIPINAttribution(mlp.model, mlp.inverse, mlp.model[1])
-    for call in (mlp.mipin.attribute, mlp.mipin.source_signal, mlp.mipin.distractor, layer.attribute):
+    for call in (
+        mlp.mipin.attribute,
+        mlp.mipin.source_signal,
+        mlp.mipin.distractor,
+        layer.attribute,
+    ):
         with pytest.raises(error, match=message), survives(mlp):
             call(bad, 0)
 
@@ -402,7 +484,10 @@ def test_inputs_that_cannot_be_explained(mlp: Any, survives: Any, wrong: Any, er
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda x: x.to_sparse(), r"input 0 has layout torch\.sparse_coo, expected a dense tensor: call to_dense\(\)"),
+        (
+            lambda x: x.to_sparse(),
+            r"input 0 has layout torch\.sparse_coo, expected a dense tensor: call to_dense\(\)",
+        ),
         (lambda x: x[:0], r"input 0 is empty: its shape is \(0, 4\)"),
         (lambda x: x + 0j, r"input 0 has dtype torch\.complex64, expected a floating dtype"),
         (lambda x: x.to("meta"), "input 0 is on the meta device"),
@@ -410,7 +495,10 @@ def test_inputs_that_cannot_be_explained(mlp: Any, survives: Any, wrong: Any, er
     ],
 )
 def test_integer_inputs_that_cannot_be_explained(wrong: Any, message: str) -> None:
-    model, x = nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(12, 2)).eval(), torch.randint(9, (30, 4))
+    model, x = (
+        nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(12, 2)).eval(),
+        torch.randint(9, (30, 4)),
+    )
     inverse = InverseNetwork(model, layer=model[0]).fit(x, progress=False)
     with pytest.raises(InputError, match=message):
         LayerMIPINAttribution(model, inverse).attribute(wrong(x[:3]), 0)
@@ -420,7 +508,10 @@ def test_integer_inputs_that_cannot_be_explained(wrong: Any, message: str) -> No
 
 
 def test_wrong_further_arguments(mlp: Any, survives: Any) -> None:
-    with pytest.raises(CaptureError, match=r"(?s)cannot capture Sequential.*positional"), survives(mlp):
+    with (
+        pytest.raises(CaptureError, match=r"(?s)cannot capture Sequential.*positional"),
+        survives(mlp),
+    ):
         mlp.mipin.attribute(mlp.x[:2], 0, (1, 2))
 
 
@@ -458,9 +549,18 @@ def test_a_result_is_finite_or_an_error(mlp: Any, scale: float) -> None:
         (lambda x: None, "cannot fit on a NoneType: expected a tensor"),
         (lambda x: "images", "cannot fit on a str: expected a tensor"),
         (lambda x: {"x": x}, "cannot fit on a dict: expected a tensor"),
-        (lambda x: [{"x": x}], r"a batch is a dict, expected a tensor or a tuple .*unpack=lambda batch"),
-        (lambda x: ["images"], r"a batch is a str, expected a tensor or a tuple .*unpack=lambda batch"),
-        (lambda x: [x.numpy()], r"a batch is a ndarray, expected a tensor or a tuple .*unpack=lambda batch"),
+        (
+            lambda x: [{"x": x}],
+            r"a batch is a dict, expected a tensor or a tuple .*unpack=lambda batch",
+        ),
+        (
+            lambda x: ["images"],
+            r"a batch is a str, expected a tensor or a tuple .*unpack=lambda batch",
+        ),
+        (
+            lambda x: [x.numpy()],
+            r"a batch is a ndarray, expected a tensor or a tuple .*unpack=lambda batch",
+        ),
         (lambda x: x[:0], "input 0 is empty: its shape is .0, 6."),
         (lambda x: [], "yields no batch: nothing to fit on"),
         (lambda x: (), "yields no batch: nothing to fit on"),
@@ -468,16 +568,28 @@ def test_a_result_is_finite_or_an_error(mlp: Any, scale: float) -> None:
         (lambda x: x[0, 0], r"input 0 is empty: its shape is \(\)"),
         (lambda x: [x[0, 0]], r"batch 0: input 0 is empty: its shape is \(\)"),
         (lambda x: x.long(), r"input 0 has dtype torch\.int64, expected a floating dtype"),
-        (lambda x: TensorDataset(x.long()), r"batch 0: input 0 has dtype torch\.int64, expected a floating dtype"),
+        (
+            lambda x: TensorDataset(x.long()),
+            r"batch 0: input 0 has dtype torch\.int64, expected a floating dtype",
+        ),
         (lambda x: [x.to_sparse()], r"batch 0: .*torch\.sparse_coo, expected a dense tensor"),
         (lambda x: x.to_sparse(), r"torch\.sparse_coo, expected a dense tensor"),
         (lambda x: (x, x[:5]), r"input 1 has 5 examples, input 0 has 96"),
         (lambda x: x[:1], "the data has 1 example, expected at least two"),
         (lambda x: [x[:1]], "the data has 1 example, expected at least two"),
-        (lambda x: [x[:16], x[16:32, :5]], r"batch 1 has inputs of shape and dtype \[\(\(5,\).*the first batch had \[\(\(6,\)"),
-        (lambda x: [x[:16], x[16:32].double()], r"batch 1 has .*float64.*the first batch had .*float32"),
+        (
+            lambda x: [x[:16], x[16:32, :5]],
+            r"batch 1 has inputs of shape and dtype \[\(\(5,\).*the first batch had \[\(\(6,\)",
+        ),
+        (
+            lambda x: [x[:16], x[16:32].double()],
+            r"batch 1 has .*float64.*the first batch had .*float32",
+        ),
         (lambda x: [x[:16], (x[:16], x[:16])[0] / 0], "batch 1: input 0 contains NaN or Inf"),
-        (lambda x: [x[:16], x[16:32], x[32:48] * float("nan")], "batch 2: input 0 contains NaN or Inf"),
+        (
+            lambda x: [x[:16], x[16:32], x[32:48] * float("nan")],
+            "batch 2: input 0 contains NaN or Inf",
+        ),
         (lambda x: [x[:16], "images"], "a batch is a str"),
         (lambda x: [x[:16], x[:0]], r"batch 1: input 0 is empty"),
     ],
@@ -502,7 +614,10 @@ def test_data_that_the_model_does_not_take(mlp: Any, data: Any, message: str) ->
 
 
 def test_data_of_another_shape_than_that_of_earlier_fits(own_cnn: Any, survives: Any) -> None:
-    with pytest.raises(InputError, match="another shape, dtype or further arguments"), survives(own_cnn):
+    with (
+        pytest.raises(InputError, match="another shape, dtype or further arguments"),
+        survives(own_cnn),
+    ):
         own_cnn.inverse.fit(torch.rand(20, 3, 9, 9), targets=0, progress=False)
 
 
@@ -512,7 +627,13 @@ def test_a_used_up_generator(mlp: Any, survives: Any) -> None:
         list(generator)
         return generator
 
-    _both(mlp, survives, FitError, r"yields no batch: nothing to fit on \(an iterator that is used up\?\)", used)
+    _both(
+        mlp,
+        survives,
+        FitError,
+        r"yields no batch: nothing to fit on \(an iterator that is used up\?\)",
+        used,
+    )
 
 
 def test_every_kind_of_data_gives_the_same_inverse(mlp: Any) -> None:
@@ -560,28 +681,46 @@ def test_every_kind_of_data_gives_the_same_inverse(mlp: Any) -> None:
         (_at(3, 5, _interrupt), KeyboardInterrupt, "^$"),
         (_at(1, 2, lambda x: x * float("nan")), FitError, "batch 2: input 0 contains NaN or Inf"),
         (_at(3, 2, lambda x: x * float("inf")), FitError, "batch 2: input 0 contains NaN or Inf"),
-        (_at(2, 5, lambda x: x[:3]), FitError, "had 96 examples in the first pass and 83 in a later one"),
+        (
+            _at(2, 5, lambda x: x[:3]),
+            FitError,
+            "had 96 examples in the first pass and 83 in a later one",
+        ),
         (_at(2, 5, lambda x: {"x": x}), FitError, "a batch is a dict"),
     ],
 )
-def test_data_that_fails_midway(mlp: Any, survives: Any, odd: Any, error: Any, message: str) -> None:
+def test_data_that_fails_midway(
+    mlp: Any, survives: Any, odd: Any, error: Any, message: str
+) -> None:
     _both(mlp, survives, error, message, lambda: Batches(mlp.x, odd), memory=mlp.x.nbytes)
 
 
-def test_a_loader_whose_number_of_examples_never_repeats_is_refused(mlp: Any, survives: Any) -> None:
+def test_a_loader_whose_number_of_examples_never_repeats_is_refused(
+    mlp: Any, survives: Any
+) -> None:
     class Once(Batches):
         def __iter__(self) -> Iterator[Any]:
             self.batches = self.batches[:-1]
             return super().__iter__()
 
     _both(
-        mlp, survives, FitError, r"examples in the first pass and \d+ in a later one", lambda: Once(mlp.x), memory=mlp.x.nbytes
+        mlp,
+        survives,
+        FitError,
+        r"examples in the first pass and \d+ in a later one",
+        lambda: Once(mlp.x),
+        memory=mlp.x.nbytes,
     )
 
 
 @pytest.mark.parametrize(
     "others",
-    [lambda x: (x, 3.0), lambda x: (x, None), lambda x: (x, torch.ones(6)), lambda x: (x, (2.0, 2.0))],
+    [
+        lambda x: (x, 3.0),
+        lambda x: (x, None),
+        lambda x: (x, torch.ones(6)),
+        lambda x: (x, (2.0, 2.0)),
+    ],
 )
 def test_further_arguments_that_change_between_batches(mlp: Any, others: Any) -> None:
     model = Scaled().eval()
@@ -614,7 +753,9 @@ def test_nan_and_inf_in_the_features_name_their_batch_and_module(mlp: Any) -> No
     assert torch.isfinite(model(low)).all()
     assert torch.isinf(model.first(low)).any()
     inverse = InverseNetwork(model)
-    with pytest.raises(FitError, match=r"batch 1: NaN or Inf in the features or the signal of first/"):
+    with pytest.raises(
+        FitError, match=r"batch 1: NaN or Inf in the features or the signal of first/"
+    ):
         inverse.fit([mlp.x[:40], low], progress=False)
     assert inverse.targets == []
 
@@ -630,13 +771,18 @@ def test_a_class_with_a_constant_logit(mlp: Any, survives: Any) -> None:
         inverse.fit(x, progress=False)
     assert inverse.targets == []
     assert inverse.fit(x, targets=[0, 2], progress=False).targets == [0, 2]
-    with pytest.raises(FitError, match=r"output for target 0 is .* for each of the 10 examples"), survives(mlp):
+    with (
+        pytest.raises(FitError, match=r"output for target 0 is .* for each of the 10 examples"),
+        survives(mlp),
+    ):
         mlp.inverse.fit(x[:1].expand(10, 6), targets=0, progress=False)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-3])
 def test_features_that_never_vary(ridge: float) -> None:
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)
+    ).eval()
     with torch.no_grad():
         model[0].bias[1] = -100  # never active
         model[3].bias[2:4] = -100
@@ -648,10 +794,16 @@ def test_features_that_never_vary(ridge: float) -> None:
     assert dead["3/linear"] >= 2
     assert dead["0/conv2d"] >= 1
     assert all(np.isfinite(fit.explained_variance) for fit in inverse.report.layers)
-    for call, local in ((mipin.attribute, True), (mipin.attribute, False), (mipin.source_signal, True)):
+    for call, local in (
+        (mipin.attribute, True),
+        (mipin.attribute, False),
+        (mipin.source_signal, True),
+    ):
         assert torch.isfinite(call(x[:4], [0, 1, 2, 0], local=local)).all()
     assert (mipin.attribute(x[:4], 0)[:, 1] == 0).all(), "zero coefficients"
-    assert torch.allclose(mipin.source_signal(x[:4], 0)[:, 1], torch.tensor(0.3), atol=1e-5), "the constant is its bias"
+    assert torch.allclose(mipin.source_signal(x[:4], 0)[:, 1], torch.tensor(0.3), atol=1e-5), (
+        "the constant is its bias"
+    )
     hidden = LayerMIPINAttribution(model, inverse, model[3]).source_signal(x[:4], 0)
     assert torch.isfinite(hidden).all()
 
@@ -673,7 +825,9 @@ def test_features_that_never_vary(ridge: float) -> None:
         ([True], TargetError, "of type bool is not valid"),
     ],
 )
-def test_unknown_classes_to_fit(mlp: Any, survives: Any, targets: Any, error: Any, message: str) -> None:
+def test_unknown_classes_to_fit(
+    mlp: Any, survives: Any, targets: Any, error: Any, message: str
+) -> None:
     _both(mlp, survives, error, message, lambda: mlp.x, targets=targets)
 
 
@@ -727,18 +881,24 @@ def test_a_saved_inverse_gives_the_same_bits(mlp: Any, cnn: Any, tmp_path: Path)
         assert loaded.report == fitted.inverse.report
         assert loaded.settings == fitted.inverse.settings
         x = fitted.x[:4]
-        assert torch.equal(loaded.source_signal(x, [0, 1, 2, 0]), fitted.inverse.source_signal(x, [0, 1, 2, 0]))
+        assert torch.equal(
+            loaded.source_signal(x, [0, 1, 2, 0]), fitted.inverse.source_signal(x, [0, 1, 2, 0])
+        )
         assert torch.equal(loaded.class_attribution(1), fitted.inverse.class_attribution(1))
         loaded.fit(fitted.x, targets=1, progress=False)
 
 
 def test_a_saved_inverse_keeps_its_layer_and_settings(mlp: Any, tmp_path: Path) -> None:
-    inverse = InverseNetwork(mlp.model, layer=mlp.model[1], ridge=0.5, ridge_scale="mean", pooling="even")
+    inverse = InverseNetwork(
+        mlp.model, layer=mlp.model[1], ridge=0.5, ridge_scale="mean", pooling="even"
+    )
     inverse.fit(mlp.x, targets=2, progress=False).save(tmp_path / "file")
     loaded = InverseNetwork.load(tmp_path / "file", mlp.model)
     assert loaded.layer is mlp.model[1]
     assert loaded.settings == inverse.settings
-    found, expected = (LayerMIPINAttribution(mlp.model, i).attribute(mlp.x[:3], 2) for i in (loaded, inverse))
+    found, expected = (
+        LayerMIPINAttribution(mlp.model, i).attribute(mlp.x[:3], 2) for i in (loaded, inverse)
+    )
     assert torch.equal(found, expected)
 
 
@@ -753,8 +913,14 @@ def test_a_truncated_file(mlp: Any, saved: Path, share: float) -> None:
 def test_a_bit_flipped_file(mlp: Any, saved: Path) -> None:
     whole = saved.read_bytes()
     for position in range(0, len(whole), 23):
-        saved.write_bytes(whole[:position] + bytes([whole[position] ^ (1 << position % 8)]) + whole[position + 1 :])
-        with pytest.raises(InverseFileError, match=r"whole safetensors file|has format|damaged or was changed"):
+        saved.write_bytes(
+            whole[:position]
+            + bytes([whole[position] ^ (1 << position % 8)])
+            + whole[position + 1 :]
+        )
+        with pytest.raises(
+            InverseFileError, match=r"whole safetensors file|has format|damaged or was changed"
+        ):
             InverseNetwork.load(saved, mlp.model)
 
 
@@ -762,7 +928,11 @@ def test_a_foreign_file(mlp: Any, tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "foreign")
     torch.save(mlp.model.state_dict(), tmp_path / "pickle")
     (tmp_path / "text").write_text("hello")
-    for name, message in (("foreign", "has format None, expected"), ("pickle", "not a whole"), ("text", "not a whole")):
+    for name, message in (
+        ("foreign", "has format None, expected"),
+        ("pickle", "not a whole"),
+        ("text", "not a whole"),
+    ):
         with pytest.raises(InverseFileError, match=message):
             InverseNetwork.load(tmp_path / name, mlp.model)
     with pytest.raises(FileNotFoundError, match="nothing"):
@@ -774,7 +944,13 @@ def test_tampered_metadata(mlp: Any, saved: Path, keep_digest: bool) -> None:
     with safe_open(saved, framework="pt") as file:
         metadata = dict(file.metadata())
     tensors = load_file(saved)
-    for content in (metadata["content"].replace('"ridge": 0.001', '"ridge": 0.01'), "{}", "[]", '{"targets": 5}', "not JSON"):
+    for content in (
+        metadata["content"].replace('"ridge": 0.001', '"ridge": 0.01'),
+        "{}",
+        "[]",
+        '{"targets": 5}',
+        "not JSON",
+    ):
         digest = metadata["digest"] if keep_digest else storage._digest(tensors, content)
         save_file(tensors, saved, {**metadata, "content": content, "digest": digest})
         if not keep_digest and content.startswith('{"dims'):
@@ -788,14 +964,19 @@ def test_the_file_of_another_model(mlp: Any, cnn: Any, make_mlp: Any, saved: Pat
     _in_place(other)
     for model in (cnn.model, other, nn.ReLU().eval(), nn.Sequential(mlp.model[0]).eval()):
         with pytest.raises(
-            ModelChangedError, match=rf"fitted to another model, or to other weights, than this {type(model).__name__}"
+            ModelChangedError,
+            match=rf"fitted to another model, or to other weights, than this {type(model).__name__}",
         ):
             InverseNetwork.load(saved, model)
     InverseNetwork.load(saved, make_mlp())
 
 
-@pytest.mark.parametrize("between", [nn.Identity(), nn.Sigmoid(), nn.Sequential(nn.ReLU(), nn.Threshold(1.0, 0.0))])
-def test_the_file_of_another_model_with_the_same_weights(mlp: Any, saved: Path, between: nn.Module) -> None:
+@pytest.mark.parametrize(
+    "between", [nn.Identity(), nn.Sigmoid(), nn.Sequential(nn.ReLU(), nn.Threshold(1.0, 0.0))]
+)
+def test_the_file_of_another_model_with_the_same_weights(
+    mlp: Any, saved: Path, between: nn.Module
+) -> None:
     other = nn.Sequential(mlp.model[0], between.eval(), mlp.model[2]).eval()
     with pytest.raises(MIPINError):
         InverseNetwork.load(saved, other).source_signal(mlp.x[:2], 0)
@@ -823,11 +1004,18 @@ def _half(tensors: Any, path: Any, metadata: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "what"), [("storage.save_file", _full), ("storage.save_file", _half), ("storage.os.fsync", _full)]
+    ("where", "what"),
+    [("storage.save_file", _full), ("storage.save_file", _half), ("storage.os.fsync", _full)],
 )
 @pytest.mark.parametrize("old", [False, True])
 def test_a_full_disk(
-    mlp: Any, survives: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: Any, old: bool
+    mlp: Any,
+    survives: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    what: Any,
+    old: bool,
 ) -> None:
     path = tmp_path / "file"
     if old:
@@ -836,7 +1024,9 @@ def test_a_full_disk(
     monkeypatch.setattr(f"captum_mipin.{where}", what)
     with pytest.raises(OSError, match="No space left on device"), survives(mlp):
         mlp.inverse.save(path)
-    assert [p.name for p in tmp_path.iterdir()] == (["file"] if old else []), "no temporary file is left"
+    assert [p.name for p in tmp_path.iterdir()] == (["file"] if old else []), (
+        "no temporary file is left"
+    )
     if old:
         assert path.read_bytes() == before
         InverseNetwork.load(path, mlp.model)
@@ -845,7 +1035,7 @@ def test_a_full_disk(
 KILLED = """
 import os, random, resource, signal, sys, time
 import torch
-from captum_mipin import storage
+from captum_mipin.storage import files as storage
 
 path, random_ = sys.argv[1], random.Random(0)
 kinds = [{"a": torch.full((200_000,), float(n)), "b": torch.full((100_000,), float(n))} for n in range(2)]
@@ -891,7 +1081,9 @@ assert storage.load(path)[1] == {"kind": 1}
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to kill a process in the middle of saving")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="needs fork, to kill a process in the middle of saving"
+)
 def test_a_process_killed_while_saving_leaves_the_old_file_whole(tmp_path: Path) -> None:
     root = str(Path(captum_mipin.__file__).parents[1])
     done = subprocess.run(
@@ -913,7 +1105,9 @@ def _settings(x: Tensor) -> dict[str, Any]:
     return {"memory": x.nbytes, "progress": False}
 
 
-def _interrupted(model: nn.Module, x: Tensor, path: Path, at: tuple[int, int] = (3, 2)) -> InverseNetwork:
+def _interrupted(
+    model: nn.Module, x: Tensor, path: Path, at: tuple[int, int] = (3, 2)
+) -> InverseNetwork:
     """A fit with a checkpoint, stopped at one batch of one pass: by default in the second of two layers."""
     inverse = InverseNetwork(model)
     with pytest.raises(KeyboardInterrupt):
@@ -923,7 +1117,9 @@ def _interrupted(model: nn.Module, x: Tensor, path: Path, at: tuple[int, int] = 
 
 
 @pytest.mark.parametrize("anew", [False, True])
-def test_an_interrupted_fit_goes_on_from_its_checkpoint(cnn: Any, tmp_path: Path, anew: bool) -> None:
+def test_an_interrupted_fit_goes_on_from_its_checkpoint(
+    cnn: Any, tmp_path: Path, anew: bool
+) -> None:
     path = tmp_path / "checkpoint"
     complete, all_data = InverseNetwork(cnn.model), Batches(cnn.x)
     complete.fit(all_data, [0, 2], **_settings(cnn.x))
@@ -937,10 +1133,14 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(cnn: Any, tmp_path: Path
     assert not path.exists()
     assert inverse.report == complete.report
     for target in (0, 2):
-        assert torch.equal(inverse.source_signal(cnn.x[:4], target), complete.source_signal(cnn.x[:4], target))
+        assert torch.equal(
+            inverse.source_signal(cnn.x[:4], target), complete.source_signal(cnn.x[:4], target)
+        )
 
 
-def test_a_fit_that_keeps_its_data_goes_on_from_its_checkpoint(cnn: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_fit_that_keeps_its_data_goes_on_from_its_checkpoint(
+    cnn: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     path, calls = tmp_path / "checkpoint", []
 
     def interrupted(*arguments: Any) -> Solution:
@@ -951,7 +1151,7 @@ def test_a_fit_that_keeps_its_data_goes_on_from_its_checkpoint(cnn: Any, tmp_pat
 
     batches = list(cnn.x.split(16))
     complete = InverseNetwork(cnn.model).fit(batches, [0, 2], progress=False)
-    monkeypatch.setattr("captum_mipin.fitting.solve", interrupted)
+    monkeypatch.setattr("captum_mipin.inverse.fit.solve", interrupted)
     with pytest.raises(KeyboardInterrupt):
         InverseNetwork(cnn.model).fit(batches, [0, 2], progress=False, checkpoint=path)
     monkeypatch.undo()
@@ -959,7 +1159,9 @@ def test_a_fit_that_keeps_its_data_goes_on_from_its_checkpoint(cnn: Any, tmp_pat
     resumed = InverseNetwork(cnn.model).fit(batches, [0, 2], progress=False, checkpoint=path)
     assert resumed.report == complete.report
     for target in (0, 2):
-        assert torch.equal(resumed.source_signal(cnn.x[:4], target), complete.source_signal(cnn.x[:4], target))
+        assert torch.equal(
+            resumed.source_signal(cnn.x[:4], target), complete.source_signal(cnn.x[:4], target)
+        )
 
 
 def test_a_fit_interrupted_before_anything_was_solved_begins_anew(mlp: Any, tmp_path: Path) -> None:
@@ -981,13 +1183,21 @@ def test_the_checkpoint_of_a_fit_that_adds_classes(mlp: Any, tmp_path: Path) -> 
         inverse.fit(stopping, [0, 2], checkpoint=path, **_settings(mlp.x))
     assert inverse.targets == [1]
     assert torch.equal(inverse.source_signal(mlp.x[:4], 1), before)
-    assert inverse.fit(Batches(mlp.x), [0, 2], checkpoint=path, **_settings(mlp.x)).targets == [1, 0, 2]
+    assert inverse.fit(Batches(mlp.x), [0, 2], checkpoint=path, **_settings(mlp.x)).targets == [
+        1,
+        0,
+        2,
+    ]
     complete = InverseNetwork(mlp.model).fit(Batches(mlp.x), **_settings(mlp.x))
     for target in (0, 1, 2):
-        assert torch.equal(inverse.source_signal(mlp.x[:4], target), complete.source_signal(mlp.x[:4], target))
+        assert torch.equal(
+            inverse.source_signal(mlp.x[:4], target), complete.source_signal(mlp.x[:4], target)
+        )
 
 
-def test_the_checkpoint_of_another_fit_is_refused_and_kept(mlp: Any, make_mlp: Any, tmp_path: Path) -> None:
+def test_the_checkpoint_of_another_fit_is_refused_and_kept(
+    mlp: Any, make_mlp: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "checkpoint"
     _interrupted(mlp.model, mlp.x, path)
     kept = path.read_bytes()
@@ -1005,10 +1215,15 @@ def test_the_checkpoint_of_another_fit_is_refused_and_kept(mlp: Any, make_mlp: A
         assert path.read_bytes() == kept
 
 
-def test_a_checkpoint_is_no_inverse_and_an_inverse_no_checkpoint(mlp: Any, saved: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_no_inverse_and_an_inverse_no_checkpoint(
+    mlp: Any, saved: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "checkpoint"
     _interrupted(mlp.model, mlp.x, path)
-    with pytest.raises(InverseFileError, match=r"checkpoint of an unfinished fit; continue it with fit\(checkpoint="):
+    with pytest.raises(
+        InverseFileError,
+        match=r"checkpoint of an unfinished fit; continue it with fit\(checkpoint=",
+    ):
         InverseNetwork.load(path, mlp.model)
     whole = saved.read_bytes()
     with pytest.raises(InverseFileError, match="is of another fit: its classes, data differ"):

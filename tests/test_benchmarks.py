@@ -28,7 +28,10 @@ def test_apc_by_hand(completeness):
     taken for a (90 % too much there), 30 % lost on one that is not.
     """
     x = torch.tensor([[2.0, 0.0], [1.0, 0.0], [10.0, 5.0], [0.0, 10.0]])
-    found = {0: torch.tensor([[1.0, 0.0], [2.0, 0.0], [19.0, 0.0]]), 1: torch.tensor([[0.0, 4.5], [0.0, 7.0]])}
+    found = {
+        0: torch.tensor([[1.0, 0.0], [2.0, 0.0], [19.0, 0.0]]),
+        1: torch.tensor([[0.0, 4.5], [0.0, 7.0]]),
+    }
     data = images(completeness, x, torch.tensor([0, 0, 1, 1]))
     result = completeness.apc(nn.Identity(), data, lambda part, label: found[label])
     assert result == pytest.approx(
@@ -60,7 +63,10 @@ def test_controls_do_what_they_say(completeness):
     found = inverse.explain((part,), 1, biases=(False, True))
     (a,), (s,) = found.signals
     torch.testing.assert_close(
-        signals["mask only"](part, 1), s + a * (mean / found.output - 1).unsqueeze(1), rtol=1e-4, atol=1e-4
+        signals["mask only"](part, 1),
+        s + a * (mean / found.output - 1).unsqueeze(1),
+        rtol=1e-4,
+        atol=1e-4,
     )
     assert not torch.allclose(signals["shuffled output"](part, 1), s)
 
@@ -85,7 +91,9 @@ def test_box_accuracy_by_hand(bottleneck):
     assert order.tolist() == [[0, 1, 2, 5, 4, 3]]
     assert bottleneck.box_accuracy(order, boxes).tolist() == pytest.approx([2 / 3])
     flat = bottleneck.ranked(torch.zeros(500, 3, 2), torch.Generator().manual_seed(0))
-    assert float(bottleneck.box_accuracy(flat, boxes.expand(500, -1, -1)).mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(bottleneck.box_accuracy(flat, boxes.expand(500, -1, -1)).mean()) == pytest.approx(
+        0.5, abs=0.03
+    )
 
 
 def test_deletion_and_insertion_by_hand(bottleneck):
@@ -97,7 +105,12 @@ def test_deletion_and_insertion_by_hand(bottleneck):
             return torch.stack([share, 1 - share], 1).clamp(min=1e-9).log()
 
     found = bottleneck.curves(
-        Amount().eval(), torch.ones(2, 1, 12, 12), torch.rand(2, 12, 12), torch.tensor([0, 1]), 0, bottleneck.blurred
+        Amount().eval(),
+        torch.ones(2, 1, 12, 12),
+        torch.rand(2, 12, 12),
+        torch.tensor([0, 1]),
+        0,
+        bottleneck.blurred,
     )
     torch.testing.assert_close(found[0], torch.tensor([0.5, 0.5]).double())
     torch.testing.assert_close(found[1], torch.tensor([1.0, 0.0]).double(), rtol=1e-5, atol=1e-5)
@@ -110,10 +123,19 @@ def test_curves_are_those_of_eighths_replaced_in_the_order_of_the_ranks(bottlene
     words = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(64, 3)).eval()
     target = torch.tensor([0, 1, 2, 1])
     for model, x, maps, baseline in (
-        (images, torch.rand(4, 1, 12, 12), torch.rand(4, 12, 12).mul(3).round(), bottleneck.blurred),
+        (
+            images,
+            torch.rand(4, 1, 12, 12),
+            torch.rand(4, 12, 12).mul(3).round(),
+            bottleneck.blurred,
+        ),
         (words, torch.randint(9, (4, 16)), torch.rand(4, 16).mul(5).round(), bottleneck.UNKNOWN),
     ):
-        rank = bottleneck.ranked(maps.unsqueeze(1), torch.Generator().manual_seed(2)).argsort(1).view_as(maps)
+        rank = (
+            bottleneck.ranked(maps.unsqueeze(1), torch.Generator().manual_seed(2))
+            .argsort(1)
+            .view_as(maps)
+        )
         first = baseline(x) if callable(baseline) else torch.full_like(x, baseline)
         found = bottleneck.curves(model, x, maps, target, 2, baseline)
         for areas, start, finish in zip(found, (x, first), (torch.zeros_like(x), x), strict=True):
@@ -121,14 +143,26 @@ def test_curves_are_those_of_eighths_replaced_in_the_order_of_the_ranks(bottlene
             for step in range(9):
                 gone = (rank < step * maps[0].numel() // 8).view_as(x)
                 with torch.no_grad():
-                    points.append(model(torch.where(gone, finish, start)).softmax(1)[torch.arange(4), target])
-            torch.testing.assert_close(areas, torch.trapezoid(torch.stack(points), dx=1 / 8, dim=0).double(), rtol=0, atol=1e-6)
+                    points.append(
+                        model(torch.where(gone, finish, start)).softmax(1)[torch.arange(4), target]
+                    )
+            torch.testing.assert_close(
+                areas,
+                torch.trapezoid(torch.stack(points), dx=1 / 8, dim=0).double(),
+                rtol=0,
+                atol=1e-6,
+            )
 
 
 def test_rank_correlation_is_spearmans(bottleneck):
-    stats = pytest.importorskip("scipy.stats", reason="independent rank correlations to compare with")
+    stats = pytest.importorskip(
+        "scipy.stats", reason="independent rank correlations to compare with"
+    )
     a, b = torch.rand(3, 5, 4), torch.rand(3, 5, 4)
-    expected = sum(stats.spearmanr(p.flatten(), q.flatten()).statistic for p, q in zip(a, b, strict=True)) / 3
+    expected = (
+        sum(stats.spearmanr(p.flatten(), q.flatten()).statistic for p, q in zip(a, b, strict=True))
+        / 3
+    )
     assert bottleneck.rank(a, b) == pytest.approx(expected)
 
 
@@ -156,7 +190,9 @@ def photographs(boxes, count):
     masks[:, 0, 0] = True
     index = torch.arange(count)
     x = torch.zeros(count, 3, 2, 2)
-    return boxes.Photographs(x, x, torch.zeros(count, dtype=torch.long), masks, index[: count // 2], index[count // 2 :])
+    return boxes.Photographs(
+        x, x, torch.zeros(count, dtype=torch.long), masks, index[: count // 2], index[count // 2 :]
+    )
 
 
 def test_chosen_on_one_half_reported_on_the_other(boxes):
@@ -168,14 +204,22 @@ def test_chosen_on_one_half_reported_on_the_other(boxes):
         boxes.Try.of(("m", "layer", reading), "sum", maps, about, torch.arange(8))
         for reading, maps in (("one", first), ("two", first.flip(0)))
     ]
-    pixels = [boxes.Try.of(("m", "pixels", ""), "sum", maps[4:], about, about.report) for maps in (first, first.flip(0))]
+    pixels = [
+        boxes.Try.of(("m", "pixels", ""), "sum", maps[4:], about, about.report)
+        for maps in (first, first.flip(0))
+    ]
     layer, pixel = boxes.best([*tries, *pixels], about)
     assert layer is tries[0]
     assert pixel is pixels[1]
     assert "accuracy" not in layer.row(about, layer, chosen=True)
     told, other = (one.scored(about, about.report) for one in tries)
     row = told.row(about, other, chosen=True)
-    assert (row["choosing half"], row["accuracy"], row["n"], row["MIP-IN less this"]) == (1, 0, 4, 1)
+    assert (row["choosing half"], row["accuracy"], row["n"], row["MIP-IN less this"]) == (
+        1,
+        0,
+        4,
+        1,
+    )
 
 
 def test_patterns_are_fitted_on_images_of_all_classes(boxes):
@@ -186,7 +230,9 @@ def test_patterns_are_fitted_on_images_of_all_classes(boxes):
 
 def test_switches_send_signals_to_the_maximum(boxes):
     x = torch.tensor([[[[1.0, 4.0], [2.0, 3.0]]]])
-    found = boxes.switched(nn.MaxPool2d(2), x, {"A": torch.full((1, 1, 1, 1), 5.0), "S": torch.full((1, 1, 1, 1), 7.0)})
+    found = boxes.switched(
+        nn.MaxPool2d(2), x, {"A": torch.full((1, 1, 1, 1), 5.0), "S": torch.full((1, 1, 1, 1), 7.0)}
+    )
     assert found["A"].flatten().tolist() == [0, 5, 0, 0]
     assert found["S × feature"].flatten().tolist() == [0, 28, 0, 0]
 

@@ -15,23 +15,19 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.models.squeezenet import Fire
 
-from captum_mipin import (
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, MIPINError, check
+from captum_mipin.errors import (
     CaptureError,
     FitError,
     InputError,
     InverseFileError,
-    InverseNetwork,
-    LayerMIPINAttribution,
-    MIPINAttribution,
-    MIPINError,
     ModelChangedError,
     NotFittedError,
     TrainingModeError,
-    check,
 )
-from captum_mipin.capture import Signature, unwrapped
+from captum_mipin.graph.capture import Signature, unwrapped
+from captum_mipin.propagation.fingerprint import structure
 from captum_mipin.rules import table
-from captum_mipin.structure import structure
 
 
 def ids(*shape, seed=0, words=12):
@@ -76,8 +72,14 @@ class PooledDense:
 def pooled(head):
     """A convolutional network with a global average, spelled in one of many ways."""
     torch.manual_seed(0)
-    parts = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 4, 3), nn.ReLU())
-    return Function(lambda m, x: m["last"](head(m["body"](x))), body=parts, last=nn.Linear(4, 3)).double().eval()
+    parts = nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 4, 3), nn.ReLU()
+    )
+    return (
+        Function(lambda m, x: m["last"](head(m["body"](x))), body=parts, last=nn.Linear(4, 3))
+        .double()
+        .eval()
+    )
 
 
 HEADS = {
@@ -85,12 +87,18 @@ HEADS = {
     "mean": lambda h: h.mean((2, 3)),
     "view": lambda h: h.view(h.shape[0], 4, -1).mean(-1),
     "window of the whole": lambda h: F.avg_pool2d(h, h.shape[2:]).flatten(1),
-    "rows, then columns": lambda h: F.avg_pool2d(F.avg_pool2d(h, (h.shape[2], 1)), (1, h.shape[3])).squeeze(3).squeeze(2),
+    "rows, then columns": lambda h: (
+        F.avg_pool2d(F.avg_pool2d(h, (h.shape[2], 1)), (1, h.shape[3])).squeeze(3).squeeze(2)
+    ),
 }
 
 
-@pytest.mark.parametrize(("head", "loaded"), [*((head, False) for head in HEADS), ("window of the whole", True)])
-def test_another_size_equals_the_oracle_with_the_inverses_of_the_size_fitted(head, loaded, tmp_path):
+@pytest.mark.parametrize(
+    ("head", "loaded"), [*((head, False) for head in HEADS), ("window of the whole", True)]
+)
+def test_another_size_equals_the_oracle_with_the_inverses_of_the_size_fitted(
+    head, loaded, tmp_path
+):
     model, x = pooled(HEADS[head]), normal(40, 2, 8, 8, dtype=torch.float64)
     inverse = fitted(model, x)
     if loaded:
@@ -103,13 +111,17 @@ def test_another_size_equals_the_oracle_with_the_inverses_of_the_size_fitted(hea
         for local in (True, False):
             for biases in (True, False):
                 found = inverse.explain((some,), 1, biases=(biases,), local=local).signals[0][0]
-                expected = torch.from_numpy(oracle.signals(some.numpy(), 1, biases=biases, local=local)[0])
+                expected = torch.from_numpy(
+                    oracle.signals(some.numpy(), 1, biases=biases, local=local)[0]
+                )
                 torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def vgg():
     model = models.VGG(models.vgg.make_layers([4, "M", 6, "M"]), num_classes=3)
-    model.classifier = nn.Sequential(nn.Linear(6 * 49, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 3))
+    model.classifier = nn.Sequential(
+        nn.Linear(6 * 49, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 3)
+    )
     return model
 
 
@@ -123,7 +135,11 @@ def resnet():
 
 
 def _block(before, after, stride):
-    sample = nn.Sequential(nn.Conv2d(before, after, 1, stride), nn.BatchNorm2d(after)) if stride > 1 else None
+    sample = (
+        nn.Sequential(nn.Conv2d(before, after, 1, stride), nn.BatchNorm2d(after))
+        if stride > 1
+        else None
+    )
     return models.resnet.BasicBlock(before, after, stride, sample)
 
 
@@ -136,7 +152,9 @@ def mobilenet():
 
 def squeezenet():
     model = models.squeezenet1_1(num_classes=3)
-    model.features = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), Fire(6, 3, 4, 4))
+    model.features = nn.Sequential(
+        nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), Fire(6, 3, 4, 4)
+    )
     model.classifier[1] = nn.Conv2d(8, 3, 1)
     nn.init.ones_(model.classifier[1].bias)  # its logits pass a ReLU
     return model
@@ -168,11 +186,18 @@ def test_architectures_explain_other_sizes(name):
     torch.manual_seed(0)
     model = ARCHITECTURES[name]().double()
     model(normal(16, 3, 32, 32, dtype=torch.float64))  # batch statistics other than 0 and 1
-    inverse = InverseNetwork(model.eval()).fit(normal(8, 3, 32, 32, dtype=torch.float64), [0, 2], progress=False)
+    inverse = InverseNetwork(model.eval()).fit(
+        normal(8, 3, 32, 32, dtype=torch.float64), [0, 2], progress=False
+    )
     y, mixed = normal(4, 3, 48, 40, seed=1, dtype=torch.float64), [0, 2, 2, 0]
     found = inverse.explain((y,), mixed, biases=(False, True))
-    there, at = InverseNetwork(model), Signature.of((y,), ())  # a network captured at that size, with the same inverses
-    there._state = dataclasses.replace(inverse._state, signature=at, structure=structure(inverse._graphs.get(at), table()))
+    there, at = (
+        InverseNetwork(model),
+        Signature.of((y,), ()),
+    )  # a network captured at that size, with the same inverses
+    there._state = dataclasses.replace(
+        inverse._state, signature=at, structure=structure(inverse._graphs.get(at), table())
+    )
     expected = there.explain((y,), mixed, biases=(False, True))
     for (one,), (two,) in zip(found.signals, expected.signals, strict=True):
         assert torch.equal(one, two)
@@ -181,13 +206,23 @@ def test_architectures_explain_other_sizes(name):
     with torch.no_grad():
         torch.testing.assert_close(found.output, model(y)[range(4), mixed])
     units = inverse._back(
-        inverse._state, (y,), mixed, (), (False, True), inverse._options(True), mask=False, layer=None, unit=True
+        inverse._state,
+        (y,),
+        mixed,
+        (),
+        (False, True),
+        inverse._options(True),
+        mask=False,
+        layer=None,
+        unit=True,
     )
     (a,), (s,) = found.signals
     (a1,), (s1,) = units.signals
     scale = float(s.abs().max())
     torch.testing.assert_close(a, a1 * found.output.view(-1, 1, 1, 1), rtol=1e-6, atol=1e-9 * scale)
-    torch.testing.assert_close(s - a, s1 - a1, rtol=1e-6, atol=1e-9 * scale)  # the path of the biases knows no logit
+    torch.testing.assert_close(
+        s - a, s1 - a1, rtol=1e-6, atol=1e-9 * scale
+    )  # the path of the biases knows no logit
 
 
 def test_a_dense_layer_of_another_width_is_named_with_the_way_out(untouched):
@@ -210,10 +245,15 @@ def spread(m, h):
 
 
 REFUSED = {
-    "sum by size": (lambda m, h: h.sum((2, 3)) / (h.shape[2] * h.shape[3]), r"aten\.div\.Tensor in the model itself"),
+    "sum by size": (
+        lambda m, h: h.sum((2, 3)) / (h.shape[2] * h.shape[3]),
+        r"aten\.div\.Tensor in the model itself",
+    ),
     "broadcast": (spread, r"aten\.add\.Tensor in the model itself"),
     "expand": (
-        lambda m, h: m["twin"](h.mean((2, 3), keepdim=True).expand(-1, -1, *h.shape[2:])).mean((2, 3)),
+        lambda m, h: m["twin"](h.mean((2, 3), keepdim=True).expand(-1, -1, *h.shape[2:])).mean(
+            (2, 3)
+        ),
         r"aten\.expand\.default in the model itself",
     ),
     "another branch": (
@@ -248,19 +288,27 @@ def test_channels_that_follow_from_the_size_are_refused():
         lambda m, x: m["last"]((2 * x).unsqueeze(1).mean(2)), last=nn.Linear(1, 2)
     )  # fmt: skip
     inverse = fitted(model, normal(30, 12) + 1)
-    with pytest.raises(InputError, match=r"the inverse of input .*/fork does not fit signals of shape \(2, 15\)"):
+    with pytest.raises(
+        InputError, match=r"the inverse of input .*/fork does not fit signals of shape \(2, 15\)"
+    ):
         inverse.source_signal(normal(2, 15), 0)
 
 
 def test_a_longer_sequence_is_refused_by_recurrent_layers_and_taken_by_a_mean():
     torch.manual_seed(0)
     recurrent = Function(
-        lambda m, x: m["last"](m["rnn"](x)[0][:, -1]), rnn=nn.RNN(3, 4, batch_first=True), last=nn.Linear(4, 2)
+        lambda m, x: m["last"](m["rnn"](x)[0][:, -1]),
+        rnn=nn.RNN(3, 4, batch_first=True),
+        last=nn.Linear(4, 2),
     )
     inverse = fitted(recurrent, normal(30, 2, 3))
     with pytest.raises(CaptureError, match=r"first at \S+ in layers\.rnn"):
         inverse.source_signal(normal(2, 3, 3), 0)
-    tokenwise = Function(lambda m, x: m["last"](m["first"](x).relu().mean(1)), first=nn.Linear(3, 4), last=nn.Linear(4, 2))
+    tokenwise = Function(
+        lambda m, x: m["last"](m["first"](x).relu().mean(1)),
+        first=nn.Linear(3, 4),
+        last=nn.Linear(4, 2),
+    )
     assert fitted(tokenwise, normal(30, 5, 3)).source_signal(normal(2, 6, 3), 0).shape == (2, 6, 3)
 
 
@@ -270,7 +318,9 @@ def test_another_model_is_noticed_at_another_size_too(tmp_path):
 
     x, y = (normal(30, 2, n, n, dtype=torch.float64) for n in (12, 16))
     fitted(model(2), x).save(tmp_path / "file")
-    assert torch.isfinite(InverseNetwork.load(tmp_path / "file", model(2)).source_signal(y[:2], 0)).all()
+    assert torch.isfinite(
+        InverseNetwork.load(tmp_path / "file", model(2)).source_signal(y[:2], 0)
+    ).all()
     for size in (x, y):
         with pytest.raises(ModelChangedError, match="computes something else"):
             InverseNetwork.load(tmp_path / "file", model(3)).source_signal(size[:2], 0)
@@ -290,13 +340,18 @@ def test_sizes_do_not_mix_in_one_fit():
 def test_at_another_size_further_tensors_are_per_example_or_shared_as_they_were_at_the_fit(shared):
     torch.manual_seed(0)
     model = Function(
-        lambda m, x, scale: m["last"](m["body"](x).mean((2, 3)) * scale), body=nn.Conv2d(2, 4, 3), last=nn.Linear(4, 3)
+        lambda m, x, scale: m["last"](m["body"](x).mean((2, 3)) * scale),
+        body=nn.Conv2d(2, 4, 3),
+        last=nn.Linear(4, 3),
     )
     x, scale = normal(30, 2, 8, 8), torch.rand(4) if shared else torch.rand(30, 1)
     data = [(x[:20], scale if shared else scale[:20]), (x[20:], scale if shared else scale[20:])]
     torch.manual_seed(0)
     inverse = InverseNetwork(model.eval()).fit(data, unpack=lambda batch: batch, progress=False)
-    y, some = normal(4, 2, 9, 9), torch.rand(4) if shared else torch.rand(4, 1)  # as long as the batch in either case
+    y, some = (
+        normal(4, 2, 9, 9),
+        torch.rand(4) if shared else torch.rand(4, 1),
+    )  # as long as the batch in either case
     found = inverse.source_signal(y, [0, 2, 1, 0], some)
     for i, target in enumerate([0, 2, 1, 0]):
         alone = inverse.source_signal(y[i : i + 1], target, some if shared else some[i : i + 1])
@@ -304,18 +359,24 @@ def test_at_another_size_further_tensors_are_per_example_or_shared_as_they_were_
 
 
 @pytest.mark.parametrize("window", [2, 3])
-def test_a_loaded_inverse_with_further_arguments_takes_another_size_of_the_same_model_alone(window, tmp_path):
+def test_a_loaded_inverse_with_further_arguments_takes_another_size_of_the_same_model_alone(
+    window, tmp_path
+):
     def make(window):
         torch.manual_seed(0)
         return Function(
-            lambda m, x, scale: m["last"](F.avg_pool2d(m["body"](x), window)[:, :, : x.shape[2] // 4].mean((2, 3)) * scale),
+            lambda m, x, scale: m["last"](
+                F.avg_pool2d(m["body"](x), window)[:, :, : x.shape[2] // 4].mean((2, 3)) * scale
+            ),
             body=nn.Conv2d(2, 4, 3),
             last=nn.Linear(4, 3),
         ).eval()
 
     x, scale = normal(30, 2, 12, 12), torch.rand(30, 1)
     data = [(x[:20], scale[:20]), (x[20:], scale[20:])]
-    InverseNetwork(make(2)).fit(data, 0, unpack=lambda batch: batch, progress=False).save(tmp_path / "file")
+    InverseNetwork(make(2)).fit(data, 0, unpack=lambda batch: batch, progress=False).save(
+        tmp_path / "file"
+    )
     loaded = InverseNetwork.load(tmp_path / "file", make(window))
     if window == 2:
         assert loaded.source_signal(normal(3, 2, 16, 16), 0, scale[:3]).shape == (3, 2, 16, 16)
@@ -348,7 +409,10 @@ def test_wrapped_models_are_those_they_wrap(how, mlp, tmp_path, untouched):
         inverse = InverseNetwork(wrapped).fit(mlp.x, progress=False)
     inverse.save(tmp_path / "wrapped")
     mlp.inverse.save(tmp_path / "bare")
-    loaded = [InverseNetwork.load(tmp_path / name, model) for name, model in (("wrapped", mlp.model), ("bare", wrapped))]
+    loaded = [
+        InverseNetwork.load(tmp_path / name, model)
+        for name, model in (("wrapped", mlp.model), ("bare", wrapped))
+    ]
     assert all(other.model is mlp.model for other in (inverse, *loaded))
     expected = mlp.mipin.attribute(x, [0, 1, 2, 0], return_convergence_delta=True)
     for other in (inverse, mlp.inverse, *(loaded if how == "both" else ())):
@@ -357,15 +421,25 @@ def test_wrapped_models_are_those_they_wrap(how, mlp, tmp_path, untouched):
             found = mipin.attribute(x, [0, 1, 2, 0], return_convergence_delta=True)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
             s = mipin.source_signal(x, 1)
-            assert torch.equal(mipin.compute_convergence_delta(s, x, 1), mlp.mipin.compute_convergence_delta(s, x, 1))
+            assert torch.equal(
+                mipin.compute_convergence_delta(s, x, 1),
+                mlp.mipin.compute_convergence_delta(s, x, 1),
+            )
     assert check(wrapped, x) == check(mlp.model, x)
     layer = LayerMIPINAttribution(wrapped, inverse, mlp.model[1])
-    assert torch.equal(layer.attribute(x, 0), LayerMIPINAttribution(mlp.model, mlp.inverse, mlp.model[1]).attribute(x, 0))
-    assert torch.isfinite(NoiseTunnel(MIPINAttribution(wrapped, inverse)).attribute(x, nt_samples=2, target=0)).all()
+    assert torch.equal(
+        layer.attribute(x, 0),
+        LayerMIPINAttribution(mlp.model, mlp.inverse, mlp.model[1]).attribute(x, 0),
+    )
+    assert torch.isfinite(
+        NoiseTunnel(MIPINAttribution(wrapped, inverse)).attribute(x, nt_samples=2, target=0)
+    ).all()
 
 
 def test_the_module_of_a_distributed_model_is_taken(mlp):
-    distributed = object.__new__(nn.parallel.DistributedDataParallel)  # to make one takes a group of processes
+    distributed = object.__new__(
+        nn.parallel.DistributedDataParallel
+    )  # to make one takes a group of processes
     nn.Module.__init__(distributed)
     distributed.module = mlp.model
     assert unwrapped(distributed) is mlp.model
@@ -394,7 +468,9 @@ def test_a_wrapped_part_of_a_model(how, mlp):
     assert torch.equal(inverse.source_signal(mlp.x[:3], 1), mlp.inverse.source_signal(mlp.x[:3], 1))
     expected = LayerMIPINAttribution(mlp.model, mlp.inverse, mlp.model[1]).attribute(mlp.x[:3], 1)
     for layer in (part, unwrapped(part)):
-        assert torch.equal(LayerMIPINAttribution(model, inverse, layer).attribute(mlp.x[:3], 1), expected)
+        assert torch.equal(
+            LayerMIPINAttribution(model, inverse, layer).attribute(mlp.x[:3], 1), expected
+        )
         there = InverseNetwork(model, layer=layer).fit(mlp.x, progress=False)
         assert torch.equal(LayerMIPINAttribution(model, there).attribute(mlp.x[:3], 1), expected)
 
@@ -417,7 +493,11 @@ class Headed(nn.Module):
     def __init__(self, form):
         super().__init__()
         torch.manual_seed(1)
-        self.body, self.last, self.aux = nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Linear(8, 3), nn.Linear(8, 2)
+        self.body, self.last, self.aux = (
+            nn.Sequential(nn.Linear(6, 8), nn.ReLU()),
+            nn.Linear(8, 3),
+            nn.Linear(8, 2),
+        )
         self.form = form
 
     def forward(self, x):
@@ -459,7 +539,9 @@ def test_one_of_several_outputs(name, head, alone, tmp_path, untouched):
     expected = plain.attribute(x[:4], [0, 1, 1, 0], return_convergence_delta=True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     s = mipin.source_signal(x[:4], 1)
-    assert torch.equal(mipin.compute_convergence_delta(s, x[:4], 1), plain.compute_convergence_delta(s, x[:4], 1))
+    assert torch.equal(
+        mipin.compute_convergence_delta(s, x[:4], 1), plain.compute_convergence_delta(s, x[:4], 1)
+    )
 
 
 def test_check_looks_at_the_chosen_output(alone):
@@ -471,38 +553,77 @@ def test_check_looks_at_the_chosen_output(alone):
 @pytest.mark.parametrize(
     ("name", "output", "message"),
     [
-        ("tuple", None, r"returns a tuple, expected one tensor\. Choose one by output=, out of 0, 1\. Wrap it"),
+        (
+            "tuple",
+            None,
+            r"returns a tuple, expected one tensor\. Choose one by output=, out of 0, 1\. Wrap it",
+        ),
         (
             "dictionary",
             None,
             r"returns a OrderedDict, expected one tensor\. Choose one by output=, out of 'logits', 'aux'\. Wrap",
         ),
-        ("named tuple", None, r"returns a Pair, expected one tensor\. Choose one by output=, out of 'logits', 'aux'\."),
+        (
+            "named tuple",
+            None,
+            r"returns a Pair, expected one tensor\. Choose one by output=, out of 'logits', 'aux'\.",
+        ),
         ("dataclass", None, r"returns a Outputs, expected .* out of 'logits', 'aux', 'states'\."),
-        ("dataclass", "states", r"has for output='states' a NoneType, expected one tensor\. Wrap it"),
-        ("nested", "heads", r"has for output='heads' a tuple, .* output=, out of \('heads', 0\), \('heads', 1\)\."),
+        (
+            "dataclass",
+            "states",
+            r"has for output='states' a NoneType, expected one tensor\. Wrap it",
+        ),
+        (
+            "nested",
+            "heads",
+            r"has for output='heads' a tuple, .* output=, out of \('heads', 0\), \('heads', 1\)\.",
+        ),
         (
             "nested",
             ("heads", 2),
             r"output=\('heads', 2\) does not fit: its output 'heads' is a tuple, expected one of \('heads', 0\)",
         ),
-        ("tuple", "logits", r"output='logits' does not fit: what the model returns is a tuple, expected one of 0, 1"),
-        ("tuple", 2, r"output=2 does not fit: what the model returns is a tuple, expected one of 0, 1"),
-        ("tuple", (0, 0), r"output=\(0, 0\) does not fit: its output 0 is a Tensor, expected output=0$"),
+        (
+            "tuple",
+            "logits",
+            r"output='logits' does not fit: what the model returns is a tuple, expected one of 0, 1",
+        ),
+        (
+            "tuple",
+            2,
+            r"output=2 does not fit: what the model returns is a tuple, expected one of 0, 1",
+        ),
+        (
+            "tuple",
+            (0, 0),
+            r"output=\(0, 0\) does not fit: its output 0 is a Tensor, expected output=0$",
+        ),
     ],
 )
-def test_outputs_that_are_not_there_are_refused_with_those_that_are(name, output, message, untouched):
+def test_outputs_that_are_not_there_are_refused_with_those_that_are(
+    name, output, message, untouched
+):
     model, x = Headed(FORMS[name][0]).eval(), normal(20, 6)
-    for call in (lambda: InverseNetwork(model, output=output).fit(x, progress=False), lambda: check(model, x, output=output)):
+    for call in (
+        lambda: InverseNetwork(model, output=output).fit(x, progress=False),
+        lambda: check(model, x, output=output),
+    ):
         with pytest.raises(CaptureError, match=message), untouched(model, x):
             call()
 
 
 def test_the_output_of_a_model_with_one_is_refused(mlp):
-    with pytest.raises(CaptureError, match=r"output=0 does not fit: what the model returns is a Tensor, expected output=None"):
+    with pytest.raises(
+        CaptureError,
+        match=r"output=0 does not fit: what the model returns is a Tensor, expected output=None",
+    ):
         InverseNetwork(mlp.model, output=0).fit(mlp.x, progress=False)
     for wrong in (1.5, True, ["logits"], ("a", None), b"x"):
-        with pytest.raises(InputError, match=r"output=.* must be an index, a key or a field's name, or a tuple of such"):
+        with pytest.raises(
+            InputError,
+            match=r"output=.* must be an index, a key or a field's name, or a tuple of such",
+        ):
             InverseNetwork(mlp.model, output=wrong)
 
 
@@ -527,13 +648,19 @@ def test_a_checkpoint_of_another_output_is_refused(tmp_path):
             return iter(list(x.split(20)))
 
     with pytest.raises(KeyboardInterrupt):
-        InverseNetwork(model, output=(1, 0)).fit(Stops(), 0, memory=0, progress=False, checkpoint=path)
+        InverseNetwork(model, output=(1, 0)).fit(
+            Stops(), 0, memory=0, progress=False, checkpoint=path
+        )
     with pytest.raises(InverseFileError, match="of another fit: its output differ"):
         InverseNetwork(model, output=0).fit(list(x.split(20)), 0, progress=False, checkpoint=path)
-    resumed = InverseNetwork(model, output=(1, 0)).fit(list(x.split(20)), 0, memory=0, progress=False, checkpoint=path)
+    resumed = InverseNetwork(model, output=(1, 0)).fit(
+        list(x.split(20)), 0, memory=0, progress=False, checkpoint=path
+    )
     assert torch.equal(
         resumed.source_signal(x[:3], 0),
-        InverseNetwork(model, output=0).fit(list(x.split(20)), 0, memory=0, progress=False).source_signal(x[:3], 0),
+        InverseNetwork(model, output=0)
+        .fit(list(x.split(20)), 0, memory=0, progress=False)
+        .source_signal(x[:3], 0),
     )
 
 
@@ -579,7 +706,11 @@ def test_half_precision_agrees_with_the_same_network_in_float32(name, dtype, tmp
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_the_processor_cannot_run_in_half_precision_is_refused(dtype):
-    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.AvgPool3d(2), nn.Flatten(), nn.Linear(16, 2)).eval().to(dtype)
+    model = (
+        nn.Sequential(nn.Conv3d(1, 2, 3), nn.AvgPool3d(2), nn.Flatten(), nn.Linear(16, 2))
+        .eval()
+        .to(dtype)
+    )
     x = normal(10, 1, 6, 6, 6).to(dtype)
     try:
         model(x)
@@ -600,7 +731,9 @@ class Text(nn.Module):
         super().__init__()
         torch.manual_seed(2)
         self.kind = kind
-        self.embedding = nn.EmbeddingBag(12, 5) if kind == "bag" else nn.Embedding(12, 5, padding_idx=0)
+        self.embedding = (
+            nn.EmbeddingBag(12, 5) if kind == "bag" else nn.Embedding(12, 5, padding_idx=0)
+        )
         if kind in ("lstm", "gru"):
             self.middle = {"lstm": nn.LSTM, "gru": nn.GRU}[kind](5, 4, batch_first=True)
         else:
@@ -635,9 +768,12 @@ class Behind(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [(kind, torch.int64) for kind in ("mean", "convolution", "lstm", "gru", "bag")] + [("mean", torch.int32)],
+    [(kind, torch.int64) for kind in ("mean", "convolution", "lstm", "gru", "bag")]
+    + [("mean", torch.int32)],
 )
-def test_texts_are_explained_at_their_embedding_as_embedded_values_are(kind, dtype, tmp_path, untouched):
+def test_texts_are_explained_at_their_embedding_as_embedded_values_are(
+    kind, dtype, tmp_path, untouched
+):
     model, tokens = Text(kind).eval(), ids(60, 3).to(dtype)
     with untouched(model, tokens):
         inverse = fitted(model, tokens, layer=model.embedding)
@@ -646,19 +782,25 @@ def test_texts_are_explained_at_their_embedding_as_embedded_values_are(kind, dty
         embedded = model.embedding(tokens)
     behind = Behind(model).eval()
     given = fitted(behind, embedded)
-    for inv in (inverse, InverseNetwork.load(tmp_path / "file", model)) if kind == "mean" else (inverse,):
+    for inv in (
+        (inverse, InverseNetwork.load(tmp_path / "file", model)) if kind == "mean" else (inverse,)
+    ):
         layer = LayerMIPINAttribution(model, inv)
         with untouched(model, tokens):
             a, s = layer.attribute(tokens[:4], [0, 1, 2, 0]), layer.source_signal(tokens[:4], 2)
         assert a.shape == s.shape == embedded[:4].shape
         assert a.dtype == torch.float32
         for bias, target, found in ((False, [0, 1, 2, 0], a), (True, 2, s)):
-            expected = given.explain((embedded[:4],), target, biases=(bias,), mask=True).signals[0][0]
+            expected = given.explain((embedded[:4],), target, biases=(bias,), mask=True).signals[0][
+                0
+            ]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         assert inv.class_attribution(1).shape == (1, *embedded.shape[1:])
     if kind == "mean":
         assert check(model, tokens, layer=model.embedding).ok
-        assert LayerMIPINAttribution(model, inverse, model.middle).attribute(tokens[:2], 0).shape == (2, 3, 4)
+        assert LayerMIPINAttribution(model, inverse, model.middle).attribute(
+            tokens[:2], 0
+        ).shape == (2, 3, 4)
 
 
 def test_a_padded_text_sends_nothing_to_its_padding():
@@ -685,8 +827,14 @@ def test_integers_are_refused_where_they_would_be_explained():
     with pytest.raises(InputError, match=message):
         check(model, tokens)
     inverse = fitted(model, tokens, layer=model.embedding)
-    for call in (inverse.source_signal, inverse.distractor, MIPINAttribution(model, inverse).attribute):
-        with pytest.raises(NotFittedError, match=r"stops at layer 'embedding'.*use LayerMIPINAttribution"):
+    for call in (
+        inverse.source_signal,
+        inverse.distractor,
+        MIPINAttribution(model, inverse).attribute,
+    ):
+        with pytest.raises(
+            NotFittedError, match=r"stops at layer 'embedding'.*use LayerMIPINAttribution"
+        ):
             call(tokens[:2], 0)
     with pytest.raises(InputError, match="complex"):
         LayerMIPINAttribution(model, inverse).attribute(tokens[:2] + 0j, 0)
@@ -708,16 +856,28 @@ class Mixed(nn.Module):
 def test_integers_beside_numbers():
     model, data = Mixed().eval(), (ids(60, 5), normal(60, 4))
     some = tuple(t[:3] for t in data)
-    for layer, shape in ((model.embedding, (3, 5, 5)), (model.numbers, (3, 5)), (model.both, (3, 6))):
+    for layer, shape in (
+        (model.embedding, (3, 5, 5)),
+        (model.numbers, (3, 5)),
+        (model.both, (3, 6)),
+    ):
         inverse = fitted(model, data, layer=layer)
         assert LayerMIPINAttribution(model, inverse).attribute(some, [0, 1, 2]).shape == shape
-    with pytest.raises(FitError, match=r"input 0 has dtype torch\.int64, expected a floating dtype"):
+    with pytest.raises(
+        FitError, match=r"input 0 has dtype torch\.int64, expected a floating dtype"
+    ):
         fitted(model, data)
     swapped = Function(lambda m, numbers, tokens: m["model"](tokens, numbers), model=model)
-    with pytest.raises(FitError, match=r"input 1 has dtype torch\.int64, expected a floating dtype"):
+    with pytest.raises(
+        FitError, match=r"input 1 has dtype torch\.int64, expected a floating dtype"
+    ):
         fitted(swapped, data[::-1])
-    as_argument = InverseNetwork(Function(lambda m, numbers, tokens: m["model"](tokens, numbers), model=model).eval())
-    as_argument.fit([data[::-1]], unpack=lambda batch: batch, progress=False)  # a further argument may be anything
+    as_argument = InverseNetwork(
+        Function(lambda m, numbers, tokens: m["model"](tokens, numbers), model=model).eval()
+    )
+    as_argument.fit(
+        [data[::-1]], unpack=lambda batch: batch, progress=False
+    )  # a further argument may be anything
     assert as_argument.source_signal(some[1], 0, some[0]).shape == (3, 4)
 
 
@@ -758,13 +918,21 @@ class Shuffled(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=4), nn.Linear(8, 3)
+        self.first, self.second, self.head = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 1, groups=4),
+            nn.Linear(8, 3),
+        )
         self.groups = 2
 
     def forward(self, x):
         h = self.first(x).relu()
         b, c, height, width = h.shape
-        h = h.view(b, self.groups, c // self.groups, height, width).transpose(1, 2).reshape(b, c, height, width)
+        h = (
+            h.view(b, self.groups, c // self.groups, height, width)
+            .transpose(1, 2)
+            .reshape(b, c, height, width)
+        )
         return self.head(self.second(h).mean((2, 3)))
 
 

@@ -10,14 +10,20 @@ from captum_mipin import InverseNetwork
 
 def explained(spelling: Spelling) -> tuple[InverseNetwork, list[torch.Tensor]]:
     """The inverse of the network in this spelling, and all that it answers."""
-    x, inverse = images(48), InverseNetwork(network(spelling)).fit(images(48), targets=1, progress=False)
+    x, inverse = (
+        images(48),
+        InverseNetwork(network(spelling)).fit(images(48), targets=1, progress=False),
+    )
     found = inverse.explain((x[:6],), 1, biases=(False, True))
     return inverse, [found.output, *(s for (s,) in found.signals), inverse.class_attribution(1)]
 
 
 def fits(inverse: InverseNetwork) -> list[tuple[float, ...]]:
     """How well each layer was inverted; names and order of the layers are the spelling's."""
-    return sorted((fit.rows, fit.features, fit.signals, fit.explained_variance) for fit in inverse.report.layers)
+    return sorted(
+        (fit.rows, fit.features, fit.signals, fit.explained_variance)
+        for fit in inverse.report.layers
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +37,17 @@ def test_spelling_of_a_residual_network_does_not_matter(name, reference):
     for ours, expected in zip(found, reference[1], strict=True):
         assert expected.abs().max() > 0
         assert difference(ours, expected) <= 1e-6
-    assert torch.tensor(fits(inverse)).numpy() == pytest.approx(torch.tensor(fits(reference[0])).numpy(), rel=1e-6)
+    assert torch.tensor(fits(inverse)).numpy() == pytest.approx(
+        torch.tensor(fits(reference[0])).numpy(), rel=1e-6
+    )
 
 
 def test_what_looks_at_modules_differs_between_spellings():
     """So that the comparison above, and the benchmark's, is one that can be lost."""
     x = images(6)
-    one, other = (captum(GuidedBackprop, network(SPELLINGS[name]), x, 1) for name in (REFERENCE, "F.relu"))
+    one, other = (
+        captum(GuidedBackprop, network(SPELLINGS[name]), x, 1) for name in (REFERENCE, "F.relu")
+    )
     assert difference(other, one) > 0.1
 
 

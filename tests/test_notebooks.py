@@ -29,15 +29,24 @@ def text(output):
 
 
 def pictures(path):
-    found = (output.get("data", {}).get("image/png") for cell in code(read(path)) for output in cell["outputs"])
+    found = (
+        output.get("data", {}).get("image/png")
+        for cell in code(read(path))
+        for output in cell["outputs"]
+    )
     return [base64.b64decode(picture) for picture in found if picture]
 
 
 def agrees(now, before):
     """The same words, and the same numbers but for rounding in training, which differs between machines."""
     words = [NUMBER.sub("#", text).split() for text in (now, before)]
-    numbers = zip(*([float(number) for number in NUMBER.findall(text)] for text in (now, before)), strict=False)
-    return words[0] == words[1] and all(math.isclose(a, b, rel_tol=0.1, abs_tol=0.05) for a, b in numbers)
+    numbers = zip(
+        *([float(number) for number in NUMBER.findall(text)] for text in (now, before)),
+        strict=False,
+    )
+    return words[0] == words[1] and all(
+        math.isclose(a, b, rel_tol=0.1, abs_tol=0.05) for a, b in numbers
+    )
 
 
 @pytest.fixture
@@ -55,9 +64,13 @@ def test_it_runs_and_shows_what_it_was_committed_with(path, elsewhere):
     notebook = read(path)
     for number, (cell, found) in enumerate(zip(code(notebook), outputs(notebook), strict=True), 1):
         assert cell["execution_count"] == number
-        assert [output["output_type"] for output in found] == [output["output_type"] for output in cell["outputs"]]
+        assert [output["output_type"] for output in found] == [
+            output["output_type"] for output in cell["outputs"]
+        ]
         for now, before in zip(found, cell["outputs"], strict=True):
-            assert agrees(text(now), text(before)), f"cell {number} shows\n{text(now)}\nand was committed with\n{text(before)}"
+            assert agrees(text(now), text(before)), (
+                f"cell {number} shows\n{text(now)}\nand was committed with\n{text(before)}"
+            )
             assert now.get("data", {}).keys() == before.get("data", {}).keys()
 
 
@@ -66,9 +79,19 @@ def test_what_is_committed_is_small_and_whole(path):
     written = path.read_text()
     assert len(written) < 200_000
     assert '"output_type": "error"' not in written
-    for machine in (str(Path.cwd()), sys.prefix, "site-packages", "/home/", "/tmp/", "/root/", "/Users/"):
+    for machine in (
+        str(Path.cwd()),
+        sys.prefix,
+        "site-packages",
+        "/home/",
+        "/tmp/",
+        "/root/",
+        "/Users/",
+    ):
         assert machine not in written
-    assert written == json.dumps(read(path), indent=1, sort_keys=True, ensure_ascii=False) + "\n"  # as Jupyter writes it
+    assert (
+        written == json.dumps(read(path), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    )  # as Jupyter writes it
     for picture in pictures(path):
         width, height = struct.unpack(">II", picture[16:24])
         assert 100 < width < 1200
@@ -90,10 +113,16 @@ def test_pretrained_weights_take_the_place_of_the_small_network(elsewhere):
     weights.parent.mkdir(parents=True)
     torch.save(squeezenet1_0().state_dict(), weights)
     cells = code(read(NOTEBOOKS[2]))
-    imports = "\n".join(line for cell in cells for line in cell["source"] if re.match("(from|import) ", line))
-    (found,) = outputs({"cells": [{"cell_type": "code", "source": [imports, "\n", *cells[-1]["source"]]}]})
+    imports = "\n".join(
+        line for cell in cells for line in cell["source"] if re.match("(from|import) ", line)
+    )
+    (found,) = outputs(
+        {"cells": [{"cell_type": "code", "source": [imports, "\n", *cells[-1]["source"]]}]}
+    )
     assert [output["output_type"] for output in found] == ["execute_result"]
-    assert text(found[0]) == "<Figure with 7 axes>"  # two photographs by image, MIP-IN and Grad-CAM, and the legend
+    assert (
+        text(found[0]) == "<Figure with 7 axes>"
+    )  # two photographs by image, MIP-IN and Grad-CAM, and the legend
 
 
 def test_the_first_holds_the_ten_lines_of_the_readme():
@@ -123,7 +152,13 @@ def test_cells_show_as_jupyter_does(elsewhere):
     found = outputs({"cells": [{"cell_type": "code", "source": [source]} for source in sources]})
     assert torch.get_rng_state().equal(before)
     kinds = [[output["output_type"] for output in cell] for cell in found]
-    assert kinds == [["stream"], ["execute_result"], ["stream", "display_data"], ["execute_result"], []]
+    assert kinds == [
+        ["stream"],
+        ["execute_result"],
+        ["stream", "display_data"],
+        ["execute_result"],
+        [],
+    ]
     assert [text(cell[0]) for cell in found[:3]] == ["a\n", "4", "b\n"]
     assert "image/png" not in found[1][0]["data"]
     assert all("image/png" in cell[-1]["data"] for cell in found[2:4])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from common import pages
 
-from captum_mipin import unregister_rule
-from captum_mipin.cli import main
+from captum_mipin.cli.main import main
+from captum_mipin.rules import unregister_rule
 
 ROOT = Path(__file__).parents[1]
 PAGES = pages()
@@ -16,7 +16,12 @@ PAGES = pages()
 
 def section(title):
     """The text under a title of a page, or under one of its sections, which are all named differently."""
-    (found,) = (part for page in PAGES for part in re.split(r"(?:\A|\n#)# ", page.read_text()) if part.startswith(f"{title}\n"))
+    (found,) = (
+        part
+        for page in PAGES
+        for part in re.split(r"(?:\A|\n#)# ", page.read_text())
+        if part.startswith(f"{title}\n")
+    )
     return found
 
 
@@ -55,7 +60,7 @@ def test_methods_side_by_side_run(capsys, tmp_path, monkeypatch):
 
 def test_its_table_of_metrics_is_whole():
     from captum_mipin import metrics
-    from captum_mipin.compare import METRICS
+    from captum_mipin.comparison.table import METRICS
 
     named = set(re.findall(r"`(\w+)`", section("Metrics"))) & set(metrics.__all__)
     assert named == METRICS.keys() | {"mosaics"}
@@ -75,7 +80,9 @@ def test_an_exported_program_is_taken(tmp_path, monkeypatch, capsys):
     names = run("Exported programs")
     assert names["program"].range_constraints
     assert main(["check", "exported.pt2", "--size", "8", "--layer", "1"]) == 0
-    assert "3       aten.linear.default  supported  learned dense inverse" in capsys.readouterr().out
+    assert (
+        "3       aten.linear.default  supported  learned dense inverse" in capsys.readouterr().out
+    )
 
 
 def test_an_inverse_for_each_example_runs():
@@ -96,7 +103,12 @@ def test_a_process_that_fits_with_others_runs(tmp_path, monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.chdir(tmp_path)
-    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port), ("RANK", 0), ("WORLD_SIZE", 1)):
+    for name, value in (
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", port),
+        ("RANK", 0),
+        ("WORLD_SIZE", 1),
+    ):
         monkeypatch.setenv(name, str(value))
     names = run("Fitting at scale")
     assert names["bits"].shape == (1, 64)
@@ -105,12 +117,16 @@ def test_a_process_that_fits_with_others_runs(tmp_path, monkeypatch):
 
 def test_the_command_line_runs(capsys, tmp_path, monkeypatch):
     models, image = (
-        pytest.importorskip("torchvision.models", reason="networks to test on; the package does not need it"),
+        pytest.importorskip(
+            "torchvision.models", reason="networks to test on; the package does not need it"
+        ),
         pytest.importorskip("PIL.Image", reason="images to read; the package does not need it"),
     )
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    torch.save(models.resnet18().state_dict(), "weights.pt")  # the network's own are to be downloaded
+    torch.save(
+        models.resnet18().state_dict(), "weights.pt"
+    )  # the network's own are to be downloaded
     (tmp_path / "photos").mkdir()
     for number in range(3):
         pixels = torch.randint(256, (64, 64, 3), dtype=torch.uint8)
@@ -120,7 +136,9 @@ def test_the_command_line_runs(capsys, tmp_path, monkeypatch):
     assert install.startswith("pip install")
     assert len(commands) == 4
     for command in commands:
-        name, *arguments = shlex.split(command.replace("--weights torchvision", "--weights weights.pt"))
+        name, *arguments = shlex.split(
+            command.replace("--weights torchvision", "--weights weights.pt")
+        )
         assert name == "captum-mipin"
         assert main([*arguments, "--size", "64"]) == 0, capsys.readouterr().err
     written = {"inverse.safetensors", "maps.png", "maps.safetensors", "page.html", "table.md"}
@@ -140,7 +158,10 @@ def test_what_it_points_to_is_there(page):
 
 
 def test_every_page_of_the_documentation_is_reached_from_the_readme():
-    targets = {ROOT / target for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", (ROOT / "README.md").read_text())}
+    targets = {
+        ROOT / target
+        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", (ROOT / "README.md").read_text())
+    }
     assert targets >= set(PAGES) - {ROOT / "README.md"}
 
 

@@ -17,7 +17,10 @@ from captum_mipin.targets import one, per_example, several, shown
 def targets(draw: st.DrawFn) -> tuple[Any, tuple[int, ...]]:
     """A target in some form, often a wrong one, and an output shape."""
     batch = draw(st.integers(1, 4))
-    dims = draw(st.lists(st.integers(1, 3), max_size=1) | st.lists(st.integers(2, 3), min_size=2, max_size=2))
+    dims = draw(
+        st.lists(st.integers(1, 3), max_size=1)
+        | st.lists(st.integers(2, 3), min_size=2, max_size=2)
+    )
     index = st.integers(-4, 4)
     tuples = st.lists(index, min_size=1, max_size=3).map(tuple)
     number = draw(st.sampled_from([batch, batch, batch, 1, batch + 1]))
@@ -48,7 +51,9 @@ def test_reads_every_target_as_captum_does(case: tuple[Any, tuple[int, ...]]) ->
     except (AssertionError, IndexError, RuntimeError, TypeError):
         expected = None
     if expected is not None and expected.numel() == len(output):
-        found = torch.stack([row[index] for row, index in zip(output, per_example(target, output), strict=True)])
+        found = torch.stack(
+            [row[index] for row, index in zip(output, per_example(target, output), strict=True)]
+        )
         assert torch.equal(found, expected.reshape(-1))
         return
     try:
@@ -112,7 +117,9 @@ def test_bad_targets_are_assertion_errors_that_say_why(target: Any, message: str
 
 @pytest.mark.parametrize("target", [5, -6, [0, 5], torch.tensor([0, -6]), np.int64(10**12), (5,)])
 def test_targets_out_of_range_are_index_errors_that_say_what_there_is(target: Any) -> None:
-    with pytest.raises(TargetRangeError, match=r"outside the model's outputs of shape \(5,\)") as caught:
+    with pytest.raises(
+        TargetRangeError, match=r"outside the model's outputs of shape \(5,\)"
+    ) as caught:
         per_example(target, torch.zeros(2, 5))
     assert isinstance(caught.value, IndexError)
 
@@ -154,7 +161,9 @@ def test_several_are_all_or_each_once_in_the_order_given() -> None:
         (torch.tensor([0.5]), TargetError, "expected integers"),
     ],
 )
-def test_several_refuses_unknown_classes(targets: Any, error: type[Exception], message: str) -> None:
+def test_several_refuses_unknown_classes(
+    targets: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         several(targets, (3,))
 

@@ -9,8 +9,9 @@ from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, fx, nn
 
 from captum_mipin._captum import NoFuture, captum_entry
-from captum_mipin.arguments import as_extras, as_inputs, check_output, like
-from captum_mipin.capture import (
+from captum_mipin.errors import InputError
+from captum_mipin.graph.cache import Graphs
+from captum_mipin.graph.capture import (
     TURNS,
     CapturedGraph,
     Extras,
@@ -25,12 +26,11 @@ from captum_mipin.capture import (
     plain,
     unwrapped,
 )  # fmt: skip
-from captum_mipin.errors import InputError
-from captum_mipin.graphs import Graphs
-from captum_mipin.propagation import Surrogate
+from captum_mipin.graph.validate import as_extras, as_inputs, check_output, like
+from captum_mipin.propagation.check import Treatment, survey
+from captum_mipin.propagation.runtime import Run, Target, seed
+from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.rules import Rule
-from captum_mipin.steps import Run, Target, seed
-from captum_mipin.survey import Treatment, survey
 from captum_mipin.targets import per_example
 
 
@@ -120,7 +120,9 @@ class Propagation(NoFuture, GradientAttribution):
         self.output = output
         self._graphs = Graphs[Surrogate]()
 
-    def explain(self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None) -> Explanation:
+    def explain(
+        self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None
+    ) -> Explanation:
         """One pass forward and one back, to the inputs or to the output of ``layer``.
 
         Args:
@@ -138,7 +140,11 @@ class Propagation(NoFuture, GradientAttribution):
         check_model(self.model)
         check_inputs(inputs, explained=layer is None)
         check_finite(inputs)
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(inputs[0].device.type, enabled=False),
+        ):
             inputs, extras = plain((inputs, extras))
             graph, surrogate = self._surrogate(inputs, extras, layer)
             dims = graph.output.meta["val"].shape[1:]
@@ -150,9 +156,15 @@ class Propagation(NoFuture, GradientAttribution):
                 sources = [run.sources[index] for index in range(surrogate.starts)]
                 found = torch.autograd.grad(output, sources, start)
             if not all(finite(s) for s in found):
-                raise InputError("the model's output or what is sent back overflows for these inputs: it contains NaN or Inf")
+                raise InputError(
+                    "the model's output or what is sent back overflows for these inputs: it contains NaN or Inf"
+                )
             total = start.flatten(1).sum(1) if start.ndim > 1 else start
-            return Explanation(tuple(x.detach() for x in sources), tuple(s.detach().contiguous() for s in found), total)
+            return Explanation(
+                tuple(x.detach() for x in sources),
+                tuple(s.detach().contiguous() for s in found),
+                total,
+            )
 
     def survey(self, captured: CapturedGraph, start: str | None = None) -> list[Treatment]:
         """What the method makes of each operation of a graph."""
@@ -166,12 +178,16 @@ class Propagation(NoFuture, GradientAttribution):
         """What is sent back from the output."""
         return seed(output, targets)
 
-    def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> tuple[CapturedGraph, Surrogate]:
+    def _surrogate(
+        self, inputs: Inputs, extras: Extras, layer: nn.Module | None
+    ) -> tuple[CapturedGraph, Surrogate]:
         def build(graph: CapturedGraph, start: str | None) -> Surrogate:
             return Surrogate(graph, self._table(), start, joint=False)
 
         options = [_Itself(value) for name, value in vars(self).items() if not name.startswith("_")]
-        return self._graphs.build(self.model, layer, options, lambda: self._find(inputs, extras), build)
+        return self._graphs.build(
+            self.model, layer, options, lambda: self._find(inputs, extras), build
+        )
 
     def _find(self, inputs: Inputs, extras: Extras) -> Signature:
         return self._graphs.find(inputs, extras, self._capture)
@@ -256,7 +272,11 @@ class Relevance(Propagation):
         """
         found = self.explain(as_inputs(inputs), target, as_extras(additional_forward_args))
         maps = like(inputs, found.signals)
-        return (maps, self.compute_convergence_delta(maps, found.output)) if return_convergence_delta else maps
+        return (
+            (maps, self.compute_convergence_delta(maps, found.output))
+            if return_convergence_delta
+            else maps
+        )
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -294,7 +314,7 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
         InputError: ``method`` is none of this package.
 
     Examples:
-        >>> from captum_mipin import GuidedBackprop
+        >>> from captum_mipin.methods import GuidedBackprop
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
         >>> LayerPropagation(GuidedBackprop(model), model[1]).attribute(torch.randn(2, 1, 8, 8), target=0).shape
         torch.Size([2, 4, 6, 6])
@@ -302,7 +322,9 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
 
     def __init__(self, method: Propagation, layer: nn.Module) -> None:
         if not isinstance(method, Propagation):
-            raise InputError(f"method is a {type(method).__name__}, expected a method of this package, such as LRP(model)")
+            raise InputError(
+                f"method is a {type(method).__name__}, expected a method of this package, such as LRP(model)"
+            )
         LayerAttribution.__init__(self, method.forward_func, unwrapped(layer))
         GradientAttribution.__init__(self, method.forward_func)
         self.method = method
@@ -331,8 +353,12 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
             As the method itself; CaptureError where the layer has not exactly one output tensor.
         """
         if attribute_to_layer_input:
-            raise InputError("attribute_to_layer_input=True is not supported: name the layer before it")
-        found = self.method.explain(as_inputs(inputs), target, as_extras(additional_forward_args), self.layer)
+            raise InputError(
+                "attribute_to_layer_input=True is not supported: name the layer before it"
+            )
+        found = self.method.explain(
+            as_inputs(inputs), target, as_extras(additional_forward_args), self.layer
+        )
         (a,), (x,) = found.signals, found.features
         return a * x if multiply_by_features else a
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_mipin.capture import Output
+from captum_mipin.graph.capture import Output
 from captum_mipin.methods.gradients import derivative
+from captum_mipin.methods.layers import Layer
 from captum_mipin.methods.lrp import LRP, LayerRule, quotient, relevance
-from captum_mipin.methods.weights import Layer
+from captum_mipin.propagation.runtime import Target, seed
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.base import Back
-from captum_mipin.steps import Target, seed
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,13 @@ class Excitation:
     @property
     def note(self) -> str:
         """The rule in a few words."""
-        return "probabilities of winning" + (", minus those for the negated weights" if self.contrast else "")
+        return "probabilities of winning" + (
+            ", minus those for the negated weights" if self.contrast else ""
+        )
 
-    def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
+    def back(
+        self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor
+    ) -> Back:
         """See :class:`~captum_mipin.methods.lrp.LayerRule`."""
         excited = x if bool(x.min() >= 0) else x.clamp(min=0)
 
@@ -69,7 +73,9 @@ class ExcitationBackprop(LRP):
 
     _name = "Excitation backprop"
 
-    def __init__(self, model: nn.Module, *, contrastive: bool = False, output: Output = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, contrastive: bool = False, output: Output = None
+    ) -> None:
         super().__init__(model, rule=Excitation(), bias="none", output=output)
         self.contrastive = contrastive
 
@@ -83,31 +89,44 @@ class ExcitationBackprop(LRP):
         table = relevance(False)
         for name, rule in table.items():
             if isinstance(rule, Recorded) and rule.several:
-                table[name] = replace(rule, run=_combined if name in ARITHMETIC else _averaged, note="by excitation")
+                table[name] = replace(
+                    rule, run=_combined if name in ARITHMETIC else _averaged, note="by excitation"
+                )
         return table
 
     def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
         return seed(output, targets, unit=True)
 
 
-def _averaged(options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any) -> Any:
+def _averaged(
+    options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any
+) -> Any:
     """P by the shares of what is above 0, through a linear operation without negative weights."""
     excited = tuple(part.clamp(min=0) for part in x)
     z, back = derivative(operation, excited, *arguments, **named)
     value = operation(x, *arguments, **named)
-    return value, lambda p: tuple(part * g for part, g in zip(excited, back(quotient(p, z)), strict=True))
+    return value, lambda p: tuple(
+        part * g for part, g in zip(excited, back(quotient(p, z)), strict=True)
+    )
 
 
-def _combined(options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any) -> Any:
+def _combined(
+    options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any
+) -> Any:
     """P by the positive parts of what each argument adds to the value, element by element."""
 
     def back(p: Tensor) -> tuple[Tensor, ...]:
         zeros = tuple(part.new_zeros(()) for part in x)
         constant = operation(zeros, *arguments, **named)
-        alone = (operation((*zeros[:i], part, *zeros[i + 1 :]), *arguments, **named) for i, part in enumerate(x))
+        alone = (
+            operation((*zeros[:i], part, *zeros[i + 1 :]), *arguments, **named)
+            for i, part in enumerate(x)
+        )
         terms = [(value - constant).clamp_(min=0) for value in alone]
         q = quotient(p, sum(terms[1:], terms[0]))
-        return tuple((term * q).sum_to_size(part.shape) for term, part in zip(terms, x, strict=True))
+        return tuple(
+            (term * q).sum_to_size(part.shape) for term, part in zip(terms, x, strict=True)
+        )
 
     return operation(x, *arguments, **named), back
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.capture import CapturedGraph, Extras, Inputs, capture
+from captum_mipin.graph.capture import CapturedGraph, Extras, Inputs, capture
 from captum_mipin.methods.base import Signal, Table
+from captum_mipin.propagation.runtime import Target, seed
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.base import Back, argument, depends, gate_source, varies
-from captum_mipin.steps import Target, seed
 
 #: Operations that are rectifiers whatever their arguments, besides ReLU.
 _RECTIFIERS = (
@@ -41,7 +41,9 @@ class _Derived(Signal):
         return seed(output, targets, unit=True)
 
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-        return capture(self.model, inputs, extras, shared, output=self.output, explained=False, detached=True)
+        return capture(
+            self.model, inputs, extras, shared, output=self.output, explained=False, detached=True
+        )
 
 
 class Gradient(_Derived):
@@ -64,7 +66,9 @@ class Gradient(_Derived):
     _name = "Gradient"
 
     def _table(self) -> Table:
-        return Table(_OWN, other=Passes(note="derivative", carriers=_floating, records=True, exact=True))
+        return Table(
+            _OWN, other=Passes(note="derivative", carriers=_floating, records=True, exact=True)
+        )
 
 
 class Deconvnet(_Derived):
@@ -121,18 +125,27 @@ def _gated(forward: bool) -> Table:
     rules: dict[str, Rule] = {
         **_OWN,
         "aten.relu.default": Recorded(run=partial(_relu, forward), note=note, exact=True),
-        **{f"aten.{name}.default": Recorded(run=partial(_rectifier, forward), note=kin, caveat=_kin) for name in _RECTIFIERS},
+        **{
+            f"aten.{name}.default": Recorded(
+                run=partial(_rectifier, forward), note=kin, caveat=_kin
+            )
+            for name in _RECTIFIERS
+        },
         **{f"aten.{name}.default": Passes(note="derivative", caveat=_none) for name in _OTHERS},
     }
     for what, run in (("clip", _clip), ("bound", _bound), ("switch", _switch)):
         rules[str(Gate(what))] = Recorded(
             run=partial(run, forward), note=note, carriers=_carrier, records=True, caveat=_spelled
         )
-    other = Passes(note="derivative", carriers=_floating, records=True, refuse=_hidden, caveat=_unknown)
+    other = Passes(
+        note="derivative", carriers=_floating, records=True, refuse=_hidden, caveat=_unknown
+    )
     return Table(rules, rewrite=_gates, other=other)
 
 
-def derivative(operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any) -> tuple[Tensor, Any]:
+def derivative(
+    operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any
+) -> tuple[Tensor, Any]:
     """An operation's value, and what autograd sends back through it: one tensor for each of ``x``."""
     with torch.enable_grad():
         probes = tuple(part.detach().requires_grad_() for part in x)
@@ -153,11 +166,15 @@ def _rectifier(
     """s⁺, with ``forward`` times the derivative."""
     if not forward:
         return operation(x, *arguments, **named), lambda s: s.clamp(min=0)
-    value, back = derivative(lambda xs, *others, **more: operation(*xs, *others, **more), (x,), *arguments, **named)
+    value, back = derivative(
+        lambda xs, *others, **more: operation(*xs, *others, **more), (x,), *arguments, **named
+    )
     return value, lambda s: back(s.clamp(min=0))[0]
 
 
-def _clip(forward: bool, options: Options, operation: Any, x: Tensor, low: Any, high: Any) -> tuple[Tensor, Back]:
+def _clip(
+    forward: bool, options: Options, operation: Any, x: Tensor, low: Any, high: Any
+) -> tuple[Tensor, Back]:
     """ReLU, ReLU6 and their like, however they are written: nothing comes back from where x is on a bound or outside."""
     value = operation(x, low, high)
     if not forward:
@@ -166,14 +183,20 @@ def _clip(forward: bool, options: Options, operation: Any, x: Tensor, low: Any, 
     return value, lambda s: s.clamp(min=0) * kept
 
 
-def _bound(forward: bool, options: Options, operation: Any, x: Tensor, bound: Tensor) -> tuple[Tensor, Back]:
+def _bound(
+    forward: bool, options: Options, operation: Any, x: Tensor, bound: Tensor
+) -> tuple[Tensor, Back]:
     """``maximum`` or ``minimum`` of x and a constant."""
     value = operation(x, bound)
     kept = (value == x) & (x != bound)
-    return value, lambda s: (s.clamp(min=0) * kept if forward else s.clamp(min=0)).sum_to_size(x.shape)
+    return value, lambda s: (s.clamp(min=0) * kept if forward else s.clamp(min=0)).sum_to_size(
+        x.shape
+    )
 
 
-def _switch(forward: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
+def _switch(
+    forward: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, Back]:
     """X where a comparison of the example holds, else a constant."""
     if not forward:
         return operation(x, *arguments, **named), lambda s: s.clamp(min=0).sum_to_size(x.shape)
@@ -219,11 +242,28 @@ def _gates(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
             low, high = _bounds(node, name)
             numbers = not isinstance(low, fx.Node) and not isinstance(high, fx.Node)
             if numbers and not (low is not None and low < 0 and high is not None):
-                node.target, node.args, node.kwargs = Gate("clip", name, torch.clamp), (node.args[0], low, high), {}
-            elif not numbers and (low is None or high is None) and not varies(low) and not varies(high):
+                node.target, node.args, node.kwargs = (
+                    Gate("clip", name, torch.clamp),
+                    (node.args[0], low, high),
+                    {},
+                )
+            elif (
+                not numbers
+                and (low is None or high is None)
+                and not varies(low)
+                and not varies(high)
+            ):
                 least = torch.maximum if high is None else torch.minimum
-                node.target, node.args, node.kwargs = Gate("bound", name, least), (node.args[0], low or high), {}
-        elif name in ("maximum", "max", "minimum", "min") and len(node.args) == 2 and sum(map(varies, node.args)) == 1:
+                node.target, node.args, node.kwargs = (
+                    Gate("bound", name, least),
+                    (node.args[0], low or high),
+                    {},
+                )
+        elif (
+            name in ("maximum", "max", "minimum", "min")
+            and len(node.args) == 2
+            and sum(map(varies, node.args)) == 1
+        ):
             node.target = Gate("bound", name, node.target, at=0 if varies(node.args[0]) else 1)
         elif name in ("where", "masked_fill"):
             at = [i for i, n in enumerate(node.args) if varies(n) and _is_floating(n)]
@@ -231,7 +271,12 @@ def _gates(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
                 node.target = Gate("switch", name, node.target, at[0])
         elif name == "mul" and len(node.all_input_nodes) == 2 and not smooth_gate(node):
             for this, (x, gate) in enumerate((node.args, node.args[::-1])):
-                if operation(gate_source(gate, varies)) in _COMPARISONS and varies(gate) and varies(x) and _is_floating(x):
+                if (
+                    operation(gate_source(gate, varies)) in _COMPARISONS
+                    and varies(gate)
+                    and varies(x)
+                    and _is_floating(x)
+                ):
                     node.target = Gate("switch", name, node.target, this)
                     break
         if node.target is not shown:
@@ -266,10 +311,16 @@ def _is_floating(node: Any) -> bool:
 
 def _floating(node: fx.Node) -> tuple[int, ...]:
     """The arguments that a derivative is taken by."""
-    return tuple(i for i, n in enumerate(node.args) if any(map(_is_floating, n if isinstance(n, (tuple, list)) else (n,))))
+    return tuple(
+        i
+        for i, n in enumerate(node.args)
+        if any(map(_is_floating, n if isinstance(n, (tuple, list)) else (n,)))
+    )
 
 
-def _copied(options: Options, operation: Any, x: Tensor, over: Tensor, *arguments: Any) -> tuple[Tensor, Back]:
+def _copied(
+    options: Options, operation: Any, x: Tensor, over: Tensor, *arguments: Any
+) -> tuple[Tensor, Back]:
     """X in the place, and in the shape and dtype, of another tensor."""
     return operation(x, over, *arguments), lambda s: s.sum_to_size(x.shape).to(x.dtype)
 
@@ -308,7 +359,11 @@ def _none(node: fx.Node) -> str:
 
 def _unknown(node: fx.Node) -> str | None:
     known = str(node.target) in MIPIN and str(node.target) not in ACTIVATIONS
-    return None if known else "has its derivative: if it is a rectifier, or part of one, it is not treated as such"
+    return (
+        None
+        if known
+        else "has its derivative: if it is a rectifier, or part of one, it is not treated as such"
+    )
 
 
 def _spelled(node: Any) -> str | None:
@@ -318,6 +373,10 @@ def _spelled(node: Any) -> str | None:
 
 #: Operations whose derivative autograd does not have as it is meant: what the model detaches, and what it assigns to a part.
 _OWN: dict[str, Rule] = {
-    "aten.detach.default": Passes(note="no derivative", carriers=_nothing, records=True, exact=True),
-    "aten.copy.default": Recorded(run=_copied, note="derivative", carriers=_second, records=True, exact=True),
+    "aten.detach.default": Passes(
+        note="no derivative", carriers=_nothing, records=True, exact=True
+    ),
+    "aten.copy.default": Recorded(
+        run=_copied, note="derivative", carriers=_second, records=True, exact=True
+    ),
 }

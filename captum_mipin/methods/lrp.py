@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from captum_mipin.capture import Output
 from captum_mipin.errors import InputError
+from captum_mipin.graph.capture import Output
 from captum_mipin.methods.base import Relevance, Table
 from captum_mipin.methods.gradients import derivative
-from captum_mipin.methods.weights import Layer, layers
+from captum_mipin.methods.layers import Layer, layers
+from captum_mipin.propagation.runtime import Target
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
@@ -29,7 +30,6 @@ from captum_mipin.rules.attention import ATTENTION
 from captum_mipin.rules.base import Back, factors, varies
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
-from captum_mipin.steps import Target
 
 
 class LayerRule(Protocol):
@@ -47,7 +47,9 @@ class LayerRule(Protocol):
         """The rule in a few words."""
         ...
 
-    def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
+    def back(
+        self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor
+    ) -> Back:
         """Relevance at the layer's output → at x.
 
         Args:
@@ -79,7 +81,9 @@ class Epsilon:
         """The rule in a few words."""
         return f"LRP-ε, ε = {self.epsilon:g}"
 
-    def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
+    def back(
+        self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor
+    ) -> Back:
         """See :class:`LayerRule`."""
         z = value if bias is not None else layer.apply(x, weight)
         return lambda r: layer.adjoint(quotient(r, z, self.epsilon), x, weight).mul_(x)
@@ -102,20 +106,26 @@ class AlphaBeta:
     def __post_init__(self) -> None:
         _at_least_zero(alpha=self.alpha, beta=self.beta, epsilon=self.epsilon)
         if abs(self.alpha - self.beta - 1) > 1e-9:
-            raise InputError(f"alpha={self.alpha!r} and beta={self.beta!r}: alpha − beta must be 1, or nothing is conserved")
+            raise InputError(
+                f"alpha={self.alpha!r} and beta={self.beta!r}: alpha − beta must be 1, or nothing is conserved"
+            )
 
     @property
     def note(self) -> str:
         """The rule in a few words."""
         return f"LRP-α{self.alpha:g}β{self.beta:g}"
 
-    def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
+    def back(
+        self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor
+    ) -> Back:
         """See :class:`LayerRule`."""
         parts = [(self.alpha, _signed(layer, x, weight, True, _part(bias, True), self.epsilon))]
         if self.beta:
             down = _signed(layer, x, weight, False, _part(bias, False), self.epsilon)
             parts.append((-self.beta, down))
-        return lambda r: _sum([factor * part(r) if factor != 1 else part(r) for factor, part in parts])
+        return lambda r: _sum(
+            [factor * part(r) if factor != 1 else part(r) for factor, part in parts]
+        )
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,9 @@ class Gamma:
         """The rule in a few words."""
         return f"LRP-γ, γ = {self.gamma:g}"
 
-    def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
+    def back(
+        self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor
+    ) -> Back:
         """See :class:`LayerRule`.
 
         Of contributions c those that agree with the sign σ of z_j are (c + σ |c|) / 2, so that c + κ σ |c| with κ = γ / (2 + γ)
@@ -168,13 +180,20 @@ class Gamma:
         part = self.gamma / (2 + self.gamma)
 
         def back(r: Tensor) -> Tensor:
-            positive, above = _nowhere_negative(x), torch.ops.aten.threshold_backward(r, value, 0)  # r where value > 0
+            positive, above = (
+                _nowhere_negative(x),
+                torch.ops.aten.threshold_backward(r, value, 0),
+            )  # r where value > 0
             if positive and torch.equal(above, r):
                 slope = 1 / (1 + self.gamma)
                 less = layer.made(lambda w: F.leaky_relu(w, slope), weight)
                 z = layer.apply(x, less, None if bias is None else F.leaky_relu(bias, slope))
                 return layer.adjoint(quotient(r, z, self.epsilon * slope), x, less).mul_(x)
-            sign, size, sizes = value.sign(), x if positive else x.abs(), layer.made(lambda w: w.abs().mul_(part), weight)
+            sign, size, sizes = (
+                value.sign(),
+                x if positive else x.abs(),
+                layer.made(lambda w: w.abs().mul_(part), weight),
+            )
             z = layer.apply(size, sizes, None if bias is None else bias.abs() * part)
             z.add_((value if bias is not None else layer.apply(x, weight)) * sign)
             q = quotient(r * sign, z, self.epsilon * (1 - part))
@@ -191,7 +210,9 @@ class Flat:
     note = "flat"
     takes = False
 
-    def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
+    def back(
+        self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor
+    ) -> Back:
         """See :class:`LayerRule`."""
         return _spread(layer, x, torch.ones_like(weight))
 
@@ -203,7 +224,9 @@ class WSquare:
     note = "w²"
     takes = False
 
-    def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
+    def back(
+        self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor
+    ) -> Back:
         """See :class:`LayerRule`."""
         return _spread(layer, x, weight.square())
 
@@ -233,13 +256,17 @@ class ZBox:
         if crossed:
             raise InputError("low is above high")
 
-    def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
+    def back(
+        self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor
+    ) -> Back:
         """See :class:`LayerRule`."""
         low, high = (torch.as_tensor(bound).to(x) for bound in (self.low, self.high))
         try:
             low, high = low.expand_as(x[:1]), high.expand_as(x[:1])
         except RuntimeError as error:
-            raise InputError(f"the bounds of z^B do not fit the inputs of {layer.key}: {error}") from error
+            raise InputError(
+                f"the bounds of z^B do not fit the inputs of {layer.key}: {error}"
+            ) from error
         outside = (x < low) | (x > high)
         if bool(outside.any()):
             raise InputError(
@@ -250,7 +277,11 @@ class ZBox:
 
         def back(r: Tensor) -> Tensor:
             q = quotient(r, z, self.epsilon)
-            return x * layer.adjoint(q, x, weight) - low * layer.adjoint(q, x, up) - high * layer.adjoint(q, x, down)
+            return (
+                x * layer.adjoint(q, x, weight)
+                - low * layer.adjoint(q, x, up)
+                - high * layer.adjoint(q, x, down)
+            )
 
         return back
 
@@ -313,8 +344,14 @@ class LRP(Relevance):
         self.composite = tuple(composite)
         for which, _ in self.composite:
             if not isinstance(which, str) and not callable(which):
-                raise InputError(f"composite: {which!r} is no type of modules, pattern of paths or function")
-        for each in (self.rule, self.input_rule or self.rule, *(rule for _, rule in self.composite)):
+                raise InputError(
+                    f"composite: {which!r} is no type of modules, pattern of paths or function"
+                )
+        for each in (
+            self.rule,
+            self.input_rule or self.rule,
+            *(rule for _, rule in self.composite),
+        ):
             _check_rule(each)
 
     def _table(self) -> Table:
@@ -322,11 +359,15 @@ class LRP(Relevance):
         rules = list(dict.fromkeys(rule for rule in self._rules() if rule is not None))
         names = {rule: f"captum_mipin.lrp{index}" for index, rule in enumerate(rules)}
         alone = Recorded(
-            run=partial(_layer, Epsilon(_SMALL), kept), note="its own layer, LRP-ε", caveat=_takes if kept else _no
+            run=partial(_layer, Epsilon(_SMALL), kept),
+            note="its own layer, LRP-ε",
+            caveat=_takes if kept else _no,
         )
         table: dict[str, Rule] = {**self._others(), _ALONE: alone}
         for rule, name in names.items():
-            table[name] = Recorded(run=partial(_layer, rule, kept), note=rule.note, caveat=partial(_caveat, rule, kept))
+            table[name] = Recorded(
+                run=partial(_layer, rule, kept), note=rule.note, caveat=partial(_caveat, rule, kept)
+            )
         return Table(table, partial(self._rewrite, names))
 
     def _rules(self) -> tuple[LayerRule | None, ...]:
@@ -341,7 +382,9 @@ class LRP(Relevance):
         """The rule of a layer, where it does not go by ``composite``."""
         return self.input_rule if first else None
 
-    def _rewrite(self, names: Mapping[LayerRule, str], graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
+    def _rewrite(
+        self, names: Mapping[LayerRule, str], graph: fx.Graph, batch: str, starts: Sequence[fx.Node]
+    ) -> None:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         matched = set[int]()
 
@@ -350,7 +393,11 @@ class LRP(Relevance):
                 return _ALONE
             path = layer.key.rpartition("/")[0]
             path = "" if path == "(model)" else path
-            fitting = [i for i, (which, _) in enumerate(self.composite) if _matches(which, path, modules[path], layer)]
+            fitting = [
+                i
+                for i, (which, _) in enumerate(self.composite)
+                if _matches(which, path, modules[path], layer)
+            ]
             matched.update(fitting)
             chosen = self._chosen(layer, first, last)
             return names[chosen or (self.composite[fitting[0]][1] if fitting else self.rule)]
@@ -358,7 +405,9 @@ class LRP(Relevance):
         layers(graph, batch, starts, choose, self._folds)
         missed = [repr(which) for i, (which, _) in enumerate(self.composite) if i not in matched]
         if missed:
-            raise InputError(f"composite: {', '.join(missed)} matches no layer with weights of the model")
+            raise InputError(
+                f"composite: {', '.join(missed)} matches no layer with weights of the model"
+            )
 
 
 class DeepTaylor(LRP):
@@ -404,14 +453,20 @@ class DeepTaylor(LRP):
         if (low is None) != (high is None):
             raise InputError("low and high are both bounds of the input: give both or none")
         if preset and (bias != "none" or last is not None):
-            raise InputError("preset='innvestigate' says what becomes of biases and of the last layer: leave out bias and last")
+            raise InputError(
+                "preset='innvestigate' says what becomes of biases and of the last layer: leave out bias and last"
+            )
         box = None if low is None or high is None else ZBox(low, high)
         rule = _FullBias() if preset or bias == "full" else ZPlus()
         first = box if preset else box or WSquare()
         if last is not None:
             _check_rule(last)
         super().__init__(
-            model, rule=rule, input_rule=first, bias="none" if bias == "none" and not preset else "take", output=output
+            model,
+            rule=rule,
+            input_rule=first,
+            bias="none" if bias == "none" and not preset else "take",
+            output=output,
         )
         self.last, self.preset, self._folds = last, preset, preset is None
 
@@ -441,7 +496,9 @@ class _FullBias(ZPlus):
         """The rule in a few words."""
         return "z⁺, the full bias in the denominator"
 
-    def back(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Back:
+    def back(
+        self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor
+    ) -> Back:
         """See :class:`LayerRule`."""
         return _signed(layer, x, weight, True, bias, self.epsilon)
 
@@ -455,14 +512,27 @@ def quotient(r: Tensor, z: Tensor, epsilon: float = 0.0) -> Tensor:
     return found
 
 
-def share(shift: bool, options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any) -> Any:
+def share(
+    shift: bool,
+    options: Options,
+    operation: Any,
+    x: tuple[Tensor, ...],
+    *arguments: Any,
+    **named: Any,
+) -> Any:
     """x_i A_ij / z_j for a linear operation A, where z is its value; with ``shift`` what constants add to it is left out."""
     value, back = derivative(operation, x, *arguments, **named)
-    z = value - operation(tuple(map(torch.zeros_like, x)), *arguments, **named) if shift else value.detach()
+    z = (
+        value - operation(tuple(map(torch.zeros_like, x)), *arguments, **named)
+        if shift
+        else value.detach()
+    )
     return value, lambda r: tuple(part * g for part, g in zip(x, back(quotient(r, z)), strict=True))
 
 
-def hand_on(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
+def hand_on(
+    options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, Back]:
     """An operation whose input gets what its output has."""
     value = operation(x, *arguments, **named)
     return value[0] if isinstance(value, tuple) else value, lambda r: r
@@ -479,7 +549,14 @@ def values(node: fx.Node) -> tuple[int, ...]:
 
 
 def _layer(
-    rule: LayerRule, kept: bool, options: Options, layer: Layer, x: Tensor, weight: Any, bias: Any, norm: Any
+    rule: LayerRule,
+    kept: bool,
+    options: Options,
+    layer: Layer,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    norm: Any,
 ) -> tuple[Tensor, Back]:
     """The value, and a way back that makes what it needs on the way, so that it is not kept for all layers at once."""
     value = layer(x, weight, bias, norm)
@@ -494,12 +571,20 @@ def _layer(
     return value, back
 
 
-def _signed(layer: Layer, x: Tensor, weight: Tensor, up: bool, bias: Tensor | None, epsilon: float) -> Back:
+def _signed(
+    layer: Layer, x: Tensor, weight: Tensor, up: bool, bias: Tensor | None, epsilon: float
+) -> Back:
     """Shares in the sum of the contributions above 0, or of those below, and the bias."""
     first = layer.made(partial(_part, positive=up), weight)
     if _nowhere_negative(x):
-        return lambda r: layer.adjoint(quotient(r, layer.apply(x, first, bias), epsilon), x, first).mul_(x)
-    above, below, second = x.clamp(min=0), x.clamp(max=0), layer.made(partial(_part, positive=not up), weight)
+        return lambda r: layer.adjoint(
+            quotient(r, layer.apply(x, first, bias), epsilon), x, first
+        ).mul_(x)
+    above, below, second = (
+        x.clamp(min=0),
+        x.clamp(max=0),
+        layer.made(partial(_part, positive=not up), weight),
+    )
     z = layer.apply(above, first, bias).add_(layer.apply(below, second))
 
     def back(r: Tensor) -> Tensor:
@@ -533,7 +618,9 @@ def _matches(which: Which, path: str, module: nn.Module, layer: Layer) -> bool:
         return fnmatchcase(path, which)
     if not isinstance(which, type):
         return bool(which(path, module))
-    return isinstance(module, which) or any(layer.name == name and issubclass(kind, which) for kind, name in _TYPES)
+    return isinstance(module, which) or any(
+        layer.name == name and issubclass(kind, which) for kind, name in _TYPES
+    )
 
 
 def _at_least_zero(**values: float) -> None:
@@ -544,11 +631,15 @@ def _at_least_zero(**values: float) -> None:
 
 def _check_rule(rule: Any) -> None:
     if isinstance(rule, type) or not hasattr(rule, "back"):
-        raise InputError(f"{rule!r} is no rule: expected Epsilon(), Gamma(), ZPlus() or another of captum_mipin's")
+        raise InputError(
+            f"{rule!r} is no rule: expected Epsilon(), Gamma(), ZPlus() or another of captum_mipin's"
+        )
     try:
         hash(rule)
     except TypeError as error:
-        raise InputError(f"{rule!r} cannot be told from other rules ({error}): make it a frozen dataclass") from error
+        raise InputError(
+            f"{rule!r} cannot be told from other rules ({error}): make it a frozen dataclass"
+        ) from error
 
 
 def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
@@ -562,15 +653,24 @@ def _no(node: fx.Node) -> str | None:
 
 
 def _takes(node: Any) -> str | None:
-    return "its bias takes relevance" if node.args[2] is not None or node.args[3] is not None else None
+    return (
+        "its bias takes relevance" if node.args[2] is not None or node.args[3] is not None else None
+    )
 
 
 def _caveat(rule: LayerRule, kept: bool, node: fx.Node) -> str | None:
     """What a layer with this rule loses."""
     biased, epsilon = _takes(node), getattr(rule, "epsilon", 0)
-    told = [biased if kept and rule.takes else None, f"ε = {epsilon:g} takes relevance" if epsilon else None]
-    if isinstance(rule, AlphaBeta):  # below ReLU, an output other than 0 has something positive, if only its bias
-        masked = all(operation(user) in ("relu", "relu6") for user in node.users) and (kept or not biased)
+    told = [
+        biased if kept and rule.takes else None,
+        f"ε = {epsilon:g} takes relevance" if epsilon else None,
+    ]
+    if isinstance(
+        rule, AlphaBeta
+    ):  # below ReLU, an output other than 0 has something positive, if only its bias
+        masked = all(operation(user) in ("relu", "relu6") for user in node.users) and (
+            kept or not biased
+        )
         told.append(_ONE_SIGN if rule.beta or not masked else None)
     return "; ".join(filter(None, told)) or None
 
@@ -601,12 +701,16 @@ _BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
 
 def relevance(kept: bool) -> dict[str, Rule]:
     """The rules of everything without weights."""
-    table: dict[str, Rule] = {name: rule for name, rule in MIPIN.items() if isinstance(rule, Passes)}
+    table: dict[str, Rule] = {
+        name: rule for name, rule in MIPIN.items() if isinstance(rule, Passes)
+    }
     rule: Rule
     for name, rule in {**ACTIVATIONS, **NORMALIZATION}.items():
         outside = _decided if name in NORMALIZATION else _no
         table[name] = Recorded(run=hand_on, note="handed on", refuse=rule.refuse, caveat=outside)
-    table["aten.glu.default"] = Recorded(run=_glu, note="to the value, not the gate", caveat=_decided)
+    table["aten.glu.default"] = Recorded(
+        run=_glu, note="to the value, not the gate", caveat=_decided
+    )
     del table[_BATCH_NORM]
     for name, rule in POOLING.items():
         table[name] = _linear(rule, False, "by shares", carriers=varying)
@@ -614,16 +718,30 @@ def relevance(kept: bool) -> dict[str, Rule]:
             table[name] = Passes(note="to its switches")
     for name, rule in ARITHMETIC.items():
         sums = any(part in name for part in ("add", "sub", "neg"))
-        carriers, caveat = (varying, _constant if kept and "neg" not in name else _no) if sums else (values, _gated)
-        table[name] = _linear(rule, sums and not kept, "by shares", carriers=carriers, caveat=caveat)
+        carriers, caveat = (
+            (varying, _constant if kept and "neg" not in name else _no)
+            if sums
+            else (values, _gated)
+        )
+        table[name] = _linear(
+            rule, sums and not kept, "by shares", carriers=carriers, caveat=caveat
+        )
     for name, rule in ATTENTION.items():
-        table[name] = _linear(rule, False, "to the values, by the recorded weights", carriers=rule.carriers, caveat=_decided)
+        table[name] = _linear(
+            rule,
+            False,
+            "to the values, by the recorded weights",
+            carriers=rule.carriers,
+            caveat=_decided,
+        )
     return table
 
 
 def _linear(rule: Rule, shift: bool, note: str, **more: Any) -> Recorded:
     run = partial(share, shift)
-    return Recorded(run=run, note=note, several=True, refuse=rule.refuse, records=rule.records, **more)
+    return Recorded(
+        run=run, note=note, several=True, refuse=rule.refuse, records=rule.records, **more
+    )
 
 
 def _gated(node: fx.Node) -> str | None:
@@ -637,7 +755,10 @@ def _glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> tuple[Te
 def _innvestigate() -> dict[str, Rule]:
     """The rules of everything without weights, as iNNvestigate has them."""
     moves = {name: rule for name, rule in MIPIN.items() if isinstance(rule, Passes) and rule.exact}
-    gradient = {name: Passes(note="gradient", refuse=rule.refuse) for name, rule in {**ACTIVATIONS, **POOLING}.items()}
+    gradient = {
+        name: Passes(note="gradient", refuse=rule.refuse)
+        for name, rule in {**ACTIVATIONS, **POOLING}.items()
+    }
     return {
         **moves,
         **gradient,

@@ -15,17 +15,33 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
-from captum_mipin import storage
-from captum_mipin.arguments import check_output, device_of, generator_kept
-from captum_mipin.capture import Extras, Inputs, Output, Signature, check_model, finite, first_example, unwrapped
-from captum_mipin.data import Batches, Unpack
-from captum_mipin.errors import FitError, InputError, InverseFileError, ModelChangedError, NotFittedError
+from captum_mipin.errors import (
+    FitError,
+    InputError,
+    InverseFileError,
+    ModelChangedError,
+    NotFittedError,
+)
+from captum_mipin.graph.capture import (
+    Extras,
+    Inputs,
+    Output,
+    Signature,
+    check_model,
+    finite,
+    first_example,
+    unwrapped,
+)
+from captum_mipin.graph.validate import check_output, device_of, generator_kept
+from captum_mipin.inverse.data import Batches, Unpack
+from captum_mipin.inverse.distributed import Processes
 from captum_mipin.methods.base import Explanation, Relevance, Signal, Table
 from captum_mipin.methods.gradients import derivative, smooth_gate
+from captum_mipin.methods.layers import Layer, layers
 from captum_mipin.methods.lrp import hand_on, quotient, values, varying
 from captum_mipin.methods.norms import SCALES
-from captum_mipin.methods.weights import Layer, layers
-from captum_mipin.processes import Processes
+from captum_mipin.propagation.check import channels
+from captum_mipin.propagation.runtime import Run
 from captum_mipin.report import table
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.activations import ACTIVATIONS
@@ -34,8 +50,7 @@ from captum_mipin.rules.attention import ATTENTION
 from captum_mipin.rules.base import Back, varies
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING, shared_out
-from captum_mipin.steps import Run
-from captum_mipin.survey import channels
+from captum_mipin.storage import files as storage
 
 Estimator = Literal["linear", "positive"]
 
@@ -174,7 +189,12 @@ class Patterns:
     """
 
     def __init__(
-        self, model: nn.Module, *, estimator: Estimator = "positive", layer: nn.Module | None = None, output: Output = None
+        self,
+        model: nn.Module,
+        *,
+        estimator: Estimator = "positive",
+        layer: nn.Module | None = None,
+        output: Output = None,
     ) -> None:
         if estimator not in ("linear", "positive"):
             raise InputError(f"estimator={estimator!r} is not one of 'linear', 'positive'")
@@ -187,7 +207,9 @@ class Patterns:
         """The pattern of a layer, by its module path and operation: shaped like its weights, (outputs, inputs) if dense."""
         patterns = self.fitted().patterns
         if layer not in patterns:
-            raise NotFittedError(f"no pattern was fitted for {layer!r}; fitted are {', '.join(patterns)}")
+            raise NotFittedError(
+                f"no pattern was fitted for {layer!r}; fitted are {', '.join(patterns)}"
+            )
         return patterns[layer]
 
     @property
@@ -234,10 +256,17 @@ class Patterns:
         processes.agree("weights", watch.fingerprint)
         processes.agree("estimators", self.estimator)
         device, method = device_of(model), _Fitting(self.model, self)
-        with generator_kept(), torch.inference_mode(False), torch.autocast(device.type, enabled=False), torch.no_grad():
+        with (
+            generator_kept(),
+            torch.inference_mode(False),
+            torch.autocast(device.type, enabled=False),
+            torch.no_grad(),
+        ):
             with processes.step(), tqdm(unit="row", disable=not progress, unit_scale=True) as bar:
                 shard = processes.rank, processes.count
-                for inputs, extras in Batches(data, batch_size, unpack, device, self.layer is None, shard):
+                for inputs, extras in Batches(
+                    data, batch_size, unpack, device, self.layer is None, shard
+                ):
                     bar.update(method.observe(inputs, extras))
             sums = self._together(method, processes)
             patterns, fits = {}, []
@@ -261,7 +290,10 @@ class Patterns:
             if not method.count:  # this process has no data, and learns of its shape from another
                 method.observe(*example)
                 method.sums = {key: part.none() for key, part in method.sums.items()}
-        processes.agree("inputs", (method.signature, [(key, part.xy.shape) for key, part in method.sums.items()]))
+        processes.agree(
+            "inputs",
+            (method.signature, [(key, part.xy.shape) for key, part in method.sums.items()]),
+        )
         return {key: part.total(processes.total) for key, part in method.sums.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -316,7 +348,9 @@ class Patterns:
         if self._state is None:
             raise NotFittedError("these Patterns are not fitted yet: call fit(data) first")
         if self._state.watch.changed(self.model):
-            raise ModelChangedError("the model's weights have changed since the patterns were fitted: fit them again")
+            raise ModelChangedError(
+                "the model's weights have changed since the patterns were fitted: fit them again"
+            )
         return self._state
 
 
@@ -331,14 +365,18 @@ class _WithPatterns:
 
     def _of(self, patterns: Patterns) -> Output:
         if not isinstance(patterns, Patterns):
-            raise InputError(f"patterns is a {type(patterns).__name__}, expected Patterns(model).fit(data)")
+            raise InputError(
+                f"patterns is a {type(patterns).__name__}, expected Patterns(model).fit(data)"
+            )
         self.patterns = patterns
         return patterns.output
 
     def _pattern(self, key: str) -> Tensor:
         state = self.patterns._state
         if state is None or key not in state.patterns:
-            raise NotFittedError(f"the patterns have nothing for {key}: fit them on this model, with the same output=")
+            raise NotFittedError(
+                f"the patterns have nothing for {key}: fit them on this model, with the same output="
+            )
         return state.patterns[key]
 
 
@@ -363,13 +401,19 @@ class PatternNet(_WithPatterns, Signal):
         Signal.__init__(self, model, output=self._of(patterns))
         _same(self.model, patterns)
 
-    def explain(self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None) -> Explanation:
+    def explain(
+        self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None
+    ) -> Explanation:
         """See :meth:`Propagation.explain`; besides, NotFittedError and ModelChangedError."""
         self.patterns.fitted()
         return super().explain(inputs, target, extras, layer)
 
     def _table(self) -> Table:
-        return _rules(partial(_through, self._pattern, False), partial(_merged, self._pattern, False), attribution=False)
+        return _rules(
+            partial(_through, self._pattern, False),
+            partial(_merged, self._pattern, False),
+            attribution=False,
+        )
 
 
 class PatternAttribution(_WithPatterns, Relevance):
@@ -391,13 +435,19 @@ class PatternAttribution(_WithPatterns, Relevance):
         Relevance.__init__(self, model, output=self._of(patterns))
         _same(self.model, patterns)
 
-    def explain(self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None) -> Explanation:
+    def explain(
+        self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None
+    ) -> Explanation:
         """See :meth:`Propagation.explain`; besides, NotFittedError and ModelChangedError."""
         self.patterns.fitted()
         return super().explain(inputs, target, extras, layer)
 
     def _table(self) -> Table:
-        return _rules(partial(_through, self._pattern, True), partial(_merged, self._pattern, True), attribution=True)
+        return _rules(
+            partial(_through, self._pattern, True),
+            partial(_merged, self._pattern, True),
+            attribution=True,
+        )
 
 
 class _Fitting(Signal):
@@ -427,7 +477,9 @@ class _Fitting(Signal):
             FitError: Something in it is not finite.
         """
         captured, surrogate = self._surrogate(inputs, extras, self._layer_at)
-        output = surrogate(Run(surrogate.steps, fitting=()), captured.values(self.model, inputs, extras))
+        output = surrogate(
+            Run(surrogate.steps, fitting=()), captured.values(self.model, inputs, extras)
+        )
         if not finite(output) or not all(finite(part.xy) for part in self.sums.values()):
             raise FitError(f"batch {self._batch}: NaN or Inf in the model's output or features")
         self.example = self.example or first_example(inputs, extras, captured.shared)
@@ -438,12 +490,19 @@ class _Fitting(Signal):
     def _table(self) -> Table:
         return _rules(self._layer, self._merge, attribution=True)
 
-    def _layer(self, options: Options, layer: Layer, x: Tensor, weight: Any, bias: Any, norm: Any) -> tuple[Tensor, Back]:
+    def _layer(
+        self, options: Options, layer: Layer, x: Tensor, weight: Any, bias: Any, norm: Any
+    ) -> tuple[Tensor, Back]:
         w, b = layer.parameters(weight, bias, norm)
         linear = layer.apply(x, w)
         value = layer.shifted(linear, b)
         if layer.kind != "scale":
-            self._add(layer.key, layer, w, sums_of(layer, x, w, linear, value > 0 if self._positive else None))
+            self._add(
+                layer.key,
+                layer,
+                w,
+                sums_of(layer, x, w, linear, value > 0 if self._positive else None),
+            )
         return value, lambda s: s
 
     def _merge(self, options: Options, operation: Any, x: tuple[Tensor, ...], **named: Any) -> Any:
@@ -454,7 +513,11 @@ class _Fitting(Signal):
         stacked = torch.stack(rows, 2).double()
         y = y.double()
         found = Sums(
-            of.sum(0), torch.einsum("nc,nck->ck", of, stacked), torch.einsum("nc,nck->ck", of * y, stacked), len(y), y.sum(0)
+            of.sum(0),
+            torch.einsum("nc,nck->ck", of, stacked),
+            torch.einsum("nc,nck->ck", of * y, stacked),
+            len(y),
+            y.sum(0),
         )
         self._add(merge.key, merge, _coefficients(merge, value, named), found)
         return value, lambda s: (s,) * len(x)
@@ -486,27 +549,42 @@ def sums_of(layer: Layer, x: Tensor, weight: Tensor, linear: Tensor, active: Ten
     count = rows.sum(0)
     mean = (rows * y).sum(0) / count.clamp(min=1)
     centred = (
-        linear - mean.to(linear) if layer.kind == "dense" else linear - mean.to(linear).view(-1, *(1,) * (linear.ndim - 2))
+        linear - mean.to(linear)
+        if layer.kind == "dense"
+        else linear - mean.to(linear).view(-1, *(1,) * (linear.ndim - 2))
     )
     sum_x = layer.products(x, of, weight).double()
-    sum_xy = layer.products(x, of * centred, weight).double() + sum_x * layer.spread(mean.to(linear).double(), weight)
+    sum_xy = layer.products(x, of * centred, weight).double() + sum_x * layer.spread(
+        mean.to(linear).double(), weight
+    )
     return Sums(count, sum_x, sum_xy, len(y), y.sum(0))
 
 
 def solve(sums: Sums, layer: Layer | Merge, weight: Tensor) -> tuple[Tensor, int]:
     """The pattern of each neuron, shaped like the weights, and the number of those without."""
     count, mean = sums.count.clamp(min=1), sums.y / max(sums.rows, 1)
-    spread = (lambda v: v.unsqueeze(1)) if isinstance(layer, Merge) else (lambda v: layer.spread(v, weight))
+    spread = (
+        (lambda v: v.unsqueeze(1))
+        if isinstance(layer, Merge)
+        else (lambda v: layer.spread(v, weight))
+    )
     each = (lambda t: t) if isinstance(layer, Merge) else layer.of_outputs
     above = (sums.xy - sums.x * spread(mean)) / spread(count)
     below = each(weight * above).sum(1)
-    size = (each(weight * sums.xy).abs().sum(1) + each(weight * sums.x).abs().sum(1) * mean.abs()) / count
+    size = (
+        each(weight * sums.xy).abs().sum(1) + each(weight * sums.x).abs().sum(1) * mean.abs()
+    ) / count
     dead = below.abs() <= _CONSTANT * size
     return above / spread(below.masked_fill(dead, torch.inf)), int(dead.sum())
 
 
 def _through(
-    pattern: Callable[[str], Tensor], attribution: bool, options: Options, layer: Layer, x: Tensor, *weights: Any
+    pattern: Callable[[str], Tensor],
+    attribution: bool,
+    options: Options,
+    layer: Layer,
+    x: Tensor,
+    *weights: Any,
 ) -> tuple[Tensor, Back]:
     """Send s through a layer's patterns, or patterns times weights."""
     w, b = layer.parameters(*weights)
@@ -516,12 +594,19 @@ def _through(
         return value, lambda s: layer.adjoint(s, x, inverse)
     a = pattern(layer.key).to(w)
     if a.shape != w.shape:
-        raise InputError(f"the pattern of {layer.key} has shape {tuple(a.shape)}, its weights {tuple(w.shape)}: fit again")
+        raise InputError(
+            f"the pattern of {layer.key} has shape {tuple(a.shape)}, its weights {tuple(w.shape)}: fit again"
+        )
     return value, lambda s: layer.adjoint(s, x, layer.made(torch.mul, a, w) if attribution else a)
 
 
 def _merged(
-    pattern: Callable[[str], Tensor], attribution: bool, options: Options, operation: Any, x: tuple[Tensor, ...], **named: Any
+    pattern: Callable[[str], Tensor],
+    attribution: bool,
+    options: Options,
+    operation: Any,
+    x: tuple[Tensor, ...],
+    **named: Any,
 ) -> Any:
     """Send s to each term of a sum by its pattern."""
     value, merge = operation(x, **named), _merge_of(operation)
@@ -529,7 +614,9 @@ def _merged(
     weights = a * _coefficients(merge, value, named) if attribution else a
     shape = [-1 if dim == merge.dim % value.ndim else 1 for dim in range(value.ndim)]
     parts = [weight.view(shape) for weight in weights.unbind(1)]
-    return value, lambda s: tuple((s * weight).sum_to_size(t.shape) for weight, t in zip(parts, x, strict=True))
+    return value, lambda s: tuple(
+        (s * weight).sum_to_size(t.shape) for weight, t in zip(parts, x, strict=True)
+    )
 
 
 def _scaled(
@@ -575,16 +662,25 @@ def _rules(layer: Callable[..., Any], merge: Callable[..., Any], attribution: bo
     passes = {name: rule for name, rule in MIPIN.items() if isinstance(rule, Passes)}
     rules: dict[str, Rule] = {
         **passes,
-        **{name: Passes(note="derivative", refuse=rule.refuse) for name, rule in ACTIVATIONS.items()},
-        "captum_mipin.layer": Recorded(run=layer, note="patterns times weights" if attribution else "patterns"),
-        str(Merge()): Recorded(run=merge, note="patterns, one a channel", several=True, carriers=lambda node: (0, 1)),
+        **{
+            name: Passes(note="derivative", refuse=rule.refuse)
+            for name, rule in ACTIVATIONS.items()
+        },
+        "captum_mipin.layer": Recorded(
+            run=layer, note="patterns times weights" if attribution else "patterns"
+        ),
+        str(Merge()): Recorded(
+            run=merge, note="patterns, one a channel", several=True, carriers=lambda node: (0, 1)
+        ),
     }
     rule: Rule
     for name, rule in POOLING.items():
         if "max_pool" in name:
             rules[name] = Passes(note="to its switches")
         else:
-            rules[name] = Recorded(run=partial(_averaged, attribution), note="evenly", refuse=rule.refuse)
+            rules[name] = Recorded(
+                run=partial(_averaged, attribution), note="evenly", refuse=rule.refuse
+            )
     for name, rule in ARITHMETIC.items():
         if any(part in name for part in ("mul", "div", "neg")):
             run = partial(_scaled, attribution)
@@ -593,7 +689,12 @@ def _rules(layer: Callable[..., Any], merge: Callable[..., Any], attribution: bo
                 carriers=values, records=rule.records, refuse=rule.refuse, caveat=_gated,
             )  # fmt: skip
         else:
-            rules[name] = Recorded(run=partial(_shifted, attribution), note="handed on", carriers=varying, refuse=rule.refuse)
+            rules[name] = Recorded(
+                run=partial(_shifted, attribution),
+                note="handed on",
+                carriers=varying,
+                refuse=rule.refuse,
+            )
     for name, rule in ATTENTION.items():
         rules[name] = replace(rule, note="adjoint with the recorded weights", caveat=_decided)
     for name in NORMALIZATION if attribution else SCALES:
@@ -610,7 +711,11 @@ def _rewrite(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
     for node in graph.nodes:
         if operation(node) == "mul":
             smooth_gate(node)
-        elif operation(node) in ("add", "sub") and len(node.args) == 2 and all(map(varies, node.args)):
+        elif (
+            operation(node) in ("add", "sub")
+            and len(node.args) == 2
+            and all(map(varies, node.args))
+        ):
             node.meta["shown"] = node.target
             sizes = list(map(str, node.meta["val"].shape))
             dim = channels(node, sizes.index(batch) if batch in sizes else 0)
@@ -635,7 +740,11 @@ def _channels(value: Tensor, dim: int) -> Tensor:
 
 
 def _gated(node: fx.Node) -> str | None:
-    return "outside of the definition: the gate gets nothing" if sum(map(varies, node.args)) > 1 else None
+    return (
+        "outside of the definition: the gate gets nothing"
+        if sum(map(varies, node.args)) > 1
+        else None
+    )
 
 
 def _decided(node: fx.Node) -> str | None:
@@ -644,4 +753,6 @@ def _decided(node: fx.Node) -> str | None:
 
 def _same(model: nn.Module, patterns: Patterns) -> None:
     if patterns.model is not model:
-        raise InputError("the patterns belong to another model object; Patterns.load(path, model) binds them to this")
+        raise InputError(
+            "the patterns belong to another model object; Patterns.load(path, model) binds them to this"
+        )

@@ -3,14 +3,21 @@
 from typing import Any
 
 import torch
-from captum.attr import Attribution, DeepLift, GradientAttribution, IntegratedGradients, LayerGradCam, Saliency
+from captum.attr import (
+    Attribution,
+    DeepLift,
+    GradientAttribution,
+    IntegratedGradients,
+    LayerGradCam,
+    Saliency,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_mipin._captum import NoFuture, captum_entry
-from captum_mipin.arguments import as_inputs, like
-from captum_mipin.capture import check_inputs
 from captum_mipin.errors import InputError
+from captum_mipin.graph.capture import check_inputs
+from captum_mipin.graph.validate import as_inputs, like
 
 
 def saliency(model: nn.Module) -> Saliency:
@@ -48,14 +55,23 @@ class SmoothGrad(NoFuture, GradientAttribution):
         torch.Size([2, 4])
     """
 
-    def __init__(self, model: nn.Module, *, samples: int = 50, noise: float = 0.15, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, *, samples: int = 50, noise: float = 0.15, seed: int = 0
+    ) -> None:
         if not isinstance(samples, int) or samples < 1 or not 0 <= noise < float("inf"):
-            raise InputError(f"samples={samples!r} must be an integer of at least 1, noise={noise!r} a number of at least 0")
+            raise InputError(
+                f"samples={samples!r} must be an integer of at least 1, noise={noise!r} a number of at least 0"
+            )
         GradientAttribution.__init__(self, model)
         self.samples, self.noise, self.seed = samples, noise, seed
 
     @captum_entry
-    def attribute(self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, additional_forward_args: Any = None) -> Any:
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+    ) -> Any:
         """The mean gradient, with its sign.
 
         Args:
@@ -69,16 +85,26 @@ class SmoothGrad(NoFuture, GradientAttribution):
         tensors = tuple(x.detach() for x in as_inputs(inputs))
         check_inputs(tensors)
         gradient = Saliency(self.forward_func)
-        spans = [(x.flatten(1).amax(1) - x.flatten(1).amin(1)).view(-1, *(1,) * (x.ndim - 1)) for x in tensors]
-        random = [torch.Generator(x.device).manual_seed(self.seed + index) for index, x in enumerate(tensors)]
+        spans = [
+            (x.flatten(1).amax(1) - x.flatten(1).amin(1)).view(-1, *(1,) * (x.ndim - 1))
+            for x in tensors
+        ]
+        random = [
+            torch.Generator(x.device).manual_seed(self.seed + index)
+            for index, x in enumerate(tensors)
+        ]
         total = [torch.zeros_like(x) for x in tensors]
         for _ in range(self.samples):
             noise = [
                 torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype)
                 for x, g in zip(tensors, random, strict=True)
             ]  # the same for each example, whatever its batch
-            noisy = [x + self.noise * span * n for x, span, n in zip(tensors, spans, noise, strict=True)]
-            found = gradient.attribute(tuple(x.requires_grad_() for x in noisy), target, False, additional_forward_args)
+            noisy = [
+                x + self.noise * span * n for x, span, n in zip(tensors, spans, noise, strict=True)
+            ]
+            found = gradient.attribute(
+                tuple(x.requires_grad_() for x in noisy), target, False, additional_forward_args
+            )
             total = [a + b for a, b in zip(total, found, strict=True)]
         return like(inputs, tuple(a / self.samples for a in total))
 
@@ -108,7 +134,9 @@ class GradCAM(NoFuture, Attribution):
         self.layer = layer
 
     @captum_entry
-    def attribute(self, inputs: Tensor, target: Any = None, additional_forward_args: Any = None) -> Tensor:
+    def attribute(
+        self, inputs: Tensor, target: Any = None, additional_forward_args: Any = None
+    ) -> Tensor:
         """The map (batch, 1, height, width).
 
         Args:
@@ -119,7 +147,9 @@ class GradCAM(NoFuture, Attribution):
         if not isinstance(inputs, Tensor) or inputs.ndim != 4:
             raise InputError("Grad-CAM is for one input of shape (batch, channels, height, width)")
         inner = LayerGradCam(self.forward_func, self.layer)
-        found = inner.attribute(inputs.detach(), target, additional_forward_args, relu_attributions=True).detach()
+        found = inner.attribute(
+            inputs.detach(), target, additional_forward_args, relu_attributions=True
+        ).detach()
         return F.interpolate(found, inputs.shape[2:], mode="bilinear", align_corners=False)
 
     @classmethod

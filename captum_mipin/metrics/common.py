@@ -20,7 +20,10 @@ from captum_mipin.targets import per_example
 Method = Attribution | Callable[..., Any] | Tensor | tuple[Tensor, ...]
 Inputs = Tensor | tuple[Tensor, ...]
 Pairs = list[tuple[Tensor, Tensor]]
-Reduction = Literal["sum", "relu_of_sum", "sum_of_relu", "sum_of_abs", "max_of_abs"] | Callable[[Tensor], Tensor]
+Reduction = (
+    Literal["sum", "relu_of_sum", "sum_of_relu", "sum_of_abs", "max_of_abs"]
+    | Callable[[Tensor], Tensor]
+)
 
 #: Examples that a method is asked for at once, unless ``batch_size`` says.
 EXPLAINED = 32
@@ -58,12 +61,20 @@ class Examples:
         """What users give, checked."""
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         if not tensors or not all(isinstance(x, Tensor) for x in tensors):
-            raise InputError(f"inputs are a {type(inputs).__name__}, expected a torch.Tensor or a tuple of them")
+            raise InputError(
+                f"inputs are a {type(inputs).__name__}, expected a torch.Tensor or a tuple of them"
+            )
         lengths = {len(x) if x.ndim else 0 for x in tensors}
         if len(lengths) != 1 or 0 in lengths:
-            raise InputError(f"inputs hold {sorted(lengths)} examples, expected the same number in each, and at least one")
+            raise InputError(
+                f"inputs hold {sorted(lengths)} examples, expected the same number in each, and at least one"
+            )
         target = torch.from_numpy(target) if isinstance(target, np.ndarray) else target
-        many = len(target) if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() != 1) else None
+        many = (
+            len(target)
+            if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() != 1)
+            else None
+        )
         if many is not None and many != len(tensors[0]):
             raise TargetError(f"{many} targets were given for {len(tensors[0])} examples")
         extras = additional_forward_args
@@ -93,7 +104,9 @@ class Examples:
     def alike(self) -> bool:
         """Whether all have the same target and further arguments."""
         targets = self.targets
-        return all(target == targets[0] for target in targets) and not any(map(self._one_each, self.extras))
+        return all(target == targets[0] for target in targets) and not any(
+            map(self._one_each, self.extras)
+        )
 
     def one(self, metric: str) -> Tensor:
         """The one input tensor."""
@@ -108,8 +121,12 @@ class Examples:
     def pick_for(self, index: Tensor, *inputs: Tensor) -> "Examples":
         """Other inputs, with the targets and further arguments of some of the examples."""
         one_each = isinstance(self.target, list)
-        target = [self.target[i] for i in index.tolist()] if one_each else self._row(self.target, index)
-        return Examples(inputs, self.alone, target, tuple(self._row(extra, index) for extra in self.extras))
+        target = (
+            [self.target[i] for i in index.tolist()] if one_each else self._row(self.target, index)
+        )
+        return Examples(
+            inputs, self.alone, target, tuple(self._row(extra, index) for extra in self.extras)
+        )
 
     def with_inputs(self, *inputs: Tensor) -> "Examples":
         """Others in their place."""
@@ -131,7 +148,9 @@ class Examples:
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self)
 
 
-def explain(method: Method, examples: Examples, batch_size: int | None = None) -> tuple[Tensor, ...]:
+def explain(
+    method: Method, examples: Examples, batch_size: int | None = None
+) -> tuple[Tensor, ...]:
     """The maps of a method, one tensor for each that it gives, detached."""
     size = explained_at_once(batch_size)
     if isinstance(method, (Tensor, tuple)):
@@ -145,9 +164,13 @@ def ask(method: Method, examples: Examples) -> tuple[Tensor, ...]:
     by_name = owner(method) is not None
     call = method.attribute if isinstance(method, Attribution) else method
     if not callable(call):
-        raise InputError(f"the method is a {type(method).__name__}, expected a Captum Attribution, a callable, or maps")
+        raise InputError(
+            f"the method is a {type(method).__name__}, expected a Captum Attribution, a callable, or maps"
+        )
     with torch.inference_mode(False), torch.enable_grad():
-        mine = tuple(x.detach().clone() for x in examples.inputs)  # whatever happens to them, the user's stay as they are
+        mine = tuple(
+            x.detach().clone() for x in examples.inputs
+        )  # whatever happens to them, the user's stay as they are
         if by_name:  # Captum's gradient methods warn of inputs that do not require a gradient
             mine = tuple(x.requires_grad_(x.is_floating_point()) for x in mine)
         inputs = mine[0] if examples.alone else mine
@@ -163,9 +186,13 @@ def _maps(found: Any, examples: Examples) -> tuple[Tensor, ...]:
     maps = found if isinstance(found, tuple) else (found,)
     for one in maps:
         if not isinstance(one, Tensor):
-            raise InputError(f"the method gave a {type(one).__name__}, expected a tensor of maps, or a tuple of them")
+            raise InputError(
+                f"the method gave a {type(one).__name__}, expected a tensor of maps, or a tuple of them"
+            )
         if one.ndim < 2 or len(one) != len(examples):
-            raise InputError(f"the maps have shape {tuple(one.shape)}, expected one map for each of {len(examples)} examples")
+            raise InputError(
+                f"the maps have shape {tuple(one.shape)}, expected one map for each of {len(examples)} examples"
+            )
     return tuple(one.detach() for one in maps)
 
 
@@ -182,7 +209,11 @@ def name(method: Any) -> str:
     found = owner(method)
     if found is not None:
         return str(found.get_name())
-    return "maps" if isinstance(method, (Tensor, tuple)) else getattr(method, "__name__", type(method).__name__)
+    return (
+        "maps"
+        if isinstance(method, (Tensor, tuple))
+        else getattr(method, "__name__", type(method).__name__)
+    )
 
 
 def model_of(method: Any, model: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -197,7 +228,9 @@ def model_of(method: Any, model: Callable[..., Any] | None) -> Callable[..., Any
         raise InputError(f"{name(method)} does not tell which model it explains: pass model=")
     model = found.forward_func if model is None and found is not None else model
     if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
-        raise TrainingModeError(f"{type(model).__name__} is in training mode: call eval() on it first")
+        raise TrainingModeError(
+            f"{type(model).__name__} is in training mode: call eval() on it first"
+        )
     assert model is not None
     return model
 
@@ -207,7 +240,11 @@ def raw_outputs(model: Callable[..., Any], examples: Examples) -> Tensor:
     with torch.no_grad():
         found = model(*examples.inputs, *examples.extras)
     if not isinstance(found, Tensor) or found.ndim == 0 or len(found) != len(examples):
-        what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        what = (
+            f"a tensor of shape {tuple(found.shape)}"
+            if isinstance(found, Tensor)
+            else f"a {type(found).__name__}"
+        )
         raise InputError(
             f"the model gives {what}, expected one tensor (examples, ...): where it gives several, pass a function as model= "
             "that selects one"
@@ -233,19 +270,25 @@ def pick_target(found: Tensor, target: Any, score: Score = "logit") -> Tensor:
     """(examples,) float64: the entry of each example's target."""
     if score == "softmax":
         if found.ndim < 2 or found.shape[1] < 2:
-            raise InputError(f"outputs of shape {tuple(found.shape)} have no classes to take a softmax over: use score='logit'")
+            raise InputError(
+                f"outputs of shape {tuple(found.shape)} have no classes to take a softmax over: use score='logit'"
+            )
         found = found.softmax(1)
     elif callable(score):
         found = score(found)
     elif score != "logit":
-        raise InputError(f"score={score!r} is not one of 'logit', 'softmax', or a function of the outputs")
+        raise InputError(
+            f"score={score!r} is not one of 'logit', 'softmax', or a function of the outputs"
+        )
     if callable(score) and found.ndim == 1:  # one score an example
         return found.double()
     index = per_example(target, found)
     if all(i is index[0] for i in index):  # one for all
         return found.movedim(0, -1)[index[0]].double()
     rows = torch.arange(len(found), device=found.device)
-    return found[(rows, *(torch.tensor(i, device=found.device) for i in zip(*index, strict=True)))].double()
+    return found[
+        (rows, *(torch.tensor(i, device=found.device) for i in zip(*index, strict=True)))
+    ].double()
 
 
 def explained_at_once(batch_size: int | None) -> int:
@@ -261,7 +304,9 @@ def rows_at_once(x: Tensor, batch_size: int | None) -> int:
     return batch_size or max(LEAST, (ELEMENTS if on_cpu else ELEMENTS_ELSEWHERE) // size)
 
 
-def all_outputs(model: Callable[..., Any], examples: Examples, batch_size: int | None, score: Score = "logit") -> Tensor:
+def all_outputs(
+    model: Callable[..., Any], examples: Examples, batch_size: int | None, score: Score = "logit"
+) -> Tensor:
     """:func:`outputs` of any number of examples."""
     size = rows_at_once(examples.inputs[0], batch_size)
     return torch.cat([outputs(model, part, score) for part in examples.chunks(size)])
@@ -280,10 +325,14 @@ def heat(maps: Tensor, like: Tensor, reduction: Reduction = "sum") -> Tensor:
     if callable(reduction):
         found = reduction(maps)
         if len(found) != len(maps) or found.ndim < 2:
-            raise InputError(f"the reduction gives shape {tuple(found.shape)} for maps of shape {tuple(maps.shape)}")
+            raise InputError(
+                f"the reduction gives shape {tuple(found.shape)} for maps of shape {tuple(maps.shape)}"
+            )
         return found.detach().double()
     if reduction not in _REDUCTIONS:
-        raise InputError(f"reduction={reduction!r} is not one of {', '.join(map(repr, _REDUCTIONS))}, or a function")
+        raise InputError(
+            f"reduction={reduction!r} is not one of {', '.join(map(repr, _REDUCTIONS))}, or a function"
+        )
     without = maps.ndim == 2 or maps.ndim == like.ndim - 1
     return _REDUCTIONS[reduction](maps.unsqueeze(1) if without else maps)
 
@@ -302,10 +351,16 @@ def resized(heat: Tensor, size: Sequence[int]) -> Tensor:
         raise InputError(f"maps with places {places} cannot be laid over {tuple(size)}")
     scale = places[0] / size[0]
     if any(abs(scale * whole - part) > 2 for whole, part in zip(size, places, strict=True)):
-        raise InputError(f"maps with places {places} have other proportions than {tuple(size)}: rearrange tokens as they lie")
-    found = F.interpolate(heat.unsqueeze(1), tuple(size), mode=modes[len(size)], align_corners=False).squeeze(1)
+        raise InputError(
+            f"maps with places {places} have other proportions than {tuple(size)}: rearrange tokens as they lie"
+        )
+    found = F.interpolate(
+        heat.unsqueeze(1), tuple(size), mode=modes[len(size)], align_corners=False
+    ).squeeze(1)
     unit = found.flatten(1).abs().amax(1).view(-1, *(1,) * len(size)) * 2.0**-40
-    return torch.where(unit > 0, (found / unit).round() * unit, found)  # what rounding parted is equal again
+    return torch.where(
+        unit > 0, (found / unit).round() * unit, found
+    )  # what rounding parted is equal again
 
 
 def hottest_first(flat: Tensor, random: Tensor) -> Tensor:
@@ -332,12 +387,16 @@ def ranked(x: Tensor, stable: bool = True) -> Tensor:
 
 def _in_order(x: Tensor) -> Tensor:
     """``x.argsort()``, equal ones in any order: on the CPU by NumPy, several times as fast."""
-    return torch.from_numpy(np.argsort(x.numpy(), axis=1)) if x.device.type == "cpu" else x.argsort()
+    return (
+        torch.from_numpy(np.argsort(x.numpy(), axis=1)) if x.device.type == "cpu" else x.argsort()
+    )
 
 
 def inverted(order: Tensor) -> Tensor:
     """Where each entry stands in the order of its row."""
-    return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
 
 
 def finite_rows(*tensors: Tensor) -> Tensor:
@@ -352,30 +411,43 @@ def seeded(generator: torch.Generator | None) -> torch.Generator:
 
 def uniform(generator: torch.Generator, *shape: int, device: torch.device | None = None) -> Tensor:
     """Numbers in [0, 1), the same on whatever device they are wanted."""
-    return torch.rand(shape, generator=generator, device=generator.device).to(device or generator.device)
+    return torch.rand(shape, generator=generator, device=generator.device).to(
+        device or generator.device
+    )
 
 
-def disturbances(part: Examples, samples: int, draw: Callable[[Sequence[int]], Tensor]) -> Callable[[Inputs], Pairs]:
+def disturbances(
+    part: Examples, samples: int, draw: Callable[[Sequence[int]], Tensor]
+) -> Callable[[Inputs], Pairs]:
     """Inputs, each repeated as Captum does it → these with random numbers, the next at each call, however they are split."""
     drawn = [[draw((samples, *x.shape[1:])) for x in part.inputs] for _ in range(len(part))]
-    noise = [torch.stack(own).to(x) for own, x in zip(zip(*drawn, strict=True), part.inputs, strict=True)]
+    noise = [
+        torch.stack(own).to(x) for own, x in zip(zip(*drawn, strict=True), part.inputs, strict=True)
+    ]
     done = 0
 
     def following(x: Inputs) -> Pairs:
         nonlocal done
         tensors = x if isinstance(x, tuple) else (x,)
         start, done = done, done + len(tensors[0]) // len(part)
-        return [(one, by[:, start:done].flatten(0, 1)) for one, by in zip(tensors, noise, strict=True)]
+        return [
+            (one, by[:, start:done].flatten(0, 1)) for one, by in zip(tensors, noise, strict=True)
+        ]
 
     return following
 
 
-def described(method: Any, examples: Examples, maps: Sequence[Tensor] = (), **more: Any) -> dict[str, Any]:
+def described(
+    method: Any, examples: Examples, maps: Sequence[Tensor] = (), **more: Any
+) -> dict[str, Any]:
     """The settings that all results have."""
     target = examples.target
     target = target.tolist() if isinstance(target, Tensor) else target
     shapes = ", ".join("x".join(map(str, one.shape[1:])) for one in maps)
-    told = {key: getattr(value, "__name__", type(value).__name__) if callable(value) else value for key, value in more.items()}
+    told = {
+        key: getattr(value, "__name__", type(value).__name__) if callable(value) else value
+        for key, value in more.items()
+    }
     return {"method": name(method), "target": target, **({"maps": shapes} if maps else {}), **told}
 
 

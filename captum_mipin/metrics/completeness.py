@@ -30,7 +30,9 @@ from captum_mipin.targets import per_example
 class HasSourceSignal(Protocol):
     """What completeness can be measured of."""
 
-    def source_signal(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> Any:
+    def source_signal(
+        self, inputs: Any, target: Any = None, additional_forward_args: Any = None
+    ) -> Any:
         """S, shaped like the inputs."""
 
 
@@ -85,14 +87,23 @@ def completeness(
     if not isinstance(method, HasSourceSignal):
         raise InputError("completeness needs a method that has source_signal")
     if control and not hasattr(method, "attribute"):
-        raise InputError("the control needs a method that has attribute as well: pass control=False to do without")
+        raise InputError(
+            "the control needs a method that has attribute as well: pass control=False to do without"
+        )
     examples, model = Examples.of(inputs, target, additional_forward_args), model_of(method, model)
-    everything = torch.cat([raw_outputs(model, part) for part in examples.chunks(rows_at_once(examples.inputs[0], batch_size))])
+    everything = torch.cat(
+        [
+            raw_outputs(model, part)
+            for part in examples.chunks(rows_at_once(examples.inputs[0], batch_size))
+        ]
+    )
     before = pick_target(everything, examples.target)
     others = _other_outputs(everything, examples, seeded(generator)) if control else before
     after, shuffled = [], []
     size = explained_at_once(batch_size)
-    for part, y, other in zip(examples.chunks(size), before.split(size), others.split(size), strict=True):
+    for part, y, other in zip(
+        examples.chunks(size), before.split(size), others.split(size), strict=True
+    ):
         signal = ask(method.source_signal, part)
         after.append(all_outputs(model, part.with_inputs(*signal), batch_size))
         if control:
@@ -103,7 +114,9 @@ def completeness(
     settings = described(method, examples, average=average, unit="%")
 
     def result(name: str, lost: Tensor) -> Result:
-        return Result.of(name, 100 * lost, "lower", settings, {"zero output": before == 0}, classes=classes)
+        return Result.of(
+            name, 100 * lost, "lower", settings, {"zero output": before == 0}, classes=classes
+        )
 
     kept = (before - torch.cat(after)) / before.abs()
     parts = {"positive APC": result("positive APC", kept.relu())}

@@ -49,17 +49,31 @@ def box_masks(boxes: Boxes, size: Sequence[int]) -> Tensor:
         [[[1, 1, 0], [0, 0, 0]], [[1, 0, 0], [0, 1, 1]], [[0, 0, 0], [0, 0, 0]]]
     """
     height, width = size
-    if isinstance(boxes, Tensor) and boxes.ndim > 2 and (boxes.dtype == torch.bool or boxes.shape[-1] != 4 or width == 4):
+    if (
+        isinstance(boxes, Tensor)
+        and boxes.ndim > 2
+        and (boxes.dtype == torch.bool or boxes.shape[-1] != 4 or width == 4)
+    ):
         masks = boxes.squeeze(1) if boxes.ndim == 4 else boxes
         if tuple(masks.shape[1:]) != (height, width):
-            raise InputError(f"the masks have shape {tuple(boxes.shape)}, expected (examples, {height}, {width})")
+            raise InputError(
+                f"the masks have shape {tuple(boxes.shape)}, expected (examples, {height}, {width})"
+            )
         return masks > 0
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
     for mask, one in zip(masks, boxes, strict=True):
         rows = torch.as_tensor(one, dtype=torch.float64).cpu()
-        rows = rows.reshape(0, 4) if rows.numel() == 0 else rows.reshape(1, 4) if tuple(rows.shape) == (4,) else rows
+        rows = (
+            rows.reshape(0, 4)
+            if rows.numel() == 0
+            else rows.reshape(1, 4)
+            if tuple(rows.shape) == (4,)
+            else rows
+        )
         if rows.ndim != 2 or rows.shape[1] != 4 or not rows.isfinite().all():
-            raise InputError(f"a box is {one!r}, expected finite numbers (left, top, right, bottom), or a list of such")
+            raise InputError(
+                f"a box is {one!r}, expected finite numbers (left, top, right, bottom), or a list of such"
+            )
         for left, top, right, bottom in rows.round().long().clamp(min=0).tolist():
             mask[top:bottom, left:right] = True
     return masks
@@ -113,9 +127,17 @@ def bounding_box_accuracy(
         values, tied = _expected_share(flat, inside, n)
     else:
         _, tied = _expected_share(flat, inside, n)
-        random = uniform(seeded(generator), *flat.shape, device=flat.device) if ties == "random" else torch.zeros_like(flat)
+        random = (
+            uniform(seeded(generator), *flat.shape, device=flat.device)
+            if ties == "random"
+            else torch.zeros_like(flat)
+        )
         values = (
-            inside.gather(1, hottest_first(flat, random)).cumsum(1).gather(1, (n - 1).clamp(min=0)[:, None])[:, 0].double() / n
+            inside.gather(1, hottest_first(flat, random))
+            .cumsum(1)
+            .gather(1, (n - 1).clamp(min=0)[:, None])[:, 0]
+            .double()
+            / n
         )
     settings = described(method, examples, maps, reduction=reduction, ties=ties, largest=largest)
     reasons = {"empty": n == 0, "large": n > largest * inside.shape[1], "NaN": ~finite_rows(warm)}
@@ -162,9 +184,19 @@ def pointing_game(
     flat = warm.flatten(1)
     hottest = flat == flat.amax(1, keepdim=True)
     values = (hottest & near).sum(1).double() / hottest.sum(1)
-    settings = described(method, examples, maps, reduction=reduction, tolerance=tolerance, average=average, ties="expected")
+    settings = described(
+        method,
+        examples,
+        maps,
+        reduction=reduction,
+        tolerance=tolerance,
+        average=average,
+        ties="expected",
+    )
     reasons = {"empty": ~masks.flatten(1).any(1), "NaN": ~finite_rows(warm)}
-    return Result.of("pointing game", values, "higher", settings, reasons, classes=_labels(examples, average))
+    return Result.of(
+        "pointing game", values, "higher", settings, reasons, classes=_labels(examples, average)
+    )
 
 
 def effective_heat_ratio(
@@ -207,12 +239,19 @@ def effective_heat_ratio(
                                              additional_forward_args, batch_size)  # fmt: skip
     flat, inside = warm.flatten(1).nan_to_num(), masks.flatten(1).to(warm.device)
     peak = flat.amax(1)
-    curves = torch.stack([_heat_ratios(one, box, threshold, weighted) for one, box in zip(flat, inside, strict=True)])
+    curves = torch.stack(
+        [_heat_ratios(one, box, threshold, weighted) for one, box in zip(flat, inside, strict=True)]
+    )
     values = (curves[:, 1:] + curves[:, :-1]).sum(1) / 20
     settings = described(method, examples, maps, reduction=reduction, largest=largest, threshold=threshold, weighted=weighted,
                          normalisation="by the maximum")  # fmt: skip
     n = inside.sum(1)
-    reasons = {"empty": n == 0, "large": n > largest * inside.shape[1], "NaN": ~finite_rows(warm), "no heat": peak <= 0}
+    reasons = {
+        "empty": n == 0,
+        "large": n > largest * inside.shape[1],
+        "NaN": ~finite_rows(warm),
+        "no heat": peak <= 0,
+    }
     return Result.of("effective heat ratio", values, "higher", settings, reasons, curves=curves)
 
 
@@ -264,7 +303,9 @@ def mosaics(
     generator = seeded(generator)
     labels = torch.as_tensor(labels).long().cpu()
     examples = Examples.of(images, labels)
-    probabilities = torch.cat([raw_outputs(model, part).softmax(1).cpu() for part in examples.chunks(batch_size)])
+    probabilities = torch.cat(
+        [raw_outputs(model, part).softmax(1).cpu() for part in examples.chunks(batch_size)]
+    )
     sure = probabilities.gather(1, labels[:, None])[:, 0] >= confidence
     of = {int(label): (sure & (labels == label)).nonzero().flatten() for label in labels.unique()}
     of = {label: rows for label, rows in of.items() if len(rows)}
@@ -287,7 +328,9 @@ def mosaics(
         cell = draw(n * n)
         drawn.insert(cell, found)
         tiles = [images[int(of[label][draw(len(of[label]))])] for label in drawn]
-        fields.append(torch.cat([torch.cat(tiles[row * n : (row + 1) * n], 2) for row in range(n)], 1))
+        fields.append(
+            torch.cat([torch.cat(tiles[row * n : (row + 1) * n], 2) for row in range(n)], 1)
+        )
         cells.append(cell)
         targets.append(found)
     return Mosaics(n, torch.stack(fields), torch.tensor(cells), torch.tensor(targets))
@@ -335,8 +378,18 @@ def grid_pointing_game(
     made = {} if isinstance(inputs, Mosaics) else {"confidence": confidence}
     if not isinstance(inputs, Mosaics):
         if not isinstance(target, (Tensor, list)):
-            raise InputError(f"target is {target!r}, expected the class of each image: an integer tensor or a list")
-        inputs = mosaics(model_of(method, model), inputs, target, n, count, confidence=confidence, generator=generator)
+            raise InputError(
+                f"target is {target!r}, expected the class of each image: an integer tensor or a list"
+            )
+        inputs = mosaics(
+            model_of(method, model),
+            inputs,
+            target,
+            n,
+            count,
+            confidence=confidence,
+            generator=generator,
+        )
     examples = Examples.of(inputs.x, inputs.targets.tolist(), additional_forward_args)
     maps = explain(method, examples, batch_size)
     warm = heat(_image(maps, "grid_pointing_game"), inputs.x, reduction).clamp(min=0)
@@ -346,7 +399,11 @@ def grid_pointing_game(
     values = torch.where(total == 0, 0.0, share)
     settings = described(method, examples, maps, reduction=reduction, n=inputs.n, **made)
     reasons = {"NaN": ~finite_rows(warm)}
-    parts = {"nothing positive": Result.of("nothing positive", (total == 0).double(), "neither", settings, reasons)}
+    parts = {
+        "nothing positive": Result.of(
+            "nothing positive", (total == 0).double(), "neither", settings, reasons
+        )
+    }
     return Result.of("grid pointing game", values, "higher", settings, reasons, parts=parts)
 
 
@@ -364,12 +421,19 @@ def _looked_at(
     examples = Examples.of(inputs, target, additional_forward_args)
     x = examples.one(metric)
     if x.ndim != 4:
-        raise InputError(f"{metric} needs images (examples, channels, height, width), found inputs of shape {tuple(x.shape)}")
+        raise InputError(
+            f"{metric} needs images (examples, channels, height, width), found inputs of shape {tuple(x.shape)}"
+        )
     masks = box_masks(boxes, x.shape[2:])
     if len(masks) != len(x):
         raise InputError(f"there are boxes for {len(masks)} images, but {len(x)} images")
     maps = explain(method, examples, batch_size)
-    return examples, resized(heat(_image(maps, metric), x, reduction), x.shape[2:]), masks.cpu(), maps
+    return (
+        examples,
+        resized(heat(_image(maps, metric), x, reduction), x.shape[2:]),
+        masks.cpu(),
+        maps,
+    )
 
 
 def _image(maps: tuple[Tensor, ...], metric: str) -> Tensor:
@@ -409,7 +473,9 @@ def _heat_ratios(warm: Tensor, inside: Tensor, threshold: float, weighted: bool)
     ordered = warm[counts].sort().values
     place = quantiles * (len(ordered) - 1)
     low, share = place.floor().long(), place.frac()
-    levels = torch.lerp(ordered[low], ordered[(low + 1).clamp(max=len(ordered) - 1)], share).clamp(max=0.99)
+    levels = torch.lerp(ordered[low], ordered[(low + 1).clamp(max=len(ordered) - 1)], share).clamp(
+        max=0.99
+    )
     hot = (warm >= levels[:, None]) & counts
     return (hot * inside * (warm if weighted else 1)).sum(1) / hot.sum(1)
 

@@ -171,7 +171,9 @@ def sensitivity_n(
         sums, ranks, left = flat[one][inverted(ranks)].cumsum(1).T[taken - 1], ranks.int(), []
         for part in torch.arange(len(numbers) * samples, device=x.device).split(size):
             wait = ranks.index_select(0, part % samples).sub_(taken[part // samples, None])
-            left.append(_with(model, examples, torch.full_like(part, one), wait, start, change, score))
+            left.append(
+                _with(model, examples, torch.full_like(part, one), wait, start, change, score)
+            )
         rows.append(_correlation(sums, (whole[one] - torch.cat(left)).view(-1, samples)))
     curves = torch.stack(rows)
     settings = described(method, examples, maps, reduction=reduction, score=score, baseline=_told(baseline), n=numbers,
@@ -218,7 +220,11 @@ def infidelity(
         True
     """
     at_least("samples", samples, 1)
-    examples, model, random = Examples.of(inputs, target, additional_forward_args), model_of(method, model), seeded(generator)
+    examples, model, random = (
+        Examples.of(inputs, target, additional_forward_args),
+        model_of(method, model),
+        seeded(generator),
+    )
     maps = explain(method, examples, batch_size)
     if [m.shape for m in maps] != [x.shape for x in examples.inputs]:
         raise InputError(
@@ -229,7 +235,11 @@ def infidelity(
     def draw(shape: Sequence[int]) -> Tensor:
         return noise * torch.randn(shape, generator=random, device=random.device)
 
-    values, size, rows = [], explained_at_once(batch_size), rows_at_once(examples.inputs[0], batch_size)
+    values, size, rows = (
+        [],
+        explained_at_once(batch_size),
+        rows_at_once(examples.inputs[0], batch_size),
+    )
     for part, *own in zip(examples.chunks(size), *(m.split(size) for m in maps), strict=True):
         disturb = perturb or partial(_less, disturbances(part, samples, draw))
         values.append(
@@ -241,7 +251,9 @@ def infidelity(
         )  # fmt: skip
     told = {"noise": noise} if perturb is None else {"perturb": perturb}
     settings = described(method, examples, maps, **told, samples=samples, normalize=normalize)
-    return Result.of("infidelity", torch.cat(values), "lower", settings, {"NaN": ~finite_rows(*maps)})
+    return Result.of(
+        "infidelity", torch.cat(values), "lower", settings, {"NaN": ~finite_rows(*maps)}
+    )
 
 
 def _less(disturb: Callable[[Inputs], Pairs], x: Inputs) -> tuple[Inputs, Inputs]:
@@ -275,7 +287,9 @@ def _replaced(
     due = (ranks // step + 1).int()  # the point from which on each place is replaced
     start, change = _between(*((x, other) if metric == "deletion" else (other, x)))
     shared = other.stride(0) == 0 and examples.alike  # one baseline, with one output
-    runs, number = _runs(due, change, points, None if not shared else "last" if metric == "deletion" else "first")
+    runs, number = _runs(
+        due, change, points, None if not shared else "last" if metric == "deletion" else "first"
+    )
     found = []
     for part in runs.to(x.device).tensor_split(-(-len(runs) // rows_at_once(x, batch_size))):
         rows, now = part.unbind(1)
@@ -306,7 +320,9 @@ def _asked(
     examples, model = Examples.of(inputs, target, additional_forward_args), model_of(method, model)
     x = examples.one(metric)
     if x.ndim < 2:
-        raise InputError(f"{metric} needs inputs (examples, features) or (examples, channels, ...), found {tuple(x.shape)}")
+        raise InputError(
+            f"{metric} needs inputs (examples, features) or (examples, channels, ...), found {tuple(x.shape)}"
+        )
     places = x.shape[2:] or x.shape[1:]
     other = _baseline(baseline, x)
     maps = explain(method, examples, batch_size)
@@ -315,9 +331,13 @@ def _asked(
     warm = heat(maps[0], x, reduction).to(x.device)
     summed = maps[0].ndim > 2 and not callable(reduction)  # tokens, not the channels of their maps
     if x.ndim == 2 and (summed or warm.shape != x.shape):
-        raise InputError(f"{metric} needs a map of shape {tuple(x.shape)}, found {tuple(maps[0].shape)}")
+        raise InputError(
+            f"{metric} needs a map of shape {tuple(x.shape)}, found {tuple(maps[0].shape)}"
+        )
     flat = resized(warm, places).flatten(1)
-    ranks = inverted(hottest_first(flat.nan_to_num(), uniform(seeded(generator), *flat.shape, device=x.device)))
+    ranks = inverted(
+        hottest_first(flat.nan_to_num(), uniform(seeded(generator), *flat.shape, device=x.device))
+    )
     return examples, model, ranks, flat, maps, other
 
 
@@ -328,7 +348,9 @@ def _between(start: Tensor, finish: Tensor) -> tuple[Tensor, Tensor]:
     """
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(start.element_size())
     if kind is None:
-        raise InputError(f"inputs of dtype {start.dtype} are not supported: give them, and the model, half the precision")
+        raise InputError(
+            f"inputs of dtype {start.dtype} are not supported: give them, and the model, half the precision"
+        )
     start, finish = (x.detach().resolve_conj().resolve_neg() for x in (start, finish))
     return start, start.view(kind) ^ finish.view(kind)
 
@@ -345,11 +367,17 @@ def _with(
     """(sets,) outputs for examples ``rows``, changed where ``wait`` (sets, places), int32 and overwritten, is below 0."""
     bits = wait.bitwise_right_shift_(31).to(change.dtype)  # all or none
     bits = bits.view(-1, *((1, *change.shape[2:]) if change.ndim > 2 else change.shape[1:]))
-    x = change.index_select(0, rows).bitwise_and_(bits).bitwise_xor_(start.index_select(0, rows).view(change.dtype))
+    x = (
+        change.index_select(0, rows)
+        .bitwise_and_(bits)
+        .bitwise_xor_(start.index_select(0, rows).view(change.dtype))
+    )
     return outputs(model, examples.pick_for(rows, x.view(start.dtype)), score)
 
 
-def _runs(due: Tensor, change: Tensor, points: int, plain: Literal["first", "last"] | None) -> tuple[Tensor, Tensor]:
+def _runs(
+    due: Tensor, change: Tensor, points: int, plain: Literal["first", "last"] | None
+) -> tuple[Tensor, Tensor]:
     """Examples and points (runs, 2) whose inputs to run, no input twice; (examples, points) which run has the output of each.
 
     Args:
@@ -359,7 +387,12 @@ def _runs(due: Tensor, change: Tensor, points: int, plain: Literal["first", "las
         plain: Whether the first, or the last, input of all examples is the same.
     """
     differs = (change if change.ndim == 2 else change.flatten(2).any(1)) != 0
-    new = torch.zeros(len(due), points, dtype=torch.bool, device=due.device).scatter_(1, due * differs, True).cpu().numpy()
+    new = (
+        torch.zeros(len(due), points, dtype=torch.bool, device=due.device)
+        .scatter_(1, due * differs, True)
+        .cpu()
+        .numpy()
+    )
     new[:, 0] = True
     found = new.cumsum(1)
     if plain is None:
@@ -378,9 +411,13 @@ def _baseline(baseline: Baseline, x: Tensor) -> Tensor:
     """What takes the place of each example."""
     if isinstance(baseline, str):
         if baseline != "blur":
-            raise InputError(f"baseline={baseline!r} is not 'blur', a number, a tensor or a function")
+            raise InputError(
+                f"baseline={baseline!r} is not 'blur', a number, a tensor or a function"
+            )
         if x.ndim != 4:
-            raise InputError(f"a blur needs images, found inputs of shape {tuple(x.shape)}: pass another baseline=")
+            raise InputError(
+                f"a blur needs images, found inputs of shape {tuple(x.shape)}: pass another baseline="
+            )
         return blur(x)
     found = baseline(x) if callable(baseline) else torch.as_tensor(baseline, dtype=torch.float64)
     if not x.is_floating_point() and (found != found.to(x)).any():
@@ -388,7 +425,9 @@ def _baseline(baseline: Baseline, x: Tensor) -> Tensor:
     try:
         return found.detach().to(x).expand_as(x)
     except RuntimeError as error:
-        raise InputError(f"the baseline has shape {tuple(found.shape)}, which does not fit inputs {tuple(x.shape)}") from error
+        raise InputError(
+            f"the baseline has shape {tuple(found.shape)}, which does not fit inputs {tuple(x.shape)}"
+        ) from error
 
 
 def blur(x: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
@@ -397,7 +436,9 @@ def blur(x: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
     away = torch.arange(-reach, reach + 1, dtype=torch.float64)
     weight = torch.exp(-(away**2) / (2 * sigma**2))
     place = (away.long() + size // 2) % (2 * size)
-    place = torch.where(place < size, place, 2 * size - 1 - place)  # reflected, as SciPy filters a lone pixel
+    place = torch.where(
+        place < size, place, 2 * size - 1 - place
+    )  # reflected, as SciPy filters a lone pixel
     line = torch.zeros(size, dtype=torch.float64).index_add_(0, place, weight / weight.sum()).to(x)
     channels = x.shape[1]
     for shape in ((size, 1), (1, size)):
@@ -414,7 +455,9 @@ def _numbers(places: int) -> list[int]:
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson's, row by row; NaN where one does not vary."""
-    a, b = (one / one.abs().amax(1, keepdim=True) for one in (a, b))  # no squares that over- or underflow
+    a, b = (
+        one / one.abs().amax(1, keepdim=True) for one in (a, b)
+    )  # no squares that over- or underflow
     a, b = (one - one.mean(1, keepdim=True) for one in (a, b))
     varies = [one.abs().amax(1) > 1e-7 for one in (a, b)]
     found = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))

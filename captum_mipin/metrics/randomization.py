@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_mipin.capture import traced
 from captum_mipin.errors import InputError
+from captum_mipin.graph.capture import traced
 from captum_mipin.metrics.common import (
     Examples,
     Inputs,
@@ -99,11 +99,17 @@ def randomization(
             "a method that does not know its model cannot be moved to another: pass refit=, a function model -> method"
         )
     before = explain(method, examples, batch_size)
-    copied: tuple[Any, nn.Module] = copy.deepcopy((method if refit is None else None, trained), traced(trained))
+    copied: tuple[Any, nn.Module] = copy.deepcopy(
+        (method if refit is None else None, trained), traced(trained)
+    )
     twin, changed = copied  # the model of the one is the other
     stages = _stages(changed, _paths(trained, layers), examples, layers is None)
     measured = [
-        _alike(before, explain(twin if refit is None else refit(changed), examples, batch_size), examples)
+        _alike(
+            before,
+            explain(twin if refit is None else refit(changed), examples, batch_size),
+            examples,
+        )
         for _ in _randomised(changed, stages, order, init, random)
     ]
     settings = described(method, examples, before, layers=list(stages), order=order,
@@ -115,14 +121,27 @@ def randomization(
         reasons = {**broken, "constant": ~finite_rows(curves)}
         results[name] = Result.of(name, curves.mean(1), "lower", settings, reasons, curves=curves)
     first = results.pop("Spearman")
-    return Result("randomization", first.values, "lower", settings, first.unscored, None, first.curves, results)
+    return Result(
+        "randomization",
+        first.values,
+        "lower",
+        settings,
+        first.unscored,
+        None,
+        first.curves,
+        results,
+    )
 
 
 def _paths(model: nn.Module, layers: Sequence[str | nn.Module] | None) -> list[str]:
     """Names of the layers to randomise."""
     paths = {id(module): path for path, module in model.named_modules()}
     if layers is None:
-        return [path for path, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
+        return [
+            path
+            for path, module in model.named_modules()
+            if next(module.parameters(recurse=False), None) is not None
+        ]
     names, found = set(paths.values()), []
     for layer in layers:
         path = layer if isinstance(layer, str) else paths.get(id(layer))
@@ -132,14 +151,20 @@ def _paths(model: nn.Module, layers: Sequence[str | nn.Module] | None) -> list[s
     return found
 
 
-def _stages(model: nn.Module, paths: list[str], examples: Examples, by_execution: bool) -> dict[str, list[nn.Parameter]]:
+def _stages(
+    model: nn.Module, paths: list[str], examples: Examples, by_execution: bool
+) -> dict[str, list[nn.Parameter]]:
     """Name → parameters of each layer, the one that ran last first unless the order is given; shared ones in the first."""
     if by_execution:
         ran = _executed(model, examples)
         paths = sorted(paths, key=lambda path: (ran[path], paths.index(path)), reverse=True)
     stages, seen = {}, set[int]()
     for path in paths:
-        mine = [p for p in model.get_submodule(path).parameters(recurse=not by_execution) if p.is_floating_point()]
+        mine = [
+            p
+            for p in model.get_submodule(path).parameters(recurse=not by_execution)
+            if p.is_floating_point()
+        ]
         mine = [
             p for p in mine if id(p) not in seen and (p != p.reshape(-1)[:1]).any()
         ]  # a constant has no spread to draw with
@@ -160,7 +185,9 @@ def _executed(model: nn.Module, examples: Examples) -> dict[str, int]:
     order: dict[str, int] = {}
     count = iter(range(1 << 62))
     handles = [
-        module.register_forward_hook(lambda *_, path=path: order.update({path: next(count)}))  # on the copy
+        module.register_forward_hook(
+            lambda *_, path=path: order.update({path: next(count)})
+        )  # on the copy
         for path, module in model.named_modules()
     ]
     try:
@@ -186,7 +213,11 @@ def _randomised(
         trained = [p.detach().clone() for p in parameters]
         with torch.no_grad():
             for p in parameters:
-                p.copy_(init(p.detach().clone(), generator) if callable(init) else _redrawn(p, init, generator))
+                p.copy_(
+                    init(p.detach().clone(), generator)
+                    if callable(init)
+                    else _redrawn(p, init, generator)
+                )
         yield name
         if order == "independent":
             with torch.no_grad():
@@ -196,13 +227,19 @@ def _randomised(
 
 def _redrawn(p: Tensor, init: str, generator: torch.Generator) -> Tensor:
     if init == "permuted":
-        return p.reshape(-1)[torch.randperm(p.numel(), generator=generator, device=generator.device).to(p.device)].view_as(p)
-    noise = torch.randn(p.shape, generator=generator, device=generator.device, dtype=torch.float64).to(p.device)
+        return p.reshape(-1)[
+            torch.randperm(p.numel(), generator=generator, device=generator.device).to(p.device)
+        ].view_as(p)
+    noise = torch.randn(
+        p.shape, generator=generator, device=generator.device, dtype=torch.float64
+    ).to(p.device)
     values = p.double()
     return (values.mean() + values.std(correction=0) * noise).to(p.dtype)
 
 
-def _alike(before: tuple[Tensor, ...], after: tuple[Tensor, ...], examples: Examples) -> dict[str, Tensor]:
+def _alike(
+    before: tuple[Tensor, ...], after: tuple[Tensor, ...], examples: Examples
+) -> dict[str, Tensor]:
     """(examples,) of each measure."""
     a, b = (torch.cat([m.double().flatten(1) for m in maps], 1) for maps in (before, after))
     found = {"Spearman": spearman(a, b), "Spearman of absolute values": spearman(a.abs(), b.abs())}

@@ -77,7 +77,16 @@ class Result:
         curves = None if curves is None else curves.detach().to("cpu", torch.float64)
         classes = None if classes is None else classes.detach().cpu()
         ordered = {reason: found[reason] for reason in sorted(found)}
-        return cls(metric, values.where(left, math.nan), better, dict(settings), ordered, classes, curves, dict(parts or {}))
+        return cls(
+            metric,
+            values.where(left, math.nan),
+            better,
+            dict(settings),
+            ordered,
+            classes,
+            curves,
+            dict(parts or {}),
+        )
 
     def __len__(self) -> int:
         return len(self.values)
@@ -118,10 +127,15 @@ class Result:
 
     def __str__(self) -> str:
         better = f"{self.better} is better; " if self.better != "neither" else ""
-        counts = [f"{self.n} of {len(self)} scored", *(f"{len(rows)} {reason}" for reason, rows in self.unscored.items())]
+        counts = [
+            f"{self.n} of {len(self)} scored",
+            *(f"{len(rows)} {reason}" for reason, rows in self.unscored.items()),
+        ]
         settings = ", ".join(f"{name}: {_short(value)}" for name, value in self.settings.items())
         line = f"{self.metric}: {self.mean:.4g} ± {self.standard_error:.2g} ({better}{', '.join(counts)}; {settings})"
-        parts = [f"  {name}: {p.mean:.4g} ± {p.standard_error:.2g}" for name, p in self.parts.items()]
+        parts = [
+            f"  {name}: {p.mean:.4g} ± {p.standard_error:.2g}" for name, p in self.parts.items()
+        ]
         return "\n".join([line, *parts])
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,7 +161,9 @@ class Result:
             return []
         if self.classes is None:
             return [self.values[scored]]
-        return [self.values[scored & (self.classes == label)] for label in self.classes[scored].unique()]
+        return [
+            self.values[scored & (self.classes == label)] for label in self.classes[scored].unique()
+        ]
 
 
 def _plain(value: Any) -> Any:

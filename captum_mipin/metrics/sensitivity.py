@@ -69,7 +69,9 @@ def class_sensitivity(
         (1.0, {'normalised L2': 0.0, 'cosine': 1.0})
     """
     if isinstance(method, (Tensor, tuple)):
-        raise InputError("class_sensitivity needs a method that can be asked for two classes, not maps")
+        raise InputError(
+            "class_sensitivity needs a method that can be asked for two classes, not maps"
+        )
     examples = Examples.of(inputs, target, additional_forward_args)
     if other is None:
         other = _drawn(model_of(method, model), examples, seeded(generator))
@@ -77,12 +79,16 @@ def class_sensitivity(
     one, two = explain(method, examples, batch_size), explain(method, others, batch_size)
     a, b = (torch.cat([m.double().flatten(1) for m in maps], 1) for maps in (one, two))
     sums = [m.abs().sum(1, keepdim=True) for m in (a, b)]
-    settings = described(method, examples, one, other=described(method, others)["target"], reduction="none")
+    settings = described(
+        method, examples, one, other=described(method, others)["target"], reduction="none"
+    )
     same = [mine == his for mine, his in zip(examples.targets, others.targets, strict=True)]
     broken = {"same class": torch.tensor(same), "NaN": ~finite_rows(a, b)}
     zero = {**broken, "zero map": (sums[0] == 0).any(1) | (sums[1] == 0).any(1)}
     parts = {
-        "normalised L2": Result.of("normalised L2", (a / sums[0] - b / sums[1]).norm(dim=1), "higher", settings, zero),
+        "normalised L2": Result.of(
+            "normalised L2", (a / sums[0] - b / sums[1]).norm(dim=1), "higher", settings, zero
+        ),
         "cosine": Result.of("cosine", cosine(a, b), "lower", settings, zero),
     }
     first, second = (heat(maps[0], examples.inputs[0]) for maps in (one, two))
@@ -90,7 +96,9 @@ def class_sensitivity(
     if window is not None:
         told = {**settings, "reduction": "sum", "window": window}
         parts["SSIM"] = Result.of("SSIM", ssim(first, second, window), "lower", told, broken)
-    return Result.of("class sensitivity", (a - b).norm(dim=1), "neither", settings, broken, parts=parts)
+    return Result.of(
+        "class sensitivity", (a - b).norm(dim=1), "neither", settings, broken, parts=parts
+    )
 
 
 def sensitivity_max(
@@ -125,7 +133,9 @@ def sensitivity_max(
     at_least("samples", samples, 1)
     at_least("radius", radius, 0)
     if isinstance(method, (Tensor, tuple)):
-        raise InputError("sensitivity_max needs a method that can be asked for changed inputs, not maps")
+        raise InputError(
+            "sensitivity_max needs a method that can be asked for changed inputs, not maps"
+        )
     examples, random, size = (
         Examples.of(inputs, target, additional_forward_args),
         seeded(generator),
@@ -142,7 +152,12 @@ def sensitivity_max(
     for part in examples.chunks(min(size, len(examples))):
         first = doubles(part)
 
-        def again(x: tuple[Tensor, ...], part: Examples = part, first: tuple[Tensor, ...] = first, **asked: Any) -> Any:
+        def again(
+            x: tuple[Tensor, ...],
+            part: Examples = part,
+            first: tuple[Tensor, ...] = first,
+            **asked: Any,
+        ) -> Any:
             if x[0] is part.inputs[0]:
                 return first
             extras = asked.get("additional_forward_args")
@@ -177,8 +192,12 @@ def _drawn(model: Callable[..., Any], examples: Examples, generator: torch.Gener
     """For each example another class than its target."""
     found = raw_outputs(model, examples.pick(torch.arange(1)))
     if found.ndim != 2 or found.shape[1] < 2:
-        raise InputError(f"outputs of shape {tuple(found.shape)} have no other class to draw: pass other=")
+        raise InputError(
+            f"outputs of shape {tuple(found.shape)} have no other class to draw: pass other="
+        )
     classes = found.shape[1]
     own = per_example(examples.target, torch.empty(len(examples), classes, device="meta"))
-    ahead = torch.randint(1, classes, (len(examples),), generator=generator, device=generator.device).tolist()
+    ahead = torch.randint(
+        1, classes, (len(examples),), generator=generator, device=generator.device
+    ).tolist()
     return [shown(((label + by) % classes,)) for (label,), by in zip(own, ahead, strict=True)]

@@ -13,7 +13,9 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
         [0.7071067811865475, nan]
     """
     a, b = (one.double().flatten(1) for one in (a, b))
-    a, b = (one / one.abs().amax(1, keepdim=True) for one in (a, b))  # no squares that over- or underflow
+    a, b = (
+        one / one.abs().amax(1, keepdim=True) for one in (a, b)
+    )  # no squares that over- or underflow
     found: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     return found
 
@@ -34,7 +36,9 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 def ranks(x: Tensor) -> Tensor:
     """Ranks of each row's entries, equal ones having their mean; NaN for rows with NaN."""
     ordered = x.sort(1).values
-    below, upto = (torch.searchsorted(ordered, x.contiguous(), right=right) for right in (False, True))
+    below, upto = (
+        torch.searchsorted(ordered, x.contiguous(), right=right) for right in (False, True)
+    )
     return torch.where(x.isnan().any(1, keepdim=True), torch.nan, (below + upto - 1).double() / 2)
 
 
@@ -63,7 +67,11 @@ def ssim(a: Tensor, b: Tensor, window: int = 5) -> Tensor:
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b = unbiased * (mean(a * a) - mean_a**2), unbiased * (mean(b * b) - mean_b**2)
     both = unbiased * (mean(a * b) - mean_a * mean_b)
-    found = (2 * mean_a * mean_b + 1e-4) * (2 * both + 9e-4) / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
+    found = (
+        (2 * mean_a * mean_b + 1e-4)
+        * (2 * both + 9e-4)
+        / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
+    )
     return found.flatten(1).mean(1)
 
 
@@ -79,7 +87,9 @@ def _scaled(x: Tensor) -> Tensor:
     low, high = (_percentile(flat, share) for share in (0.01, 0.99))
     span = high - low
     return torch.where(
-        span > 0, (flat.clamp(low, high) - low) / span.where(span > 0, 1), torch.where(span.isnan(), span, 0)
+        span > 0,
+        (flat.clamp(low, high) - low) / span.where(span > 0, 1),
+        torch.where(span.isnan(), span, 0),
     ).view_as(x)
 
 

@@ -7,7 +7,17 @@ linear rearrangements need no rule, for their adjoint is right.
 
 from captum_mipin.rules.arithmetic import Fork
 from captum_mipin.rules.attention import RECORDABLE
-from captum_mipin.rules.base import Back, Inverse, Inverter, Learned, Options, Passes, Recorded, Rule, operation
+from captum_mipin.rules.base import (
+    Back,
+    Inverse,
+    Inverter,
+    Learned,
+    Options,
+    Passes,
+    Recorded,
+    Rule,
+    operation,
+)
 from captum_mipin.rules.linear import PooledLinear
 from captum_mipin.rules.table import MIPIN, register_rule, table, unregister_rule
 

@@ -9,7 +9,9 @@ from torch import Tensor, fx
 from captum_mipin.rules.base import Back, Options, Recorded, argument
 
 
-def relu(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
+def relu(
+    options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, Back]:
     """S_l = S_l ⊙ 1[X_l ≠ 0]: what was not active in the sample is not active in its signal (equation 9)."""
     value = operation(x, *arguments, **named)
     if not options.local:
@@ -18,10 +20,14 @@ def relu(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: 
         bits = pack(value > 0)
         return value, lambda s: torch.where(unpack(bits, s.shape), s, 0)
     kept = value.detach()
-    return value, lambda s: torch.ops.aten.threshold_backward(s, kept, 0)  # s where kept > 0, else 0
+    return value, lambda s: torch.ops.aten.threshold_backward(
+        s, kept, 0
+    )  # s where kept > 0, else 0
 
 
-def gate(options: Options, operation: Any, x: Tensor, *arguments: Any, rest: bool = False, **named: Any) -> tuple[Tensor, Back]:
+def gate(
+    options: Options, operation: Any, x: Tensor, *arguments: Any, rest: bool = False, **named: Any
+) -> tuple[Tensor, Back]:
     """S ⊙ (f(x) − f(0)) / x, the share of its input that the activation f let through; 0 where x = 0.
 
     For ReLU this is the mask of equation 9, for SiLU x σ(x) it is σ(x), for ReLU6 it is 6/x above 6.
@@ -50,8 +56,12 @@ def pack(mask: Tensor) -> Tensor:
         >>> pack(mask).tolist(), bool((unpack(pack(mask), mask.shape) == mask).all())
         ([5], True)
     """
-    octets = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (octets << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+    octets = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(
+        -1, 8
+    )
+    return (octets << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(
+        1, dtype=torch.uint8
+    )
 
 
 def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
@@ -64,7 +74,9 @@ def _zero_for_nan(share: Tensor) -> Tensor:
     return share.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
-def clamp(options: Options, operation: Any, x: Tensor, *bounds: Any, **named: Any) -> tuple[Tensor, Back]:
+def clamp(
+    options: Options, operation: Any, x: Tensor, *bounds: Any, **named: Any
+) -> tuple[Tensor, Back]:
     """ReLU where that is what it amounts to, else the gate of ReLU6 and its like."""
     low, high = (*bounds, None, None)[:2]
     low, high = named.get("min", low), named.get("max", high)
@@ -94,7 +106,11 @@ def _below_zero(node: fx.Node) -> str | None:
 
 def _replaces_zero(node: fx.Node) -> str | None:
     limit, value = argument(node, 1, "threshold"), argument(node, 2, "value")
-    return f"threshold at {limit} is no activation: it makes {value} of 0" if limit >= 0 and value != 0 else None
+    return (
+        f"threshold at {limit} is no activation: it makes {value} of 0"
+        if limit >= 0 and value != 0
+        else None
+    )
 
 
 _MASK, _GATE = "forward mask", "recorded gate: the share of its input that it let through"
@@ -106,12 +122,21 @@ _SHIFTED = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid")
 
 ACTIVATIONS = {
     "aten.relu.default": Recorded(run=relu, note=_MASK, exact=True),
-    "aten.clamp.default": Recorded(run=clamp, note="forward mask or recorded gate", refuse=_without_zero),
-    "aten.clamp_min.default": Recorded(run=clamp, note="forward mask or recorded gate", refuse=_without_zero),
+    "aten.clamp.default": Recorded(
+        run=clamp, note="forward mask or recorded gate", refuse=_without_zero
+    ),
+    "aten.clamp_min.default": Recorded(
+        run=clamp, note="forward mask or recorded gate", refuse=_without_zero
+    ),
     "aten.clamp_max.default": Recorded(run=gate, note=_GATE, refuse=_below_zero),
     "aten.threshold.default": Recorded(run=gate, note=_GATE, refuse=_replaces_zero),
-    "aten.glu.default": Recorded(run=glu, note="one half as recorded gate of the other; its scale is learned", restores=False),
+    "aten.glu.default": Recorded(
+        run=glu, note="one half as recorded gate of the other; its scale is learned", restores=False
+    ),
     "aten.hardtanh.default": Recorded(run=gate, note=_GATE, refuse=_without_zero),
     **{f"aten.{name}.default": Recorded(run=gate, note=_GATE) for name in _FROM_ZERO},
-    **{f"aten.{name}.default": Recorded(run=partial(gate, rest=True), note=_GATE, restores=False) for name in _SHIFTED},
+    **{
+        f"aten.{name}.default": Recorded(run=partial(gate, rest=True), note=_GATE, restores=False)
+        for name in _SHIFTED
+    },
 }

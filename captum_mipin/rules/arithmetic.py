@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from captum_mipin.regression import Moments, Solution
+from captum_mipin.regression.ridge import Moments, Solution
 from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, Passes, every, factors
 from captum_mipin.rules.linear import Convolution, Dense
 
@@ -43,7 +43,9 @@ class Channelwise(Inverter):
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
         assert inverse.own is not None  # for mypy: it is all there is
-        shape = () if self.dim is None else (self.channels, *(1,) * (signals[0].ndim - 1 - self.dim))
+        shape = (
+            () if self.dim is None else (self.channels, *(1,) * (signals[0].ndim - 1 - self.dim))
+        )
         weights = [weight.view(shape) for weight in inverse.own.unbind(1)]
         total = signals[0] * weights[0]
         for s, weight in zip(signals[1:], weights[1:], strict=True):
@@ -52,7 +54,11 @@ class Channelwise(Inverter):
 
     def _rows(self, x: Tensor) -> Tensor:
         """``x`` as (1, rows, channels)."""
-        return x.reshape(1, -1, 1) if self.dim is None else x.movedim(self.dim, -1).reshape(1, -1, self.channels)
+        return (
+            x.reshape(1, -1, 1)
+            if self.dim is None
+            else x.movedim(self.dim, -1).reshape(1, -1, self.channels)
+        )
 
 
 @dataclass(frozen=True)
@@ -71,32 +77,53 @@ class Fork:
     others: int
     dim: int | None
 
-    def __call__(self, x: Tensor, *calls: tuple[Sequence[Any], dict[str, Any]]) -> tuple[Tensor, ...]:
-        results = [operation(x, *args, **named) for operation, (args, named) in zip(self.operations, calls, strict=True)]
+    def __call__(
+        self, x: Tensor, *calls: tuple[Sequence[Any], dict[str, Any]]
+    ) -> tuple[Tensor, ...]:
+        results = [
+            operation(x, *args, **named)
+            for operation, (args, named) in zip(self.operations, calls, strict=True)
+        ]
         return *results, *(x.detach() for _ in range(self.others))
 
-    def inverter(self, options: Options, x: Tensor, *calls: tuple[Sequence[Any], dict[str, Any]]) -> Inverter:
+    def inverter(
+        self, options: Options, x: Tensor, *calls: tuple[Sequence[Any], dict[str, Any]]
+    ) -> Inverter:
         """The joint inverse of all branches."""
-        parts = [inverter(options, x, *args, **named) for inverter, (args, named) in zip(self.inverters, calls, strict=True)]
+        parts = [
+            inverter(options, x, *args, **named)
+            for inverter, (args, named) in zip(self.inverters, calls, strict=True)
+        ]
         dense = [part for part in parts if isinstance(part, Dense)]
         if dense:
-            return Dense(dense[0].features, tuple(n for part in dense for n in part.signals), self.others)
+            return Dense(
+                dense[0].features, tuple(n for part in dense for n in part.signals), self.others
+            )
         convolutions = [part for part in parts if isinstance(part, Convolution)]
         if convolutions:
-            return Convolution(tuple(g for part in convolutions for g in part.geometries), x.shape, self.others)
+            return Convolution(
+                tuple(g for part in convolutions for g in part.geometries), x.shape, self.others
+            )
         return Channelwise(1 if self.dim is None else x.shape[self.dim], self.others, self.dim)
 
     @property
     def rule(self) -> Learned:
         """How it is inverted."""
-        return Learned(inverter=self.inverter, note="learned together, with a weight a channel for each plain branch")
+        return Learned(
+            inverter=self.inverter,
+            note="learned together, with a weight a channel for each plain branch",
+        )
 
 
 def _two_signals(node: fx.Node) -> str | None:
     if len(factors(node)) < 2:
         return None
     inputs = {n for n in node.all_input_nodes if n.op == "placeholder" and len(n.users) == 1}
-    hint = ": what only scales goes into additional_forward_args, which fit takes by unpack=" if inputs else ""
+    hint = (
+        ": what only scales goes into additional_forward_args, which fit takes by unpack="
+        if inputs
+        else ""
+    )
     return f"it multiplies two values that both depend on the input, and neither is a gate that a sigmoid made{hint}"
 
 
@@ -107,15 +134,29 @@ def _divides_by_signal(node: fx.Node) -> str | None:
     return None
 
 
-_SUM = Passes(note="the sum's signal goes to each term; its scale is learned", carriers=every, restores=False)
+_SUM = Passes(
+    note="the sum's signal goes to each term; its scale is learned", carriers=every, restores=False
+)
 _SCALE = Passes(
     note="adjoint, gates as recorded; its scale is learned", carriers=factors, records=True, restores=False,
     refuse=_two_signals,
 )  # fmt: skip
-_RATIO = Passes(note="adjoint; its scale is learned", records=True, restores=False, refuse=_divides_by_signal)
+_RATIO = Passes(
+    note="adjoint; its scale is learned", records=True, restores=False, refuse=_divides_by_signal
+)
 
 ARITHMETIC = {
-    **{f"aten.{name}": _SUM for name in ("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar", "neg.default")},
+    **{
+        f"aten.{name}": _SUM
+        for name in (
+            "add.Tensor",
+            "add.Scalar",
+            "sub.Tensor",
+            "sub.Scalar",
+            "rsub.Scalar",
+            "neg.default",
+        )
+    },
     **{f"aten.{name}": _SCALE for name in ("mul.Tensor", "mul.Scalar")},
     **{f"aten.{name}": _RATIO for name in ("div.Tensor", "div.Scalar")},
 }

@@ -10,7 +10,11 @@ def _values(node: fx.Node) -> tuple[int, ...]:
 
 
 def _random(node: fx.Node) -> str | None:
-    return "its dropout_p is not 0, so that it is random" if argument(node, 4, "dropout_p", 0.0) else None
+    return (
+        "its dropout_p is not 0, so that it is random"
+        if argument(node, 4, "dropout_p", 0.0)
+        else None
+    )
 
 
 def _no_weights(node: fx.Node) -> str | None:
@@ -38,11 +42,17 @@ ATTENTION = {
         note=_NOTE, carriers=_values, records=True, restores=False, refuse=_random
     ),
     **{
-        f"aten.{name}.default": Passes(note=_NOTE, carriers=factors, records=True, restores=False, refuse=_no_weights)
+        f"aten.{name}.default": Passes(
+            note=_NOTE, carriers=factors, records=True, restores=False, refuse=_no_weights
+        )
         for name in ("matmul", "bmm")
     },
     "aten.baddbmm.default": Passes(
-        note=_NOTE, carriers=_term_and_values, records=True, restores=False, refuse=_no_weights_in_product
+        note=_NOTE,
+        carriers=_term_and_values,
+        records=True,
+        restores=False,
+        refuse=_no_weights_in_product,
     ),
 }
 

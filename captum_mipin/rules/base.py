@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.regression import Moments, Solution
+from captum_mipin.regression.ridge import Moments, Solution
 
 #: Sends the signal at an operation's output back to its input.
 Back = Callable[[Tensor], Tensor]
@@ -63,7 +63,11 @@ class Inverse:
             and self.bias.shape == (groups * features // inverter.tied,)
             and own == ((groups * features, branches) if branches else None)
             and (self.rows is None or self.rows.shape == (rows, features))
-            and (columns == 0 or self.live is None or bool(((self.live >= 0) & (self.live < signals)).all()))
+            and (
+                columns == 0
+                or self.live is None
+                or bool(((self.live >= 0) & (self.live < signals)).all())
+            )
         )
 
     def to(self, other: Tensor) -> "Inverse":
@@ -86,7 +90,7 @@ class Inverter(Protocol):
 
     @property
     def tied(self) -> int:
-        """How many features in a row share their bias, see :func:`captum_mipin.regression.solve`."""
+        """How many features in a row share their bias, see :func:`captum_mipin.regression.ridge.solve`."""
         return 1
 
     def part(self, examples: slice) -> "Inverter":
@@ -218,14 +222,20 @@ def is_gate(node: Any, counts: Callable[[Any], bool] = depends) -> bool:
 def gate_source(node: Any, depends: Callable[[Any], bool]) -> Any:
     """What a value was made of before it was rearranged, scaled or shifted; ``depends`` tells constants apart."""
     while operation(node) in _REARRANGED | _SCALED:
-        made_from = node.args[:1] if operation(node) in _REARRANGED else [n for n in node.args if depends(n)]
+        made_from = (
+            node.args[:1]
+            if operation(node) in _REARRANGED
+            else [n for n in node.args if depends(n)]
+        )
         if len(made_from) != 1 or (operation(node) == "div" and made_from[0] is not node.args[0]):
             return None
         node = made_from[0]
     return node
 
 
-def factors(node: fx.Node, first: int = 0, counts: Callable[[Any], bool] = depends) -> tuple[int, ...]:
+def factors(
+    node: fx.Node, first: int = 0, counts: Callable[[Any], bool] = depends
+) -> tuple[int, ...]:
     """Positions of the factors of a product, the first of them given, that carry signal: those that are no recorded gates.
 
     What ``counts`` says of them tells those that may from constants.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.convolution import CHUNK, Geometry
-from captum_mipin.regression import Moments, Rows, RowSolution, Solution
+from captum_mipin.regression.convolution import CHUNK, Geometry
+from captum_mipin.regression.ridge import Moments, Rows, RowSolution, Solution
 from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, each
 from captum_mipin.rules.pooling import shared_out
 
@@ -42,7 +42,9 @@ class Dense(Inverter):
         x, s, *own = (t.flatten(0, -2).unsqueeze(0) for t in (x, s, *own))
         live = s[0].any(0).nonzero().squeeze(1)
         some = 2 * len(live) < s.shape[2]  # of the logits, only the target's is there
-        moments = Moments.zeros(1, self.features, len(live) if some else s.shape[2], self.own, x.device)
+        moments = Moments.zeros(
+            1, self.features, len(live) if some else s.shape[2], self.own, x.device
+        )
         moments.update(x, s[..., live] if some else s, own)
         return replace(moments, live=(live, s.shape[2])) if some else moments
 
@@ -107,7 +109,10 @@ class Convolution(Inverter):
 
     @property
     def size(self) -> tuple[int, int, int, int]:
-        first, signals = self.geometries[0], sum(geometry.features[1] for geometry in self.geometries)
+        first, signals = (
+            self.geometries[0],
+            sum(geometry.features[1] for geometry in self.geometries),
+        )
         return first.groups, first.channels[0] * self.tied, signals // self.tied, self.own
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
@@ -116,15 +121,23 @@ class Convolution(Inverter):
             return self.geometries[0].moments_of_tiles(x, shared[0])
         if len(shared) == 1:
             return self.geometries[0].moments(x, shared[0], own)
-        wide = [index for index, geometry in enumerate(self.geometries) if geometry.transposed or prod(geometry.kernel) > 1]
+        wide = [
+            index
+            for index, geometry in enumerate(self.geometries)
+            if geometry.transposed or prod(geometry.kernel) > 1
+        ]
         if len(wide) == 1:
             return self._moments_of_one_wide(wide[0], x, list(shared), own)
         moments = Moments.zeros(*self.size, x.device)
         chunk = max(1, CHUNK // (self.size[0] * self.size[2] * prod(x.shape[2:])))
         for part in zip(*(t.split(chunk) for t in (x, *signals)), strict=True):
             part_x, part_s, part_own = part[0], part[1 : 1 + len(shared)], part[1 + len(shared) :]
-            patches = [g.patches(g.full(s), x.shape) for g, s in zip(self.geometries, part_s, strict=True)]
-            moments.update(self._rows(part_x), torch.cat(patches, 2), [self._rows(o) for o in part_own])
+            patches = [
+                g.patches(g.full(s), x.shape) for g, s in zip(self.geometries, part_s, strict=True)
+            ]
+            moments.update(
+                self._rows(part_x), torch.cat(patches, 2), [self._rows(o) for o in part_own]
+            )
         return moments
 
     def moments_at(self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor) -> Moments:
@@ -135,20 +148,36 @@ class Convolution(Inverter):
         for part in zip(*(t.split(chunk) for t in (x, *signals)), strict=True):
             part_x, *part_own = (t.flatten(2)[:, :, places] for t in (part[0], *part[1 + count :]))
             signal = part[1 : 1 + count]
-            patches = [g.patches(g.full(s), x.shape, places) for g, s in zip(self.geometries, signal, strict=True)]
-            moments.update(self._rows(part_x), torch.cat(patches, 2), [self._rows(o) for o in part_own])
+            patches = [
+                g.patches(g.full(s), x.shape, places)
+                for g, s in zip(self.geometries, signal, strict=True)
+            ]
+            moments.update(
+                self._rows(part_x), torch.cat(patches, 2), [self._rows(o) for o in part_own]
+            )
         return moments
 
-    def _moments_of_one_wide(self, wide: int, x: Tensor, shared: list[Tensor], own: Sequence[Tensor]) -> Moments:
+    def _moments_of_one_wide(
+        self, wide: int, x: Tensor, shared: list[Tensor], own: Sequence[Tensor]
+    ) -> Moments:
         """Where all convolutions but one have a single tap: patches of single taps are maps, and no others need to be made."""
         geometry, s, g = self.geometries[wide], shared.pop(wide), self.size[0]
         others = [other for index, other in enumerate(self.geometries) if index != wide]
-        maps = [other.patches(other.full(t), x.shape) for other, t in zip(others, shared, strict=True)]
-        pointwise = [m.view(g, len(x), -1, m.shape[2]).permute(1, 0, 3, 2).reshape(len(x), -1, *x.shape[2:]) for m in maps]
+        maps = [
+            other.patches(other.full(t), x.shape) for other, t in zip(others, shared, strict=True)
+        ]
+        pointwise = [
+            m.view(g, len(x), -1, m.shape[2]).permute(1, 0, 3, 2).reshape(len(x), -1, *x.shape[2:])
+            for m in maps
+        ]
         moments = geometry.moments(x, s, own, pointwise)
         counts = [other.features[1] for other in others]
         before, total = sum(counts[:wide]), geometry.features[1]
-        order = [*range(total, total + before), *range(total), *range(total + before, total + sum(counts))]
+        order = [
+            *range(total, total + before),
+            *range(total),
+            *range(total + before, total + sum(counts)),
+        ]
         return moments if before == 0 else moments.among(torch.tensor(order, device=x.device))
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -157,18 +186,29 @@ class Convolution(Inverter):
         return x.reshape(n, g, channels, -1).permute(1, 0, 3, 2).reshape(g, -1, channels)
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
-        weight = solution.weight.unflatten(1, (-1, self.tied)).transpose(2, 3).flatten(2)  # taps next to their signal
+        weight = (
+            solution.weight.unflatten(1, (-1, self.tied)).transpose(2, 3).flatten(2)
+        )  # taps next to their signal
         rows = weight.split([geometry.features[1] for geometry in self.geometries], 2)
-        weights = [g.to_weight(part).flatten() for g, part in zip(self.geometries, rows, strict=True)]
+        weights = [
+            g.to_weight(part).flatten() for g, part in zip(self.geometries, rows, strict=True)
+        ]
         own = solution.own.flatten(0, 1).to(like) if self.own else None
         return Inverse(torch.cat(weights).to(like), solution.bias.flatten().to(like), own=own)
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
         size = torch.Size([len(signals[0]), *self.x_size[1:]])
-        weights = inverse.weight.split([prod(geometry.weight_shape) for geometry in self.geometries])
+        weights = inverse.weight.split(
+            [prod(geometry.weight_shape) for geometry in self.geometries]
+        )
         x: Tensor | None = None
         for geometry, weight, s in zip(self.geometries, weights, signals, strict=False):
-            part = geometry.apply(s, weight.view(geometry.weight_shape), inverse.bias if bias and x is None else None, size)
+            part = geometry.apply(
+                s,
+                weight.view(geometry.weight_shape),
+                inverse.bias if bias and x is None else None,
+                size,
+            )
             x = part if x is None else x.add_(part)
         assert x is not None  # for mypy: there is a convolution
         return add_own(x, inverse, signals[len(self.geometries) :], 1)
@@ -208,7 +248,11 @@ class PooledDense(Inverter):
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         live = signals[0].any(0).nonzero().squeeze(1)
         at_places = self._map(signals[0], live)
-        moments = Dense(self.dense.features, (len(live),)).moments(self.x.to(at_places.dtype), (at_places,)).whole()
+        moments = (
+            Dense(self.dense.features, (len(live),))
+            .moments(self.x.to(at_places.dtype), (at_places,))
+            .whole()
+        )
         return replace(moments, live=(live, self.size[2]))
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
@@ -216,7 +260,9 @@ class PooledDense(Inverter):
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
         whole = Inverse(inverse.weight, inverse.bias)
-        return self.dense.apply(whole, (self._map(signals[0], inverse.live),), bias).movedim(-1, self.dim)
+        return self.dense.apply(whole, (self._map(signals[0], inverse.live),), bias).movedim(
+            -1, self.dim
+        )
 
     def _map(self, s: Tensor, live: Tensor | None) -> Tensor:
         """The signals ``live``, or all, of (n, outputs) at the places (n, ..., signals) they came from."""
@@ -233,18 +279,24 @@ class PooledLinear:
 
     __name__ = "pooled_linear"
 
-    def __call__(self, x: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+    def __call__(
+        self, x: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor | None, dim: int
+    ) -> Tensor:
         return torch.nn.functional.linear(pooled, weight, bias)
 
     def __repr__(self) -> str:
         return f"captum_mipin.{self.__name__}.default"
 
 
-def pooled_dense(options: Options, x: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> PooledDense:
+def pooled_dense(
+    options: Options, x: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor | None, dim: int
+) -> PooledDense:
     """The inverse of :class:`PooledLinear`; the channels of ``x`` are along ``dim``."""
     inner = Dense(weight.shape[1], (weight.shape[0],))
     recorded = options.local and options.shares
-    return PooledDense(inner, x.detach().movedim(dim, -1), weight, bias, recorded, options.evidence, dim)
+    return PooledDense(
+        inner, x.detach().movedim(dim, -1), weight, bias, recorded, options.evidence, dim
+    )
 
 
 def add_own(x: Tensor, inverse: Inverse, own: Sequence[Tensor], dim: int) -> Tensor:
@@ -290,7 +342,9 @@ def convolution(
         padding, skip = tuple(n - n // 2 for n in total), tuple(n % 2 for n in total)
     elif padding == "valid":
         padding = 0
-    geometry = Geometry(tuple(weight.shape), stride, each(padding, dims), dilation, groups, skip=skip)
+    geometry = Geometry(
+        tuple(weight.shape), stride, each(padding, dims), dilation, groups, skip=skip
+    )
     return Convolution((geometry,), x.shape)
 
 
@@ -307,8 +361,12 @@ def transposed_convolution(
 ) -> Convolution:
     """The inverse of ``conv_transpose{1,2,3}d``."""
     dims = weight.ndim - 2
-    stride, padding, dilation, output_padding = (each(v, dims) for v in (stride, padding, dilation, output_padding))
-    geometry = Geometry(tuple(weight.shape), stride, padding, dilation, groups, True, output_padding)
+    stride, padding, dilation, output_padding = (
+        each(v, dims) for v in (stride, padding, dilation, output_padding)
+    )
+    geometry = Geometry(
+        tuple(weight.shape), stride, padding, dilation, groups, True, output_padding
+    )
     return Convolution((geometry,), x.shape)
 
 
@@ -316,19 +374,25 @@ def transposed_convolution(
 TOGETHER = (dense, product, convolution, transposed_convolution)
 
 _CONVOLUTION = {
-    f"aten.conv{dims}d.{form}": Learned(inverter=convolution, note="learned transposed convolution", exact=True)
+    f"aten.conv{dims}d.{form}": Learned(
+        inverter=convolution, note="learned transposed convolution", exact=True
+    )
     for dims in (1, 2, 3)
     for form in ("default", "padding")
 }
 _TRANSPOSED = {
-    f"aten.conv_transpose{name}": Learned(inverter=transposed_convolution, note="learned convolution", exact=True)
+    f"aten.conv_transpose{name}": Learned(
+        inverter=transposed_convolution, note="learned convolution", exact=True
+    )
     for name in ("1d.default", "2d.input", "3d.input")
 }
 _DENSE = "learned dense inverse"
 LINEAR = {
     "aten.linear.default": Learned(inverter=dense, note=_DENSE, exact=True),
     str(PooledLinear()): Learned(
-        inverter=pooled_dense, note="learned dense inverse at each place, where the output came from", records=True
+        inverter=pooled_dense,
+        note="learned dense inverse at each place, where the output came from",
+        records=True,
     ),
     "aten.mm.default": Learned(inverter=product, note=_DENSE, exact=True),
     "aten.addmm.default": Learned(inverter=product, note=_DENSE, carriers=_second, exact=True),

@@ -32,7 +32,12 @@ def layer_norm(
 
 
 def rms_norm(
-    options: Options, operation: Any, x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
+    options: Options,
+    operation: Any,
+    x: Tensor,
+    shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
 ) -> tuple[Tensor, Back]:
     """As :func:`layer_norm`, with the root mean square that this sample was divided by."""
     value = operation(x, shape, weight, eps)
@@ -74,7 +79,9 @@ def group_norm(
     """As :func:`layer_norm`, with one σ a group of channels."""
     parts = x.reshape(len(x), groups, -1)
     back = _rescaled(options, parts, (-1,), eps)
-    return operation(x, groups, weight, bias, eps, *arguments), lambda s: back(s.reshape(parts.shape)).reshape(x.shape)
+    return operation(x, groups, weight, bias, eps, *arguments), lambda s: back(
+        s.reshape(parts.shape)
+    ).reshape(x.shape)
 
 
 def _rescaled(options: Options, x: Tensor, dims: tuple[int, ...], eps: float) -> Back:
@@ -86,10 +93,21 @@ def _rescaled(options: Options, x: Tensor, dims: tuple[int, ...], eps: float) ->
 
 NORMALIZATION = {
     "aten._native_batch_norm_legit_no_training.default": Recorded(
-        run=batch_norm, note="passed on; the next inverse absorbs the affine map", restores=False, exact=True
+        run=batch_norm,
+        note="passed on; the next inverse absorbs the affine map",
+        restores=False,
+        exact=True,
     ),
-    "aten.layer_norm.default": Recorded(run=layer_norm, note="times the recorded σ", restores=False),
-    "aten.rms_norm.default": Recorded(run=rms_norm, note="times the recorded root mean square", restores=False),
-    "aten.instance_norm.default": Recorded(run=instance_norm, note="times the recorded σ", restores=False),
-    "aten.group_norm.default": Recorded(run=group_norm, note="times the recorded σ", restores=False),
+    "aten.layer_norm.default": Recorded(
+        run=layer_norm, note="times the recorded σ", restores=False
+    ),
+    "aten.rms_norm.default": Recorded(
+        run=rms_norm, note="times the recorded root mean square", restores=False
+    ),
+    "aten.instance_norm.default": Recorded(
+        run=instance_norm, note="times the recorded σ", restores=False
+    ),
+    "aten.group_norm.default": Recorded(
+        run=group_norm, note="times the recorded σ", restores=False
+    ),
 }

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from captum_mipin.convolution import Geometry
-from captum_mipin.rules.base import Back, Options, Recorded, adjoint, argument, each, value_and_adjoint
+from captum_mipin.regression.convolution import Geometry
+from captum_mipin.rules.base import (
+    Back,
+    Options,
+    Recorded,
+    adjoint,
+    argument,
+    each,
+    value_and_adjoint,
+)
 
 
 def max_pool(
@@ -49,7 +57,9 @@ def max_pool(
     return value, lambda s: _ratio(cover(s), cover(torch.ones_like(s)))
 
 
-def adaptive_max_pool(options: Options, operation: Any, x: Tensor, size: Sequence[int]) -> tuple[Tensor, Back]:
+def adaptive_max_pool(
+    options: Options, operation: Any, x: Tensor, size: Sequence[int]
+) -> tuple[Tensor, Back]:
     """Max pooling to a given size: as :func:`max_pool`."""
     value, switches = operation(x, size)
     dims = len(size)
@@ -70,7 +80,9 @@ def average(
 ) -> tuple[Tensor, Back]:
     """Send the signal to where the average, or sum, came from (:func:`shared_out`), or evenly if so wished or without masks."""
     recorded = options.local and options.shares
-    return shared_out(lambda t: operation(t, *arguments, **named), x, recorded, options.evidence, leading)
+    return shared_out(
+        lambda t: operation(t, *arguments, **named), x, recorded, options.evidence, leading
+    )
 
 
 def is_average(rule: Any) -> bool:
@@ -79,12 +91,18 @@ def is_average(rule: Any) -> bool:
     return getattr(run, "func", run) in (average, _average_pool)
 
 
-def _average_pool(dims: int, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
+def _average_pool(
+    dims: int, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, Back]:
     return average(options, operation, x, *arguments, leading=x.ndim - dims, **named)
 
 
 def shared_out(
-    operator: Callable[[Tensor], Tensor], x: Tensor, recorded: bool, evidence: bool = False, leading: int = 0
+    operator: Callable[[Tensor], Tensor],
+    x: Tensor,
+    recorded: bool,
+    evidence: bool = False,
+    leading: int = 0,
 ) -> tuple[Tensor, Back]:
     """Averages P x, and how the signal at them goes to the elements that they came from, the soft form of a switch.
 
@@ -138,7 +156,9 @@ def _to_switches(switches: Tensor, size: torch.Size, dims: int, overlap: bool) -
     def back(s: Tensor) -> Tensor:
         s = s.flatten(-dims)
         if overlap:
-            s = s / place(torch.ones_like(s)).gather(-1, flat)  # by the number of windows with the same maximum
+            s = s / place(torch.ones_like(s)).gather(
+                -1, flat
+            )  # by the number of windows with the same maximum
         return place(s).view(size)
 
     return back
@@ -151,23 +171,36 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 def _negative(node: fx.Node) -> str | None:
     divisor = argument(node, 6, "divisor_override")
-    return f"it divides by {divisor}, a negative number: no share in an average can be negative" if (divisor or 1) < 0 else None
+    return (
+        f"it divides by {divisor}, a negative number: no share in an average can be negative"
+        if (divisor or 1) < 0
+        else None
+    )
 
 
 _MAX = {
-    f"aten.max_pool{dims}d{form}.default": Recorded(run=max_pool, note="switches; mean where windows overlap")
+    f"aten.max_pool{dims}d{form}.default": Recorded(
+        run=max_pool, note="switches; mean where windows overlap"
+    )
     for dims in (1, 2, 3)
     for form in ("", "_with_indices")
 }
 _ADAPTIVE_MAX = {
-    f"aten.adaptive_max_pool{dims}d.default": Recorded(run=adaptive_max_pool, note="switches; mean where windows overlap")
+    f"aten.adaptive_max_pool{dims}d.default": Recorded(
+        run=adaptive_max_pool, note="switches; mean where windows overlap"
+    )
     for dims in (1, 2, 3)
 }
 _AVERAGE = {
-    f"aten.{form}avg_pool{dims}d.default": Recorded(run=partial(_average_pool, dims), note="recorded shares", refuse=_negative)
+    f"aten.{form}avg_pool{dims}d.default": Recorded(
+        run=partial(_average_pool, dims), note="recorded shares", refuse=_negative
+    )
     for dims in (1, 2, 3)
     for form in ("", "adaptive_", "_adaptive_")
     if (form, dims) != ("_adaptive_", 1)
 }
-_REDUCTION = {name: Recorded(run=average, note="recorded shares") for name in ("aten.mean.dim", "aten.sum.dim_IntList")}
+_REDUCTION = {
+    name: Recorded(run=average, note="recorded shares")
+    for name in ("aten.mean.dim", "aten.sum.dim_IntList")
+}
 POOLING = {**_MAX, **_ADAPTIVE_MAX, **_AVERAGE, **_REDUCTION}

@@ -7,7 +7,11 @@ from captum_mipin.rules.base import Passes, argument
 
 def _not_constant(node: fx.Node) -> str | None:
     mode = argument(node, 2, "mode", "constant")
-    return None if mode == "constant" else f"padding with mode={mode!r} copies values; only constants are padded with"
+    return (
+        None
+        if mode == "constant"
+        else f"padding with mode={mode!r} copies values; only constants are padded with"
+    )
 
 
 _PLAIN = (
@@ -22,5 +26,7 @@ _PLAIN = (
 REARRANGEMENT = {
     **{f"aten.{name}": Passes(note="adjoint", exact=True) for name in _PLAIN},
     "aten.pad.default": Passes(note="adjoint", refuse=_not_constant, exact=True),
-    "aten.expand.default": Passes(note="adjoint: the sum over the copies; its scale is learned", restores=False),
+    "aten.expand.default": Passes(
+        note="adjoint: the sum over the copies; its scale is learned", restores=False
+    ),
 }

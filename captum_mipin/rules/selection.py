@@ -43,12 +43,16 @@ def _first(node: fx.Node) -> str | None:
 _NOTE = "recorded switch: to where each value came from"
 SELECTION = {
     **{
-        f"aten.where.{form}": Passes(note=_NOTE, carriers=_chosen, records=True, refuse=_constants, exact=True)
+        f"aten.where.{form}": Passes(
+            note=_NOTE, carriers=_chosen, records=True, refuse=_constants, exact=True
+        )
         for form in ("self", "ScalarSelf", "ScalarOther")
     },
     "aten.masked_fill.Scalar": Passes(note=_NOTE, records=True, refuse=_first, exact=True),
     **{
-        f"aten.{name}": Passes(note=_NOTE + "; half to each of equals", carriers=_both, refuse=_bound, exact=True)
+        f"aten.{name}": Passes(
+            note=_NOTE + "; half to each of equals", carriers=_both, refuse=_bound, exact=True
+        )
         for name in ("maximum.default", "minimum.default", "max.other", "min.other")
     },
 }

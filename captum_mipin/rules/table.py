@@ -24,14 +24,28 @@ from captum_mipin.rules.selection import SELECTION
 
 #: Operation (as ``torch.export`` names it, "aten.relu.default") → rule.
 MIPIN: Mapping[str, Rule] = MappingProxyType(
-    {**LINEAR, **ACTIVATIONS, **POOLING, **NORMALIZATION, **ARITHMETIC, **SELECTION, **REARRANGEMENT, **ATTENTION}
+    {
+        **LINEAR,
+        **ACTIVATIONS,
+        **POOLING,
+        **NORMALIZATION,
+        **ARITHMETIC,
+        **SELECTION,
+        **REARRANGEMENT,
+        **ATTENTION,
+    }
 )
 
 _LOCK = Lock()
 _REGISTERED: dict[str, Rule] = {}
 
 
-def register_rule(operation: str | torch._ops.OpOverload, rule: Passes | Recorded | Learned, *, replace: bool = False) -> None:
+def register_rule(
+    operation: str | torch._ops.OpOverload,
+    rule: Passes | Recorded | Learned,
+    *,
+    replace: bool = False,
+) -> None:
     """Say how a signal comes back through an operation that has no rule: one of your own, or one of PyTorch's.
 
     Rules hold for the whole process, from the next call of anything on. An inverse goes only with the rules that it was
@@ -71,7 +85,9 @@ def register_rule(operation: str | torch._ops.OpOverload, rule: Passes | Recorde
     """
     name = _name(operation)
     if not isinstance(rule, (Passes, Recorded, Learned)):
-        raise RuleError(f"the rule for {name} is a {type(rule).__name__}, expected a Passes, Recorded or Learned")
+        raise RuleError(
+            f"the rule for {name} is a {type(rule).__name__}, expected a Passes, Recorded or Learned"
+        )
     if name in MIPIN:
         raise RuleError(
             f"{name} has a built-in rule ({MIPIN[name].note}), which cannot be replaced. Wrap what shall go another way in a "
@@ -79,7 +95,9 @@ def register_rule(operation: str | torch._ops.OpOverload, rule: Passes | Recorde
         )
     with _LOCK:
         if name in _REGISTERED and not replace:
-            raise RuleError(f"{name} has a registered rule ({_REGISTERED[name].note}); pass replace=True to replace it")
+            raise RuleError(
+                f"{name} has a registered rule ({_REGISTERED[name].note}); pass replace=True to replace it"
+            )
         _REGISTERED[name] = rule
 
 
@@ -114,5 +132,7 @@ def _name(operation: object) -> str:
     for part in (*parts, "default")[: max(3, len(parts))]:
         found = getattr(found, part, None)
     if not isinstance(found, torch._ops.OpOverload):
-        raise RuleError(f"there is no operation {operation!r}: define or import it first, and write 'namespace::name'")
+        raise RuleError(
+            f"there is no operation {operation!r}: define or import it first, and write 'namespace::name'"
+        )
     return str(found)

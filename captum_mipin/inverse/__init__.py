@@ -1,0 +1,6 @@
+"""The inverse network: fitted once, or for each example on its neighbours."""
+
+from captum_mipin.inverse.neighbours import NeighbourInverse
+from captum_mipin.inverse.network import InverseNetwork
+
+__all__ = ["InverseNetwork", "NeighbourInverse"]

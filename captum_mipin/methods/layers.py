@@ -1,0 +1,363 @@
+"""Operations with weights in one form, y = A(x; W) + b, for methods that treat values and weights apart.
+
+Dense layers, convolutions and their transposes, in any spelling, become a :class:`Layer` each; a batch norm right behind one
+is folded into its weights, for the two are one linear map; any other batch norm is a layer of its own, with one weight a
+channel. The graph is rewritten, never the model: weights are read, and folded, as they are at each call.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from captum_mipin.rules import operation
+from captum_mipin.rules.base import argument, each
+
+#: Scale, shift, mean, variance and ε of a batch norm.
+Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
+
+
+#: Entries of dense weights that are made at a time.
+_PART = 1 << 19
+
+
+@dataclass(frozen=True)
+class Made:
+    """Weights of a dense layer that follow from others entry by entry, such as their positive parts.
+
+    There may be more of them than of all else, so they are made some rows at a time, each time they are used.
+    """
+
+    of: Callable[..., Tensor]
+    weights: tuple[Tensor, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows made at a time."""
+        return max(1, _PART // max(1, self.weights[0].shape[1]))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (
+            self.of(*parts)
+            for parts in zip(*(weight.split(self.rows) for weight in self.weights), strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear map with weights, as an operation of the graph on x, its weight and bias as they were given, and a batch norm.
+
+    Attributes:
+        kind: "dense", "convolution", "transposed" convolution, or "scale": one weight a channel, dimension 1.
+        key: Module path and operation: the layer's name.
+        name: Of the operation that it was made of.
+        rule: Name of the rule that it goes by.
+        transposed: Whether a dense weight is given as (inputs, outputs).
+        factors: What a dense bias and weight are multiplied by.
+        stride, padding, dilation, output_padding, groups: Of a convolution.
+        skip: Zeros that padding="same" puts behind, beyond ``padding``.
+    """
+
+    kind: Literal["dense", "convolution", "transposed", "scale"]
+    key: str
+    name: str
+    rule: str = ""
+    transposed: bool = False
+    factors: tuple[float, float] = (1, 1)
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    groups: int = 1
+    skip: tuple[int, ...] = ()
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return self.rule
+
+    def __call__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> Tensor:
+        """A(x; W) + b."""
+        return self.apply(x, *self.parameters(weight, bias, norm))
+
+    def parameters(
+        self, weight: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """W and b, a batch norm folded in; W of a dense layer is (outputs, inputs)."""
+        if weight is not None and self.kind == "dense":
+            weight = weight.mT if self.transposed else weight
+            weight = weight if self.factors[1] == 1 else weight * self.factors[1]
+            bias = bias if bias is None or self.factors[0] == 1 else bias * self.factors[0]
+        if norm is None:
+            assert weight is not None  # for mypy: only a batch norm alone has none
+            return weight, bias
+        scale, shift, mean, variance, eps = norm
+        factor = (variance + eps).rsqrt() * (1 if scale is None else scale)
+        if weight is None:
+            weight, bias = factor, -mean * factor
+        else:
+            weight, bias = (
+                weight * self.spread(factor, weight),
+                ((0 if bias is None else bias) - mean) * factor,
+            )
+        return weight, bias if shift is None else bias + shift
+
+    def made(self, of: Callable[..., Tensor], *weights: Tensor) -> Tensor | Made:
+        """Weights that follow from these, shaped like W, entry by entry."""
+        return Made(of, weights) if self.kind == "dense" else of(*weights)
+
+    def apply(self, x: Tensor, weight: Tensor | Made, bias: Tensor | None = None) -> Tensor:
+        """A(x; W) + b."""
+        if isinstance(weight, Made):
+            return self.shifted(torch.cat([F.linear(x, part) for part in weight], -1), bias)
+        if self.kind == "dense":
+            return F.linear(x, weight, bias)
+        if self.kind == "scale":
+            return self.shifted(x * self._channels(weight, x), bias)
+        return torch.convolution(self._padded(x), weight, bias, *self._geometry())
+
+    def shifted(self, value: Tensor, bias: Tensor | None) -> Tensor:
+        """``value`` + b."""
+        if bias is None:
+            return value
+        return value + (bias if self.kind == "dense" else self._channels(bias, value))
+
+    def adjoint(self, s: Tensor, x: Tensor, weight: Tensor | Made) -> Tensor:
+        """Σ_j W_ij s_j, shaped like ``x``."""
+        if isinstance(weight, Made):
+            found = torch.zeros_like(x)
+            for s_part, part in zip(s.split(weight.rows, -1), weight, strict=True):
+                found += s_part @ part
+            return found
+        if self.kind == "dense":
+            return s @ weight
+        if self.kind == "scale":
+            return s * self._channels(weight, s)
+        found = _convolution_backward(s, self._padded(x), weight, self._geometry(), 0)
+        return (
+            found[(slice(None), slice(None), *(slice(n) for n in x.shape[2:]))]
+            if any(self.skip)
+            else found
+        )
+
+    def products(self, x: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+        """Σ over samples (and places) of x_i s_j, for each weight W_ij."""
+        if self.kind == "dense":
+            return s.reshape(-1, s.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+        if self.kind == "scale":
+            return (x * s).transpose(0, 1).flatten(1).sum(1)
+        return _convolution_backward(s, self._padded(x), weight, self._geometry(), 1)
+
+    def of_outputs(self, weights: Tensor) -> Tensor:
+        """What is shaped like W as (outputs, weights of each)."""
+        if self.kind == "transposed":
+            found: Tensor = (
+                weights.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+            )
+            return found
+        return weights.reshape(len(weights), -1)
+
+    def spread(self, values: Tensor, weight: Tensor) -> Tensor:
+        """One value an output, shaped to multiply W."""
+        ones = (1,) * (weight.ndim - 2)
+        if self.kind == "transposed":
+            each_group = values.view(self.groups, 1, -1).expand(-1, len(weight) // self.groups, -1)
+            return each_group.reshape(len(weight), -1, *ones)
+        return values.view(-1, *(1,) * (weight.ndim - 1))
+
+    def outputs(self, value: Tensor) -> Tensor:
+        """``value`` as (rows, outputs): each sample, and each place, is a row."""
+        return (
+            value.reshape(-1, value.shape[-1])
+            if self.kind == "dense"
+            else value.transpose(0, 1).flatten(1).mT
+        )
+
+    def _channels(self, values: Tensor, like: Tensor) -> Tensor:
+        return values.view(-1, *(1,) * (like.ndim - 2))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return (
+            F.pad(x, [n for right in reversed(self.skip) for n in (0, right)])
+            if any(self.skip)
+            else x
+        )
+
+    def _geometry(self) -> tuple[Any, ...]:
+        transposed = self.kind == "transposed"
+        return (
+            self.stride,
+            self.padding,
+            self.dilation,
+            transposed,
+            self.output_padding,
+            self.groups,
+        )
+
+
+def _convolution_backward(
+    s: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, ...], of: int
+) -> Tensor:
+    wanted = [of == 0, of == 1, False]
+    found: Tensor = torch.ops.aten.convolution_backward(s, x, weight, None, *geometry, wanted)[of]
+    return found
+
+
+#: (layer, whether the input goes there before any other, whether the output comes from there) → name of the layer's rule.
+Choose = Callable[[Layer, bool, bool], str]
+
+_CONVOLUTIONS = {f"conv{dims}d": dims for dims in (1, 2, 3)}
+_TRANSPOSED = {f"conv_transpose{dims}d": dims for dims in (1, 2, 3)}
+_DENSE = ("linear", "mm", "addmm")
+_BATCH_NORM = "_native_batch_norm_legit_no_training"
+
+
+def layers(
+    graph: fx.Graph, batch: str, starts: Sequence[fx.Node], choose: Choose, fold: bool = True
+) -> None:
+    """Rewrite a marked copy of a graph: every operation with weights becomes a :class:`Layer`.
+
+    Args:
+        graph: See :func:`captum_mipin.propagation.check.marked_copy`.
+        batch: The symbol of the batch size.
+        starts: Where the signal is wanted; no batch norm is folded past it.
+        choose: The rule that each goes by.
+        fold: Whether batch norms are folded into the layer before. Else, and where there is none, they are left.
+    """
+    found: dict[Any, Layer] = {}
+    node: Any
+    for node in list(graph.nodes):
+        made = _weighted(node)
+        if made is not None:
+            found[node], node.args = made
+            _becomes(node, node.meta.get("shown", node.target))
+    if fold:
+        for node in list(graph.nodes):
+            if (
+                node not in found
+                and operation(node) == _BATCH_NORM
+                and node.args[0].meta["val"].ndim > 1
+            ):
+                norm, layer = _normed(graph, node, starts, found)
+                found[norm] = layer
+    inputs = [
+        node for node in graph.nodes if node.op == "placeholder" and _per_example(node, batch)
+    ]
+    weighted = {node for node, layer in found.items() if layer.kind != "scale"}
+    first = _next(inputs, weighted, lambda node: list(node.users))
+    last = _next(
+        [node for node in graph.nodes if node.op == "output"],
+        weighted,
+        lambda node: node.all_input_nodes,
+    )
+    for node, layer in found.items():
+        node.target = replace(layer, rule=choose(layer, node in first, node in last))
+
+
+def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
+    """The layer that an operation is, and what it takes; None for one without weights."""
+    name = operation(node)
+    if node.op != "call_function" or name not in (*_DENSE, *_CONVOLUTIONS, *_TRANSPOSED):
+        return None
+    key: str = node.meta["key"]
+    if name in _DENSE:
+        at = 1 if name == "addmm" else 0
+        if argument(node, at + 1, "weight").meta["val"].ndim != 2:
+            return None
+        bias = {"linear": argument(node, 2, "bias"), "mm": None, "addmm": node.args[0]}[name]
+        factors = (node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1))
+        args = (node.args[at], argument(node, at + 1, "weight"), bias, None)
+        node.kwargs = {}
+        return Layer("dense", key, "linear", transposed=name != "linear", factors=factors), args
+    dims = _CONVOLUTIONS.get(name) or _TRANSPOSED[name]
+    if node.args[0].meta["val"].ndim != dims + 2:
+        return None
+    x, weight, bias = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
+    stride = each(argument(node, 3, "stride", 1), dims)
+    padding, zeros = argument(node, 4, "padding", 0), (0,) * dims
+    if name in _TRANSPOSED:
+        further = ((5, "output_padding", 0), (7, "dilation", 1))
+        output_padding, dilation = (each(argument(node, *which), dims) for which in further)
+        layer = Layer(
+            "transposed", key, name, stride=stride, padding=each(padding, dims), dilation=dilation,
+            output_padding=output_padding, groups=argument(node, 6, "groups", 1),
+        )  # fmt: skip
+        node.kwargs = {}
+        return layer, (x, weight, bias, None)
+    dilation, skip = each(argument(node, 5, "dilation", 1), dims), zeros
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(weight.meta["val"].shape[2:], dilation, strict=True)]
+        padding, skip = tuple(n // 2 for n in total), tuple(n % 2 for n in total)
+    layer = Layer(
+        "convolution", key, name, stride=stride, padding=each(0 if padding == "valid" else padding, dims), dilation=dilation,
+        output_padding=zeros, groups=argument(node, 6, "groups", 1), skip=skip,
+    )  # fmt: skip
+    node.kwargs = {}
+    return layer, (x, weight, bias, None)
+
+
+def _becomes(node: Any, shown: Any) -> None:
+    node.meta["shown"] = shown
+
+
+def _normed(
+    graph: fx.Graph, node: Any, starts: Sequence[fx.Node], found: dict[Any, Layer]
+) -> tuple[Any, Layer]:
+    """The node that takes a batch norm's place, and its layer."""
+    x, scale, shift, mean, variance, _, eps = node.args
+    norm = scale, shift, mean, variance, eps
+    (value,) = (user for user in node.users if user.args[1] == 0)
+    before = found.get(x)
+    alone = (
+        before is None
+        or x in starts
+        or len(x.users) > 1
+        or (before.kind == "dense" and x.meta["val"].ndim != 2)
+    )
+    if alone:
+        layer, args = Layer("scale", node.meta["key"], _BATCH_NORM), (x, None, None, norm)
+        value.meta = {**value.meta, "key": node.meta["key"]}
+        _becomes(value, node.target)
+    else:
+        layer, args = found.pop(x), (*x.args[:3], norm)
+        value.meta = {
+            **value.meta,
+            "key": layer.key,
+            "nn_module_stack": x.meta.get("nn_module_stack", {}),
+        }
+        _becomes(value, x.meta["shown"])
+    value.target, value.args = layer, args
+    for user in [user for user in node.users if user is not value]:
+        if not user.users:
+            graph.erase_node(user)
+    graph.erase_node(node)
+    if not alone:
+        graph.erase_node(x)
+    return value, layer
+
+
+def _next(nodes: list[Any], found: Collection[Any], near: Callable[[Any], list[Any]]) -> set[Any]:
+    """Those of ``found`` that are next to these nodes in one direction, with none between."""
+    result, seen = set[Any](), set[Any](nodes)
+    while nodes:
+        for node in near(nodes.pop()):
+            if node in found:
+                result.add(node)
+            elif node not in seen and isinstance(
+                node.meta.get("val"), (Tensor, tuple, list)
+            ):  # no sizes
+                seen.add(node)
+                nodes.append(node)
+    return result
+
+
+def _per_example(node: Any, batch: str) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim > 0 and str(value.shape[0]) == batch

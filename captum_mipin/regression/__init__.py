@@ -1,0 +1,1 @@
+"""Ridge regression from moments or from rows. This package knows no networks."""

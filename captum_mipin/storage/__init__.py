@@ -1,0 +1,1 @@
+"""Files of fitted methods, and the watch over the weights of a model."""

@@ -1,0 +1,226 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from captum_mipin import InverseNetwork
+from captum_mipin.regression import convolution
+from captum_mipin.regression.convolution import Geometry
+from captum_mipin.regression.ridge import Moments, solve
+from captum_mipin.rules.linear import Convolution
+
+LAYERS = {
+    False: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    True: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+}
+
+
+def each(value, dims):
+    return value if isinstance(value, tuple) else (value,) * dims
+
+
+def case(dims, transposed, kernel, stride, padding, dilation, groups, seed=0):
+    """A random layer, its input x, and a random signal s of the shape of its output."""
+    torch.manual_seed(seed)
+    more = (
+        {"output_padding": 1}
+        if transposed and max(*each(stride, 1), *each(dilation, 1)) > 1
+        else {}
+    )
+    layer = LAYERS[transposed][dims - 1](
+        4,
+        6,
+        kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=False,
+        dtype=torch.float64,
+        **more,
+    )
+    x = torch.randn(3, 4, *(7, 8, 6)[:dims], dtype=torch.float64)
+    with torch.no_grad():
+        s = torch.randn_like(layer(x)) + 0.3
+    geometry = Geometry(
+        tuple(layer.weight.shape), each(stride, dims), each(padding, dims), each(dilation, dims), groups, transposed,
+        each(more.get("output_padding", 0), dims) if transposed else (),
+    )  # fmt: skip
+    return layer, geometry, x, s
+
+
+def cases():
+    for dims, transposed in itertools.product((1, 2), (False, True)):
+        for kernel, stride, padding, dilation, groups in itertools.product(
+            (1, 2, 3), (1, 2, 3), (0, 1, 2), (1, 2), (1, 2)
+        ):
+            yield dims, transposed, kernel, stride, padding, dilation, groups
+    for transposed, stride in itertools.product((False, True), (1, 2)):
+        yield 3, transposed, 3, stride, 1, 1, 2
+    yield 2, False, (3, 2), (1, 1), (1, 0), (1, 2), 2
+    yield 2, False, (3, 1), (2, 1), (3, 2), (1, 2), 1
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize("parameters", CASES, ids=str)
+def test_patches_times_kernel_is_the_layers_input_gradient(parameters):
+    """The definition: g with kernel W is the transpose of the layer, and patches are its design matrix."""
+    layer, geometry, x, s = case(*parameters)
+    x.requires_grad_()
+    (transpose,) = torch.autograd.grad(layer(x), x, s)
+    weight = layer.weight.detach()
+    torch.testing.assert_close(
+        geometry.apply(s, weight, None, x.shape), transpose, rtol=1e-12, atol=1e-12
+    )
+    groups = parameters[-1]
+    predicted = geometry.patches(s, x.shape) @ geometry.to_rows(weight).mT
+    predicted = predicted.view(groups, 3, -1, 4 // groups).permute(1, 0, 3, 2).reshape(x.shape)
+    torch.testing.assert_close(predicted, transpose, rtol=1e-12, atol=1e-12)
+    assert torch.equal(geometry.to_weight(geometry.to_rows(weight)), weight)
+
+
+@pytest.mark.parametrize("parameters", CASES, ids=str)
+def test_moments_are_those_of_the_patches(parameters, monkeypatch):
+    _, geometry, x, s = case(*parameters)
+    groups = parameters[-1]
+    rows = x.view(3, groups, 4 // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, 4 // groups)
+    expected, found = (
+        Moments.zeros(groups, *geometry.features),
+        Moments.zeros(groups, *geometry.features),
+    )
+    expected.update(rows, geometry.patches(s, x.shape))
+    monkeypatch.setattr(convolution, "CHUNK", 1)  # one example at a time
+    found.add(geometry.moments(x, s))
+    same(found, expected)
+
+
+def same(found, expected):
+    for name in ("count", "mean_z", "mean_s", "zz", "zs", "ss"):
+        a, b = (torch.as_tensor(getattr(m, name)) for m in (found, expected))
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("parameters", CASES[::7], ids=str)
+def test_moments_with_own_signals_are_those_of_rows(parameters):
+    _, geometry, x, s = case(*parameters)
+    groups, own = parameters[-1], [torch.randn_like(x) + 1, x + torch.randn_like(x)]
+
+    def rows(t):
+        return (
+            t.reshape(3, groups, 4 // groups, -1)
+            .permute(1, 0, 3, 2)
+            .reshape(groups, -1, 4 // groups)
+        )
+
+    expected = Moments.zeros(groups, *geometry.features, len(own))
+    expected.update(rows(x), geometry.patches(s, x.shape), [rows(o) for o in own])
+    same(geometry.moments(x, s, own), expected)
+
+
+@pytest.mark.parametrize("parameters", CASES[::7], ids=str)
+@pytest.mark.parametrize("first", [True, False])
+def test_moments_with_further_convolutions_of_one_tap_are_those_of_rows(parameters, first):
+    """As in the first block of a stage of a residual network: a wide convolution and a shortcut with a stride."""
+    dims, *_, groups = parameters
+    _, geometry, x, s = case(*parameters)
+    _, point, _, s_point = case(dims, False, 1, 2, 0, 1, groups, seed=1)
+    _, same_place, _, s_same = case(dims, False, 1, 1, 0, 1, groups, seed=2)
+    parts = (
+        [(geometry, s), (point, s_point)]
+        if first
+        else [(same_place, s_same), (geometry, s), (point, s_point)]
+    )
+    own = (torch.randn_like(x) + 1,)
+
+    def rows(t):
+        return (
+            t.reshape(3, groups, 4 // groups, -1)
+            .permute(1, 0, 3, 2)
+            .reshape(groups, -1, 4 // groups)
+        )
+
+    inverter = Convolution(tuple(g for g, _ in parts), x.shape, 1)
+    expected = Moments.zeros(*inverter.size)
+    patches = torch.cat([g.patches(t, x.shape) for g, t in parts], 2)
+    expected.update(rows(x), patches, [rows(o) for o in own])
+    same(inverter.moments(x, (*(t for _, t in parts), *own)), expected)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Using padding='same'"
+)  # torch's own, for even kernels: it copies the input
+def test_asymmetric_same_padding_is_a_convolution_that_drops_its_first_output():
+    layer = nn.Conv2d(2, 3, (2, 3), padding="same", bias=False, dtype=torch.float64)
+    x = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    s = torch.randn_like(y)
+    (transpose,) = torch.autograd.grad(y, x, s)
+    geometry = Geometry(tuple(layer.weight.shape), (1, 1), (1, 1), (1, 1), 1, skip=(1, 0))
+    torch.testing.assert_close(geometry.apply(s, layer.weight.detach(), None, x.shape), transpose)
+    full = geometry.full(s)
+    patches = geometry.patches(full, x.shape)
+    torch.testing.assert_close(geometry.gram(s, x.shape), patches.mT @ patches)
+
+
+@pytest.mark.parametrize("scale", ["relative", "mean", "sum"])
+@pytest.mark.parametrize("ridge", [0, 0.5])
+@pytest.mark.parametrize(
+    "kernel, size, groups",
+    [((2, 4), (6, 8), 1), ((3, 1), (6, 4), 2), ((4,), (12,), 2), ((2, 1, 2), (4, 3, 4), 1)],
+)
+def test_windows_that_tile_are_regressed_tile_by_tile_as_patches_are(
+    kernel, size, groups, ridge, scale
+):
+    torch.manual_seed(0)
+    x, places = (
+        torch.randn(9, 4, *size, dtype=torch.float64),
+        [z // k for z, k in zip(size, kernel, strict=True)],
+    )
+    s = torch.randn(9, 6, *places, dtype=torch.float64) + 2
+    x[..., -1] += 3  # places differ in their mean
+    s[:, 1], s[:, 4] = 0, 5  # a signal that is never there, and a constant one
+    s[:, 2] = s[:, 0] * 2 - 1  # collinear with another and a constant
+    ones = (1,) * len(size)
+    geometry = Geometry((6, 4 // groups, *kernel), kernel, (0,) * len(size), ones, groups)
+    inverter = Convolution((geometry,), x.shape)
+    patches = solve(geometry.moments(x, s), ridge, scale)
+    tiles = solve(inverter.moments(x, (s,)), ridge, scale, inverter.tied)
+    assert inverter.tied == math.prod(kernel)
+    expected = geometry.to_weight(patches.weight).flatten(), patches.bias.flatten()
+    found = inverter.inverse(tiles, x)
+    torch.testing.assert_close(found.weight, expected[0], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.bias, expected[1], rtol=1e-8, atol=1e-8)
+    assert tiles.explained_variance == pytest.approx(patches.explained_variance, rel=1e-9)
+    assert tiles.dead == patches.dead
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": (7, 8)},
+        {"padding": (1, 0)},
+        {"dilation": (2, 1)},
+        {"stride": (1, 2)},
+        {"stride": (3, 2)},
+    ],
+    ids=str,
+)
+def test_other_windows_do_not_tile(change):
+    shape = {"stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), **change}
+    size = torch.Size([1, 1, *shape.pop("size", (6, 6))])
+    assert not Geometry((1, 1, 2, 2), groups=1, **shape).tiles(size)
+    assert Geometry((1, 1, 2, 2), (2, 2), (0, 0), (1, 1), 1).tiles(torch.Size([1, 1, 6, 6]))
+
+
+def test_patches_of_images_are_inverted_as_a_dense_layer_of_their_pixels():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 96, 16, 16), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 16, 2)
+    ).eval()
+    inverse = InverseNetwork(model).fit(torch.randn(20, 3, 64, 64), 0, progress=False)
+    (fit,) = [layer for layer in inverse.report.layers if layer.layer.startswith("0/")]
+    assert (fit.features, fit.signals, fit.rows) == (3 * 256, 96, 20 * 16)
