@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from captum_mipin.errors import TargetError, TargetRangeError
-from captum_mipin.propagation.runtime import Target
+from captum_mipin.types import Target
 
 
 def per_example(target: Any, output: Tensor) -> list[Target]:
-    """The class of each example of a batch.
+    """Return the class of each example of a batch.
 
     Args:
-        target: As Captum takes it: int; tuple of ints for outputs of more dimensions; integer tensor of 0 or 1
-            dimension; list of ints or of tuples, one an example; None for outputs (batch,) and (batch, 1). Numpy
-            integers and 1-D integer arrays count as well.
-        output: The model's output (batch, *dims).
+        target: The class or classes, as Captum takes them: an int; a tuple of ints for outputs of
+            more dimensions; an integer tensor or array with no or one dimension; a list of ints or
+            of tuples, one for each example; None for outputs (batch,) and (batch, 1).
+        output: (batch, *dims) the model's output, of which only the shape is read.
+
+    Returns:
+        For each example the index of its class among ``dims``, without negative numbers.
 
     Raises:
-        TargetError: It does not fit the output.
+        TargetError: The target does not fit the output.
         TargetRangeError: An index lies outside the output.
 
     Examples:
@@ -33,7 +36,8 @@ def per_example(target: Any, output: Tensor) -> list[Target]:
     """
     if output.ndim == 0:
         raise TargetError(
-            "the model returns one number for the whole batch, expected one row of outputs an example"
+            "the model returns one number for the whole batch, expected a row of outputs for each "
+            "example: let it return shape (batch,) or (batch, classes)"
         )
     batch, dims = len(output), tuple(output.shape[1:])
     if isinstance(target, np.ndarray):
@@ -43,63 +47,84 @@ def per_example(target: Any, output: Tensor) -> list[Target]:
             raise TargetError(f"the target is a tensor of dtype {target.dtype}, expected integers")
         if target.ndim > 1:
             raise TargetError(
-                f"the target is a tensor of shape {tuple(target.shape)}, expected one index an example: 1-D"
+                f"the target is a tensor of shape {tuple(target.shape)}, expected one index for "
+                "each example: one dimension"
             )
         target = target.item() if target.numel() == 1 else target.tolist()
     if not isinstance(target, list):
-        return [one(target, dims)] * batch
+        return [target_index(target, dims)] * batch
     if len(target) != batch:
-        raise TargetError(f"{len(target)} targets were given for {batch} examples")
-    return [one(t, dims) for t in target]
-
-
-def one(target: Any, dims: Sequence[int]) -> Target:
-    """One class as the index of its output among ``dims``, the model's output shape without the batch."""
-    if target is None:
-        if any(n != 1 for n in dims):
-            raise TargetError(
-                f"no target was given, but the model has outputs of shape {tuple(dims)}: choose one of them"
-            )
-        return (0,) * len(dims)
-    index = tuple(_integer(t, target) for t in (target if isinstance(target, tuple) else (target,)))
-    if all(n == 1 for n in dims[len(index) :]):
-        index += (0,) * (len(dims) - len(index))
-    if len(index) != len(dims):
         raise TargetError(
-            f"target {target!r} has {len(index)} indices, expected {len(dims)} for the model's outputs of shape "
-            f"{tuple(dims)}; several classes are a list"
+            f"{len(target)} targets were given for {batch} examples: pass one for each example, "
+            "or one for all"
         )
-    for i, n in zip(index, dims, strict=True):
-        if not -n <= i < n:
-            raise TargetRangeError(
-                f"target {target!r} is outside the model's outputs of shape {tuple(dims)}"
+    return [target_index(label, dims) for label in target]
+
+
+def target_index(target: Any, dims: Sequence[int]) -> Target:
+    """Return the index of one class among the outputs of a model.
+
+    Args:
+        target: An int, a tuple of ints, or None where there is only one output.
+        dims: The shape of the model's output without the batch. A target need not index the last
+            dimensions if they have size 1.
+
+    Raises:
+        TargetError: The target does not fit ``dims``.
+        TargetRangeError: An index lies outside ``dims``.
+    """
+    shape = tuple(dims)
+    if target is None:
+        if any(size != 1 for size in shape):
+            raise TargetError(
+                f"no target was given, but the model has outputs of shape {shape}: choose one of "
+                "them with target="
             )
-    return tuple(i % n for i, n in zip(index, dims, strict=True))
+        return (0,) * len(shape)
+    labels = target if isinstance(target, tuple) else (target,)
+    index = tuple(_integer(label, target) for label in labels)
+    if all(size == 1 for size in shape[len(index) :]):
+        index += (0,) * (len(shape) - len(index))
+    if len(index) != len(shape):
+        raise TargetError(
+            f"target {target!r} has {len(index)} indices, expected {len(shape)} for the model's "
+            f"outputs of shape {shape}; pass several classes as a list"
+        )
+    if not all(-size <= i < size for i, size in zip(index, shape, strict=True)):
+        raise TargetRangeError(f"target {target!r} is outside the model's outputs of shape {shape}")
+    return tuple(i % size for i, size in zip(index, shape, strict=True))
 
 
-def several(targets: Any, dims: Sequence[int]) -> list[Target]:
-    """The classes to fit: one, several, or with None all of them, each once."""
+def target_indices(targets: Any, dims: Sequence[int]) -> list[Target]:
+    """Return the classes to fit, each once, in the order given.
+
+    Args:
+        targets: One class, several in any iterable, or None for all outputs.
+        dims: The shape of the model's output without the batch.
+
+    Raises:
+        TargetError: A target does not fit ``dims``, or there is none.
+        TargetRangeError: An index lies outside ``dims``.
+    """
     if targets is None:
         return [tuple(index) for index in np.ndindex(*dims)]
     if isinstance(targets, (Tensor, np.ndarray)):
         targets = targets.tolist()
-    chosen = (
-        targets
-        if isinstance(targets, Iterable) and not isinstance(targets, (tuple, str))
-        else [targets]
-    )
-    found = list(dict.fromkeys(one(t, dims) for t in chosen))
-    if not found:
-        raise TargetError("the list of targets is empty")
-    return found
+    if not isinstance(targets, Iterable) or isinstance(targets, (tuple, str)):
+        targets = [targets]
+    indices = list(dict.fromkeys(target_index(target, dims) for target in targets))
+    if not indices:
+        raise TargetError("the list of targets is empty: name a class, or pass None for all")
+    return indices
 
 
-def shown(target: Target) -> int | tuple[int, ...] | None:
-    """A class as users write it."""
+def target_label(target: Target) -> int | tuple[int, ...] | None:
+    """Return a class as users write it: an int, a tuple, or None for the only output."""
     return target[0] if len(target) == 1 else (target or None)
 
 
 def _integer(value: Any, target: Any) -> int:
+    """Return one index of ``target`` as an int; Captum refuses bool, and so does this."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):

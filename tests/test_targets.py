@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captum_mipin.errors import TargetError, TargetRangeError
-from captum_mipin.targets import one, per_example, several, shown
+from captum_mipin.targets import per_example, target_index, target_indices, target_label
 
 
 @st.composite
@@ -95,7 +95,10 @@ def test_numpy_integers_and_integer_tensors_count_as_ints(target: Any) -> None:
         ({}, "of type dict is not valid: expected integers"),
         (torch.tensor([0.0, 1.0]), "dtype torch.float32, expected integers"),
         (torch.tensor([True, False]), "dtype torch.bool, expected integers"),
-        (torch.zeros(2, 1, dtype=torch.long), r"shape \(2, 1\), expected one index an example"),
+        (
+            torch.zeros(2, 1, dtype=torch.long),
+            r"shape \(2, 1\), expected one index for each example",
+        ),
         ([0], "1 targets were given for 2 examples"),
         ([0, 1, 2], "3 targets were given for 2 examples"),
         ([], "0 targets were given for 2 examples"),
@@ -129,25 +132,25 @@ def test_an_output_without_batch_has_no_targets() -> None:
         per_example(0, torch.tensor(1.0))
 
 
-def test_one_counts_from_the_end_for_negative_indices() -> None:
-    assert one((-1, 0), (2, 3)) == (1, 0)
-    assert one(None, (1, 1)) == (0, 0)
-    assert one(None, ()) == ()
+def test_target_index_counts_from_the_end_for_negative_indices() -> None:
+    assert target_index((-1, 0), (2, 3)) == (1, 0)
+    assert target_index(None, (1, 1)) == (0, 0)
+    assert target_index(None, ()) == ()
 
 
-def test_several_are_all_or_each_once_in_the_order_given() -> None:
-    assert several(None, (2, 2)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert several(None, ()) == [()]
-    assert several([2, 0, -1, 2], (3,)) == [(2,), (0,)]
+def test_target_indices_are_all_or_each_once_in_the_order_given() -> None:
+    assert target_indices(None, (2, 2)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert target_indices(None, ()) == [()]
+    assert target_indices([2, 0, -1, 2], (3,)) == [(2,), (0,)]
     assert (
-        several(1, (3,))
-        == several(torch.tensor([1]), (3,))
-        == several(np.array(1), (3,))
-        == several(range(1, 2), (3,))
+        target_indices(1, (3,))
+        == target_indices(torch.tensor([1]), (3,))
+        == target_indices(np.array(1), (3,))
+        == target_indices(range(1, 2), (3,))
         == [(1,)]
     )
-    assert several((1, 0), (2, 2)) == [(1, 0)]
-    assert several([(1, 0), (0, 0)], (2, 2)) == [(1, 0), (0, 0)]
+    assert target_indices((1, 0), (2, 2)) == [(1, 0)]
+    assert target_indices([(1, 0), (0, 0)], (2, 2)) == [(1, 0), (0, 0)]
 
 
 @pytest.mark.parametrize(
@@ -161,12 +164,12 @@ def test_several_are_all_or_each_once_in_the_order_given() -> None:
         (torch.tensor([0.5]), TargetError, "expected integers"),
     ],
 )
-def test_several_refuses_unknown_classes(
+def test_target_indices_refuses_unknown_classes(
     targets: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        several(targets, (3,))
+        target_indices(targets, (3,))
 
 
-def test_shown_is_what_users_write() -> None:
-    assert [shown(()), shown((2,)), shown((1, 2))] == [None, 2, (1, 2)]
+def test_target_label_is_what_users_write() -> None:
+    assert [target_label(()), target_label((2,)), target_label((1, 2))] == [None, 2, (1, 2)]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from captum_mipin.errors import CaptureError, InputError, TargetError
-from captum_mipin.propagation.runtime import Target
+from captum_mipin.types import Target
 
 #: Steps over which the loss is averaged where a sample stops once it has settled.
 _WINDOW = 3

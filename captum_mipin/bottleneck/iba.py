@@ -50,10 +50,10 @@ from captum_mipin.graph.capture import (
 from captum_mipin.graph.subgraph import Part, Parts, tensor_name
 from captum_mipin.graph.validate import as_extras, as_inputs, device_of, generator_kept, like
 from captum_mipin.inverse.data import Batches, Unpack, check_apart
-from captum_mipin.propagation.runtime import Target
 from captum_mipin.regression.statistics import Statistics
 from captum_mipin.storage import files as storage
 from captum_mipin.targets import per_example
+from captum_mipin.types import Target
 
 #: Masked values that a CPU takes at a time, and that other devices do.
 _CPU_VALUES, _VALUES = 1 << 21, 1 << 26

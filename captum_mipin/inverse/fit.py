@@ -20,7 +20,7 @@ from captum_mipin.inverse.data import Activations, Values, check_apart
 from captum_mipin.inverse.distributed import Processes
 from captum_mipin.inverse.sgd import Descent
 from captum_mipin.inverse.trace import Trace
-from captum_mipin.propagation.runtime import Inverses, Run, Target
+from captum_mipin.propagation.runtime import Inverses, Run
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.convolution import CHUNK
 from captum_mipin.regression.ridge import (
@@ -34,7 +34,8 @@ from captum_mipin.regression.ridge import (
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse, Inverter, Options
 from captum_mipin.rules.linear import Convolution, Dense
-from captum_mipin.targets import shown
+from captum_mipin.targets import target_label
+from captum_mipin.types import Target
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +277,7 @@ class Fit:
         for target in self._targets:
             if high[target] == low[target]:
                 raise FitError(
-                    f"the output for target {shown(target)} is {low[target]:g} for each of the {rows} examples: nothing can be "
+                    f"the output for target {target_label(target)} is {low[target]:g} for each of the {rows} examples: nothing can be "
                     "regressed on a constant. Fit it on data it responds to, or leave it out."
                 )
         if self._processes.count > 1:
@@ -464,7 +465,7 @@ class Fit:
                 )
         batches = passes if first is None else chain([first], passes)
         targets = targets if shared else targets[: max(1, self._memory // needed)]
-        names = ", ".join(str(shown(target)) for target in targets)
+        names = ", ".join(str(target_label(target)) for target in targets)
         bar.set_description(f"{key} · class {names if len(names) < 30 else names[:27] + '...'}")
         if self._settings.solver == "sgd" and isinstance(inverter, Convolution) and inverter.plain:
             return self._descend(key, targets, fitted, batches, bar)
@@ -490,13 +491,13 @@ class Fit:
                 logger.debug(
                     "%s, target %s: explained variance %.3f",
                     key,
-                    shown(group[0]),
+                    target_label(group[0]),
                     solution.explained_variance,
                 )
                 inverse = inverter.inverse(solution, x)
                 for target in group:
                     layer = LayerFit(
-                        shown(target), key, part.count, groups * features, signals + own,
+                        target_label(target), key, part.count, groups * features, signals + own,
                         solution.explained_variance, solution.dead, solution.condition, "exact",
                     )  # fmt: skip
                     result[target] = inverse, layer
@@ -523,7 +524,7 @@ class Fit:
                     moments[first].add(found)
                 if not moments[first].finite():
                     raise FitError(
-                        f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}"
+                        f"batch {index}: NaN or Inf in the features or the signal of {key}, target {target_label(target)}"
                     )
         return moments
 
@@ -583,7 +584,7 @@ class Fit:
                 parts[target].append(s.reshape(-1, s.shape[-1]))
                 if not (finite(s) and finite(x)):
                     raise FitError(
-                        f"batch {index}: NaN or Inf in the features or the signal of {key}, target {shown(target)}"
+                        f"batch {index}: NaN or Inf in the features or the signal of {key}, target {target_label(target)}"
                     )
         rows, result = self._centred.get(key) or Rows(torch.cat(xs)), {}
         if self._store is not None:
@@ -595,7 +596,7 @@ class Fit:
                 rows, s[:, live], self._settings.ridge, self._settings.ridge_scale
             )
             layer = LayerFit(
-                shown(target), key, len(s), inverter.features, s.shape[1], solution.explained_variance,
+                target_label(target), key, len(s), inverter.features, s.shape[1], solution.explained_variance,
                 solution.dead + s.shape[1] - len(live), solution.condition, "exact",
             )  # fmt: skip
             result[target] = inverter.inverse_of_rows(solution, live, rows), layer
@@ -626,7 +627,7 @@ class Fit:
             groups, features, signals_each, _ = state.inverter.size
             rows = state.rows // state.inverter.tied
             layer = LayerFit(
-                shown(target),
+                target_label(target),
                 key,
                 rows,
                 groups * features,
@@ -638,7 +639,7 @@ class Fit:
             )
             if not torch.isfinite(state.weight).all():
                 raise FitError(
-                    f"SGD diverged at {key}, target {shown(target)}: lower learning_rate={state.rate:g}"
+                    f"SGD diverged at {key}, target {target_label(target)}: lower learning_rate={state.rate:g}"
                 )
             result[target] = Inverse(state.weight.flatten(), state.bias), layer
         return result

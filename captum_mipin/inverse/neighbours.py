@@ -51,13 +51,14 @@ from captum_mipin.inverse.state import State, head_of
 from captum_mipin.inverse.trace import Trace
 from captum_mipin.propagation.batch_layout import first_dimension
 from captum_mipin.propagation.fingerprint import structure
-from captum_mipin.propagation.runtime import Inverses, Run, Seen, Step, Target, source
+from captum_mipin.propagation.runtime import Inverses, Run, Seen, Step, source
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale, Rows, solve, solve_rows
 from captum_mipin.rules import Fork, Inverse, Options
 from captum_mipin.rules.linear import Dense
 from captum_mipin.storage import files as storage
-from captum_mipin.targets import per_example, several, shown
+from captum_mipin.targets import per_example, target_indices, target_label
+from captum_mipin.types import Target
 
 #: Bytes that the inverses of examples explained at once may take, unless it is one example alone.
 _TOGETHER = 1 << 29
@@ -263,7 +264,7 @@ class Replay:
             output = trace.output.detach()[index]
             if bool((output == output[0]).all()):
                 raise FitError(
-                    f"the output for target {shown(target)} is {float(output[0]):g} for each of the {len(rows)} neighbours of "
+                    f"the output for target {target_label(target)} is {float(output[0]):g} for each of the {len(rows)} neighbours of "
                     "an example: nothing can be regressed on a constant. Take more neighbours."
                 )
             found: dict[str, Inverse] = {}
@@ -479,7 +480,7 @@ class NeighbourInverse(InverseNetwork):
             graph, surrogate = self._surrogate(inputs, extras, self.layer)
             self._replay(graph, surrogate)
             dims = tuple(int(n) for n in graph.output.meta["val"].shape[1:])
-            fitted = Fitted({target: {} for target in several(targets, dims)})
+            fitted = Fitted({target: {} for target in target_indices(targets, dims)})
             kept = self._keep(batches, graph, surrogate, memory, progress)
             signature, example = (
                 Signature.of(inputs, extras, graph.shared),

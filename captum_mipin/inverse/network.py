@@ -54,13 +54,14 @@ from captum_mipin.inverse.fit import Fit, Fitted, Settings, Solver
 from captum_mipin.inverse.lazy import Lazy
 from captum_mipin.inverse.state import PARTS, State, head_of, joined, packed, share_rows, unpacked
 from captum_mipin.propagation.fingerprint import difference, structure
-from captum_mipin.propagation.runtime import Inverses, Run, Target, seed
+from captum_mipin.propagation.runtime import Inverses, Run, seed
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale
 from captum_mipin.report import FitReport
 from captum_mipin.rules import MIPIN, Inverse, Options, Rule, table
 from captum_mipin.storage import files as storage
-from captum_mipin.targets import one, per_example, several, shown
+from captum_mipin.targets import per_example, target_index, target_indices, target_label
+from captum_mipin.types import Target
 from captum_mipin.version import __version__
 
 
@@ -207,7 +208,7 @@ class InverseNetwork:
     def targets(self) -> list[int | tuple[int, ...] | None]:
         """The classes that can be explained, as ``target`` takes them; empty before the first fit."""
         return (
-            [shown(target) for target in (*self._state.fitted.inverses, *self._state.lazy)]
+            [target_label(target) for target in (*self._state.fitted.inverses, *self._state.lazy)]
             if self._state
             else []
         )
@@ -310,7 +311,7 @@ class InverseNetwork:
             with processes.step():
                 graph, surrogate = self._surrogate(inputs, extras, self.layer)
                 state = self._begun(before, inputs, extras, graph, surrogate)
-                chosen = several(targets, state.dims)
+                chosen = target_indices(targets, state.dims)
             processes.agree("classes", (chosen, self.targets))
             processes.agree("inputs", (state.signature, state.structure))
             processes.agree("weights", state.watch.fingerprint)
@@ -508,9 +509,9 @@ class InverseNetwork:
             raise InputError(
                 "the model takes further arguments, which files do not hold: pass additional_forward_args"
             )
-        chosen = one(target, state.dims)
+        chosen = target_index(target, state.dims)
         found = self._back(
-            state, state.example, [shown(chosen)], extras, biases=(False,), options=self._options(local=False),
+            state, state.example, [target_label(chosen)], extras, biases=(False,), options=self._options(local=False),
             mask=False, layer=self.layer, unit=True,
         )  # fmt: skip
         return found.signals[0] if len(found.signals[0]) > 1 else found.signals[0][0]
@@ -540,7 +541,7 @@ class InverseNetwork:
             True
         """
         state = self._fitted()
-        chosen = one(target, state.dims)
+        chosen = target_index(target, state.dims)
         slopes = as_inputs(self.class_attribution(target, additional_forward_args))
         found = state.fitted.information.get(chosen)
         if found is None:
@@ -736,8 +737,8 @@ class InverseNetwork:
 
     def _unknown(self, target: Target) -> NotFittedError:
         return NotFittedError(
-            f"no inverse was fitted for target {shown(target)}; fitted are {self.targets}. "
-            f"Add it with fit(data, targets=[{shown(target)}])"
+            f"no inverse was fitted for target {target_label(target)}; fitted are {self.targets}. "
+            f"Add it with fit(data, targets=[{target_label(target)}])"
         )
 
     # ------------------------------------------------------------------------------------------------- files

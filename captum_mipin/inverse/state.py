@@ -11,11 +11,11 @@ from captum_mipin.graph.capture import Extras, Inputs, Signature
 from captum_mipin.graph.validate import device_of
 from captum_mipin.inverse.fit import Fitted
 from captum_mipin.inverse.lazy import Lazy
-from captum_mipin.propagation.runtime import Target
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse
 from captum_mipin.storage import files as storage
-from captum_mipin.targets import shown
+from captum_mipin.targets import target_label
+from captum_mipin.types import Target
 
 #: What an inverse is made of, in files.
 PARTS = ("weight", "bias", "live", "own", "rows")
@@ -140,7 +140,7 @@ def _inverse(
 
 def joined(before: Fitted, done: Fitted, chosen: Sequence[Target]) -> Fitted:
     """What was fitted before, but for the classes ``chosen``, and what was done for these."""
-    names = {shown(target) for target in chosen}
+    names = {target_label(target) for target in chosen}
     inverses = {
         target: old
         for target, old in before.inverses.items()

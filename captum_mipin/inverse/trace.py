@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from captum_mipin.propagation.runtime import Inverses, Run, Seen, Target, seed
+from captum_mipin.propagation.runtime import Inverses, Run, Seen, seed
+from captum_mipin.types import Target
 
 #: For each step not passed yet, from the bottom up, the signals at its outputs; None where nothing has come.
 _Waiting = dict[str, list[Tensor | None]]

@@ -28,10 +28,11 @@ from captum_mipin.graph.capture import (
 )  # fmt: skip
 from captum_mipin.graph.validate import as_extras, as_inputs, check_output, like
 from captum_mipin.propagation.check import Treatment, survey
-from captum_mipin.propagation.runtime import Run, Target, seed
+from captum_mipin.propagation.runtime import Run, seed
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.rules import Rule
 from captum_mipin.targets import per_example
+from captum_mipin.types import Target
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,11 @@ from captum_mipin.graph.capture import Output
 from captum_mipin.methods.gradients import derivative
 from captum_mipin.methods.layers import Layer
 from captum_mipin.methods.lrp import LRP, LayerRule, quotient, relevance
-from captum_mipin.propagation.runtime import Target, seed
+from captum_mipin.propagation.runtime import seed
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.base import Back
+from captum_mipin.types import Target
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from torch import Tensor, fx
 
 from captum_mipin.graph.capture import CapturedGraph, Extras, Inputs, capture
 from captum_mipin.methods.base import Signal, Table
-from captum_mipin.propagation.runtime import Target, seed
+from captum_mipin.propagation.runtime import seed
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.base import Back, argument, depends, gate_source, varies
+from captum_mipin.types import Target
 
 #: Operations that are rectifiers whatever their arguments, besides ReLU.
 _RECTIFIERS = (

@@ -22,7 +22,6 @@ from captum_mipin.graph.capture import Output
 from captum_mipin.methods.base import Relevance, Table
 from captum_mipin.methods.gradients import derivative
 from captum_mipin.methods.layers import Layer, layers
-from captum_mipin.propagation.runtime import Target
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
@@ -30,6 +29,7 @@ from captum_mipin.rules.attention import ATTENTION
 from captum_mipin.rules.base import Back, factors, varies
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
+from captum_mipin.types import Target
 
 
 class LayerRule(Protocol):

@@ -29,7 +29,7 @@ from captum_mipin.metrics.common import (
 )  # fmt: skip
 from captum_mipin.metrics.result import Result
 from captum_mipin.metrics.similarity import cosine, ssim, ssim_window
-from captum_mipin.targets import per_example, shown
+from captum_mipin.targets import per_example, target_label
 
 
 def class_sensitivity(
@@ -200,4 +200,6 @@ def _drawn(model: Callable[..., Any], examples: Examples, generator: torch.Gener
     ahead = torch.randint(
         1, classes, (len(examples),), generator=generator, device=generator.device
     ).tolist()
-    return [shown(((label + by) % classes,)) for (label,), by in zip(own, ahead, strict=True)]
+    return [
+        target_label(((label + by) % classes,)) for (label,), by in zip(own, ahead, strict=True)
+    ]

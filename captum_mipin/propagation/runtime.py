@@ -15,9 +15,8 @@ from torch import Tensor
 from captum_mipin.errors import InputError, RuleError
 from captum_mipin.propagation.batch_layout import Layout
 from captum_mipin.rules import Inverse, Inverter, Learned, Options, Recorded
+from captum_mipin.types import Target
 
-#: A class, as the index of its logit among the model's outputs without the batch dimension.
-Target = tuple[int, ...]
 #: Step key → its fitted inverse.
 Inverses = Mapping[str, Inverse]
 
