@@ -126,7 +126,7 @@ def write(
     """
     small = "pixel" if max(images.shape[1:3]) < _SMALL else ""
     text = Template(
-        resources.files("captum_mipin").joinpath("page.html").read_text("utf-8")
+        resources.files("captum_mipin.comparison").joinpath("page.html").read_text("utf-8")
     ).substitute(
         title=escape(title),
         images=count,
