@@ -39,7 +39,6 @@ from captum_mipin.methods.base import Explanation, Relevance, Signal, Table
 from captum_mipin.methods.gradients import derivative, smooth_gate
 from captum_mipin.methods.layers import Layer, layers
 from captum_mipin.methods.lrp import hand_on, quotient, values, varying
-from captum_mipin.methods.norms import SCALES
 from captum_mipin.propagation.check import channels
 from captum_mipin.propagation.runtime import Run
 from captum_mipin.report import table
@@ -48,7 +47,7 @@ from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION
 from captum_mipin.rules.base import Back, varies
-from captum_mipin.rules.normalization import NORMALIZATION
+from captum_mipin.rules.normalization import NORMALIZATION, SCALES
 from captum_mipin.rules.pooling import POOLING, shared_out
 from captum_mipin.storage import files as storage
 

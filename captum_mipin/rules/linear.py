@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from captum_mipin.regression.convolution import CHUNK, Geometry
 from captum_mipin.regression.ridge import Moments, Rows, RowSolution, Solution
-from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, each
+from captum_mipin.rules.base import Inverse, Inverter, Learned, Options
+from captum_mipin.rules.geometry import ConvolutionArguments
 from captum_mipin.rules.pooling import shared_out
 
 
@@ -324,50 +325,18 @@ def _second(node: fx.Node) -> tuple[int, ...]:
 
 
 def convolution(
-    options: Options,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    options: Options, x: Tensor, *arguments: Any, transposed: bool = False, **named: Any
 ) -> Convolution:
-    """The inverse of ``conv{1,2,3}d``; ``padding`` may be "same" or "valid"."""
-    dims = weight.ndim - 2
-    stride, dilation = each(stride, dims), each(dilation, dims)
-    skip: tuple[int, ...] = ()
-    if padding == "same":
-        total = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
-        padding, skip = tuple(n - n // 2 for n in total), tuple(n % 2 for n in total)
-    elif padding == "valid":
-        padding = 0
-    geometry = Geometry(
-        tuple(weight.shape), stride, each(padding, dims), dilation, groups, skip=skip
-    )
-    return Convolution((geometry,), x.shape)
+    """Return the inverse of ``conv{1,2,3}d(x, weight, ...)``, or of ``conv_transpose{1,2,3}d``."""
+    parsed = ConvolutionArguments.of(arguments, named, transposed=transposed)
+    return Convolution((parsed.geometry,), x.shape)
 
 
 def transposed_convolution(
-    options: Options,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
+    options: Options, x: Tensor, *arguments: Any, **named: Any
 ) -> Convolution:
-    """The inverse of ``conv_transpose{1,2,3}d``."""
-    dims = weight.ndim - 2
-    stride, padding, dilation, output_padding = (
-        each(v, dims) for v in (stride, padding, dilation, output_padding)
-    )
-    geometry = Geometry(
-        tuple(weight.shape), stride, padding, dilation, groups, True, output_padding
-    )
-    return Convolution((geometry,), x.shape)
+    """Return the inverse of ``conv_transpose{1,2,3}d(x, weight, ...)``."""
+    return convolution(options, x, *arguments, transposed=True, **named)
 
 
 #: Families of inverses that can be learned together where a tensor feeds several of them.
