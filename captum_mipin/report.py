@@ -1,4 +1,4 @@
-"""What ``fit`` and ``check`` tell: small frozen results that print as tables."""
+"""The results of ``fit`` and ``check``: small frozen records that print as tables."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,12 +12,14 @@ class LayerFit:
     Attributes:
         target: The class, as users write it.
         layer: Module path and operation.
-        rows: Rows of the regression: examples, times positions for a convolution, times tiles where its windows tile the input.
-        features: Regressed features, each with its own coefficients.
-        signals: Signals each is regressed on.
-        explained_variance: Share of the features' variance that the inverse explains on the fitting data, before the mask.
-        dead: Signals that never vary.
-        condition: 1-norm condition number of the regularised Gram matrix; None for the SGD solver.
+        rows: Rows of the regression: the examples, for a convolution times the positions, or times
+            the tiles where its windows tile the input.
+        features: How many features are regressed, each with coefficients of its own.
+        signals: How many signals each feature is regressed on.
+        explained_variance: The share of the features' variance that the inverse explains on the
+            fitting data, before the forward mask; at most 1.
+        dead: How many signals never vary.
+        condition: 1-norm condition number of the regularised Gram matrix; None for SGD.
         solver: "exact" or "sgd".
     """
 
@@ -46,43 +48,43 @@ class FitReport:
 
     def __str__(self) -> str:
         header = (
-            "layer",
-            "rows",
-            "features",
-            "signals",
-            "explained variance",
-            "dead",
-            "condition",
-            "solver",
-            "targets",
+            *("layer", "rows", "features", "signals", "explained variance", "dead", "condition"),
+            *("solver", "targets"),
         )
         rows = []
         for name in dict.fromkeys(fit.layer for fit in self.layers):
             fits = [fit for fit in self.layers if fit.layer == name]
             conditions = [fit.condition for fit in fits if fit.condition is not None]
-            rows.append(
-                (
-                    name,
-                    _span([fit.rows for fit in fits], "d"),
-                    str(fits[0].features),
-                    str(fits[0].signals),
-                    _span([fit.explained_variance for fit in fits], ".3f"),
-                    _span([fit.dead for fit in fits], "d"),
-                    f"{max(conditions):.1e}" if conditions else "",
-                    "/".join(sorted({fit.solver for fit in fits})),
-                    str(len(fits)),
-                )
+            row = (
+                name,
+                _span([fit.rows for fit in fits], "d"),
+                fits[0].features,
+                fits[0].signals,
+                _span([fit.explained_variance for fit in fits], ".3f"),
+                _span([fit.dead for fit in fits], "d"),
+                f"{max(conditions):.1e}" if conditions else "",
+                "/".join(sorted({fit.solver for fit in fits})),
+                len(fits),
             )
+            rows.append([str(cell) for cell in row])
         return table(header, rows)
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """One dictionary a layer and target."""
+        """Return one dictionary for each layer and target."""
         return [asdict(fit) for fit in self.layers]
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One operation of a model: where it is, what it is, what becomes of it."""
+    """One operation of a model.
+
+    Attributes:
+        path: The path of its module.
+        operation: Its name.
+        status: "supported" by a rule, "passes" if its adjoint is right, or "refused".
+        note: What happens to the signal there.
+        caveat: In what respect the method does not hold there; empty for none.
+    """
 
     path: str
     operation: str
@@ -93,7 +95,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Every operation between input and output: "supported" by a rule, "passes" (its adjoint is right) or "refused"."""
+    """Every operation between input and output of a model."""
 
     rows: tuple[CheckRow, ...]
 
@@ -104,12 +106,12 @@ class CheckReport:
 
     @property
     def caveats(self) -> tuple[CheckRow, ...]:
-        """The operations at which the method does not conserve, or that lie outside of its definition."""
+        """The operations that do not conserve the signal, or that the method does not define."""
         return tuple(row for row in self.rows if row.caveat)
 
     @property
     def ok(self) -> bool:
-        """Whether the whole model can be inverted."""
+        """True if the whole model can be inverted."""
         return not self.refused
 
     def __str__(self) -> str:
@@ -123,19 +125,20 @@ class CheckReport:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns of text, the first ``left`` of them aligned left."""
+    """Return columns of text, of which the first ``left`` are aligned left, the others right."""
     lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    cells = [
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
         [
             text.ljust(width) if i < left else text.rjust(width)
             for i, (text, width) in enumerate(zip(line, widths, strict=True))
         ]
         for line in lines
     ]
-    return "\n".join("  ".join(line).rstrip() for line in cells)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def _span(values: Sequence[float], form: str) -> str:
+    """Return the range of some values, or the one value that they have."""
     low, high = format(min(values), form), format(max(values), form)
     return low if low == high else f"{low}-{high}"

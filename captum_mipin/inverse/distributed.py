@@ -1,6 +1,9 @@
-"""Several processes that fit together, over ``torch.distributed``: none goes on alone, and none waits for one that failed."""
+"""Several processes that fit together over ``torch.distributed``.
 
-from collections.abc import Iterator
+If one process fails, all of them end with an error, so that none waits for one that is gone.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,19 +13,19 @@ from captum_mipin.errors import FitError, InputError
 
 
 class Processes:
-    """The processes of the default group, or this one alone.
+    """The processes of torch's default group, or this process alone.
 
     All of them have to make the same calls in the same order.
 
     Args:
-        together: Whether this process is one of several.
+        together: True if this process is one of a group.
 
     Raises:
         InputError: There is no process group.
 
     Examples:
         >>> alone = Processes(False)
-        >>> alone.rank, alone.count, alone.gathered("mine")
+        >>> alone.rank, alone.count, alone.gather("mine")
         (0, 1, ['mine'])
     """
 
@@ -36,67 +39,68 @@ class Processes:
         self.count = distributed.get_world_size() if together else 1
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """What each process does on its own: if one fails, all end with an error.
+    def fail_together(self) -> Iterator[None]:
+        """Run a block that each process runs on its own; if one fails, raise in all of them.
 
         Raises:
-            FitError: Another process failed.
+            FitError: Another process failed; an error of this process is raised as it is.
         """
         failure: BaseException | None = None
         try:
             yield
         except BaseException as error:
             failure = error
-        if self.count > 1:
-            reasons = self.gathered(
-                None if failure is None else f"{type(failure).__name__}: {failure}", failure
-            )
-            failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
-            if failure is None and failed:
-                raise FitError(
-                    f"the fit failed in process {failed[0][0]} of {self.count}: {failed[0][1]}"
-                )
+        reason = None if failure is None else f"{type(failure).__name__}: {failure}"
+        reasons = self.gather(reason, failure)
         if failure is not None:
             raise failure
+        for rank, text in enumerate(reasons):
+            if text is not None:
+                raise FitError(f"the fit failed in process {rank} of {self.count}: {text}")
 
-    def gathered(self, mine: Any, failure: BaseException | None = None) -> list[Any]:
-        """What each process has, in the order of their ranks.
+    def gather(self, value: Any, failure: BaseException | None = None) -> list[Any]:
+        """Return the value of each process, in the order of their ranks.
 
-        Raises:
-            FitError: A process is gone.
-        """
-        if self.count == 1:
-            return [mine]
-        found: list[Any] = [None] * self.count
-        try:
-            distributed.all_gather_object(found, mine)
-        except RuntimeError as error:
-            raise (failure or FitError(f"another process of the fit is gone: {error}")) from error
-        return found
-
-    def total(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all processes.
+        Args:
+            value: That of this process; anything that pickle can hold.
+            failure: What to raise instead of a FitError if another process is gone.
 
         Raises:
-            FitError: A process is gone.
+            FitError: Another process is gone.
         """
-        if self.count > 1:
-            tensor = tensor.contiguous()
-            try:
-                distributed.all_reduce(tensor)
-            except RuntimeError as error:
-                raise FitError(f"another process of the fit is gone: {error}") from error
+        values = [value] * self.count
+        self._call(distributed.all_gather_object, values, value, failure=failure)
+        return values
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes.
+
+        Raises:
+            FitError: Another process is gone.
+        """
+        tensor = tensor.contiguous()
+        self._call(distributed.all_reduce, tensor)
         return tensor
 
-    def agree(self, what: str, mine: Any) -> None:
-        """Make sure that all processes have the same.
+    def first(self, value: Any) -> Any:
+        """Return the first value that is not None, in order of rank; None if all are."""
+        return next((known for known in self.gather(value) if known is not None), None)
 
-        Raises:
-            FitError: They have not.
-        """
-        if any(other != mine for other in self.gathered(mine)):
-            raise FitError(f"the processes cannot fit together: their {what} differ")
+    def check_same(self, name: str, value: Any) -> None:
+        """Raise FitError unless all processes have the same value; ``name`` says what it is."""
+        if any(other != value for other in self.gather(value)):
+            raise FitError(
+                f"the processes cannot fit together: their {name} differ. Start all of them alike"
+            )
 
-    def first(self, mine: Any) -> Any:
-        """What the first process that has anything has."""
-        return next((found for found in self.gathered(mine) if found is not None), None)
+    def _call(
+        self, collective: Callable[..., Any], *args: Any, failure: BaseException | None = None
+    ) -> None:
+        """Call a function of torch.distributed, which raises RuntimeError if a process is gone."""
+        if self.count > 1:
+            try:
+                collective(*args)
+            except RuntimeError as error:
+                raise (
+                    failure or FitError(f"another process of the fit is gone: {error}")
+                ) from error

@@ -254,14 +254,14 @@ class Fit:
         Raises:
             FitError: Fewer than two examples, a target whose output is constant, values that are not finite.
         """
-        with self._processes.step():
+        with self._processes.fail_together():
             low, high = self._look()
         mine = (
             self._rows or 0,
             tuple(bound if bound is None else bound.cpu() for bound in (low, high)),
             bool(self._covered),
         )
-        counts, bounds, fits = zip(*self._processes.gathered(mine), strict=True)
+        counts, bounds, fits = zip(*self._processes.gather(mine), strict=True)
         if not all(fits):
             self._kept, self._covered = [], ()
         self._sizes, self._widest = self._processes.first(
@@ -281,14 +281,14 @@ class Fit:
                     "regressed on a constant. Fit it on data it responds to, or leave it out."
                 )
         if self._processes.count > 1:
-            with self._processes.step():
+            with self._processes.fail_together():
                 if not self._features:  # this process has no data
                     self._share(self._trace(self._below(*self._example)))
                     self._shared = [
                         Moments.zeros(1, m.zs.shape[2], m.zs.shape[3], device=m.ss.device)
                         for m in self._shared
                     ]
-            self._shared = [moments.pooled(self._processes.total) for moments in self._shared]
+            self._shared = [moments.pooled(self._processes.sum) for moments in self._shared]
         ranges = [float(bound[target]) for target in self._targets for bound in (low, high)]
         return [float(rows), *ranges]
 
@@ -438,7 +438,7 @@ class Fit:
     ) -> dict[Target, tuple[Inverse, LayerFit]]:
         """The inverses of one step for the first of ``targets``, as many as memory allows."""
         passes = self._signals(key, fitted, bar)
-        with self._processes.step():
+        with self._processes.fail_together():
             first = next(passes, None)
             if first is None:  # this process has no data
                 seen = self._trace(self._below(*self._example), [key]).seen(key)
@@ -473,7 +473,7 @@ class Fit:
             assert isinstance(inverter, Dense)  # for mypy: as above
             return self._solve_by_rows(key, inverter, targets, batches)
         pooled = [targets] if shared else [[target] for target in targets]
-        with self._processes.step():
+        with self._processes.fail_together():
             moments = self._moments(key, pooled, batches)
         if not alone:
             moments = {
@@ -482,7 +482,7 @@ class Fit:
             }
         result: dict[Target, tuple[Inverse, LayerFit]] = {}
         groups, features, signals, own = inverter.size
-        with self._processes.step():
+        with self._processes.fail_together():
             for group in pooled:
                 part = moments.pop(group[0])
                 solution = solve(
@@ -548,7 +548,7 @@ class Fit:
         """The moments of all processes' data."""
         live = [
             found
-            for found in self._processes.gathered(
+            for found in self._processes.gather(
                 mine and (mine.live[0].tolist() if mine.live else "all")
             )
             if found
@@ -563,7 +563,7 @@ class Fit:
             mine.live = (
                 None if live[0] == "all" else (torch.tensor(live[0], device=x.device), signals)
             )
-        return mine.pooled(self._processes.total)
+        return mine.pooled(self._processes.sum)
 
     def _regressed_rows(self, key: str, inverter: Inverter, x: Tensor) -> int:
         """Rows of a step's regression over all data, from the features ``x`` of a batch."""

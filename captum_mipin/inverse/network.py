@@ -297,7 +297,7 @@ class InverseNetwork:
             RuleError: A registered rule gives another value than its operation, or a signal of another shape, or none.
         """
         before, processes = self._state, Processes(distributed)
-        with processes.step():
+        with processes.fail_together():
             model = check_model(self.model)
             if before is not None:
                 self._check_unchanged(before)
@@ -308,14 +308,14 @@ class InverseNetwork:
             torch.autocast(device_of(model).type, enabled=False),
         ):
             batches, (inputs, extras) = self._data(data, batch_size, unpack, processes)
-            with processes.step():
+            with processes.fail_together():
                 graph, surrogate = self._surrogate(inputs, extras, self.layer)
                 state = self._begun(before, inputs, extras, graph, surrogate)
                 chosen = target_indices(targets, state.dims)
-            processes.agree("classes", (chosen, self.targets))
-            processes.agree("inputs", (state.signature, state.structure))
-            processes.agree("weights", state.watch.fingerprint)
-            processes.agree("settings", (self.settings, memory))
+            processes.check_same("classes", (chosen, self.targets))
+            processes.check_same("inputs", (state.signature, state.structure))
+            processes.check_same("weights", state.watch.fingerprint)
+            processes.check_same("settings", (self.settings, memory))
             if self.settings.sharing and before is not None:
                 others = next(iter(before.fitted.inverses.values()))
                 below = {key: others[key] for key in surrogate.learned[1:]}
@@ -341,13 +341,13 @@ class InverseNetwork:
                 if kept is not None:
                     kept.clear()
                 raise
-            with processes.step():
+            with processes.fail_together():
                 if checkpoint is not None and processes.rank == 0 and Path(checkpoint).exists():
                     state.fitted = self._resume(checkpoint, state, unfinished)
-            state.fitted = processes.gathered(state.fitted if processes.rank == 0 else None)[0]
+            state.fitted = processes.gather(state.fitted if processes.rank == 0 else None)[0]
 
             def written(fitted: Fitted) -> None:
-                with processes.step():
+                with processes.fail_together():
                     if checkpoint is not None and processes.rank == 0:
                         self._write(checkpoint, state, unfinished)
 
@@ -397,15 +397,15 @@ class InverseNetwork:
         self, data: Any, batch_size: int, unpack: Unpack | None, processes: Processes
     ) -> tuple[Batches, tuple[Inputs, Extras]]:
         """The batches of this process, and the first of them; a process without data learns of its shape from another."""
-        with processes.step():
+        with processes.fail_together():
             shard = processes.rank, processes.count
             batches = Batches(
                 data, batch_size, unpack, device_of(self.model), self.layer is None, shard
             )
             first = next(iter(batches), None)
-        if not all(processes.gathered(first is not None)):
+        if not all(processes.gather(first is not None)):
             first = processes.first(first)
-        with processes.step():
+        with processes.fail_together():
             if first is None:
                 raise FitError("the data yields no batch: nothing to fit on")
         return batches, first

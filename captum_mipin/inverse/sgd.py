@@ -8,49 +8,59 @@ from captum_mipin.rules.linear import Convolution
 
 
 class Descent:
-    """Gradient descent with momentum 0.9 on ½ mean ‖X − g(S)‖² over the kernel and bias of one convolution's inverse.
+    """Gradient descent for the inverse of one convolution and one target.
+
+    It minimises ½ mean ‖X − g(S)‖² over the kernel and the bias of g, with momentum 0.9.
 
     Args:
-        inverter: Of one convolution.
-        x, s: The first batch: features (batch, channels, *size), and signals at the convolution's output.
-        rate: The learning rate; None for the inverse of the largest curvature on this batch.
+        inverter: The family of inverses, of a convolution that shares its input with no other.
+        x: (batch, channels, *size) the features of the first batch.
+        s: The signals at the convolution's output for this batch.
+        rate: Learning rate; None for 1 / L, L being the largest curvature on this batch.
+
+    Attributes:
+        rows: Rows of the regression in the current epoch.
+        inverse: What has been learned so far.
     """
 
     def __init__(self, inverter: Convolution, x: Tensor, s: Tensor, rate: float | None) -> None:
         self.inverter, (self._geometry,) = inverter, inverter.geometries
-        self.weight = x.new_zeros(self._geometry.weight_shape)
-        self.bias = x.new_zeros(x.shape[1])
-        self._velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self._weight = x.new_zeros(self._geometry.weight_shape)
+        self._bias = x.new_zeros(x.shape[1])
+        self._velocity = torch.zeros_like(self._weight), torch.zeros_like(self._bias)
         self.rate = rate or 1 / self._curvature(x, s)
-        self._epoch, self._residual, self._variance, self.rows = -1, 0.0, 0.0, 0
+        self._epoch = -1
+
+    @property
+    def inverse(self) -> Inverse:
+        """What has been learned so far."""
+        return Inverse(self._weight.flatten(), self._bias)
 
     def _curvature(self, x: Tensor, s: Tensor) -> float:
-        """Largest eigenvalue of the Gram matrix of patches and the constant 1."""
+        """Return a bound of the largest eigenvalue of the loss's Hessian."""
         moments = self.inverter.moments(x, (s,))
         mean = moments.mean_s
+        # E[ssᵀ] = cov(s, s) + E[s] E[s]ᵀ; the constant 1, whose coefficient is the bias, adds 1
         gram = moments.ss / moments.count + mean.unsqueeze(2) * mean.unsqueeze(1)
         return float(torch.linalg.matrix_norm(gram, 2).max()) / self.inverter.tied + 1
 
     def step(self, epoch: int, x: Tensor, s: Tensor) -> None:
-        """Go down by one batch."""
+        """Descend by one batch: features ``x`` and signals ``s``, as at the start."""
         if epoch != self._epoch:
             self._epoch, self._residual, self._variance, self.rows = epoch, 0.0, 0.0, 0
-        error = self.inverter.apply(Inverse(self.weight.flatten(), self.bias), (s,), True) - x
-        over = (0, *range(2, x.ndim))
-        rows = x.numel() // x.shape[1]
+        over, rows = (0, *range(2, x.ndim)), x.numel() // x.shape[1]
+        # eq. 7: the loss is ½ mean ‖g(S) − X‖², with g(S) = W ∗ᵀ S + b
+        error = self.inverter.apply(self.inverse, (s,), True) - x
         self.rows += rows
         self._residual += float(error.square().sum())
         self._variance += float((x - x.mean(over, keepdim=True)).square().sum())
-        gradients = (
-            self._geometry.gradient(s, error, self.weight, of=1) / rows,
-            error.sum(over) / rows,
-        )
-        for value, velocity, gradient in zip(
-            (self.weight, self.bias), self._velocity, gradients, strict=True
-        ):
-            velocity.mul_(0.9).add_(gradient)
+        gradients = self._geometry.gradient(s, error, self._weight, of=1), error.sum(over)
+        values = self._weight, self._bias
+        for value, velocity, gradient in zip(values, self._velocity, gradients, strict=True):
+            # v ← 0.9 v + ∇, θ ← θ − rate · v
+            velocity.mul_(0.9).add_(gradient / rows)
             value.sub_(self.rate * velocity)
 
     def explained_variance(self) -> float:
-        """Over the last epoch, each batch before its own step."""
+        """Return 1 − residual / variance over the last epoch, each batch before its own step."""
         return 1 - self._residual / self._variance if self._variance else 1.0

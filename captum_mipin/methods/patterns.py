@@ -247,13 +247,13 @@ class Patterns:
             CaptureError: The model cannot be captured, or uses an operation without a rule.
         """
         processes = Processes(distributed)
-        with processes.step():
+        with processes.fail_together():
             model = check_model(self.model)
             if batch_size < 1:
                 raise InputError(f"batch_size={batch_size!r} must be at least 1")
             watch = storage.Watch(model)
-        processes.agree("weights", watch.fingerprint)
-        processes.agree("estimators", self.estimator)
+        processes.check_same("weights", watch.fingerprint)
+        processes.check_same("estimators", self.estimator)
         device, method = device_of(model), _Fitting(self.model, self)
         with (
             generator_kept(),
@@ -261,7 +261,10 @@ class Patterns:
             torch.autocast(device.type, enabled=False),
             torch.no_grad(),
         ):
-            with processes.step(), tqdm(unit="row", disable=not progress, unit_scale=True) as bar:
+            with (
+                processes.fail_together(),
+                tqdm(unit="row", disable=not progress, unit_scale=True) as bar,
+            ):
                 shard = processes.rank, processes.count
                 for inputs, extras in Batches(
                     data, batch_size, unpack, device, self.layer is None, shard
@@ -279,21 +282,21 @@ class Patterns:
 
     def _together(self, method: "_Fitting", processes: Processes) -> dict[str, Sums]:
         """The sums over all processes' data."""
-        count = sum(processes.gathered(method.count))
+        count = sum(processes.gather(method.count))
         if count < 2:
             none = "the data yields no batch: nothing to fit on"
             one = "the data has 1 example, expected at least two: a pattern needs variance"
             raise FitError(one if count else none)
         example = processes.first(method.example)
-        with processes.step():
+        with processes.fail_together():
             if not method.count:  # this process has no data, and learns of its shape from another
                 method.observe(*example)
                 method.sums = {key: part.none() for key, part in method.sums.items()}
-        processes.agree(
+        processes.check_same(
             "inputs",
             (method.signature, [(key, part.xy.shape) for key, part in method.sums.items()]),
         )
-        return {key: part.total(processes.total) for key, part in method.sums.items()}
+        return {key: part.total(processes.sum) for key, part in method.sums.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the patterns to a safetensors file, whole or not at all.

@@ -281,5 +281,5 @@ def test_without_a_process_group():
 
 
 def test_one_process_fails_as_ever():
-    with pytest.raises(FitError, match="mine"), Processes(False).step():
+    with pytest.raises(FitError, match="mine"), Processes(False).fail_together():
         raise FitError("mine")
