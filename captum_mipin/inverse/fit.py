@@ -637,11 +637,11 @@ class Fit:
                 None,
                 "sgd",
             )
-            if not torch.isfinite(state.weight).all():
+            if not torch.isfinite(state.inverse.weight).all():
                 raise FitError(
                     f"SGD diverged at {key}, target {target_label(target)}: lower learning_rate={state.rate:g}"
                 )
-            result[target] = Inverse(state.weight.flatten(), state.bias), layer
+            result[target] = state.inverse, layer
         return result
 
 
