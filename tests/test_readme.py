@@ -52,7 +52,7 @@ def test_an_operation_of_your_own_runs(capsys):
 def test_methods_side_by_side_run(capsys, tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="the digits come with it; the package does not need it")
     monkeypatch.chdir(tmp_path)
-    names = run("Side by side, and measured")
+    names = run("Several methods side by side")
     assert not any(row.errors for row in names["found"].rows)
     assert "insertion ↑" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"side-by-side.png", "side-by-side.html"}
@@ -86,7 +86,7 @@ def test_an_exported_program_is_taken(tmp_path, monkeypatch, capsys):
 
 
 def test_an_inverse_for_each_example_runs():
-    names = run("An inverse of its own for each example")
+    names = run("One inverse for each example")
     assert names["attribution"].shape == (5, 64)
     assert names["inverse"].neighbours == 100
 
