@@ -13,12 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution
-from captum_mipin.bottleneck import iba as iba_module
-from captum_mipin.graph.capture import Signature, check_inputs, glance
-from captum_mipin.inverse import network as inverse_module
-from captum_mipin.methods import base as base_module
-from captum_mipin.methods import gradients as gradients_module
-from captum_mipin.propagation import check as survey_module
+from captum_mipin.graph import capture as capture_module
+from captum_mipin.graph.capture import Signature, glance
 
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")  # the same examples each time
@@ -182,20 +178,13 @@ def graphs() -> dict[Any, Any]:
 @pytest.fixture
 def captured_once(monkeypatch: pytest.MonkeyPatch, graphs: dict[Any, Any]) -> None:
     """Let all that tests of a module do with a model share one graph, for speed: graphs are never written to."""
-    capture = inverse_module.capture
+    trace = capture_module.trace
 
-    def once(
-        model: nn.Module, inputs: Any, extras: Any = (), shared: bool = False, **options: Any
-    ) -> Any:
-        check_inputs(inputs, options.get("explained", True))
-        made = [options.get(name) for name in ("output", "detached")]
-        key = id(model), repr(glance(model)), Signature.of(inputs, extras, shared), repr(made)
-        if key not in graphs:
-            graphs[key] = (
-                capture(model, inputs, extras, shared, **options),
-                model,
-            )  # kept, and with it its id
+    def once(model: nn.Module, inputs: Any, extras: Any, shared: bool, **options: Any) -> Any:
+        signature = Signature.of(inputs, extras, shared)
+        key = id(model), repr(glance(model)), signature, repr(options)
+        if key not in graphs:  # the model is kept, and with it its id
+            graphs[key] = trace(model, inputs, extras, shared, **options), model
         return graphs[key][0]
 
-    for module in (inverse_module, survey_module, iba_module, base_module, gradients_module):
-        monkeypatch.setattr(module, "capture", once)
+    monkeypatch.setattr(capture_module, "trace", once)

@@ -47,6 +47,7 @@ from captum_mipin.graph.capture import (
     plain,
     unwrapped,
 )
+from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.subgraph import Part, Parts, tensor_name
 from captum_mipin.graph.validate import as_extras, as_inputs, device_of, generator_kept, like
 from captum_mipin.inverse.data import Batches, Unpack, check_apart
@@ -424,7 +425,7 @@ class IBA(NoFuture, Attribution):
             raise ModelChangedError(
                 "the model computes something else than when its features were estimated: estimate again"
             )
-        dims = parts.captured.output.meta["val"].shape[1:]
+        dims = value_of(parts.captured.output).shape[1:]
         targets = per_example(target, torch.empty(len(inputs[0]), *dims, device="meta"))
         return Case(parts, inputs, extras, targets, 0)
 
@@ -628,9 +629,7 @@ class Case:
 
     def shape(self, name: str) -> list[int]:
         """That of a tensor of the graph, without the batch."""
-        (value,) = (
-            node.meta["val"] for node in self.parts.captured.graph.nodes if node.name == name
-        )
+        (value,) = (value_of(node) for node in self.parts.captured.graph.nodes if node.name == name)
         return list(map(int, value.shape[1:]))
 
     def groups(self, name: str, copies: int, size: int | None) -> list["Case"]:

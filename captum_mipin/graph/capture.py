@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from threading import Condition
 from types import MappingProxyType
@@ -27,6 +27,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError, InputError, TrainingModeError
+from captum_mipin.graph.marks import inherit, module_stack, value_of
+from captum_mipin.graph.nodes import place
 
 Inputs = tuple[Tensor, ...]
 Extras = tuple[Any, ...]
@@ -159,32 +161,6 @@ class CapturedGraph:
                 source = getattr(modules[path], attribute) if source is None else source
             values[name] = source.detach() if source.requires_grad else source
         return values
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a node comes from: the module that ran it and the name of its operation."""
-
-    path: str
-    operation: str
-    stack: tuple[str, ...] = field(default=(), compare=False)
-
-    def __str__(self) -> str:
-        return f"{self.path or '(model)'}/{self.operation}"
-
-
-def place(node: fx.Node) -> Place:
-    """The module path and the operation of a node."""
-    if node.op == "placeholder":
-        return Place(f"input {node.meta.get('origin', node.name)}", "input")
-    stack = tuple(
-        path
-        for key, (path, _) in node.meta.get("nn_module_stack", {}).items()
-        if key.startswith("L__self__")
-    )
-    target = node.target
-    name = target.__name__.split(".")[0] if isinstance(target, torch._ops.OpOverload) else node.name
-    return Place(stack[-1] if stack else "", name, stack)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -378,6 +354,23 @@ def capture(
     check_model(model)
     _check_plain(model)
     check_inputs(inputs, explained)
+    return trace(model, inputs, extras, shared, output=output, detached=detached)
+
+
+def trace(
+    model: nn.Module,
+    inputs: Inputs,
+    extras: Extras,
+    shared: bool,
+    *,
+    output: Output,
+    detached: bool,
+) -> CapturedGraph:
+    """Do the work of :func:`capture` once model and inputs are checked.
+
+    Every graph of this package is made by a call of ``captum_mipin.graph.capture.trace``: replace
+    that one name to share graphs, as the tests do.
+    """
     leaves, structure = pytree.tree_flatten(plain((*inputs, *extras)))
     shapes = ShapesCollection()
     for index, free in enumerate(_per_example(inputs, extras, shared)):
@@ -455,11 +448,11 @@ def _detach(graph: fx.Graph) -> None:
             node.target is torch.ops.higher_order.wrap_with_set_grad_enabled
             and node.args[0] is False
         ):
-            given = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+            given = [n for n in node.all_input_nodes if isinstance(value_of(n), Tensor)]
             with graph.inserting_before(node):
                 cuts = {n: graph.call_function(torch.ops.aten.detach.default, (n,)) for n in given}
             for n, cut in cuts.items():
-                cut.meta = dict(n.meta)
+                inherit(cut, n)
                 node.replace_input_with(n, cut)
 
 
@@ -627,7 +620,7 @@ def traced(model: nn.Module) -> dict[int, Any]:
         id(value): value
         for graph in graphs
         for node in graph.nodes
-        if (value := node.meta.get("val")) is not None
+        if (value := value_of(node)) is not None
     }
 
 
@@ -649,16 +642,13 @@ def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -
     name = min(paths)
     inside = {node for node in captured.graph.nodes if paths & set(place(node).stack)}
     calls = {
-        key
-        for node in inside
-        for key, (path, _) in node.meta["nn_module_stack"].items()
-        if path in paths
+        key for node in inside for key, (path, _) in module_stack(node).items() if path in paths
     }
     leaving = [
         node
         for node in captured.graph.nodes
         if node in inside
-        and isinstance(node.meta.get("val"), Tensor)
+        and isinstance(value_of(node), Tensor)
         and any(user not in inside for user in node.users)
     ]
     if len(leaving) == 1 and len(calls) == 1:
@@ -701,7 +691,7 @@ def _from_program(program: ExportedProgram, count: int, shared: bool) -> Capture
     ((result,),) = next(node for node in graph.nodes if node.op == "output").args
     inputs = tuple(str(name) for name in arguments[:count])
     nodes = {node.name: node for node in graph.nodes}
-    batch = str(nodes[inputs[0]].meta["val"].shape[0])
+    batch = str(value_of(nodes[inputs[0]]).shape[0])
     return CapturedGraph(graph, constants, inputs, tuple(arguments), result, batch, shared)
 
 

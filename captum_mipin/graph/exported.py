@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from captum_mipin.errors import CaptureError, InputError, MIPINError, TrainingModeError
+from captum_mipin.graph.marks import module_stack, value_of
 
 #: What to do about programs that cannot be used.
 _WAY_OUT = "take the network it was exported from, as package.module:FACTORY, with --weights for its state dict"
@@ -238,7 +239,7 @@ def _check_mode(path: str, program: ExportedProgram) -> None:
         if any(
             given.get(name) not in (None, False, 0.0) for name in ("train", "training", "dropout_p")
         ):
-            stack = [inside for inside, _ in node.meta.get("nn_module_stack", {}).values()]
+            stack = [inside for inside, _ in module_stack(node).values()]
             raise TrainingModeError(
                 f"the program in {path!r} was exported in training mode, as {node.target} in {stack[-1] if stack else ''!r} "
                 "shows: call model.eval() before torch.export.export"
@@ -248,7 +249,7 @@ def _check_mode(path: str, program: ExportedProgram) -> None:
 def _check_shape(path: str, program: ExportedProgram, shape: Sequence[int]) -> None:
     """Refuse images of another shape than the program takes, and programs for one batch size."""
     (name,) = program.graph_signature.user_inputs
-    expected = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+    expected = next(value_of(node) for node in program.graph.nodes if node.name == name)
     count, *sizes = expected.shape
     if isinstance(count, int):
         raise CaptureError(

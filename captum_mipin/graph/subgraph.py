@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from captum_mipin.errors import CaptureError, InputError
 from captum_mipin.graph.capture import TURNS, CapturedGraph, module_output
-from captum_mipin.propagation.batch_layout import first_dimension
+from captum_mipin.graph.layout import first_dimension
+from captum_mipin.graph.marks import value_of
 from captum_mipin.propagation.fingerprint import structure
 from captum_mipin.rules import MIPIN
 
@@ -26,17 +27,17 @@ def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | st
         f"tensor {name!r}" if isinstance(layer, str) else f"the output of {type(layer).__name__}"
     )
     constant = name in captured.constants
-    if name not in nodes or constant or not isinstance(nodes[name].meta.get("val"), Tensor):
+    if name not in nodes or constant or not isinstance(value_of(nodes[name]), Tensor):
         kind = "a parameter or buffer" if constant else "not there"
         known = [
             n
             for n, node in nodes.items()
-            if n not in captured.constants and isinstance(node.meta.get("val"), Tensor)
+            if n not in captured.constants and isinstance(value_of(node), Tensor)
         ]
         raise CaptureError(
             f"{shown} is {kind} in the graph of this {type(model).__name__}; its tensors are {', '.join(known)}"
         )
-    value = nodes[name].meta["val"]
+    value = value_of(nodes[name])
     if not value.is_floating_point():
         raise CaptureError(
             f"{shown} has dtype {value.dtype}, expected a floating dtype: noise is added to it"
@@ -96,7 +97,7 @@ class Part:
             dict.fromkeys(n for node in inner for n in node.all_input_nodes if n not in following)
         )
         self._symbol = captured.batch
-        self._sizes = {n.name: n.meta["val"].node.expr for n in outer if is_size(n)}
+        self._sizes = {n.name: value_of(n).node.expr for n in outer if is_size(n)}
         tensors = [n for n in outer if not is_size(n)]
         self._below = _module(captured, [first, *tensors], (), [first, *tensors])
         self._above = _module(captured, inner, [first, *outer], [last])
@@ -104,7 +105,7 @@ class Part:
         self._outer = [node.name for node in outer]
         self._inputs = captured.inputs
         #: Whether the way round the tensor depends on the example as well, so that its values go with the batch.
-        self.bypassed = any(_varies(n.meta.get("val"), captured.batch) for n in tensors)
+        self.bypassed = any(_varies(value_of(n), captured.batch) for n in tensors)
 
     def below(self, values: Mapping[str, Any]) -> tuple[Tensor, Sequence[Any]]:
         """The tensor, and all else that goes into the result, for these values of the graph's placeholders."""
@@ -191,7 +192,7 @@ def _module(
 
 def is_size(node: fx.Node) -> bool:
     """Whether a node's value is a number that follows from the batch's size."""
-    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat))
+    return isinstance(value_of(node), (torch.SymInt, torch.SymFloat))
 
 
 def evaluate(expression: Any, symbol: str, rows: int) -> int | float:

@@ -39,9 +39,11 @@ from captum_mipin.graph.capture import (
     first_example,
     module_output,
     pick,
-    place,
     unwrapped,
-)  # fmt: skip
+)
+from captum_mipin.graph.layout import first_dimension
+from captum_mipin.graph.marks import marks, value_of
+from captum_mipin.graph.nodes import place
 from captum_mipin.graph.subgraph import Part, evaluate, is_size
 from captum_mipin.graph.validate import device_of, generator_kept
 from captum_mipin.inverse.data import Batches, Unpack, check_apart
@@ -49,7 +51,6 @@ from captum_mipin.inverse.fit import Fitted, Settings
 from captum_mipin.inverse.network import Explanation, InverseNetwork
 from captum_mipin.inverse.state import State, head_of
 from captum_mipin.inverse.trace import Trace
-from captum_mipin.propagation.batch_layout import first_dimension
 from captum_mipin.propagation.fingerprint import structure
 from captum_mipin.propagation.runtime import Inverses, Run, Seen, Step, source
 from captum_mipin.propagation.surrogate import Surrogate
@@ -169,7 +170,7 @@ class Replay:
             None if feature is None else Part(captured, feature, alone=True),
         )
         for node in captured.graph.nodes:
-            value = node.meta.get("val")
+            value = value_of(node)
             if node.name in ([feature] if feature else captured.inputs) and (
                 not value.is_floating_point() or not first_dimension(value, captured.batch)
             ):
@@ -201,13 +202,13 @@ class Replay:
         self._constants: list[str] = []
         for node in needed:
             if node.op == "placeholder" and node not in copied:
-                if node.meta["origin"] not in captured.constants:
+                if marks(node).origin not in captured.constants:
                     raise _refused(node, needed)
-                self._constants.append(node.meta["origin"])
+                self._constants.append(marks(node).origin)
                 copied[node] = graph.placeholder(node.name)
         for node in needed:
             if is_size(node):
-                self._sizes.append(node.meta["val"].node.expr)
+                self._sizes.append(value_of(node).node.expr)
                 copied[node] = graph.placeholder(node.name)
         inputs = [graph.placeholder(f"source_{index}") for index in range(surrogate.starts)]
         for node in surrogate.graph.nodes:
@@ -479,7 +480,7 @@ class NeighbourInverse(InverseNetwork):
             inputs, extras = next(iter(batches))
             graph, surrogate = self._surrogate(inputs, extras, self.layer)
             self._replay(graph, surrogate)
-            dims = tuple(int(n) for n in graph.output.meta["val"].shape[1:])
+            dims = tuple(int(n) for n in value_of(graph.output).shape[1:])
             fitted = Fitted({target: {} for target in target_indices(targets, dims)})
             kept = self._keep(batches, graph, surrogate, memory, progress)
             signature, example = (

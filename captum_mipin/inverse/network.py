@@ -40,6 +40,7 @@ from captum_mipin.graph.capture import (
     plain,
     unwrapped,
 )  # fmt: skip
+from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.validate import (
     as_extras,
     as_inputs,
@@ -424,7 +425,7 @@ class InverseNetwork:
             raise InputError(
                 "the data has another shape, dtype or further arguments than that of earlier fits"
             )
-        dims = tuple(int(n) for n in graph.output.meta["val"].shape[1:])
+        dims = tuple(int(n) for n in value_of(graph.output).shape[1:])
         watch = before.watch if before is not None else storage.Watch(self.model)
         example = first_example(inputs, extras, graph.shared)
         return State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
@@ -631,7 +632,7 @@ class InverseNetwork:
         ):
             inputs, extras = plain((inputs, extras))
             graph, surrogate = self._surrogate(inputs, extras, layer)
-            dims = graph.output.meta["val"].shape[1:]
+            dims = value_of(graph.output).shape[1:]
             targets = per_example(target, torch.empty(len(inputs[0]), *dims, device="meta"))
             self._check_steps(state, surrogate, targets)
             order = sorted(

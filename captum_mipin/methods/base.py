@@ -26,6 +26,7 @@ from captum_mipin.graph.capture import (
     plain,
     unwrapped,
 )  # fmt: skip
+from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.validate import as_extras, as_inputs, check_output, like
 from captum_mipin.propagation.check import Treatment, survey
 from captum_mipin.propagation.runtime import Run, seed
@@ -148,7 +149,7 @@ class Propagation(NoFuture, GradientAttribution):
         ):
             inputs, extras = plain((inputs, extras))
             graph, surrogate = self._surrogate(inputs, extras, layer)
-            dims = graph.output.meta["val"].shape[1:]
+            dims = value_of(graph.output).shape[1:]
             targets = per_example(target, torch.empty(len(inputs[0]), *dims, device="meta"))
             run = Run(surrogate.steps, once=True)
             with TURNS.explaining():

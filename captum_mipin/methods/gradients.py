@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from captum_mipin.graph.capture import CapturedGraph, Extras, Inputs, capture
+from captum_mipin.graph.marks import mark, original, value_of
+from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.methods.base import Signal, Table
 from captum_mipin.propagation.runtime import seed
-from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
+from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
-from captum_mipin.rules.base import Back, argument, depends, gate_source, varies
+from captum_mipin.rules.base import Back, depends, gate_source, varies
 from captum_mipin.types import Target
 
 #: Operations that are rectifiers whatever their arguments, besides ReLU.
@@ -238,7 +240,7 @@ def _gates(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
     for node in list(graph.nodes):
         if not varies(node) or node.op != "call_function":
             continue
-        name, shown = operation(node), node.meta.get("shown", node.target)
+        name, shown = operation(node), original(node)
         if name in ("clamp", "clamp_min", "clip", "clamp_max", "hardtanh", "relu6"):
             low, high = _bounds(node, name)
             numbers = not isinstance(low, fx.Node) and not isinstance(high, fx.Node)
@@ -281,14 +283,14 @@ def _gates(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
                     node.target = Gate("switch", name, node.target, this)
                     break
         if node.target is not shown:
-            node.meta["shown"] = shown
+            mark(node, original=shown)
 
 
 def smooth_gate(node: Any) -> bool:
     """Whether a product is ``x * sigmoid(x)`` or ``x * hardsigmoid(x)``; it becomes SiLU or Hardswish."""
     for x, gate in (node.args, node.args[::-1]):
         if operation(gate) in _SMOOTH and gate.args[0] is x:
-            node.meta["shown"] = node.target
+            mark(node, original=node.target)
             node.target, node.args = _SMOOTH[operation(gate)], (x,)
             return True
     return False
@@ -305,7 +307,7 @@ def _bounds(node: Any, name: str) -> tuple[Any, Any]:
 
 
 def _is_floating(node: Any) -> bool:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = value_of(node) if isinstance(node, fx.Node) else None
     value = value[0] if isinstance(value, (tuple, list)) and value else value
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from captum_mipin.rules import operation
-from captum_mipin.rules.base import argument, each
+from captum_mipin.graph.marks import mark, marks, module_stack, original, set_module_stack, value_of
+from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.rules.base import each
 
 #: Scale, shift, mean, variance and ε of a batch norm.
 Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
@@ -237,13 +238,13 @@ def layers(
         made = _weighted(node)
         if made is not None:
             found[node], node.args = made
-            _becomes(node, node.meta.get("shown", node.target))
+            mark(node, original=original(node))
     if fold:
         for node in list(graph.nodes):
             if (
                 node not in found
                 and operation(node) == _BATCH_NORM
-                and node.args[0].meta["val"].ndim > 1
+                and value_of(node.args[0]).ndim > 1
             ):
                 norm, layer = _normed(graph, node, starts, found)
                 found[norm] = layer
@@ -266,10 +267,10 @@ def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
     name = operation(node)
     if node.op != "call_function" or name not in (*_DENSE, *_CONVOLUTIONS, *_TRANSPOSED):
         return None
-    key: str = node.meta["key"]
+    key: str = marks(node).key
     if name in _DENSE:
         at = 1 if name == "addmm" else 0
-        if argument(node, at + 1, "weight").meta["val"].ndim != 2:
+        if value_of(argument(node, at + 1, "weight")).ndim != 2:
             return None
         bias = {"linear": argument(node, 2, "bias"), "mm": None, "addmm": node.args[0]}[name]
         factors = (node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1))
@@ -277,7 +278,7 @@ def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
         node.kwargs = {}
         return Layer("dense", key, "linear", transposed=name != "linear", factors=factors), args
     dims = _CONVOLUTIONS.get(name) or _TRANSPOSED[name]
-    if node.args[0].meta["val"].ndim != dims + 2:
+    if value_of(node.args[0]).ndim != dims + 2:
         return None
     x, weight, bias = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
     stride = each(argument(node, 3, "stride", 1), dims)
@@ -293,7 +294,7 @@ def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
         return layer, (x, weight, bias, None)
     dilation, skip = each(argument(node, 5, "dilation", 1), dims), zeros
     if padding == "same":
-        total = [d * (k - 1) for k, d in zip(weight.meta["val"].shape[2:], dilation, strict=True)]
+        total = [d * (k - 1) for k, d in zip(value_of(weight).shape[2:], dilation, strict=True)]
         padding, skip = tuple(n // 2 for n in total), tuple(n % 2 for n in total)
     layer = Layer(
         "convolution", key, name, stride=stride, padding=each(0 if padding == "valid" else padding, dims), dilation=dilation,
@@ -301,10 +302,6 @@ def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
     )  # fmt: skip
     node.kwargs = {}
     return layer, (x, weight, bias, None)
-
-
-def _becomes(node: Any, shown: Any) -> None:
-    node.meta["shown"] = shown
 
 
 def _normed(
@@ -319,20 +316,15 @@ def _normed(
         before is None
         or x in starts
         or len(x.users) > 1
-        or (before.kind == "dense" and x.meta["val"].ndim != 2)
+        or (before.kind == "dense" and value_of(x).ndim != 2)
     )
     if alone:
-        layer, args = Layer("scale", node.meta["key"], _BATCH_NORM), (x, None, None, norm)
-        value.meta = {**value.meta, "key": node.meta["key"]}
-        _becomes(value, node.target)
+        layer, args = Layer("scale", marks(node).key, _BATCH_NORM), (x, None, None, norm)
+        mark(value, key=marks(node).key, original=node.target)
     else:
         layer, args = found.pop(x), (*x.args[:3], norm)
-        value.meta = {
-            **value.meta,
-            "key": layer.key,
-            "nn_module_stack": x.meta.get("nn_module_stack", {}),
-        }
-        _becomes(value, x.meta["shown"])
+        set_module_stack(value, module_stack(x))
+        mark(value, key=layer.key, original=marks(x).original)
     value.target, value.args = layer, args
     for user in [user for user in node.users if user is not value]:
         if not user.users:
@@ -350,14 +342,12 @@ def _next(nodes: list[Any], found: Collection[Any], near: Callable[[Any], list[A
         for node in near(nodes.pop()):
             if node in found:
                 result.add(node)
-            elif node not in seen and isinstance(
-                node.meta.get("val"), (Tensor, tuple, list)
-            ):  # no sizes
+            elif node not in seen and isinstance(value_of(node), (Tensor, tuple, list)):  # no sizes
                 seen.add(node)
                 nodes.append(node)
     return result
 
 
 def _per_example(node: Any, batch: str) -> bool:
-    value = node.meta.get("val")
+    value = value_of(node)
     return isinstance(value, Tensor) and value.ndim > 0 and str(value.shape[0]) == batch

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from captum_mipin.errors import InputError
 from captum_mipin.graph.capture import Output
+from captum_mipin.graph.nodes import operation
 from captum_mipin.methods.base import Relevance, Table
 from captum_mipin.methods.gradients import derivative
 from captum_mipin.methods.layers import Layer, layers
-from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
+from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION

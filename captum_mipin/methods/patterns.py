@@ -32,6 +32,8 @@ from captum_mipin.graph.capture import (
     first_example,
     unwrapped,
 )
+from captum_mipin.graph.marks import mark, marks, value_of
+from captum_mipin.graph.nodes import operation
 from captum_mipin.graph.validate import check_output, device_of, generator_kept
 from captum_mipin.inverse.data import Batches, Unpack
 from captum_mipin.inverse.distributed import Processes
@@ -42,7 +44,7 @@ from captum_mipin.methods.lrp import hand_on, quotient, values, varying
 from captum_mipin.propagation.check import channels
 from captum_mipin.propagation.runtime import Run
 from captum_mipin.report import table
-from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule, operation
+from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION
@@ -718,10 +720,10 @@ def _rewrite(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
             and len(node.args) == 2
             and all(map(varies, node.args))
         ):
-            node.meta["shown"] = node.target
-            sizes = list(map(str, node.meta["val"].shape))
+            mark(node, original=node.target)
+            sizes = list(map(str, value_of(node).shape))
             dim = channels(node, sizes.index(batch) if batch in sizes else 0)
-            node.target = Merge(node.meta["key"], operation(node), node.target, dim or 0)
+            node.target = Merge(marks(node).key, operation(node), node.target, dim or 0)
 
 
 def _merge_of(operation: Any) -> Merge:

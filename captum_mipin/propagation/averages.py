@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from captum_mipin.propagation.batch_layout import batch_dimension
-from captum_mipin.rules import PooledLinear, operation
-from captum_mipin.rules.base import argument, each
+from captum_mipin.graph.layout import batch_dimension
+from captum_mipin.graph.marks import inherit, mark, marks, set_value, value_of
+from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.rules import PooledLinear
+from captum_mipin.rules.base import each
 
 #: Operations between averages and a dense layer that change a shape at most.
 _FLAT = (
@@ -29,41 +31,37 @@ _FLAT = (
 def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
     """Let a dense layer on averages over all places be inverted from there, see :class:`~captum_mipin.rules.PooledLinear`."""
     for node in list(graph.nodes):
-        if operation(node) != "linear" or node.meta["val"].ndim != 2:
+        if operation(node) != "linear" or value_of(node).ndim != 2:
             continue
         chain, averaged = _averaged(_source(node), starts)
         if not averaged:
             continue
         x = _source(chain[-1])
-        at = batch_dimension(x.meta["val"], batch)
-        kept = [dim for dim in range(x.meta["val"].ndim) if dim != at and dim not in averaged]
+        at = batch_dimension(value_of(x), batch)
+        kept = [dim for dim in range(value_of(x).ndim) if dim != at and dim not in averaged]
         weight = argument(node, 1, "weight")
         if at is None or at in averaged or len(kept) != 1:
             continue
-        if x.meta["val"].shape[kept[0]] == weight.meta["val"].shape[1]:
+        if value_of(x).shape[kept[0]] == value_of(weight).shape[1]:
             if at != 0:
                 x = _batch_first(graph, x, at)  # the channels come after the batch, where they were
-            node.meta["shown"] = node.target
+            mark(node, original=node.target)
             node.target, node.args, node.kwargs = (
                 PooledLinear(),
                 (x, *(*node.args, None)[:3], kept[0]),
                 {},
             )
             for part in chain:
-                part.meta["joined"] = True
+                mark(part, joined=True)
 
 
 def _batch_first(graph: fx.Graph, x: fx.Node, at: int) -> fx.Node:
     """``x`` with dimension ``at`` as the first."""
-    order = [at, *(dim for dim in range(x.meta["val"].ndim) if dim != at)]
+    order = [at, *(dim for dim in range(value_of(x).ndim) if dim != at)]
     with graph.inserting_after(x):
         first = graph.call_function(torch.ops.aten.permute.default, (x, order))
-    first.meta = {
-        **x.meta,
-        "val": x.meta["val"].permute(order),
-        "key": f"{x.meta['key']}/permute",
-        "added": True,
-    }
+    inherit(first, x, key=f"{marks(x).key}/permute", added=True)
+    set_value(first, value_of(x).permute(order))
     return first
 
 
@@ -74,7 +72,7 @@ def _averaged(node: fx.Node, starts: Sequence[fx.Node]) -> tuple[list[fx.Node], 
     while len(node.users) == 1 and node not in starts:
         dims = whole_dims(node)
         if dims:
-            before, after = (n.meta["val"].ndim for n in (_source(node), node))
+            before, after = (value_of(n).ndim for n in (_source(node), node))
             kept = [dim for dim in range(before) if before == after or dim not in dims]
             averaged = {kept[dim] for dim in averaged} | dims
         elif operation(node) not in _FLAT or averaged:
@@ -88,11 +86,11 @@ def whole_dims(node: fx.Node) -> set[int]:
     """The dimensions that an average takes whole; none for an average of parts, and for other operations."""
     name = operation(node)
     if name == "mean":
-        ndim, dims = _source(node).meta["val"].ndim, argument(node, 1, "dim")
+        ndim, dims = value_of(_source(node)).ndim, argument(node, 1, "dim")
         return {dim % ndim for dim in dims} if dims else set()
     if "avg_pool" not in name:
         return set()
-    before, after = (n.meta["val"].shape[2:] for n in (_source(node), node))
+    before, after = (value_of(n).shape[2:] for n in (_source(node), node))
     if len(before) != int(name[-2]):  # no batch
         return set()
     if "adaptive" in name:

@@ -7,84 +7,40 @@ takes them. That it keeps them apart is checked on the data of each fit.
 """
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from captum_mipin.rules import MIPIN, RECORDABLE, operation
-from captum_mipin.rules.base import argument
+from captum_mipin.graph.layout import Layout, folded_batch
+from captum_mipin.graph.marks import mark, marks, original, value_of
+from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.rules import MIPIN, RECORDABLE
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The dimension along which the examples lie, as (outer, examples, inner) entries folded into one."""
-
-    dim: int = 0
-    outer: int = 1
-    inner: int = 1
-
-    def part(self, x: Tensor, examples: slice) -> Tensor:
-        """Some of the examples of ``x``."""
-        if self.outer == self.inner == 1:
-            return x[(slice(None),) * self.dim + (examples,)]
-        return self._unfolded(x)[(slice(None),) * (self.dim + 1) + (examples,)].flatten(
-            self.dim, self.dim + 2
-        )
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The tensor whose parts these are."""
-        if len(parts) == 1:
-            return parts[0]
-        if self.outer == 1:
-            return torch.cat(list(parts), self.dim)
-        return torch.cat([self._unfolded(x) for x in parts], self.dim + 1).flatten(
-            self.dim, self.dim + 2
-        )
-
-    def first(self, x: Tensor) -> Tensor:
-        """``x`` with its examples along the first dimension."""
-        return self._unfolded(x).movedim(self.dim + 1, 0)
-
-    def restored(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`first`."""
-        return x.movedim(0, self.dim + 1).flatten(self.dim, self.dim + 2)
-
-    def _unfolded(self, x: Tensor) -> Tensor:
-        unfolded: Tensor = x.unflatten(self.dim, (self.outer, -1, self.inner))
-        return unfolded
+def lay_out(node: fx.Node, batch: str, starts: Collection[fx.Node] = ()) -> None:
+    """Mark where the examples of a node lie, or why they are not kept apart."""
+    layout = Layout() if node in starts else _layout(node, batch)
+    mixes = "" if isinstance(layout, Layout) else layout
+    mark(node, layout=layout if isinstance(layout, Layout) else Layout(), mixes=mixes)
 
 
-def first_dimension(value: Any, batch: str) -> bool:
-    """Whether the first dimension of a traced tensor, and no other, is the batch."""
-    return batch_dimension(value, batch) == 0
-
-
-def batch_dimension(value: Tensor, batch: str) -> int | None:
-    """The one dimension of a traced tensor that is the batch."""
-    dim, count = _folded(value, batch) or (None, 0)
-    return dim if count == 1 else None
-
-
-def layout(node: fx.Node, batch: str) -> Layout | str:
+def _layout(node: fx.Node, batch: str) -> Layout | str:
     """Where the examples of a node are, given where those of its inputs are, or why they are not kept apart."""
-    values = node.meta["val"]
+    values = value_of(node)
     value = values[0] if isinstance(values, (tuple, list)) else values
-    found = _folded(value, batch) if isinstance(value, Tensor) else None
+    found = folded_batch(value, batch) if isinstance(value, Tensor) else None
     if found is None:
         shape = tuple(map(str, value.shape)) if isinstance(value, Tensor) else value
         return f"it does not keep the batch as one dimension: its result has shape {shape}"
-    inputs = [n for n in node.all_input_nodes if n.meta.get("depends")]
-    places = [n.meta.get("layout") for n in inputs]
     dim, count = found
     after = set[Layout]()
-    for n, at in zip(inputs, places, strict=True):
-        if not isinstance(at, Layout):
-            continue  # said where that value was made
-        x = n.meta["val"][0] if isinstance(n.meta["val"], (tuple, list)) else n.meta["val"]
+    for n in node.all_input_nodes:
+        if not marks(n).depends or marks(n).mixes:
+            continue  # what mixes is refused where it is computed
+        at = marks(n).layout
+        x = value_of(n)[0] if isinstance(value_of(n), (tuple, list)) else value_of(n)
         outer, inner = at.outer, at.inner
         if operation(node) in _RESHAPES:
             outer = _quotient(outer * prod(x.shape[: at.dim]), prod(value.shape[:dim]))
@@ -101,25 +57,13 @@ def layout(node: fx.Node, batch: str) -> Layout | str:
     return after.pop() if after else Layout(dim, 1, count)
 
 
-def _folded(value: Any, batch: str) -> tuple[int, int] | None:
-    """The one dimension of a traced tensor whose size is a multiple of the batch's, and that multiple."""
-    dims = [dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
-    if len(dims) != 1:
-        return None
-    size = value.shape[dims[0]].node.expr
-    symbols = list(size.free_symbols)
-    if [str(symbol) for symbol in symbols] != [batch] or not (size / symbols[0]).is_Integer:
-        return None
-    return dims[0], int(size / symbols[0])
-
-
 def _quotient(above: int, below: int) -> int:
     return above // below if above % below == 0 else 0
 
 
 def _works_along(name: str, node: fx.Node, source: fx.Node, at: Layout, after: Layout) -> bool:
     """Whether the operation ``name`` works along the dimension of its input ``source`` that holds the examples."""
-    value = source.meta["val"]
+    value = value_of(source)
     x: Tensor = value[0] if isinstance(value, (tuple, list)) else value
     if name in _ALONG_DIMS:
         dims = argument(node, *_ALONG_DIMS[name])
@@ -148,10 +92,7 @@ def _works_along(name: str, node: fx.Node, source: fx.Node, at: Layout, after: L
 
 
 def _known(node: fx.Node) -> bool:
-    return (
-        node.target is operator.getitem
-        or str(node.meta.get("shown", node.target)) in MIPIN.keys() | RECORDABLE
-    )
+    return node.target is operator.getitem or str(original(node)) in MIPIN.keys() | RECORDABLE
 
 
 def takes_all(node: fx.Node) -> bool:

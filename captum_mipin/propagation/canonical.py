@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.graph.capture import place
-from captum_mipin.propagation.batch_layout import layout, takes_all
-from captum_mipin.rules.base import argument, operation
+from captum_mipin.graph.marks import inherit, marks, set_value, value_of
+from captum_mipin.graph.nodes import argument, operation, place
+from captum_mipin.propagation.batch_layout import lay_out, takes_all
 
 #: Operations that give what they take, wherever it has the same shape and dtype afterwards.
 _COPIES = (
@@ -76,7 +76,7 @@ def respell(graph: fx.Graph, starts: Collection[fx.Node], batch: str) -> None:
 
 def permutation(node: fx.Node) -> list[int] | None:
     """Where each dimension of a transposition comes from; None for what is no transposition."""
-    value = node.meta.get("val")
+    value = value_of(node)
     if operation(node) not in ("transpose", "permute") or not isinstance(value, Tensor):
         return None
     order = list(range(value.ndim))
@@ -95,12 +95,13 @@ def _leaves_module(node: fx.Node) -> bool:
 
 def _marks(node: fx.Node) -> tuple[bool, ...]:
     """What a node is to the signal."""
-    return tuple(bool(node.meta.get(mark)) for mark in ("depends", "signal", "recorded", "other"))
+    known = marks(node)
+    return known.depends, known.signal, known.recorded, known.discrete
 
 
 def _is_copy(node: fx.Node) -> bool:
-    value, sources = node.meta.get("val"), node.all_input_nodes
-    source = sources[0].meta.get("val") if sources else None
+    value, sources = value_of(node), node.all_input_nodes
+    source = value_of(sources[0]) if sources else None
     if (
         not (isinstance(value, Tensor) and isinstance(source, Tensor))
         or node.args[0] is not sources[0]
@@ -125,11 +126,11 @@ def _swapped(graph: fx.Graph, node: fx.Node, batch: str) -> bool:
         return False
     with graph.inserting_after(node):
         moved = graph.call_function(torch.ops.aten.permute.default, (node, order))
-    moved.meta = dict(node.meta)  # its key among them: what follows is called as it would be
+    inherit(moved, node)  # its key among them: what follows is called as it would be
     node.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
     node.args = (source.args[0], *node.args[1:])
-    node.meta["val"] = node.meta["val"].permute([order.index(dim) for dim in range(len(order))])
-    node.meta["layout"] = layout(node, batch)
+    set_value(node, value_of(node).permute([order.index(dim) for dim in range(len(order))]))
+    lay_out(node, batch)
     if not source.users:
         graph.erase_node(source)
     return True
@@ -139,7 +140,7 @@ def _pick(graph: fx.Graph, node: fx.Node, starts: Collection[fx.Node]) -> None:
     """Take what ``select`` takes from tensors that were stacked, or strung together, from that tensor itself."""
     arguments: Any = node.args
     source, dim, index = arguments
-    dim %= source.meta["val"].ndim
+    dim %= value_of(source).ndim
     while source not in starts and (order := permutation(source)) is not None:
         rest = order[:dim] + order[dim + 1 :]
         if rest != sorted(rest):
@@ -149,15 +150,15 @@ def _pick(graph: fx.Graph, node: fx.Node, starts: Collection[fx.Node]) -> None:
     if (
         source in starts
         or operation(source) not in ("stack", "cat")
-        or along % source.meta["val"].ndim != dim
+        or along % value_of(source).ndim != dim
     ):
         return
     parts = source.args[0]
     if any(
-        part.meta["val"].ndim != parts[0].meta["val"].ndim for part in parts
+        value_of(part).ndim != value_of(parts[0]).ndim for part in parts
     ):  # one of them is empty
         return
-    sizes = [1 if operation(source) == "stack" else part.meta["val"].shape[dim] for part in parts]
+    sizes = [1 if operation(source) == "stack" else value_of(part).shape[dim] for part in parts]
     if not all(isinstance(n, int) for n in [index, *sizes]):
         return
     index, at = index % sum(sizes), 0
@@ -165,13 +166,13 @@ def _pick(graph: fx.Graph, node: fx.Node, starts: Collection[fx.Node]) -> None:
         index, at = index - sizes[at], at + 1
     picked = parts[at]
     if (
-        picked.meta["val"].dtype != node.meta["val"].dtype
-        or picked.meta["val"].device != node.meta["val"].device
+        value_of(picked).dtype != value_of(node).dtype
+        or value_of(picked).device != value_of(node).device
     ):
         return  # which others decided
     if operation(source) == "cat":
         with graph.inserting_before(node):
             picked = graph.call_function(torch.ops.aten.select.int, (parts[at], dim, index))
-        picked.meta = dict(node.meta)
+        inherit(picked, node)
     node.replace_all_uses_with(picked)
     graph.erase_node(node)

@@ -18,17 +18,18 @@ from captum_mipin.graph.capture import (
     CapturedGraph,
     Inputs,
     Output,
-    Place,
     capture,
     module_output,
-    place,
     unwrapped,
 )
+from captum_mipin.graph.layout import Layout, first_dimension
+from captum_mipin.graph.marks import inherit, mark, marks, original, value_of
+from captum_mipin.graph.nodes import Place, operation, place
 from captum_mipin.graph.validate import as_extras, as_inputs
 from captum_mipin.propagation.averages import join_averages
-from captum_mipin.propagation.batch_layout import Layout, first_dimension, layout
+from captum_mipin.propagation.batch_layout import lay_out
 from captum_mipin.report import CheckReport, CheckRow
-from captum_mipin.rules import RECORDABLE, Learned, Passes, Recorded, Rule, operation, table
+from captum_mipin.rules import RECORDABLE, Learned, Passes, Recorded, Rule, table
 
 #: Operations that change a shape at most; sizes among their arguments are harmless.
 SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
@@ -127,21 +128,21 @@ def marked_copy(
     for old, new in copied.items():
         name = str(place(old))
         names[name] += 1
-        new.meta["origin"] = old.name  # a copy may have to take another
-        new.meta["key"] = name if names[name] == 1 else f"{name}#{names[name]}"
+        key = name if names[name] == 1 else f"{name}#{names[name]}"
+        mark(new, origin=old.name, key=key)
         if new.target in (
             torch.ops.aten.view.default,
             torch.ops.aten._unsafe_view.default,
         ):  # contiguous as the export saw it
             new.target = torch.ops.aten.reshape.default
-            new.meta["shown"] = old.target
+            mark(new, original=old.target)
     output = copied[captured.output]
     next(node for node in graph.nodes if node.op == "output").args = (output,)
     wanted = captured.inputs if start is None else (start,)
     starts = [next(new for old, new in copied.items() if old.name == name) for name in wanted]
     varying = _followers([new for old, new in copied.items() if old.name in captured.inputs])
     for node in graph.nodes:
-        node.meta["varies"] = node in varying
+        mark(node, varies=node in varying)
     needed = _needed(output)
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and node not in needed:
@@ -149,23 +150,22 @@ def marked_copy(
     getattr(rules, "rewrite", join_averages)(graph, captured.batch, starts)
     _mark(graph, rules, starts, _needed(output))
     for node in graph.nodes:
-        if node.meta["depends"]:
-            node.meta["layout"] = Layout() if node in starts else layout(node, captured.batch)
-    lost = [node for node in starts if not node.meta.get("signal")]
-    if lost or not output.meta["signal"]:
+        if marks(node).depends:
+            lay_out(node, captured.batch, starts)
+    lost = [node for node in starts if not marks(node).signal]
+    if lost or not marks(output).signal:
         raise CaptureError(
             without_signal(lost, output)
             + (_ARGUMENTS if start is None and 0 < len(lost) < len(starts) else "")
         )
     for node in starts:
-        if not first_dimension(node.meta["val"], captured.batch):
-            shape = tuple(map(str, node.meta["val"].shape))
+        if not first_dimension(value_of(node), captured.batch):
+            shape = tuple(map(str, value_of(node).shape))
             raise CaptureError(
-                f"{node.meta['key']} has shape {shape}, expected the batch as its first dimension"
+                f"{marks(node).key} has shape {shape}, expected the batch as its first dimension"
             )
-    at = output.meta.get("layout")
-    if isinstance(at, Layout) and at != Layout():
-        shape = tuple(map(str, output.meta["val"].shape))
+    if marks(output).layout != Layout():
+        shape = tuple(map(str, value_of(output).shape))
         raise CaptureError(
             f"the model's output has shape {shape}, expected the batch alone as its first dimension"
         )
@@ -184,7 +184,7 @@ def _needed(output: fx.Node) -> set[fx.Node]:
 
 def without_signal(lost: Sequence[fx.Node], output: fx.Node) -> str:
     """What is said of tensors to which no signal comes back."""
-    names = {node: node.name if node.op == "placeholder" else node.meta["key"] for node in lost}
+    names = {node: node.name if node.op == "placeholder" else marks(node).key for node in lost}
     steering = [names[node] for node in lost if output in _followers([node])]
     if steering:
         made = "nothing but gates, conditions or attention weights, to which no signal is sent"
@@ -201,7 +201,7 @@ def _followers(starts: Sequence[fx.Node]) -> set[fx.Node]:
             for user in queue.pop().users
             if user not in reached and operation(user) not in BLANK
         ]
-        new = [user for user in users if not isinstance(user.meta.get("val"), SIZES)]
+        new = [user for user in users if not isinstance(value_of(user), SIZES)]
         reached.update(new)
         queue.extend(new)
     return reached
@@ -215,11 +215,10 @@ def _mark(
     "other" marks what would carry signal, had it a floating dtype.
     """
     for node in graph.nodes:
-        sized = isinstance(node.meta.get("val"), SIZES) or operation(node) in BLANK
-        follows = not sized and any(n.meta["depends"] for n in node.all_input_nodes)
-        node.meta["depends"] = (
-            node in needed and (node in starts or follows) and node.op != "output"
-        )
+        sized = isinstance(value_of(node), SIZES) or operation(node) in BLANK
+        follows = not sized and any(marks(n).depends for n in node.all_input_nodes)
+        depends = node in needed and (node in starts or follows) and node.op != "output"
+        mark(node, depends=depends)
     reached = {node for node in needed if any(user.op == "output" for user in node.users)}
     for node in reversed(list(graph.nodes)):
         if node in reached and node not in starts:
@@ -228,13 +227,15 @@ def _mark(
                 n
                 for position in positions
                 for n in _nodes_in(node.args[position])
-                if n.meta["depends"]
+                if marks(n).depends
             )
-        carries, value = node in reached and node.meta["depends"], node.meta.get("val")
-        node.meta["signal"] = carries and _floating(value)
-        node.meta["other"] = carries and not _floating(value) and isinstance(value, Tensor)
-        node.meta["recorded"] = (
-            node.meta["depends"] and not carries and isinstance(value, (Tensor, tuple, list))
+        carries, value = node in reached and marks(node).depends, value_of(node)
+        steers = marks(node).depends and not carries
+        mark(
+            node,
+            signal=carries and _floating(value),
+            discrete=carries and not _floating(value) and isinstance(value, Tensor),
+            recorded=steers and isinstance(value, (Tensor, tuple, list)),
         )
 
 
@@ -242,17 +243,15 @@ def cut_recordings(graph: fx.Graph, rules: Mapping[str, Rule]) -> None:
     """Detach what carries signal wherever it is used to make gates or weights, so that nothing comes back from there."""
     for node in list(graph.nodes):
         part = (
-            node.target is operator.getitem
-            and node.meta["recorded"]
-            and node.args[0].meta["signal"]
+            node.target is operator.getitem and marks(node).recorded and marks(node.args[0]).signal
         )
-        if not part and not (node.meta["signal"] and isinstance(node.meta["val"], Tensor)):
+        if not part and not (marks(node).signal and isinstance(value_of(node), Tensor)):
             continue
         carried = {
-            user: _carriers(user, rules) if user.meta["signal"] or user.op == "output" else ()
+            user: _carriers(user, rules) if marks(user).signal or user.op == "output" else ()
             for user in node.users
         }
-        sizes = [user for user in node.users if isinstance(user.meta.get("val"), SIZES)]
+        sizes = [user for user in node.users if isinstance(value_of(user), SIZES)]
         users = [
             user
             for user in node.users
@@ -263,7 +262,7 @@ def cut_recordings(graph: fx.Graph, rules: Mapping[str, Rule]) -> None:
             continue
         with graph.inserting_after(node):
             cut = graph.call_function(torch.ops.aten.detach.default, (node,))
-        cut.meta = {**node.meta, "signal": False}
+        inherit(cut, node, signal=False)
         for user in users:
             spared = carried[user]
             parts = [a if i in spared else _swapped(a, node, cut) for i, a in enumerate(user.args)]
@@ -281,10 +280,10 @@ def channels(node: fx.Node, batch: int | None = None) -> int | None:
         node: The tensor.
         batch: The dimension of its examples; by default, as its layout has it.
     """
-    value = node.meta["val"]
+    value = value_of(node)
     if value.ndim < 2:
         return None
-    at = node.meta["layout"].dim if batch is None else batch
+    at = marks(node).layout.dim if batch is None else batch
     for downwards in (True, False):
         seen, queue = {node}, [node]
         for this in queue:
@@ -300,9 +299,9 @@ def channels(node: fx.Node, batch: int | None = None) -> int | None:
             if not downwards and operation(this) in _MOVES:
                 continue
             for other in others:
-                alike = isinstance(other.meta.get("val"), Tensor) and str(
-                    other.meta["val"].shape
-                ) == str(value.shape)
+                alike = isinstance(value_of(other), Tensor) and str(value_of(other).shape) == str(
+                    value.shape
+                )
                 if alike and other not in seen and not (downwards and operation(other) in _MOVES):
                     seen.add(other)
                     queue.append(other)
@@ -319,7 +318,7 @@ def _channels_of(user: fx.Node, node: fx.Node) -> int | None:
 def _carriers(node: fx.Node, rules: Mapping[str, Rule]) -> Sequence[int]:
     """Positions of the arguments that carry a node's signal."""
     rule = rules.get(str(node.target))
-    if node.op == "output" or rule is None or not _floating(node.meta.get("val")):
+    if node.op == "output" or rule is None or not _floating(value_of(node)):
         return range(len(node.args))
     positions = rule.carriers(node)
     if not isinstance(positions, Sequence) or any(
@@ -336,34 +335,34 @@ def treatments(graph: fx.Graph, rules: Mapping[str, Rule]) -> list[Treatment]:
     """What becomes of every marked operation, in order of execution."""
     result = []
     for node in graph.nodes:
-        follows = any(n.meta["depends"] for n in node.all_input_nodes)
-        marked = node.meta["signal"] or node.meta["other"] or node.meta["recorded"]
+        follows = any(marks(n).depends for n in node.all_input_nodes)
+        marked = marks(node).signal or marks(node).discrete or marks(node).recorded
         if (
             node.op != "call_function"
             or not marked
             or not follows
             or node.target is operator.getitem
-            or "added" in node.meta
+            or marks(node).added
         ):
             continue
         rule = rules.get(str(node.target))
-        if node.meta["other"]:
-            reason = f"it turns the input into {node.meta['val'].dtype}, and what follows from that cannot be sent back"
-        elif rule is None and not (node.meta["recorded"] and str(node.target) in RECORDABLE):
+        if marks(node).discrete:
+            reason = f"it turns the input into {value_of(node).dtype}, and what follows from that cannot be sent back"
+        elif rule is None and not (marks(node).recorded and str(node.target) in RECORDABLE):
             reason = "no rule covers it" + _HINTS.get(operation(node), "")
         else:
             reason = _objection(node, rule) or ""
-        if node.meta.get("joined"):
+        if marks(node).joined:
             status, note = "supported", "taken together with the dense layer behind it"
-        elif node.meta["recorded"]:
+        elif marks(node).recorded:
             status, note = "supported", "recorded: it makes gates or weights, and gets no signal"
         else:
             status, note = (
                 "passes" if isinstance(rule, Passes) else "supported",
                 rule.note if rule else "",
             )
-        name = str(node.meta.get("shown", node.target))
-        caveat = rule.caveat(node) if rule and not (reason or node.meta["recorded"]) else None
+        name = str(original(node))
+        caveat = rule.caveat(node) if rule and not (reason or marks(node).recorded) else None
         result.append(
             Treatment(
                 place(node), name, "refused" if reason else status, reason or note, caveat or ""
@@ -376,21 +375,18 @@ def _objection(node: fx.Node, rule: Rule | None) -> str | None:
     """Why a rule cannot treat this node, if so."""
     others = [n for argument in node.args[1:] for n in _nodes_in(argument)]
     others += [n for argument in node.kwargs.values() for n in _nodes_in(argument)]
-    if operation(node) not in SHAPE and any(isinstance(n.meta.get("val"), SIZES) for n in others):
+    if operation(node) not in SHAPE and any(isinstance(value_of(n), SIZES) for n in others):
         return "it uses the size of the batch as a value, so an explanation would depend on the other examples"
-    at = node.meta["layout"]
-    mixes = at if isinstance(at, str) else None
-    if rule is None or node.meta["recorded"]:
+    mixes = marks(node).mixes or None
+    if rule is None or marks(node).recorded:
         return mixes
     carried = {n for position in rule.carriers(node) for n in _nodes_in(node.args[position])}
-    if not rule.records and any(
-        n.meta["depends"] for n in node.all_input_nodes if n not in carried
-    ):
+    if not rule.records and any(marks(n).depends for n in node.all_input_nodes if n not in carried):
         return "a second argument of it depends on the input as well"
     several = isinstance(rule, Passes) or (isinstance(rule, Recorded) and rule.several)
     if not several and len(rule.carriers(node)) != 1:
         return "its rule sends signal to other than one argument, which only Passes can"
-    values = node.meta["val"]
+    values = value_of(node)
     outputs = isinstance(values, (tuple, list)) and not isinstance(rule, Passes)
     if outputs and any(
         user.target is operator.getitem and user.args[1] != 0 for user in node.users
@@ -438,7 +434,7 @@ def unscaled(node: fx.Node, rules: Mapping[str, Rule]) -> bool:
 
 def carrying_users(node: fx.Node) -> list[fx.Node]:
     """Users of ``node`` that carry its signal on."""
-    return [user for user in node.users if user.meta.get("signal") or user.op == "output"]
+    return [user for user in node.users if marks(user).signal or user.op == "output"]
 
 
 def occurrences(user: fx.Node, node: fx.Node, positions: Sequence[int] | None = None) -> int:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from captum_mipin.graph.capture import CapturedGraph, memory, place
+from captum_mipin.graph.capture import CapturedGraph, memory
+from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.nodes import operation, place
 from captum_mipin.propagation.averages import whole_dims
 from captum_mipin.propagation.check import SHAPE
-from captum_mipin.rules import MIPIN, Learned, Passes, Rule, operation
+from captum_mipin.rules import MIPIN, Learned, Passes, Rule
 from captum_mipin.rules.base import gate_source, is_gate
 
 
@@ -55,7 +57,7 @@ def _lines(
     count = 0
     added = rules.keys() - MIPIN.keys()
     for node in captured.graph.nodes:
-        if isinstance(node.meta.get("val"), torch.SymInt):
+        if isinstance(value_of(node), torch.SymInt):
             names[node] = "size"
         elif node.op == "placeholder":
             constant = captured.constants.get(node.name, node.name)
@@ -86,7 +88,7 @@ def _lines(
 
 def _shape(node: fx.Node) -> list[int | str]:
     """The shape of a result, by which changes of shape on the way to it are noticed."""
-    value = node.meta.get("val")
+    value = value_of(node)
     return (
         [n if type(n) is int else "batch" for n in value.shape] if isinstance(value, Tensor) else []
     )
@@ -94,25 +96,25 @@ def _shape(node: fx.Node) -> list[int | str]:
 
 def _added_up(node: fx.Node) -> list[int]:
     """Sizes on which the scale of the signal depends: those over which a value is spread, and of attention weights."""
-    rule, value = MIPIN.get(str(node.target)), node.meta.get("val")
+    rule, value = MIPIN.get(str(node.target)), value_of(node)
     if not isinstance(rule, Passes) or rule.restores or not isinstance(value, Tensor):
         return []
     factors = [n for n in node.all_input_nodes if _batched(n)]
     if operation(node) not in ("add", "sub", "rsub", "neg", "mul", "div", "expand"):
-        return [n for factor in factors for n in factor.meta["val"].shape[-2:] if type(n) is int]
+        return [n for factor in factors for n in value_of(factor).shape[-2:] if type(n) is int]
     spread = [n for n in factors if not _only_gate(n, node)]
     weights = [
         n
         for n in factors
         if operation(node) == "mul" and "softmax" in operation(gate_source(n, _batched))
     ]
-    return [size for n in spread for size in _copies(n.meta["val"], value)] + [
-        size for n in weights for size in n.meta["val"].shape if type(size) is int
+    return [size for n in spread for size in _copies(value_of(n), value)] + [
+        size for n in weights for size in value_of(n).shape if type(size) is int
     ]
 
 
 def _batched(node: Any) -> bool:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = value_of(node) if isinstance(node, fx.Node) else None
     return isinstance(value, Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
 
 

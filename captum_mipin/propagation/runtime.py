@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from captum_mipin.errors import InputError, RuleError
-from captum_mipin.propagation.batch_layout import Layout
+from captum_mipin.graph.layout import Layout
 from captum_mipin.rules import Inverse, Inverter, Learned, Options, Recorded
 from captum_mipin.types import Target
 

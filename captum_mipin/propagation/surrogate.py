@@ -17,7 +17,9 @@ from torch import Tensor, fx
 
 from captum_mipin.errors import CaptureError, InputError, UnsupportedOperationError
 from captum_mipin.graph.capture import CapturedGraph
-from captum_mipin.propagation.batch_layout import Layout
+from captum_mipin.graph.layout import Layout
+from captum_mipin.graph.marks import inherit, mark, marks, value_of
+from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.propagation.canonical import respell
 from captum_mipin.propagation.check import (
     carrying_users,
@@ -32,8 +34,7 @@ from captum_mipin.propagation.check import (
     without_signal,
 )
 from captum_mipin.propagation.runtime import Run, Step, passed, sequence, source, step
-from captum_mipin.rules import MIPIN, Fork, Learned, Passes, Recorded, Rule, operation, table
-from captum_mipin.rules.base import argument
+from captum_mipin.rules import MIPIN, Fork, Learned, Passes, Recorded, Rule, table
 from captum_mipin.rules.linear import TOGETHER, pooled_dense
 from captum_mipin.rules.pooling import is_average
 
@@ -65,11 +66,11 @@ def _constants_first(graph: fx.Graph) -> fx.Node:
     """Move what follows from parameters alone, such as normalised weights, behind the placeholders; the last of all these."""
     last: fx.Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in list(graph.nodes):
-        constant = node.op == "call_function" and not node.meta["depends"]
+        constant = node.op == "call_function" and not marks(node).depends
         if constant and all(
-            n.op == "placeholder" or n.meta.get("constant") for n in node.all_input_nodes
+            n.op == "placeholder" or marks(n).constant for n in node.all_input_nodes
         ):
-            node.meta["constant"] = True
+            mark(node, constant=True)
             last.append(node)
             last = node
     return last
@@ -77,7 +78,7 @@ def _constants_first(graph: fx.Graph) -> fx.Node:
 
 def _places(node: fx.Node) -> set[int | None]:
     """The dimensions of a tensor, besides that of the batch, along which there is more than one element."""
-    return {dim for dim, n in enumerate(node.meta["val"].shape) if dim > 0 and n != 1}
+    return {dim for dim, n in enumerate(value_of(node).shape) if dim > 0 and n != 1}
 
 
 def _module(
@@ -164,12 +165,12 @@ class Surrogate:
         if lost := [node for node in starts if not node.users]:  # what they go to is dropped
             raise CaptureError(without_signal(lost, output))
         for node in graph.nodes:
-            if node.meta["signal"] and isinstance(node.meta["val"], Tensor):
-                node.meta["channels"] = channels(node)
+            if marks(node).signal and isinstance(value_of(node), Tensor):
+                mark(node, channels=channels(node))
         cut_recordings(graph, rules)
         self.steps: dict[str, Step] = {}
         self._rules, self._joint = rules, joint
-        order = [node.meta["origin"] for node in graph.nodes if node.op == "placeholder"]
+        order = [marks(node).origin for node in graph.nodes if node.op == "placeholder"]
         first = next(iter(graph.nodes))
         with graph.inserting_before(first):
             run = graph.placeholder("run")
@@ -178,29 +179,29 @@ class Surrogate:
         needs_scale = [learns and unscaled(node, rules) for node in starts]
         if any(needs_scale) and not calibrate:
             raise CaptureError(
-                f"the signal at {starts[0].meta['key']} lacks its scale: sums, scales or a batch norm follow it. Fit "
+                f"the signal at {marks(starts[0]).key} lacks its scale: sums, scales or a batch norm follow it. Fit "
                 "InverseNetwork(model, layer=...) at this module, which learns it, or take the module behind them."
             )
         for node in list(graph.nodes):
-            if node._erased or node.op == "output" or not node.meta.get("signal"):
+            if node._erased or node.op == "output" or not marks(node).signal:
                 continue
             if node in starts:
                 index = starts.index(node)
                 users = carrying_users(node)
                 with graph.inserting_after(last if node.op == "placeholder" else node):
                     result = graph.call_function(source, (run, index, node))
-                result.meta = dict(node.meta)
+                inherit(result, node)
                 redirect(node, repeat(result), users)
-                self._fork(graph, run, node.meta, result, needs_scale[index])
-            elif isinstance(node.meta["val"], Tensor) or not isinstance(
+                self._fork(graph, run, result, needs_scale[index])
+            elif isinstance(value_of(node), Tensor) or not isinstance(
                 rules[str(node.target)], Passes
             ):
                 result = self._replace(graph, run, node, rules)
-                self._fork(graph, run, node.meta, result)
+                self._fork(graph, run, result)
         graph.eliminate_dead_code()
         graph.lint()
         self.starts, self.rules = len(starts), rules
-        self.layouts: tuple[Layout, ...] = tuple(node.meta["layout"] for node in starts)
+        self.layouts: tuple[Layout, ...] = tuple(marks(node).layout for node in starts)
         self._order, self._inputs, self._constants = (
             tuple(order),
             captured.inputs,
@@ -224,7 +225,7 @@ class Surrogate:
         (node,) = next(node for node in self.graph.nodes if node.op == "output").all_input_nodes
         while (
             node.target is not step
-            and len(carried := [n for n in node.all_input_nodes if n.meta.get("signal")]) == 1
+            and len(carried := [n for n in node.all_input_nodes if marks(n).signal]) == 1
         ):
             (node,) = carried
         rule = self.steps[str(node.args[1])].rule if node.target is step else None
@@ -233,17 +234,17 @@ class Surrogate:
             return str(node.args[1])
         raise UnsupportedOperationError(
             "evidence=True tells what speaks for the output from what speaks against it, place by place; but the output is "
-            f"that of {node.meta['key']}: it has to be an average over places, or a dense layer on one. Explain all of it"
+            f"that of {marks(node).key}: it has to be an average over places, or a dense layer on one. Explain all of it"
         )
 
     def _at_places(self, node: fx.Node) -> bool:
         """Whether an average is one over places, not over what a dense layer gives, or averages of several channels."""
         x: Any = node.args[2]
-        while _places(x) <= {x.meta.get("channels")}:
+        while _places(x) <= {marks(x).channels}:
             rule = self.steps[str(x.args[1])].rule if x.target is step else None
             if isinstance(rule, Learned) or is_average(rule):
                 return False
-            carried = [n for n in x.all_input_nodes if n.meta.get("signal")]
+            carried = [n for n in x.all_input_nodes if marks(n).signal]
             if len(carried) != 1:
                 break
             (x,) = carried
@@ -342,7 +343,7 @@ class Surrogate:
         return (
             below,
             above,
-            {node.name: getattr(node.meta.get("val"), "dtype", None) for node in between},
+            {node.name: getattr(value_of(node), "dtype", None) for node in between},
         )
 
     def _replace(
@@ -350,7 +351,7 @@ class Surrogate:
     ) -> fx.Node:
         """Put a step in the place of an operation, where its rule wants one."""
         rule = None if node.target is operator.getitem else rules[str(node.target)]
-        key = node.meta["key"]
+        key = marks(node).key
         if isinstance(rule, Passes) and str(node.target) in table().keys() - MIPIN.keys():
             target: Any = node.target
             node.target, node.args = passed, (run, key, target, *node.args)
@@ -366,12 +367,12 @@ class Surrogate:
             if several
             else _taking(node.target, carriers[0])
         )
-        self.steps[key] = Step(key, rule, run_on, node.meta["layout"])
+        self.steps[key] = Step(key, rule, run_on, marks(node).layout)
         with graph.inserting_after(node):
             new = graph.call_function(
                 step, (run, key, carried if several else carried[0], *others), dict(node.kwargs)
             )
-        new.meta = dict(node.meta)
+        inherit(new, node)
         for user in list(node.users):
             if (
                 user.target is operator.getitem
@@ -383,12 +384,14 @@ class Surrogate:
         return new
 
     def _fork(
-        self, graph: fx.Graph, run: fx.Node, meta: Any, node: fx.Node, needs_scale: bool = False
+        self, graph: fx.Graph, run: fx.Node, node: fx.Node, needs_scale: bool = False
     ) -> None:
         """Put a fork behind a tensor that feeds several branches, or whose signal lacks a scale."""
         users = carrying_users(node)
         count = sum(occurrences(user, node) for user in users)
-        if "channels" not in meta or not (needs_scale or (count > 1 and self._joint)):
+        if not isinstance(value_of(node), Tensor) or not (
+            needs_scale or (count > 1 and self._joint)
+        ):
             return
         weighed = self._weighed(node, users) if count > 1 else []
         rules = [self._rules[str(user.target)] for user in weighed]
@@ -396,10 +399,10 @@ class Surrogate:
             tuple(user.target for user in weighed if callable(user.target)),
             tuple(rule.inverter for rule in rules if isinstance(rule, Learned)),
             count - len(weighed),
-            meta["channels"],
+            marks(node).channels,
         )
-        key = f"{meta['key']}/fork"
-        self.steps[key] = Step(key, fork.rule, fork, meta["layout"])
+        key = f"{marks(node).key}/fork"
+        self.steps[key] = Step(key, fork.rule, fork, marks(node).layout)
         calls = [(user.args[1:], dict(user.kwargs)) for user in weighed]
         with graph.inserting_after(node):
             forked = graph.call_function(step, (run, key, node, *calls))
@@ -407,13 +410,13 @@ class Surrogate:
         for index in reversed(range(count)):
             with graph.inserting_after(forked):
                 parts.insert(0, graph.call_function(operator.getitem, (forked, index)))
-            parts[0].meta = dict(meta)
+            inherit(parts[0], node)
         redirect(node, iter(parts[len(weighed) :]), [user for user in users if user not in weighed])
         for user, part in zip(weighed, parts, strict=False):
-            part.meta = dict(user.meta)
+            inherit(part, user)
             user.replace_all_uses_with(part)
             graph.erase_node(user)
-            self._fork(graph, run, part.meta, part)
+            self._fork(graph, run, part)
 
     def _weighed(self, node: fx.Node, users: Sequence[fx.Node]) -> list[fx.Node]:
         """The operations with weights among the branches of ``node`` that can be inverted together."""
@@ -427,7 +430,7 @@ class Surrogate:
             if (
                 learned
                 and occurrences(user, node) == 1
-                and not any(n.meta["depends"] for n in others)
+                and not any(marks(n).depends for n in others)
             ):
                 found.append(user)
         kinds = [("conv" in operation(user), argument(user, 6, "groups", 1)) for user in found]

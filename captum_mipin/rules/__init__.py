@@ -16,7 +16,6 @@ from captum_mipin.rules.base import (
     Passes,
     Recorded,
     Rule,
-    operation,
 )
 from captum_mipin.rules.linear import PooledLinear
 from captum_mipin.rules.table import MIPIN, register_rule, table, unregister_rule
@@ -34,7 +33,6 @@ __all__ = [
     "PooledLinear",
     "Recorded",
     "Rule",
-    "operation",
     "register_rule",
     "table",
     "unregister_rule",

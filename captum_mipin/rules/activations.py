@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.rules.base import Back, Options, Recorded, argument
+from captum_mipin.graph.nodes import argument
+from captum_mipin.rules.base import Back, Options, Recorded
 
 
 def relu(

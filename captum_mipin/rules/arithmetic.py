@@ -13,7 +13,16 @@ from typing import Any
 from torch import Tensor, fx
 
 from captum_mipin.regression.ridge import Moments, Solution
-from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, Passes, every, factors
+from captum_mipin.rules.base import (
+    Inverse,
+    Inverter,
+    Learned,
+    Options,
+    Passes,
+    depends,
+    every,
+    factors,
+)
 from captum_mipin.rules.linear import Convolution, Dense
 
 
@@ -129,7 +138,7 @@ def _two_signals(node: fx.Node) -> str | None:
 
 def _divides_by_signal(node: fx.Node) -> str | None:
     divisor = node.args[1]
-    if isinstance(divisor, fx.Node) and divisor.meta.get("depends"):
+    if depends(divisor):
         return "it divides by a value that depends on the input"
     return None
 

@@ -2,7 +2,8 @@
 
 from torch import fx
 
-from captum_mipin.rules.base import Passes, argument, depends, factors, is_gate
+from captum_mipin.graph.nodes import argument
+from captum_mipin.rules.base import Passes, depends, factors, is_gate
 
 
 def _values(node: fx.Node) -> tuple[int, ...]:
@@ -18,7 +19,7 @@ def _random(node: fx.Node) -> str | None:
 
 
 def _no_weights(node: fx.Node) -> str | None:
-    depend = [isinstance(n, fx.Node) and bool(n.meta.get("depends")) for n in node.args[:2]]
+    depend = list(map(depends, node.args[:2]))
     if not any(map(is_gate, node.args[:2])) and not all(depend):
         return "it multiplies by a constant matrix, whose inverse would have to be learned: use nn.Linear"
     if len(factors(node)) > 1:

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, fx
 
+from captum_mipin.graph.marks import marks
+from captum_mipin.graph.nodes import operation
 from captum_mipin.regression.ridge import Moments, Solution
 
 #: Sends the signal at an operation's output back to its input.
@@ -177,11 +179,6 @@ class Learned(Rule):
     inverter: Callable[..., Inverter]
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a node, however it was given."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 def each(value: Any, dims: int) -> tuple[int, ...]:
     """One number a dimension, from one for all or one each."""
     values = (value,) if isinstance(value, int) else tuple(value)
@@ -193,22 +190,14 @@ def every(node: fx.Node) -> tuple[int, ...]:
     return tuple(range(len(node.args)))
 
 
-def operation(node: Any) -> str:
-    """Name of a node's operation without its overload: "relu" for ``aten.relu.default``, "mylib::relu" for one of another."""
-    target = getattr(node, "target", None)
-    name: str = getattr(target, "__name__", "").split(".")[0]
-    namespace = getattr(target, "namespace", "aten")
-    return name if namespace == "aten" else f"{namespace}::{name}"
-
-
 def depends(value: Any) -> bool:
     """Whether an argument is computed from what is explained."""
-    return isinstance(value, fx.Node) and bool(value.meta.get("depends"))
+    return isinstance(value, fx.Node) and marks(value).depends
 
 
 def varies(value: Any) -> bool:
     """Whether an argument is computed from the model's inputs, wherever the explanation starts."""
-    return isinstance(value, fx.Node) and bool(value.meta.get("varies"))
+    return isinstance(value, fx.Node) and marks(value).varies
 
 
 def is_gate(node: Any, counts: Callable[[Any], bool] = depends) -> bool:

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from captum_mipin.graph.nodes import argument
 from captum_mipin.regression.convolution import Geometry
-from captum_mipin.rules.base import (
-    Back,
-    Options,
-    Recorded,
-    adjoint,
-    argument,
-    each,
-    value_and_adjoint,
-)
+from captum_mipin.rules.base import Back, Options, Recorded, adjoint, each, value_and_adjoint
 
 
 def max_pool(

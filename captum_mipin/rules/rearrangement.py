@@ -2,7 +2,8 @@
 
 from torch import fx
 
-from captum_mipin.rules.base import Passes, argument
+from captum_mipin.graph.nodes import argument
+from captum_mipin.rules.base import Passes
 
 
 def _not_constant(node: fx.Node) -> str | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import fx
 
+from captum_mipin.graph.marks import value_of
 from captum_mipin.rules.base import Passes, depends
 
 
@@ -14,8 +15,8 @@ def _chosen(node: fx.Node) -> tuple[int, ...]:
 
 def _spread(node: fx.Node, arguments: Sequence[Any]) -> str | None:
     """Whether one of the arguments that carry signal is chosen at several places, so that its signal would be a sum."""
-    shape = str(tuple(node.meta["val"].shape))
-    if all(str(tuple(n.meta["val"].shape)) == shape for n in arguments if depends(n)):
+    shape = str(tuple(value_of(node).shape))
+    if all(str(tuple(value_of(n).shape)) == shape for n in arguments if depends(n)):
         return None
     return "it spreads a smaller value over several places: use expand() before it, whose scale is learned"
 

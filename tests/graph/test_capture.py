@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from captum_mipin import LRP, check
 from captum_mipin.errors import CaptureError, InputError, TrainingModeError
-from captum_mipin.graph.capture import Signature, capture, first_example, module_output, place, tree
+from captum_mipin.graph.capture import Signature, capture, first_example, module_output, tree
+from captum_mipin.graph.nodes import place
 
 
 class Wants(nn.Module):

@@ -23,7 +23,7 @@ from torchvision.models.inception import (
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, MIPINError, check
 from captum_mipin.errors import UnsupportedOperationError
-from captum_mipin.propagation.batch_layout import Layout
+from captum_mipin.graph.layout import Layout
 from captum_mipin.rules import MIPIN, Options
 
 pytestmark = pytest.mark.usefixtures("captured_once")

@@ -1,0 +1,89 @@
+"""Where the examples of a batch lie in a tensor."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The dimension that holds the examples; it may hold other dimensions as well.
+
+    Its entries are (outer, examples, inner), folded into one dimension.
+
+    Attributes:
+        dim: The dimension.
+        outer: Entries of other dimensions that vary more slowly than the examples.
+        inner: Entries of other dimensions that vary faster.
+
+    Examples:
+        >>> Layout(dim=1, inner=2).first(torch.zeros(5, 6, 7)).shape  # 3 examples of 2 windows
+        torch.Size([3, 5, 1, 2, 7])
+    """
+
+    dim: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    def part(self, x: Tensor, examples: slice) -> Tensor:
+        """Return some of the examples of ``x``, laid out as before."""
+        if self.outer == self.inner == 1:
+            return x[(slice(None),) * self.dim + (examples,)]
+        part = self._unfolded(x)[(slice(None),) * (self.dim + 1) + (examples,)]
+        return part.flatten(self.dim, self.dim + 2)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the tensor of all examples from its parts, the inverse of :meth:`part`."""
+        if len(parts) == 1:
+            return parts[0]
+        if self.outer == 1:
+            return torch.cat(list(parts), self.dim)
+        whole = torch.cat([self._unfolded(x) for x in parts], self.dim + 1)
+        return whole.flatten(self.dim, self.dim + 2)
+
+    def first(self, x: Tensor) -> Tensor:
+        """Return ``x`` with its examples along the first dimension."""
+        return self._unfolded(x).movedim(self.dim + 1, 0)
+
+    def restored(self, x: Tensor) -> Tensor:
+        """Return ``x`` with its examples back where they were, the inverse of :meth:`first`."""
+        return x.movedim(0, self.dim + 1).flatten(self.dim, self.dim + 2)
+
+    def _unfolded(self, x: Tensor) -> Tensor:
+        unfolded: Tensor = x.unflatten(self.dim, (self.outer, -1, self.inner))
+        return unfolded
+
+
+def first_dimension(value: Tensor, batch: str) -> bool:
+    """Return True if the first dimension of a traced tensor, and no other, is the batch."""
+    return batch_dimension(value, batch) == 0
+
+
+def batch_dimension(value: Tensor, batch: str) -> int | None:
+    """Return the one dimension of a traced tensor that is the batch, None if there is none."""
+    dim, count = folded_batch(value, batch) or (None, 0)
+    return dim if count == 1 else None
+
+
+def folded_batch(value: Tensor, batch: str) -> tuple[int, int] | None:
+    """Return the one dimension whose size is a multiple of the batch's, and that multiple.
+
+    Args:
+        value: A traced tensor: sizes that depend on the batch are symbols.
+        batch: The symbol of the batch size.
+
+    Returns:
+        (dimension, multiple); None if there is not exactly one such dimension.
+    """
+    dims = [dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+    if len(dims) != 1:
+        return None
+    size: Any = value.shape[dims[0]]
+    size = size.node.expr
+    symbols = list(size.free_symbols)
+    if [str(symbol) for symbol in symbols] != [batch] or not (size / symbols[0]).is_Integer:
+        return None
+    return dims[0], int(size / symbols[0])
