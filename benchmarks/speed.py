@@ -34,7 +34,7 @@ from captum_mipin.inverse import network as inverse_module
 from captum_mipin.inverse.fit import Fit
 from captum_mipin.inverse.trace import Trace
 from captum_mipin.rules.linear import Convolution, Dense
-from captum_mipin.storage import files as storage
+from captum_mipin.storage import watch
 
 
 def seconds(
@@ -126,7 +126,7 @@ def parts(row: dict[str, Any]) -> Iterator[None]:
         (Trace, "signals", "signals down s"), (Dense, "moments", "moments s"), (Convolution, "moments", "moments s"),
         (Convolution, "moments_at", "moments s"),
         (fitting, "solve", "solve s"), (fitting, "solve_rows", "solve s"), (fitting, "Rows", "moments s"),
-        (Fit, "_share", "information s"), (storage, "fingerprint", "fingerprint s"),
+        (Fit, "_share", "information s"), (watch, "fingerprint", "fingerprint s"),
     ):  # fmt: skip
         timed(owner, name, part)
     try:

@@ -37,7 +37,7 @@ from captum_mipin.errors import (
     UnsupportedOperationError,
 )
 from captum_mipin.regression.ridge import Solution, solve
-from captum_mipin.storage import files as storage
+from captum_mipin.storage import files
 
 
 class Steps(nn.Module):
@@ -951,7 +951,7 @@ def test_tampered_metadata(mlp: Any, saved: Path, keep_digest: bool) -> None:
         '{"targets": 5}',
         "not JSON",
     ):
-        digest = metadata["digest"] if keep_digest else storage._digest(tensors, content)
+        digest = metadata["digest"] if keep_digest else files._digest(tensors, content)
         save_file(tensors, saved, {**metadata, "content": content, "digest": digest})
         if not keep_digest and content.startswith('{"dims'):
             continue  # a consistent file
@@ -1005,7 +1005,11 @@ def _half(tensors: Any, path: Any, metadata: Any) -> None:
 
 @pytest.mark.parametrize(
     ("where", "what"),
-    [("storage.save_file", _full), ("storage.save_file", _half), ("storage.os.fsync", _full)],
+    [
+        ("storage.files.save_file", _full),
+        ("storage.files.save_file", _half),
+        ("storage.files.os.fsync", _full),
+    ],
 )
 @pytest.mark.parametrize("old", [False, True])
 def test_a_full_disk(
@@ -1035,14 +1039,14 @@ def test_a_full_disk(
 KILLED = """
 import os, random, resource, signal, sys, time
 import torch
-from captum_mipin.storage import files as storage
+from captum_mipin.storage import files
 
 path, random_ = sys.argv[1], random.Random(0)
 kinds = [{"a": torch.full((200_000,), float(n)), "b": torch.full((100_000,), float(n))} for n in range(2)]
-storage.save(path, kinds[0], {"kind": 0})
+files.save(path, kinds[0], {"kind": 0})
 
 def whole():
-    tensors, content = storage.load(path)
+    tensors, content = files.load(path)
     assert all(bool((t == content["kind"]).all()) for t in tensors.values())
     assert tensors["a"].numel() == 200_000
 
@@ -1050,7 +1054,7 @@ def forever():
     number = 0
     while True:
         number = 1 - number
-        storage.save(path, kinds[number], {"kind": number})
+        files.save(path, kinds[number], {"kind": number})
 
 seen = set()
 for _ in range(12):
@@ -1061,7 +1065,7 @@ for _ in range(12):
     os.kill(child, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
     whole()
-    seen.add(storage.load(path)[1]["kind"])
+    seen.add(files.load(path)[1]["kind"])
 assert seen == {0, 1}, "the children did save"
 
 child = os.fork()
@@ -1070,14 +1074,14 @@ if child == 0:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     before = len(os.listdir(os.path.dirname(path)))
     try:
-        storage.save(path, kinds[1], {"kind": 1})
+        files.save(path, kinds[1], {"kind": 1})
     except OSError:
         os._exit(0 if len(os.listdir(os.path.dirname(path))) == before else 4)
     os._exit(3)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "a file that may not grow is an OSError"
 whole()
-storage.save(path, kinds[1], {"kind": 1})
-assert storage.load(path)[1] == {"kind": 1}
+files.save(path, kinds[1], {"kind": 1})
+assert files.load(path)[1] == {"kind": 1}
 """
 
 

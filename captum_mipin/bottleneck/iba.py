@@ -1,6 +1,5 @@
 """IBA: how many bits of a layer's features a prediction needs, and where they are."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,7 +25,6 @@ from captum_mipin.bottleneck.gaussian import (
 from captum_mipin.errors import (
     FitError,
     InputError,
-    InverseFileError,
     ModelChangedError,
     NotFittedError,
 )
@@ -52,7 +50,8 @@ from captum_mipin.graph.subgraph import Part, Parts, tensor_name
 from captum_mipin.graph.validate import as_extras, as_inputs, device_of, generator_kept, like
 from captum_mipin.inverse.data import Batches, Unpack, check_apart
 from captum_mipin.regression.statistics import Statistics
-from captum_mipin.storage import files as storage
+from captum_mipin.storage.saved import Saved
+from captum_mipin.storage.watch import Watch
 from captum_mipin.targets import per_example
 from captum_mipin.types import Target
 
@@ -100,10 +99,10 @@ class _State:
 
     statistics: Statistics
     structures: dict[Signature, str]
-    watch: storage.Watch
+    watch: Watch
 
 
-class IBA(NoFuture, Attribution):
+class IBA(Saved, NoFuture, Attribution):
     """Information-bottleneck attribution: the bits of a layer's features that a prediction needs (Schulz et al.).
 
     Noise with the mean and standard deviation of the features is put in their place, as much of it as the prediction
@@ -137,6 +136,8 @@ class IBA(NoFuture, Attribution):
         >>> bits.shape, torch.allclose(bits.sum((1, 2, 3)), total)
         (torch.Size([2, 1, 8, 8]), True)
     """
+
+    _kind = "IBA"
 
     def __init__(
         self,
@@ -236,7 +237,7 @@ class IBA(NoFuture, Attribution):
             tqdm(unit="row", disable=not progress) as bar,
         ):
             bar.set_description("features")
-            watch = storage.Watch(model)
+            watch = Watch(model)
             for index, (inputs, extras) in enumerate(
                 Batches(data, batch_size, unpack, device_of(model), explained=False)
             ):
@@ -504,17 +505,7 @@ class IBA(NoFuture, Attribution):
 
     # ------------------------------------------------------------------------------------------------- files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what was estimated, and the settings, to a safetensors file, whole or not at all.
-
-        Raises:
-            NotFittedError: There is nothing to save.
-            OSError: It cannot be written.
-        """
-        storage.save(path, *self.content())
-
-    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a file holds."""
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = self._estimated()
         statistics = state.statistics
         tensors = {
@@ -544,44 +535,17 @@ class IBA(NoFuture, Attribution):
         return tensors, content
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> "IBA":
-        """Read back what :meth:`save` wrote.
-
-        Args:
-            path: The file.
-            model: The model it was estimated on, with the same weights.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            InverseFileError: It is no such file, cut short, or changed.
-            ModelChangedError: It was estimated on another model or other weights.
-        """
-        model = check_model(unwrapped(model))
-        tensors, content = storage.load(path)
-        with storage.reading(path, "IBA"):
-            if content["method"] != "IBA":
-                raise InverseFileError(
-                    f"{os.fspath(path)!r} holds {content['method']}, expected IBA"
-                )
-            return cls.from_content(tensors, content, model, os.fspath(path))
-
-    @classmethod
-    def from_content(
-        cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module, name: str
+    def _unpack(
+        cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module
     ) -> "IBA":
-        """The inverse of :meth:`content`."""
-        storage.check_belongs(name, content, model)
-        output = storage.output_of(content)
-        settings = Bottleneck(**content["settings"])
-        iba = cls(
-            model, cls.found(content["layer"], model), settings, output=output, **content["options"]
-        )
-        mean, squares, nonzero = (tensors[key].clone() for key in ("mean", "squares", "nonzero"))
-        statistics = Statistics(content["count"], mean, squares, nonzero)
+        layer, settings = cls.found(content["layer"], model), Bottleneck(**content["settings"])
+        iba = cls(model, layer, settings, output=content["output"], **content["options"])
+        moments = (tensors[key] for key in ("mean", "squares", "nonzero"))
         structures = {
             Signature.from_json(signature): found for signature, found in content["structures"]
         }
-        iba._state = _State(statistics, structures, storage.Watch(model, content["fingerprint"]))
+        watch = Watch(model, content["fingerprint"])
+        iba._state = _State(Statistics(content["count"], *moments), structures, watch)
         return iba
 
     def where(self, layer: nn.Module | str) -> dict[str, str]:

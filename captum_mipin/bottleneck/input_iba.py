@@ -1,7 +1,6 @@
 """InputIBA: the bits of the input itself that a prediction needs, with what a layer needs as prior knowledge."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -33,12 +32,12 @@ from captum_mipin.bottleneck.iba import (
     positions,
     seed,
 )
-from captum_mipin.errors import CaptureError, InputError, InverseFileError
+from captum_mipin.errors import CaptureError, InputError
 from captum_mipin.graph.capture import TURNS, Inputs, Output, check_model, unwrapped
 from captum_mipin.graph.subgraph import Parts, tensor_name
 from captum_mipin.graph.validate import as_extras, as_inputs, device_of, like
 from captum_mipin.inverse.data import Unpack
-from captum_mipin.storage import files as storage
+from captum_mipin.storage.saved import Saved
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class Stages:
     input: Optimised
 
 
-class InputIBA(NoFuture, Attribution):
+class InputIBA(Saved, NoFuture, Attribution):
     """Input information-bottleneck attribution (Zhang et al.), fine-grained at the input: images, embedded texts.
 
     Three stages for each sample: a bottleneck at a layer, as :class:`~captum_mipin.IBA`; a mask of the input whose features
@@ -181,6 +180,8 @@ class InputIBA(NoFuture, Attribution):
         >>> iba.attribute(x[:2], target=[0, 2]).shape
         torch.Size([2, 1, 8, 8])
     """
+
+    _kind = "InputIBA"
 
     def __init__(
         self,
@@ -424,42 +425,25 @@ class InputIBA(NoFuture, Attribution):
 
     # ------------------------------------------------------------------------------------------------- files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what was estimated, and the settings, to a safetensors file, see :meth:`IBA.save`."""
-        tensors, content = self.feature.content()
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, content = self.feature._pack()
         where = None if self.input_layer is None else self.feature.where(self.input_layer)
-        content = {
-            **content,
-            "method": "InputIBA",
-            "stages": asdict(self.settings),
-            "input_layer": where,
-        }
-        storage.save(path, tensors, content)
+        stages = asdict(self.settings)
+        return tensors, {**content, "method": "InputIBA", "stages": stages, "input_layer": where}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> "InputIBA":
-        """Read back what :meth:`save` wrote; arguments and errors as for :meth:`IBA.load`."""
-        model = check_model(unwrapped(model))
-        tensors, content = storage.load(path)
-        with storage.reading(path, "InputIBA"):
-            if content["method"] != "InputIBA":
-                raise InverseFileError(
-                    f"{os.fspath(path)!r} holds {content['method']}, expected InputIBA"
-                )
-            feature = IBA.from_content(tensors, content, model, os.fspath(path))
-            stages = content["stages"]
-            settings = ThreeStages(
-                Bottleneck(**stages["feature"]),
-                Adversary(**stages["prior"]),
-                Bottleneck(**stages["input"]),
-            )
-            where = content["input_layer"]
-            iba = cls(
-                model,
-                feature.layer,
-                settings,
-                input_layer=None if where is None else IBA.found(where, model),
-            )
+    def _unpack(
+        cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module
+    ) -> "InputIBA":
+        feature = IBA._unpack(tensors, content, model)
+        stages, where = content["stages"], content["input_layer"]
+        settings = ThreeStages(
+            Bottleneck(**stages["feature"]),
+            Adversary(**stages["prior"]),
+            Bottleneck(**stages["input"]),
+        )
+        input_layer = None if where is None else IBA.found(where, model)
+        iba = cls(model, feature.layer, settings, input_layer=input_layer)
         iba.feature = feature
         return iba
 

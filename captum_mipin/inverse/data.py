@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 from captum_mipin.errors import FitError, InputError
 from captum_mipin.graph.capture import Extras, Inputs, check_inputs, finite, pick, plain
-from captum_mipin.storage import files as storage
+from captum_mipin.storage import files
 
 Unpack = Callable[[Any], tuple[Any, Any]]
 #: Of one batch what the part of a model that is inverted starts from: tensors, and sizes.
@@ -181,7 +181,7 @@ class Activations:
             sizes = {name: value for name, value in values.items() if name not in tensors}
             self._devices = {name: tensor.device for name, tensor in tensors.items()}
             self._digests.append(
-                storage.save(self._file(self.count), tensors, {"batch": self.count, "sizes": sizes})
+                files.save(self._file(self.count), tensors, {"batch": self.count, "sizes": sizes})
             )
         elif self.bytes > self._room:
             raise FitError(
@@ -198,15 +198,9 @@ class Activations:
             yield from self._batches
             return
         for index, digest in enumerate(self._digests):
-            tensors, content = storage.load(self._file(index), digest)
-            # copies are aligned, as when they were made
-            yield {
-                **content["sizes"],
-                **{
-                    name: tensor.to(self._devices[name], copy=True)
-                    for name, tensor in tensors.items()
-                },
-            }
+            tensors, content = files.load(self._file(index), digest)
+            moved = {name: tensor.to(self._devices[name]) for name, tensor in tensors.items()}
+            yield {**content["sizes"], **moved}
 
     def clear(self) -> None:
         """Remove what was kept in a folder, and the folder if it was made for it."""

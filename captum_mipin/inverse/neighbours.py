@@ -57,7 +57,7 @@ from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale, Rows, solve, solve_rows
 from captum_mipin.rules import Fork, Inverse, Options
 from captum_mipin.rules.linear import Dense
-from captum_mipin.storage import files as storage
+from captum_mipin.storage.watch import Watch
 from captum_mipin.targets import per_example, target_indices, target_label
 from captum_mipin.types import Target
 
@@ -380,6 +380,8 @@ class NeighbourInverse(InverseNetwork):
         torch.Size([5, 6])
     """
 
+    _kind = "a neighbourhood inverse"
+
     def __init__(
         self,
         model: nn.Module,
@@ -489,7 +491,7 @@ class NeighbourInverse(InverseNetwork):
             )
             made_of = structure(graph, surrogate.rules)
         self._state = _NeighbourState(
-            fitted, dims, signature, made_of, *example, storage.Watch(model), kept
+            fitted, dims, signature, made_of, *example, Watch(model), kept
         )
         return self
 
@@ -695,8 +697,11 @@ class NeighbourInverse(InverseNetwork):
 
     # ------------------------------------------------------------------------------------------------- files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what is kept to a safetensors file, whole or not at all; as :meth:`InverseNetwork.save`."""
+    @classmethod
+    def _accepts(cls, content: dict[str, Any]) -> bool:
+        return "neighbours" in content
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = self._fitted()
         feature = self.feature if isinstance(self.feature, str | None) else self._path(self.feature)
         content = {
@@ -712,16 +717,13 @@ class NeighbourInverse(InverseNetwork):
                 "outputs": [(key, len(outputs)) for key, outputs in state.kept.outputs.items()],
             },
         }
-        storage.save(
-            path, {str(number): tensor for number, tensor in enumerate(state.kept.tensors)}, content
-        )
+        return {str(number): t for number, t in enumerate(state.kept.tensors)}, content
 
     @classmethod
-    def _from_content(
-        cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module, name: str
+    def _unpack(
+        cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module
     ) -> "NeighbourInverse":
         how = content["neighbours"]
-        storage.check_belongs(name, content, model)
         settings = Settings(**content["settings"])
         inverse = cls(
             model,
@@ -729,19 +731,17 @@ class NeighbourInverse(InverseNetwork):
             neighbours=how["count"],
             metric=how["metric"],
             feature=model.get_submodule(how["feature"]) if how["module"] else how["feature"],
-            output=storage.output_of(content),
+            output=content["output"],
             ridge=settings.ridge,
             ridge_scale=settings.ridge_scale,
             pooling="shares" if settings.shares else "even",
             forks="joint" if settings.joint else "sum",
             precision="double" if settings.double else "model",
         )
-        device, head = device_of(model), head_of(content, model)
         wanted = how["sources"] + how["features"] + sum(count for _, count in how["outputs"])
         if len(tensors) != wanted:
-            raise InverseFileError(f"{name!r} has {len(tensors)} tensors, expected {wanted}")
-        # copies, as for other inverses
-        found = iter([tensors[str(number)].to(device, copy=True) for number in range(len(tensors))])
+            raise InverseFileError(f"the file has {len(tensors)} tensors, expected {wanted}")
+        found = iter([tensors[str(number)] for number in range(len(tensors))])
         sources, features = (
             [next(found) for _ in range(how[kind])] for kind in ("sources", "features")
         )
@@ -752,9 +752,11 @@ class NeighbourInverse(InverseNetwork):
             for t in kept.tensors
         ):
             raise InverseFileError(
-                f"{name!r} holds other tensors than finite numbers of as many examples each"
+                "the file holds other tensors than finite numbers of as many examples each"
             )
         inverse._state = _NeighbourState(
-            Fitted({tuple(target): {} for target in content["targets"]}), *head, kept
+            Fitted({tuple(target): {} for target in content["targets"]}),
+            *head_of(content, model),
+            kept,
         )
         return inverse

@@ -60,7 +60,9 @@ from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale
 from captum_mipin.report import FitReport
 from captum_mipin.rules import MIPIN, Inverse, Options, Rule, table
-from captum_mipin.storage import files as storage
+from captum_mipin.storage import files
+from captum_mipin.storage.saved import Saved
+from captum_mipin.storage.watch import Watch, fingerprint
 from captum_mipin.targets import per_example, target_index, target_indices, target_label
 from captum_mipin.types import Target
 from captum_mipin.version import __version__
@@ -81,7 +83,7 @@ class Explanation:
     output: Tensor
 
 
-class InverseNetwork:
+class InverseNetwork(Saved):
     """MIP-IN: an inverse of a trained network, learned layer by layer from a class's logit back to the input.
 
     Nothing of the model is touched, now or later; the network's parameters are read as they are at each call.
@@ -137,6 +139,8 @@ class InverseNetwork:
         >>> inverse.source_signal(x[:5], target=2).shape
         torch.Size([5, 6])
     """
+
+    _kind = "an inverse network"
 
     def __init__(
         self,
@@ -350,7 +354,7 @@ class InverseNetwork:
             def written(fitted: Fitted) -> None:
                 with processes.fail_together():
                     if checkpoint is not None and processes.rank == 0:
-                        self._write(checkpoint, state, unfinished)
+                        files.save(checkpoint, *self._content(state, unfinished))
 
             if lazy:
                 state.lazy = dict.fromkeys(chosen, Lazy(fit, cache, state.watch.marks))
@@ -426,7 +430,7 @@ class InverseNetwork:
                 "the data has another shape, dtype or further arguments than that of earlier fits"
             )
         dims = tuple(int(n) for n in value_of(graph.output).shape[1:])
-        watch = before.watch if before is not None else storage.Watch(self.model)
+        watch = before.watch if before is not None else Watch(self.model)
         example = first_example(inputs, extras, graph.shared)
         return State(Fitted(), dims, signature, structure(graph, surrogate.rules), *example, watch)
 
@@ -616,10 +620,10 @@ class InverseNetwork:
         unit: bool = False,
     ) -> Explanation:
         check_model(self.model)
-        if self.changed == "warn" and state.watch.news(self.model):
+        if self.changed == "warn" and state.watch.newly_changed(self.model):
             warnings.warn(
                 "the model's weights have changed since the inverse was fitted, so that it explains a mixture of both models; "
-                f"their fingerprint is {storage.fingerprint(self.model)[:12]} now",
+                f"their fingerprint is {fingerprint(self.model)[:12]} now",
                 ModelChangedWarning,
                 stacklevel=_outside(),
             )
@@ -744,64 +748,38 @@ class InverseNetwork:
 
     # ------------------------------------------------------------------------------------------------- files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted inverses to a safetensors file, whole or not at all.
+    @classmethod
+    def _accepts(cls, content: dict[str, Any]) -> bool:
+        return "unfinished" in content
 
-        Args:
-            path: Where to; a file that is there is replaced only once the new one is complete.
-
-        Raises:
-            NotFittedError: There is nothing to save, or classes that are fitted only when they are explained.
-            OSError: It cannot be written.
-        """
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = self._fitted()
         if state.lazy:
             raise NotFittedError(
-                f"the {len(state.lazy)} classes of fit(..., lazy=True) are fitted only when they are explained: fit those that "
-                "are to be saved without lazy=True, in an InverseNetwork of their own or in this one"
+                f"the {len(state.lazy)} classes of fit(..., lazy=True) are fitted only when they "
+                "are explained: fit those to save without lazy=True"
             )
-        self._write(path, state, None)
+        return self._content(state)
+
+    def _content(
+        self, state: State, unfinished: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, content = packed(state.fitted)
+        return tensors, {**self._head(state), **content, "unfinished": unfinished}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> "InverseNetwork":
-        """Read an inverse network back.
-
-        Args:
-            path: A file written by :meth:`save`.
-            model: The model it was fitted to, with the same weights; bare or behind ``nn.DataParallel`` or ``torch.compile``.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            InverseFileError: It is no such file, cut short, or changed.
-            ModelChangedError: It was fitted to another model or other weights.
-        """
-        model = check_model(unwrapped(model))
-        tensors, content = storage.load(path)
-        with storage.reading(path, "an inverse network"):
-            return cls._from_content(tensors, content, model, os.fspath(path))
-
-    @classmethod
-    def _from_content(
-        cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module, name: str
+    def _unpack(
+        cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module
     ) -> "InverseNetwork":
         if content["unfinished"] is not None:
             raise InverseFileError(
-                f"{name!r} is the checkpoint of an unfinished fit; continue it with fit(checkpoint=...)"
+                "the file is the checkpoint of an unfinished fit; continue it with fit(checkpoint=...)"
             )
-        storage.check_belongs(name, content, model)
         layer = None if content["layer"] is None else model.get_submodule(content["layer"])
-        output = storage.output_of(content)
-        inverse = cls(model, layer=layer, output=output)
+        inverse = cls(model, layer=layer, output=content["output"])
         inverse.settings = Settings(**content["settings"])
-        fitted = unpacked(tensors, content, device_of(model))
-        inverse._state = State(fitted, *head_of(content, model))
+        inverse._state = State(unpacked(tensors, content), *head_of(content, model))
         return inverse
-
-    def _write(
-        self, path: str | os.PathLike[str], state: State, unfinished: dict[str, Any] | None
-    ) -> None:
-        tensors, content = packed(state.fitted)
-        storage.save(path, tensors, {**self._head(state), **content, "unfinished": unfinished})
 
     def _head(self, state: State) -> dict[str, Any]:
         """What a file says of the model, of how it was captured, and of the options."""
@@ -826,7 +804,7 @@ class InverseNetwork:
         self, path: str | os.PathLike[str], state: State, unfinished: dict[str, Any]
     ) -> Fitted:
         """What an interrupted fit had done."""
-        tensors, content = storage.load(path)
+        tensors, content = files.load(path)
         same = {**json.loads(json.dumps(self._head(state))), **unfinished}  # as files have it
         del same["version"], same["model"]  # told, not compared
         found = {**content, **(content["unfinished"] or {})}
@@ -835,7 +813,8 @@ class InverseNetwork:
             raise InverseFileError(
                 f"the checkpoint {os.fspath(path)!r} is of another fit: its {', '.join(other)} differ"
             )
-        return unpacked(tensors, content, device_of(self.model))
+        device = device_of(self.model)
+        return unpacked({name: t.to(device) for name, t in tensors.items()}, content)
 
     # ------------------------------------------------------------------------------------------------- parts
 

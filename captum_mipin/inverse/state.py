@@ -13,7 +13,7 @@ from captum_mipin.inverse.fit import Fitted
 from captum_mipin.inverse.lazy import Lazy
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse
-from captum_mipin.storage import files as storage
+from captum_mipin.storage.watch import Watch
 from captum_mipin.targets import target_label
 from captum_mipin.types import Target
 
@@ -31,14 +31,14 @@ class State:
     structure: str
     example: Inputs
     extras: Extras | None
-    watch: storage.Watch
+    watch: Watch
     #: Where classes come from that are fitted when they are explained.
     lazy: dict[Target, Lazy] = field(default_factory=dict, kw_only=True)
 
 
 def head_of(
     content: dict[str, Any], model: nn.Module
-) -> tuple[tuple[int, ...], Signature, str, Inputs, Extras | None, storage.Watch]:
+) -> tuple[tuple[int, ...], Signature, str, Inputs, Extras | None, Watch]:
     """What a state is made of besides what was fitted, from a file's content.
 
     Raises:
@@ -61,7 +61,7 @@ def head_of(
         content["structure"],
         example,
         extras,
-        storage.Watch(model, content["fingerprint"]),
+        Watch(model, content["fingerprint"]),
     )
 
 
@@ -89,11 +89,9 @@ def packed(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
 
 
-def unpacked(tensors: dict[str, Tensor], content: dict[str, Any], device: torch.device) -> Fitted:
+def unpacked(tensors: dict[str, Tensor], content: dict[str, Any]) -> Fitted:
     """What a fit has learned, from a file's tensors and content; see :func:`packed`."""
-    # copies, since the file's own memory is aligned otherwise and matrix products would round otherwise
-    found = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-    found.update((name, found[first]) for name, first in content["same"].items())
+    found = {**tensors, **{name: tensors[first] for name, first in content["same"].items()}}
     fitted = Fitted()
     for number, entry in enumerate(content["targets"]):
         fitted.inverses[tuple(entry["target"])] = {

@@ -5,7 +5,6 @@ samples, a = cov(x, y) / var(y), or from those at which the neuron is active alo
 one a channel with the weights 1 and 1, and so are averages, whose patterns are known: 1 for every element.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,7 +17,6 @@ from tqdm.auto import tqdm
 from captum_mipin.errors import (
     FitError,
     InputError,
-    InverseFileError,
     ModelChangedError,
     NotFittedError,
 )
@@ -51,7 +49,8 @@ from captum_mipin.rules.attention import ATTENTION
 from captum_mipin.rules.base import Back, varies
 from captum_mipin.rules.normalization import NORMALIZATION, SCALES
 from captum_mipin.rules.pooling import POOLING, shared_out
-from captum_mipin.storage import files as storage
+from captum_mipin.storage.saved import Saved
+from captum_mipin.storage.watch import Watch
 
 Estimator = Literal["linear", "positive"]
 
@@ -158,10 +157,10 @@ class _State:
 
     patterns: dict[str, Tensor]
     report: PatternReport
-    watch: storage.Watch
+    watch: Watch
 
 
-class Patterns:
+class Patterns(Saved):
     """The patterns of a network's neurons, fitted in one pass over data like those to explain.
 
     Fitted are all layers with weights, batch norms behind them folded in, and sums of two signals, one neuron a channel. For a
@@ -188,6 +187,8 @@ class Patterns:
         >>> torch.allclose((a * model[0].weight).sum(1), torch.ones(8), atol=1e-4)
         True
     """
+
+    _kind = "patterns"
 
     def __init__(
         self,
@@ -253,7 +254,7 @@ class Patterns:
             model = check_model(self.model)
             if batch_size < 1:
                 raise InputError(f"batch_size={batch_size!r} must be at least 1")
-            watch = storage.Watch(model)
+            watch = Watch(model)
         processes.check_same("weights", watch.fingerprint)
         processes.check_same("estimators", self.estimator)
         device, method = device_of(model), _Fitting(self.model, self)
@@ -300,46 +301,27 @@ class Patterns:
         )
         return {key: part.total(processes.sum) for key, part in method.sums.items()}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the patterns to a safetensors file, whole or not at all.
+    @classmethod
+    def _accepts(cls, content: dict[str, Any]) -> bool:
+        return content.get("kind") == "patterns"
 
-        Raises:
-            NotFittedError: There is nothing to save.
-            OSError: It cannot be written.
-        """
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = self.fitted()
-        content = {
-            "kind": _KIND,
+        return state.patterns, {
+            "kind": "patterns",
             "estimator": self.estimator,
             "output": self.output,
             "fingerprint": state.watch.fingerprint,
             "layers": [asdict(fit) for fit in state.report.layers],
         }
-        storage.save(path, state.patterns, content)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> "Patterns":
-        """Read patterns back.
-
-        Args:
-            path: A file written by :meth:`save`.
-            model: The model they were fitted to, with the same weights.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            InverseFileError: It is no such file, cut short, or changed.
-            ModelChangedError: It was fitted to another model or other weights.
-        """
-        model = check_model(unwrapped(model))
-        tensors, content = storage.load(path)
-        if content.get("kind") != _KIND:
-            raise InverseFileError(f"{os.fspath(path)!r} holds no patterns")
-        with storage.reading(path, "patterns"):
-            storage.check_belongs(path, content, model)
-            patterns = cls(model, estimator=content["estimator"], output=storage.output_of(content))
-            report = PatternReport(tuple(PatternFit(**fit) for fit in content["layers"]))
-            own = {key: tensor.to(device_of(model), copy=True) for key, tensor in tensors.items()}
-            patterns._state = _State(own, report, storage.Watch(model, content["fingerprint"]))
+    def _unpack(
+        cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module
+    ) -> "Patterns":
+        patterns = cls(model, estimator=content["estimator"], output=content["output"])
+        report = PatternReport(tuple(PatternFit(**fit) for fit in content["layers"]))
+        patterns._state = _State(tensors, report, Watch(model, content["fingerprint"]))
         return patterns
 
     def fitted(self) -> _State:
@@ -356,9 +338,6 @@ class Patterns:
                 "the model's weights have changed since the patterns were fitted: fit them again"
             )
         return self._state
-
-
-_KIND = "patterns"
 
 
 class _WithPatterns:

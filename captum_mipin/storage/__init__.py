@@ -1,1 +1,1 @@
-"""Files of fitted methods, and the watch over the weights of a model."""
+"""Files of fitted methods, and the watch over a model's weights."""

@@ -594,7 +594,7 @@ def test_files_of_other_models_and_methods(iba, model, x, mlp, tmp_path):
     with pytest.raises(InverseFileError):
         InverseNetwork.load(tmp_path / "file", model)
     mlp.inverse.save(tmp_path / "inverse")
-    with pytest.raises(InverseFileError, match="is not that of IBA"):
+    with pytest.raises(InverseFileError, match="does not hold IBA"):
         IBA.load(tmp_path / "inverse", mlp.model)
     with pytest.raises(FileNotFoundError):
         IBA.load(tmp_path / "none", model)

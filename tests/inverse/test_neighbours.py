@@ -32,7 +32,7 @@ from captum_mipin.errors import (
     TrainingModeError,
 )
 from captum_mipin.inverse import neighbours
-from captum_mipin.storage import files as storage
+from captum_mipin.storage import files
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -326,8 +326,8 @@ def test_copies_pickles_and_files_explain_alike(tmp_path):
         assert (other.targets, other.neighbours, other.metric) == ([0, 2], 9, "euclidean")
         with pytest.raises(NotFittedError, match=r"target 1; fitted are \[0, 2\]"):
             other.explain((q,), 1, layer=other.layer)
-    tensors, content = storage.load(tmp_path / "f")
-    storage.save(tmp_path / "g", dict(list(tensors.items())[1:]), content)
+    tensors, content = files.load(tmp_path / "f")
+    files.save(tmp_path / "g", dict(list(tensors.items())[1:]), content)
     with pytest.raises(InverseFileError, match="tensors, expected"):
         NeighbourInverse.load(tmp_path / "g", model)
     with pytest.raises(ModelChangedError, match="another model"):
@@ -537,9 +537,9 @@ def test_changed_weights_are_refused_whatever_is_said(changed):
 def test_files_that_say_what_no_data_says_are_refused(tmp_path, change):
     model, (x, q) = head(12, 7, 5, 3), data(12)
     NeighbourInverse(model, neighbours=10).fit(x, progress=False).save(tmp_path / "file")
-    tensors, content = storage.load(tmp_path / "file")
+    tensors, content = files.load(tmp_path / "file")
     change(tensors, content)
-    storage.save(tmp_path / "file", tensors, content)
+    files.save(tmp_path / "file", tensors, content)
     with pytest.raises((InverseFileError, InputError, NotFittedError)):
         NeighbourInverse.load(tmp_path / "file", model).source_signal(q, 1)
 
@@ -559,7 +559,7 @@ def test_a_file_says_what_made_it_as_others_do(tmp_path):
         ("b", NeighbourInverse(model, neighbours=5)),
     ):
         inverse.fit(x, progress=False).save(tmp_path / name)
-    one, other = (storage.load(tmp_path / name)[1] for name in "ab")
+    one, other = (files.load(tmp_path / name)[1] for name in "ab")
     alike = [name for name in one if one[name] == other.get(name)]
     assert {
         "version",

@@ -24,7 +24,7 @@ from captum_mipin.errors import (
     UnsupportedOperationError,
 )
 from captum_mipin.methods import LayerPropagation, PatternAttribution, PatternNet, Patterns
-from captum_mipin.storage import files as storage
+from captum_mipin.storage import files
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 ESTIMATORS = pytest.mark.parametrize("estimator", ["linear", "positive"])
@@ -283,7 +283,7 @@ def test_files_and_state(tmp_path, untouched):
     with pytest.raises(InverseFileError):
         InverseNetwork.load(path, model)
     InverseNetwork(model).fit(x, 0, progress=False).save(path)
-    with pytest.raises(InverseFileError, match="holds no patterns"):
+    with pytest.raises(InverseFileError, match="does not hold patterns"):
         Patterns.load(path, model)
     patterns.save(path)
     path.write_bytes(path.read_bytes()[:-3])
@@ -539,12 +539,12 @@ def test_a_file_whose_content_lacks_something_is_told_as_such(tmp_path):
     model = nn.Sequential(nn.Linear(4, 3)).eval()
     path = tmp_path / "patterns"
     Patterns(model).fit(torch.randn(20, 4), progress=False).save(path)
-    tensors, content = storage.load(path)
+    tensors, content = files.load(path)
     for missing in ("fingerprint", "estimator", "output", "layers"):
-        storage.save(
+        files.save(
             path, tensors, {name: value for name, value in content.items() if name != missing}
         )
         with pytest.raises(
-            InverseFileError, match=f"is not that of patterns: KeyError\\('{missing}'\\)"
+            InverseFileError, match=rf"is not that of patterns \(KeyError\('{missing}'\)\)"
         ):
             Patterns.load(path, model)

@@ -17,7 +17,7 @@ from torch import nn
 
 from captum_mipin import InverseNetwork
 from captum_mipin.errors import InverseFileError, MIPINError
-from captum_mipin.storage import files as storage
+from captum_mipin.storage import files as stored
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -89,7 +89,7 @@ def test_any_other_content_is_refused_or_explains(files, data):
             del holder[last]
         else:
             holder[last] = copy.deepcopy(data.draw(VALUES))
-    storage.save(files / "changed", tensors, content)
+    stored.save(files / "changed", tensors, content)
     found = explained(files / "changed")
     assert isinstance(found, MIPINError) or bool(torch.isfinite(found).all())
 
@@ -117,7 +117,7 @@ def test_any_other_tensors_are_refused_or_explain(files, data):
     else:
         other = data.draw(st.sampled_from(sorted(tensors)))
         tensors[name], tensors[other] = tensors[other], tensors[name]
-    storage.save(files / "changed", tensors, content)
+    stored.save(files / "changed", tensors, content)
     found = explained(files / "changed")
     assert isinstance(found, MIPINError) or (
         found.dtype == X.dtype and bool(torch.isfinite(found).all())
@@ -147,7 +147,7 @@ def test_hostile_headers(tmp_path, header, length):
     "text", ["[" * 100000, '{"a":' * 100000, "1" * 10000, "NaN", '"\\ud800"', "{} {}"]
 )
 def test_hostile_content(tmp_path, text):
-    digest = storage._digest({}, text)
-    save_file({}, tmp_path / "file", {"format": storage.FORMAT, "content": text, "digest": digest})
+    digest = stored._digest({}, text)
+    save_file({}, tmp_path / "file", {"format": stored.FORMAT, "content": text, "digest": digest})
     with pytest.raises(InverseFileError):
         InverseNetwork.load(tmp_path / "file", MODEL)
