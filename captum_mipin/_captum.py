@@ -1,21 +1,56 @@
-"""The only place that touches more of Captum than its public names: what its tools expect of a method unsaid."""
+"""Captum's contract: what its tools expect of ``attribute``, and the arguments that all share."""
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import cleandoc
+from textwrap import indent
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+#: Section of a docstring → the entries that every ``attribute`` method has there.
+COMMON_ENTRIES = {
+    "Args": """
+inputs: Tensor (batch, ...) or tuple of such tensors, with floating-point values.
+target: The output to explain, in any form that Captum takes: an int, a tuple, a list (one target
+    for each example) or an integer tensor. None for a model with one output.
+additional_forward_args: Further arguments of the model: one object, or a tuple of several.
+""",
+    "Raises": """
+InputError: ``inputs`` are no tensor or tuple of tensors, are empty, or contain integers or NaN.
+    It is also an AssertionError and a ValueError.
+TargetError: The model has no such target. It is also an AssertionError; if the target is out of
+    range, it is also an IndexError.
+CaptureError: The model cannot be captured, or cannot run on inputs of this shape, dtype or device.
+""",
+}
+
+
+def describe_common(method: Callable[P, R]) -> Callable[P, R]:
+    """Insert :data:`COMMON_ENTRIES` into a method's docstring, where ``help`` shows them.
+
+    The ``Args`` section is made if it is missing; it then stands before ``Returns``. The ``Raises``
+    section is completed only if the method has one.
+    """
+    doc = cleandoc(method.__doc__ or "")
+    if "\nArgs:\n" not in doc:
+        doc = doc.replace("\nReturns:\n", "\nArgs:\n\nReturns:\n")
+    for section, entries in COMMON_ENTRIES.items():
+        shown = indent(entries.strip("\n"), " " * 4)
+        doc = doc.replace(f"\n{section}:\n", f"\n{section}:\n{shown}\n")
+    method.__doc__ = doc
+    return method
+
 
 def captum_entry(method: Callable[P, R]) -> Callable[P, R]:
-    """Mark an ``attribute`` method for Captum.
+    """Mark an ``attribute`` method for Captum, and describe its common arguments.
 
-    ``NoiseTunnel`` and ``TCAV`` call ``attribute.__wrapped__``, which ``functools.wraps`` leaves behind. They skip
-    what a decorator does, so this one does nothing.
+    Captum's ``NoiseTunnel`` and ``TCAV`` call ``attribute.__wrapped__``, which ``functools.wraps``
+    sets. They thereby skip what a decorator does, so this one changes no value.
     """
 
-    @wraps(method)
+    @wraps(describe_common(method))
     def entry(*args: P.args, **kwargs: P.kwargs) -> R:
         return method(*args, **kwargs)
 
@@ -23,8 +58,10 @@ def captum_entry(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class NoFuture:
-    """What methods without ``attribute_future`` inherit, before Captum's base class, which leaves it undefined."""
+    """Base of methods without ``attribute_future``; it comes before Captum's base class."""
 
     def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not implemented, as for Captum's gradient methods."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+        """Raise NotImplementedError, as Captum's gradient methods do."""
+        raise NotImplementedError(
+            f"attribute_future is not implemented for {type(self).__name__}: call attribute"
+        )

@@ -537,7 +537,7 @@ def test_evidence_is_refused_where_there_are_no_places(mlp: Any, cnn: Any) -> No
     mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, 0, progress=False))
     with pytest.raises(InputError, match="told by places"):
         mipin.attribute(x[:2], 0, evidence=True, local=False)
-    with pytest.raises(InputError, match="ask for one"):
+    with pytest.raises(InputError, match="pass one of them"):
         mipin.attribute(x[:2], 0, evidence=True, return_convergence_delta=True)
     even = MIPINAttribution(model, InverseNetwork(model, pooling="even").fit(x, 0, progress=False))
     with pytest.raises(InputError, match="told by places"):

@@ -29,7 +29,7 @@ from captum_mipin.methods import (
     DeepTaylor,
     ExcitationBackprop,
     GuidedBackprop,
-    standard,
+    SmoothGrad,
 )
 from captum_mipin.metrics import Boxes, Method, Result, box_masks
 from captum_mipin.metrics.common import Examples, explain, heat, owner, resized, seeded
@@ -84,13 +84,13 @@ class Setup:
 METHODS: dict[str, Callable[[Setup], Method]] = {
     "MIP-IN": lambda setup: _mipin(setup),
     "MIP-IN × gradient": lambda setup: _bound(_mipin(setup), multiply_by_gradients=True),
-    "Saliency": lambda setup: standard.saliency(setup.model),
-    "Gradient": lambda setup: _bound(standard.saliency(setup.model), abs=False),
+    "Saliency": lambda setup: attr.Saliency(setup.model),
+    "Gradient": lambda setup: _bound(attr.Saliency(setup.model), abs=False),
     "Input×Gradient": lambda setup: attr.InputXGradient(setup.model),
     "Integrated Gradients": lambda setup: _bound(
-        standard.integrated_gradients(setup.model), internal_batch_size=64
+        attr.IntegratedGradients(setup.model), internal_batch_size=64
     ),
-    "SmoothGrad": lambda setup: standard.smooth_grad(setup.model),
+    "SmoothGrad": lambda setup: SmoothGrad(setup.model),
     "DeepLift": lambda setup: _deep_lift(setup),
     "Guided Backprop": lambda setup: GuidedBackprop(setup.model),
     "Deconvnet": lambda setup: Deconvnet(setup.model),
@@ -718,7 +718,7 @@ def _deep_lift(setup: Setup) -> Method:
             "DeepLift looks for modules such as nn.ReLU, which an exported program no longer has: take the network that was "
             "exported"
         )
-    return standard.deep_lift(setup.model)
+    return attr.DeepLift(setup.model)
 
 
 def _bound(method: Any, **options: Any) -> Method:

@@ -15,15 +15,7 @@ from captum_mipin.methods.lrp import (
     ZPlus,
 )
 from captum_mipin.methods.patterns import PatternAttribution, PatternNet, Patterns
-from captum_mipin.methods.standard import (
-    GradCAM,
-    SmoothGrad,
-    deep_lift,
-    grad_cam,
-    integrated_gradients,
-    saliency,
-    smooth_grad,
-)  # fmt: skip
+from captum_mipin.methods.standard import GradCAM, SmoothGrad
 
 __all__ = [
     "LRP",
@@ -44,9 +36,4 @@ __all__ = [
     "WSquare",
     "ZBox",
     "ZPlus",
-    "deep_lift",
-    "grad_cam",
-    "integrated_gradients",
-    "saliency",
-    "smooth_grad",
 ]

@@ -1,4 +1,9 @@
-"""What all methods that are a table of rules share: Captum's contract, at the input and at a layer."""
+"""The base of all methods that are a table of rules, and their Captum contract.
+
+A method supplies a :class:`Table` of rules. :class:`Propagation` captures the model, makes a
+surrogate whose backward pass follows the table, and runs it once. :class:`Signal` and
+:class:`Relevance` are its two kinds; :class:`LayerPropagation` stops either of them at a layer.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,45 +42,44 @@ from captum_mipin.types import Target
 
 
 @dataclass(frozen=True, eq=False)
-class _Itself:
-    """An option, which is the same only if it is the same object: options may hold tensors."""
+class _ByIdentity:
+    """An option that equals only itself, since ``==`` between tensors is no single truth value."""
 
     value: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
+        return isinstance(other, _ByIdentity) and other.value is self.value
 
 
-def _as_it_is(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
+def _unchanged(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
     """Rewrite nothing."""
 
 
 @dataclass(frozen=True)
 class Table(Mapping[str, Rule]):
-    """A method: operation → rule, and what it makes of the graph before.
+    """A method: the rule of each operation, and how the graph is rewritten first.
 
     Attributes:
         rules: Operation → rule.
-        rewrite: (marked copy of the graph, symbol of the batch, starts) → nothing; changes the copy.
-        other: The rule of all other operations; None where they are refused.
+        rewrite: Called with a marked copy of the graph, the symbol of the batch size, and the nodes
+            where the way back ends. It may change the copy.
+        other: The rule of all other operations. None: they are refused.
     """
 
     rules: Mapping[str, Rule]
-    rewrite: Callable[[fx.Graph, str, Sequence[fx.Node]], None] = _as_it_is
+    rewrite: Callable[[fx.Graph, str, Sequence[fx.Node]], None] = _unchanged
     other: Rule | None = None
     way_out = (
-        "The method is not defined there. Take LayerPropagation(method, layer) at a module behind it, or write that part "
-        "of the model with supported operations; check(model, inputs, method=...) lists all."
+        "The method is not defined there. Use LayerPropagation(method, layer) at a module behind "
+        "it, or write that part of the model with supported operations; "
+        "check(model, inputs, method=...) lists all."
     )
 
     def __getitem__(self, operation: str) -> Rule:
-        found = self.rules.get(operation, self.other)
-        if found is None:
+        rule = self.rules.get(operation, self.other)
+        if rule is None:
             raise KeyError(operation)
-        return found
+        return rule
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rules)
@@ -86,12 +90,13 @@ class Table(Mapping[str, Rule]):
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one pass forward and one back yield.
+    """The results of one pass forward and one pass back.
 
     Attributes:
-        features: Values where the pass ends, at the inputs or a layer's output, each (batch, ...).
-        signals: What came back to them.
-        output: (batch,) what was sent back from each example's output.
+        features: Values where the way back ends, at the inputs or at a layer's output, each
+            (batch, ...).
+        signals: What arrived there, shaped like ``features``.
+        output: (batch,) what was sent back from the output, summed over each example.
     """
 
     features: Inputs
@@ -100,20 +105,24 @@ class Explanation:
 
 
 class Propagation(NoFuture, GradientAttribution):
-    """A method that sends something from the output back to the input in one pass: a table of rules.
+    """The base of all methods that send something back from the output in one pass.
 
-    The base of the methods of this package; what is said here holds for all of them. The model is captured as a graph, once
-    for each kind of inputs, so the spelling of an operation does not matter, and nothing of the model is touched. What a
-    method has no rule for is refused by name; :func:`~captum_mipin.check` tells beforehand, with ``method=``.
+    What is said here holds for every method. The model is captured as a graph, once for each shape
+    and dtype of inputs, so different spellings of one operation give the same result. The model is
+    not changed. Operations without a rule are refused by name; :func:`~captum_mipin.check` with
+    ``method=`` lists them beforehand.
 
     Args:
-        model: A ``torch.nn.Module`` in evaluation mode that returns logits (batch, classes), or (batch,). Behind
-            ``nn.DataParallel`` or ``torch.compile``, the module itself is taken.
-        output: Where the model returns several tensors, which of them, as for :class:`~captum_mipin.InverseNetwork`.
+        model: A ``torch.nn.Module`` in evaluation mode that returns logits (batch, classes), or
+            (batch,). Behind ``nn.DataParallel`` or ``torch.compile``, the module itself is used.
+        output: Which output to explain if the model returns several tensors, as for
+            :class:`~captum_mipin.InverseNetwork`.
     """
 
     #: The method's name, as Captum's tools show it.
     _name = "Propagation"
+    #: Whether 1 is sent back from the target, instead of its output.
+    _unit = False
 
     def __init__(self, model: nn.Module, *, output: Output = None) -> None:
         check_output(output)
@@ -125,19 +134,22 @@ class Propagation(NoFuture, GradientAttribution):
     def explain(
         self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None
     ) -> Explanation:
-        """One pass forward and one back, to the inputs or to the output of ``layer``.
+        """Run one pass forward and one pass back, to the inputs or to the output of ``layer``.
 
         Args:
             inputs: Tensors (batch, ...).
-            target: As Captum's ``target``.
+            target: The output to explain, as Captum's ``target``.
             extras: Further arguments of the model.
             layer: A module of the model with one output tensor.
 
         Returns:
-            Values there, what came back, and what the method started with, summed over each example.
+            The values there, what arrived, and what the method started with.
 
         Raises:
-            InputError, TargetError, CaptureError, UnsupportedOperationError: As their descriptions say.
+            InputError: An input is unusable, or the output or what is sent back overflows.
+            TargetError: The model has no such target.
+            CaptureError: The model cannot be captured.
+            UnsupportedOperationError: The method has no rule for an operation of the model.
         """
         check_model(self.model)
         check_inputs(inputs, explained=layer is None)
@@ -156,29 +168,29 @@ class Propagation(NoFuture, GradientAttribution):
                 output = surrogate(run, graph.values(self.model, inputs, extras))
                 start = self._start(output, targets)
                 sources = [run.sources[index] for index in range(surrogate.starts)]
-                found = torch.autograd.grad(output, sources, start)
-            if not all(finite(s) for s in found):
+                signals = torch.autograd.grad(output, sources, start)
+            if not all(finite(s) for s in signals):
                 raise InputError(
-                    "the model's output or what is sent back overflows for these inputs: it contains NaN or Inf"
+                    "the model's output, or what is sent back, overflows for these inputs: it "
+                    "contains NaN or Inf. Scale the inputs, or use a wider dtype"
                 )
-            total = start.flatten(1).sum(1) if start.ndim > 1 else start
             return Explanation(
                 tuple(x.detach() for x in sources),
-                tuple(s.detach().contiguous() for s in found),
-                total,
+                tuple(s.detach().contiguous() for s in signals),
+                _summed(start),
             )
 
     def survey(self, captured: CapturedGraph, start: str | None = None) -> list[Treatment]:
-        """What the method makes of each operation of a graph."""
+        """Return how the method treats each operation of a graph."""
         return survey(captured, self._table(), start)
 
     def _table(self) -> Table:
-        """The method."""
+        """Return the rules of the method."""
         raise NotImplementedError
 
     def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
-        """What is sent back from the output."""
-        return seed(output, targets)
+        """Return what is sent back, shaped like the output: 0 everywhere but at the targets."""
+        return seed(output, targets, unit=self._unit)
 
     def _surrogate(
         self, inputs: Inputs, extras: Extras, layer: nn.Module | None
@@ -186,7 +198,8 @@ class Propagation(NoFuture, GradientAttribution):
         def build(graph: CapturedGraph, start: str | None) -> Surrogate:
             return Surrogate(graph, self._table(), start, joint=False)
 
-        options = [_Itself(value) for name, value in vars(self).items() if not name.startswith("_")]
+        # A changed option makes another table: the surrogate is then built anew.
+        options = [_ByIdentity(v) for name, v in vars(self).items() if not name.startswith("_")]
         return self._graphs.build(
             self.model, layer, options, lambda: self._find(inputs, extras), build
         )
@@ -199,12 +212,12 @@ class Propagation(NoFuture, GradientAttribution):
 
     @classmethod
     def get_name(cls) -> str:
-        """The name that Captum's tools show."""
+        """Return the name that Captum's tools show."""
         return cls._name
 
 
 class Signal(Propagation):
-    """A method whose answer is no share of the output, but something like a gradient or a signal."""
+    """The base of methods that send back a signal or a gradient, not shares of the output."""
 
     @captum_entry
     def attribute(
@@ -215,33 +228,26 @@ class Signal(Propagation):
         *,
         multiply_by_inputs: bool = False,
     ) -> Any:
-        """What the method sends back to the input from the target's output.
+        """Return what arrives at the input from the target's output.
 
         Args:
-            inputs: Tensor (batch, ...) or tuple of such, floating.
-            target: The class, as any Captum method takes it: int, tuple, list, integer tensor; may differ between
-                examples. None for a model with one output.
-            additional_forward_args: Further arguments of the model.
-            multiply_by_inputs: Return the answer ⊙ x.
+            multiply_by_inputs: Return the result ⊙ x.
 
         Returns:
-            Attributions shaped, typed and placed like ``inputs``.
+            Attributions with the shape, dtype and device of ``inputs``.
 
         Raises:
-            InputError: Not a tensor or tuple, empty, integer, NaN. Also an AssertionError and a ValueError.
-            TargetError: Not a target of this model. Also an AssertionError; out of range also an IndexError.
-            CaptureError: The model cannot be captured.
-            UnsupportedOperationError: It has an operation that the method has no rule for.
+            UnsupportedOperationError: The method has no rule for an operation of the model.
         """
-        found = self.explain(as_inputs(inputs), target, as_extras(additional_forward_args))
-        maps = found.signals
+        explanation = self.explain(as_inputs(inputs), target, as_extras(additional_forward_args))
+        maps = explanation.signals
         if multiply_by_inputs:
-            maps = tuple(a * x for a, x in zip(maps, found.features, strict=True))
+            maps = tuple(a * x for a, x in zip(maps, explanation.features, strict=True))
         return like(inputs, maps)
 
 
 class Relevance(Propagation):
-    """A method that shares its output out over the input, as far as it conserves."""
+    """The base of methods that distribute the output over the input as relevance."""
 
     @captum_entry
     def attribute(
@@ -252,55 +258,46 @@ class Relevance(Propagation):
         *,
         return_convergence_delta: bool = False,
     ) -> Any:
-        """The relevance of each input feature for the target's output.
+        """Return the relevance of each input feature for the target's output.
 
         Args:
-            inputs: Tensor (batch, ...) or tuple of such, floating.
-            target: The class, as any Captum method takes it: int, tuple, list, integer tensor; may differ between
-                examples. None for a model with one output.
-            additional_forward_args: Further arguments of the model.
-            return_convergence_delta: Return also what is lost on the way, example by example: R − Σ A, where R is what the
-                method starts with. The share that arrives is 1 − delta / R.
+            return_convergence_delta: Return also the relevance that is lost on the way, R − Σ A for
+                each example, where R is what the method starts with. The share that arrives is
+                1 − delta / R.
 
         Returns:
-            Attributions shaped, typed and placed like ``inputs``; with ``return_convergence_delta`` a pair of them and a
-            tensor (batch,).
+            Attributions with the shape, dtype and device of ``inputs``. With
+            ``return_convergence_delta``, a pair of them and a tensor (batch,).
 
         Raises:
-            InputError: Not a tensor or tuple, empty, integer, NaN. Also an AssertionError and a ValueError.
-            TargetError: Not a target of this model. Also an AssertionError; out of range also an IndexError.
-            CaptureError: The model cannot be captured.
-            UnsupportedOperationError: It has an operation that the method has no rule for.
+            UnsupportedOperationError: The method has no rule for an operation of the model.
         """
-        found = self.explain(as_inputs(inputs), target, as_extras(additional_forward_args))
-        maps = like(inputs, found.signals)
-        return (
-            (maps, self.compute_convergence_delta(maps, found.output))
-            if return_convergence_delta
-            else maps
-        )
+        explanation = self.explain(as_inputs(inputs), target, as_extras(additional_forward_args))
+        maps = like(inputs, explanation.signals)
+        if not return_convergence_delta:
+            return maps
+        return maps, self.compute_convergence_delta(maps, explanation.output)
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """Whether attributions are contributions, as Captum's tools ask: they are."""
+        """Return True: attributions are contributions, which Captum's tools ask for."""
         return True
 
     def has_convergence_delta(self) -> bool:
-        """Whether ``attribute`` can return a convergence delta: it can."""
+        """Return True: ``attribute`` can return a convergence delta."""
         return True
 
     def compute_convergence_delta(self, attributions: Tensor | Inputs, output: Tensor) -> Tensor:
-        """What of ``output`` the attributions do not add up to, example by example, as for Captum's LRP.
+        """Return output − Σ A for each example, as for Captum's LRP.
 
         Args:
-            attributions: What :meth:`attribute` gave.
-            output: (batch,) what the method started with: for most the target's output.
+            attributions: A, as :meth:`attribute` returns them.
+            output: (batch,) what the method started with; for most methods the target's output.
 
         Returns:
             (batch,)
         """
-        sums = [a.flatten(1).sum(1) if a.ndim > 1 else a for a in as_inputs(attributions)]
-        total: Tensor = torch.stack(sums).sum(0)
+        total = torch.stack([_summed(a) for a in as_inputs(attributions)]).sum(0)
         return output.flatten() - total
 
 
@@ -309,23 +306,25 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
 
     Args:
         method: The method at the input, such as ``LRP(model)``.
-        layer: A module of the model with one output tensor. Between a batch norm and its layer, the batch norm is taken for
-            itself. The model's inputs may then be integers, such as the tokens of a text.
+        layer: A module of the model with one output tensor. A batch norm right behind it is then
+            not folded into it. The model's inputs may be integers, such as the tokens of a text.
 
     Raises:
-        InputError: ``method`` is none of this package.
+        InputError: ``method`` is no method of this package.
 
     Examples:
         >>> from captum_mipin.methods import GuidedBackprop
-        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
-        >>> LayerPropagation(GuidedBackprop(model), model[1]).attribute(torch.randn(2, 1, 8, 8), target=0).shape
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+        >>> guided = LayerPropagation(GuidedBackprop(model.eval()), model[1])
+        >>> guided.attribute(torch.randn(2, 1, 8, 8), target=0).shape
         torch.Size([2, 4, 6, 6])
     """
 
     def __init__(self, method: Propagation, layer: nn.Module) -> None:
         if not isinstance(method, Propagation):
             raise InputError(
-                f"method is a {type(method).__name__}, expected a method of this package, such as LRP(model)"
+                f"method is a {type(method).__name__}, expected a method of this package, such as "
+                "LRP(model)"
             )
         LayerAttribution.__init__(self, method.forward_func, unwrapped(layer))
         GradientAttribution.__init__(self, method.forward_func)
@@ -341,30 +340,34 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
         *,
         multiply_by_features: bool = False,
     ) -> Tensor:
-        """What the method sends back to the layer's output.
+        """Return what the method sends back to the layer's output.
 
         Args:
-            inputs, target, additional_forward_args: As for the method itself.
-            attribute_to_layer_input: Only False: name the layer before it instead.
-            multiply_by_features: Return the answer ⊙ features.
+            attribute_to_layer_input: Only False is supported: pass the layer before it instead.
+            multiply_by_features: Return the result ⊙ features.
 
         Returns:
             Shaped like the layer's output.
 
         Raises:
-            As the method itself; CaptureError where the layer has not exactly one output tensor.
+            CaptureError: The layer has not exactly one output tensor.
+            UnsupportedOperationError: The method has no rule for an operation behind the layer.
         """
         if attribute_to_layer_input:
             raise InputError(
-                "attribute_to_layer_input=True is not supported: name the layer before it"
+                "attribute_to_layer_input=True is not supported: pass the layer before it instead"
             )
-        found = self.method.explain(
-            as_inputs(inputs), target, as_extras(additional_forward_args), self.layer
-        )
-        (a,), (x,) = found.signals, found.features
+        call = as_inputs(inputs), target, as_extras(additional_forward_args)
+        explanation = self.method.explain(*call, self.layer)
+        (a,), (x,) = explanation.signals, explanation.features
         return a * x if multiply_by_features else a
 
     @classmethod
     def get_name(cls) -> str:
-        """The name that Captum's tools show."""
+        """Return the name that Captum's tools show."""
         return "Layer propagation"
+
+
+def _summed(values: Tensor) -> Tensor:
+    """Return the sum over each example: (batch,)."""
+    return values.flatten(1).sum(1) if values.ndim > 1 else values
