@@ -631,7 +631,7 @@ def test_a_used_up_generator(mlp: Any, survives: Any) -> None:
         mlp,
         survives,
         FitError,
-        r"yields no batch: nothing to fit on \(an iterator that is used up\?\)",
+        r"yields no batch: nothing to fit on\. An iterator that is used up has to be made anew",
         used,
     )
 

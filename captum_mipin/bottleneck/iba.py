@@ -48,7 +48,7 @@ from captum_mipin.graph.capture import (
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.subgraph import Part, Parts, tensor_name
 from captum_mipin.graph.validate import as_extras, as_inputs, device_of, generator_kept, like
-from captum_mipin.inverse.data import Batches, Unpack, check_apart
+from captum_mipin.inverse.data import Batches, Unpack, check_independent
 from captum_mipin.regression.statistics import Statistics
 from captum_mipin.storage.saved import Saved
 from captum_mipin.storage.watch import Watch
@@ -250,7 +250,7 @@ class IBA(Saved, NoFuture, Attribution):
                     raise FitError(f"batch {index}: the features contain NaN or Inf")
                 if index == 0:
                     both = features, part.above(features, others)
-                    check_apart(
+                    check_independent(
                         both,
                         inputs,
                         extras,

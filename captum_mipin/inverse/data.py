@@ -1,4 +1,4 @@
-"""The data of a fit: any kind of it as batches, shared out or kept, and whether its examples stand alone."""
+"""The data of a fit: in batches, shared out between processes, or kept for classes fitted later."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,26 +23,29 @@ from captum_mipin.errors import FitError, InputError
 from captum_mipin.graph.capture import Extras, Inputs, check_inputs, finite, pick, plain
 from captum_mipin.storage import files
 
+#: Batch → (inputs, additional_forward_args).
 Unpack = Callable[[Any], tuple[Any, Any]]
-#: Of one batch what the part of a model that is inverted starts from: tensors, and sizes.
+#: What the inverted part of a model starts from, for one batch: tensors and sizes by name.
 Values = Mapping[str, Any]
 
 
 class Batches:
-    """Any kind of data as batches of inputs and extra arguments that can be gone through more than once.
+    """Data of any kind as batches of inputs and extra arguments, for as many passes as wanted.
 
     Args:
-        data: Tensor, tuple of tensors (the inputs of the model), ``Dataset``, ``DataLoader`` or iterable of batches.
-            A batch is a tensor, or a tuple or list whose first element is the input (or a tuple of inputs).
-        batch_size: For data that is not batched yet.
-        unpack: Batch → (inputs, additional_forward_args), where a batch is anything else.
-        device: Where the model is.
-        explained: See :func:`captum_mipin.graph.capture.check_inputs`.
-        shard: (this process, all processes): every so many batches belong to this one, of a ``DataLoader`` every so many
-            examples; with a ``DistributedSampler`` it is taken as it is. There may be none.
+        data: A tensor or a tuple of tensors (the inputs of the model), a ``Dataset``, a
+            ``DataLoader`` or any iterable of batches. A batch is a tensor, or a tuple or list whose
+            first element is the input or a tuple of inputs.
+        batch_size: Examples in a batch, for tensors and a ``Dataset``.
+        unpack: Batch → (inputs, additional_forward_args), for batches of any other kind.
+        device: The device of the model.
+        explained: False if inputs may be integers, since the explanation stops at a layer.
+        shard: Rank of this process, and number of processes. Each process takes every so many
+            batches, or every so many examples of a ``DataLoader``, unless that has a
+            ``DistributedSampler``. A shard may be empty.
 
     Raises:
-        FitError: The data is of no known kind, empty, or a batch does not fit those before it.
+        FitError: The data is of no known kind or empty, or a batch differs from those before it.
     """
 
     def __init__(
@@ -51,84 +54,78 @@ class Batches:
         batch_size: int,
         unpack: Unpack | None,
         device: torch.device,
+        *,
         explained: bool = True,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        if isinstance(data, Tensor) or (
-            isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data)
-        ):
-            tensors = data if isinstance(data, tuple) else (data,)
-            try:
-                check_inputs(tensors, explained)
-            except InputError as error:
-                raise FitError(f"the data cannot be fitted on: {error}") from error
-            rows = range(0, len(tensors[0]), batch_size)
-            data = [(tuple(t[i : i + batch_size] for t in tensors), None) for i in rows]
-            unpack = _as_it_is
-        elif isinstance(data, Dataset):
-            data = DataLoader(
-                data,
-                batch_size=batch_size,
-                generator=torch.Generator(),
-                pin_memory=device.type == "cuda",
+        self._device, self._explained, self._shared_out = device, explained, shard[1] > 1
+        if isinstance(data, Tensor):
+            data = (data,)
+        if isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data):
+            self._check_kind(data, "the data cannot be fitted on")
+            starts = range(0, len(data[0]), batch_size)
+            data, unpack = (
+                [(tuple(t[i : i + batch_size] for t in data), None) for i in starts],
+                None,
             )
+        elif isinstance(data, Dataset):
+            # a generator of its own, so that torch's global one is not drawn from
+            data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
         elif isinstance(data, Iterator):
             data = list(data)  # each layer takes a pass of its own
         if not isinstance(data, Iterable) or isinstance(data, (str, dict)):
             raise FitError(
-                f"cannot fit on a {type(data).__name__}: expected a tensor, a tuple of tensors, a Dataset, a DataLoader "
-                "or an iterable of batches"
+                f"cannot fit on a {type(data).__name__}: expected a tensor, a tuple of tensors, a "
+                "Dataset, a DataLoader or an iterable of batches"
             )
-        self._several = shard[1] > 1
         if (
-            isinstance(data, DataLoader)
-            and self._several
+            self._shared_out
+            and isinstance(data, DataLoader)
             and not isinstance(data.dataset, IterableDataset)
         ):
-            data = data if isinstance(data.sampler, DistributedSampler) else _part_of(data, *shard)
+            data = data if isinstance(data.sampler, DistributedSampler) else _shard(data, *shard)
             shard = (0, 1)
-        self._data, self._unpack, self._device, self._explained = (
-            data,
-            unpack or _unpack,
-            device,
-            explained,
-        )
-        self._shard = shard
-        self._like: Inputs | None = None
+        self._data, self._unpack, self._shard = data, unpack or _unpack, shard
+        self._kind: list[tuple[Any, ...]] = []
 
     def __iter__(self) -> Iterator[tuple[Inputs, Extras]]:
-        found = False
-        for index, batch in enumerate(islice(self._data, self._shard[0], None, self._shard[1])):
+        empty, (rank, count) = True, self._shard
+        for index, batch in enumerate(islice(self._data, rank, None, count)):
             inputs, extras = self._unpack(batch)
             inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             extras = () if extras is None else extras if isinstance(extras, tuple) else (extras,)
             self._check(inputs, index)
             extras = tuple(self._moved(e) if isinstance(e, Tensor) else e for e in extras)
             yield plain((tuple(map(self._moved, inputs)), extras))
-            found = True
-        if not found and not self._several:
+            empty = False
+        if empty and not self._shared_out:
             raise FitError(
-                "the data yields no batch: nothing to fit on (an iterator that is used up?)"
+                "the data yields no batch: nothing to fit on. An iterator that is used up has to "
+                "be made anew"
             )
 
     def _moved(self, x: Tensor) -> Tensor:
-        """``x`` on the model's device; to a GPU from pinned memory, so that nothing waits for it."""
+        """Return ``x`` on the model's device; a GPU copies from pinned memory without waiting."""
         if self._device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
             x = x.pin_memory()
         return x.to(self._device, non_blocking=True)
 
-    def _check(self, inputs: Inputs, index: int) -> None:
+    def _check_kind(self, inputs: Inputs, where: str) -> None:
+        """Raise FitError, which says ``where``, unless ``inputs`` are tensors of a usable kind."""
         try:
             check_inputs(inputs, self._explained)
         except InputError as error:
-            raise FitError(f"batch {index}: {error}") from error
-        self._like = self._like or inputs
-        found, expected = (
-            [(tuple(x.shape[1:]), x.dtype) for x in xs] for xs in (inputs, self._like)
-        )
-        if found != expected:
+            raise FitError(f"{where}: {error}") from error
+
+    def _check(self, inputs: Inputs, index: int) -> None:
+        """Raise FitError unless a batch is finite, and like the first one."""
+        self._check_kind(inputs, f"batch {index}")
+        kind = [(tuple(x.shape[1:]), x.dtype) for x in inputs]
+        self._kind = self._kind or kind
+        if kind != self._kind:
             raise FitError(
-                f"batch {index} has inputs of shape and dtype {found}, the first batch had {expected}"
+                f"batch {index} has inputs of shape and dtype {kind}, the first batch had "
+                f"{self._kind}"
             )
         for number, x in enumerate(inputs):
             if not finite(x):
@@ -136,21 +133,23 @@ class Batches:
 
 
 class Activations:
-    """Of every batch what the part of a model that is inverted starts from, for fits to come: in memory, or in a folder.
+    """What the inverted part of a model starts from, for every batch, in memory or in a folder.
 
     Args:
-        folder: Where to keep it; it is made, and has to be empty. None for memory.
-        room: Bytes of memory that it may take.
+        folder: An empty folder, or one to be made; None for memory.
+        room: Bytes that may be taken in memory.
+
+    Attributes:
+        count: Number of batches.
+        bytes: Bytes of their tensors.
 
     Raises:
-        InputError: The folder is not empty, or none.
+        InputError: The folder is not empty, or is no folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, room: int) -> None:
-        if not isinstance(folder, str | os.PathLike | None) or (
-            folder is not None and Path(folder).is_file()
-        ):
-            raise InputError(f"keep={folder!r} is no folder to keep activations in")
+        if not isinstance(folder, str | os.PathLike | None) or (folder and Path(folder).is_file()):
+            raise InputError(f"keep={folder!r} is no folder: pass the path of an empty folder")
         self._folder, self._room = None if folder is None else Path(folder).absolute(), room
         self._batches: list[Values] = []
         self._digests: list[str] = []
@@ -162,52 +161,45 @@ class Activations:
             self._folder.mkdir(parents=True, exist_ok=True)
             if any(self._folder.iterdir()):
                 raise InputError(
-                    f"keep={os.fspath(self._folder)!r} is not empty: activations want a folder of their own"
+                    f"keep={os.fspath(self._folder)!r} is not empty: pass an empty folder"
                 )
 
     def add(self, values: Values) -> Values:
-        """Keep a copy of these; returns it.
+        """Keep a copy of the values of one batch, and return it.
 
         Raises:
             FitError: There is no room.
         """
-        values = {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        }
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        tensors = {name: value.clone() for name, value in values.items() if _is_tensor(value)}
+        sizes = {name: value for name, value in values.items() if not _is_tensor(value)}
         self.bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self._folder is not None:
-            sizes = {name: value for name, value in values.items() if name not in tensors}
             self._devices = {name: tensor.device for name, tensor in tensors.items()}
-            self._digests.append(
-                files.save(self._file(self.count), tensors, {"batch": self.count, "sizes": sizes})
-            )
+            content = {"batch": self.count, "sizes": sizes}
+            self._digests.append(files.save(self._file(self.count), tensors, content))
         elif self.bytes > self._room:
             raise FitError(
-                f"the activations that classes are to be fitted from take more than memory={self._room:,} bytes: raise it, or "
-                "keep them on disk, with keep=folder"
+                "the activations that classes are to be fitted from take more than "
+                f"memory={self._room:,} bytes: raise it, or keep them on disk, with keep=folder"
             )
         else:
-            self._batches.append(values)
+            self._batches.append({**sizes, **tensors})
         self.count += 1
-        return values
+        return {**sizes, **tensors}
 
     def __iter__(self) -> Iterator[Values]:
-        if self._folder is None:
-            yield from self._batches
-            return
+        yield from self._batches
         for index, digest in enumerate(self._digests):
             tensors, content = files.load(self._file(index), digest)
             moved = {name: tensor.to(self._devices[name]) for name, tensor in tensors.items()}
             yield {**content["sizes"], **moved}
 
     def clear(self) -> None:
-        """Remove what was kept in a folder, and the folder if it was made for it."""
+        """Remove the files, and the folder if it was made for them."""
         for index in range(len(self._digests)):
             self._file(index).unlink(missing_ok=True)
         if self._folder is not None and self._made:
-            with suppress(OSError):  # something else lies there
+            with suppress(OSError):  # other files lie there
                 self._folder.rmdir()
 
     def _file(self, index: int) -> Path:
@@ -215,65 +207,68 @@ class Activations:
         return self._folder / f"{index:06d}.safetensors"
 
 
-def _part_of(loader: "DataLoader[Any]", rank: int, count: int) -> "DataLoader[Any]":
-    """The examples of a loader that belong to one of several processes."""
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _shard(loader: "DataLoader[Any]", rank: int, count: int) -> "DataLoader[Any]":
+    """Return a loader of the examples that belong to one of several processes."""
     if loader.batch_size is None or not isinstance(
         loader.sampler, (SequentialSampler, RandomSampler)
     ):
         raise FitError(
-            f"the DataLoader draws by a {type(loader.batch_sampler or loader.sampler).__name__}, of which each process would "
-            "draw for itself: give it a torch.utils.data.DistributedSampler"
+            f"the DataLoader draws by a {type(loader.batch_sampler or loader.sampler).__name__}, "
+            "and each process would draw for itself: give it a torch.utils.data.DistributedSampler"
         )
     size = len(loader.dataset)  # type: ignore[arg-type]  # these samplers know it
+    own = Subset(loader.dataset, range(rank, size, count))
     return DataLoader(
-        Subset(loader.dataset, range(rank, size, count)), batch_size=loader.batch_size, num_workers=loader.num_workers,
+        own, batch_size=loader.batch_size, num_workers=loader.num_workers,
         collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, generator=torch.Generator(),
     )  # fmt: skip
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 def _unpack(batch: Any) -> tuple[Any, Any]:
+    """Return the inputs of a batch, without extra arguments."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if isinstance(first, Tensor) or (
-        isinstance(first, (tuple, list)) and all(isinstance(x, Tensor) for x in first)
-    ):
+    parts = first if isinstance(first, (tuple, list)) else (first,)
+    if all(map(_is_tensor, parts)):
         return first, None
     raise FitError(
-        f"a batch is a {type(batch).__name__}, expected a tensor or a tuple whose first element is the input; pass "
-        "unpack=lambda batch: (inputs, additional_forward_args)"
+        f"a batch is a {type(batch).__name__}, expected a tensor or a tuple whose first element is "
+        "the input; pass unpack=lambda batch: (inputs, additional_forward_args)"
     )
 
 
-def check_apart(
-    found: Sequence[Tensor],
+def check_independent(
+    outputs: Sequence[Tensor],
     inputs: Inputs,
     extras: Extras,
     shared: bool,
-    again: Callable[[Inputs, Extras], Sequence[Tensor]],
+    run: Callable[[Inputs, Extras], Sequence[Tensor]],
 ) -> None:
-    """Whether examples give the same in other company and order: the last line of defence behind the rules.
+    """Raise FitError if the model mixes the examples of a batch, or is random.
+
+    Half of the examples are run again, in another order. Rules are checked for the same when the
+    graph is made; this finds what they cannot see.
 
     Args:
-        found: What a batch gave, each (batch, ...).
-        inputs, extras: The batch.
-        shared: Whether a further tensor as long as the batch is shared.
-        again: (inputs, extras) → the same for other examples.
-
-    Raises:
-        FitError: They do not.
+        outputs: What a batch gave, each (batch, ...).
+        inputs: The inputs of the batch.
+        extras: Its further arguments.
+        shared: True if a further tensor as long as the batch is shared by all examples.
+        run: (inputs, extras) → the same for other examples.
     """
     rows = len(inputs[0])
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    later = (order[: rows // 2] if rows > 1 else torch.tensor([0, 0])).to(
-        inputs[0].device
-    )  # one, beside itself
-    for before, after in zip(found, again(*pick(inputs, extras, later, shared)), strict=True):
-        scale = float(before.abs().max()) * torch.finfo(before.dtype).eps ** 0.5
-        if after.shape != before[later].shape or float((after - before[later]).abs().max()) > scale:
+    # a single example is put beside itself
+    index = (order[: rows // 2] if rows > 1 else order.repeat(2)).to(inputs[0].device)
+    for before, after in zip(outputs, run(*pick(inputs, extras, index, shared)), strict=True):
+        tolerance = float(before.abs().max()) * torch.finfo(before.dtype).eps ** 0.5
+        expected = before[index]
+        if after.shape != expected.shape or float((after - expected).abs().max()) > tolerance:
             raise FitError(
-                "the model's output for an example changes with the other examples of its batch, or at random, and so would "
-                "its explanation: remove what reads or mixes the batch, or what is random"
+                "the model's output for an example changes with the other examples of its batch, "
+                "or at random, and so would its explanation: remove what reads or mixes the batch, "
+                "or what is random"
             )

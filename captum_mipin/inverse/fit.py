@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from captum_mipin.errors import FitError
 from captum_mipin.graph.capture import CapturedGraph, Extras, Inputs, Signature, finite
-from captum_mipin.inverse.data import Activations, Values, check_apart
+from captum_mipin.inverse.data import Activations, Values, check_independent
 from captum_mipin.inverse.distributed import Processes
 from captum_mipin.inverse.sgd import Descent
 from captum_mipin.inverse.trace import Trace
@@ -313,7 +313,7 @@ class Fit:
                 raise FitError(f"batch {index}: the model's output contains NaN or Inf")
             if index == 0:
                 exact = (output,) if self._autocast is None else self._again(inputs, extras)
-                check_apart(exact, inputs, extras, self._captured.shared, self._again)
+                check_independent(exact, inputs, extras, self._captured.shared, self._again)
                 self._sizes = {key: size / len(output) for key, size in trace.sizes.items()}
                 self._widest = trace.widest / len(output)
             self._keep(trace, rows)

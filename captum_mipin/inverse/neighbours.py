@@ -46,7 +46,7 @@ from captum_mipin.graph.marks import marks, value_of
 from captum_mipin.graph.nodes import place
 from captum_mipin.graph.subgraph import Part, evaluate, is_size
 from captum_mipin.graph.validate import device_of, generator_kept
-from captum_mipin.inverse.data import Batches, Unpack, check_apart
+from captum_mipin.inverse.data import Batches, Unpack, check_independent
 from captum_mipin.inverse.fit import Fitted, Settings
 from captum_mipin.inverse.network import Explanation, InverseNetwork
 from captum_mipin.inverse.state import State, head_of
@@ -478,7 +478,9 @@ class NeighbourInverse(InverseNetwork):
             torch.inference_mode(False),
             torch.autocast(device_of(model).type, enabled=False),
         ):
-            batches = Batches(data, batch_size, unpack, device_of(model), self.layer is None)
+            batches = Batches(
+                data, batch_size, unpack, device_of(model), explained=self.layer is None
+            )
             inputs, extras = next(iter(batches))
             graph, surrogate = self._surrogate(inputs, extras, self.layer)
             self._replay(graph, surrogate)
@@ -521,7 +523,7 @@ class NeighbourInverse(InverseNetwork):
                 )
             if index == 0:
                 again = partial(self._seen, graph, surrogate)
-                check_apart(
+                check_independent(
                     (output,),
                     inputs,
                     extras,

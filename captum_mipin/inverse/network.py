@@ -405,7 +405,12 @@ class InverseNetwork(Saved):
         with processes.fail_together():
             shard = processes.rank, processes.count
             batches = Batches(
-                data, batch_size, unpack, device_of(self.model), self.layer is None, shard
+                data,
+                batch_size,
+                unpack,
+                device_of(self.model),
+                explained=self.layer is None,
+                shard=shard,
             )
             first = next(iter(batches), None)
         if not all(processes.gather(first is not None)):

@@ -270,7 +270,7 @@ class Patterns(Saved):
             ):
                 shard = processes.rank, processes.count
                 for inputs, extras in Batches(
-                    data, batch_size, unpack, device, self.layer is None, shard
+                    data, batch_size, unpack, device, explained=self.layer is None, shard=shard
                 ):
                     bar.update(method.observe(inputs, extras))
             sums = self._together(method, processes)
