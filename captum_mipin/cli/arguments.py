@@ -1,0 +1,206 @@
+"""What the command line takes: options, their types and their help."""
+
+import inspect
+import os
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import RawDescriptionHelpFormatter as _Formatter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import inf, nan
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captum_mipin import cli
+from captum_mipin.comparison.table import METHODS, METRICS
+from captum_mipin.version import __version__
+
+Command = Callable[[Namespace], Any]
+
+#: Suffixes of picture files, and the number of images that a picture shows at most.
+PICTURES, SHOWN = (".jpg", ".jpeg", ".pdf", ".png", ".svg"), 24
+
+MIPIN_METHODS = tuple(name for name in METHODS if name.startswith("MIP-IN"))
+DEFAULT_METHODS = ("Saliency", "SmoothGrad", "Integrated Gradients")
+
+#: Metrics that need more than images and methods: boxes, or mosaics of images.
+_NEED_MORE = {"pointing_game", "effective_heat_ratio", "grid_pointing_game"}
+_METRICS = [name for name in METRICS if "box" not in name and name not in _NEED_MORE]
+
+
+def parse(argv: Sequence[str] | None, commands: Mapping[str, Command]) -> Namespace:
+    """Return the arguments of a command line.
+
+    Args:
+        argv: Words of the command line; None takes those of the process.
+        commands: Name of a command → the function that does it. Its docstring is the help: the
+            first paragraph says what it does, the rest are examples.
+
+    Raises:
+        SystemExit: With code 2 for wrong usage, with 0 after ``--help`` and ``--version``.
+    """
+    args = build_parser(commands).parse_args(argv)
+    error = args.parser.error
+    if len(args.mean) != len(args.std):
+        error(f"--mean has {len(args.mean)} values, --std {len(args.std)}")
+    if getattr(args, "batch_size", 1) < 1:
+        error(f"--batch-size is {args.batch_size}, expected a whole number above 0")
+    if args.command == "compare" and not args.inverse and {*MIPIN_METHODS} & {*args.methods}:
+        error("--methods with MIP-IN needs --inverse FILE, written by captum-mipin fit")
+    try:
+        args.device = torch.device(args.device)
+    except RuntimeError as unknown:
+        error(f"--device {args.device}: {str(unknown).splitlines()[0]}")
+    args.size = (*args.size, *args.size)[:2]
+    return args
+
+
+def build_parser(commands: Mapping[str, Command]) -> ArgumentParser:
+    """Return the parser of all commands."""
+    about = inspect.getdoc(cli) or ""
+    parser = ArgumentParser("captum-mipin", description=about, formatter_class=_Formatter)
+    parser.add_argument("--version", action="version", version=f"captum-mipin {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {}
+    for name, command in commands.items():
+        purpose, _, examples = (inspect.getdoc(command) or "").partition("\n\n")
+        parsers[name] = subparsers.add_parser(
+            name,
+            help=purpose,
+            description=f"{purpose}\n\n{about.partition(chr(10) * 2)[2]}",
+            epilog=examples,
+            formatter_class=_Formatter,
+        )
+        parsers[name].set_defaults(parser=parsers[name])
+    _add_inputs(partial(_add, parsers))
+    _add_outputs(partial(_add, parsers))
+    return parser
+
+
+def _add(
+    parsers: Mapping[str, ArgumentParser], commands: str, option: str, text: str, **settings: Any
+) -> None:
+    """Add an option to some commands; an empty string means all."""
+    for name in commands.split() or parsers:
+        parsers[name].add_argument(option, help=text, **settings)
+
+
+def _add_inputs(add: Callable[..., None]) -> None:
+    """Add the network and its images."""
+    add("", "model", "torchvision:NAME, package.module:FACTORY or FILE.pt2", metavar="MODEL")
+    add("", "--weights", 'file of a state dict; "torchvision" for the weights of torchvision')
+    add("check", "--layer", "module, such as layer4: check only what lies above it")
+    add("fit", "--layer", "module, such as layer4, where the inverse stops (default: the pixels)")
+    add("explain", "--layer", "module to explain at (default: where the inverse stops)")
+    add("compare", "--layer", "module, such as layer4, for Grad-CAM and Grad×Feature")
+    reader = _numbers("pixels N, or HEIGHTxWIDTH, such as 240x320", int, (1, 2), above=0, by="x")
+    text = "pixels N, or HEIGHTxWIDTH: images are scaled to cover it and cropped (default: 224)"
+    add("", "--size", text, type=reader, default="224")
+    expected, imagenet = "or three with commas between them", "(default: of ImageNet, %(default)s)"
+    text = f"subtracted from pixels in [0, 1]; one value makes images grey {imagenet}"
+    reader = _numbers(f"one number {expected}", float, (1, 3))
+    add("", "--mean", text, type=reader, default="0.485,0.456,0.406")
+    reader = _numbers(f"one number above 0 {expected}", float, (1, 3), above=0)
+    add("", "--std", f"divides pixels {imagenet}", type=reader, default="0.229,0.224,0.225")
+    add("", "--device", "such as cuda (default: cpu)", default="cpu")
+    add("", "--json", "print one JSON object instead of a table", action="store_true")
+    images = "fit explain compare"
+    add(images, "images", "folder of images, or one image", metavar="IMAGES")
+    add(images, "--batch-size", "images at once (default: 32)", type=int, default=32)
+    add("fit compare", "--quiet", "show no progress", action="store_true")
+
+
+def _add_outputs(add: Callable[..., None]) -> None:
+    """Add what is fitted, explained and compared, and where the results go."""
+    add("fit", "--out", "file of the inverse", type=_file(".safetensors"), required=True)
+    add("fit", "--ridge", "λ of equation 6 (default: 0.001)", type=float, default=1e-3)
+    text = "what classes share: nothing, or all below the first step (default: nothing)"
+    add("fit", "--sharing", text, choices=("nothing", "classes"), default="nothing")
+    add("fit", "--checkpoint", "file that keeps what is done, to resume an interrupted fit")
+    text = "file that captum-mipin fit wrote for the same model"
+    add("explain", "--inverse", text, required=True)
+    add("compare", "--inverse", f"{text}; MIP-IN needs it")
+    reader = _numbers("a class, or several with commas between them, such as 207,208", int)
+    add("fit", "--targets", "classes to fit (default: all)", type=reader)
+    text = "class of all images, or one for each in the order of names (default: the predicted)"
+    add("explain compare", "--targets", text, type=reader)
+    text = f"any of {', '.join(METHODS)} (default: {', '.join(DEFAULT_METHODS)}; with --inverse "
+    text += "also MIP-IN, with --layer also Grad-CAM)"
+    add("compare", "--methods", text, type=_names("method", METHODS), default=[])
+    text = f"any of {', '.join(_METRICS)} (default: insertion, deletion)"
+    add("compare", "--metrics", text, type=_names("metric", _METRICS), default=[])
+    pictures = f"{', '.join(PICTURES)} the maps; may be given several times"
+    several = partial(add, action="append")
+    text = f".safetensors holds the tensors, {pictures}"
+    several("explain", "--out", text, type=_file(".safetensors", *PICTURES), required=True)
+    text = f".html is the page, .md and .txt the table, {pictures}"
+    file = _file(".html", ".md", ".txt", *PICTURES)
+    several("compare", "--out", text, type=file, default=[])
+
+
+def _numbers(
+    expected: str,
+    number: Callable[[str], float],
+    counts: tuple[int, ...] = (),
+    *,
+    above: float = -inf,
+    by: str = ",",
+) -> Callable[[str], list[float]]:
+    """Return a reader of numbers.
+
+    Args:
+        expected: What the text should be, for the error message.
+        number: Reads one number: int or float.
+        counts: How many numbers there may be; empty allows any count.
+        above: Bound that all numbers exceed.
+        by: Separator.
+    """
+
+    def read(text: str) -> list[float]:
+        try:
+            values = [number(part) for part in text.split(by)]
+        except ValueError:
+            values = [nan]
+        if (counts and len(values) not in counts) or not all(
+            above < value < inf for value in values
+        ):
+            raise ArgumentTypeError(f"{text!r} is not {expected}")
+        return values
+
+    return read
+
+
+def _file(*suffixes: str) -> Callable[[str], Path]:
+    """Return a reader of the path of a file to write."""
+
+    def read(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() not in suffixes:
+            raise ArgumentTypeError(f"{text!r} ends in none of {', '.join(suffixes)}")
+        if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+            raise ArgumentTypeError(
+                f"{text!r} cannot be written: name a file in an existing folder"
+            )
+        return path
+
+    return read
+
+
+def _names(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return a reader of names with commas between them; case is ignored, and x stands for ×."""
+
+    def plain(name: str) -> str:
+        return name.strip().replace("×", "x").casefold()
+
+    by_plain = {plain(name): name for name in known}
+
+    def read(text: str) -> list[str]:
+        try:
+            return [by_plain[plain(part)] for part in text.split(",")]
+        except KeyError as error:
+            raise ArgumentTypeError(
+                f"no {kind} is named {error}, only {', '.join(known)}"
+            ) from error
+
+    return read

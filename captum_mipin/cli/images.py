@@ -1,0 +1,81 @@
+"""A folder of photographs as a data set of normalised tensors."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from captum_mipin.cli.optional import require_module
+from captum_mipin.errors import InputError
+
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class ImageFolder(Dataset[Tensor]):
+    """The images of a folder and its subfolders, in the order of their paths.
+
+    Each is scaled until it covers the size, cropped around its centre, and normalised.
+
+    Args:
+        args: The command's arguments, of which it reads: images, the path of a folder or of one
+            image; size, (height, width) in pixels; mean and std of each channel, subtracted from
+            pixels in [0, 1] and divided by, where one value makes images grey; device.
+
+    Attributes:
+        names: Path of each image, relative to the folder.
+
+    Raises:
+        InputError: There is no image at the path.
+        ImportError: Pillow is not installed.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self._image, self._operations = (
+            require_module(name, "pillow", "an image folder")
+            for name in ("PIL.Image", "PIL.ImageOps")
+        )
+        self._size, self._device = args.size, args.device
+        self._mean, self._std = (torch.tensor(v).view(-1, 1, 1) for v in (args.mean, args.std))
+        folder = Path(args.images)
+        files = folder.rglob("*") if folder.is_dir() else [folder]
+        self._paths = sorted(p for p in files if p.suffix.lower() in _SUFFIXES and p.is_file())
+        if not self._paths:
+            raise InputError(
+                f"{args.images!r} holds no image, expected files of {', '.join(_SUFFIXES)}"
+            )
+        base = folder if folder.is_dir() else folder.parent
+        self.names = [path.relative_to(base).as_posix() for path in self._paths]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return image ``index`` (channels, height, width) as float32.
+
+        Raises:
+            InputError: The file is no image, or has more than 8 bits a channel.
+        """
+        path, (height, width) = self._paths[index], self._size
+        try:
+            with self._image.open(path) as file:
+                if file.mode.startswith(("I", "F")):  # Pillow would clip these to 255
+                    raise ValueError(f"it has mode {file.mode}, expected 8 bits a channel")
+                upright = self._operations.exif_transpose(file)
+                image = upright.convert("L" if len(self._mean) == 1 else "RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three
+            raise InputError(f"{str(path)!r} cannot be read as an image: {error}") from error
+        bilinear = self._image.Resampling.BILINEAR
+        pixels = np.array(self._operations.fit(image, (width, height), bilinear))
+        x = torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1) / 255
+        return (x - self._mean) / self._std
+
+    def stack(self) -> Tensor:
+        """Return all images as one batch (images, channels, height, width) on the device."""
+        return torch.stack([self[index] for index in range(len(self))]).to(self._device)
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """Return a batch as pixels in [0, 1], on the CPU."""
+        return (x.cpu() * self._std + self._mean).clamp(0, 1)

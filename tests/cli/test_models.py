@@ -1,0 +1,95 @@
+"""Networks by name, with the weights that were asked for."""
+
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from command import FORM, call, parsed, refused
+from safetensors.torch import save_file
+
+from captum_mipin.cli.models import load_model
+
+BUILT = f"check tiny_networks:build {FORM}"
+
+
+def assert_same_weights(model, expected):
+    pairs = zip(model.parameters(), expected.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["Zoo.small", "Zoo.ready", "seeded"])
+def test_factories_and_modules(name, network):
+    before = list(sys.path)
+    model, layer = load_model(parsed(f"check tiny_networks:{name}"))
+    assert sys.path == before
+    assert layer is None
+    assert not any(module.training for module in model.modules())
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        expected = network()
+    assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize("weights", ["weights.pt", "weights.safetensors"])
+def test_weights(weights, model):
+    built, _ = load_model(parsed(f"{BUILT} --weights {weights}"))
+    assert_same_weights(built, model)
+
+
+def test_networks_of_torchvision(monkeypatch, capsys, network):
+    models = pytest.importorskip(
+        "torchvision.models", reason="networks to test on; the package does not need it"
+    )
+    assert call("check torchvision:squeezenet1_1 --size 64 --layer features --json") == 0
+    untrained = "fit torchvision:squeezenet1_1 few --out a.safetensors"
+    assert "random weights" in refused(capsys, untrained)
+    assert "no network 'resnet'" in refused(capsys, "check torchvision:resnet")
+    calls = []
+    monkeypatch.setattr(
+        models, "get_model", lambda name, weights: calls.append((name, weights)) or network()
+    )
+    load_model(parsed("check torchvision:squeezenet1_1 --weights torchvision"))
+    assert calls == [("squeezenet1_1", "DEFAULT")]
+
+
+def test_models_and_layers_that_do_not_exist_are_refused(capsys):
+    for message, line in (
+        ("No such file or directory: 'model.pt2'", "check model.pt2"),
+        ("expected torchvision:NAME, module:FACTORY or", "check resnet50"),
+        ("expected torchvision:NAME, module:FACTORY or", "check ../tiny_networks:build"),
+        ("ends the process", "check tiny_networks:script"),
+        ("No module named 'no_such_networks'", "check no_such_networks:build"),
+        ("'tiny_networks' has no attribute 'bild'", "check tiny_networks:bild"),
+        ("gives a str, expected a torch.nn.Module", "check tiny_networks:Zoo.name"),
+        ("LookupError: no such thing", "check tiny_networks:broken"),
+        ("needs a model torchvision:NAME", f"{BUILT} --weights torchvision"),
+        ("Sequential has 0, 1, 2, 3, 4", f"{BUILT} --layer layer4"),
+    ):
+        assert message in refused(capsys, line), message
+
+
+def test_weights_that_do_not_fit_or_could_run_code_are_refused(folder, network, capsys):
+    torch.save({"state_dict": {}, "epoch": 3}, folder / "checkpoint.pt")
+    torch.save([torch.ones(2)], folder / "list.pt")
+    torch.save(network(), folder / "pickled.pt")
+    (folder / "cut.safetensors").write_bytes((folder / "weights.safetensors").read_bytes()[:-9])
+    (folder / "cut.pt").write_bytes((folder / "weights.pt").read_bytes()[:-9])
+    (folder / "text.pt").write_bytes(b"text")
+    with (folder / "other.pt").open("wb") as file:
+        pickle.dump(np.ones(2), file, protocol=4)
+    save_file({"0.weight": torch.ones(2)}, folder / "others.safetensors")
+    for message, weights in (
+        ("No such file or directory: 'none.pt'", "none.pt"),
+        ("do not fit the model: Error(s) in loading state_dict", "checkpoint.pt"),
+        ('Unexpected key(s) in state_dict: "state_dict", "epoch"', "checkpoint.pt"),
+        ("Expected state_dict to be dict-like, got <class 'list'>", "list.pt"),
+        ("could run code", "pickled.pt"),
+        ("is damaged", "cut.safetensors"),
+        ("is damaged", "cut.pt"),
+        ("is damaged", "text.pt"),
+        ("could run code", "other.pt"),
+        ("do not fit the model", "others.safetensors"),
+    ):
+        assert message in refused(capsys, f"{BUILT} --weights {weights}"), message
