@@ -25,7 +25,7 @@ from localization_grid import features, photos
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork
-from captum_mipin.regression.convolution import Geometry
+from captum_mipin.regression.geometry import Geometry
 from captum_mipin.regression.ridge import solve
 from captum_mipin.rules.linear import Convolution
 

@@ -22,15 +22,10 @@ from captum_mipin.inverse.sgd import Descent
 from captum_mipin.inverse.trace import Trace
 from captum_mipin.propagation.runtime import Inverses, Run
 from captum_mipin.propagation.surrogate import Surrogate
-from captum_mipin.regression.convolution import CHUNK
-from captum_mipin.regression.ridge import (
-    Moments,
-    RidgeScale,
-    Rows,
-    gaussian_information,
-    solve,
-    solve_rows,
-)
+from captum_mipin.regression.dual import Rows, solve_rows
+from captum_mipin.regression.lag_gram import CHUNK
+from captum_mipin.regression.moments import Moments, gaussian_information
+from captum_mipin.regression.ridge import RidgeScale, solve
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse, Inverter, Options
 from captum_mipin.rules.linear import Convolution, Dense

@@ -54,7 +54,8 @@ from captum_mipin.inverse.trace import Trace
 from captum_mipin.propagation.fingerprint import structure
 from captum_mipin.propagation.runtime import Inverses, Run, Seen, Step, source
 from captum_mipin.propagation.surrogate import Surrogate
-from captum_mipin.regression.ridge import RidgeScale, Rows, solve, solve_rows
+from captum_mipin.regression.dual import Rows, solve_rows
+from captum_mipin.regression.ridge import RidgeScale, solve
 from captum_mipin.rules import Fork, Inverse, Options
 from captum_mipin.rules.linear import Dense
 from captum_mipin.storage.watch import Watch

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from captum_mipin.graph.marks import mark, marks, module_stack, original, set_module_stack, value_of
 from captum_mipin.graph.nodes import argument, operation
-from captum_mipin.rules.base import each
+from captum_mipin.regression.geometry import Geometry
+from captum_mipin.rules.geometry import ConvolutionArguments
 
 #: Scale, shift, mean, variance and ε of a batch norm.
 Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
@@ -58,8 +59,7 @@ class Layer:
         rule: Name of the rule that it goes by.
         transposed: Whether a dense weight is given as (inputs, outputs).
         factors: What a dense bias and weight are multiplied by.
-        stride, padding, dilation, output_padding, groups: Of a convolution.
-        skip: Zeros that padding="same" puts behind, beyond ``padding``.
+        geometry: Of a convolution or a transposed one; None for other kinds.
     """
 
     kind: Literal["dense", "convolution", "transposed", "scale"]
@@ -68,12 +68,7 @@ class Layer:
     rule: str = ""
     transposed: bool = False
     factors: tuple[float, float] = (1, 1)
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    output_padding: tuple[int, ...] = ()
-    groups: int = 1
-    skip: tuple[int, ...] = ()
+    geometry: Geometry | None = None
 
     @property
     def __name__(self) -> str:
@@ -122,7 +117,7 @@ class Layer:
             return F.linear(x, weight, bias)
         if self.kind == "scale":
             return self.shifted(x * self._channels(weight, x), bias)
-        return torch.convolution(self._padded(x), weight, bias, *self._geometry())
+        return self._convolution().forward(x, weight, bias)
 
     def shifted(self, value: Tensor, bias: Tensor | None) -> Tensor:
         """``value`` + b."""
@@ -141,12 +136,7 @@ class Layer:
             return s @ weight
         if self.kind == "scale":
             return s * self._channels(weight, s)
-        found = _convolution_backward(s, self._padded(x), weight, self._geometry(), 0)
-        return (
-            found[(slice(None), slice(None), *(slice(n) for n in x.shape[2:]))]
-            if any(self.skip)
-            else found
-        )
+        return self._convolution().gradient(s, x, weight, of=0)
 
     def products(self, x: Tensor, s: Tensor, weight: Tensor) -> Tensor:
         """Σ over samples (and places) of x_i s_j, for each weight W_ij."""
@@ -154,13 +144,16 @@ class Layer:
             return s.reshape(-1, s.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
         if self.kind == "scale":
             return (x * s).transpose(0, 1).flatten(1).sum(1)
-        return _convolution_backward(s, self._padded(x), weight, self._geometry(), 1)
+        return self._convolution().gradient(s, x, weight, of=1)
 
     def of_outputs(self, weights: Tensor) -> Tensor:
         """What is shaped like W as (outputs, weights of each)."""
         if self.kind == "transposed":
             found: Tensor = (
-                weights.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+                weights.unflatten(0, (self._convolution().groups, -1))
+                .transpose(1, 2)
+                .flatten(0, 1)
+                .flatten(1)
             )
             return found
         return weights.reshape(len(weights), -1)
@@ -169,7 +162,8 @@ class Layer:
         """One value an output, shaped to multiply W."""
         ones = (1,) * (weight.ndim - 2)
         if self.kind == "transposed":
-            each_group = values.view(self.groups, 1, -1).expand(-1, len(weight) // self.groups, -1)
+            groups = self._convolution().groups
+            each_group = values.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)
             return each_group.reshape(len(weight), -1, *ones)
         return values.view(-1, *(1,) * (weight.ndim - 1))
 
@@ -184,31 +178,9 @@ class Layer:
     def _channels(self, values: Tensor, like: Tensor) -> Tensor:
         return values.view(-1, *(1,) * (like.ndim - 2))
 
-    def _padded(self, x: Tensor) -> Tensor:
-        return (
-            F.pad(x, [n for right in reversed(self.skip) for n in (0, right)])
-            if any(self.skip)
-            else x
-        )
-
-    def _geometry(self) -> tuple[Any, ...]:
-        transposed = self.kind == "transposed"
-        return (
-            self.stride,
-            self.padding,
-            self.dilation,
-            transposed,
-            self.output_padding,
-            self.groups,
-        )
-
-
-def _convolution_backward(
-    s: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, ...], of: int
-) -> Tensor:
-    wanted = [of == 0, of == 1, False]
-    found: Tensor = torch.ops.aten.convolution_backward(s, x, weight, None, *geometry, wanted)[of]
-    return found
+    def _convolution(self) -> Geometry:
+        assert self.geometry is not None  # for mypy: only convolutions come here
+        return self.geometry
 
 
 #: (layer, whether the input goes there before any other, whether the output comes from there) → name of the layer's rule.
@@ -280,28 +252,12 @@ def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
     dims = _CONVOLUTIONS.get(name) or _TRANSPOSED[name]
     if value_of(node.args[0]).ndim != dims + 2:
         return None
-    x, weight, bias = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
-    stride = each(argument(node, 3, "stride", 1), dims)
-    padding, zeros = argument(node, 4, "padding", 0), (0,) * dims
-    if name in _TRANSPOSED:
-        further = ((5, "output_padding", 0), (7, "dilation", 1))
-        output_padding, dilation = (each(argument(node, *which), dims) for which in further)
-        layer = Layer(
-            "transposed", key, name, stride=stride, padding=each(padding, dims), dilation=dilation,
-            output_padding=output_padding, groups=argument(node, 6, "groups", 1),
-        )  # fmt: skip
-        node.kwargs = {}
-        return layer, (x, weight, bias, None)
-    dilation, skip = each(argument(node, 5, "dilation", 1), dims), zeros
-    if padding == "same":
-        total = [d * (k - 1) for k, d in zip(value_of(weight).shape[2:], dilation, strict=True)]
-        padding, skip = tuple(n // 2 for n in total), tuple(n % 2 for n in total)
-    layer = Layer(
-        "convolution", key, name, stride=stride, padding=each(0 if padding == "valid" else padding, dims), dilation=dilation,
-        output_padding=zeros, groups=argument(node, 6, "groups", 1), skip=skip,
-    )  # fmt: skip
+    transposed = name in _TRANSPOSED
+    parsed = ConvolutionArguments.of(node.args[1:], node.kwargs, transposed=transposed)
+    kind: Literal["transposed", "convolution"] = "transposed" if transposed else "convolution"
     node.kwargs = {}
-    return layer, (x, weight, bias, None)
+    args = (node.args[0], parsed.weight, parsed.bias, None)
+    return Layer(kind, key, name, geometry=parsed.geometry), args
 
 
 def _normed(

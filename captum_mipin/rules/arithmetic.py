@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from captum_mipin.regression.ridge import Moments, Solution
+from captum_mipin.regression.moments import Moments
+from captum_mipin.regression.ridge import Solution
 from captum_mipin.rules.base import (
     Inverse,
     Inverter,

@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from captum_mipin.graph.marks import marks
 from captum_mipin.graph.nodes import operation
-from captum_mipin.regression.ridge import Moments, Solution
+from captum_mipin.regression.moments import Moments
+from captum_mipin.regression.ridge import Solution
 
 #: Sends the signal at an operation's output back to its input.
 Back = Callable[[Tensor], Tensor]

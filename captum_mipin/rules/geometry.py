@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from captum_mipin.regression.convolution import Geometry
+from captum_mipin.graph.marks import value_of
+from captum_mipin.regression.geometry import Geometry
 from captum_mipin.rules.base import each
 
 #: Whether the convolution is transposed → its parameters behind x, in the order of ATen.
@@ -53,7 +54,7 @@ class ConvolutionArguments:
         """
         passed = {**dict(zip(_PARAMETERS[transposed], arguments, strict=False)), **named}
         weight = passed["weight"]
-        shape = tuple((weight.meta["val"] if isinstance(weight, fx.Node) else weight).shape)
+        shape = tuple((value_of(weight) if isinstance(weight, fx.Node) else weight).shape)
         dims = len(shape) - 2
         stride, dilation = (each(passed.get(name, 1), dims) for name in ("stride", "dilation"))
         padding, skip = passed.get("padding", 0), ()

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.regression.convolution import CHUNK, Geometry
-from captum_mipin.regression.ridge import Moments, Rows, RowSolution, Solution
+from captum_mipin.regression.convolution import moments_of_patches, moments_of_tiles
+from captum_mipin.regression.dual import Rows, RowSolution
+from captum_mipin.regression.geometry import Geometry
+from captum_mipin.regression.lag_gram import CHUNK
+from captum_mipin.regression.moments import Moments
+from captum_mipin.regression.ridge import Solution
 from captum_mipin.rules.base import Inverse, Inverter, Learned, Options
 from captum_mipin.rules.geometry import ConvolutionArguments
 from captum_mipin.rules.pooling import shared_out
@@ -119,9 +123,9 @@ class Convolution(Inverter):
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         shared, own = signals[: len(self.geometries)], signals[len(self.geometries) :]
         if self.tied > 1:
-            return self.geometries[0].moments_of_tiles(x, shared[0])
+            return moments_of_tiles(self.geometries[0], x, shared[0])
         if len(shared) == 1:
-            return self.geometries[0].moments(x, shared[0], own)
+            return moments_of_patches(self.geometries[0], x, shared[0], own)
         wide = [
             index
             for index, geometry in enumerate(self.geometries)
@@ -171,7 +175,7 @@ class Convolution(Inverter):
             m.view(g, len(x), -1, m.shape[2]).permute(1, 0, 3, 2).reshape(len(x), -1, *x.shape[2:])
             for m in maps
         ]
-        moments = geometry.moments(x, s, own, pointwise)
+        moments = moments_of_patches(geometry, x, s, own, pointwise)
         counts = [other.features[1] for other in others]
         before, total = sum(counts[:wide]), geometry.features[1]
         order = [

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from captum_mipin.graph.nodes import argument
-from captum_mipin.regression.convolution import Geometry
+from captum_mipin.regression.geometry import Geometry
 from captum_mipin.rules.base import Back, Options, Recorded, adjoint, each, value_and_adjoint
 
 

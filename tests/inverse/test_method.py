@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
-from captum_mipin.regression.ridge import Moments
+from captum_mipin.regression.moments import Moments
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 

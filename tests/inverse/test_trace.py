@@ -12,7 +12,8 @@ from captum_mipin.graph.capture import capture
 from captum_mipin.inverse.trace import Trace
 from captum_mipin.propagation.runtime import Run
 from captum_mipin.propagation.surrogate import Surrogate
-from captum_mipin.regression.ridge import Moments, solve
+from captum_mipin.regression.moments import Moments
+from captum_mipin.regression.ridge import solve
 from captum_mipin.rules import MIPIN
 
 pytestmark = pytest.mark.usefixtures("captured_once")

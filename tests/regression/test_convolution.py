@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from captum_mipin import InverseNetwork
-from captum_mipin.regression import convolution
-from captum_mipin.regression.convolution import Geometry
-from captum_mipin.regression.ridge import Moments, solve
+from captum_mipin.regression import lag_gram
+from captum_mipin.regression.convolution import moments_of_patches
+from captum_mipin.regression.geometry import Geometry
+from captum_mipin.regression.moments import Moments
+from captum_mipin.regression.ridge import solve
 from captum_mipin.rules.linear import Convolution
 
 LAYERS = {
@@ -93,8 +95,8 @@ def test_moments_are_those_of_the_patches(parameters, monkeypatch):
         Moments.zeros(groups, *geometry.features),
     )
     expected.update(rows, geometry.patches(s, x.shape))
-    monkeypatch.setattr(convolution, "CHUNK", 1)  # one example at a time
-    found.add(geometry.moments(x, s))
+    monkeypatch.setattr(lag_gram, "CHUNK", 1)  # one example at a time
+    found.add(moments_of_patches(geometry, x, s))
     same(found, expected)
 
 
@@ -118,7 +120,7 @@ def test_moments_with_own_signals_are_those_of_rows(parameters):
 
     expected = Moments.zeros(groups, *geometry.features, len(own))
     expected.update(rows(x), geometry.patches(s, x.shape), [rows(o) for o in own])
-    same(geometry.moments(x, s, own), expected)
+    same(moments_of_patches(geometry, x, s, own), expected)
 
 
 @pytest.mark.parametrize("parameters", CASES[::7], ids=str)
@@ -163,7 +165,7 @@ def test_asymmetric_same_padding_is_a_convolution_that_drops_its_first_output():
     torch.testing.assert_close(geometry.apply(s, layer.weight.detach(), None, x.shape), transpose)
     full = geometry.full(s)
     patches = geometry.patches(full, x.shape)
-    torch.testing.assert_close(geometry.gram(s, x.shape), patches.mT @ patches)
+    torch.testing.assert_close(lag_gram.gram_of_patches(geometry, s, x.shape), patches.mT @ patches)
 
 
 @pytest.mark.parametrize("scale", ["relative", "mean", "sum"])
@@ -187,7 +189,7 @@ def test_windows_that_tile_are_regressed_tile_by_tile_as_patches_are(
     ones = (1,) * len(size)
     geometry = Geometry((6, 4 // groups, *kernel), kernel, (0,) * len(size), ones, groups)
     inverter = Convolution((geometry,), x.shape)
-    patches = solve(geometry.moments(x, s), ridge, scale)
+    patches = solve(moments_of_patches(geometry, x, s), ridge, scale)
     tiles = solve(inverter.moments(x, (s,)), ridge, scale, inverter.tied)
     assert inverter.tied == math.prod(kernel)
     expected = geometry.to_weight(patches.weight).flatten(), patches.bias.flatten()

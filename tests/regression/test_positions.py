@@ -7,8 +7,8 @@ from torch import nn
 
 from captum_mipin import InverseNetwork
 from captum_mipin.errors import InputError
-from captum_mipin.regression.convolution import Geometry
-from captum_mipin.regression.ridge import Moments
+from captum_mipin.regression.geometry import Geometry
+from captum_mipin.regression.moments import Moments
 from captum_mipin.rules.linear import Convolution
 
 pytestmark = pytest.mark.usefixtures("captured_once")

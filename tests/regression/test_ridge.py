@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captum_mipin.regression.ridge import Moments, Rows, solve, solve_rows
+from captum_mipin.regression.dual import Rows, solve_rows
+from captum_mipin.regression.moments import Moments
+from captum_mipin.regression.ridge import solve
 
 FIELDS = ("mean_z", "mean_s", "zz", "zs", "ss")
 

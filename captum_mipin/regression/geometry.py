@@ -1,0 +1,190 @@
+"""What a convolution connects: its geometry, its gradients, and the patches of S that reach each x.
+
+The inverse g of a convolution is its transpose with a new kernel, and the inverse of a transposed
+convolution is a convolution. Either is linear in the kernel W, with one tap j for each place in it:
+
+    X[p] ≈ Σ_j W_j S[(p + padding − dilation·j) / stride] + b     (inverse of a convolution)
+    X[p] ≈ Σ_j W_j S[stride·p − padding + dilation·j] + b         (inverse of a transposed one)
+
+The patch of p is what stands beside W: the values of S at all taps, 0 where there is none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A (transposed) convolution without its weights, from x to y; signals s lie on y.
+
+    Attributes:
+        weight_shape: Shape of the forward weight: (out, in / groups, *kernel), or, if transposed,
+            (in, out / groups, *kernel).
+        stride: One number a spatial dimension.
+        padding: Zeros before and behind the input, one number a spatial dimension.
+        dilation: Distance between taps, one number a spatial dimension.
+        groups: Number of independent groups of channels.
+        transposed: Whether the forward operation is a transposed convolution.
+        output_padding: Of a transposed convolution, one number a spatial dimension; empty for 0.
+        skip: How many first outputs the operation drops, one number a spatial dimension; empty for
+            none. ``padding="same"`` with an even kernel pads one zero less in front.
+    """
+
+    weight_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    skip: tuple[int, ...] = ()
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Number of taps along each spatial dimension."""
+        return self.weight_shape[2:]
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.kernel)
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """Distance from the first tap to the last along each spatial dimension."""
+        return tuple((k - 1) * d for k, d in zip(self.kernel, self.dilation, strict=True))
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels of x and of s in each group."""
+        first, second = self.weight_shape[:2]
+        return (first // self.groups, second) if self.transposed else (second, first // self.groups)
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Regressed features and signals of each group: channels of x, channels of s · taps."""
+        x, s = self.channels
+        return x, s * prod(self.kernel)
+
+    def widened(self, channels: int) -> "Geometry":
+        """Return this convolution with ``channels`` channels of x in each group."""
+        first, second = self.weight_shape[:2]
+        shape = (self.groups * channels, second) if self.transposed else (first, channels)
+        return replace(self, weight_shape=(*shape, *self.kernel))
+
+    def full(self, s: Tensor) -> Tensor:
+        """Return ``s`` with zeros for the first outputs that the operation drops."""
+        if not any(self.skip):
+            return s
+        return F.pad(s, [n for skip in reversed(self.skip) for n in (skip, 0)])
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return y, the operation itself at ``x``."""
+        y = torch.convolution(x, weight, bias, *self._arguments())
+        return y[(..., *(slice(n, None) for n in self.skip))]
+
+    def gradient(self, s: Tensor, x: Tensor, weight: Tensor, of: int) -> Tensor:
+        """Return the convolution's gradient at ``s``.
+
+        Args:
+            s: (n, channels of y, *size of y).
+            x: (n, channels of x, *size of x), the input; only its size counts for ``of=0``.
+            weight: The weight; only its shape counts for ``of=1``.
+            of: 0 for the gradient with respect to x, 1 for that with respect to the weight.
+        """
+        result: Tensor = torch.ops.aten.convolution_backward(
+            self.full(s), x, weight, None, *self._arguments(), [of == 0, of == 1, False]
+        )[of]
+        return result
+
+    def apply(self, s: Tensor, weight: Tensor, bias: Tensor | None, x_size: torch.Size) -> Tensor:
+        """Return g(S), of size ``x_size``, for signals (n, channels of y, *size of y)."""
+        x = self.gradient(s, s.new_empty(x_size), weight, of=0)
+        return x if bias is None else x.add_(bias.view(-1, *(1,) * self.dims))
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """Return a weight as coefficients (groups, channels of x, channels of s · taps)."""
+        g, (x, s) = self.groups, self.channels
+        if self.transposed:
+            return weight.reshape(g, x, -1)
+        return weight.reshape(g, s, x, -1).transpose(1, 2).reshape(g, x, -1)
+
+    def to_weight(self, rows: Tensor) -> Tensor:
+        """Return coefficients as a weight: the inverse of :meth:`to_rows`."""
+        g, (x, s) = self.groups, self.channels
+        if not self.transposed:
+            rows = rows.reshape(g, x, s, -1).transpose(1, 2)
+        return rows.reshape(self.weight_shape)
+
+    def patches(self, s: Tensor, x_size: torch.Size, places: Tensor | None = None) -> Tensor:
+        """Return the patch of ``s`` that reaches each element of x.
+
+        Args:
+            s: (n, channels of y, *size) signals, complete as :meth:`full` makes them.
+            x_size: Size of x, of which the spatial part counts.
+            places: Positions of x to return the patches of, counted row by row; None for all.
+
+        Returns:
+            (groups, n · positions, channels of s · taps), taps in the order of the weight.
+        """
+        step, before = self.stride, self.padding
+        if not self.transposed:  # every position of x looks at y spread out by the stride
+            step = (1,) * self.dims
+            s = _spread(s, self.stride)
+            before = tuple(r - p for r, p in zip(self.reach, before, strict=True))
+        size = [t * (z - 1) + r + 1 for t, z, r in zip(step, x_size[2:], self.reach, strict=True)]
+        pads = [(b, z - b - n) for b, z, n in zip(before, size, s.shape[2:], strict=True)]
+        s = F.pad(s, [n for pair in reversed(pads) for n in pair])  # a negative number cuts
+        return self.windows(s, step, places)
+
+    def windows(self, s: Tensor, step: Sequence[int], places: Tensor | None = None) -> Tensor:
+        """Return the windows of ``s``, shaped as :meth:`patches` returns them.
+
+        Args:
+            s: (n, channels of y, *size), padded so that every window lies inside.
+            step: Distance between windows, one number a spatial dimension.
+            places: Which windows, counted row by row; None for all.
+        """
+        dims = tuple(range(-self.dims, 0))
+        for dim, (reach, dilation, stride) in enumerate(
+            zip(self.reach, self.dilation, step, strict=True), 2
+        ):
+            s = s.unfold(dim, reach + 1, stride)[..., ::dilation]
+        if places is not None:
+            index: Any = torch.unravel_index(places, s.shape[2 : 2 + self.dims])
+            s = s[(slice(None), slice(None), *index)]
+        if not self.transposed:  # tap j lies dilation·j before p: the window has the last tap first
+            s = s.flip(dims)
+        s = s.unflatten(1, (self.groups, -1)).flatten(-self.dims)
+        return s.flatten(3, -2).permute(1, 0, 3, 2, 4).flatten(1, 2).flatten(2)
+
+    def tiles(self, x_size: torch.Size) -> bool:
+        """Return True if the windows tile x: several taps, the stride apart, nothing left over."""
+        if self.stride != self.kernel or self.transposed or any(self.skip):
+            return False
+        sizes = zip(self.kernel, self.dilation, self.padding, x_size[2:], strict=True)
+        whole = all((d == 1 or k == 1) and p == 0 and z % k == 0 for k, d, p, z in sizes)
+        return whole and prod(self.kernel) > 1
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """Return the arguments of ``torch.convolution`` behind the bias."""
+        output_padding = self.output_padding or (0,) * self.dims
+        return (
+            self.stride, self.padding, self.dilation, self.transposed, output_padding, self.groups,
+        )  # fmt: skip
+
+
+def _spread(s: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return ``s`` with stride − 1 zeros between neighbours."""
+    if all(step == 1 for step in stride):
+        return s
+    size = [(z - 1) * step + 1 for z, step in zip(s.shape[2:], stride, strict=True)]
+    result = s.new_zeros(*s.shape[:2], *size)
+    result[(..., *(slice(None, None, step) for step in stride))] = s
+    return result

@@ -1,0 +1,208 @@
+"""The Gram matrix of the patches of a convolution, from correlations of S with itself.
+
+Patches of neighbours overlap. With stride 1, taps j and j' meet at the lag dilation·(j − j'), so of
+the taps² blocks of the matrix only (2k − 1)^d differ, but for the positions that padding cuts away:
+
+    Σ_p P_j[p] P_j'[p]ᵀ = Σ_q s[q] s[q + dilation·(j − j')]ᵀ − Σ over the positions p outside x
+
+The correlations are taken by fast Fourier transform. A convolution of another stride is several of
+stride 1, one for the elements of x at each offset from the grid of y. Patches are multiplied as they
+are for transposed convolutions, whose patches overlap less, and for kernels of one tap.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from math import gcd, prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from captum_mipin.regression.geometry import Geometry
+
+#: Largest buffer of patches or of padded signals, in elements.
+CHUNK = 1 << 24
+
+
+def gram_of_patches(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
+    """Return Σ P Pᵀ over the patches P of all positions of x, not centred.
+
+    Args:
+        conv: The convolution.
+        s: (n, channels of y, *size of y) signals.
+        x_size: Size of x, of which the spatial part counts.
+
+    Returns:
+        (groups, channels of s · taps, channels of s · taps) float64.
+    """
+    s = conv.full(s)
+    if conv.transposed or all(step == 1 for step in conv.stride):
+        return _gram_of_phase(conv, s, x_size)
+    g, c, k = conv.groups, conv.channels[1], prod(conv.kernel)
+    total = s.new_zeros(g, c, k, c, k, dtype=torch.float64)
+    for phase, taps, size in _phases(conv, x_size):
+        total[:, :, taps.unsqueeze(1), :, taps] = _blocks(_gram_of_phase(phase, s, size), c)
+    return total.flatten(3).flatten(1, 2)
+
+
+def _phases(conv: Geometry, x_size: torch.Size) -> Iterator[tuple[Geometry, Tensor, torch.Size]]:
+    """Yield a strided convolution as convolutions of stride 1, one for each offset from the grid.
+
+    The values of y lie on every stride-th position of x. So the elements of x at one offset from
+    that grid are reached by some of the taps only, and these form a convolution of stride 1.
+
+    Yields:
+        That convolution, the numbers of its taps, and the size of its part of x.
+    """
+    along: list[list[tuple[list[int], int, int, int]]] = []
+    for k, step, padding, dilation, z in zip(
+        conv.kernel, conv.stride, conv.padding, conv.dilation, x_size[2:],
+        strict=True,
+    ):  # fmt: skip
+        offsets = []
+        for offset in range(min(step, z)):
+            taps = [j for j in range(k) if (offset + padding - dilation * j) % step == 0]
+            if taps:
+                first = (offset + padding - dilation * taps[0]) // step
+                apart = dilation // gcd(dilation, step)
+                offsets.append((taps, first, apart, -(-(z - offset) // step)))
+        along.append(offsets)
+    for parts in itertools.product(*along):
+        taps_along, paddings, dilations, sizes = zip(*parts, strict=True)
+        phase = replace(
+            _with_kernel(conv, [len(taps) for taps in taps_along]),
+            stride=(1,) * conv.dims,
+            padding=paddings,
+            dilation=dilations,
+            skip=(),
+        )
+        yield phase, _numbers(taps_along, conv.kernel), torch.Size([*x_size[:2], *sizes])
+
+
+def _gram_of_phase(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
+    """Return the Gram matrix for stride 1, or for a transposed convolution, some examples a time."""
+    by: Callable[[Geometry, Tensor, torch.Size], Tensor] = _gram_by_lags
+    width = prod(z + r for z, r in zip(s.shape[2:], conv.reach, strict=True))
+    if conv.transposed or prod(conv.kernel) == 1:
+        by, width = _gram_by_patches, prod(x_size[2:]) * prod(conv.kernel)
+    total = s.new_zeros(conv.groups, *(conv.features[1],) * 2, dtype=torch.float64)
+    for part in s.split(max(1, CHUNK // (width * s.shape[1]))):
+        total += by(conv, part, x_size)
+    return total
+
+
+def _gram_by_patches(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
+    patches = conv.patches(s, x_size)
+    return patches.mT @ patches
+
+
+def _gram_by_lags(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
+    """Return the Gram matrix from correlations, less the positions outside x."""
+    places = map(torch.arange, conv.kernel)
+    taps = torch.stack(torch.meshgrid(*places, indexing="ij"), -1).flatten(0, -2)
+    # (taps, taps, dims): the lag of each pair of taps, counted from the smallest one, 1 − k
+    pairs = taps.unsqueeze(1) - taps + torch.tensor(conv.kernel) - 1
+    blocks = _correlations(conv, s)[pairs.unbind(-1)].double()
+    for windows, seeing in _cut_away(conv, s, x_size):
+        blocks[seeing.unsqueeze(1), seeing] -= _blocks(windows.mT @ windows, conv.channels[1])
+    return blocks.permute(2, 3, 0, 4, 1).flatten(3).flatten(1, 2)
+
+
+def _correlations(conv: Geometry, s: Tensor) -> Tensor:
+    """Return Σ_q s_c[q] s_c'[q + dilation·lag] for every lag in [1 − k, k − 1]^d.
+
+    Correlation theorem: the sum over q is the inverse Fourier transform of conj(ŝ_c) ŝ_c'. Examples
+    are summed up before it, and only these few lags are transformed back.
+
+    Returns:
+        (2k − 1 for each dimension, groups, channels, channels).
+    """
+    g, c, dims = conv.groups, conv.channels[1], conv.dims
+    # On a grid narrower than this, lags would wrap around and meet the other end of s.
+    size = [_fast(z + reach) for z, reach in zip(s.shape[2:], conv.reach, strict=True)]
+    spectrum = torch.fft.rfftn(s, size, tuple(range(-dims, 0)))
+    waves = spectrum.shape[2:]
+    spectrum = spectrum.view(len(s), g, c, -1).permute(3, 1, 2, 0).contiguous()
+    result = []
+    for part in spectrum.split(max(1, CHUNK // (g * c * prod(size))), 2):
+        field = part.conj() @ spectrum.mT  # (waves, groups, some channels, channels)
+        for i in reversed(range(dims)):
+            lags = torch.arange(1 - conv.kernel[i], conv.kernel[i]) * conv.dilation[i]
+            back = _inverse_transform(size[i], lags, i == dims - 1).to(field)
+            field = back @ field.reshape(prod(waves[:i]), waves[i], -1)
+        widths = [2 * k - 1 for k in conv.kernel]
+        result.append(field.real.reshape(*widths, g, -1, c))
+    return torch.cat(result, -2)
+
+
+def _inverse_transform(size: int, lags: Tensor, half: bool) -> Tensor:
+    """Return the matrix (lags, waves) of an inverse Fourier transform at these lags alone.
+
+    Args:
+        size: Length of the transformed axis.
+        lags: Where the result is wanted.
+        half: Whether the waves are those of ``rfft``, without the mirrored half.
+    """
+    waves = torch.arange(size // 2 + 1 if half else size, dtype=torch.float64)
+    # A wave with a mirror image that the half leaves out counts twice.
+    mirrored = half & (waves > 0) & (2 * waves < size)
+    angle = lags.unsqueeze(1) * waves * (2 * torch.pi / size)
+    return torch.polar(((1 + mirrored.to(waves)) / size).expand_as(angle).contiguous(), angle)
+
+
+def _cut_away(conv: Geometry, s: Tensor, x_size: torch.Size) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the windows of ``s`` at the positions outside x, each position once.
+
+    They lie in strips along the sides of x, and only some taps see ``s`` from there.
+
+    Yields:
+        Windows (groups, n · positions, channels of s · taps) of the taps that see ``s``, and the
+        numbers of these taps.
+    """
+    kernel, reach, ones = conv.kernel, conv.reach, (1,) * conv.dims
+    size = s.shape[2:]
+    s = F.pad(s, [n for r in reversed(reach) for n in (r, r)])
+    # The positions not yet cut away; at first all from which some tap may see s.
+    low, high = [0] * conv.dims, [z + r for z, r in zip(size, reach, strict=True)]
+    for dim, (padding, z) in enumerate(zip(conv.padding, x_size[2:], strict=True)):
+        k, d, r = kernel[dim], conv.dilation[dim], reach[dim]
+        first, last = min(max(padding, 0), high[dim]), max(min(padding + z, high[dim]), 0)
+        for start, stop in ((0, first), (max(first, last), high[dim])):
+            # The t-th value of the window at p lies at p + d·t, and s from r to r + size.
+            seeing = [t for t in range(k) if start < r - d * t + size[dim] and stop > r - d * t]
+            if start == stop or not seeing:
+                continue
+            box = list(zip(low, high, reach, strict=True))
+            box[dim] = (start + d * seeing[0], stop + d * seeing[0], d * (seeing[-1] - seeing[0]))
+            strip = s
+            for i, (begin, end, more) in enumerate(box, 2):
+                strip = strip.narrow(i, begin, end - begin + more)
+            part = _with_kernel(conv, [*kernel[:dim], len(seeing), *kernel[dim + 1 :]])
+            taps: list[Sequence[int]] = [range(n) for n in kernel]
+            taps[dim] = [k - 1 - t for t in reversed(seeing)]  # windows begin with the last tap
+            yield part.windows(strip, ones), _numbers(taps, kernel)
+        low[dim], high[dim] = first, max(first, last)
+
+
+def _with_kernel(conv: Geometry, kernel: Sequence[int]) -> Geometry:
+    """Return the geometry with another number of taps along each dimension."""
+    return replace(conv, weight_shape=(*conv.weight_shape[:2], *kernel))
+
+
+def _blocks(gram: Tensor, channels: int) -> Tensor:
+    """Return a Gram matrix (g, c · k, c · k) as its blocks (k, k, g, c, c)."""
+    size = (channels, gram.shape[1] // channels)
+    return gram.unflatten(2, size).unflatten(1, size).permute(2, 4, 0, 1, 3)
+
+
+def _numbers(taps: Sequence[Sequence[int]], kernel: Sequence[int]) -> Tensor:
+    """Return the numbers, counted row by row, of the taps at these places of each dimension."""
+    grid = torch.meshgrid(*(torch.tensor(along) for along in taps), indexing="ij")
+    return torch.arange(prod(kernel)).view(*kernel)[grid].flatten()
+
+
+def _fast(size: int) -> int:
+    """Return the smallest length from ``size`` on that Fourier transforms are fast for."""
+    # Its prime factors are 2, 3 and 5: these numbers, and no others, divide a high power of 30.
+    return next(n for n in itertools.count(size) if pow(30, n.bit_length(), n) == 0)
