@@ -170,6 +170,7 @@ def test_compare_takes_programs(x, capsys):
     assert "DeepLift looks for modules" in rows["DeepLift"]["errors"][""]
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.9's own
 def test_the_module_itself_in_python(x, untouched):
     model, original = unflatten(load("Residual.pt2")).eval(), made(Residual)
     with untouched(model, x):
@@ -285,7 +286,7 @@ def test_pickled_examples_are_left_out(tmp_path):
         made(Functional)(torch.ones(2, *SHAPE)),
     )
     assert RAN == []
-    with contextlib.suppress(TypeError):  # torch's own, of its warning
+    with contextlib.suppress(TypeError, AssertionError):  # torch's own, of what it unpickled
         torch.export.load(path)  # which would run it
     assert RAN == ["unpickled"]
     RAN.clear()
