@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from captum_mipin._captum import NoFuture, captum_entry, describe_common
 from captum_mipin.errors import InputError
-from captum_mipin.graph.capture import Extras, Inputs, select, unwrapped
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.signature import select
 from captum_mipin.graph.validate import as_extras, as_inputs, like
 from captum_mipin.inverse.network import Explanation, InverseNetwork
 from captum_mipin.methods.gradients import Gradient
 from captum_mipin.propagation.runtime import seed
 from captum_mipin.targets import per_example
+from captum_mipin.types import Extras, Inputs
 
 #: Inputs, target and further arguments of one call, as ``explain`` takes them.
 Call = tuple[Inputs, Any, Extras]

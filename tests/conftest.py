@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution
 from captum_mipin.graph import capture as capture_module
-from captum_mipin.graph.capture import Signature, glance
+from captum_mipin.graph.modules import snapshot
+from captum_mipin.graph.signature import Signature
 
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")  # the same examples each time
@@ -182,7 +183,7 @@ def captured_once(monkeypatch: pytest.MonkeyPatch, graphs: dict[Any, Any]) -> No
 
     def once(model: nn.Module, inputs: Any, extras: Any, shared: bool, **options: Any) -> Any:
         signature = Signature.of(inputs, extras, shared)
-        key = id(model), repr(glance(model)), signature, repr(options)
+        key = id(model), repr(snapshot(model)), signature, repr(options)
         if key not in graphs:  # the model is kept, and with it its id
             graphs[key] = trace(model, inputs, extras, shared, **options), model
         return graphs[key][0]

@@ -25,7 +25,8 @@ from captum_mipin.errors import (
     NotFittedError,
     TrainingModeError,
 )
-from captum_mipin.graph.capture import Signature, unwrapped
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.signature import Signature
 from captum_mipin.propagation.fingerprint import structure
 from captum_mipin.rules import table
 

@@ -22,6 +22,7 @@ from captum_mipin.bottleneck.gaussian import (
     optimise,
     whole,
 )
+from captum_mipin.bottleneck.parts import Parts
 from captum_mipin.errors import (
     FitError,
     InputError,
@@ -29,31 +30,28 @@ from captum_mipin.errors import (
     NotFittedError,
 )
 from captum_mipin.graph.cache import Graphs
-from captum_mipin.graph.capture import (
-    TURNS,
-    CapturedGraph,
-    Extras,
-    Inputs,
-    Output,
-    Signature,
-    capture,
+from captum_mipin.graph.capture import TURNS, CapturedGraph, capture
+from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.signature import Signature, pick, plain
+from captum_mipin.graph.subgraph import Part, tensor_name
+from captum_mipin.graph.validate import (
+    as_extras,
+    as_inputs,
     check_finite,
     check_inputs,
     check_model,
+    device_of,
     finite,
-    pick,
-    plain,
-    unwrapped,
+    generator_kept,
+    like,
 )
-from captum_mipin.graph.marks import value_of
-from captum_mipin.graph.subgraph import Part, Parts, tensor_name
-from captum_mipin.graph.validate import as_extras, as_inputs, device_of, generator_kept, like
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
 from captum_mipin.regression.statistics import Statistics
 from captum_mipin.storage.saved import Saved
 from captum_mipin.storage.watch import Watch
 from captum_mipin.targets import per_example
-from captum_mipin.types import Target
+from captum_mipin.types import Extras, Inputs, Output, Target
 
 #: Masked values that a CPU takes at a time, and that other devices do.
 _CPU_VALUES, _VALUES = 1 << 21, 1 << 26
@@ -481,7 +479,7 @@ class IBA(Saved, NoFuture, Attribution):
 
         def find() -> Signature:
             known = next(iter(self._state.structures)) if self._state else None
-            return self._graphs.find(inputs, extras, self._capture, known)
+            return self._graphs.find(inputs, extras, self._capture, fitted=known)
 
         return self._graphs.build(self.model, None, None, find, lambda graph, start: Parts(graph))[
             1

@@ -32,12 +32,15 @@ from captum_mipin.bottleneck.iba import (
     positions,
     seed,
 )
+from captum_mipin.bottleneck.parts import Parts
 from captum_mipin.errors import CaptureError, InputError
-from captum_mipin.graph.capture import TURNS, Inputs, Output, check_model, unwrapped
-from captum_mipin.graph.subgraph import Parts, tensor_name
-from captum_mipin.graph.validate import as_extras, as_inputs, device_of, like
+from captum_mipin.graph.capture import TURNS
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.subgraph import tensor_name
+from captum_mipin.graph.validate import as_extras, as_inputs, check_model, device_of, like
 from captum_mipin.inverse.data import Unpack
 from captum_mipin.storage.saved import Saved
+from captum_mipin.types import Inputs, Output
 
 
 @dataclass(frozen=True)

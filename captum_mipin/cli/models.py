@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from captum_mipin.cli.optional import require_module
 from captum_mipin.errors import InputError
 from captum_mipin.graph import exported
-from captum_mipin.graph.capture import select
+from captum_mipin.graph.signature import select
 from captum_mipin.targets import per_example
 
 

@@ -21,7 +21,7 @@ from captum_mipin import report
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.comparison import page
 from captum_mipin.errors import InputError, NotFittedError
-from captum_mipin.graph.capture import traced
+from captum_mipin.graph.modules import copy_memo
 from captum_mipin.inverse.network import InverseNetwork
 from captum_mipin.methods import (
     LRP,
@@ -566,7 +566,7 @@ def _made(
             if inverse.layer is None
             else LayerMIPINAttribution(model, inverse)
         )
-    copied: tuple[nn.Module, nn.Module | None] = copy.deepcopy((model, layer), traced(model))
+    copied: tuple[nn.Module, nn.Module | None] = copy.deepcopy((model, layer), copy_memo(model))
     setup = Setup(*copied, mipin)
     return {
         name: _by_name(method, setup) if isinstance(method, str) else method

@@ -57,6 +57,11 @@ class Layout:
         return unfolded
 
 
+def batched(value: Any) -> bool:
+    """Return True if a traced value is a tensor whose shape follows from the batch size."""
+    return isinstance(value, Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
+
+
 def first_dimension(value: Tensor, batch: str) -> bool:
     """Return True if the first dimension of a traced tensor, and no other, is the batch."""
     return batch_dimension(value, batch) == 0

@@ -1,12 +1,13 @@
-"""Reading a node: its operation, its arguments, and the module it comes from."""
+"""Reading nodes: their operation, their arguments, where they come from and what goes into them."""
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from captum_mipin.graph.marks import marks, module_stack
+from captum_mipin.graph.marks import marks, module_stack, original, value_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def place(node: fx.Node) -> Place:
         return Place(f"input {marks(node).origin or node.name}", "input")
     calls = module_stack(node).items()
     stack = tuple(path for key, (path, _) in calls if key.startswith("L__self__"))
-    target = node.target
+    target = original(node)
     name = target.__name__.split(".")[0] if isinstance(target, torch._ops.OpOverload) else node.name
     return Place(stack[-1] if stack else "", name, stack)
 
@@ -53,3 +54,26 @@ def operation(node: Any) -> str:
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """Return an argument of a node, whether it was passed by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def nodes_in(arguments: Any) -> list[fx.Node]:
+    """Return the nodes among arguments, however nested, as often as they occur."""
+    nodes: list[fx.Node] = []
+    fx.map_arg(arguments, nodes.append)
+    return nodes
+
+
+def ancestors(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Return nodes and all that they are computed from, without looking behind ``stop``."""
+    reached, stack = set[fx.Node](), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            stack.extend(() if node in stop else node.all_input_nodes)
+    return reached
+
+
+def is_size(node: fx.Node) -> bool:
+    """Return True if a node's value is a number that follows from the size of the batch."""
+    return isinstance(value_of(node), (torch.SymInt, torch.SymFloat, torch.SymBool))

@@ -1,52 +1,132 @@
-"""Parts of a captured graph as functions: from any tensor of a network to any other behind it."""
+"""Parts of a captured graph as functions, and which tensor of the graph a layer gives."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from captum_mipin.errors import CaptureError, InputError
-from captum_mipin.graph.capture import TURNS, CapturedGraph, module_output
-from captum_mipin.graph.layout import first_dimension
-from captum_mipin.graph.marks import value_of
-from captum_mipin.propagation.fingerprint import structure
-from captum_mipin.rules import MIPIN
+from captum_mipin.graph.capture import TURNS, CapturedGraph
+from captum_mipin.graph.layout import batched, first_dimension
+from captum_mipin.graph.marks import module_stack, value_of
+from captum_mipin.graph.nodes import ancestors, is_size, place
+from captum_mipin.graph.validate import described
+
+
+def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -> str:
+    """Return the name of the node that is the output of ``layer``.
+
+    Raises:
+        CaptureError: ``layer`` is no part of the model, or has not exactly one output in the graph.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    paths = {path for path, module in modules if module is layer}
+    kind = type(layer).__name__
+    if not paths:
+        raise CaptureError(f"layer {kind} is not a module of this {type(model).__name__}")
+    if layer is model:
+        return str(captured.output.name)
+    inside = {node for node in captured.graph.nodes if paths & set(place(node).stack)}
+    stacks = [module_stack(node).items() for node in inside]
+    calls = {call for stack in stacks for call, (path, _) in stack if path in paths}
+    leaving = [
+        node
+        for node in captured.graph.nodes
+        if node in inside
+        and isinstance(value_of(node), Tensor)
+        and not inside.issuperset(node.users)
+    ]
+    if len(leaving) == len(calls) == 1:
+        return str(leaving[0].name)
+    reason = (
+        f"is called {len(calls)} times and has {len(leaving)} outputs in the graph, expected one "
+        "of each"
+        if inside
+        else "leaves no operation in the graph: it is not called, or does nothing at inference. "
+        "Name the module before it"
+    )
+    raise CaptureError(f"layer {min(paths)!r} ({kind}) {reason}")
 
 
 def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | str) -> str:
-    """The name of a tensor of the graph: the output of a module, or one given by its name.
+    """Return the name of a floating tensor of the graph with the batch as its first dimension.
+
+    Args:
+        captured: The model's graph.
+        model: The model.
+        layer: A module, for its output, or the name of a tensor of the graph.
 
     Raises:
-        CaptureError: There is none; it is not floating; its first dimension is not the batch.
+        CaptureError: There is no such tensor.
     """
     nodes = {node.name: node for node in captured.graph.nodes}
     name = layer if isinstance(layer, str) else module_output(captured, model, layer)
-    shown = (
-        f"tensor {name!r}" if isinstance(layer, str) else f"the output of {type(layer).__name__}"
-    )
-    constant = name in captured.constants
-    if name not in nodes or constant or not isinstance(value_of(nodes[name]), Tensor):
-        kind = "a parameter or buffer" if constant else "not there"
-        known = [
-            n
-            for n, node in nodes.items()
-            if n not in captured.constants and isinstance(value_of(node), Tensor)
-        ]
+    shown = f"the output of {type(layer).__name__}" if layer is not name else f"tensor {name!r}"
+    values = {n: value_of(node) for n, node in nodes.items() if n not in captured.constants}
+    tensors = {n: value for n, value in values.items() if isinstance(value, Tensor)}
+    if name not in tensors:
+        kind = "a parameter or buffer" if name in captured.constants else "not there"
         raise CaptureError(
-            f"{shown} is {kind} in the graph of this {type(model).__name__}; its tensors are {', '.join(known)}"
+            f"{shown} is {kind} in the graph of this {type(model).__name__}; its tensors are "
+            f"{', '.join(tensors)}"
         )
-    value = value_of(nodes[name])
+    value = tensors[name]
     if not value.is_floating_point():
         raise CaptureError(
             f"{shown} has dtype {value.dtype}, expected a floating dtype: noise is added to it"
         )
     if not first_dimension(value, captured.batch):
-        raise CaptureError(
-            f"{shown} has shape {tuple(map(str, value.shape))}, expected the batch as its first dimension"
-        )
+        shape = tuple(map(str, value.shape))
+        raise CaptureError(f"{shown} has shape {shape}, expected the batch as its first dimension")
     return name
+
+
+def extract(
+    graph: fx.Graph, inputs: Iterable[fx.Node], results: Sequence[fx.Node]
+) -> fx.GraphModule:
+    """Return the part of a graph between some of its nodes as a module.
+
+    Args:
+        graph: The graph.
+        inputs: Nodes of any kind whose values are the module's arguments, in this order.
+        results: Nodes whose values it returns, as a tuple; they depend on nothing but ``inputs``.
+
+    Examples:
+        >>> graph = fx.symbolic_trace(lambda x: (x + 1) * 2).graph
+        >>> x, total, product, _ = graph.nodes
+        >>> extract(graph, [total], [product])(torch.ones(()))
+        (tensor(2.),)
+    """
+    part = fx.Graph()
+    copies = {node: part.placeholder(node.name) for node in inputs}
+    needed = ancestors(results, copies)
+    for node in graph.nodes:
+        if node in needed and node not in copies:
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in results))
+    return fx.GraphModule(nn.Module(), part)
+
+
+def run_part(module: fx.GraphModule, arguments: Iterable[Any], shown: Iterable[Any]) -> Any:
+    """Run a part of a graph.
+
+    Args:
+        module: The part.
+        arguments: What it takes.
+        shown: The tensors that an error names.
+
+    Raises:
+        InputError: The model does not take tensors of these shapes, dtypes and devices.
+    """
+    try:
+        return module.forward(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise InputError(
+            f"the model cannot run on inputs of shape, dtype and device {described(shown)}: {error}"
+        ) from error
 
 
 class Part:
@@ -54,9 +134,8 @@ class Part:
 
     Args:
         captured: The network's graph.
-        start: The name of the tensor.
-        end: That of the result; by default the network's output.
-        alone: Only the tensor itself is wanted, by :meth:`below`.
+        start: Name of the tensor.
+        end: Name of the result; by default the network's output.
 
     Raises:
         CaptureError: The result does not depend on the tensor.
@@ -72,139 +151,56 @@ class Part:
         True
     """
 
-    def __init__(
-        self, captured: CapturedGraph, start: str, end: str | None = None, *, alone: bool = False
-    ) -> None:
-        nodes = {node.name: node for node in captured.graph.nodes}
-        first, last = nodes[start], nodes[start if alone else end or captured.output.name]
-        following, needed = {first}, {last}
-        for node in captured.graph.nodes:
+    def __init__(self, captured: CapturedGraph, start: str, end: str | None = None) -> None:
+        graph = captured.graph
+        nodes = {node.name: node for node in graph.nodes}
+        first, last = nodes[start], nodes[end or captured.output.name]
+        following = {first}
+        for node in graph.nodes:
             if node.op == "call_function" and following & set(node.all_input_nodes):
                 following.add(node)
-        if last not in following or (last is first and not alone):
+        if last not in following or last is first:
             raise CaptureError(
-                f"tensor {last.name!r} does not depend on tensor {first.name!r}, so there is nothing to explain"
+                f"tensor {last.name!r} does not depend on tensor {first.name!r}, so there is "
+                "nothing to explain"
             )
-        for node in reversed(list(captured.graph.nodes)):
-            if node in needed:
-                needed.update(node.all_input_nodes)
-        inner = [
-            node
-            for node in captured.graph.nodes
-            if node in needed & following and node is not first
-        ]
-        outer = list(
-            dict.fromkeys(n for node in inner for n in node.all_input_nodes if n not in following)
+        inner = ancestors([last]) & following - {first}
+        outer = dict.fromkeys(
+            n for node in graph.nodes if node in inner for n in node.all_input_nodes
         )
-        self._symbol = captured.batch
-        self._sizes = {n.name: value_of(n).node.expr for n in outer if is_size(n)}
-        tensors = [n for n in outer if not is_size(n)]
-        self._below = _module(captured, [first, *tensors], (), [first, *tensors])
-        self._above = _module(captured, inner, [first, *outer], [last])
-        self._order = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
-        self._outer = [node.name for node in outer]
-        self._inputs = captured.inputs
-        #: Whether the way round the tensor depends on the example as well, so that its values go with the batch.
-        self.bypassed = any(_varies(value_of(n), captured.batch) for n in tensors)
+        others = [node for node in outer if node not in following]
+        tensors = [node for node in others if not is_size(node)]
+        sizes = [node for node in others if is_size(node)]
+        self._symbol, self._inputs = captured.batch, captured.inputs
+        self._sizes = [value_of(node).node.expr for node in sizes]
+        placeholders = graph.find_nodes(op="placeholder")
+        self._order = [node.name for node in placeholders]
+        self._below = extract(graph, placeholders, [first, *tensors])
+        self._above = extract(graph, [first, *tensors, *sizes], [last])
+        #: Whether what goes round the tensor depends on the example as well.
+        self.bypassed = any(batched(value_of(node)) for node in tensors)
 
     def below(self, values: Mapping[str, Any]) -> tuple[Tensor, Sequence[Any]]:
-        """The tensor, and all else that goes into the result, for these values of the graph's placeholders."""
-        first, *others = self._run(self._below, [values[name] for name in self._order], values)
+        """Return the tensor, and all else that the result is computed from.
+
+        Args:
+            values: Of the graph's placeholders, by name.
+        """
+        arguments = [values[name] for name in self._order]
+        with TURNS.explaining():
+            first, *others = run_part(self._below, arguments, map(values.get, self._inputs))
         return first, others
 
     def above(self, x: Tensor, others: Sequence[Any]) -> Tensor:
-        """The result, for any value of the tensor."""
-        tensors = iter(others)
-        rows = [
-            evaluate(self._sizes[name], self._symbol, len(x))
-            if name in self._sizes
-            else next(tensors)
-            for name in self._outer
-        ]
-        (result,) = self._run(self._above, [x, *rows], {})
-        found: Tensor = result
-        return found
-
-    def _run(
-        self, module: fx.GraphModule, arguments: Sequence[Any], values: Mapping[str, Any]
-    ) -> Sequence[Any]:
-        try:
-            with TURNS.explaining():
-                found: Sequence[Any] = module.forward(*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            shown = [values[name] for name in self._inputs] if values else arguments[:1]
-            given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in shown)
-            raise InputError(
-                f"the model cannot run on a tensor of shape, dtype and device {given}: {error}"
-            ) from error
-        return found
-
-
-class Parts:
-    """A captured graph and the parts of it that were asked for.
-
-    Args:
-        captured: The graph.
-    """
-
-    def __init__(self, captured: CapturedGraph) -> None:
-        self.captured = captured
-        self._parts: dict[tuple[str, str | None], Part] = {}
-
-    @cached_property
-    def structure(self) -> str:
-        """What the graph computes, as one number, see :func:`captum_mipin.propagation.fingerprint.structure`."""
-        return structure(self.captured, MIPIN)
-
-    def __call__(self, start: str, end: str | None = None) -> Part:
-        """The part from one tensor to another, by default to the output."""
-        if (start, end) not in self._parts:
-            self._parts[start, end] = Part(self.captured, start, end)
-        return self._parts[start, end]
-
-
-def _module(
-    captured: CapturedGraph,
-    wanted: Sequence[fx.Node],
-    given: Sequence[fx.Node],
-    results: Sequence[fx.Node],
-) -> fx.GraphModule:
-    """The operations that lead to ``wanted``, from ``given`` or else from all placeholders, as a module."""
-    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in given or [node for node in captured.graph.nodes if node.op == "placeholder"]:
-        copied[node] = graph.placeholder(node.name)
-    needed = set(wanted)
-    for node in reversed(list(captured.graph.nodes)):
-        if node in needed and node not in copied:
-            needed.update(node.all_input_nodes)
-    for node in captured.graph.nodes:
-        if node in needed and node not in copied:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-            if (
-                node.target is torch.ops.aten.view.default
-            ):  # the export saw contiguous tensors; others need a copy
-                copied[node].target = torch.ops.aten.reshape.default
-    graph.output(tuple(copied[node] for node in results))
-    return fx.GraphModule(nn.Module(), graph)
-
-
-def is_size(node: fx.Node) -> bool:
-    """Whether a node's value is a number that follows from the batch's size."""
-    return isinstance(value_of(node), (torch.SymInt, torch.SymFloat))
+        """Return the result for any value of the tensor."""
+        sizes = [evaluate(size, self._symbol, len(x)) for size in self._sizes]
+        with TURNS.explaining():
+            (result,) = run_part(self._above, [x, *others, *sizes], [x])
+        value: Tensor = result
+        return value
 
 
 def evaluate(expression: Any, symbol: str, rows: int) -> int | float:
-    """A size that follows from the batch's, for a batch of so many rows."""
-    found = expression.subs({s: rows for s in expression.free_symbols if str(s) == symbol})
-    return int(found) if found.is_Integer else float(found)
-
-
-def _varies(value: Any, symbol: str) -> bool:
-    """Whether a traced tensor has the batch in its shape."""
-    sizes = value.shape if isinstance(value, Tensor) else ()
-    return any(
-        isinstance(size, torch.SymInt) and symbol in map(str, size.node.expr.free_symbols)
-        for size in sizes
-    )
+    """Return the value of a size that follows from the batch's, for a batch of ``rows``."""
+    value = expression.subs({s: rows for s in expression.free_symbols if str(s) == symbol})
+    return int(value) if value.is_Integer else float(value)

@@ -20,8 +20,10 @@ from torch.utils.data import (
 )  # fmt: skip
 
 from captum_mipin.errors import FitError, InputError
-from captum_mipin.graph.capture import Extras, Inputs, check_inputs, finite, pick, plain
+from captum_mipin.graph.signature import pick, plain
+from captum_mipin.graph.validate import check_inputs, finite
 from captum_mipin.storage import files
+from captum_mipin.types import Extras, Inputs
 
 #: Batch → (inputs, additional_forward_args).
 Unpack = Callable[[Any], tuple[Any, Any]]

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_mipin.errors import FitError
-from captum_mipin.graph.capture import CapturedGraph, Extras, Inputs, Signature, finite
+from captum_mipin.graph.capture import CapturedGraph
+from captum_mipin.graph.signature import Signature
+from captum_mipin.graph.validate import finite
 from captum_mipin.inverse.data import Activations, Values, check_independent
 from captum_mipin.inverse.distributed import Processes
 from captum_mipin.inverse.sgd import Descent
@@ -30,7 +32,7 @@ from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse, Inverter, Options
 from captum_mipin.rules.linear import Convolution, Dense
 from captum_mipin.targets import target_label
-from captum_mipin.types import Target
+from captum_mipin.types import Extras, Inputs, Target
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from captum_mipin.errors import NotFittedError
-from captum_mipin.graph.capture import TURNS, Inputs
+from captum_mipin.graph.capture import TURNS
 from captum_mipin.inverse.fit import Fit, Fitted
 from captum_mipin.rules import Inverse
-from captum_mipin.types import Target
+from captum_mipin.types import Inputs, Target
 
 
 class Lazy:

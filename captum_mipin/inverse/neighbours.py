@@ -27,25 +27,14 @@ from captum_mipin.errors import (
     ModelChangedError,
     NotFittedError,
 )  # fmt: skip
-from captum_mipin.graph.capture import (
-    TURNS,
-    CapturedGraph,
-    Extras,
-    Inputs,
-    Output,
-    Signature,
-    check_model,
-    finite,
-    first_example,
-    module_output,
-    pick,
-    unwrapped,
-)
+from captum_mipin.graph.capture import TURNS, CapturedGraph
 from captum_mipin.graph.layout import first_dimension
 from captum_mipin.graph.marks import marks, value_of
-from captum_mipin.graph.nodes import place
-from captum_mipin.graph.subgraph import Part, evaluate, is_size
-from captum_mipin.graph.validate import device_of, generator_kept
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.nodes import is_size, place
+from captum_mipin.graph.signature import Signature, first_example, pick
+from captum_mipin.graph.subgraph import evaluate, extract, module_output, run_part
+from captum_mipin.graph.validate import check_model, device_of, finite, generator_kept
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
 from captum_mipin.inverse.fit import Fitted, Settings
 from captum_mipin.inverse.network import Explanation, InverseNetwork
@@ -60,7 +49,7 @@ from captum_mipin.rules import Fork, Inverse, Options
 from captum_mipin.rules.linear import Dense
 from captum_mipin.storage.watch import Watch
 from captum_mipin.targets import per_example, target_indices, target_label
-from captum_mipin.types import Target
+from captum_mipin.types import Extras, Inputs, Output, Target
 
 #: Bytes that the inverses of examples explained at once may take, unless it is one example alone.
 _TOGETHER = 1 << 29
@@ -166,10 +155,11 @@ class Replay:
     """
 
     def __init__(self, captured: CapturedGraph, surrogate: Surrogate, feature: str | None) -> None:
-        self._inputs, self._part = (
-            captured.inputs,
-            None if feature is None else Part(captured, feature, alone=True),
-        )
+        self._inputs = captured.inputs
+        placeholders = captured.graph.find_nodes(op="placeholder")
+        self._order = [node.name for node in placeholders]
+        features = [node for node in captured.graph.nodes if node.name == feature]
+        self._part = extract(captured.graph, placeholders, features) if feature else None
         for node in captured.graph.nodes:
             value = value_of(node)
             if node.name in ([feature] if feature else captured.inputs) and (
@@ -226,7 +216,10 @@ class Replay:
         """What neighbours of a batch's examples are looked for by, for these values of the graph's placeholders."""
         if self._part is None:
             return [values[name].flatten(1) for name in self._inputs]
-        return [self._part.below(values)[0].detach().flatten(1)]
+        shown = map(values.get, self._inputs)
+        with TURNS.explaining():
+            (x,) = run_part(self._part, [values[name] for name in self._order], shown)
+        return [x.detach().flatten(1)]
 
     def inverses(
         self,

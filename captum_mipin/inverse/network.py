@@ -23,29 +23,19 @@ from captum_mipin.errors import (
     NotFittedError,
 )
 from captum_mipin.graph.cache import Graphs
-from captum_mipin.graph.capture import (
-    TURNS,
-    CapturedGraph,
-    Extras,
-    Inputs,
-    Output,
-    Signature,
-    capture,
-    check_finite,
-    check_inputs,
-    check_model,
-    finite,
-    first_example,
-    pick,
-    plain,
-    unwrapped,
-)  # fmt: skip
+from captum_mipin.graph.capture import TURNS, CapturedGraph, capture
 from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.signature import Signature, first_example, pick, plain
 from captum_mipin.graph.validate import (
     as_extras,
     as_inputs,
+    check_finite,
+    check_inputs,
+    check_model,
     check_output,
     device_of,
+    finite,
     generator_kept,
     like,
 )
@@ -64,7 +54,7 @@ from captum_mipin.storage import files
 from captum_mipin.storage.saved import Saved
 from captum_mipin.storage.watch import Watch, fingerprint
 from captum_mipin.targets import per_example, target_index, target_indices, target_label
-from captum_mipin.types import Target
+from captum_mipin.types import Extras, Inputs, Output, Target
 from captum_mipin.version import __version__
 
 
@@ -836,7 +826,9 @@ class InverseNetwork(Saved):
         def find() -> Signature:
             fitted = state.signature if state else None
             hint = (lambda: self._way_out(state)) if state else str
-            return self._graphs.find(inputs, extras, self._capture, fitted, accept, hint)
+            return self._graphs.find(
+                inputs, extras, self._capture, fitted=fitted, accept=accept, hint=hint
+            )
 
         def build(graph: CapturedGraph, start: str | None) -> Surrogate:
             return Surrogate(

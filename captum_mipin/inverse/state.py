@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_mipin.graph.capture import Extras, Inputs, Signature
+from captum_mipin.graph.signature import Signature
 from captum_mipin.graph.validate import device_of
 from captum_mipin.inverse.fit import Fitted
 from captum_mipin.inverse.lazy import Lazy
@@ -15,7 +15,7 @@ from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse
 from captum_mipin.storage.watch import Watch
 from captum_mipin.targets import target_label
-from captum_mipin.types import Target
+from captum_mipin.types import Extras, Inputs, Target
 
 #: What an inverse is made of, in files.
 PARTS = ("weight", "bias", "live", "own", "rows")

@@ -16,29 +16,26 @@ from torch import Tensor, fx, nn
 from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError
 from captum_mipin.graph.cache import Graphs
-from captum_mipin.graph.capture import (
-    TURNS,
-    CapturedGraph,
-    Extras,
-    Inputs,
-    Output,
-    Signature,
-    capture,
+from captum_mipin.graph.capture import TURNS, CapturedGraph, capture
+from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.signature import Signature, plain
+from captum_mipin.graph.validate import (
+    as_extras,
+    as_inputs,
     check_finite,
     check_inputs,
     check_model,
+    check_output,
     finite,
-    plain,
-    unwrapped,
-)  # fmt: skip
-from captum_mipin.graph.marks import value_of
-from captum_mipin.graph.validate import as_extras, as_inputs, check_output, like
+    like,
+)
 from captum_mipin.propagation.check import Treatment, survey
 from captum_mipin.propagation.runtime import Run, seed
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.rules import Rule
 from captum_mipin.targets import per_example
-from captum_mipin.types import Target
+from captum_mipin.types import Extras, Inputs, Output, Target
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_mipin.graph.capture import Output
 from captum_mipin.methods.gradients import derivative
 from captum_mipin.methods.layers import Layer
 from captum_mipin.methods.lrp import LRP, LayerRule, quotient, relevance
@@ -14,7 +13,7 @@ from captum_mipin.propagation.runtime import seed
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.base import Back
-from captum_mipin.types import Target
+from captum_mipin.types import Output, Target
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.graph.capture import CapturedGraph, Extras, Inputs, capture
+from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.marks import mark, original, value_of
 from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.methods.base import Signal, Table
@@ -21,7 +21,7 @@ from captum_mipin.propagation.runtime import seed
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.base import Back, depends, gate_source, varies
-from captum_mipin.types import Target
+from captum_mipin.types import Extras, Inputs, Target
 
 #: Operations that are rectifiers whatever their arguments, besides ReLU.
 _RECTIFIERS = (

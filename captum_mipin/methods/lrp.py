@@ -18,7 +18,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from captum_mipin.errors import InputError
-from captum_mipin.graph.capture import Output
 from captum_mipin.graph.nodes import operation
 from captum_mipin.methods.base import Relevance, Table
 from captum_mipin.methods.gradients import derivative
@@ -30,7 +29,7 @@ from captum_mipin.rules.attention import ATTENTION
 from captum_mipin.rules.base import Back, factors, varies
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
-from captum_mipin.types import Target
+from captum_mipin.types import Output, Target
 
 
 class LayerRule(Protocol):

@@ -20,19 +20,11 @@ from captum_mipin.errors import (
     ModelChangedError,
     NotFittedError,
 )
-from captum_mipin.graph.capture import (
-    Extras,
-    Inputs,
-    Output,
-    Signature,
-    check_model,
-    finite,
-    first_example,
-    unwrapped,
-)
 from captum_mipin.graph.marks import mark, marks, value_of
+from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.nodes import operation
-from captum_mipin.graph.validate import check_output, device_of, generator_kept
+from captum_mipin.graph.signature import Signature, first_example
+from captum_mipin.graph.validate import check_model, check_output, device_of, finite, generator_kept
 from captum_mipin.inverse.data import Batches, Unpack
 from captum_mipin.inverse.distributed import Processes
 from captum_mipin.methods.base import Explanation, Relevance, Signal, Table
@@ -51,6 +43,7 @@ from captum_mipin.rules.normalization import NORMALIZATION, SCALES
 from captum_mipin.rules.pooling import POOLING, shared_out
 from captum_mipin.storage.saved import Saved
 from captum_mipin.storage.watch import Watch
+from captum_mipin.types import Extras, Inputs, Output
 
 Estimator = Literal["linear", "positive"]
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError
-from captum_mipin.graph.capture import Inputs, check_inputs
-from captum_mipin.graph.validate import as_inputs, like
+from captum_mipin.graph.validate import as_inputs, check_inputs, like
+from captum_mipin.types import Inputs
 
 
 class SmoothGrad(NoFuture, GradientAttribution):

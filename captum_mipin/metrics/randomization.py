@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_mipin.errors import InputError
-from captum_mipin.graph.capture import traced
+from captum_mipin.graph.modules import copy_memo
 from captum_mipin.metrics.common import (
     Examples,
     Inputs,
@@ -100,7 +100,7 @@ def randomization(
         )
     before = explain(method, examples, batch_size)
     copied: tuple[Any, nn.Module] = copy.deepcopy(
-        (method if refit is None else None, trained), traced(trained)
+        (method if refit is None else None, trained), copy_memo(trained)
     )
     twin, changed = copied  # the model of the one is the other
     stages = _stages(changed, _paths(trained, layers), examples, layers is None)

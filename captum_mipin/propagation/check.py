@@ -14,22 +14,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from captum_mipin.errors import CaptureError, RuleError
-from captum_mipin.graph.capture import (
-    CapturedGraph,
-    Inputs,
-    Output,
-    capture,
-    module_output,
-    unwrapped,
-)
+from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.layout import Layout, first_dimension
 from captum_mipin.graph.marks import inherit, mark, marks, original, value_of
+from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.nodes import Place, operation, place
+from captum_mipin.graph.subgraph import module_output
 from captum_mipin.graph.validate import as_extras, as_inputs
 from captum_mipin.propagation.averages import join_averages
 from captum_mipin.propagation.batch_layout import lay_out
 from captum_mipin.report import CheckReport, CheckRow
 from captum_mipin.rules import RECORDABLE, Learned, Passes, Recorded, Rule, table
+from captum_mipin.types import Inputs, Output
 
 #: Operations that change a shape at most; sizes among their arguments are harmless.
 SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
@@ -130,12 +126,6 @@ def marked_copy(
         names[name] += 1
         key = name if names[name] == 1 else f"{name}#{names[name]}"
         mark(new, origin=old.name, key=key)
-        if new.target in (
-            torch.ops.aten.view.default,
-            torch.ops.aten._unsafe_view.default,
-        ):  # contiguous as the export saw it
-            new.target = torch.ops.aten.reshape.default
-            mark(new, original=old.target)
     output = copied[captured.output]
     next(node for node in graph.nodes if node.op == "output").args = (output,)
     wanted = captured.inputs if start is None else (start,)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from captum_mipin.graph.capture import CapturedGraph, memory
+from captum_mipin.graph.capture import CapturedGraph
+from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.modules import tensor_bytes
 from captum_mipin.graph.nodes import operation, place
 from captum_mipin.propagation.averages import whole_dims
 from captum_mipin.propagation.check import SHAPE
@@ -64,7 +66,7 @@ def _lines(
             names[node] = (
                 constant
                 if isinstance(constant, str)
-                else hashlib.sha256(memory(constant)).hexdigest()
+                else hashlib.sha256(tensor_bytes(constant)).hexdigest()
             )
         elif node.op == "call_function" and operation(node) in SHAPE and not _added_up(node):
             names[node] = names[node.all_input_nodes[0]]
@@ -114,8 +116,7 @@ def _added_up(node: fx.Node) -> list[int]:
 
 
 def _batched(node: Any) -> bool:
-    value = value_of(node) if isinstance(node, fx.Node) else None
-    return isinstance(value, Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
+    return isinstance(node, fx.Node) and batched(value_of(node))
 
 
 def _only_gate(node: fx.Node, user: fx.Node) -> bool:

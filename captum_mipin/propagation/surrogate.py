@@ -7,19 +7,20 @@ the seeded output then *is* the method, and the gradient with respect to an oper
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import chain, repeat
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.errors import CaptureError, InputError, UnsupportedOperationError
+from captum_mipin.errors import CaptureError, UnsupportedOperationError
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.layout import Layout
 from captum_mipin.graph.marks import inherit, mark, marks, value_of
 from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.graph.subgraph import extract, run_part
 from captum_mipin.propagation.canonical import respell
 from captum_mipin.propagation.check import (
     carrying_users,
@@ -79,21 +80,6 @@ def _constants_first(graph: fx.Graph) -> fx.Node:
 def _places(node: fx.Node) -> set[int | None]:
     """The dimensions of a tensor, besides that of the batch, along which there is more than one element."""
     return {dim for dim, n in enumerate(value_of(node).shape) if dim > 0 and n != 1}
-
-
-def _module(
-    given: Sequence[fx.Node], nodes: Iterable[fx.Node], results: Sequence[fx.Node]
-) -> fx.GraphModule:
-    """Some nodes of a graph, in their order, as a module from ``given`` to ``results``."""
-    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in given:
-        copied[node] = graph.placeholder(node.name)
-    for node in nodes:
-        if node.op == "call_function":
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.output(tuple(copied[node] for node in results))
-    graph.eliminate_dead_code()
-    return fx.GraphModule(torch.nn.Module(), graph)
 
 
 def _in_sequences(graph: fx.Graph) -> fx.Graph:
@@ -262,7 +248,9 @@ class Surrogate:
     def __call__(self, run: Run, values: Mapping[str, Any]) -> Tensor:
         """The model's output, with a graph behind it whose backward pass is the method."""
         arguments = [values[name] for name in self._order]
-        output: Tensor = self._run(self._module, (run, *arguments), self._inputs, values)
+        shown = map(values.get, self._inputs)
+        with torch.enable_grad():
+            output: Tensor = run_part(self._module, [run, *arguments], shown)
         return output
 
     def below(
@@ -276,39 +264,20 @@ class Surrogate:
         """
         module, _, names = self._halves
         device = values[self._inputs[0]].device.type
-        with torch.autocast(device, autocast, enabled=autocast is not None):
-            found = self._run(module, [values[name] for name in self._order], self._inputs, values)
+        with torch.enable_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
+            arguments = [values[name] for name in self._order]
+            found = run_part(module, arguments, map(values.get, self._inputs))
         pairs = zip(names.items(), found, strict=True)
         return {name: value if dtype is None else value.to(dtype) for (name, dtype), value in pairs}
 
     def above(self, run: Run, values: Mapping[str, Any], weights: Mapping[str, Any]) -> Tensor:
         """The model's output from where the passes end on: of what :meth:`below` found, and of the model's weights."""
         _, module, names = self._halves
-        arguments = (
-            [values[name] for name in names],
-            [weights[name] for name in self._order if name in self._constants],
-        )
-        output: Tensor = self._run(module, (run, *chain(*arguments)), tuple(names), values)[0]
+        between = [values[name] for name in names]
+        constants = [weights[name] for name in self._order if name in self._constants]
+        with torch.enable_grad():
+            output: Tensor = run_part(module, [run, *between, *constants], between)[0]
         return output
-
-    def _run(
-        self,
-        module: fx.GraphModule,
-        arguments: Sequence[Any],
-        inputs: Sequence[str],
-        values: Mapping[str, Any],
-    ) -> Any:
-        try:
-            with torch.enable_grad():
-                return module.forward(*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            shown = [x for name in inputs if isinstance(x := values[name], Tensor)]
-            given = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in shown)
-            raise InputError(
-                f"the model cannot run on inputs of shape, dtype and device {given}: {error}"
-            ) from error
 
     @cached_property
     def _halves(self) -> tuple[fx.GraphModule, fx.GraphModule, dict[str, torch.dtype | None]]:
@@ -334,12 +303,8 @@ class Surrogate:
         ]
         between = list(dict.fromkeys(needed))
         weights = [node for node in given if node in fixed]
-        below = _module(given, [node for node in nodes if node not in upper], between)
-        above = _module(
-            [run, *between, *weights],
-            [node for node in nodes if node in upper or node in fixed],
-            [output],
-        )
+        below = extract(self.graph, given, between)
+        above = extract(self.graph, [run, *between, *weights], [output])
         return (
             below,
             above,

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from captum_mipin.errors import InverseFileError
-from captum_mipin.graph.capture import memory
+from captum_mipin.graph.modules import tensor_bytes
 
 FORMAT = "captum-mipin-inverse-3"
 
@@ -117,7 +117,7 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memory(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from captum_mipin.errors import InverseFileError, MIPINError, ModelChangedError
-from captum_mipin.graph.capture import check_model, unwrapped
-from captum_mipin.graph.validate import device_of
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.validate import check_model, device_of
 from captum_mipin.storage import files
 from captum_mipin.storage.watch import fingerprint
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_mipin.graph.capture import tree
+from captum_mipin.graph.modules import tree
 from captum_mipin.storage.files import digest_of
 
 #: A tensor of fewer 8-byte words than this is summed together with all others of that kind.

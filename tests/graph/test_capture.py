@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from captum_mipin import LRP, check
 from captum_mipin.errors import CaptureError, InputError, TrainingModeError
-from captum_mipin.graph.capture import Signature, capture, first_example, module_output, tree
+from captum_mipin.graph.capture import capture
+from captum_mipin.graph.modules import tree
 from captum_mipin.graph.nodes import place
+from captum_mipin.graph.signature import Signature, first_example
+from captum_mipin.graph.subgraph import module_output
 
 
 class Wants(nn.Module):

@@ -18,7 +18,7 @@ from torch.nn.functional import relu
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, check, compare
 from captum_mipin.errors import CaptureError, InputError
 from captum_mipin.graph import exported
-from captum_mipin.graph.capture import traced
+from captum_mipin.graph.modules import copy_memo
 
 SHAPE = (3, 8, 8)
 CPU = torch.device("cpu")
@@ -415,4 +415,4 @@ def test_a_program_of_a_gpu_runs_on_the_cpu(tmp_path):
 def test_a_module_of_a_program_can_be_copied():
     model = exported.load("Residual.pt2", SHAPE, CPU)
     x = torch.randn(3, *SHAPE)
-    torch.testing.assert_close(copy.deepcopy(model, traced(model))(x), model(x))
+    torch.testing.assert_close(copy.deepcopy(model, copy_memo(model))(x), model(x))

@@ -1,0 +1,100 @@
+"""Reading a model: its modules, its tensors, and all else that its graph depends on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from captum_mipin.graph.marks import value_of
+
+#: Attributes that every module has.
+OWN = frozenset(vars(nn.Module()))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module behind ``DataParallel``, ``DistributedDataParallel``, ``torch.compile``.
+
+    Any other module is returned as it is.
+
+    Examples:
+        >>> model = nn.Linear(2, 1)
+        >>> unwrapped(nn.DataParallel(torch.compile(model))) is unwrapped(model) is model
+        True
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def tree(model: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
+    """Return what ``model.named_modules(remove_duplicate=False)`` yields, in less time."""
+    modules = [(path, model)]
+    for name, part in model._modules.items():
+        if part is not None:
+            modules += tree(part, f"{path}.{name}" if path else name)
+    return modules
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return parameters, buffers, and tensors that are plain attributes of modules, by name."""
+    attributes = [
+        (f"{path}.{name}", value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    return [*model.named_parameters(), *model.named_buffers(), *attributes]
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    """Return all that a graph takes from a model besides its parameters and buffers.
+
+    That is modules and their types, hooks, and attributes that are numbers, strings, containers or
+    tensors. Where two snapshots differ, the model has to be captured again.
+    """
+    seen: list[Any] = []
+    for path, module in tree(model):
+        seen.append((path, type(module), id(module)))
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            seen.extend(map(id, hooks.values()))
+        attributes = vars(module)
+        for name in attributes.keys() - OWN:
+            value = attributes[name]
+            if isinstance(value, (int, str)):
+                seen.append((name, value))
+            elif isinstance(value, Tensor):
+                seen.append((name, id(value), value._version))
+            elif isinstance(value, (float, tuple, list, dict, set)):
+                seen.append((name, text := repr(value)))
+                if "tensor(" in text:  # repr leaves out most values of a large tensor
+                    tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+                    seen.extend((id(t), t._version) for t in tensors)
+    return seen
+
+
+def copy_memo(model: nn.Module) -> dict[int, Any]:
+    """Return the memo with which ``copy.deepcopy`` can copy a model that holds exported programs.
+
+    It leaves out the traced values of their graphs, which torch cannot copy.
+    """
+    parts = (part for module in model.modules() for part in vars(module).values())
+    graphs = (
+        part.graph if isinstance(part, fx.GraphModule) else part
+        for part in parts
+        if isinstance(part, fx.Graph | fx.GraphModule)
+    )
+    values = [value_of(node) for graph in graphs for node in graph.nodes]
+    return {id(value): value for value in values if value is not None}
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """Return a tensor's values as bytes, in their order."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # torch calls one element contiguous whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
