@@ -10,12 +10,11 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from shared_graphs import SharedGraphs
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution
 from captum_mipin.graph import capture as capture_module
-from captum_mipin.graph.modules import snapshot
-from captum_mipin.graph.signature import Signature
 
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")  # the same examples each time
@@ -170,22 +169,26 @@ def survives() -> Callable[[Fitted], AbstractContextManager[None]]:
     return _survives
 
 
-@pytest.fixture(scope="module")
-def graphs() -> dict[Any, Any]:
-    """What was captured for the tests of a module."""
-    return {}
+@pytest.fixture(scope="session", autouse=True)
+def shared_graphs() -> Iterator[SharedGraphs]:
+    """Let all tests share the graphs of networks that are spelled alike, for speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        shared = SharedGraphs(capture_module.trace)
+        patch.setattr(capture_module, "trace", shared)
+        yield shared
 
 
-@pytest.fixture
-def captured_once(monkeypatch: pytest.MonkeyPatch, graphs: dict[Any, Any]) -> None:
-    """Let all that tests of a module do with a model share one graph, for speed: graphs are never written to."""
-    trace = capture_module.trace
+@pytest.fixture(scope="module", autouse=True)
+def unwritten(shared_graphs: SharedGraphs) -> Iterator[None]:
+    """Check after each module that no shared graph was written to."""
+    yield
+    shared_graphs.check_unwritten()
 
-    def once(model: nn.Module, inputs: Any, extras: Any, shared: bool, **options: Any) -> Any:
-        signature = Signature.of(inputs, extras, shared)
-        key = id(model), repr(snapshot(model)), signature, repr(options)
-        if key not in graphs:  # the model is kept, and with it its id
-            graphs[key] = trace(model, inputs, extras, shared, **options), model
-        return graphs[key][0]
 
-    monkeypatch.setattr(capture_module, "trace", once)
+@pytest.fixture(autouse=True)
+def captured_once(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, shared_graphs: SharedGraphs
+) -> None:
+    """Leave tests marked ``captured_anew``, such as those that count captures, their own graphs."""
+    if request.node.get_closest_marker("captured_anew"):
+        monkeypatch.setattr(capture_module, "trace", shared_graphs.trace)
