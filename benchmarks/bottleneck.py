@@ -1,17 +1,21 @@
-"""Information bottlenecks on real networks: python benchmarks/bottleneck.py images|input|speed|text --data FOLDER.
+"""Information bottlenecks on real networks.
 
-- images: bounding-box accuracy, insertion and deletion of IBA, MIP-IN, Grad-CAM and SmoothGrad on photographs of ImageNet's
-  validation set whose boxes cover at most a third; every layer method at the same layer;
-- input: the same of InputIBA;
-- speed: batches of sixteen against one sample at a time, the loop as published, and presets;
+    python benchmarks/bottleneck.py images|input|speed|text --data FOLDER
+
+- images: bounding-box accuracy, insertion and deletion of IBA, MIP-IN, Grad-CAM and SmoothGrad,
+  on photographs of ImageNet's validation set whose boxes cover at most a third of the image. All
+  methods for layers are asked at the same layer.
+- input: the same for InputIBA.
+- speed: batches of sixteen against one sample at a time, the published loop, and the presets.
 - text: an LSTM that tells two libraries apart by sentences of their documentation.
 
-Bounding-box accuracy: of the n highest-scored pixels, the share inside the boxes, n being the number of pixels inside.
-Deletion: mean probability of the target as the highest-scored pixels are set to 0 (the mean colour), an eighth at a time;
-insertion: as they are put into a blurred copy (kernel 11, σ 5), likewise; trapezoid rule. Ties are broken at random.
+Bounding-box accuracy: let n be the number of pixels inside the boxes; the score is the share of the
+n highest-scored pixels that lie inside. Deletion: mean probability of the target while the
+highest-scored pixels are set to 0 (the mean colour), an eighth of the image at a time. Insertion:
+the same while they are put into a blurred copy (kernel 11, σ 5). Both by the trapezoid rule; ties
+are broken at random.
 """
 
-import argparse
 import ast
 import csv
 import importlib.util
@@ -31,7 +35,7 @@ from typing import Any
 import pretrained
 import torch
 from captum.attr import LayerGradCam, LayerGradientXActivation, NoiseTunnel, Saliency
-from common import show, write
+from common import parser_of, show, write
 from data import load
 from localization_grid import _image
 from networks import trained
@@ -53,7 +57,7 @@ Method = Callable[[Tensor, Tensor], Tensor]
 
 
 def photographs(folder: Path, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (N, 3, 224, 224) in [0, 1], labels, and masks of their boxes: boxes of at most a third."""
+    """Return images (N, 3, 224, 224) in [0, 1], labels, and masks of boxes of at most a third."""
     with zipfile.ZipFile(folder / "ilsvrc2012_val_600_boxes.zip") as archive:
         rows = list(csv.DictReader(io.TextIOWrapper(archive.open("annotations.csv"), "utf-8")))
         boxes = [_boxes(json.loads(row["boxes_xyxy_norm"])) for row in rows]
@@ -80,7 +84,7 @@ def _boxes(boxes: Sequence[Sequence[float]]) -> Tensor:
 
 
 def training(folder: Path, count: int) -> Tensor:
-    """Images of ImageNet's training set, of the same twenty classes."""
+    """Return images of ImageNet's training set, of the same twenty classes."""
     with zipfile.ZipFile(folder / "imagenet20_train_128px.zip") as archive:
         files = sorted(file for file in archive.namelist() if file.endswith(".JPEG"))
         picked = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[
@@ -90,7 +94,10 @@ def training(folder: Path, count: int) -> Tensor:
 
 
 def ranked(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Pixels of each map (N, H, W), the highest-scored first, equal ones in random order, as deletion has them."""
+    """Return the pixels of each map (N, H, W) in order, the highest-scored first.
+
+    Equal pixels stand in random order, as they do for deletion.
+    """
     flat = scores.flatten(1).double()
     order = torch.rand(flat.shape, generator=generator).argsort(1)
     return order.gather(1, flat.gather(1, order).argsort(dim=1, descending=True, stable=True))
@@ -108,11 +115,12 @@ def curves(
     x: Tensor,
     maps: Tensor,
     target: Tensor,
+    *,
     seed: int,
     baseline: Baseline,
     steps: int = 8,
 ) -> tuple[Tensor, Tensor]:
-    """Areas of deletion, to 0, and insertion, from ``baseline``, of each image."""
+    """Return areas of deletion, to 0, and insertion, from ``baseline``, of each image."""
     options: Any = {"model": model, "step": maps[0].numel() // steps}
     ties = (torch.Generator().manual_seed(seed) for _ in range(2))
     deleted = deletion(maps, x, target, generator=next(ties), **options)
@@ -127,7 +135,7 @@ def blurred(x: Tensor) -> Tensor:
 
 
 def resized(maps: Tensor) -> Tensor:
-    """(N, h, w) at the input's size."""
+    """Return maps (N, h, w) at the input's size."""
     return F.interpolate(
         maps.unsqueeze(1), size=(224, 224), mode="bilinear", align_corners=False
     ).squeeze(1)
@@ -136,7 +144,7 @@ def resized(maps: Tensor) -> Tensor:
 def methods(
     model: nn.Module, fit: Tensor, known: Tensor, classes: list[int]
 ) -> dict[str, tuple[str, Method]]:
-    """Name → (layer and reduction, attribution as a map of pixels)."""
+    """Return name → (layer and reduction, attribution as a map of pixels)."""
     layer, last = model.get_submodule(LAYER), model.get_submodule("features.12")
     inverse = InverseNetwork(model, layer=layer).fit(fit, classes, batch_size=20)
     iba = {
@@ -208,6 +216,7 @@ def measured(
     where: str,
     maps: Tensor,
     taken: float,
+    *,
     model: nn.Module,
     x: Tensor,
     t: Tensor,
@@ -215,12 +224,16 @@ def measured(
 ) -> dict[str, Any]:
     order = ranked(maps, torch.Generator().manual_seed(1))
     accuracy = box_accuracy(order, boxes)
-    deleted, inserted = curves(model, x, maps, t, 1, blurred)
+    deleted, inserted = curves(model, x, maps, t, seed=1, baseline=blurred)
     row = {
-        "method": name, "layer, reduction": where, "box accuracy": float(accuracy.mean()),
-        "standard error": float(accuracy.std() / len(x) ** 0.5), "insertion": float(inserted.mean()),
-        "deletion": float(deleted.mean()), "s an image": taken / len(x),
-    }  # fmt: skip
+        "method": name,
+        "layer, reduction": where,
+        "box accuracy": float(accuracy.mean()),
+        "standard error": float(accuracy.std() / len(x) ** 0.5),
+        "insertion": float(inserted.mean()),
+        "deletion": float(deleted.mean()),
+        "s an image": taken / len(x),
+    }
     print(show([row]).splitlines()[-1], flush=True)
     return row
 
@@ -241,7 +254,8 @@ def images(folder: Path, count: int, fitted: int, estimated: int, pictures: Path
         method(x[:1], t[:1])
         start = time.perf_counter()
         maps = torch.cat([method(*part) for part in zip(x.split(10), t.split(10), strict=True)])
-        rows.append(measured(name, where, maps, time.perf_counter() - start, model, x, t, boxes))
+        taken = time.perf_counter() - start
+        rows.append(measured(name, where, maps, taken, model=model, x=x, t=t, boxes=boxes))
         kept[name] = maps
     settings = {"images": len(x), "fitted": fitted, "estimated": estimated, "classes": classes}
     write(
@@ -257,7 +271,7 @@ def images(folder: Path, count: int, fitted: int, estimated: int, pictures: Path
 
 
 def inputs(folder: Path, count: int, estimated: int, pictures: Path | None) -> None:
-    """InputIBA on the same photographs, in fewer copies than published, for time."""
+    """Measure InputIBA on the same photographs, with fewer copies than published to save time."""
     model, normalise = pretrained.load("squeezenet1_0", folder / "weights")
     photos, t, boxes = photographs(folder, count)
     x = normalise(photos)
@@ -281,7 +295,7 @@ def inputs(folder: Path, count: int, estimated: int, pictures: Path | None) -> N
         )
         name = f"InputIBA, fast with 2 copies, {kind}"
         where = f"{LAYER} and input, " + ("mean" if kind == "mask" else "sum")
-        rows.append(measured(name, where, maps, taken, model, x, t, boxes))
+        rows.append(measured(name, where, maps, taken, model=model, x=x, t=t, boxes=boxes))
         if pictures:
             torch.save({"images": photos, "boxes": boxes, "maps": maps}, f"{pictures}.{kind}")
     write("bottleneck-input", rows, **SETTINGS, images=len(x), estimated=estimated)
@@ -289,7 +303,7 @@ def inputs(folder: Path, count: int, estimated: int, pictures: Path | None) -> N
 
 
 def rank(a: Tensor, b: Tensor) -> float:
-    """Spearman's correlation of maps (N, ...), mean over them."""
+    """Return Spearman's correlation of maps (N, ...), averaged over the maps."""
     ranks = [m.flatten(1).argsort(1).argsort(1).double() for m in (a, b)]
     return float(
         torch.stack(
@@ -299,22 +313,22 @@ def rank(a: Tensor, b: Tensor) -> float:
 
 
 def speed(folder: Path) -> None:
-    """Batches of sixteen, the loop as published, and presets."""
+    """Measure batches of sixteen, the published loop and the presets."""
     digits = load("digits", folder)
     rows = [
         compared(
             "cnn-digits",
             trained("cnn-digits", digits),
             "features.1",
-            digits.train[:1000],
-            digits.test,
-            digits.test_labels,
+            known=digits.train[:1000],
+            x=digits.test,
+            t=digits.test_labels,
         )
     ]
     cifar = load("cifar10", folder)
     resnet, normalise = pretrained.load("resnet20", folder / "weights")
     known, x, t = normalise(cifar.train[:1000]), normalise(cifar.test[:16]), cifar.test_labels[:16]
-    rows.append(compared("resnet20", resnet, "layer2", known, x, t))
+    rows.append(compared("resnet20", resnet, "layer2", known=known, x=x, t=t))
     write("bottleneck-speed", rows, batch=16)
     print(show(rows))
     presets: list[dict[str, Any]] = []
@@ -332,20 +346,19 @@ def speed(folder: Path) -> None:
         agree = {"rank": rank(maps[-1], maps[0]), "rank, other noise": rank(again, maps[0])}
         presets.append({"settings": name, "s an image": seconds, **agree})
     write(
-        "bottleneck-presets",
-        presets,
-        network="resnet20",
-        layer="layer2",
-        data="CIFAR-10 test",
+        "bottleneck-presets", presets, network="resnet20", layer="layer2", data="CIFAR-10 test",
         images=2,
-    )
+    )  # fmt: skip
     print(show(presets))
 
 
 def compared(
-    network: str, model: nn.Module, path: str, known: Tensor, x: Tensor, t: Tensor
+    network: str, model: nn.Module, path: str, *, known: Tensor, x: Tensor, t: Tensor
 ) -> dict[str, Any]:
-    """Sixteen images together, one by one, four by the published loop, with other noise, and by the fast preset."""
+    """Compare ways to explain sixteen images.
+
+    Together, one by one, four by the published loop, with other noise, and by the fast preset.
+    """
     x, t, layer = x[:16], t[:16], model.get_submodule(path)
     iba, fast = (
         IBA(model, layer, IBA_SETTINGS[name]).estimate(known, batch_size=20)
@@ -371,18 +384,29 @@ def compared(
         taken[name] = (time.perf_counter() - start) / len(maps[name])
     grids = {name: found.sum(1) for name, found in maps.items()}
     row = {
-        "network": network, "layer": path, "images": len(x), "batch, s an image": taken["batch"],
-        "one by one ÷ batch": taken["one by one"] / taken["batch"], "published loop ÷ batch": taken["loop"] / taken["batch"],
-        "difference": float((maps["batch"] - maps["one by one"]).norm() / maps["one by one"].norm()),
-        "batch ÷ fast": taken["batch"] / taken["fast"], "rank, fast": rank(grids["fast"], grids["batch"]),
-        "rank, other noise": rank(grids["other noise"], grids["batch"]), "rank, loop": rank(grids["loop"], grids["batch"][:4]),
-    }  # fmt: skip
+        "network": network,
+        "layer": path,
+        "images": len(x),
+        "batch, s an image": taken["batch"],
+        "one by one ÷ batch": taken["one by one"] / taken["batch"],
+        "published loop ÷ batch": taken["loop"] / taken["batch"],
+        "difference": float(
+            (maps["batch"] - maps["one by one"]).norm() / maps["one by one"].norm()
+        ),
+        "batch ÷ fast": taken["batch"] / taken["fast"],
+        "rank, fast": rank(grids["fast"], grids["batch"]),
+        "rank, other noise": rank(grids["other noise"], grids["batch"]),
+        "rank, loop": rank(grids["loop"], grids["batch"][:4]),
+    }
     print(show([row]).splitlines()[-1], flush=True)
     return row
 
 
 def published_loop(model: nn.Module, layer: nn.Module, iba: IBA, x: Tensor, t: Tensor) -> Tensor:
-    """One image at a time, the whole network in each step, gradients of its parameters and all, as in the released code."""
+    """Explain one image at a time, as the released code does.
+
+    Each step runs the whole network and takes the gradients of its parameters as well.
+    """
     noise, how, found = iba.noise, iba.settings, []
     mean, std, active = (part.float() for part in (noise.mean, noise.std, noise.active))
     spatial = list(range(2, mean.ndim + 1))
@@ -410,7 +434,7 @@ def published_loop(model: nn.Module, layer: nn.Module, iba: IBA, x: Tensor, t: T
     return torch.cat(found)
 
 
-# ------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------- text
 
 
 class Reader(nn.Module):
@@ -430,7 +454,10 @@ class Reader(nn.Module):
 
 
 def passages(package: str, length: int = 16) -> tuple[list[list[str]], list[list[str]]]:
-    """Passages of so many words from the docstrings of an installed package, of four files in five and of the others."""
+    """Return passages of ``length`` words from the docstrings of an installed package.
+
+    Those of four files in five are for training, those of the other files for tests.
+    """
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.origin is not None
@@ -540,7 +567,8 @@ def text(count: int) -> None:
         maps[name] = method()
         taken = time.perf_counter() - start
         deleted, inserted = (
-            float(areas.mean()) for areas in curves(model, tokens, maps[name], target, 2, UNKNOWN)
+            float(areas.mean())
+            for areas in curves(model, tokens, maps[name], target, seed=2, baseline=UNKNOWN)
         )
         rows.append(
             {
@@ -552,10 +580,12 @@ def text(count: int) -> None:
         )
         print(show(rows[-1:]).splitlines()[-1], flush=True)
     write(
-        "bottleneck-text", rows, data="passages of 16 words from the docstrings of torch and of scikit-learn, by files",
-        train=len(x), test=len(test), accuracy=accuracy, passages=len(tokens), target="the label, which is predicted",
-        network="LSTM, 32 dimensions, 64 units", layer="lstm, words", reduction="sum or mean over dimensions",
-        ties="at random", deleted="words become the unknown one",
+        "bottleneck-text", rows,
+        data="passages of 16 words from the docstrings of torch and of scikit-learn, by files",
+        train=len(x), test=len(test), accuracy=accuracy, passages=len(tokens),
+        target="the label, which is predicted", network="LSTM, 32 dimensions, 64 units",
+        layer="lstm, words", reduction="sum or mean over dimensions", ties="at random",
+        deleted="words become the unknown one",
     )  # fmt: skip
     for i in range(min(4, count)):
         for name in ("InputIBA, mask", "MIP-IN, × feature"):
@@ -564,9 +594,7 @@ def text(count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("part", choices=("images", "input", "speed", "text"))
     parser.add_argument("--data", type=Path, help="folder with the images and weights/")
     parser.add_argument("--images", type=int, default=50)

@@ -1,12 +1,17 @@
-"""Table 2 of the paper: does the hottest part of the map lie on the object. Run by ``benchmarks/paper.py``.
+"""Table 2 of the paper: whether the hottest part of a map lies on the object.
 
-Photographs of ImageNet's validation set whose boxes cover at most 33 %, squashed to 224 x 224, each explained for its label.
-Of the n hottest pixels, the share inside the boxes, n being the number of pixels inside; ties score what a random choice among
-them would. Maps of a layer are interpolated bilinearly. Everything that is fitted is fitted on photographs of ImageNet's
-training set. The photographs to explain are parted in two, class by class and at random: whatever is chosen (layer, reading,
-order of ReLU and mean over channels) is chosen on the one half, for MIP-IN and for other methods at a layer alike, and every
-figure of the table is of the other half. Maps of pixels are made for that half alone; of their two reductions the better one
-there counts, which favours them.
+``benchmarks/paper.py`` runs this module. Photographs of ImageNet's validation set whose boxes cover
+at most 33 % are squashed to 224 x 224, and each is explained for its label.
+
+Score: let n be the number of pixels inside the boxes; the score is the share of the n hottest
+pixels that lie inside. Ties score what a random choice among them would. Maps of a layer are
+interpolated bilinearly.
+
+Everything that is fitted is fitted on photographs of ImageNet's training set. The photographs to
+explain are split into two halves, class by class and at random. Layer, reading, and the order of
+ReLU and mean over channels are chosen on the first half, for MIP-IN and for all other methods at a
+layer; every figure of the table is measured on the second half. Maps of pixels are made for the
+second half alone, and the better of their two reductions counts there, which favours them.
 """
 
 import time
@@ -44,36 +49,50 @@ from captum_mipin.metrics.common import heat
 
 LARGEST = 0.33
 CLASSES = 10
-#: Images for methods that take many passes, and for insertion and deletion; to fit MIP-IN on, down to the pixels.
-SLOW, WHOLE = 24, 30
+#: Images for methods that take many passes, and for insertion and deletion.
+SLOW = 24
+#: Images to fit MIP-IN of the whole network on.
+WHOLE = 30
 #: Images to fit patterns on at a layer, at most.
 PATTERNS = 200
 WIDTH = 4096
 REDUCTIONS = ("relu_of_sum", "sum_of_relu", "sum_of_abs")
 PROTOCOL = {
-    "data": "ILSVRC2012 validation photographs at 224 x 224, boxes of at most 33 %, the classes with the most such",
-    "fitted on": "ILSVRC2012 training photographs of twenty classes, these among them, stored at 128 x 128",
-    "target": "the label", "ties": "expected", "split": "two halves, class by class at random; figures are of the second",
-}  # fmt: skip
-#: The reductions that define a method at a layer; of the others the better one of two is chosen.
+    "data": (
+        "ILSVRC2012 validation photographs at 224 x 224, boxes of at most 33 %, the classes with "
+        "the most such"
+    ),
+    "fitted on": (
+        "ILSVRC2012 training photographs of twenty classes, these among them, stored at 128 x 128"
+    ),
+    "target": "the label",
+    "ties": "expected",
+    "split": "two halves, class by class at random; figures are of the second",
+}
+#: The reductions that define a method at a layer. Other methods take the better one of two.
 AT_LAYERS = {
     "Grad-CAM": ("relu_of_sum",),
     "LayerCAM": ("sum_of_relu",),
     "features alone": ("sum",),
     "mask only": ("sum",),
 }
-#: What the paper reads: A, averages sent back by shares, or of a dense head.
+#: The readings of the paper: A with averages sent back by shares, or A of a dense head.
 PAPER = ("A, shares", "A, all samples")
-#: Whose insertion and deletion are measured.
+#: The methods whose insertion and deletion are measured.
 PERTURBED_ROWS = (
     "MIP-IN", "Grad-CAM", "LayerCAM", "LRP-ε", "IBA", "InputIBA", "SmoothGrad", "Guided Backprop",
     "random", "centre prior",
 )  # fmt: skip
 Method = Callable[[Tensor, Tensor], Any]
-#: Of what does not belong to a last layer by its definition, what is also asked below it.
+#: The methods that are also asked below the last layer; others are defined for it alone.
 BELOW = (
-    "Input×Gradient", "LRP-ε", "LRP-γ", "Excitation backprop, contrastive", "Guided Backprop", "PatternAttribution",
-)  # fmt: skip
+    "Input×Gradient",
+    "LRP-ε",
+    "LRP-γ",
+    "Excitation backprop, contrastive",
+    "Guided Backprop",
+    "PatternAttribution",
+)
 #: Steps below → features.
 Features = dict[int, Tensor]
 
@@ -83,11 +102,13 @@ class Chain:
     """A network as a row of steps, so that it can be cut between any two.
 
     Attributes:
-        steps: From the normalised image to the logits.
-        normalise: What images in [0, 1] go through before.
-        cuts: Numbers of steps below the layers that are looked at; the paper's, the last with places, comes last.
-        fitted: Down to which of them MIP-IN is fitted, if not the first: below lies max pooling alone.
-        pooled: Whether an average over all places makes the logits.
+        steps: The network, from the normalised image to the logits.
+        normalise: The function that images in [0, 1] go through before the network.
+        cuts: Numbers of steps below the layers that are explained. The layer of the paper, the last
+            one with positions, comes last.
+        fitted: The lowest cut that MIP-IN is fitted down to, if not the first one. Only max pooling
+            lies below it.
+        pooled: Whether an average over all positions makes the logits.
         rectified: Whether all activations are modules that Captum's DeepLift knows.
     """
 
@@ -99,12 +120,12 @@ class Chain:
     rectified: bool = False
 
     def above(self, cut: int) -> nn.Sequential:
-        """Features → logits."""
+        """Return the part of the network from the features at ``cut`` to the logits."""
         return self.steps[cut:].eval()
 
 
 def chain(name: str, folder: Path) -> Chain:
-    """The network ``name``; "head" is a dense one of VGG's kind on the features of SqueezeNet."""
+    """Return the network ``name``; "head" is a dense one, as in VGG, on features of SqueezeNet."""
     body = "squeezenet1_0" if name == "head" else name
     model: Any
     model, normalise = pretrained.load(body, folder / "weights")
@@ -142,12 +163,13 @@ def chain(name: str, folder: Path) -> Chain:
 
 @dataclass(frozen=True)
 class Photographs:
-    """What is explained and what is fitted on, normalised.
+    """The images to explain and the images to fit on, normalised.
 
     Attributes:
         fit: Images of ImageNet's training set.
         x, labels, boxes: Images to explain, their classes, and masks of their boxes.
-        choice, report: Numbers of the images that choices are made on, and of those that are reported.
+        choice: Numbers of the images that settings are chosen on.
+        report: Numbers of the images that are reported.
     """
 
     fit: Tensor
@@ -159,7 +181,7 @@ class Photographs:
 
     @property
     def classes(self) -> list[int]:
-        """Of the images, those with the most images first."""
+        """The classes of the images, those with the most images first."""
         return (
             torch.bincount(self.labels)
             .argsort(descending=True, stable=True)[: len(self.labels.unique())]
@@ -170,7 +192,10 @@ class Photographs:
 def photographs(
     name: str, folder: Path, normalise: Callable[[Tensor], Tensor], count: int
 ) -> Photographs:
-    """Of the classes with the most photographs whose boxes are small; ``count`` to fit on."""
+    """Return ``count`` images to fit on, and images to explain.
+
+    The latter are of the classes with the most photographs whose boxes are small.
+    """
     found = photos(
         "squeezenet1_0" if name == "head" else name, folder, count, torch.Generator().manual_seed(0)
     )
@@ -187,7 +212,7 @@ def photographs(
 
 
 def halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Numbers of both halves, as many of each class in both as can be, in random order."""
+    """Return the numbers of both halves, in random order, each class split evenly."""
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order].argsort(stable=True)]
     one, other = order[::2], order[1::2]
@@ -201,11 +226,13 @@ class Try:
     """One method in one setting.
 
     Attributes:
-        method, where, reading, reduction: What was done: where the map is, what was read there, how channels became one.
-        maps: (asked, height, width), without channels.
+        method, where: Name of the method, and of the layer where its map is.
+        reading, reduction: Kind of map, and how its channels became one.
+        maps: Maps without channels (images asked, height, width).
         index: Numbers of the images asked.
-        values: (images,) accuracies, NaN where there is none; of settings to choose from on the choosing half alone.
-        seconds: An image.
+        values: Accuracies (images,), NaN where there is none. Settings to choose from have them on
+            the choosing half alone.
+        seconds: Time of an image.
     """
 
     method: str
@@ -225,9 +252,10 @@ class Try:
         maps: Tensor,
         about: Photographs,
         index: Tensor,
+        *,
         seconds: float = 0.0,
     ) -> "Try":
-        """Scored on the choosing half, or where ``index`` has nothing of it, on the other."""
+        """Make a try, scored on the choosing half, or on the other where ``index`` has none."""
         values = torch.full((len(about.x),), float("nan"), dtype=torch.float64)
         one = cls(
             *names,
@@ -242,7 +270,7 @@ class Try:
         )
 
     def scored(self, about: Photographs, half: Tensor) -> "Try":
-        """With the scores of those of ``half`` that were asked."""
+        """Return the try with the scores of those images of ``half`` that were asked."""
         mine = torch.isin(self.index, half)
         index, values = self.index[mine], self.values.clone()
         x, boxes = about.x[index], about.boxes[index]
@@ -252,15 +280,19 @@ class Try:
         return replace(self, values=values)
 
     def mean(self, index: Tensor) -> float:
-        """Of those of some images that were scored; NaN if none was."""
+        """Return the mean over the scored images of ``index``; NaN if none was scored."""
         return float(self.values[index].nanmean())
 
     def row(self, about: Photographs, best: "Try", chosen: bool) -> dict[str, Any]:
-        """As it goes into the results file; ``best`` is the chosen setting of MIP-IN."""
+        """Return the row of the results file; ``best`` is the chosen setting of MIP-IN."""
         row: dict[str, Any] = {
-            "method": self.method, "where": self.where, "reading": self.reading, "reduction": self.reduction, "chosen": chosen,
+            "method": self.method,
+            "where": self.where,
+            "reading": self.reading,
+            "reduction": self.reduction,
+            "chosen": chosen,
             "s an image": self.seconds,
-        }  # fmt: skip
+        }
         if not self.values[about.choice].isnan().all():
             row["choosing half"] = self.mean(about.choice)
         own = self.values[about.report]
@@ -285,10 +317,11 @@ def tried(
     method: Method,
     x: Tensor,
     about: Photographs,
+    *,
     index: Tensor,
     reductions: Iterable[str],
 ) -> Iterator[Try]:
-    """One method on the images ``index``; ``x`` is what it is asked for, images or features."""
+    """Yield one method on the images ``index``; ``x`` is what it explains, images or features."""
     start = time.perf_counter()
     try:
         maps = torch.cat([method(x[part], about.labels[part]).detach() for part in index.split(10)])
@@ -297,14 +330,14 @@ def tried(
         return
     seconds = (time.perf_counter() - start) / len(index)
     for reduction in reductions:
-        yield Try.of((name, where, ""), reduction, maps, about, index, seconds)
+        yield Try.of((name, where, ""), reduction, maps, about, index, seconds=seconds)
 
 
-# ------------------------------------------------------------------------------------------------------------- methods
+# ---------------------------------------------------------------------------------------- methods
 
 
 def gradients(model: nn.Module, steps: int, rectified: bool) -> dict[str, Method]:
-    """Of Captum, and SmoothGrad, at whatever ``model`` starts from."""
+    """Return Captum's gradient methods, and SmoothGrad, from the start of ``model``."""
     saliency: Any = Saliency(model)
     integrated: Any = IntegratedGradients(model)
     found: dict[str, Method] = {
@@ -326,7 +359,7 @@ def gradients(model: nn.Module, steps: int, rectified: bool) -> dict[str, Method
 def propagated(
     model: nn.Module, fit: Tensor | None, bounds: tuple[Tensor | float, Tensor | float] | None
 ) -> dict[str, Method]:
-    """Of this package; those with patterns, if there is something to fit them on."""
+    """Return the methods of this package; those with patterns if there is data to fit them on."""
     low, high = bounds or (None, None)
     methods: dict[str, Any] = {
         "LRP-ε": LRP(model),
@@ -347,7 +380,7 @@ def propagated(
 
 
 def gradient(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    """Of the logits ``t`` with respect to what ``model`` starts from."""
+    """Return the gradient of the logits ``t`` with respect to the input of ``model``."""
     saliency: Any = Saliency(model)
     parts = zip(x.split(16), t.split(16), strict=True)
     return torch.cat(
@@ -359,7 +392,7 @@ def gradient(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
 
 
 def cams(model: nn.Module) -> dict[str, Method]:
-    """Grad-CAM, LayerCAM (without their sums over channels) and the features themselves, where ``model`` starts."""
+    """Return Grad-CAM, LayerCAM (both before the sum over channels) and the features themselves."""
     return {
         "Grad-CAM": lambda x, t: gradient(model, x, t).mean((2, 3), keepdim=True) * x,
         "LayerCAM": lambda x, t: gradient(model, x, t).relu() * x,
@@ -369,7 +402,7 @@ def cams(model: nn.Module) -> dict[str, Method]:
 
 
 def controls(size: int) -> dict[str, Method]:
-    """Maps that know nothing of the image."""
+    """Return maps that know nothing of the image."""
     generator = torch.Generator().manual_seed(0)
     away = ((torch.arange(size) - (size - 1) / 2) / size) ** 2
     return {
@@ -381,7 +414,10 @@ def controls(size: int) -> dict[str, Method]:
 def explained(
     inverse: InverseNetwork, layer: nn.Module | None, x: Tensor, labels: Tensor, local: bool = True
 ) -> dict[str, Tensor]:
-    """What can be read of MIP-IN at a layer, or where ``inverse`` ends, with the forward mask there (section 6.1.2)."""
+    """Return the maps of MIP-IN at a layer, or where ``inverse`` ends, with the forward mask there.
+
+    Source: section 6.1.2.
+    """
     parts = []
     for some, t in zip(x.split(16), labels.split(16), strict=True):
         found = inverse.explain(
@@ -393,19 +429,19 @@ def explained(
 
 
 def shares(maps: Tensor, size: int) -> Tensor:
-    """What is positive, summed over channels, as shares of the whole, at another size."""
+    """Return the positive part, summed over channels, as shares of the whole, at another size."""
     found = maps.relu().sum(1, keepdim=True)
     found = nn.functional.interpolate(found, (size, size), mode="bilinear", align_corners=False)
     return found / found.sum((1, 2, 3), keepdim=True).clamp(min=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------- table
+# ------------------------------------------------------------------------------------------ table
 
 
 def variants(
     net: Chain,
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[nn.Module], InverseNetwork]]]:
-    """Name, layers to read at, how to make the inverse."""
+    """Yield the name, the layers to read at, and how to make the inverse."""
     if net.pooled:
         yield "shares", net.cuts, InverseNetwork
         yield "even", net.cuts[-2:], partial(InverseNetwork, pooling="even")
@@ -420,7 +456,7 @@ def variants(
 
 
 def mipin(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterator[Try]:
-    """MIP-IN from the logit down to the lowest layer, read at every layer on the way, in every variant."""
+    """Yield MIP-IN from the logit to the lowest layer, at every layer, in every variant."""
     everything, where = torch.arange(len(about.x)), places(x)
     for number, (name, cuts, make) in enumerate(variants(net)):
         start, lowest = time.perf_counter(), max(cuts[0], net.fitted)
@@ -451,7 +487,7 @@ def mipin(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterato
                         maps,
                         about,
                         everything,
-                        seconds,
+                        seconds=seconds,
                     )
             if number == 0 and cut >= lowest:
                 layer = above[cut - lowest - 1] if cut > lowest else None
@@ -467,7 +503,7 @@ def mipin(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterato
 
 
 def switched(pooling: nn.Module, x: Tensor, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Signals below max pooling, by its switches (equation 8), which take no fit."""
+    """Send signals back through max pooling by its switches (equation 8), which need no fit."""
     x = x.detach().requires_grad_()
     pooled = pooling(x)
     a, s = (
@@ -484,12 +520,12 @@ def switched(pooling: nn.Module, x: Tensor, found: dict[str, Tensor]) -> dict[st
 
 
 def some(fit: Tensor) -> Tensor:
-    """To fit patterns on: at random, since those of the head come class by class."""
+    """Return images to fit patterns on, drawn at random: those of the head come class by class."""
     return fit[torch.randperm(len(fit), generator=torch.Generator().manual_seed(0))[:PATTERNS]]
 
 
 def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Iterator[Try]:
-    """Everything else at the same layers; at the lower ones not all of it."""
+    """Yield all other methods at the same layers; at the lower ones not all of them."""
     everything = torch.arange(len(about.x))
     for cut in net.cuts:
         top, where = cut == net.cuts[-1], places(x)[cut]
@@ -505,33 +541,43 @@ def at_layers(net: Chain, about: Photographs, fit: Features, x: Features) -> Ite
                 method,
                 x[cut],
                 about,
-                everything,
-                AT_LAYERS.get(name, ("sum_of_relu", "sum_of_abs")),
+                index=everything,
+                reductions=AT_LAYERS.get(name, ("sum_of_relu", "sum_of_abs")),
             )
         for name, method in controls(x[cut].shape[-1]).items():
-            yield from tried(name, where, method, x[cut], about, everything, ("sum",))
+            yield from tried(
+                name, where, method, x[cut], about, index=everything, reductions=("sum",)
+            )
         if not top and cut != net.cuts[0]:
             continue
         iba = IBA(above, "input", "published" if top else "fast").estimate(fit[cut], progress=False)
         bits = partial(iba.attribute, at="layer", per_position=True)
         index = torch.cat([about.choice[:SLOW], about.report[:SLOW]])
-        yield from tried("IBA" + ", fast" * (not top), where, bits, x[cut], about, index, ("sum",))
+        name = "IBA" + ", fast" * (not top)
+        yield from tried(name, where, bits, x[cut], about, index=index, reductions=("sum",))
 
 
 def at_pixels(net: Chain, about: Photographs) -> Iterator[Try]:
-    """Everything else down to the pixels."""
+    """Yield all other methods at the pixels."""
     low, high = (net.normalise(torch.full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
     others = gradients(net.steps, 16, net.rectified) | propagated(net.steps, about.fit, (low, high))
     for name, method in tqdm(others.items(), desc="at the pixels"):
         index = about.report[: SLOW if name in ("SmoothGrad", "Integrated Gradients") else None]
-        yield from tried(name, "pixels", method, about.x, about, index, ("sum", "sum_of_abs"))
+        yield from tried(
+            name, "pixels", method, about.x, about, index=index, reductions=("sum", "sum_of_abs")
+        )
     for name, method in controls(about.x.shape[-1]).items():
-        yield from tried(name, "pixels", method, about.x, about, about.report, ("sum",))
+        yield from tried(
+            name, "pixels", method, about.x, about, index=about.report, reductions=("sum",)
+        )
     yield from input_iba(net, about)
 
 
 def input_iba(net: Chain, about: Photographs) -> Iterator[Try]:
-    """Mask and bits at the pixels, with the bottleneck at the lowest layer looked at; fewer copies than published, for time."""
+    """Yield mask and bits at the pixels, with the bottleneck at the lowest layer.
+
+    There are fewer copies than published, to save time.
+    """
     fast = INPUT_IBA_SETTINGS["fast"]
     few = replace(
         fast, feature=replace(fast.feature, copies=2), input=replace(fast.input, copies=2)
@@ -556,12 +602,12 @@ def input_iba(net: Chain, about: Photographs) -> Iterator[Try]:
             torch.cat(maps),
             about,
             index,
-            seconds,
+            seconds=seconds,
         )
 
 
 def mipin_at_pixels(net: Chain, about: Photographs, classes: int, count: int) -> Iterator[Try]:
-    """MIP-IN down to the pixels, for the classes with the most photographs."""
+    """Yield MIP-IN at the pixels, for the classes with the most photographs."""
     targets = about.classes[:classes]
     index = torch.isin(about.labels, torch.tensor(targets)).nonzero().flatten()
     start = time.perf_counter()
@@ -583,7 +629,7 @@ def mipin_at_pixels(net: Chain, about: Photographs, classes: int, count: int) ->
 
 
 def best(tries: list[Try], about: Photographs) -> list[Try]:
-    """Of each method the setting that is best on the choosing half; where there is none, on the other."""
+    """Return the best setting of each method on the choosing half, or else on the other half."""
     found: dict[tuple[str, bool], Try] = {}
     for one in tries:
         half = about.report if one.values[about.choice].isnan().all() else about.choice
@@ -594,7 +640,7 @@ def best(tries: list[Try], about: Photographs) -> list[Try]:
 
 
 def perturbations(one: Try, net: Chain, about: Photographs) -> dict[str, float]:
-    """Insertion and deletion, an eighth of the pixels at a time."""
+    """Measure insertion and deletion, an eighth of the pixels at a time."""
     index = about.report[:SLOW]
     maps = one.maps[(one.index[None] == index[:, None]).long().argmax(1)]
     x, step = about.x[index], about.x.shape[2] * about.x.shape[3] // 8
@@ -607,13 +653,13 @@ def perturbations(one: Try, net: Chain, about: Photographs) -> dict[str, float]:
 
 
 def run(name: str, folder: Path, count: int, classes: int) -> None:
-    """Table 2 for one network.
+    """Measure table 2 for one network.
 
     Args:
-        name: See :func:`chain`.
-        folder: With the photographs and weights.
+        name: The network, see :func:`chain`.
+        folder: The folder with the photographs and weights.
         count: Images to fit on; the dense head takes all there are.
-        classes: Of MIP-IN for the whole network.
+        classes: Number of classes for MIP-IN on the whole network.
     """
     net = chain(name, folder)
     about = photographs(name, folder, net.normalise, count)
@@ -649,8 +695,8 @@ def run(name: str, folder: Path, count: int, classes: int) -> None:
     if name == "head":
         counts |= {"width": WIDTH, "fit, patterns at 7 x 7": PATTERNS}
     write(
-        f"paper-boxes-{name}", rows, **PROTOCOL, **counts, **{"choosing half": len(about.choice)}, n=len(labels), network=name,
-        classes=sorted(about.classes), perturbed=SLOW,
+        f"paper-boxes-{name}", rows, **PROTOCOL, **counts, **{"choosing half": len(about.choice)},
+        n=len(labels), network=name, classes=sorted(about.classes), perturbed=SLOW,
         accuracy=float((logits.argmax(1) == labels).double().mean()),
         **{"positive logits": float((logits.gather(1, labels[:, None]) > 0).double().mean())},
     )  # fmt: skip
@@ -658,7 +704,7 @@ def run(name: str, folder: Path, count: int, classes: int) -> None:
 
 
 def features(net: Chain, x: Tensor) -> Features:
-    """Normalised images → features at all cuts."""
+    """Return the features of normalised images at all cuts."""
     found: Features = {}
     below = 0
     for cut in net.cuts:
@@ -669,7 +715,10 @@ def features(net: Chain, x: Tensor) -> Features:
 
 
 def places(x: Features) -> dict[int, str]:
-    """Names of the layers: channels, height and width; of two that have the same, the lower one is called so."""
+    """Return names of the layers: channels, height and width.
+
+    Of two layers with the same shape, the name of the lower one ends with ", lower".
+    """
     names: dict[int, str] = {}
     for cut in sorted(x, reverse=True):
         name = " x ".join(map(str, x[cut].shape[1:]))

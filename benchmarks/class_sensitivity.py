@@ -1,20 +1,20 @@
-"""Whether attributions depend on the class: python benchmarks/class_sensitivity.py NETWORK --data FOLDER.
+"""Whether an attribution depends on the class.
 
-Each image is explained for two classes, the same two for all. The figures are of the two maps, over images: the mean cosine of
-the maps as they are, and of their absolute values. A map that hardly changes with the class explains no class. (Nie et al.,
-ICML 2018; Sixt et al., ICML 2020.) ``benchmarks/pretrained.py`` says which published weights.
+    python benchmarks/class_sensitivity.py NETWORK --data FOLDER
+
+Each image is explained for the same two classes. The figures compare the two maps, averaged over
+images: the cosine of the maps as they are, and of their absolute values. A map that hardly changes
+with the class explains no class. See ``benchmarks/pretrained.py`` for the weights.
+
+Source: Nie et al., ICML 2018; Sixt et al., ICML 2020.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pretrained
-import torch
 from captum.attr import IntegratedGradients, Saliency
 from common import show, write
-from localization_grid import photos
+from localization_grid import network_and_photos, network_parser
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +35,7 @@ Map = Callable[[Tensor, int], Any]
 
 
 def methods(model: nn.Module, fit: Tensor, classes: tuple[int, int]) -> dict[str, Map]:
-    """Name → (images, class) → attributions; those that learn are fitted on ``fit``."""
+    """Return name → (images, class) → attributions; methods that learn are fitted on ``fit``."""
     patterns = Patterns(model).fit(fit, batch_size=50, progress=False)
     inverse = InverseNetwork(model).fit(fit, targets=list(classes), batch_size=50, progress=False)
     saliency: Any = Saliency(model)
@@ -58,7 +58,7 @@ def methods(model: nn.Module, fit: Tensor, classes: tuple[int, int]) -> dict[str
 
 
 def cosines(method: Map, x: Tensor, classes: tuple[int, int]) -> tuple[float, float]:
-    """Mean cosine of the maps for two classes, and of their absolute values."""
+    """Return the mean cosine of the maps for two classes, and that of their absolute values."""
     one, other = (method(x, c).flatten(1).double() for c in classes)
     return float(F.cosine_similarity(one, other).mean()), float(
         F.cosine_similarity(one.abs(), other.abs()).mean()
@@ -68,7 +68,7 @@ def cosines(method: Map, x: Tensor, classes: tuple[int, int]) -> tuple[float, fl
 def compare(
     model: nn.Module, fit: Tensor, x: Tensor, classes: tuple[int, int], chunk: int = 10
 ) -> list[dict[str, Any]]:
-    """One row a method."""
+    """Return one row a method."""
     rows = []
     for name, method in methods(model, fit, classes).items():
         found = [cosines(method, part, classes) for part in x.split(chunk)]
@@ -79,21 +79,11 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("network", choices=pretrained.NETWORKS)
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with images, and weights/ in it"
-    )
+    parser = network_parser(__doc__, fit=100)
     parser.add_argument("--classes", type=int, nargs=2, default=(3, 8))
-    parser.add_argument("--fit", type=int, default=100, help="images to fit on")
     parser.add_argument("--images", type=int, default=100, help="images to explain")
     arguments = parser.parse_args()
-    model, normalise = pretrained.load(arguments.network, arguments.data / "weights")
-    found = photos(
-        arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0)
-    )
+    model, normalise, found = network_and_photos(arguments)
     classes = tuple(arguments.classes)
     rows = compare(model, normalise(found.fit), normalise(found.test[: arguments.images]), classes)
     settings = {"classes": classes, "fit images": arguments.fit, "images": arguments.images}

@@ -1,5 +1,6 @@
-"""What the benchmarks share: where results go, how tables and environments are written down."""
+"""Places of results, and how tables and environments are written down."""
 
+import argparse
 import json
 import platform
 from collections.abc import Sequence
@@ -15,8 +16,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def pages() -> list[Path]:
-    """All pages of text: those at the top, README.md among them, and those in docs/."""
+    """Return the paths of all pages of text: those at the top, README.md among them, and docs/."""
     return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the command line that shows the docstring of a module as it is."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def write(name: str, rows: Sequence[dict[str, Any]], **settings: Any) -> Path:
@@ -38,12 +46,12 @@ def write(name: str, rows: Sequence[dict[str, Any]], **settings: Any) -> Path:
 
 
 def read(name: str) -> Any:
-    """What ``results/<name>.json`` holds."""
+    """Return the contents of ``results/<name>.json``."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as a Markdown table, one column a key."""
+    """Return rows as a Markdown table, one column a key."""
     header = list(dict.fromkeys(key for row in rows for key in row))
     lines = [
         header,

@@ -1,30 +1,32 @@
-"""Completeness of the source signal on the paper's small networks (tables 1 and 3-5), with its controls.
+"""Completeness of the source signal on the paper's small networks (tables 1 and 3 to 5).
 
     python benchmarks/completeness.py mlp-mnist cnn-mnist cnn-cifar10 [--data FOLDER] [--seeds N]
 
-Fits MIP-IN for every class on all training images, then measures on the test images of each class c how far Φ_c(S) is
-from Φ_c(X): APC (equation 10) and positive APC (equation 11). Both divide by |Φ_c(X)|, so that one misclassified image
-with a logit near zero can outweigh a thousand others. Beside them stand the median error, the APC of the correctly
-classified images, and that of each image for the class the network puts it into ("predicted"). Controls, on the same
-images, where Y_c is the logit of the class c that is explained:
+Fits MIP-IN for every class on all training images. Then measures, on the test images of each class
+c, how far Φ_c(S) is from Φ_c(X): APC (equation 10) and positive APC (equation 11). Both divide by
+|Φ_c(X)|, so that one misclassified image with a logit near zero can outweigh a thousand others.
+Beside them stand the median error, the APC of the correctly classified images, and the APC of each
+image for the class that the network predicts.
+
+Controls on the same images, where Y_c is the logit of the class c that is explained:
 
 - mean image: S replaced by the mean training image, of all classes or of class c;
-- shuffled output: the inverse is given the Y_c of another test image, of any class or of class c, with the masks of
-  this one;
-- mask only: the inverse is given the mean Y_c of the training images, all or of class c, so that only the masks speak of
-  the image.
+- shuffled output: the inverse gets the Y_c of another test image, of any class or of class c, with
+  the masks of the image itself;
+- mask only: the inverse gets the mean Y_c of the training images, all or of class c, so that only
+  the masks depend on the image.
 
-Those of class c keep what the label tells and withhold only what is particular to the image.
+The controls of class c keep the information of the label; only what is particular to the image is
+withheld.
 """
 
-import argparse
 import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import show, write
+from common import parser_of, show, write
 from data import Images, load
 from networks import RECIPES, accuracy, trained
 from torch import Tensor, nn
@@ -38,7 +40,10 @@ Signal = Callable[[Tensor, int], Tensor]
 
 
 def apc(model: nn.Module, images: Images, signal: Signal) -> dict[str, float]:
-    """APC and positive APC in percent (equations 10, 11): mean over each class's test images, then over classes."""
+    """Return APC and positive APC in percent (equations 10, 11).
+
+    They are averaged over each class's test images, then over classes.
+    """
     with torch.no_grad():
         logits = torch.cat([model(x) for x in images.test.split(500)])
     predicted, columns = logits.argmax(1), []
@@ -69,7 +74,10 @@ def apc(model: nn.Module, images: Images, signal: Signal) -> dict[str, float]:
 
 
 def controls(model: nn.Module, images: Images, inverse: InverseNetwork) -> dict[str, Signal]:
-    """S and what stands beside it. S = A + B with A linear in Y_c, so another Y_c needs no other pass back."""
+    """Return S and its controls.
+
+    S = A + B with A linear in Y_c, so that another Y_c needs no other pass back.
+    """
     with torch.no_grad():
         train, test = (
             torch.cat([model(x) for x in part.split(500)]) for part in (images.train, images.test)
@@ -117,7 +125,10 @@ def measure(
     own: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Fit on ``count`` training images, of each class its own only if ``own``; measure S, and unless ``plain`` the controls."""
+    """Fit on ``count`` training images; measure S, and unless ``plain`` its controls.
+
+    Each class is fitted on its own images alone if ``own``.
+    """
     start = time.perf_counter()
     x, labels, classes = (
         images.train[:count],
@@ -141,9 +152,12 @@ def measure(
     rows = []
     for kind, signal in signals.items():
         settings = {
-            "fit images": count, "fitted on": "own class" if own else "all classes", "ridge": options.get("ridge", 1e-3),
-            "ridge scale": options.get("ridge_scale", "relative"), "fit s": seconds,
-        }  # fmt: skip
+            "fit images": count,
+            "fitted on": "own class" if own else "all classes",
+            "ridge": options.get("ridge", 1e-3),
+            "ridge scale": options.get("ridge_scale", "relative"),
+            "fit s": seconds,
+        }
         rows.append({"network": name, "signal": kind, **apc(model, images, signal), **settings})
         logger.info("%s", rows[-1])
     return rows
@@ -151,9 +165,7 @@ def measure(
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "networks", nargs="*", default=["mlp-mnist", "cnn-mnist", "cnn-cifar10"], choices=RECIPES
     )
@@ -195,10 +207,16 @@ def main() -> None:
                 for row in measure(name, images, model, few, plain=bool(options), **options)
             ]
         settings = {
-            "data": images.name, "fitted on split": "train", "evaluated on split": "test", "n": len(images.test),
-            "target": "true class", "layer": "input", "reduction": "mean over a class, then over classes",
-            "tie policy": "none needed", "test accuracy": accuracies or [accuracy(model, images.test, images.test_labels)],
-        }  # fmt: skip
+            "data": images.name,
+            "fitted on split": "train",
+            "evaluated on split": "test",
+            "n": len(images.test),
+            "target": "true class",
+            "layer": "input",
+            "reduction": "mean over a class, then over classes",
+            "tie policy": "none needed",
+            "test accuracy": accuracies or [accuracy(model, images.test, images.test_labels)],
+        }
         write(f"completeness-{name}", rows, **settings)
         print(show(rows))
 

@@ -1,27 +1,27 @@
-"""How complete the signal is on a residual network, layer by layer.
+"""Completeness of the signal on a residual network, layer by layer.
 
     python benchmarks/completeness_layers.py resnet20 --data FOLDER
 
-S at the output of a layer takes the place of what the layer gives, and the rest of the network is run on it: how far is the
-output of the image's class from that for the image itself (APC, equation 10)? Beside it stand:
+S at the output of a layer replaces the layer's output, and the rest of the network runs on it. How
+far is the output of the image's class from its output for the image itself (APC, equation 10)?
+Beside it stand:
 
-- shuffled output: the inverse is given the output of another image of the class, with the masks of this one;
+- shuffled output: the inverse gets the output of another image of the class, with the masks of the
+  image itself;
 - mean: the mean of the features at the layer, over the images fitted on;
-- true features, at the input: the image rebuilt by one inverse of the first convolution from what the ReLU behind it *really*
-  let through. By equation 9 nothing else comes down to there, so that no signal from above can be expected to do better.
+- true features, at the input: the image rebuilt by one inverse of the first convolution from what
+  the ReLU behind it *really* let through. By equation 9 nothing else reaches this layer from above,
+  so that no signal can be expected to do better.
 
 Forks are calibrated jointly, or summed up.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pretrained
 import torch
 from common import show, write
-from localization_grid import features, photos
+from localization_grid import features, network_and_photos, network_parser
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork
@@ -34,17 +34,17 @@ Signal = Callable[[Tensor, int], Tensor]
 
 
 def layers(model: nn.Module) -> list[str]:
-    """The residual blocks of a CIFAR ResNet, the last one first, and the batch norm behind the first convolution."""
+    """Return the residual blocks of a CIFAR ResNet, the last first, and the first batch norm."""
     blocks = [
         f"layer{i}.{j}"
         for i in (3, 2, 1)
-        for j in reversed(range(len(model.get_submodule(f"layer{i}"))))
-    ]  # type: ignore[arg-type]
+        for j in reversed(range(len(list(model.get_submodule(f"layer{i}").children()))))
+    ]
     return [*blocks, "bn1"]
 
 
 def outputs(model: nn.Module, layer: nn.Module | None, x: Tensor, s: Tensor) -> Tensor:
-    """The logits where ``s`` takes the place of what a layer gives, or of x."""
+    """Return the logits where ``s`` replaces the output of a layer, or x."""
     if layer is None:
         with torch.no_grad():
             return model(s)  # type: ignore[no-any-return]
@@ -56,7 +56,7 @@ def outputs(model: nn.Module, layer: nn.Module | None, x: Tensor, s: Tensor) -> 
 
 
 def from_true_features(model: nn.Module, fit: Tensor) -> Signal:
-    """The image from relu(bn(conv x)), by the regression that a fit would make of it."""
+    """Return the image rebuilt from relu(bn(conv x)), by the regression of a fit."""
     conv: Any = model.get_submodule("conv1")
     stem = nn.Sequential(conv, model.get_submodule("bn1"), nn.ReLU())
     geometry = Geometry(
@@ -76,7 +76,10 @@ def from_true_features(model: nn.Module, fit: Tensor) -> Signal:
 def signals(
     model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, fit: Tensor
 ) -> dict[str, Signal]:
-    """S at a layer and its controls. S = A + B with A linear in the output, so that another output needs no other pass."""
+    """Return S at a layer and its controls.
+
+    S = A + B with A linear in the output, so that another output needs no other pass back.
+    """
     mean = features(model, layer, fit).mean(0)
 
     def shuffled(x: Tensor, label: int) -> Tensor:
@@ -95,10 +98,11 @@ def signals(
 def measure(
     model: nn.Module, layer: nn.Module | None, x: Tensor, labels: Tensor, signal: Signal
 ) -> dict[str, float]:
-    """What takes the place of the features, over each class's images, then over classes.
+    """Measure a replacement of the features, over each class's images, then over classes.
 
-    APC in percent, of all images and of those classified rightly, and the median error; the median of its logit ÷ the image's;
-    and the share of the features' variance that it explains.
+    Returns:
+        APC in percent of all images and of those classified rightly; the median error; the median
+        of its logit ÷ the image's; the share of the features' variance that it explains.
     """
     columns = []
     for label in labels.unique().tolist():
@@ -125,20 +129,10 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("network", choices=("resnet20", "resnet56"))
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with the images and weights/"
-    )
-    parser.add_argument("--fit", type=int, default=400, help="images to fit on")
+    parser = network_parser(__doc__, fit=400, networks=("resnet20", "resnet56"))
     parser.add_argument("--test", type=int, default=200, help="images of each class to measure on")
     arguments = parser.parse_args()
-    model, normalise = pretrained.load(arguments.network, arguments.data / "weights")
-    images = photos(
-        arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0)
-    )
+    model, normalise, images = network_and_photos(arguments)
     fit, chosen = (
         normalise(images.fit),
         [(images.labels == c).nonzero()[: arguments.test, 0] for c in images.labels.unique()],
@@ -169,8 +163,8 @@ def main() -> None:
                     add(forks, layer, kind, signal)
     add("", None, "true features", from_true_features(model, fit))
     write(
-        f"completeness-layers-{arguments.network}", rows,
-        data="CIFAR-10", fitted_on="train", fit=arguments.fit, evaluated_on="test", n=len(x), target="true class",
+        f"completeness-layers-{arguments.network}", rows, data="CIFAR-10", fitted_on="train",
+        fit=arguments.fit, evaluated_on="test", n=len(x), target="true class",
         reduction="mean over a class, then over classes", ties="none needed",
     )  # fmt: skip
     print(show(rows))

@@ -1,10 +1,11 @@
-"""The real images the demo and the benchmarks run on, as float tensors in [0, 1].
+"""The real images of the demo and the benchmarks, as float tensors in [0, 1].
 
-Every loader returns :class:`Images`. ``digits`` ships inside scikit-learn; the others come from torchvision's
-datasets (downloaded on first use) or, with ``folder=``, from files laid out as below and read offline:
+Every loader returns :class:`Images`. ``digits`` comes with scikit-learn. The other data sets come
+from torchvision, which downloads them on first use, or with ``folder=`` from these files:
 
 - ``mnist.npz`` with ``train_images, train_labels, test_images, test_labels`` (uint8);
-- ``cifar10_{test_images,train_images_1..4}.webp``, grids of 100 x 100 tiles, and ``cifar10_{train,test}_labels.txt``.
+- ``cifar10_test_images.webp`` and ``cifar10_train_images_{1..4}.webp``, grids of 100 x 100 tiles,
+  and ``cifar10_{train,test}_labels.txt``.
 """
 
 from dataclasses import dataclass
@@ -46,7 +47,14 @@ NAMES = ("digits", "mnist", "fashion-mnist", "cifar10")
 
 @dataclass(frozen=True)
 class Images:
-    """A data set: images (N, C, H, W) float32 in [0, 1], labels (N,) int64, the names of its classes."""
+    """A data set for classification.
+
+    Attributes:
+        name: Its name, one of :data:`NAMES`.
+        train, test: Images (N, C, H, W), float32 in [0, 1].
+        train_labels, test_labels: Their classes (N,), int64.
+        classes: Names of the classes.
+    """
 
     name: str
     train: Tensor
@@ -59,7 +67,7 @@ class Images:
 def load(
     name: str, folder: str | Path | None = None, cache: str | Path = ".cache/datasets"
 ) -> Images:
-    """Load a data set by name, from ``folder`` where it holds the files, else from its public source."""
+    """Load a data set by name, from ``folder`` where given, else from its public source."""
     if name == "digits":
         return _digits()
     if folder is not None:

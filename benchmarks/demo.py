@@ -1,12 +1,12 @@
-"""Train a small network, fit MIP-IN, and put it beside Captum's methods: one picture, and how complete its signal is.
+"""Train a small network, fit MIP-IN, and compare it with Captum's methods.
 
     python benchmarks/demo.py [digits|mnist|fashion-mnist|cifar10] [--out FOLDER] [--data FOLDER]
 
-``digits`` are the 8 x 8 handwritten digits that come with scikit-learn; the others are downloaded by torchvision, or read
-from ``--data``. Writes ``side-by-side.png`` and ``completeness.md``.
+Writes ``side-by-side.png``, the maps of all methods, and ``completeness.md``, how complete the
+source signal is. ``digits`` are the 8 x 8 handwritten digits that come with scikit-learn; the other
+data sets are downloaded by torchvision, or read from ``--data``.
 """
 
-import argparse
 import logging
 import time
 import warnings
@@ -16,7 +16,7 @@ from typing import Any
 
 from captum.attr import LRP, Deconvolution, GuidedBackprop, InputXGradient, NoiseTunnel, Saliency
 from captum.attr import visualization as viz
-from common import show
+from common import parser_of, show
 from completeness import apc, controls
 from data import NAMES, Images, load
 from matplotlib.figure import Figure
@@ -32,7 +32,10 @@ FITTED = 5_000
 
 
 def methods(model: Network, mipin: MIPINAttribution) -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """(one image, class) → the map of each method; SmoothGrad with 50 samples, σ 15 % of the image's range."""
+    """Return name → (one image, class) → the map of the method.
+
+    SmoothGrad takes 50 samples with σ = 15 % of the image's range.
+    """
 
     def by(method: Any, **options: Any) -> Callable[[Tensor, int], Tensor]:
         return lambda x, label: method.attribute(x, target=label, **options)
@@ -55,7 +58,10 @@ def methods(model: Network, mipin: MIPINAttribution) -> dict[str, Callable[[Tens
 
 
 def figure(images: Images, model: Network, mipin: MIPINAttribution, rows: int = 8) -> Figure:
-    """The first test image of each of some classes, and every method's map for that class: blue for, red against it."""
+    """Draw the first test image of each of some classes, and every method's map for that class.
+
+    Blue speaks for the class, red against it.
+    """
     labels = list(range(len(images.classes)))[:rows]
     maps = methods(model, mipin)
     page = Figure(figsize=(1.35 * (len(maps) + 1), 1.4 * len(labels)), layout="constrained")
@@ -68,14 +74,7 @@ def figure(images: Images, model: Network, mipin: MIPINAttribution, rows: int = 
             if name == "source signal S":
                 _picture(axis, found.clamp(0, 1))
             else:
-                viz.visualize_image_attr(
-                    _hwc(found),
-                    method="heat_map",
-                    sign="all",
-                    plt_fig_axis=(page, axis),
-                    use_pyplot=False,
-                    cmap="RdBu",
-                )
+                _signed(page, axis, found)
             if row == 0:
                 axis.set_title(name, fontsize=9)
     axes[0, 0].set_title("image", fontsize=9)
@@ -89,6 +88,14 @@ def _picture(axis: Any, x: Tensor, name: str = "") -> None:
     axis.set_ylabel(name, fontsize=9)
 
 
+def _signed(page: Figure, axis: Any, maps: Tensor) -> None:
+    """Draw a map: blue speaks for the class, red against it."""
+    viz.visualize_image_attr(
+        _hwc(maps), method="heat_map", sign="all", plt_fig_axis=(page, axis), use_pyplot=False,
+        cmap="RdBu",
+    )  # fmt: skip
+
+
 def _hwc(x: Tensor) -> Any:
     return x[0].permute(1, 2, 0).numpy()
 
@@ -98,9 +105,7 @@ def main() -> None:
     warnings.filterwarnings(
         "ignore", module="captum|torch"
     )  # Captum's methods announce their hooks on every call
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("data_set", nargs="?", default="digits", choices=NAMES)
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
     parser.add_argument(
@@ -121,13 +126,15 @@ def main() -> None:
         arguments.out / "side-by-side.png", dpi=110
     )
     text = (
-        f"{images.name}: {len(images.train[:FITTED])} training images fitted on, {len(images.test)} test images, network "
-        f"cnn-{images.name} (test accuracy {100 * accuracy(model, images.test, images.test_labels):.1f} %), target: true "
-        f"class, layer: input\n\n{show(rows)}\n"
+        f"{images.name}: {len(images.train[:FITTED])} training images fitted on, "
+        f"{len(images.test)} test images, network cnn-{images.name} (test accuracy "
+        f"{100 * accuracy(model, images.test, images.test_labels):.1f} %), target: true class, "
+        f"layer: input\n\n{show(rows)}\n"
     )
     (arguments.out / "completeness.md").write_text(text)
     print(
-        f"\n{text}\nwrote {arguments.out}/side-by-side.png and completeness.md in {time.perf_counter() - begin:.0f} s"
+        f"\n{text}\nwrote {arguments.out}/side-by-side.png and completeness.md "
+        f"in {time.perf_counter() - begin:.0f} s"
     )
 
 

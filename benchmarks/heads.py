@@ -1,9 +1,12 @@
-"""Dense heads on frozen features of real photographs: python benchmarks/heads.py --data FOLDER [--width 1024].
+"""Dense heads on frozen features of real photographs.
 
-A photograph, squashed to 224 x 224, goes through SqueezeNet 1.0 with published weights up to its last features, which are
-max-pooled to 512 x 7 x 7: what the dense head of a VGG starts from. The head, 25088-width-width-20 with ReLU and dropout, is
-trained on 6,600 photographs of ImageNet's training set, mirrored and shifted as features; 600 of its validation set are held
-out. Features and heads are kept in the cache, and made once.
+    python benchmarks/heads.py --data FOLDER [--width 1024]
+
+A photograph, squashed to 224 x 224, goes through SqueezeNet 1.0 with published weights. Its last
+features are max-pooled to 512 x 7 x 7, the size at which the dense head of a VGG starts. The head,
+25088-width-width-20 with ReLU and dropout, is trained on 6,600 photographs of ImageNet's training
+set, mirrored and shifted as features; 600 of its validation set are held out. Features and heads
+are computed once and kept in the cache.
 """
 
 import argparse
@@ -32,10 +35,12 @@ CACHE = Path(".cache")
 
 @dataclass(frozen=True)
 class Features:
-    """Features (N, 512, 7, 7) of photographs and their labels, 0 to 19: those to train and fit on, and others to explain.
+    """Features (N, 512, 7, 7) of photographs and their labels, 0 to 19.
 
     Attributes:
-        boxes: Where the objects to explain are, (N, 224, 224).
+        train, train_labels: Those to train and fit on.
+        test, test_labels: Those to explain.
+        boxes: Masks of the objects to explain, (N, 224, 224).
     """
 
     train: Tensor
@@ -46,7 +51,7 @@ class Features:
 
 
 def features(folder: Path, cache: Path = CACHE) -> Features:
-    """The features of all photographs in ``folder``, computed once."""
+    """Return the features of all photographs in ``folder``, computed at the first call."""
     path = cache / "features" / "squeezenet1_0-max7.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,13 +65,13 @@ def features(folder: Path, cache: Path = CACHE) -> Features:
 
 
 def body(folder: Path) -> nn.Module:
-    """Normalised photographs → features: SqueezeNet without its classifier."""
+    """Return normalised photographs → features: SqueezeNet without its classifier."""
     model, _ = pretrained.load("squeezenet1_0", folder / "weights")
     return nn.Sequential(model.get_submodule("features"), nn.MaxPool2d(3, 2, 1)).eval()
 
 
 def boxes(folder: Path) -> Tensor:
-    """Where the objects of the photographs to explain are, (N, 224, 224)."""
+    """Return masks of the objects of the photographs to explain, (N, 224, 224)."""
     with zipfile.ZipFile(folder / "ilsvrc2012_val_600_boxes.zip") as archive:
         return torch.stack(
             [_mask(json.loads(row["boxes_xyxy_norm"])) for row in _annotations(archive)]
@@ -97,8 +102,11 @@ def _features(folder: Path) -> dict[str, Tensor]:
         test = _through(folder, archive, [row["file"] for row in rows])
     test_labels = [names.index(row["wnid"]) for row in rows]
     return {
-        "train": train, "train_labels": torch.tensor(labels), "test": test, "test_labels": torch.tensor(test_labels)
-    }  # fmt: skip
+        "train": train,
+        "train_labels": torch.tensor(labels),
+        "test": test,
+        "test_labels": torch.tensor(test_labels),
+    }
 
 
 def _class(file: str) -> str:
@@ -108,7 +116,7 @@ def _class(file: str) -> str:
 def _through(
     folder: Path, archive: zipfile.ZipFile, files: Sequence[str], size: int = 20
 ) -> Tensor:
-    """Features of photographs; channels_last is what is fast here."""
+    """Return features of photographs; the channels_last format is the fastest here."""
     model = body(folder).to(memory_format=torch.channels_last)
     _, normalise = pretrained.load("squeezenet1_0", folder / "weights")
     found = torch.empty(len(files), *SHAPE)
@@ -125,7 +133,7 @@ def _through(
 
 
 def head(width: int, classes: int = CLASSES) -> nn.Sequential:
-    """25088-width-width-classes; dropout before each layer but the last."""
+    """Build 25088-width-width-classes, with dropout before each layer but the last."""
     inputs = SHAPE[0] * SHAPE[1] * SHAPE[2]
     return nn.Sequential(
         nn.Flatten(), nn.Dropout(0.5),
@@ -136,9 +144,10 @@ def head(width: int, classes: int = CLASSES) -> nn.Sequential:
 
 
 def train(width: int, x: Tensor, labels: Tensor, epochs: int = 6, seed: int = 0) -> nn.Sequential:
-    """Train a head: AdamW, decay 0.1, one-cycle rate with maximum 3e-4, label smoothing 0.1, batches of 128.
+    """Train a head.
 
-    Features are brought to a standard deviation of 1; what that takes is then put into the first layer.
+    AdamW, decay 0.1, one-cycle rate with maximum 3e-4, label smoothing 0.1, batches of 128.
+    Features are scaled to a standard deviation of 1; the scale then goes into the first layer.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -169,7 +178,7 @@ def _order(count: int, epochs: int, size: int, generator: torch.Generator) -> It
 
 
 def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the maps and shift all by up to one place, one shift a batch."""
+    """Mirror half of the maps and shift all by up to one position, one shift a batch."""
     flip = torch.rand(len(x), generator=generator) < 0.5
     x = torch.where(flip[:, None, None, None], x.flip(-1), x)
     row, column = torch.randint(0, 3, (2,), generator=generator).tolist()
@@ -179,7 +188,7 @@ def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def trained(width: int, found: Features, cache: Path = CACHE) -> nn.Sequential:
-    """The head of this width, trained once and kept."""
+    """Return the head of this width, trained at the first call and kept."""
     path = cache / "networks" / f"head-squeezenet1_0-max7-{width}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

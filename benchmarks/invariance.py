@@ -1,11 +1,13 @@
-"""One residual network written in many ways: what each method makes of it (python benchmarks/invariance.py).
+"""One residual network written in many ways, and what each method makes of it.
 
-The ways compute the same function with the same weights, so that an explanation of the function is the same for all. The
-figures are ‖A − A_reference‖ / ‖A_reference‖ in float64, for the methods of Captum that look at modules, MIP-IN (fitted anew
-on each), and the gradient, which cannot differ; or the error that a method raises.
+    python benchmarks/invariance.py
+
+All spellings compute the same function with the same weights, so that an explanation of the
+function is the same for all. The figures are ‖A − A_reference‖ / ‖A_reference‖ in float64, or the
+error that a method raises. The methods are those of Captum that look at modules, MIP-IN (fitted
+anew on each spelling), and the gradient, which cannot differ.
 """
 
-import argparse
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 from captum.attr import LRP, Deconvolution, DeepLift, GuidedBackprop, Saliency
-from common import show, write
+from common import parser_of, show, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,14 +36,14 @@ class Spelling:
     """How the network is written.
 
     Attributes:
-        inplace: Of its ``nn.ReLU`` modules.
-        reused: One ``nn.ReLU`` module is called everywhere.
+        inplace: Whether its ``nn.ReLU`` modules work in place.
+        reused: Whether one ``nn.ReLU`` module is called everywhere.
         relu: A function called instead of the modules.
         add: How a block adds its input.
         pool: Global average pooling.
-        flatten: After pooling.
-        dropout: There is a dropout before the last layer.
-        shortcut_first: A block computes its shortcut before its convolutions.
+        flatten: The step after pooling.
+        dropout: Whether there is a dropout before the last layer.
+        shortcut_first: Whether a block computes its shortcut before its convolutions.
     """
 
     inplace: bool = False
@@ -110,7 +112,7 @@ SPELLINGS: Mapping[str, Spelling] = {
 
 
 class Block(nn.Module):
-    """Two convolutions beside the identity, or beside a 1 × 1 convolution where the size changes."""
+    """Two convolutions beside the identity, or a 1 × 1 convolution where the size changes."""
 
     def __init__(
         self, channels: int, wider: int, spelling: Spelling, relu: Callable[[], Layer]
@@ -170,7 +172,7 @@ class Residual(nn.Module):
 
 
 def images(count: int) -> Tensor:
-    """Smooth random images (count, 3, 8, 8)."""
+    """Return smooth random images (count, 3, 8, 8)."""
     noise = torch.randn(
         count, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
@@ -178,7 +180,7 @@ def images(count: int) -> Tensor:
 
 
 def network(spelling: Spelling) -> Residual:
-    """The network in this spelling: always the same weights, and batch statistics of ``images``."""
+    """Build the network in a spelling, always with the same weights and batch statistics."""
     reference = _reference() if spelling is not SPELLINGS[REFERENCE] else None
     torch.manual_seed(0)
     model = Residual(spelling).double()
@@ -200,13 +202,13 @@ def _reference() -> Residual:
 
 
 def mipin(model: nn.Module, x: Tensor, target: Any) -> Tensor:
-    """A, from an inverse fitted to this spelling."""
+    """Return A of an inverse fitted to this spelling."""
     inverse = InverseNetwork(model).fit(images(48), progress=False)
     return MIPINAttribution(model, inverse).attribute(x, target)  # type: ignore[no-any-return]  # a tensor for a tensor
 
 
 def captum(method: Callable[[nn.Module], Any], model: nn.Module, x: Tensor, target: Any) -> Tensor:
-    """What a method of Captum answers; it may warn and leave things on the model."""
+    """Return the map of a method of Captum, which may warn and leave hooks on the model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found: Tensor = method(model).attribute(x.clone(), target=target)
@@ -223,13 +225,13 @@ METHODS: Mapping[str, Callable[[nn.Module, Tensor, Any], Tensor]] = {
 
 
 def difference(found: Tensor, reference: Tensor) -> float:
-    """‖found − reference‖ / ‖reference‖."""
+    """Return ‖found − reference‖ / ‖reference‖."""
     return float((found - reference).norm() / reference.norm())
 
 
 @contextmanager
 def _noted(row: dict[str, Any], title: str) -> Iterator[None]:
-    """An error is a result."""
+    """Write an error into the row: it is a result too."""
     try:
         yield
     except Exception as error:
@@ -237,7 +239,7 @@ def _noted(row: dict[str, Any], title: str) -> Iterator[None]:
 
 
 def compare() -> list[dict[str, Any]]:
-    """One row a spelling: each method's difference from the reference, or the error that it raises."""
+    """Return one row a spelling: each method's difference from the reference, or its error."""
     x, target = images(8), [0, 1, 2, 0, 1, 2, 0, 1]
     references = {name: method(_reference(), x, target) for name, method in METHODS.items()}
     rows = []
@@ -251,9 +253,7 @@ def compare() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    parser_of(__doc__).parse_args()
     rows = compare()
     write("invariance", rows, reference=REFERENCE)
     print(show(rows))

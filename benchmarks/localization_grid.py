@@ -1,16 +1,20 @@
-"""The grid pointing game on networks with published weights: python benchmarks/localization_grid.py NETWORK --data FOLDER.
+"""The grid pointing game on networks with published weights.
 
-A mosaic of n x n images of different classes, each of which the network classifies rightly with a confidence of at least
-0.99, is explained for the class in one of its cells. Score: positive attribution inside that cell / all positive
-attribution, channels summed up before; 0 where nothing is positive; chance is 1 / n². Every method is asked at the same
-layers. (Rao et al., CVPR 2022.)
+    python benchmarks/localization_grid.py NETWORK --data FOLDER
+
+A mosaic has n x n images of different classes, each of which the network classifies rightly with a
+confidence of at least 0.99. It is explained for the class in one of its cells. Score: positive
+attribution inside that cell / all positive attribution, after the sum over channels; 0 where
+nothing is positive. Chance is 1 / n². All methods are asked at the same layers.
+
+Source: Rao et al., CVPR 2022.
 """
 
 import argparse
 import csv
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +31,7 @@ from captum.attr import (
     LayerIntegratedGradients,
     Saliency,
 )  # fmt: skip
-from common import show, write
+from common import parser_of, show, write
 from data import load
 from PIL import Image
 from torch import Tensor, nn
@@ -42,7 +46,7 @@ Method = Callable[[Tensor, Tensor], Any]
 
 @dataclass(frozen=True)
 class Photos:
-    """Images (N, 3, H, W) in [0, 1] and their labels: those to fit on, and others to explain."""
+    """Images (N, 3, H, W) in [0, 1] to fit on, images to explain, and labels of the latter."""
 
     fit: Tensor
     test: Tensor
@@ -50,7 +54,7 @@ class Photos:
 
 
 def photos(name: str, folder: Path, count: int, generator: torch.Generator) -> Photos:
-    """CIFAR-10, or the photographs of twenty ImageNet classes: ``count`` to fit on, all there are to explain."""
+    """Return CIFAR-10, or photographs of twenty ImageNet classes; ``count`` of them to fit on."""
     size = pretrained.NETWORKS[name].size
     if size == 32:
         images = load("cifar10", folder)
@@ -77,7 +81,7 @@ def _image(archive: zipfile.ZipFile, file: str, size: int) -> Tensor:
 
 
 def features(model: nn.Module, layer: nn.Module | None, x: Tensor) -> Tensor:
-    """What a layer gives; x itself for None."""
+    """Return the output of a layer; x itself for None."""
     if layer is None:
         return x
     kept: list[Tensor] = []
@@ -89,7 +93,7 @@ def features(model: nn.Module, layer: nn.Module | None, x: Tensor) -> Tensor:
 
 
 def peers(model: nn.Module, layer: nn.Module | None, seed: int, steps: int) -> dict[str, Method]:
-    """What MIP-IN is compared with, at a layer or the input."""
+    """Return the methods that MIP-IN is compared with, at a layer or the input."""
     generator = torch.Generator().manual_seed(seed)
 
     def centre(x: Tensor, target: Tensor) -> Tensor:
@@ -148,7 +152,7 @@ def peers(model: nn.Module, layer: nn.Module | None, seed: int, steps: int) -> d
 def ours(
     model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, name: str
 ) -> dict[str, Method]:
-    """MIP-IN as it is, times the feature, times the gradient, and its pattern without anything of the image."""
+    """Return MIP-IN's maps: A, A × feature, A × gradient, and the pattern without the image."""
     method: Any = (
         MIPINAttribution(model, inverse)
         if layer is None
@@ -177,13 +181,31 @@ def ours(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("network", choices=pretrained.NETWORKS)
+def network_parser(
+    doc: str | None, fit: int, networks: Iterable[str] = pretrained.NETWORKS
+) -> argparse.ArgumentParser:
+    """Return a parser for a network with published weights and the images to fit it on."""
+    parser = parser_of(doc)
+    parser.add_argument("network", choices=networks)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with the images and weights/"
     )
-    parser.add_argument("--fit", type=int, default=400, help="images to fit on")
+    parser.add_argument("--fit", type=int, default=fit, help="images to fit on")
+    return parser
+
+
+def network_and_photos(
+    arguments: argparse.Namespace,
+) -> tuple[nn.Module, Callable[[Tensor], Tensor], Photos]:
+    """Return the network of a command line, the normalisation of its images, and the images."""
+    model, normalise = pretrained.load(arguments.network, arguments.data / "weights")
+    generator = torch.Generator().manual_seed(0)
+    images = photos(arguments.network, arguments.data, arguments.fit, generator)
+    return model, normalise, images
+
+
+def main() -> None:
+    parser = network_parser(__doc__, fit=400)
     parser.add_argument("--classes", type=int, default=10, help="number of classes to fit")
     parser.add_argument(
         "--confidence", type=float, default=CONFIDENCE, help="with which each image is recognised"
@@ -196,21 +218,24 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     about = pretrained.NETWORKS[arguments.network]
-    model, normalise = pretrained.load(arguments.network, arguments.data / "weights")
-    images = photos(
-        arguments.network, arguments.data, arguments.fit, torch.Generator().manual_seed(0)
-    )
+    model, normalise, images = network_and_photos(arguments)
     fit, test = normalise(images.fit), normalise(images.test)
     classes = sorted(set(images.labels.tolist()))[
         :: max(1, len(set(images.labels.tolist())) // arguments.classes)
     ]
     grids = [
         mosaics(
-            model, test, images.labels, n, arguments.mosaics,
-            confidence=arguments.confidence, classes=classes, generator=torch.Generator().manual_seed(n),
+            model,
+            test,
+            images.labels,
+            n,
+            arguments.mosaics,
+            confidence=arguments.confidence,
+            classes=classes,
+            generator=torch.Generator().manual_seed(n),
         )
         for n in (2, 3)
-    ]  # fmt: skip
+    ]
     kinds: list[tuple[str, Literal["shares", "even"], Literal["joint", "sum"]]] = [
         ("shares, joint", "shares", "joint")
     ]
@@ -253,9 +278,11 @@ def main() -> None:
             print(show([row]).splitlines()[-1], flush=True)
     write(
         f"localization-{arguments.network}", rows,
-        data="CIFAR-10 test" if about.size == 32 else "600 ILSVRC2012 validation images of 20 classes", size=about.size,
-        fit=arguments.fit, classes=classes, mosaics=arguments.mosaics, steps=arguments.steps, confidence=arguments.confidence,
-        target="the class of the cell", reduction="sum over channels, then ReLU", ties="none: shares of a sum",
+        data="CIFAR-10 test" if about.size == 32
+        else "600 ILSVRC2012 validation images of 20 classes",
+        size=about.size, fit=arguments.fit, classes=classes, mosaics=arguments.mosaics,
+        steps=arguments.steps, confidence=arguments.confidence, target="the class of the cell",
+        reduction="sum over channels, then ReLU", ties="none: shares of a sum",
     )  # fmt: skip
     print(show(rows))
 

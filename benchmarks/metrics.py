@@ -1,17 +1,25 @@
-"""What deletion costs against one forward a step and image, as a ratio within one run: python benchmarks/metrics.py.
+"""The cost of deletion against one forward pass a step and image, as a ratio within one run.
 
-16 images (one at 224 x 224), RISE's steps of one image row, torch's random weights, on which the time does not depend. "one
-forward a step" does what the RISE protocol says, image by image: it replaces the next pixels, in place, runs the network, takes
-the softmax. Both give the same curves, which is checked. "forwards alone" is the network on the images of that loop, ready
-made, in batches of the size that is fastest: what nothing can go below that runs the network on each of them. All in turn, on
-one and on two threads, each for a tenth of a second or once; wall and processor time (of all threads), the median and the least
-of the repeats: what else the machine does only adds, and adds more to the loop, which needs its caches more.
+    python benchmarks/metrics.py [--data FOLDER]
 
-Random images with random maps change in every step. Real images with the maps of a method (Input×Gradient) may not: steps that
-replace black pixels by black ones leave the image as it was, and deletion runs it once.
+16 images (one at 224 x 224), steps of one image row as in RISE, and torch's random weights, on
+which the time does not depend. Three times are taken in turn:
+
+- deletion;
+- "one forward a step", the RISE protocol image by image: replace the next pixels in place, run the
+  network, take the softmax. A check asserts that both give the same curves;
+- "forwards alone", the network on the images of that loop, prepared beforehand, in batches of the
+  fastest size. Nothing that runs the network on each of them can take less.
+
+All run on one and on two threads, each for a tenth of a second or once. Wall and processor time (of
+all threads) are reported as median and minimum of the repeats: the load of the machine only adds
+time, and adds more to the loop, which depends more on its caches.
+
+Random images with random maps change in every step. Real images with the maps of a method
+(Input×Gradient) may not: steps that replace black pixels by black ones leave the image as it was,
+and deletion runs it once.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -28,7 +36,7 @@ os.environ.setdefault(
 
 import torch
 from captum.attr import InputXGradient
-from common import RESULTS, show, write
+from common import RESULTS, parser_of, show, write
 from data import load
 from networks import RECIPES
 from torch import Tensor, nn
@@ -42,7 +50,7 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process
 
 @dataclass(frozen=True)
 class Case:
-    """What to delete from."""
+    """A network, and the images to delete from."""
 
     network: str
     build: Callable[[], nn.Module]
@@ -53,7 +61,7 @@ class Case:
 
 
 def cases(folder: str | None, names: Sequence[str]) -> Iterator[Case]:
-    """Random images for all networks, or for some; real ones where they are at hand."""
+    """Yield random images for all networks, or for some; real images where they are available."""
     import torchvision
 
     shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -69,7 +77,7 @@ def cases(folder: str | None, names: Sequence[str]) -> Iterator[Case]:
 
 
 def one_by_one(model: nn.Module, maps: Tensor, x: Tensor, step: int) -> Tensor:
-    """RISE's loop: (images, steps + 1) probabilities."""
+    """Return the probabilities of RISE's loop, (images, steps + 1)."""
     curves = []
     for image, heat in zip(x, maps, strict=True):
         order = heat.flatten().argsort(descending=True)
@@ -90,7 +98,7 @@ def forwards(model: nn.Module, x: Tensor, size: int) -> None:
 
 
 def measure(case: Case, counts: Sequence[int]) -> list[dict[str, Any]]:
-    """One row for each number of threads."""
+    """Return one row for each number of threads."""
     torch.manual_seed(0)
     model, x = case.build().eval(), case.x
     maps = torch.rand(len(x), *x.shape[2:])
@@ -140,7 +148,7 @@ def measure(case: Case, counts: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def ratios(times: dict[tuple[int, str, str], list[float]], threads: int) -> dict[str, float]:
-    """By each clock, least and median, the three times, and by how much the loop takes longer."""
+    """Return the three times and the ratio of the loop, by each clock, minimum and median."""
     row: dict[str, float] = {}
     for clock, which in product(CLOCKS, ("least", "median")):
         own = {
@@ -151,9 +159,12 @@ def ratios(times: dict[tuple[int, str, str], list[float]], threads: int) -> dict
         loop, ours = own.pop("one forward a step"), own.pop("deletion")
         alone, said = min(own.values()), f"{which} {clock}"
         row |= {
-            f"one forward a step, {said} s": loop, f"deletion, {said} s": ours, f"forwards alone, {said} s": alone,
-            f"times faster, {said}": loop / ours, f"forwards alone times faster, {said}": loop / alone,
-        }  # fmt: skip
+            f"one forward a step, {said} s": loop,
+            f"deletion, {said} s": ours,
+            f"forwards alone, {said} s": alone,
+            f"times faster, {said}": loop / ours,
+            f"forwards alone times faster, {said}": loop / alone,
+        }
     return row
 
 
@@ -172,9 +183,7 @@ class Listening(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "names",
         nargs="*",
@@ -198,7 +207,8 @@ def main() -> None:
         print(show(shown), time.strftime("%X"), flush=True)
         write(
             "speed-metrics", rows, baseline=0, score="softmax", step="one row of the image",
-            maps="random for random images, Input×Gradient for others", threads_wait=os.environ["OMP_WAIT_POLICY"],
+            maps="random for random images, Input×Gradient for others",
+            threads_wait=os.environ["OMP_WAIT_POLICY"],
         )  # fmt: skip
 
 

@@ -1,21 +1,26 @@
-"""Neighbourhood fits on photographs: python benchmarks/neighbours.py --data FOLDER.
+"""Neighbourhood fits on photographs.
 
-The head 25088-1024-1024-20 of ``benchmarks/heads.py`` is explained at its input, the features of SqueezeNet 1.0 (512 x 7 x 7,
-after a ReLU, so that equation 9 applies to them as well). Inverses are fitted on the 6,600 photographs that it was trained on,
-and explain photographs of ImageNet's validation set whose boxes cover at most a third, of the eight classes with most of them,
-each for its label; with 1,000 neighbours, for time, sixty of them. With all photographs as neighbours, the inverse is the
-global one, which is fitted as such. Neighbours are looked for among the features, or by the output of a hidden layer.
+    python benchmarks/neighbours.py --data FOLDER
 
-- Box accuracy: of the n hottest pixels, the share inside the boxes, n being the number of pixels inside, ties as chance has it;
-  maps are the mean over channels of what is positive in A, of that times the features, and of S, made as large as the image;
-- APC: of rightly classified photographs, how far the label's output for S is from that for the features, in percent (mean over
-  photographs); shuffled: the inverse is given the output that another photograph has for this label, with the masks of this;
-- cosine of A for the label and for another of the eight classes, drawn at random for each photograph;
-- time of a photograph, search included: the median over batches of twenty, A and S together, one thread, as the clock has it
-  and as spent on the processor.
+The head 25088-1024-1024-20 of ``benchmarks/heads.py`` is explained at its input, the features of
+SqueezeNet 1.0 (512 x 7 x 7, after a ReLU, so that equation 9 applies to them as well). Inverses are
+fitted on the 6,600 photographs that the head was trained on. They explain photographs of ImageNet's
+validation set whose boxes cover at most a third, of the eight classes with most of them, each for
+its label; with 1,000 neighbours only sixty of them, to save time. With all photographs as
+neighbours the inverse is the global one, and is fitted as such. Neighbours are searched among the
+features, or by the output of a hidden layer.
+
+- Box accuracy: let n be the number of pixels inside the boxes; the score is the share of the n
+  hottest pixels that lie inside, with ties as chance has it. Maps are the mean over channels of the
+  positive part of A, of A times the features, and of S, resized to the image.
+- APC of rightly classified photographs: how far the label's output for S is from its output for the
+  features, in percent, averaged over photographs. Shuffled: the inverse gets the output that
+  another photograph has for this label, with the masks of the photograph itself.
+- Cosine of A for the label and for another of the eight classes, drawn for each photograph.
+- Time of a photograph, search included: the median over batches of twenty, A and S together, on one
+  thread, both wall and processor time.
 """
 
-import argparse
 import json
 import time
 from collections import Counter
@@ -25,7 +30,7 @@ from typing import Any
 
 import heads
 import torch
-from common import RESULTS, show, write
+from common import RESULTS, parser_of, show, write
 from networks import accuracy
 from torch import Tensor, nn
 
@@ -53,7 +58,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is explained: features, labels, masks of the boxes, and another class for each."""
+    """The photographs to explain: features, labels, masks of the boxes, and another class."""
 
     x: Tensor
     labels: Tensor
@@ -63,7 +68,7 @@ class Chosen:
 
 
 def chosen(found: heads.Features) -> Chosen:
-    """Photographs with small boxes, of the classes with most of them."""
+    """Return photographs with small boxes, of the classes with most of them."""
     area = found.boxes.flatten(1).double().mean(1)
     small = ((area > 0) & (area <= 0.33)).nonzero().squeeze(1)
     classes = sorted(c for c, _ in Counter(found.test_labels[small].tolist()).most_common(CLASSES))
@@ -79,14 +84,14 @@ def chosen(found: heads.Features) -> Chosen:
 
 
 def boxed(maps: Tensor, these: Chosen) -> tuple[float, float]:
-    """Box accuracy of maps (N, 7, 7), and its standard error."""
+    """Return the box accuracy of maps (N, 7, 7), and its standard error."""
     images = torch.zeros(len(maps), 3, heads.SIZE, heads.SIZE)
     result = bounding_box_accuracy(maps.unsqueeze(1), images, boxes=these.boxes)
     return result.mean, result.standard_error
 
 
 def measured(inverse: InverseNetwork, model: nn.Module, these: Chosen) -> dict[str, Any]:
-    """One row: everything that is asked of an inverse."""
+    """Return one row: all measurements of an inverse."""
     parts, clock, processor = [], [], []
     for x, t in zip(these.x.split(BATCH), these.labels.split(BATCH), strict=True):
         start = time.perf_counter(), time.process_time()
@@ -116,13 +121,16 @@ def measured(inverse: InverseNetwork, model: nn.Module, these: Chosen) -> dict[s
         **{f"box accuracy, {name}": value for name, (value, _) in accuracies.items()},
         "standard error": max(error for _, error in accuracies.values()),
         "photographs": len(these.x),
-        "APC %": apc, "APC %, shuffled output": control, "cosine of two classes": float(cosine(a, other).mean()),
-        "s a photograph": sorted(clock)[len(clock) // 2], "s of the processor": sorted(processor)[len(processor) // 2],
-    }  # fmt: skip
+        "APC %": apc,
+        "APC %, shuffled output": control,
+        "cosine of two classes": float(cosine(a, other).mean()),
+        "s a photograph": sorted(clock)[len(clock) // 2],
+        "s of the processor": sorted(processor)[len(processor) // 2],
+    }
 
 
 def references(model: nn.Module, these: Chosen) -> dict[str, Tensor]:
-    """Maps (N, 7, 7) of other methods, and controls."""
+    """Return maps (N, 7, 7) of other methods, and controls."""
     x = these.x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).gather(1, these.labels[:, None]).sum(), x)
     x = x.detach()
@@ -138,7 +146,7 @@ def references(model: nn.Module, these: Chosen) -> dict[str, Tensor]:
 
 
 def compare(part: str, model: nn.Module, train: Tensor, these: Chosen) -> list[dict[str, Any]]:
-    """The rows of one part."""
+    """Yield the rows of one part."""
     if part == "references":
         scores = {name: boxed(maps, these) for name, maps in references(model, these).items()}
         return [
@@ -164,7 +172,7 @@ def compare(part: str, model: nn.Module, train: Tensor, these: Chosen) -> list[d
 
 
 def everywhere(model: nn.Module, train: Tensor, these: Chosen) -> dict[str, Any]:
-    """The global fit."""
+    """Return the row of the global fit."""
     start = time.perf_counter()
     inverse = InverseNetwork(model).fit(train, these.classes, progress=False)
     seconds = time.perf_counter() - start
@@ -177,9 +185,7 @@ def everywhere(model: nn.Module, train: Tensor, these: Chosen) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "parts",
         nargs="*",
@@ -193,11 +199,17 @@ def main() -> None:
     found = heads.features(arguments.data)
     model, these = heads.trained(1024, found), chosen(found)
     settings = {
-        "data": "ILSVRC2012 validation photographs, boxes of at most a third", "images": len(these.x),
-        "fitted on": len(found.train), "network": "head 25088-1024-1024-20 on SqueezeNet 1.0, max-pooled to 7 x 7",
-        "held out": accuracy(model, found.test, found.test_labels), "right": accuracy(model, these.x, these.labels),
-        "target": "the label", "batch": BATCH, "ties": "expected", "classes": these.classes,
-    }  # fmt: skip
+        "data": "ILSVRC2012 validation photographs, boxes of at most a third",
+        "images": len(these.x),
+        "fitted on": len(found.train),
+        "network": "head 25088-1024-1024-20 on SqueezeNet 1.0, max-pooled to 7 x 7",
+        "held out": accuracy(model, found.test, found.test_labels),
+        "right": accuracy(model, these.x, these.labels),
+        "target": "the label",
+        "batch": BATCH,
+        "ties": "expected",
+        "classes": these.classes,
+    }
     path = RESULTS / "neighbours.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() and arguments.parts else []
     for part in arguments.parts or PARTS:

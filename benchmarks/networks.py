@@ -1,7 +1,7 @@
-"""The networks of the paper's tables 3-5, and how they are trained here.
+"""The networks of the paper's tables 3 to 5, and how they are trained here.
 
-The paper gives the layers and says that dropout was used; optimiser, learning rate, epochs, augmentation and the
-place of the dropout are ours and stand in :func:`train`.
+The paper gives the layers and says that dropout was used. Optimiser, learning rate, epochs,
+augmentation and the place of the dropout are our choice, see :func:`train`.
 """
 
 import argparse
@@ -21,7 +21,10 @@ logger = logging.getLogger("networks")
 
 
 class Network(nn.Module):
-    """Convolutions, then dense layers, with the flattening between them a function, since Captum's LRP has no nn.Flatten."""
+    """Convolutions, then dense layers.
+
+    The flattening between them is a function, since Captum's LRP does not know ``nn.Flatten``.
+    """
 
     def __init__(self, features: nn.Sequential | None, classifier: nn.Sequential) -> None:
         super().__init__()
@@ -36,7 +39,7 @@ class Network(nn.Module):
 
 
 def mlp(inputs: int = 784, width: int = 512, classes: int = 10, dropout: float = 0.2) -> Network:
-    """Table 3: 784-512-512-10, ReLU, dropout while training."""
+    """Build table 3: 784-512-512-10, ReLU, with dropout for training."""
     classifier = nn.Sequential(
         nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout),
         nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout),
@@ -46,52 +49,48 @@ def mlp(inputs: int = 784, width: int = 512, classes: int = 10, dropout: float =
 
 
 def cnn_mnist() -> Network:
-    """Table 4: conv 16 (5x5), conv 64 (3x3), max pool 2, dense 7744-512-10."""
+    """Build table 4: conv 16 (5x5), conv 64 (3x3), max pool 2, dense 7744-512-10."""
     features = nn.Sequential(
-        nn.Conv2d(1, 16, 5),
-        nn.ReLU(),
-        nn.Conv2d(16, 64, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Dropout(0.25),
-    )
-    return Network(
-        features,
-        nn.Sequential(nn.Linear(7744, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10)),
-    )
+        nn.Conv2d(1, 16, 5), nn.ReLU(),
+        nn.Conv2d(16, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
+    )  # fmt: skip
+    return Network(features, _head(7744, 512))
 
 
 def cnn_cifar() -> Network:
-    """Table 5: conv 32, conv 64, pool, conv 64 (all 3x3), pool, dense 2304-512-10."""
+    """Build table 5: conv 32, conv 64, pool, conv 64 (all 3x3), pool, dense 2304-512-10."""
     features = nn.Sequential(
         nn.Conv2d(3, 32, 3), nn.ReLU(),
         nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
         nn.Conv2d(64, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
     )  # fmt: skip
-    return Network(
-        features,
-        nn.Sequential(nn.Linear(2304, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10)),
-    )
+    return Network(features, _head(2304, 512))
 
 
 def cnn_digits() -> Network:
-    """A small network of the same kind for the 8 x 8 digits of the demo."""
+    """Build a small network of the same kind for the 8 x 8 digits of the demo."""
     features = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Dropout(0.25),
-    )
-    return Network(
-        features, nn.Sequential(nn.Linear(288, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10))
-    )
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
+    )  # fmt: skip
+    return Network(features, _head(288, 128))
+
+
+def _head(inputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 10))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: its data set, epochs, L2 weight decay, and whether images are mirrored and shifted."""
+    """How a network is trained.
+
+    Attributes:
+        build: Makes the network.
+        data: Name of its data set.
+        epochs: Passes over the data.
+        decay: L2 weight decay.
+        augment: Whether images are mirrored and shifted.
+    """
 
     build: Callable[[], Network]
     data: str
@@ -126,7 +125,7 @@ def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
-    """Share of ``x`` that ``model`` puts into its class."""
+    """Return the share of the images ``x`` that ``model`` classifies rightly."""
     with torch.no_grad():
         hits = sum(
             int((model(a).argmax(1) == b).sum())
@@ -136,7 +135,10 @@ def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
 
 
 def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -> Network:
-    """Train the network ``name``: Adam, one-cycle rate with maximum 1e-3 (2e-3 for CIFAR-10), batches of 128."""
+    """Train the network ``name``.
+
+    Adam, one-cycle rate with maximum 1e-3 (2e-3 for CIFAR-10), batches of 128.
+    """
     recipe, size = RECIPES[name], 128
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -161,7 +163,7 @@ def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -
 def trained(
     name: str, images: Images, seed: int = 0, cache: str | Path = ".cache/networks"
 ) -> Network:
-    """The network ``name``, trained once and kept in ``cache``."""
+    """Return the network ``name``, trained at the first call and kept in ``cache``."""
     path = Path(cache) / f"{name}-{seed}.safetensors"
     if not path.exists():
         model = train(name, images, seed)

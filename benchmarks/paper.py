@@ -1,22 +1,25 @@
-"""The paper's tables and figures on real data: python benchmarks/paper.py --data FOLDER [PART ...].
+"""The paper's tables and figures on real data.
 
-Each part writes its own results file, ``paper-<part>.json``; pictures go beside it.
+    python benchmarks/paper.py --data FOLDER [PART ...]
 
-- boxes-NETWORK: table 2, bounding-box accuracy, for squeezenet1_0, mobilenet_v2, efficientnet_lite0 and "head", a dense head
-  of VGG's kind; see ``benchmarks/boxes.py``.
-- maps: figure 3, global and local signals and attributions, and figure 5, all methods on the MLP of table 3, where neither
-  local connections nor max pooling help a method (section 6.2.1). Measured: of the n hottest pixels the share on the ink, n
-  being the number of pixels with ink (above 0.5); insertion and deletion.
-- classes: figure 9 on SqueezeNet with the paper's classes 981 and 589, appendix B on the CNN of table 4: distances between the
-  maps of two classes, raw as in the paper and normalised.
-- randomization: how alike maps stay when layers are made random from the output down, on the CNN of table 4; of fitted methods
-  both with the fit kept and made anew.
-- pictures: figure 10, Grad-CAM beside MIP-IN as chosen in boxes-efficientnet_lite0, on photographs that may be shown.
+Each part writes its own results file, ``paper-<part>.json``, and its pictures beside it.
 
-Table 1 is made by ``benchmarks/completeness.py``.
+- boxes-NETWORK: table 2, bounding-box accuracy, for squeezenet1_0, mobilenet_v2, efficientnet_lite0
+  and "head", a dense head as in VGG; see ``benchmarks/boxes.py``.
+- maps: figure 3, global and local signals and attributions, and figure 5, all methods on the MLP of
+  table 3, where neither local connections nor max pooling help a method (section 6.2.1). Measured:
+  the share of the n hottest pixels that lies on the ink, n being the number of pixels with ink
+  (above 0.5); insertion and deletion.
+- classes: figure 9 on SqueezeNet with the paper's classes 981 and 589, and appendix B on the CNN of
+  table 4: distances between the maps of two classes, raw as in the paper and normalised.
+- randomization: similarity of maps while layers are made random from the output down, on the CNN of
+  table 4. Fitted methods are measured with the fit kept and with a new fit.
+- pictures: figure 10, Grad-CAM beside MIP-IN as chosen in boxes-efficientnet_lite0, on photographs
+  that may be shown.
+
+``benchmarks/completeness.py`` makes table 1.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -29,9 +32,9 @@ from typing import Any
 import boxes
 import torch
 from captum.attr import visualization
-from common import RESULTS, show, write
+from common import RESULTS, parser_of, show, write
 from data import Images, load
-from demo import _hwc, _picture
+from demo import _hwc, _picture, _signed
 from localization_grid import _image, photos
 from matplotlib.figure import Figure
 from networks import trained
@@ -55,19 +58,21 @@ Method = Callable[[Tensor, Any], Any]
 def small(
     model: nn.Module, images: Images, fit: int, classes: list[int] | None = None
 ) -> dict[str, Any]:
-    """All methods on a network for digits, those that learn fitted on ``fit`` training images."""
+    """Return all methods on a network for digits; those that learn are fitted on ``fit`` images."""
     x = images.train[:fit]
     mipin = MIPINAttribution(
         model, InverseNetwork(model).fit(x, classes, batch_size=500, progress=False)
     )
     return {
-        **boxes.gradients(model, 50, True), **boxes.propagated(model, x, (0.0, 1.0)), "MIP-IN A": mipin.attribute,
+        **boxes.gradients(model, 50, True),
+        **boxes.propagated(model, x, (0.0, 1.0)),
+        "MIP-IN A": mipin.attribute,
         "MIP-IN S": mipin.source_signal,
-    }  # fmt: skip
+    }
 
 
 def maps(folder: Path, fit: int = 10_000, count: int = 300) -> None:
-    """Figures 3 and 5, with a measure of what they show."""
+    """Make figures 3 and 5, and measure what they show."""
     images = load("mnist", folder)
     model = trained("mlp-mnist", images)
     methods: dict[str, Any] = small(model, images, fit)
@@ -99,8 +104,9 @@ def maps(folder: Path, fit: int = 10_000, count: int = 300) -> None:
                 row | {m.__name__: m(found, x, labels, **asked).mean for m in (insertion, deletion)}
             )
     write(
-        "paper-maps", rows, network="mlp-mnist", data="MNIST test, correctly classified", n=len(x), fit=fit, layer="input",
-        target="the label", ties="expected; at random for insertion and deletion", ink="pixels above 0.5",
+        "paper-maps", rows, network="mlp-mnist", data="MNIST test, correctly classified", n=len(x),
+        fit=fit, layer="input", target="the label",
+        ties="expected; at random for insertion and deletion", ink="pixels above 0.5",
         step="a row of the image", baseline=0,
     )  # fmt: skip
     figure3(x, labels, mipin).savefig(RESULTS / "paper-figure3.png", dpi=80)
@@ -109,7 +115,7 @@ def maps(folder: Path, fit: int = 10_000, count: int = 300) -> None:
 
 
 def figure3(x: Tensor, labels: list[int], mipin: MIPINAttribution) -> Figure:
-    """Global and local signals and attributions of the first three images of two classes."""
+    """Draw global and local signals and attributions of three images of each of two classes."""
     chosen = [
         i for label in (0, 3) for i in [i for i, own in enumerate(labels) if own == label][:3]
     ]
@@ -129,7 +135,7 @@ def figure3(x: Tensor, labels: list[int], mipin: MIPINAttribution) -> Figure:
 
 
 def figure5(x: Tensor, labels: list[int], methods: dict[str, Any]) -> Figure:
-    """Every method on the first image of six classes."""
+    """Draw every method on the first image of six classes."""
     chosen = [labels.index(label) for label in range(6)]
     page = Figure(figsize=(1.2 * (len(methods) + 1), 1.25 * len(chosen)), layout="constrained")
     axes = page.subplots(len(chosen), len(methods) + 1)
@@ -143,20 +149,8 @@ def figure5(x: Tensor, labels: list[int], methods: dict[str, Any]) -> Figure:
     return page
 
 
-def _signed(page: Figure, axis: Any, found: Tensor) -> None:
-    """Blue for, red against the class."""
-    visualization.visualize_image_attr(
-        _hwc(found),
-        method="heat_map",
-        sign="all",
-        plt_fig_axis=(page, axis),
-        use_pyplot=False,
-        cmap="RdBu",
-    )
-
-
 def classes(folder: Path, fit: int = 60, count: int = 8, digits: int = 60) -> None:
-    """Figure 9 and appendix B."""
+    """Make figure 9 and appendix B."""
     net = boxes.chain("squeezenet1_0", folder)
     found = photos("squeezenet1_0", folder, fit, torch.Generator().manual_seed(0))
     x = net.normalise(
@@ -178,24 +172,26 @@ def classes(folder: Path, fit: int = 60, count: int = 8, digits: int = 60) -> No
             net.steps, inverse, net.steps[cut - 1]
         ).attribute
     methods["Grad-CAM, at 13 x 13"] = lambda x, t: _at(net, top, x, t)
-    rows = _sensitivities("SqueezeNet 1.0, 981 and 589", net.steps, methods, x, 981, 589)
+    rows = _sensitivities("SqueezeNet 1.0, 981 and 589", net.steps, methods, x, (981, 589))
     images = load("mnist", folder)
     model = trained("cnn-mnist", images)
     labels = images.test_labels[:digits].tolist()
     own = small(model, images, 300)
     rows += _sensitivities(
-        "CNN, MNIST, own and another", model, own, images.test[:digits], labels, None
+        "CNN, MNIST, own and another", model, own, images.test[:digits], (labels, None)
     )
     write(
-        "paper-classes", rows, data="ILSVRC2012 validation photographs of twenty classes; MNIST test", fit=fit,
-        reduction="none; SSIM: sum over channels", ties="none needed", layer="input, or as the row says",
+        "paper-classes", rows,
+        data="ILSVRC2012 validation photographs of twenty classes; MNIST test", fit=fit,
+        reduction="none; SSIM: sum over channels", ties="none needed",
+        layer="input, or as the row says",
         **{"fit, MNIST": 300, "SmoothGrad": "10 samples on photographs, 50 on MNIST"},
     )  # fmt: skip
     print(show(rows))
 
 
 def _at(net: boxes.Chain, cut: int, x: Tensor, t: Any) -> Tensor:
-    """Grad-CAM at a cut."""
+    """Return Grad-CAM at a cut."""
     with torch.no_grad():
         features = net.steps[:cut](x)
     found: Tensor = boxes.cams(net.above(cut))["Grad-CAM"](features, t).sum(1, keepdim=True).relu()
@@ -203,12 +199,12 @@ def _at(net: boxes.Chain, cut: int, x: Tensor, t: Any) -> Tensor:
 
 
 def _sensitivities(
-    network: str, model: nn.Module, methods: dict[str, Any], x: Tensor, one: Any, other: Any
+    network: str, model: nn.Module, methods: dict[str, Any], x: Tensor, pair: tuple[Any, Any]
 ) -> list[dict[str, Any]]:
     rows = []
     for name, method in tqdm(methods.items(), desc=network):
         try:
-            found = class_sensitivity(method, x, one, other, model=model, batch_size=10)
+            found = class_sensitivity(method, x, *pair, model=model, batch_size=10)
         except MIPINError as error:
             print(f"{name}: {error}")
             continue
@@ -223,7 +219,7 @@ def _sensitivities(
 
 
 def random_weights(folder: Path, fit: int = 300, count: int = 12) -> None:
-    """Layers made random from the output down."""
+    """Make layers random from the output down."""
     images = load("mnist", folder)
     model, known, pair = trained("cnn-mnist", images), images.train[:fit], [3, 8]
     of_pair = torch.isin(images.test_labels, torch.tensor(pair)).nonzero().flatten()[:count]
@@ -258,15 +254,16 @@ def random_weights(folder: Path, fit: int = 300, count: int = 12) -> None:
         layers = dict(zip(found.settings["layers"], found.curves.nanmean(0).tolist(), strict=True))
         rows.append({"method": name, "n": found.n, **_known(parts), "layers": _known(layers)})
     write(
-        "paper-randomization", rows, network="cnn-mnist", data="MNIST test, digits 3 and 8", fit=fit, target="the label",
-        layer="input", order="cascading", init="normal, of each parameter's own mean and deviation", ties="none needed",
+        "paper-randomization", rows, network="cnn-mnist", data="MNIST test, digits 3 and 8",
+        fit=fit, target="the label", layer="input", order="cascading",
+        init="normal, of each parameter's own mean and deviation", ties="none needed",
         reduction="none; SSIM: sum over channels",
     )  # fmt: skip
     print(show(rows))
 
 
 def _known(values: dict[str, float]) -> dict[str, float | None]:
-    """None for NaN, which JSON has not."""
+    """Replace NaN, which JSON does not have, by None."""
     return {key: None if value != value else value for key, value in values.items()}
 
 
@@ -275,7 +272,7 @@ def _named(methods: Callable[[nn.Module], dict[str, Any]], name: str, network: n
 
 
 def pictures(folder: Path, fit: int = 60) -> None:
-    """Figure 10, on photographs under CC BY 2.0 of classes that the fitted photographs are of."""
+    """Draw figure 10, on photographs under CC BY 2.0 of classes that the inverse was fitted on."""
     name, part = "efficientnet_lite0", "boxes-efficientnet_lite0"
     net, (lowest, *_, top) = boxes.chain(name, folder), boxes.chain(name, folder).cuts
     chosen = [
@@ -328,9 +325,15 @@ def pictures(folder: Path, fit: int = 60) -> None:
                 warm[i : i + 1, None].float(), (224, 224), mode="bilinear", align_corners=False
             )
             visualization.visualize_image_attr(
-                _hwc(large.relu() + 1e-12), _hwc(shown[i : i + 1]), method="blended_heat_map", sign="positive",
-                plt_fig_axis=(page, axis), use_pyplot=False, cmap="jet", alpha_overlay=0.5,
-            )  # fmt: skip
+                _hwc(large.relu() + 1e-12),
+                _hwc(shown[i : i + 1]),
+                method="blended_heat_map",
+                sign="positive",
+                plt_fig_axis=(page, axis),
+                use_pyplot=False,
+                cmap="jet",
+                alpha_overlay=0.5,
+            )
             if i == 0:
                 axis.set_title(title, fontsize=8)
     page.savefig(RESULTS / "paper-figure10.jpg", dpi=80)
@@ -339,14 +342,9 @@ def pictures(folder: Path, fit: int = 60) -> None:
         for row in found
     ]
     write(
-        "paper-pictures",
-        credits,
-        network=name,
-        licence="CC BY 2.0",
-        fit=fit,
-        chosen=chosen["where"],
-        reading=reading,
-    )
+        "paper-pictures", credits, network=name, licence="CC BY 2.0", fit=fit,
+        chosen=chosen["where"], reading=reading,
+    )  # fmt: skip
 
 
 PARTS: dict[str, Callable[[Path], None]] = {
@@ -362,9 +360,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with the images, and weights/ in it"

@@ -1,6 +1,7 @@
-"""Networks with published weights, read from a folder of safetensors files; see :data:`NETWORKS` for what is expected there.
+"""Networks with published weights, read from a folder of safetensors files.
 
-The CIFAR ResNets and EfficientNet-Lite0 are built here as their authors wrote them, the others are torchvision's.
+:data:`NETWORKS` names the files. The CIFAR ResNets and EfficientNet-Lite0 are built here as their
+authors wrote them, the others are torchvision's.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,10 @@ from torchvision import models
 
 
 class _Block(nn.Module):
-    """A basic block; where the stride is 2, the identity is subsampled and padded with zero channels (He et al., option A)."""
+    """A basic block.
+
+    Where the stride is 2, the identity is subsampled and padded with zero channels (He et al., A).
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -37,7 +41,7 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR ResNets of He et al.: three stages of 16, 32 and 64 channels, ``blocks`` basic blocks each."""
+    """The CIFAR ResNets of He et al.: stages of 16, 32 and 64 channels, ``blocks`` blocks each."""
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
@@ -104,9 +108,14 @@ class EfficientNetLite0(nn.Module):
         self._conv_stem, self._bn0 = _conv(3, 32, 3, 2), nn.BatchNorm2d(32, 1e-3)
         blocks, inputs = [], 32
         for expand, outputs, repeats, kernel, stride in (
-            (1, 16, 1, 3, 1), (6, 24, 2, 3, 2), (6, 40, 2, 5, 2), (6, 80, 3, 3, 2), (6, 112, 3, 5, 1), (6, 192, 4, 5, 2),
+            (1, 16, 1, 3, 1),
+            (6, 24, 2, 3, 2),
+            (6, 40, 2, 5, 2),
+            (6, 80, 3, 3, 2),
+            (6, 112, 3, 5, 1),
+            (6, 192, 4, 5, 2),
             (6, 320, 1, 3, 1),
-        ):  # fmt: skip
+        ):
             for repeat in range(repeats):
                 blocks.append(
                     _MBConv(expand, inputs, outputs, kernel, stride if repeat == 0 else 1)
@@ -124,7 +133,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def _mobilenet() -> nn.Module:
-    """Torchvision's MobileNetV2 with the padding of TensorFlow, for which these weights were trained."""
+    """Build torchvision's MobileNetV2 with the padding of TensorFlow, as its weights need it."""
     model: nn.Module = models.mobilenet_v2(weights=None)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
@@ -139,11 +148,11 @@ class Pretrained:
     """A network with published weights.
 
     Attributes:
-        build: Makes it, without weights.
-        file: Where its weights are.
-        mean, std: What images in [0, 1] are normalised with.
-        size: Side of the images it is used with here.
-        middle, last: Paths of a module halfway and of the last one with a spatial output.
+        build: Makes the network, without weights.
+        file: Name of the file with its weights.
+        mean, std: Normalisation of images in [0, 1].
+        size: Height and width of the images it gets here.
+        middle, last: Paths of a module halfway, and of the last one with a spatial output.
     """
 
     build: Callable[[], nn.Module]
@@ -157,22 +166,43 @@ class Pretrained:
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NETWORKS = {
-    "resnet20": Pretrained(lambda: CifarResNet(3), "cifar10_resnet20", *_IMAGENET, 32, "layer2", "layer3"),
-    "resnet56": Pretrained(lambda: CifarResNet(9), "cifar10_resnet56", *_IMAGENET, 32, "layer2", "layer3"),
+    "resnet20": Pretrained(
+        lambda: CifarResNet(3), "cifar10_resnet20", *_IMAGENET, 32, "layer2", "layer3"
+    ),
+    "resnet56": Pretrained(
+        lambda: CifarResNet(9), "cifar10_resnet56", *_IMAGENET, 32, "layer2", "layer3"
+    ),
     "squeezenet1_0": Pretrained(
-        lambda: models.squeezenet1_0(weights=None), "imagenet_squeezenet1_0", *_IMAGENET, 224, "features.6", "features.12"
+        lambda: models.squeezenet1_0(weights=None),
+        "imagenet_squeezenet1_0",
+        *_IMAGENET,
+        224,
+        "features.6",
+        "features.12",
     ),
     "mobilenet_v2": Pretrained(
-        _mobilenet, "imagenet_mobilenet_v2_dequant", (0.5,) * 3, (0.5,) * 3, 224, "features.6", "features.18"
+        _mobilenet,
+        "imagenet_mobilenet_v2_dequant",
+        (0.5,) * 3,
+        (0.5,) * 3,
+        224,
+        "features.6",
+        "features.18",
     ),
     "efficientnet_lite0": Pretrained(
-        EfficientNetLite0, "imagenet_efficientnet_lite0", (127 / 255,) * 3, (128 / 255,) * 3, 224, "_blocks.4", "_blocks.15"
+        EfficientNetLite0,
+        "imagenet_efficientnet_lite0",
+        (127 / 255,) * 3,
+        (128 / 255,) * 3,
+        224,
+        "_blocks.4",
+        "_blocks.15",
     ),
-}  # fmt: skip
+}
 
 
 def load(name: str, folder: str | Path) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """The network ``name`` with its weights, and what images in [0, 1] go through before it."""
+    """Return the network ``name`` with its weights, and the normalisation of images in [0, 1]."""
     about = NETWORKS[name]
     model = about.build()
     found: dict[str, Any] = load_file(str(Path(folder) / f"{about.file}.safetensors"))

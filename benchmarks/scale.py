@@ -1,13 +1,18 @@
-"""What fitting costs where layers are wide and classes are many: python benchmarks/scale.py [wide] [thousand --data FOLDER].
+"""The cost of a fit where layers are wide and classes are many.
 
-- wide: the dense head of VGG-19 (25088-4096-4096-1000, torchvision's random weights) on 1,000 random feature vectors, zero
-  where ReLU leaves zero; the cost does not depend on the values. One process a row, so that each has its own peak of memory:
-  seconds to fit so many classes in one call, the peak beyond model and data, and the bytes of the file a class; and the same
-  for classes that are fitted when they are explained.
-- thousand: all 1,000 classes of MobileNetV2 with its published weights, explained one after the other at a layer (--layer):
-  the input of its last convolution, or its output; one lazy fit on photographs, of which each class explains some.
+    python benchmarks/scale.py [wide] [thousand --data FOLDER]
 
-Times are of the processor, on one thread, since the machine may be busy; wall-clock times stand beside them.
+- wide: the dense head of VGG-19 (25088-4096-4096-1000, torchvision's random weights) on 1,000
+  random feature vectors, zero where ReLU leaves zero; the cost does not depend on the values. Each
+  row has a process of its own, and so its own peak of memory: seconds to fit some classes in one
+  call, the peak beyond model and data, and the bytes of the file a class. The last row is of
+  classes that are fitted when they are explained.
+- thousand: all 1,000 classes of MobileNetV2 with its published weights, explained one after the
+  other at a layer (--layer): the input of its last convolution, or its output. One lazy fit on
+  photographs, of which each class explains some.
+
+Times are processor times on one thread, since the machine may be busy; wall times stand beside
+them.
 """
 
 import argparse
@@ -26,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import show, write
+from common import parser_of, show, write
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution
@@ -35,13 +40,13 @@ IMAGES, CLASSES, LATE = 1000, (1, 10, 100), 10
 
 
 def resident() -> float:
-    """The most memory this process has had, in GiB."""
+    """Return the most memory this process has had, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
 
 
 @contextmanager
 def timed(row: dict[str, Any], name: str) -> Iterator[None]:
-    """Puts processor and wall-clock seconds into a row, each added to what is there."""
+    """Add processor and wall seconds to a row."""
     start = time.process_time(), time.perf_counter()
     yield
     row[f"{name} s"] = row.get(f"{name} s", 0.0) + time.process_time() - start[0]
@@ -77,7 +82,7 @@ def measure(classes: int) -> dict[str, Any]:
 
 
 def measure_late() -> dict[str, Any]:
-    """Classes of the same head, each fitted when it is explained."""
+    """Measure classes of the same head, each fitted when it is explained."""
     model, x = head()
     InverseNetwork(model).fit(x[:2], 0, progress=False)  # to warm up
     before, row = resident(), dict[str, Any](classes=f"{LATE}, lazy")
@@ -110,7 +115,7 @@ def wide(arguments: argparse.Namespace) -> None:
 
 
 def photographs(folder: Path, count: int) -> Tensor:
-    """Photographs of several hundred classes of ImageNet, in [0, 1], 224 x 224."""
+    """Return photographs of several hundred classes of ImageNet, in [0, 1], 224 x 224."""
     from localization_grid import _image
 
     with zipfile.ZipFile(folder / "nips17_imagenet_compatible_600.zip") as archive:
@@ -165,9 +170,7 @@ def thousand(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("parts", nargs="*", default=[], help="wide, thousand; default: wide")
     parser.add_argument(
         "--one", type=int, help="measure so many classes, in this process; 0 for those fitted late"

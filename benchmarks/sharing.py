@@ -1,10 +1,12 @@
-"""One inverse a class against one for all classes below the first step: python benchmarks/sharing.py [NAMES] [--data FOLDER].
+"""One inverse a class against one for all classes below the first step.
 
-Completeness with its control, distance of the maps of two classes, time of the fit and bytes of the file. For resnet20, with
-its published weights in FOLDER/weights, localization instead: mosaics of 2 x 2 test images of CIFAR-10, at two layers.
+    python benchmarks/sharing.py [NAMES] [--data FOLDER]
+
+Measures completeness with its control, the distance of the maps of two classes, the time of the fit
+and the bytes of the file. For resnet20, with its published weights in FOLDER/weights, measures
+localization instead: mosaics of 2 x 2 test images of CIFAR-10, at two layers.
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, Literal
 
 import pretrained
 import torch
-from common import show, write
+from common import parser_of, show, write
 from data import load
 from networks import RECIPES, trained
 
@@ -23,7 +25,7 @@ SHARING: tuple[Literal["nothing", "classes"], ...] = ("nothing", "classes")
 
 
 def localization(folder: Path, fit: int, test: int) -> None:
-    """The grid pointing game on mosaics, at the output of two stages."""
+    """Measure the grid pointing game on mosaics, at the output of two stages."""
     model, normalise = pretrained.load("resnet20", folder / "weights")
     images = load("cifar10", folder)
     x, labels, classes = normalise(images.test[:test]), images.test_labels[:test], list(range(10))
@@ -46,20 +48,26 @@ def localization(folder: Path, fit: int, test: int) -> None:
                 )
                 rows.append(
                     {
-                        "network": "resnet20", "sharing": sharing, "layer": path, "map": name, "fit s": taken,
-                        "2x2": result.mean, "standard error": result.standard_error,
+                        "network": "resnet20",
+                        "sharing": sharing,
+                        "layer": path,
+                        "map": name,
+                        "fit s": taken,
+                        "2x2": result.mean,
+                        "standard error": result.standard_error,
                         "positive logit": float(result.values[positive].mean()),
                     }
-                )  # fmt: skip
+                )
                 print(show(rows[-1:]).splitlines()[-1], flush=True)
     write(
-        "sharing-localization", rows, fit=fit, mosaics=len(grid.x), test=test, classes=classes, confidence=0.99,
-        target="the class of the cell", reduction="sum over channels, then ReLU", seconds="of the processor",
+        "sharing-localization", rows, fit=fit, mosaics=len(grid.x), test=test, classes=classes,
+        confidence=0.99, target="the class of the cell", reduction="sum over channels, then ReLU",
+        seconds="of the processor",
     )  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "networks", nargs="*", default=["mlp-mnist"], choices=[*RECIPES, "resnet20"]
     )
@@ -107,8 +115,8 @@ def main() -> None:
     if not rows:
         return
     write(
-        "sharing", rows, fit=arguments.fit, n=arguments.test, split="test, correctly classified", target="true class",
-        layer="input", reduction="mean over classes", ties="none needed",
+        "sharing", rows, fit=arguments.fit, n=arguments.test, split="test, correctly classified",
+        target="true class", layer="input", reduction="mean over classes", ties="none needed",
     )  # fmt: skip
     print(show(rows))
 

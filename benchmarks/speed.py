@@ -1,20 +1,22 @@
-"""Speed, as ratios within one run: attributing against a gradient, fitting against matrix multiplication and SGD.
+"""Speed, as ratios within one run: attribution ÷ gradient, fit ÷ matrix multiplication and SGD.
 
     python benchmarks/speed.py [--data FOLDER] [attribute] [fit] [positions] [sgd]
 
-- attribute: MIP-IN's ``attribute`` ÷ ``captum.attr.Saliency``, alternating, medians; small trained networks at batch 64
-  (one class for the batch, and all ten mixed), VGG-11 and ResNet-18 at 224 x 224 with torchvision's random weights (the
-  time does not depend on them), fitted on two random images;
-- fit: the whole fit of the MLP of table 3 (ten classes), of the CNNs of tables 4 and 5 and of VGG-19's features (one class),
-  against the time that Gram matrices and cross products take at this machine's measured float32 matrix-multiply rate, as
-  if patches were unfolded, and one pass forward; processor time, and that of each part;
-- positions: convolutions fitted on a share of their positions, the same CNN of table 5;
-- sgd: the exact solver against the paper's 20 epochs of SGD, and against more, on the CNN of table 4, one class: time of
-  the whole fit (the dense layers are solved exactly by both), variance of each convolution's input left unexplained on
-  the fitting images (SGD: averaged over its last epoch), and error on test images.
+- attribute: MIP-IN's ``attribute`` ÷ ``captum.attr.Saliency``, in turn, medians. Small trained
+  networks at batch 64 (one class for the batch, and all ten mixed); VGG-11 and ResNet-18 at 224 x
+  224 with torchvision's random weights (the time does not depend on them), fitted on two random
+  images.
+- fit: the whole fit of the MLP of table 3 (ten classes), of the CNNs of tables 4 and 5 and of
+  VGG-19's features (one class). The floor is the time of Gram matrices and cross products at this
+  machine's measured float32 matrix-multiply rate, as if patches were unfolded, and of one pass
+  forward. Processor time, and that of each part.
+- positions: convolutions fitted on a share of their positions, on the CNN of table 5.
+- sgd: the exact solver against the paper's 20 epochs of SGD, and against more, on the CNN of table
+  4, one class: time of the whole fit (both solve the dense layers exactly), the variance of each
+  convolution's input left unexplained on the fitting images (SGD: averaged over its last epoch),
+  and the error on test images.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 from captum.attr import Saliency
-from common import show, write
+from common import parser_of, show, write
 from data import load
 from networks import RECIPES, trained
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ def seconds(
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Times of each call, in turn, after one call to warm up."""
+    """Return the times of each call, in turn, after one call to warm up."""
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
@@ -55,14 +57,14 @@ def seconds(
 
 
 def gemm_rate(size: int = 3000) -> float:
-    """Float32 matrix-multiply rate of this machine, in flops a second of processor time."""
+    """Return this machine's float32 matrix-multiply rate, in flops a second of processor time."""
     a, b = torch.randn(2, size, size).unbind()
     (times,) = seconds([lambda: a @ b], 5, time.process_time)
     return 2 * size**3 / statistics.median(times)
 
 
 def against_saliency(
-    name: str, model: nn.Module, x: Tensor, inverse: InverseNetwork, target: Any, repeats: int
+    name: str, model: nn.Module, x: Tensor, inverse: InverseNetwork, target: Any, *, repeats: int
 ) -> dict[str, Any]:
     saliency, mipin = Saliency(model), MIPINAttribution(model, inverse)
     base, ours = seconds(
@@ -73,10 +75,15 @@ def against_saliency(
         repeats,
     )
     return {
-        "what": "attribute ÷ Saliency", "network": name, "input": "x".join(map(str, x.shape)),
-        "targets": "mixed" if isinstance(target, Tensor) else "one", "ratio": statistics.median(ours) / statistics.median(base),
-        "MIP-IN ms": 1e3 * statistics.median(ours), "Saliency ms": 1e3 * statistics.median(base), "repeats": repeats,
-    }  # fmt: skip
+        "what": "attribute ÷ Saliency",
+        "network": name,
+        "input": "x".join(map(str, x.shape)),
+        "targets": "mixed" if isinstance(target, Tensor) else "one",
+        "ratio": statistics.median(ours) / statistics.median(base),
+        "MIP-IN ms": 1e3 * statistics.median(ours),
+        "Saliency ms": 1e3 * statistics.median(base),
+        "repeats": repeats,
+    }
 
 
 def attribute(folder: str | None) -> list[dict[str, Any]]:
@@ -89,7 +96,7 @@ def attribute(folder: str | None) -> list[dict[str, Any]]:
         inverse = InverseNetwork(model).fit(images.train[:200], batch_size=200)
         x = images.test[:64]
         for target in (3, torch.arange(64) % 10):
-            rows.append(against_saliency(name, model, x, inverse, target, 51))
+            rows.append(against_saliency(name, model, x, inverse, target, repeats=51))
             print(rows[-1])
     torch.manual_seed(0)
     for name in ("vgg11", "resnet18"):
@@ -97,7 +104,9 @@ def attribute(folder: str | None) -> list[dict[str, Any]]:
         inverse = InverseNetwork(model).fit(torch.randn(2, 3, 224, 224), targets=0, batch_size=2)
         for batch in (2, 8):
             rows.append(
-                against_saliency(name, model, torch.randn(batch, 3, 224, 224), inverse, 0, 15)
+                against_saliency(
+                    name, model, torch.randn(batch, 3, 224, 224), inverse, 0, repeats=15
+                )
             )
             print(rows[-1])
     return rows
@@ -105,7 +114,7 @@ def attribute(folder: str | None) -> list[dict[str, Any]]:
 
 @contextmanager
 def parts(row: dict[str, Any]) -> Iterator[None]:
-    """Processor seconds of the parts of all fits inside, by what takes them: no two are inside each other."""
+    """Add the processor seconds of the parts of all fits inside to a row; no parts overlap."""
     originals = []
 
     def timed(owner: Any, name: str, part: str) -> None:
@@ -122,12 +131,19 @@ def parts(row: dict[str, Any]) -> Iterator[None]:
         setattr(owner, name, call)
 
     for owner, name, part in (
-        (inverse_module, "capture", "capture s"), (Fit, "_trace", "forward s"), (Fit, "_below", "forward s"),
-        (Trace, "signals", "signals down s"), (Dense, "moments", "moments s"), (Convolution, "moments", "moments s"),
+        (inverse_module, "capture", "capture s"),
+        (Fit, "_trace", "forward s"),
+        (Fit, "_below", "forward s"),
+        (Trace, "signals", "signals down s"),
+        (Dense, "moments", "moments s"),
+        (Convolution, "moments", "moments s"),
         (Convolution, "moments_at", "moments s"),
-        (fitting, "solve", "solve s"), (fitting, "solve_rows", "solve s"), (fitting, "Rows", "moments s"),
-        (Fit, "_share", "information s"), (watch, "fingerprint", "fingerprint s"),
-    ):  # fmt: skip
+        (fitting, "solve", "solve s"),
+        (fitting, "solve_rows", "solve s"),
+        (fitting, "Rows", "moments s"),
+        (Fit, "_share", "information s"),
+        (watch, "fingerprint", "fingerprint s"),
+    ):
         timed(owner, name, part)
     try:
         yield
@@ -139,7 +155,7 @@ def parts(row: dict[str, Any]) -> Iterator[None]:
 def against_floor(
     name: str, model: nn.Module, x: Tensor, targets: Any, batch: int, **options: Any
 ) -> dict[str, Any]:
-    """A whole fit against the matrix products of its Gram matrices and one pass forward, at their measured rates."""
+    """Measure a whole fit against its matrix products and a pass forward at measured rates."""
     small = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2)).eval()
     InverseNetwork(small).fit(torch.randn(9, 1, 4, 4), progress=False)  # to warm up
     row: dict[str, Any] = {"what": "fit, floor ÷ time", "network": name, "images": len(x)}
@@ -159,9 +175,14 @@ def against_floor(
     rate = gemm_rate()
     floor = flops / rate + forward
     row |= {
-        "targets": len(inverse.targets), "ratio": floor / taken, "fit s": taken, "floor s": floor, "Gflops": flops / 1e9,
-        "GEMM Gflops/s": rate / 1e9, "plain forward s": forward,
-    }  # fmt: skip
+        "targets": len(inverse.targets),
+        "ratio": floor / taken,
+        "fit s": taken,
+        "floor s": floor,
+        "Gflops": flops / 1e9,
+        "GEMM Gflops/s": rate / 1e9,
+        "plain forward s": forward,
+    }
     return row
 
 
@@ -198,7 +219,10 @@ def fit(folder: str | None) -> list[dict[str, Any]]:
 
 
 def positions(folder: str | None) -> list[dict[str, Any]]:
-    """Convolutions fitted on a share of their positions: time, and how far the signal is from that of all."""
+    """Measure convolutions fitted on a share of their positions.
+
+    Measures the time, and the distance of the signal from that of all positions.
+    """
     images = load("cifar10", folder)
     model, x = trained("cnn-cifar10", images), images.train[:500]
     rows: list[dict[str, Any]] = []
@@ -245,26 +269,29 @@ def sgd(folder: str | None, count: int = 500) -> list[dict[str, Any]]:
         fitted = {layer.layer: layer.explained_variance for layer in inverse.report.layers}
         rows.append(
             {
-                "what": f"solver {solver}", "network": "cnn-mnist", "images": count, "epochs": epochs, "fit s": taken,
+                "what": f"solver {solver}",
+                "network": "cnn-mnist",
+                "images": count,
+                "epochs": epochs,
+                "fit s": taken,
                 "ratio": taken / rows[0]["fit s"] if rows else 1.0,
-                "unexplained, conv 2": 1 - fitted["features.2/conv2d"], "unexplained, conv 1": 1 - fitted["features.0/conv2d"],
+                "unexplained, conv 2": 1 - fitted["features.2/conv2d"],
+                "unexplained, conv 1": 1 - fitted["features.0/conv2d"],
                 "test error at conv 2's input": _unexplained(features, below),
                 "test error at the image": _unexplained(x, inverse.source_signal(x, target=3)),
             }
-        )  # fmt: skip
+        )
         print(rows[-1])
     return rows
 
 
 def _unexplained(x: Tensor, s: Tensor) -> float:
-    """‖X − S‖² over the variance of X about its mean over images."""
+    """Return ‖X − S‖² over the variance of X about its mean over images."""
     return float((x - s).square().sum() / (x - x.mean(0)).square().sum())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "parts", nargs="*", default=[], help="attribute, fit, positions, sgd; default: all"
     )

@@ -1,12 +1,14 @@
-"""Speed of the methods beside MIP-IN, as ratios to Saliency in the same run: python benchmarks/speed_methods.py.
+"""Speed of the methods beside MIP-IN, as ratios to Saliency in the same run.
 
-VGG-16 and ResNet-50 at 224 x 224, batches of two images, torchvision's random weights (the time does not depend on them); ours
-beside Captum's and zennit's implementation of the same method, in turn, medians of processor time on one thread, so that what
-else the machine does counts little. Theirs are timed right or wrong. The C library keeps the memory that is freed: what fresh
-pages cost, and how many there are, differs from machine to machine and from run to run by more than methods do.
+    python benchmarks/speed_methods.py
+
+VGG-16 and ResNet-50 at 224 x 224, batches of two images, torchvision's random weights (the time
+does not depend on them). Each method is timed in turn with Captum's and zennit's implementation of
+the same method, whether or not theirs is right. Times are medians of processor time on one thread,
+so that the load of the machine counts little. The C library keeps freed memory: the cost of fresh
+pages differs more between machines and runs than methods do.
 """
 
-import argparse
 import copy
 import ctypes
 import platform
@@ -24,32 +26,18 @@ import zennit.composites
 import zennit.rules
 import zennit.torchvision
 import zennit.types
-from captum.attr import LRP as CaptumsLRP  # noqa: N811  # to tell it from ours
-from captum.attr import Deconvolution, Saliency
-from captum.attr import GuidedBackprop as CaptumsGuidedBackprop
-from common import show, write
+from captum.attr import LRP, Deconvolution, GuidedBackprop, Saliency
+from common import parser_of, show, write
 from speed import seconds
 from torch import Tensor, nn
 
-from captum_mipin import LRP
-from captum_mipin.methods import (
-    Deconvnet,
-    DeepTaylor,
-    Epsilon,
-    ExcitationBackprop,
-    Gamma,
-    GuidedBackprop,
-    PatternAttribution,
-    PatternNet,
-    Patterns,
-    ZPlus,
-)
+from captum_mipin import methods as own
 
 Call = Callable[[], object]
 
 
 def zennits(model: nn.Module, x: Tensor, composite: Any) -> Call:
-    """A call of zennit, which changes the model while it runs and puts it back."""
+    """Return a call of zennit, which changes the model while it runs and restores it."""
 
     def run() -> object:
         start = torch.zeros(len(x), 1000)
@@ -61,8 +49,11 @@ def zennits(model: nn.Module, x: Tensor, composite: Any) -> Call:
 
 
 def methods(model: nn.Module, x: Tensor) -> dict[str, dict[str, Call]]:
-    """Method → whose → call; what others leave on a model, or change and put back, is a copy's."""
-    patterns, other = Patterns(model).fit(x, progress=False), copy.deepcopy(model)
+    """Return method → owner → call.
+
+    Implementations that change the model get a copy of it.
+    """
+    patterns, other = own.Patterns(model).fit(x, progress=False), copy.deepcopy(model)
     canonizers = [
         (
             zennit.torchvision.ResNetCanonizer
@@ -89,28 +80,37 @@ def methods(model: nn.Module, x: Tensor) -> dict[str, dict[str, Call]]:
     }
     return {
         "Deconvnet": {
-            **ours(Deconvnet(model)), "Captum": captums(Deconvolution(other)),
+            **ours(own.Deconvnet(model)),
+            "Captum": captums(Deconvolution(other)),
             "zennit": zennits(other, x, zennit_gradient["Deconvnet"]),
         },
         "Guided Backprop": {
-            **ours(GuidedBackprop(model)), "Captum": captums(CaptumsGuidedBackprop(other)),
+            **ours(own.GuidedBackprop(model)),
+            "Captum": captums(GuidedBackprop(other)),
             "zennit": zennits(other, x, zennit_gradient["Guided Backprop"]),
         },
         "LRP-ε": {
-            **ours(LRP(model, rule=Epsilon())), "Captum": captums(CaptumsLRP(other)),
+            **ours(own.LRP(model, rule=own.Epsilon())),
+            "Captum": captums(LRP(other)),
             "zennit": zennits(other, x, rules(zennit.rules.Epsilon())),
         },
-        "LRP-γ": {**ours(LRP(model, rule=Gamma())), "zennit": zennits(other, x, rules(zennit.rules.Gamma()))},
-        "LRP-z⁺": {**ours(LRP(model, rule=ZPlus())), "zennit": zennits(other, x, rules(zennit.rules.ZPlus()))},
-        "Deep Taylor": ours(DeepTaylor(model)),
-        "Excitation backprop": ours(ExcitationBackprop(model)),
-        "PatternNet": ours(PatternNet(model, patterns)),
-        "PatternAttribution": ours(PatternAttribution(model, patterns)),
-    }  # fmt: skip
+        "LRP-γ": {
+            **ours(own.LRP(model, rule=own.Gamma())),
+            "zennit": zennits(other, x, rules(zennit.rules.Gamma())),
+        },
+        "LRP-z⁺": {
+            **ours(own.LRP(model, rule=own.ZPlus())),
+            "zennit": zennits(other, x, rules(zennit.rules.ZPlus())),
+        },
+        "Deep Taylor": ours(own.DeepTaylor(model)),
+        "Excitation backprop": ours(own.ExcitationBackprop(model)),
+        "PatternNet": ours(own.PatternNet(model, patterns)),
+        "PatternAttribution": ours(own.PatternAttribution(model, patterns)),
+    }
 
 
 def keep_memory() -> bool:
-    """Let the C library ask for memory once and give none back, where it is glibc; whether it does so now."""
+    """Let the C library keep freed memory, if it is glibc; return whether it does."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
@@ -118,9 +118,7 @@ def keep_memory() -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "networks", nargs="*", default=["vgg16", "resnet50"], help="names of torchvision"
     )
@@ -150,14 +148,9 @@ def main() -> None:
             print(rows[-1], time.strftime("%X"), flush=True)
         clock = "processor time, one thread"
         write(
-            "speed-methods",
-            rows,
-            repeats=arguments.repeats,
-            batch=2,
-            size=224,
-            clock=clock,
+            "speed-methods", rows, repeats=arguments.repeats, batch=2, size=224, clock=clock,
             memory_kept=kept,
-        )
+        )  # fmt: skip
     print(show(rows))
 
 

@@ -17,13 +17,13 @@ def _pair(row: dict[str, Any], suffix: str = "") -> str:
 
 
 def _fitted_on(result: dict[str, Any], most: bool) -> tuple[int, list[dict[str, Any]]]:
-    """The rows of the fits on all training images, or on few."""
+    """Return the rows of the fits on the most training images, or on the fewest."""
     count = (max if most else min)(row["fit images"] for row in result["rows"])
     return count, [row for row in result["rows"] if row["fit images"] == count]
 
 
 def completeness() -> str:
-    """APC / positive APC of S, for every network and seed, fitted on all training images."""
+    """Return APC / positive APC of S, for every network and seed, fitted on all training images."""
     rows = []
     for name, (title, paper) in NETWORKS.items():
         result = read(f"completeness-{name}")
@@ -49,7 +49,7 @@ def completeness() -> str:
 
 
 def controls() -> str:
-    """APC / positive APC of S and of the controls that keep what the label tells, on correct images."""
+    """Return APC / positive APC of S and of the controls of the own class, on correct images."""
     rows = []
     for name, (title, _) in NETWORKS.items():
         count, few = _fitted_on(read(f"completeness-{name}"), most=False)
@@ -70,7 +70,7 @@ def controls() -> str:
 
 
 def variants() -> str:
-    """APC / positive APC of S with other options, on correct images."""
+    """Return APC / positive APC of S with other options, on correct images."""
     rows = []
     for name, (title, _) in NETWORKS.items():
         count, few = _fitted_on(read(f"completeness-{name}"), most=False)
@@ -85,7 +85,10 @@ def variants() -> str:
 
 
 def layers() -> str:
-    """APC of S at each block of a residual network, and of its controls: all images / those classified rightly / median."""
+    """Return APC of S and of its controls at each block of a residual network.
+
+    A cell says: all images / those classified rightly / median.
+    """
     found: dict[str, dict[str, str]] = {}
     names = {
         ("joint", "S"): "**S**",
@@ -116,7 +119,7 @@ def layers() -> str:
 
 
 def speed() -> str:
-    """Every ratio that was measured."""
+    """Return every ratio that was measured."""
     rows = [
         {
             "": f"`attribute`, {row['network']}, {row['input']}, {row['targets']} target"
@@ -127,14 +130,15 @@ def speed() -> str:
     ]
     exact, *descents = read("speed-sgd")["rows"]
     for sgd in descents:
-        errors = f"{100 * sgd['unexplained, conv 1']:.2f} % unexplained, exact {100 * exact['unexplained, conv 1']:.2f} %"
+        percent = [100 * row["unexplained, conv 1"] for row in (sgd, exact)]
+        errors = f"{percent[0]:.2f} % unexplained, exact {percent[1]:.2f} %"
         what = f'`solver="sgd"`, {sgd["epochs"]} epochs, CNN, {exact["images"]} images ({errors})'
         rows.append({"": what, "time": f"{sgd['ratio']:.0f} × exact"})
     return show(rows)
 
 
 def invariance() -> str:
-    """What each method makes of the spellings of one network; spellings with the same answers in one row."""
+    """Return what each method makes of the spellings; those with the same answers share a row."""
     groups: dict[tuple[str, ...], list[str]] = {}
     methods: list[str] = []
     for row in read("invariance")["rows"]:
@@ -150,7 +154,7 @@ def invariance() -> str:
 
 
 def _differs(cell: float | str) -> str:
-    """A relative difference, or an error."""
+    """Return a relative difference in words, or "refused" for an error."""
     return (
         "refused"
         if isinstance(cell, str)
@@ -161,7 +165,7 @@ def _differs(cell: float | str) -> str:
 
 
 def localization() -> str:
-    """The grid pointing game: one table a network, one block of columns a layer."""
+    """Return the grid pointing game: one table a network, one block of columns a layer."""
     tables = []
     for title, result in _mosaics().items():
         lines: dict[str, dict[str, Any]] = {}
@@ -172,14 +176,15 @@ def localization() -> str:
                     f"{row[grid]:.2f} ({row[f'{grid}, positive logit']:.2f})"
                 )
         settings = result["settings"]
-        about = f"{len(settings['classes'])} classes, {settings['mosaics']} mosaics, fitted on {settings['fit']} images"
+        about = f"{len(settings['classes'])} classes, {settings['mosaics']} mosaics, "
+        about += f"fitted on {settings['fit']} images"
         about += f", confidence {settings['confidence']}" if settings["confidence"] != 0.99 else ""
         tables.append(f"**{title}**, {about}:\n\n{show(list(lines.values()))}")
     return "\n\n".join(tables)
 
 
 def mosaics() -> str:
-    """What of that a newcomer wants to know: MIP-IN, and the best of those it is compared with, by kind."""
+    """Return a summary of the grid pointing game: MIP-IN, and the best of its peers by kind."""
     kinds = {
         "best gradient method": (
             "Saliency",
@@ -195,9 +200,11 @@ def mosaics() -> str:
         ),
     }
     own = {
-        "MIP-IN": "MIP-IN, shares, joint", "× gradient": "MIP-IN, shares, joint, × gradient", "evidence": "MIP-IN, evidence",
+        "MIP-IN": "MIP-IN, shares, joint",
+        "× gradient": "MIP-IN, shares, joint, × gradient",
+        "evidence": "MIP-IN, evidence",
         "evidence × gradient": "MIP-IN, evidence, × gradient",
-    }  # fmt: skip
+    }
     rows = []
     for title, result in _mosaics().items():
         for layer in ("input", "middle", "last"):
@@ -223,14 +230,17 @@ def mosaics() -> str:
 
 def _mosaics() -> dict[str, dict[str, Any]]:
     names = {
-        "efficientnet_lite0": "EfficientNet-Lite0", "mobilenet_v2": "MobileNetV2", "squeezenet1_0": "SqueezeNet 1.0",
-        "resnet20": "ResNet-20, CIFAR-10", "resnet56": "ResNet-56, CIFAR-10",
-    }  # fmt: skip
+        "efficientnet_lite0": "EfficientNet-Lite0",
+        "mobilenet_v2": "MobileNetV2",
+        "squeezenet1_0": "SqueezeNet 1.0",
+        "resnet20": "ResNet-20, CIFAR-10",
+        "resnet56": "ResNet-56, CIFAR-10",
+    }
     return {title: read(f"localization-{name}") for name, title in names.items()}
 
 
 def zoo() -> str:
-    """What each of torchvision's networks costs."""
+    """Return the costs of each of torchvision's networks."""
     rows = []
     for row in read("zoo")["rows"]:
         if "failed" in row or "refused" in row:
@@ -251,7 +261,7 @@ def zoo() -> str:
 
 
 def scale() -> str:
-    """The head of VGG-19, so many classes at once, or one after the other."""
+    """Return the fits of the head of VGG-19: many classes at once, or one after the other."""
     rows = []
     for row in read("scale")["rows"]:
         late = "further classes s" in row
@@ -277,7 +287,7 @@ def scale() -> str:
 
 
 def thousand() -> str:
-    """All classes of a network, one after the other."""
+    """Return the fits of all classes of a network, one after the other."""
     rows = []
     for path in sorted(RESULTS.glob("scale-mobilenet_v2-*.json")):
         (row,) = read(path.stem)["rows"]
@@ -297,7 +307,7 @@ def thousand() -> str:
 
 
 def floor() -> str:
-    """Whole fits against matrix products and one pass forward, and what else takes their time."""
+    """Return the times of whole fits, against matrix products and one pass forward."""
     parts = ("capture", "forward", "signals down", "moments", "solve")
     return show(
         [
@@ -314,7 +324,7 @@ def floor() -> str:
 
 
 def sampled() -> str:
-    """Convolutions fitted on some of their positions."""
+    """Return convolutions fitted on some of their positions."""
     return show(
         [
             {
@@ -331,7 +341,7 @@ def sampled() -> str:
 
 
 def neighbours() -> str:
-    """Neighbourhood fits, from few neighbours to all, beside what needs no fit."""
+    """Return neighbourhood fits, from few neighbours to all, beside methods without a fit."""
     rows: list[dict[str, Any]] = []
     for row in read("neighbours")["rows"]:
         count = f"{row['neighbours']:,}" if "neighbours" in row else ""
@@ -358,7 +368,7 @@ def neighbours() -> str:
 
 
 def bottlenecks() -> str:
-    """Information bottlenecks and their peers on photographs."""
+    """Return information bottlenecks and their peers on photographs."""
     results = [read(name) for name in ("bottleneck-images", "bottleneck-input")]
     return show(
         [
@@ -378,7 +388,7 @@ def bottlenecks() -> str:
 
 
 def comparison() -> str:
-    """What of that a newcomer wants to know."""
+    """Return a summary of :func:`bottlenecks`."""
     rows = read("bottleneck-images")["rows"]
     return show(
         [
@@ -395,7 +405,7 @@ def comparison() -> str:
 
 
 def bottlenecks_text() -> str:
-    """The same on passages of text."""
+    """Return information bottlenecks and their peers on passages of text."""
     return show(
         [
             {
@@ -410,7 +420,7 @@ def bottlenecks_text() -> str:
 
 
 def bottlenecks_speed() -> str:
-    """Sixteen images together and one by one, and what the presets cost and keep."""
+    """Return sixteen images together and one by one, and what the presets cost and keep."""
     rows: list[dict[str, Any]] = [
         {
             "": f"IBA, {row['network']}, `{row['layer']}`",
@@ -439,7 +449,7 @@ def bottlenecks_speed() -> str:
 
 
 def class_sensitivity() -> str:
-    """Cosines between the maps of two classes, every network that was measured."""
+    """Return cosines between the maps of two classes, for every network that was measured."""
     rows: list[dict[str, Any]] = []
     for path in sorted(RESULTS.glob("class-sensitivity-*.json")):
         result = read(path.stem)
@@ -456,7 +466,7 @@ def class_sensitivity() -> str:
 
 
 def speed_methods() -> str:
-    """Times of the methods beside MIP-IN ÷ Saliency."""
+    """Return times of the methods beside MIP-IN ÷ Saliency."""
     rows = []
     for row in read("speed-methods")["rows"]:
         times = {whose: row.get(f"{whose} ÷ Saliency") for whose in ("ours", "Captum", "zennit")}
@@ -466,7 +476,7 @@ def speed_methods() -> str:
 
 
 def speed_metrics() -> str:
-    """How many times longer than deletion the loop takes that runs the network once a step and image."""
+    """Return the time of the loop that runs the network once a step and image ÷ deletion's."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in read("speed-metrics")["rows"]:
         images = (
@@ -480,8 +490,9 @@ def speed_metrics() -> str:
             about | {"inputs run": f"{row['forwards, deletion']} of {row['forwards, loop']}"},
         )
         for clock in ("processor", "wall"):
-            cell = f"{row[f'times faster, least {clock}']:.1f} / {row[f'forwards alone times faster, least {clock}']:.1f}"
-            line[f"{row['threads']} thread{'s' * (row['threads'] > 1)}, {clock}"] = cell
+            times = [row[f"{part}times faster, least {clock}"] for part in ("", "forwards alone ")]
+            cell = f"{row['threads']} thread{'s' * (row['threads'] > 1)}, {clock}"
+            line[cell] = f"{times[0]:.1f} / {times[1]:.1f}"
     return show(list(rows.values()))
 
 
@@ -520,7 +531,10 @@ def _there(name: str) -> bool:
 
 
 def _paper(result: dict[str, Any], reduction: str) -> dict[str, Any]:
-    """MIP-IN as section 6.1.2 has it, at the last layer with places; ``reduction`` says what comes first."""
+    """Return MIP-IN as in section 6.1.2, at the last layer with positions.
+
+    ``reduction`` says whether ReLU or the mean over channels comes first.
+    """
     rows = [
         row
         for row in result["rows"]
@@ -538,7 +552,7 @@ def _accuracy(row: dict[str, Any]) -> str:
 
 
 def paper_boxes() -> str:
-    """Table 2: every method down to the pixels, and at the layer chosen for it; the best first, photograph by photograph."""
+    """Return table 2: every method at the pixels and at the layer chosen for it, the best first."""
     lines: dict[str, dict[str, Any]] = {}
     behind: dict[str, list[float]] = {}
     for title, result in _boxes().items():
@@ -572,7 +586,7 @@ def paper_boxes() -> str:
 
 
 def paper_settings() -> str:
-    """What was chosen for MIP-IN, and how far it is ahead of the others."""
+    """Return the setting chosen for MIP-IN, and its lead over the other methods."""
     lines = []
     for title, result in _boxes().items():
         shown = [row for row in result["rows"] if row["chosen"]]
@@ -602,14 +616,14 @@ def paper_settings() -> str:
 
 
 def _ahead(rows: list[dict[str, Any]]) -> str:
-    """Of the best of them, on the photographs that both were asked for."""
+    """Return the lead over the best of ``rows``, on the photographs that both were asked for."""
     best = min(rows, key=lambda row: row["MIP-IN less this"])
     ahead = f"{best['MIP-IN less this']:.2f} ± {best['its standard error']:.2f}"
     return f"{ahead} ({best['method']}, {best['where']}, n = {best['n']})"
 
 
 def paper_perturbations() -> str:
-    """Insertion and deletion of what table 2 shows; the best first."""
+    """Return insertion and deletion of the methods of table 2, the best first."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     scores: dict[tuple[str, str], list[float]] = {}
     for title, result in _boxes().items():
@@ -627,7 +641,10 @@ def paper_perturbations() -> str:
 
 
 def paper_maps() -> str:
-    """All methods on the MLP: share on the ink of the maps and of their absolute values, insertion and deletion."""
+    """Return all methods on the MLP: share on the ink, insertion and deletion.
+
+    The share on the ink is that of the maps and of their absolute values.
+    """
     lines: dict[str, dict[str, Any]] = {}
     for row in read("paper-maps")["rows"]:
         line = lines.setdefault(row["method"], {"method": row["method"]})
@@ -639,7 +656,7 @@ def paper_maps() -> str:
 
 
 def paper_classes() -> str:
-    """Figure 9 and appendix B."""
+    """Return figure 9 and appendix B."""
     return show(
         [
             {
@@ -658,7 +675,10 @@ def paper_classes() -> str:
 
 
 def paper_randomization() -> str:
-    """Likeness with the trained network's maps, averaged over layers, and by the last layer alone."""
+    """Return the similarity with the trained network's maps.
+
+    It is averaged over layers, and that of the last layer alone stands beside it.
+    """
     rows = []
     for row in read("paper-randomization")["rows"]:
         values = {key: row[key] for key in ("Spearman", "Spearman of absolute values", "SSIM")}
@@ -704,7 +724,8 @@ def main() -> None:
         places = [page for page, text in texts.items() if begin in text and end in text]
         if len(places) != 1:
             raise SystemExit(
-                f"the table {table.__name__!r} has {len(places)} places on {', '.join(p.name for p in texts)}"
+                f"the table {table.__name__!r} has {len(places)} places on "
+                f"{', '.join(page.name for page in texts)}"
             )
         before, _, rest = texts[places[0]].partition(begin)
         texts[places[0]] = before + begin + "\n" + table() + "\n\n" + end + rest.partition(end)[2]

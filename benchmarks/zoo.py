@@ -1,11 +1,13 @@
-"""What MIP-IN costs and does on torchvision's classifiers as they come: python benchmarks/zoo.py [NAMES] [--data FOLDER].
+"""Cost and quality of MIP-IN on torchvision's classifiers as they come.
 
-One process a network: seconds to capture, to fit one class on 64 images, `attribute` ÷ Captum's Saliency in processor time, for
-batches of 2 and of 8, and in peak memory, for batches of 2, all for one class, and the variance of held-out images that S
-explains where weights are given.
+    python benchmarks/zoo.py [NAMES] [--data FOLDER]
+
+One process a network. Measures the seconds of a capture and of a fit of one class on 64 images;
+``attribute`` ÷ Captum's Saliency in processor time, for batches of 2 and of 8, and in peak memory,
+for batches of 2, all for one class; and the share of the variance of held-out images that S
+explains, where weights are given.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -20,7 +22,7 @@ from typing import Any
 import pretrained
 import torch
 from captum.attr import Saliency
-from common import read, show, write
+from common import parser_of, read, show, write
 from localization_grid import photos
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -29,17 +31,40 @@ from torchvision import models
 from captum_mipin import InverseNetwork, MIPINAttribution, check
 
 NAMES = (
-    "alexnet", "vgg11", "vgg16_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121",
-    "squeezenet1_1", "googlenet", "inception_v3", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large",
-    "mnasnet0_5", "efficientnet_b0", "efficientnet_v2_s", "shufflenet_v2_x1_0", "regnet_y_400mf", "convnext_tiny",
-    "vit_b_32", "swin_t", "swin_v2_t", "maxvit_t",
-)  # fmt: skip
+    "alexnet",
+    "vgg11",
+    "vgg16_bn",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "densenet121",
+    "squeezenet1_1",
+    "googlenet",
+    "inception_v3",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "mnasnet0_5",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "shufflenet_v2_x1_0",
+    "regnet_y_400mf",
+    "convnext_tiny",
+    "vit_b_32",
+    "swin_t",
+    "swin_v2_t",
+    "maxvit_t",
+)
 WITH_WEIGHTS = tuple(f"{name} (weights)" for name in pretrained.NETWORKS)
 HELD_OUT, BATCH, MORE, ROUNDS = 32, 2, 8, 7
 
 
 def network(name: str, data: Path | None, count: int) -> tuple[nn.Module, Tensor, Tensor, int]:
-    """The network, images to fit on, others, and the class: with weights and photographs, or random ones of each."""
+    """Return the network, images to fit on, held-out images, and the class.
+
+    Weights and images are published ones where given, else random.
+    """
     if name in WITH_WEIGHTS:
         assert data is not None
         name = name.split()[0]
@@ -61,7 +86,7 @@ def network(name: str, data: Path | None, count: int) -> tuple[nn.Module, Tensor
 
 
 def peak(run: Callable[[], Any]) -> int:
-    """The most memory that tensors made by ``run`` took at once, in bytes."""
+    """Return the most memory that tensors made by ``run`` took at once, in bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     now = most = 0
@@ -73,7 +98,7 @@ def peak(run: Callable[[], Any]) -> int:
 
 
 def ratio(ours: Callable[[], Any], theirs: Callable[[], Any]) -> float:
-    """Median processor time of ``ours`` ÷ that of ``theirs``, taken in turn."""
+    """Return the median processor time of ``ours`` ÷ that of ``theirs``, taken in turn."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS + 1):  # the first is not counted
         for run, taken in zip((ours, theirs), times, strict=True):
@@ -119,7 +144,7 @@ def measure(name: str, data: Path | None, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument(
         "--data", type=Path, help="folder with images and weights/, for the networks with weights"
@@ -149,15 +174,9 @@ def main() -> None:
         )
         print(show([rows[name]]).splitlines()[-1], flush=True)
         write(
-            "zoo",
-            list(rows.values()),
-            held_out=HELD_OUT,
-            batch=BATCH,
-            clock="processor time",
-            rounds=ROUNDS,
-            target="one class",
-            data="random images, or as named",
-        )
+            "zoo", list(rows.values()), held_out=HELD_OUT, batch=BATCH, clock="processor time",
+            rounds=ROUNDS, target="one class", data="random images, or as named",
+        )  # fmt: skip
     print(show(list(rows.values())))
 
 

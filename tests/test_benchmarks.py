@@ -1,3 +1,4 @@
+import importlib
 import sys
 from pathlib import Path
 
@@ -109,8 +110,8 @@ def test_deletion_and_insertion_by_hand(bottleneck):
         torch.ones(2, 1, 12, 12),
         torch.rand(2, 12, 12),
         torch.tensor([0, 1]),
-        0,
-        bottleneck.blurred,
+        seed=0,
+        baseline=bottleneck.blurred,
     )
     torch.testing.assert_close(found[0], torch.tensor([0.5, 0.5]).double())
     torch.testing.assert_close(found[1], torch.tensor([1.0, 0.0]).double(), rtol=1e-5, atol=1e-5)
@@ -137,7 +138,7 @@ def test_curves_are_those_of_eighths_replaced_in_the_order_of_the_ranks(bottlene
             .view_as(maps)
         )
         first = baseline(x) if callable(baseline) else torch.full_like(x, baseline)
-        found = bottleneck.curves(model, x, maps, target, 2, baseline)
+        found = bottleneck.curves(model, x, maps, target, seed=2, baseline=baseline)
         for areas, start, finish in zip(found, (x, first), (torch.zeros_like(x), x), strict=True):
             points = []
             for step in range(9):
@@ -244,3 +245,30 @@ def test_a_chain_cut_anywhere_is_the_network(boxes):
     assert boxes.places(found) == {1: "2 x 2 x 2, lower", 2: "2 x 2 x 2"}
     for cut in net.cuts:
         torch.testing.assert_close(net.above(cut)(found[cut]), steps(x))
+
+
+SCRIPTS = sorted(path.stem for path in Path(BENCHMARKS).glob("*.py"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_it_finds_all_that_it_imports(name, monkeypatch):
+    """No other test runs most of them: they need data, or take long."""
+    for needed in ("sklearn", "torchvision", "PIL", "matplotlib", "zennit"):
+        pytest.importorskip(needed, reason="for the benchmarks; the package does not need it")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    known = set(sys.modules)
+    importlib.import_module(name)
+    for other in sys.modules.keys() - known:
+        if other in SCRIPTS:
+            sys.modules.pop(other)
+
+
+def test_the_parts_of_a_fit_that_are_timed_are_there(monkeypatch):
+    pytest.importorskip("sklearn", reason="the digits come with it; the package does not need it")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    speed = importlib.import_module("speed")
+    row = {}
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)).eval()
+    with speed.parts(row):
+        speed.InverseNetwork(model).fit(torch.randn(40, 1, 6, 6), progress=False)
+    assert row.keys() >= {f"{part} s" for part in ("capture", "forward", "moments", "solve")}
