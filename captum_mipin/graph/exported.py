@@ -22,6 +22,7 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError, InputError, MIPINError, TrainingModeError
+from captum_mipin.graph.marks import module_stack, value_of
 
 _WAY_OUT = "take the network it was exported from, by its factory, with --weights for its state"
 
@@ -215,7 +216,7 @@ def _check_mode(program: ExportedProgram) -> None:
         names = (argument.name for argument in node.target._schema.arguments)
         values = dict(zip(names, node.args, strict=False)) | node.kwargs
         if any(values.get(name) for name in ("train", "training", "dropout_p")):
-            stack = ["", *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
+            stack = ["", *(path for path, _ in module_stack(node).values())]
             raise TrainingModeError(
                 f"was exported in training mode, as {node.target} in {stack[-1]!r} shows: "
                 "call model.eval() before torch.export.export"
@@ -225,7 +226,7 @@ def _check_mode(program: ExportedProgram) -> None:
 def _check_shape(program: ExportedProgram, shape: Sequence[int]) -> None:
     """Raise CaptureError if the program takes one batch size only, or images of another shape."""
     (name,) = program.graph_signature.user_inputs
-    expected = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+    expected = next(value_of(node) for node in program.graph.nodes if node.name == name)
     count, *sizes = expected.shape
     if isinstance(count, int):
         raise CaptureError(

@@ -30,9 +30,10 @@ from captum_mipin.graph.validate import (
     finite,
     like,
 )
-from captum_mipin.propagation.check import Treatment, survey
+from captum_mipin.propagation.check import survey
 from captum_mipin.propagation.runtime import Run, seed
 from captum_mipin.propagation.surrogate import Surrogate
+from captum_mipin.report import CheckRow
 from captum_mipin.rules import Rule
 from captum_mipin.targets import per_example
 from captum_mipin.types import Extras, Inputs, Output, Target
@@ -177,7 +178,7 @@ class Propagation(NoFuture, GradientAttribution):
                 _summed(start),
             )
 
-    def survey(self, captured: CapturedGraph, start: str | None = None) -> list[Treatment]:
+    def survey(self, captured: CapturedGraph, start: str | None = None) -> list[CheckRow]:
         """Return how the method treats each operation of a graph."""
         return survey(captured, self._table(), start)
 

@@ -198,7 +198,7 @@ def layers(
     """Rewrite a marked copy of a graph: every operation with weights becomes a :class:`Layer`.
 
     Args:
-        graph: See :func:`captum_mipin.propagation.check.marked_copy`.
+        graph: See :class:`captum_mipin.propagation.draft.Draft`.
         batch: The symbol of the batch size.
         starts: Where the signal is wanted; no batch norm is folded past it.
         choose: The rule that each goes by.

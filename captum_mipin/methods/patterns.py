@@ -31,7 +31,7 @@ from captum_mipin.methods.base import Explanation, Relevance, Signal, Table
 from captum_mipin.methods.gradients import derivative, smooth_gate
 from captum_mipin.methods.layers import Layer, layers
 from captum_mipin.methods.lrp import hand_on, quotient, values, varying
-from captum_mipin.propagation.check import channels
+from captum_mipin.propagation.channels import channels
 from captum_mipin.propagation.runtime import Run
 from captum_mipin.report import table
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule

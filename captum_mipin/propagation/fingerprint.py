@@ -16,7 +16,7 @@ from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modules import tensor_bytes
 from captum_mipin.graph.nodes import operation, place
 from captum_mipin.propagation.averages import whole_dims
-from captum_mipin.propagation.check import SHAPE
+from captum_mipin.propagation.treatments import SHAPE
 from captum_mipin.rules import MIPIN, Learned, Passes, Rule
 from captum_mipin.rules.base import gate_source, is_gate
 

@@ -1,0 +1,99 @@
+"""The passes that mark what each node is to the signal on its way back."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, fx
+
+from captum_mipin.errors import CaptureError
+from captum_mipin.graph.layout import Layout, first_dimension
+from captum_mipin.graph.marks import mark, marks, value_of
+from captum_mipin.graph.nodes import ancestors
+from captum_mipin.propagation.averages import join_averages
+from captum_mipin.propagation.draft import Draft, descendants, is_constant, is_floating
+
+
+def mark_varying(draft: Draft) -> None:
+    """Mark what follows from the model's inputs; all else is constant."""
+    varying = descendants(draft.inputs)
+    for node in draft.graph.nodes:
+        mark(node, varies=node in varying)
+
+
+def drop_unused(draft: Draft) -> None:
+    """Erase operations that the output does not need."""
+    needed = ancestors([draft.output])
+    for node in reversed(list(draft.graph.nodes)):
+        if node.op not in ("placeholder", "output") and node not in needed:
+            draft.graph.erase_node(node)
+
+
+def rewrite_for_method(draft: Draft) -> None:
+    """Let the method rewrite the graph by the ``rewrite`` of its table; MIP-IN joins averages."""
+    rewrite = getattr(draft.rules, "rewrite", join_averages)
+    rewrite(draft.graph, draft.batch, draft.starts)
+
+
+def mark_signal(draft: Draft) -> None:
+    """Mark what depends on the starts, and of that what carries signal and what is recorded.
+
+    "discrete" marks what would carry signal if its dtype were floating.
+    """
+    nodes, starts, needed = list(draft.graph.nodes), draft.starts, ancestors([draft.output])
+    for node in nodes:
+        follows = not is_constant(node) and any(marks(n).depends for n in node.all_input_nodes)
+        mark(node, depends=node in needed and (node in starts or follows))
+    reached = {draft.output}
+    for node in reversed(nodes):
+        if node in reached and node not in starts:
+            reached.update(n for n in draft.carried(node) if marks(n).depends)
+        value, depends = value_of(node), marks(node).depends
+        carries, floating = depends and node in reached, is_floating(value)
+        mark(
+            node,
+            signal=carries and floating,
+            discrete=carries and not floating and isinstance(value, Tensor),
+            recorded=depends and not carries and isinstance(value, (Tensor, tuple, list)),
+        )
+
+
+def check_ends(draft: Draft) -> None:
+    """Raise CaptureError if no signal comes back, or the batch is not the first dimension."""
+    lost = [node for node in draft.starts if not marks(node).signal]
+    if lost or not marks(draft.output).signal:
+        text = without_signal(lost, draft.output)
+        if draft.starts == draft.inputs and 0 < len(lost) < len(draft.starts):
+            text += (
+                ". Inputs that are not explained themselves go into additional_forward_args, which "
+                "fit takes by unpack="
+            )
+        raise CaptureError(text)
+    for node in draft.starts:
+        if not first_dimension(value_of(node), draft.batch):
+            raise CaptureError(
+                f"{marks(node).key} has shape {_shape(node)}, expected the batch as its first "
+                "dimension"
+            )
+    if marks(draft.output).layout != Layout():
+        raise CaptureError(
+            f"the model's output has shape {_shape(draft.output)}, expected the batch alone as its "
+            "first dimension"
+        )
+
+
+def without_signal(lost: Sequence[fx.Node], output: fx.Node) -> str:
+    """Return the error for tensors to which no signal comes back."""
+    names = {node: node.name if node.op == "placeholder" else marks(node).key for node in lost}
+    steering = [names[node] for node in lost if output in descendants([node])]
+    if steering:
+        return (
+            f"the model makes of {', '.join(steering)} nothing but gates, conditions or attention "
+            "weights, to which no signal is sent, so nothing can be explained"
+        )
+    return (
+        f"the model's output does not depend on {', '.join(names.values()) or 'its input'}, so "
+        "nothing can be explained"
+    )
+
+
+def _shape(node: fx.Node) -> tuple[str, ...]:
+    return tuple(map(str, value_of(node).shape))

@@ -1,0 +1,115 @@
+"""What becomes of each operation of a marked graph, and the pass that refuses what has no rule."""
+
+import operator
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from captum_mipin.errors import UnsupportedOperationError
+from captum_mipin.graph.marks import marks, original, value_of
+from captum_mipin.graph.nodes import is_size, nodes_in, operation, place
+from captum_mipin.propagation.draft import Draft
+from captum_mipin.report import CheckRow
+from captum_mipin.rules import RECORDABLE, Passes, Recorded, Rule
+
+#: Operations that change a shape at most. Sizes among their arguments do no harm.
+SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
+
+#: What to do about some operations without a rule.
+_HINTS = dict.fromkeys(
+    ("softmax", "_softmax", "log_softmax", "_log_softmax"),
+    "; where it ends the model, return the logits that go into it",
+)
+
+#: What to do where operations are refused; a method may have its own text, ``way_out``.
+_WAY_OUT = (
+    "Start above it, with InverseNetwork(model, layer=...) at a module behind it, write that part "
+    "of the model with supported operations, or give an operation without a rule one of your own "
+    "with captum_mipin.register_rule; check(model, inputs) lists all."
+)
+
+#: Refused operations that an error names.
+_NAMED = 8
+
+
+def check_supported(draft: Draft) -> None:
+    """Raise UnsupportedOperationError if an operation on the way back cannot be treated."""
+    refused = [row for row in treatments(draft) if row.status == "refused"]
+    if refused:
+        raise UnsupportedOperationError(refusal(refused, draft.rules))
+
+
+def refusal(refused: Sequence[CheckRow], rules: Mapping[str, Rule]) -> str:
+    """Return the error for refused operations: their names, their places, and the way out."""
+    lines = [
+        f"  {row.operation} in {row.path or 'the model itself'}: {row.note}"
+        for row in refused[:_NAMED]
+    ]
+    if len(refused) > _NAMED:
+        lines.append(f"  … and {len(refused) - _NAMED} more")
+    way_out = getattr(rules, "way_out", _WAY_OUT)
+    return "\n".join(["no signal can be sent back through", *lines, way_out])
+
+
+def treatments(draft: Draft) -> list[CheckRow]:
+    """Return what becomes of every marked operation, in order of execution."""
+    return [_treatment(draft, node) for node in draft.graph.nodes if _is_treated(node)]
+
+
+def _is_treated(node: fx.Node) -> bool:
+    """Return True for an operation on the way between the starts and the output."""
+    known = marks(node)
+    return (
+        node.op == "call_function"
+        and (known.signal or known.discrete or known.recorded)
+        and any(marks(n).depends for n in node.all_input_nodes)
+        and node.target is not operator.getitem
+        and not known.added
+    )
+
+
+def _treatment(draft: Draft, node: fx.Node) -> CheckRow:
+    known, rule = marks(node), draft.rule(node)
+    reason = _objection(draft, node, rule)
+    caveat = rule.caveat(node) if rule and not (reason or known.recorded) else None
+    if reason:
+        status, note = "refused", reason
+    elif known.joined:
+        status, note = "supported", "taken together with the dense layer behind it"
+    elif known.recorded:
+        status, note = "supported", "recorded: it makes gates or weights, and gets no signal"
+    else:
+        status = "passes" if isinstance(rule, Passes) else "supported"
+        note = rule.note if rule else ""
+    return CheckRow(place(node).path, str(original(node)), status, note, caveat or "")
+
+
+def _objection(draft: Draft, node: fx.Node, rule: Rule | None) -> str | None:
+    """Return why a node cannot be treated, None if it can."""
+    known, value = marks(node), value_of(node)
+    if known.discrete:
+        return (
+            f"it turns the input into {value.dtype}, and what follows from that cannot be sent back"
+        )
+    if rule is None and not (known.recorded and str(node.target) in RECORDABLE):
+        return "no rule covers it" + _HINTS.get(operation(node), "")
+    further = nodes_in((node.args[1:], node.kwargs))
+    if operation(node) not in SHAPE and any(map(is_size, further)):
+        return (
+            "it uses the size of the batch as a value, so an explanation would depend on the other "
+            "examples"
+        )
+    if rule is None or known.recorded:
+        return known.mixes or None
+    carried = draft.carried(node)
+    others = [n for n in node.all_input_nodes if n not in carried]
+    if not rule.records and any(marks(n).depends for n in others):
+        return "a second argument of it depends on the input as well"
+    several = isinstance(rule, Passes) or (isinstance(rule, Recorded) and rule.several)
+    if not several and len(draft.carriers(node)) != 1:
+        return "its rule sends signal to other than one argument, which only Passes can"
+    parts = [user for user in node.users if user.target is operator.getitem]
+    outputs = isinstance(value, (tuple, list)) and not isinstance(rule, Passes)
+    if outputs and any(part.args[1] != 0 for part in parts):
+        return "another of its outputs than the first is used"
+    return known.mixes or rule.refuse(node)
