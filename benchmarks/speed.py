@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.inverse import fit as fitting
 from captum_mipin.inverse import network as inverse_module
-from captum_mipin.inverse.fit import Fit
+from captum_mipin.inverse.information import SharedInformation
+from captum_mipin.inverse.passes import Passes
 from captum_mipin.inverse.trace import Trace
 from captum_mipin.rules.linear import Convolution, Dense
 from captum_mipin.storage import watch
@@ -132,8 +133,8 @@ def parts(row: dict[str, Any]) -> Iterator[None]:
 
     for owner, name, part in (
         (inverse_module, "capture", "capture s"),
-        (Fit, "_trace", "forward s"),
-        (Fit, "_below", "forward s"),
+        (Passes, "_trace", "forward s"),
+        (Passes, "_below", "forward s"),
         (Trace, "signals", "signals down s"),
         (Dense, "moments", "moments s"),
         (Convolution, "moments", "moments s"),
@@ -141,7 +142,7 @@ def parts(row: dict[str, Any]) -> Iterator[None]:
         (fitting, "solve", "solve s"),
         (fitting, "solve_rows", "solve s"),
         (fitting, "Rows", "moments s"),
-        (Fit, "_share", "information s"),
+        (SharedInformation, "add", "information s"),
         (watch, "fingerprint", "fingerprint s"),
     ):
         timed(owner, name, part)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from captum_mipin.errors import NotFittedError
 from captum_mipin.graph.capture import TURNS
-from captum_mipin.inverse.fit import Fit, Fitted
+from captum_mipin.inverse.fit import Fit
+from captum_mipin.inverse.request import Fitted
 from captum_mipin.rules import Inverse
 from captum_mipin.types import Inputs, Target
 

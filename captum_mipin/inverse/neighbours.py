@@ -36,8 +36,8 @@ from captum_mipin.graph.signature import Signature, first_example, pick
 from captum_mipin.graph.subgraph import evaluate, extract, module_output, run_part
 from captum_mipin.graph.validate import check_model, device_of, finite, generator_kept
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
-from captum_mipin.inverse.fit import Fitted, Settings
 from captum_mipin.inverse.network import Explanation, InverseNetwork
+from captum_mipin.inverse.request import Fitted, Settings
 from captum_mipin.inverse.state import State, head_of
 from captum_mipin.inverse.trace import Trace
 from captum_mipin.propagation.fingerprint import structure

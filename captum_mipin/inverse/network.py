@@ -41,8 +41,9 @@ from captum_mipin.graph.validate import (
 )
 from captum_mipin.inverse.data import Activations, Batches, Unpack
 from captum_mipin.inverse.distributed import Processes
-from captum_mipin.inverse.fit import Fit, Fitted, Settings, Solver
+from captum_mipin.inverse.fit import Fit
 from captum_mipin.inverse.lazy import Lazy
+from captum_mipin.inverse.request import FitRequest, Fitted, Settings, Solver
 from captum_mipin.inverse.state import PARTS, State, head_of, joined, packed, share_rows, unpacked
 from captum_mipin.propagation.fingerprint import difference, structure
 from captum_mipin.propagation.runtime import Inverses, Run, seed
@@ -317,21 +318,14 @@ class InverseNetwork(Saved):
                 state.fitted.inverses.update((target, dict(below)) for target in chosen)
             kept = Activations(keep, memory) if lazy else None
             example = first_example(inputs, extras, graph.shared)
-            fit = Fit(
-                model,
-                graph,
-                surrogate,
-                batches,
-                chosen,
-                self.settings,
-                memory,
-                progress,
-                processes,
-                example,
-                kept,
-            )
+            request = FitRequest(
+                model=model, captured=graph, surrogate=surrogate, batches=batches, targets=chosen,
+                settings=self.settings, memory=memory, progress=progress, processes=processes,
+                example=example, activations=kept,
+            )  # fmt: skip
+            fit = Fit(request)
             try:
-                unfinished = {"classes": [list(target) for target in chosen], "data": fit.look()}
+                unfinished = {"classes": [list(target) for target in chosen], "data": fit.scan()}
             except BaseException:
                 if kept is not None:
                     kept.clear()

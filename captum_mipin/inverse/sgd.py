@@ -23,6 +23,9 @@ class Descent:
         inverse: What has been learned so far.
     """
 
+    #: Neither is known of a descent.
+    dead, condition = 0, None
+
     def __init__(self, inverter: Convolution, x: Tensor, s: Tensor, rate: float | None) -> None:
         self.inverter, (self._geometry,) = inverter, inverter.geometries
         self._weight = x.new_zeros(self._geometry.weight_shape)
@@ -61,6 +64,7 @@ class Descent:
             velocity.mul_(0.9).add_(gradient / rows)
             value.sub_(self.rate * velocity)
 
+    @property
     def explained_variance(self) -> float:
-        """Return 1 − residual / variance over the last epoch, each batch before its own step."""
+        """1 − residual / variance over the last epoch, each batch before its own step."""
         return 1 - self._residual / self._variance if self._variance else 1.0

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from captum_mipin.graph.signature import Signature
 from captum_mipin.graph.validate import device_of
-from captum_mipin.inverse.fit import Fitted
 from captum_mipin.inverse.lazy import Lazy
+from captum_mipin.inverse.request import Fitted
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse
 from captum_mipin.storage.watch import Watch

@@ -1,0 +1,226 @@
+"""Passes over the data of a fit: batches run forward, and kept as far as memory allows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from captum_mipin.errors import FitError
+from captum_mipin.graph.signature import Signature
+from captum_mipin.graph.validate import finite
+from captum_mipin.inverse.data import Values, check_independent
+from captum_mipin.inverse.request import FitRequest
+from captum_mipin.inverse.trace import Trace
+from captum_mipin.propagation.runtime import Inverses, Run
+from captum_mipin.rules import Options
+from captum_mipin.types import Extras, Inputs, Target
+
+
+class Passes:
+    """The batches of a fit, each run forward down to the step that is being fitted.
+
+    If memory allows, the first pass is the only one: all batches are kept. If not, a later pass
+    starts at the step being fitted and keeps what the next steps need, as many as fit into memory.
+
+    Args:
+        request: The fit.
+
+    Attributes:
+        rows: Examples of this process; None before the first pass.
+        most: Examples of the process that has most of them.
+    """
+
+    def __init__(self, request: FitRequest) -> None:
+        self._request, self._batches = request, request.batches
+        self._learned = request.surrogate.learned
+        name = request.settings.autocast
+        self._autocast: torch.dtype | None = getattr(torch, name) if name else None
+        self.rows: int | None = None
+        self.most = 0
+        self._kept: list[Trace] = []
+        self._kept_steps: Sequence[str] = self._learned
+        self._sizes: Mapping[str, float] = {}  # of what is kept for each step, bytes an example
+        self._widest = 0.0  # of the signals of one class, bytes an example
+        self._all_kept = False
+
+    # ------------------------------------------------------------------------------- first pass
+
+    def first(self) -> Iterator[Trace]:
+        """Yield every batch for the first time, and keep it if there is room.
+
+        Raises:
+            FitError: The batches are not alike, an output is not finite, or examples are mixed.
+        """
+        request, rows = self._request, 0
+        signature: Signature | None = None
+        for index, (inputs, extras) in enumerate(self._batches):
+            found = Signature.of(inputs, extras, request.captured.shared)
+            signature = signature or found
+            if found != signature:
+                raise FitError(
+                    f"batch {index} has further arguments {found.leaves}, the first had "
+                    f"{signature.leaves}: give all batches the same"
+                )
+            values = self._below(inputs, extras)
+            if request.activations is not None:
+                values = request.activations.add(values)
+            trace = self._trace(values, self._kept_steps, proving=index == 0)
+            output = trace.output.detach()
+            rows += len(output)
+            if not finite(output):
+                raise FitError(f"batch {index}: the model's output contains NaN or Inf")
+            if index == 0:
+                self._measure(trace, inputs, extras)
+            if rows * (sum(self._sizes.values()) + self._widest) <= request.memory:
+                self._kept.append(trace)
+            else:
+                self.discard()
+            yield trace
+        self.rows = rows
+        if request.activations is not None:
+            self._all_kept = bool(self._kept_steps)
+            self._batches = ()  # what comes later needs no data
+
+    def _measure(self, trace: Trace, inputs: Inputs, extras: Extras) -> None:
+        """Check on the first batch that examples stand alone, and note what keeping one costs."""
+
+        def run(inputs: Inputs, extras: Extras) -> Sequence[Tensor]:
+            # without autocast, which rounds an example differently in other batches
+            values = self._below(inputs, extras, exact=True)
+            return (self._trace(values, exact=True).output,)
+
+        output = trace.output.detach()
+        outputs = (output,) if self._autocast is None else run(inputs, extras)
+        check_independent(outputs, inputs, extras, self._request.captured.shared, run)
+        self._sizes = {key: size / len(output) for key, size in trace.sizes.items()}
+        self._widest = trace.widest / len(output)
+
+    def agree(self) -> int:
+        """Let all processes keep the same, and return the number of examples of all."""
+        processes = self._request.processes
+        counts, kept = zip(*processes.gather((self.rows or 0, bool(self._kept_steps))), strict=True)
+        if not all(kept):
+            self.discard()
+        sizes = processes.first((self._sizes, self._widest) if self.rows else None)
+        self._sizes, self._widest = sizes or ({}, 0.0)
+        self.most = max(counts)
+        return sum(counts)
+
+    def example(self, keys: Sequence[str] = ()) -> Trace:
+        """Return a batch of one example, for a process without data."""
+        return self._trace(self._below(*self._request.example), keys)
+
+    # ----------------------------------------------------------------------------- later passes
+
+    def traces(
+        self, key: str, targets: Sequence[Target], inverses: Mapping[Target, Inverses]
+    ) -> Iterator[Trace]:
+        """Yield every batch, as far down as a step: as it was kept, or run forward once more.
+
+        Args:
+            key: The step.
+            targets: All targets of the fit.
+            inverses: Their inverses of the steps above.
+        """
+        if self.keeps(key):
+            yield from self._kept
+            return
+        self.discard()
+        below = self._learned[self._learned.index(key) :]
+        count, rows, kept = self._affordable(below, len(targets)), 0, []
+        above = self._learned[: len(self._learned) - len(below)]
+        for values in self._values():
+            trace = self._trace(values, (*above, *below[: max(1, count)]))
+            if count:
+                for target in targets:
+                    trace.signals(key, target, inverses.get(target, {}))
+                self.forget(trace, targets)
+                kept.append(trace)
+            yield trace
+            rows += len(trace.output)
+        if rows != self.rows:
+            raise FitError(
+                f"the data had {self.rows} examples in the first pass and {rows} in a later one: "
+                "give data that can be gone through several times"
+            )
+        self._kept, self._kept_steps = kept, below[:count]
+
+    def keeps(self, key: str) -> bool:
+        """Return True if every batch is kept for a step."""
+        return key in self._kept_steps
+
+    def groups(self, targets: Sequence[Target]) -> list[list[Target]]:
+        """Return the targets in groups whose signals come down together.
+
+        If all batches are kept, a group is as large as the remaining memory allows.
+        """
+        count = len(targets)
+        if self._kept_steps:
+            free = self._request.memory - self.most * sum(self._sizes.values())
+            room = max(1, int(free // max(self.most * self._widest, 1)))
+            if self._request.settings.sharing and room < count:  # these have to come down together
+                self.discard()
+            else:
+                count = min(count, room)
+        return [list(targets[i : i + count]) for i in range(0, len(targets), count)]
+
+    def forget(self, trace: Trace, targets: Sequence[Target]) -> None:
+        """Drop what no target needs any more, unless classes may be fitted later."""
+        if self._request.activations is None:
+            trace.forget(targets)
+
+    def drop(self, targets: Sequence[Target]) -> None:
+        """Drop the signals of targets that are fitted."""
+        for trace in self._kept:
+            trace.drop(targets)
+
+    def discard(self) -> None:
+        """Drop all batches that are kept."""
+        self._kept, self._kept_steps = [], ()
+
+    def resume(self) -> None:
+        """Start again at the first step, with all batches kept if there is memory for them."""
+        if not self._all_kept:
+            self.discard()
+        elif not self._kept:
+            self._kept = [self._trace(values, self._learned) for values in self._values()]
+            self._kept_steps = self._learned
+
+    def _affordable(self, keys: Sequence[str], targets: int) -> int:
+        """Return for how many of the steps ``keys``, from the first, all batches can be kept."""
+        signals = targets * self._widest
+        totals = list(accumulate((self._sizes[key] for key in keys), initial=signals))[1:]
+        return sum(self.most * total <= self._request.memory for total in totals)
+
+    def _values(self) -> Iterator[Values]:
+        """Yield what the inverted part starts from: as it was kept, or run forward once more."""
+        if self._request.activations is not None:
+            yield from self._request.activations
+        else:
+            yield from (self._below(inputs, extras) for inputs, extras in self._batches)
+
+    def _below(self, inputs: Inputs, extras: Extras, exact: bool = False) -> Values:
+        """Run the part of the model below the inverted one."""
+        values = self._request.captured.values(self._request.model, inputs, extras)
+        return self._request.surrogate.below(values, None if exact else self._autocast)
+
+    def _trace(
+        self, values: Values, keys: Sequence[str] = (), proving: bool = False, exact: bool = False
+    ) -> Trace:
+        """Run the inverted part of the model, and record the steps ``keys``.
+
+        Args:
+            values: What it starts from.
+            keys: The steps, from the output down.
+            proving: True to check that rules compute what their operations do.
+            exact: True for the model's dtype in place of autocast.
+        """
+        request = self._request
+        options = Options(shares=request.settings.shares, packed=request.activations is not None)
+        autocast = None if exact else self._autocast
+        run = Run(
+            request.surrogate.steps, options, fitting=keys, proving=proving, autocast=autocast
+        )
+        weights = request.captured.weights(request.model)
+        return Trace(run, request.surrogate.above(run, values, weights))
