@@ -48,8 +48,7 @@ from captum_mipin.bottleneck.gaussian import information, mask
 from captum_mipin.bottleneck.iba import IBA_SETTINGS
 from captum_mipin.bottleneck.input_iba import INPUT_IBA_SETTINGS
 from captum_mipin.methods import Gamma, LayerPropagation
-from captum_mipin.metrics import deletion, insertion
-from captum_mipin.metrics.perturbation import Baseline
+from captum_mipin.metrics import Baseline, deletion, insertion
 
 LAYER = "features.7"
 CLASSES = 4

@@ -45,7 +45,7 @@ from captum_mipin.methods import (
     SmoothGrad,
 )
 from captum_mipin.metrics import bounding_box_accuracy, deletion, insertion
-from captum_mipin.metrics.common import heat
+from captum_mipin.metrics.maps import heat
 
 LARGEST = 0.33
 CLASSES = 10

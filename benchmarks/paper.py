@@ -50,7 +50,7 @@ from captum_mipin.metrics import (
     insertion,
     randomization,
 )
-from captum_mipin.metrics.common import heat
+from captum_mipin.metrics.maps import heat
 
 Method = Callable[[Tensor, Any], Any]
 

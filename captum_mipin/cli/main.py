@@ -20,8 +20,7 @@ from captum_mipin.cli.arguments import DEFAULT_METHODS, MIPIN_METHODS, PICTURES,
 from captum_mipin.cli.images import ImageFolder
 from captum_mipin.cli.models import load_model, predict
 from captum_mipin.comparison.table import Comparison, Row
-from captum_mipin.metrics.common import Examples
-from captum_mipin.metrics.common import explain as maps_of
+from captum_mipin.metrics.case import Case
 from captum_mipin.report import table
 
 #: Characters of an error message that are printed at most, half from its start, half from its end.
@@ -128,14 +127,14 @@ def explain(args: Namespace) -> Outcome:
     x = images.stack()
     targets, scores = predict(args, model, x)
     titles = [""] * len(x) if targets is None else list(map(str, targets))
-    examples = Examples.of(x, targets)
-    (maps,) = maps_of(mipin, examples, args.batch_size)
+    (maps,) = Case.of(mipin, x, targets, batch_size=args.batch_size).maps
     for path in args.out:
         if path.suffix.lower() in PICTURES:
             row = Row("MIP-IN", control=False, maps=maps.cpu())
             _write(Comparison((row,), (), images.denormalise(x), tuple(titles)), path)
         else:
-            (signals,) = maps_of(mipin.source_signal, examples, args.batch_size)
+            case = Case.of(mipin.source_signal, x, targets, batch_size=args.batch_size)
+            (signals,) = case.maps
             tensors = {"attribution": maps, "source_signal": signals}
             if targets is not None:
                 tensors["target"] = torch.tensor(targets)

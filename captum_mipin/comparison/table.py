@@ -20,8 +20,8 @@ from captum_mipin import metrics as library
 from captum_mipin import report
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.comparison import page
+from captum_mipin.copies import copy_memo
 from captum_mipin.errors import InputError, NotFittedError
-from captum_mipin.graph.modules import copy_memo
 from captum_mipin.inverse.network import InverseNetwork
 from captum_mipin.methods import (
     LRP,
@@ -32,7 +32,9 @@ from captum_mipin.methods import (
     SmoothGrad,
 )
 from captum_mipin.metrics import Boxes, Method, Result, box_masks
-from captum_mipin.metrics.common import Examples, explain, heat, owner, resized, seeded
+from captum_mipin.metrics.case import Case, Options, attribution_of, seeded
+from captum_mipin.metrics.examples import Examples
+from captum_mipin.metrics.maps import heat, resized
 from captum_mipin.metrics.result import Better
 
 Metric = Callable[..., Result]
@@ -459,7 +461,7 @@ def compare(
         >>> [row.name for row in found.rows], found["Grad-CAM"].error[:32]
         (['Saliency', 'Grad-CAM', 'random', 'centre prior', 'mask only'], 'InputError: a method of a layer,')
     """
-    images = Examples.of(images, targets).one("compare")
+    images = Examples.of(images, targets).x
     examples = Examples.of(images, targets, additional_forward_args)
     named = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
     asked = _asked_metrics(metrics, images, boxes)
@@ -473,7 +475,7 @@ def compare(
         made |= {
             name: method for name, method in _controls(made, model).items() if name not in made
         }
-    random = seeded(generator)
+    random = generator or seeded()
     seed = int(torch.randint(1 << 62, (1,), generator=random, device=random.device))
     common = {
         "boxes": boxes,
@@ -547,7 +549,7 @@ def _model(
     """The network that is explained, as far as it is known."""
     if model is None and inverse is not None:
         return inverse.model
-    owners = [found for found in map(owner, named.values()) if found is not None]
+    owners = [found for found in map(attribution_of, named.values()) if found is not None]
     return owners[0].forward_func if model is None and owners else model
 
 
@@ -586,7 +588,7 @@ def _controls(made: Mapping[str, Any], model: Any) -> dict[str, Method]:
     first = next(
         (
             found
-            for found in map(owner, made.values())
+            for found in map(attribution_of, made.values())
             if isinstance(found, (MIPINAttribution, LayerMIPINAttribution))
         ),
         None,
@@ -634,7 +636,7 @@ def _explained(
     try:
         if isinstance(method, Exception):
             raise method
-        maps = explain(method, examples, batch_size)
+        maps = Case(method, examples, None, seeded(), batch_size).maps
         if len(maps) != 1:
             raise InputError(f"the method gave {len(maps)} tensors of maps, expected one")
         return Row(name, control, maps[0], seconds=perf_counter() - start)
@@ -657,16 +659,21 @@ def _scored(
         )
         from_maps = function in _OF_MAPS
         known = signature(function).parameters.keys() - bound.keys()
+        if function in METRICS.values():
+            known |= Options.__annotations__.keys() - bound.keys()
         options = {
             name: value for name, value in common.items() if name in known and value is not None
         }
         if "generator" in known:
             options["generator"] = torch.Generator().manual_seed(seed)
-        own = owner(method)
+        own = attribution_of(method)
         if own is not None and "model" in known:  # each is measured on the network that it explains
             options["model"] = own.forward_func
         result = metric(
-            row.maps if from_maps else method, examples.given, examples.target, **options
+            row.maps if from_maps else method,
+            examples.as_passed(examples.inputs),
+            examples.target,
+            **options,
         )
         return replace(
             row,

@@ -26,9 +26,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
+from captum_mipin.copies import copy_memo
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.marks import inherit, mark, value_of
-from captum_mipin.graph.modules import OWN, copy_memo, named_tensors, tree
+from captum_mipin.graph.modules import OWN, named_tensors, tree
 from captum_mipin.graph.signature import per_example, plain, select
 from captum_mipin.graph.validate import check_inputs, check_model, described
 from captum_mipin.types import Extras, Inputs, Output

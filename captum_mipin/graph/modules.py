@@ -3,10 +3,8 @@
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-
-from captum_mipin.graph.marks import value_of
 
 #: Attributes that every module has.
 OWN = frozenset(vars(nn.Module()))
@@ -75,21 +73,6 @@ def snapshot(model: nn.Module) -> list[Any]:
                     tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
                     seen.extend((id(t), t._version) for t in tensors)
     return seen
-
-
-def copy_memo(model: nn.Module) -> dict[int, Any]:
-    """Return the memo with which ``copy.deepcopy`` can copy a model that holds exported programs.
-
-    It leaves out the traced values of their graphs, which torch cannot copy.
-    """
-    parts = (part for module in model.modules() for part in vars(module).values())
-    graphs = (
-        part.graph if isinstance(part, fx.GraphModule) else part
-        for part in parts
-        if isinstance(part, fx.Graph | fx.GraphModule)
-    )
-    values = [value_of(node) for graph in graphs for node in graph.nodes]
-    return {id(value): value for value in values if value is not None}
 
 
 def tensor_bytes(tensor: Tensor) -> Any:

@@ -1,31 +1,37 @@
 """Metrics of attributions, whatever method they come from.
 
-All are called alike, ``metric(method, inputs, target, ..., additional_forward_args=None, generator=None, batch_size=None)``,
-take any Captum ``Attribution`` (or a callable, or maps), draw from the generator only, by default one with seed 0, leave the
-model as it is, and return a :class:`Result`.
+All are called alike, ``metric(method, inputs, target, *, ..., **options)``, and return a
+:class:`Result`. The options that all of them take are those of :class:`Options`. The method is a
+Captum ``Attribution``, a callable, or maps made before, see ``Method``. Random numbers come from the
+option ``generator`` alone, and the model stays as it is.
+
+All can raise :class:`~captum_mipin.errors.InputError` for arguments that do not fit each other,
+:class:`~captum_mipin.errors.TargetError` for targets that do not fit the outputs, and
+:class:`~captum_mipin.errors.TrainingModeError` for a model in training mode.
 """
 
-from captum_mipin.metrics.common import Method
-from captum_mipin.metrics.completeness import completeness
-from captum_mipin.metrics.localization import (
+from captum_mipin.metrics.apc import completeness
+from captum_mipin.metrics.boxes import (
     Boxes,
-    Mosaics,
     bounding_box_accuracy,
     box_masks,
     effective_heat_ratio,
-    grid_pointing_game,
-    mosaics,
     pointing_game,
 )
-from captum_mipin.metrics.perturbation import deletion, infidelity, insertion, sensitivity_n
-from captum_mipin.metrics.randomization import randomization
+from captum_mipin.metrics.case import Method, Options
+from captum_mipin.metrics.classes import class_sensitivity
+from captum_mipin.metrics.grid import Mosaics, grid_pointing_game, mosaics
+from captum_mipin.metrics.noise import infidelity, sensitivity_max
+from captum_mipin.metrics.random_weights import randomization
+from captum_mipin.metrics.replacement import Baseline, deletion, insertion, sensitivity_n
 from captum_mipin.metrics.result import Result
-from captum_mipin.metrics.sensitivity import class_sensitivity, sensitivity_max
 
 __all__ = [
+    "Baseline",
     "Boxes",
     "Method",
     "Mosaics",
+    "Options",
     "Result",
     "bounding_box_accuracy",
     "box_masks",

@@ -1,102 +1,119 @@
-"""How alike two maps are: rank correlation, cosine, structure."""
+"""Similarity of two maps: cosine, Pearson's and Spearman's correlation, structural similarity."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_mipin.metrics.maps import heat
+
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """(examples,) cosine of the angle between maps (examples, ...); NaN where one is zero.
+    """Return the cosine (examples,) of the angle between maps (examples, ...).
+
+    It is NaN where a map is zero.
 
     Examples:
-        >>> cosine(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist()
+        >>> a, b = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+        >>> cosine(a, b).tolist()
         [0.7071067811865475, nan]
     """
-    a, b = (one.double().flatten(1) for one in (a, b))
-    a, b = (
-        one / one.abs().amax(1, keepdim=True) for one in (a, b)
-    )  # no squares that over- or underflow
-    found: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    return found
+    a, b = _unit_maximum(a), _unit_maximum(b)
+    # cos(a, b) = a·b / (‖a‖ ‖b‖)
+    angle: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    return angle
+
+
+def pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Return Pearson's correlation (rows,) of rows (rows, ...).
+
+    It is NaN where a row varies by less than 1e-7 of its largest value: that is rounding alone.
+    """
+    # cor(a, b) = cos(a - mean a, b - mean b)
+    a, b = (x - x.mean(1, keepdim=True) for x in (_unit_maximum(a), _unit_maximum(b)))
+    varies = (a.abs().amax(1) > 1e-7) & (b.abs().amax(1) > 1e-7)
+    return torch.where(varies, cosine(a, b), torch.nan)
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """(examples,) Spearman's rank correlation, equal entries having the mean of their ranks; NaN where one is constant.
+    """Return Spearman's rank correlation (examples,) of maps (examples, ...).
+
+    Equal entries have the mean of their ranks. It is NaN where a map is constant.
 
     Examples:
-        >>> spearman(torch.tensor([[1.0, 2.0, 2.0, 9.0]]), torch.tensor([[10.0, 30.0, 20.0, 40.0]])).tolist()
-        [0.9486832980505138]
+        >>> a, b = torch.tensor([[1.0, 2.0, 2.0, 9.0]]), torch.tensor([[10.0, 30.0, 20.0, 40.0]])
+        >>> round(float(spearman(a, b)), 12)
+        0.948683298051
     """
-    a, b = (ranks(one.double().flatten(1)) for one in (a, b))
-    a, b = (one - one.mean(1, keepdim=True) for one in (a, b))
-    found: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    return found
-
-
-def ranks(x: Tensor) -> Tensor:
-    """Ranks of each row's entries, equal ones having their mean; NaN for rows with NaN."""
-    ordered = x.sort(1).values
-    below, upto = (
-        torch.searchsorted(ordered, x.contiguous(), right=right) for right in (False, True)
-    )
-    return torch.where(x.isnan().any(1, keepdim=True), torch.nan, (below + upto - 1).double() / 2)
+    return pearson(_ranks(a.double().flatten(1)), _ranks(b.double().flatten(1)))
 
 
 def ssim(a: Tensor, b: Tensor, window: int = 5) -> Tensor:
-    """(examples,) structural similarity of maps (examples, height, width), 1 for equal ones (Wang et al., 2004).
+    """Return the structural similarity (examples,) of maps (examples, height, width), 1 if equal.
 
-    As Sixt et al. (ICML 2020) compare maps: each is cut at its percentiles 1 and 99 and scaled to [0, 1]; then uniform windows.
-    A constant map becomes 0.
+    Each map is cut at its percentiles 1 and 99 and scaled to [0, 1], as in Sixt et al. (ICML 2020);
+    a constant map becomes 0. Windows are uniform; variances are unbiased, as in scikit-image.
 
     Args:
-        a, b: Maps.
-        window: Pixels along each side, odd, at least 3, at most those of the maps.
+        a: Maps.
+        b: Other maps of the same shape.
+        window: Pixels along each side, odd, from 3 to the shorter side of the maps.
+
+    Source: Wang et al., IEEE TIP 2004, with K1 = 0.01, K2 = 0.03.
 
     Examples:
         >>> a = torch.rand(2, 8, 8)
         >>> ssim(a, 3 * a - 1).allclose(torch.ones(2).double())
         True
     """
-    a, b = (_scaled(one.double())[:, None] for one in (a, b))
+    a, b = (_scaled(x.double())[:, None] for x in (a, b))
+    unbiased = window**2 / (window**2 - 1)
 
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, window, stride=1)
 
-    pixels = window * window
-    unbiased = pixels / (pixels - 1)
-    mean_a, mean_b = mean(a), mean(b)
-    var_a, var_b = unbiased * (mean(a * a) - mean_a**2), unbiased * (mean(b * b) - mean_b**2)
-    both = unbiased * (mean(a * b) - mean_a * mean_b)
-    found = (
-        (2 * mean_a * mean_b + 1e-4)
-        * (2 * both + 9e-4)
-        / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
-    )
-    return found.flatten(1).mean(1)
+    def covariance(x: Tensor, y: Tensor) -> Tensor:
+        return unbiased * (mean(x * y) - mean(x) * mean(y))
+
+    # SSIM = (2 μa μb + C1)(2 σab + C2) / ((μa² + μb² + C1)(σa² + σb² + C2)), C = K² for range 1
+    luminance = (2 * mean(a) * mean(b) + 1e-4) / (mean(a) ** 2 + mean(b) ** 2 + 1e-4)
+    structure = (2 * covariance(a, b) + 9e-4) / (covariance(a, a) + covariance(b, b) + 9e-4)
+    return (luminance * structure).flatten(1).mean(1)
 
 
-def ssim_window(height: int, width: int) -> int | None:
-    """The window for maps of this size: 5, or what fits; None where even 3 does not."""
-    largest = min(height, width, 5)
-    largest -= largest % 2 == 0
-    return largest if largest >= 3 else None
+def ssim_inputs(
+    one: tuple[Tensor, ...], two: tuple[Tensor, ...], inputs: Tensor
+) -> tuple[Tensor, Tensor, int] | None:
+    """Return the arguments of :func:`ssim` for two methods' maps; None if they are no images.
+
+    Maps are summed over channels. The window is 5 pixels wide, or 3 where only that fits.
+    """
+    a, b = (heat(maps[0], inputs) for maps in (one, two))
+    if len(one) != 1 or a.ndim != 3 or min(a.shape[1:]) < 3:
+        return None
+    return a, b, 5 if min(a.shape[1:]) >= 5 else 3
+
+
+def _unit_maximum(x: Tensor) -> Tensor:
+    """Return rows (rows, entries) whose largest absolute value is 1: squares cannot overflow."""
+    flat = x.double().flatten(1)
+    return flat / flat.abs().amax(1, keepdim=True)
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """Return the rank of each row's entries, equal ones with their mean; NaN for rows with NaN."""
+    ordered = x.sort(1).values
+    below = torch.searchsorted(ordered, x.contiguous())
+    up_to = torch.searchsorted(ordered, x.contiguous(), right=True)
+    ranks = (below + up_to - 1).double() / 2
+    return ranks.masked_fill(x.isnan().any(1, keepdim=True), torch.nan)
 
 
 def _scaled(x: Tensor) -> Tensor:
-    flat = x.flatten(1)
-    low, high = (_percentile(flat, share) for share in (0.01, 0.99))
+    """Return maps (examples, height, width) cut at percentiles 1 and 99, in [0, 1]."""
+    # by NumPy: torch.quantile refuses more than 2^24 numbers
+    edges = np.percentile(x.flatten(1).numpy(force=True), (1, 99), axis=1)
+    low, high = torch.from_numpy(edges).to(x)[..., None, None]
     span = high - low
-    return torch.where(
-        span > 0,
-        (flat.clamp(low, high) - low) / span.where(span > 0, 1),
-        torch.where(span.isnan(), span, 0),
-    ).view_as(x)
-
-
-def _percentile(flat: Tensor, share: float) -> Tensor:
-    """(examples, 1), as ``numpy.percentile``; of maps of any size, which ``torch.quantile`` does not take."""
-    ordered = flat.sort(1).values
-    place = share * (flat.shape[1] - 1)
-    low = int(place)
-    high = min(low + 1, flat.shape[1] - 1)
-    return torch.lerp(ordered[:, low], ordered[:, high], place - low)[:, None]
+    # a constant map becomes 0, one with NaN becomes NaN
+    return torch.where(span == 0, 0.0, (x.clamp(low, high) - low) / span)

@@ -16,9 +16,9 @@ from torch.export import Dim, export, load, save, unflatten
 from torch.nn.functional import relu
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, check, compare
+from captum_mipin.copies import copy_memo
 from captum_mipin.errors import CaptureError, InputError
 from captum_mipin.graph import exported
-from captum_mipin.graph.modules import copy_memo
 
 SHAPE = (3, 8, 8)
 CPU = torch.device("cpu")

@@ -1,0 +1,297 @@
+"""A case: a method with the examples to explain, asked for maps, and its model for outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import prod
+from typing import Any, Literal, TypedDict
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor, nn
+
+from captum_mipin.errors import InputError, TrainingModeError
+from captum_mipin.metrics.examples import Examples, Inputs
+from captum_mipin.targets import per_example
+
+#: A Captum ``Attribution``; its ``attribute`` with options bound by ``functools.partial``; a
+#: callable (inputs, target) -> maps, or with further arguments (inputs, target,
+#: additional_forward_args) -> maps; or the maps themselves, one per example.
+Method = Attribution | Callable[..., Any] | Tensor | tuple[Tensor, ...]
+Model = Callable[..., Any]
+Score = Literal["logit", "softmax"] | Callable[[Tensor], Tensor]
+
+#: Examples that a method explains in one call where the user passes no ``batch_size``.
+_EXPLAINED = 32
+#: Input elements per call of the model where the user passes no ``batch_size``. On the CPU a larger
+#: batch does not fit the processor's caches, and convolutions get slower.
+_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 17, 1 << 25
+#: Examples per call of the model at least, however large each one is.
+_LEAST_EXAMPLES = 4
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that every metric takes.
+
+    Attributes:
+        model: The model that is explained; by default the method's ``forward_func``.
+        additional_forward_args: Further arguments of the model; a tensor as long as the batch has
+            one row per example.
+        generator: The only source of random numbers; by default one with seed 0.
+        batch_size: Examples per call of the method, and inputs per call of the model; by default
+            32, and what fits the processor's caches.
+    """
+
+    model: Model | None
+    additional_forward_args: Any
+    generator: torch.Generator | None
+    batch_size: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A method with the examples that it explains.
+
+    Attributes:
+        method: The method.
+        examples: The examples.
+        user_model: The model that the user passed, if any.
+        generator: The only source of random numbers.
+        batch_size: As the user passed it.
+    """
+
+    method: Method
+    examples: Examples
+    user_model: Model | None
+    generator: torch.Generator
+    batch_size: int | None
+
+    @classmethod
+    def of(
+        cls,
+        method: Method,
+        inputs: Inputs,
+        target: Any,
+        *,
+        model: Model | None = None,
+        additional_forward_args: Any = None,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+    ) -> Case:
+        """Check what the user passed to a metric, and return it as a case."""
+        if batch_size is not None:
+            check_at_least("batch_size", batch_size, 1)
+        examples = Examples.of(inputs, target, additional_forward_args)
+        return cls(method, examples, model, generator or seeded(), batch_size)
+
+    @cached_property
+    def maps(self) -> tuple[Tensor, ...]:
+        """The maps, detached: one tensor (examples, ...) per input.
+
+        Raises:
+            InputError: The method is none, or its maps do not belong to the examples.
+        """
+        if isinstance(self.method, (Tensor, tuple)):
+            return _checked(self.method, self.examples)
+        maps = [explain(self.method, batch) for _, batch in self.batches()]
+        return tuple(torch.cat(parts) for parts in zip(*maps, strict=True))
+
+    @cached_property
+    def model(self) -> Model:
+        """The model that the method explains.
+
+        Raises:
+            InputError: The user passed no model, and the method does not know its model.
+            TrainingModeError: The model is in training mode: its outputs differ at each call.
+        """
+        model = self.user_model
+        if model is None:
+            attribution = attribution_of(self.method)
+            if attribution is None:
+                raise InputError(
+                    f"{_name(self.method)} does not tell which model it explains: pass model="
+                )
+            model = attribution.forward_func
+        if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
+            raise TrainingModeError(
+                f"{type(model).__name__} is in training mode: call eval() on it first"
+            )
+        return model
+
+    @property
+    def rows_per_call(self) -> int:
+        """How many inputs the model gets in one call."""
+        x = self.examples.inputs[0]
+        elements = _CPU_ELEMENTS if x.device.type == "cpu" else _GPU_ELEMENTS
+        return self.batch_size or max(_LEAST_EXAMPLES, elements // max(1, prod(x.shape[1:])))
+
+    @property
+    def examples_per_call(self) -> int:
+        """How many examples the method explains in one call."""
+        return self.batch_size or _EXPLAINED
+
+    def batches(self) -> Iterator[tuple[Tensor, Examples]]:
+        """Yield the examples in batches for the method, with their indices."""
+        for index in torch.arange(len(self.examples)).split(self.examples_per_call):
+            yield index, self.examples.select(index)
+
+    def outputs(self, examples: Examples) -> Tensor:
+        """Return all outputs (examples, ...) of the model, in batches."""
+        index = torch.arange(len(examples)).split(self.rows_per_call)
+        return torch.cat([raw_outputs(self.model, examples.select(part)) for part in index])
+
+    def scores(self, examples: Examples, score: Score = "logit") -> Tensor:
+        """Return the score (examples,), float64, of each example's target, in batches."""
+        return target_scores(self.outputs(examples), examples.target, score)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw numbers in [0, 1), the same on every device, and move them to the inputs' device."""
+        drawn = torch.rand(shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.examples.inputs[0].device)
+
+    def settings(self, maps: Sequence[Tensor] = (), **options: Any) -> dict[str, Any]:
+        """Return the settings of a result: method, target, shapes of the maps, and options.
+
+        A function stands by its name: its address would differ from run to run.
+        """
+        target = self.examples.target
+        settings = {
+            "method": _name(self.method),
+            "target": target.tolist() if isinstance(target, Tensor) else target,
+        }
+        if maps:
+            settings["maps"] = ", ".join("x".join(map(str, m.shape[1:])) for m in maps)
+        for key, value in options.items():
+            settings[key] = _name(value) if callable(value) else value
+        return settings
+
+
+def attribution_of(method: Any) -> Attribution | None:
+    """Return the ``Attribution`` that the method is, or whose bound method it is; else None."""
+    while isinstance(method, partial):
+        method = method.func
+    candidate = method if isinstance(method, Attribution) else getattr(method, "__self__", None)
+    return candidate if isinstance(candidate, Attribution) else None
+
+
+def _name(method: Any) -> str:
+    """Return what results and errors call a method or another function."""
+    attribution = attribution_of(method)
+    if attribution is not None:
+        return str(attribution.get_name())
+    if isinstance(method, (Tensor, tuple)):
+        return "maps"
+    return getattr(method, "__name__", type(method).__name__)
+
+
+def explain(method: Any, examples: Examples) -> tuple[Tensor, ...]:
+    """Return the maps of a method, detached, in one call: one tensor (examples, ...) per input.
+
+    Raises:
+        InputError: The method is none, or its maps do not belong to the examples.
+    """
+    call = method.attribute if isinstance(method, Attribution) else method
+    if not callable(call):
+        raise InputError(
+            f"the method is a {type(method).__name__}, expected a Captum Attribution, a callable, "
+            "or maps"
+        )
+    with torch.inference_mode(False), torch.enable_grad():
+        # the method gets copies: one that writes on its inputs must not change the user's
+        inputs = tuple(x.detach().clone() for x in examples.inputs)
+        if attribution_of(method) is None:
+            extras = (examples.extras,) if examples.extras else ()
+            maps = call(examples.as_passed(inputs), examples.target, *extras)
+        else:
+            # Captum's gradient methods warn of inputs that require no gradient, and its methods
+            # differ in the order of their parameters
+            inputs = tuple(x.requires_grad_(x.is_floating_point()) for x in inputs)
+            named = {"additional_forward_args": examples.extras} if examples.extras else {}
+            maps = call(examples.as_passed(inputs), target=examples.target, **named)
+    return _checked(maps, examples)
+
+
+def _checked(maps: Any, examples: Examples) -> tuple[Tensor, ...]:
+    """Return maps as a tuple of detached tensors. Raise InputError if they are none."""
+    maps = maps if isinstance(maps, tuple) else (maps,)
+    for tensor in maps:
+        if not isinstance(tensor, Tensor):
+            raise InputError(
+                f"the method gave a {type(tensor).__name__}, expected a tensor of maps, or a tuple "
+                "of them"
+            )
+        if tensor.ndim < 2 or len(tensor) != len(examples):
+            raise InputError(
+                f"the maps have shape {tuple(tensor.shape)}, expected one map for each of "
+                f"{len(examples)} examples"
+            )
+    return tuple(tensor.detach() for tensor in maps)
+
+
+def raw_outputs(model: Model, examples: Examples) -> Tensor:
+    """Return all outputs (examples, ...) of the model, in one call.
+
+    Raises:
+        InputError: The model returns something else than one tensor with a row per example.
+    """
+    with torch.no_grad():
+        output = model(*examples.inputs, *examples.extras)
+    if isinstance(output, Tensor) and output.ndim and len(output) == len(examples):
+        return output
+    is_tensor = isinstance(output, Tensor)
+    returned = f"tensor of shape {tuple(output.shape)}" if is_tensor else type(output).__name__
+    raise InputError(
+        f"the model gives a {returned}, expected one tensor (examples, ...): if it gives several, "
+        "pass a function as model= that selects one"
+    )
+
+
+def target_scores(output: Tensor, target: Any, score: Score = "logit") -> Tensor:
+    """Return the score (examples,), float64, of each example's target.
+
+    Args:
+        output: Outputs of the model (examples, ...).
+        target: The targets, as Captum takes them.
+        score: "logit"; "softmax" over dimension 1; or a function of all outputs that returns
+            a score per class, or one per example.
+
+    Raises:
+        InputError: The score is not known, or the outputs have no classes for a softmax.
+    """
+    if callable(score):
+        output = score(output)
+        if output.ndim == 1:
+            return output.double()
+    elif score == "softmax":
+        if output.ndim < 2 or output.shape[1] < 2:
+            raise InputError(
+                f"outputs of shape {tuple(output.shape)} have no classes to take a softmax over: "
+                "use score='logit'"
+            )
+        output = output.softmax(1)
+    elif score != "logit":
+        raise InputError(
+            f"score={score!r} is not one of 'logit', 'softmax', or a function of the outputs"
+        )
+    index = torch.tensor(per_example(target, output), device=output.device, dtype=torch.long)
+    rows = torch.arange(len(output), device=output.device)
+    return output[(rows, *index.T)].double()
+
+
+def seeded() -> torch.Generator:
+    """Return the generator of metrics that the user passes none: a new one with seed 0."""
+    return torch.Generator().manual_seed(0)
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raise InputError if an option is below its least value."""
+    if not value >= least:
+        raise InputError(f"{name}={value!r} must be at least {least}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise InputError if an option has none of its values."""
+    if value not in choices:
+        raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")

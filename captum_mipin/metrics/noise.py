@@ -1,0 +1,217 @@
+"""Captum's metrics of small disturbances of the input: infidelity and max-sensitivity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from captum.metrics import infidelity as captum_infidelity
+from captum.metrics import sensitivity_max as captum_sensitivity_max
+from torch import Tensor
+
+from captum_mipin.errors import InputError
+from captum_mipin.metrics.case import Case, Method, Options, check_at_least, explain
+from captum_mipin.metrics.examples import Examples, Inputs
+from captum_mipin.metrics.maps import flattened
+from captum_mipin.metrics.result import Result, finite_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def infidelity(
+    method: Method,
+    inputs: Inputs,
+    target: Any = None,
+    *,
+    perturb: Callable[[Any], tuple[Any, Any]] | None = None,
+    noise: float = 0.02,
+    samples: int = 10,
+    normalize: bool = False,
+    **options: Unpack[Options],
+) -> Result:
+    """Return the squared error of the attribution as a forecast of what a disturbance costs.
+
+    Args:
+        method: Any method whose maps are shaped like the inputs.
+        inputs: Tensor (examples, ...) or tuple of such.
+        target: The class, as Captum takes it.
+        perturb: Captum's ``perturb_func``: inputs -> (what is taken away, what remains). By default
+            Gaussian noise is taken away.
+        noise: Standard deviation of that noise.
+        samples: Disturbances per example.
+        normalize: Scale the attribution to fit best, as Captum's option of this name.
+        **options: See :class:`~captum_mipin.metrics.case.Options`. The generator draws the noise.
+
+    Returns:
+        Mean squared errors. Unscored: "NaN".
+
+    Source: Yeh et al., NeurIPS 2019; computed by ``captum.metrics.infidelity``.
+
+    Examples:
+        >>> x, weight = torch.randn(2, 5), torch.tensor([1.0, -2.0, 3.0, 0.5, 1.0])
+        >>> infidelity(weight.expand(2, 5), x, model=lambda x: x @ weight).mean < 1e-9
+        True
+    """
+    check_at_least("samples", samples, 1)
+    case = Case.of(method, inputs, target, **options)
+    model, random = case.model, case.generator
+    expected, shapes = (
+        [tuple(t.shape) for t in tensors] for tensors in (case.examples.inputs, case.maps)
+    )
+    if shapes != expected:
+        raise InputError(
+            f"infidelity needs maps shaped like the inputs, {expected}; found {shapes}: explain "
+            "the inputs, not a layer"
+        )
+
+    def draw(shape: Sequence[int]) -> Tensor:
+        return noise * torch.randn(shape, generator=random, device=random.device)
+
+    values = [
+        # infidelity = E_I [(I·A - (y(x) - y(x - I)))²], I what is taken away
+        captum_infidelity(
+            model,
+            perturb or _Noise(batch, samples, draw).taken_away,
+            batch.as_passed(batch.inputs),
+            batch.as_passed(tuple(m[index] for m in case.maps)),
+            target=batch.target,
+            additional_forward_args=batch.extras or None,
+            n_perturb_samples=samples,
+            normalize=normalize,
+            max_examples_per_batch=_per_call(batch, case.rows_per_call, samples),
+        )
+        for index, batch in case.batches()
+    ]
+    told = {"noise": noise} if perturb is None else {"perturb": perturb}
+    settings = case.settings(case.maps, **told, samples=samples, normalize=normalize)
+    unscored = {"NaN": ~finite_rows(*case.maps)}
+    return Result.of("infidelity", torch.cat(values), "lower", settings, unscored)
+
+
+def sensitivity_max(
+    method: Method,
+    inputs: Inputs,
+    target: Any = None,
+    *,
+    radius: float = 0.02,
+    samples: int = 10,
+    **options: Unpack[Options],
+) -> Result:
+    """Return the largest relative change of the map when the input changes by up to ``radius``.
+
+    Args:
+        method: Any method, but not maps.
+        inputs: Tensor (examples, ...) or tuple of such.
+        target: The class, as Captum takes it.
+        radius: Half the side of the cube around the input that changed inputs are drawn from.
+        samples: Changed inputs per example.
+        **options: See :class:`~captum_mipin.metrics.case.Options`. The generator draws the inputs.
+
+    Returns:
+        ‖change of the map‖ / ‖map‖. Unscored: "zero map", "NaN".
+
+    Source: Yeh et al., NeurIPS 2019; computed by ``captum.metrics.sensitivity_max``.
+
+    Examples:
+        >>> sensitivity_max(lambda x, target: torch.ones_like(x), torch.rand(3, 4)).mean
+        0.0
+    """
+    check_at_least("samples", samples, 1)
+    check_at_least("radius", radius, 0)
+    if isinstance(method, (Tensor, tuple)):
+        raise InputError(
+            "sensitivity_max needs a method that can be asked for changed inputs, not maps"
+        )
+    case = Case.of(method, inputs, target, **options)
+
+    def draw(shape: Sequence[int]) -> Tensor:
+        drawn = torch.rand(shape, generator=case.generator, device=case.generator.device)
+        return (2 * drawn - 1) * radius
+
+    values, zero, finite = [], [], []
+    for _, batch in case.batches():
+        maps = _double(explain(method, batch))
+        # max-sensitivity = max_{‖d‖_∞ ≤ radius} ‖A(x + d) - A(x)‖ / ‖A(x)‖
+        largest = captum_sensitivity_max(
+            partial(_explained, method, batch, maps),
+            batch.inputs,
+            _Noise(batch, samples, draw).added,
+            n_perturb_samples=samples,
+            max_examples_per_batch=_per_call(batch, case.examples_per_call, samples),
+            target=batch.target,
+            additional_forward_args=batch.extras,
+        )
+        values.append(largest)
+        zero.append((flattened(maps) == 0).all(1).cpu())
+        finite.append(finite_rows(*maps))
+    settings = case.settings(maps, radius=radius, samples=samples)
+    unscored = {"NaN": ~torch.cat(finite), "zero map": torch.cat(zero)}
+    return Result.of("max-sensitivity", torch.cat(values), "lower", settings, unscored)
+
+
+def _explained(
+    method: Method,
+    batch: Examples,
+    maps: tuple[Tensor, ...],
+    x: Any,
+    target: Any,
+    additional_forward_args: Any,
+) -> tuple[Tensor, ...]:
+    """Explain changed inputs for Captum; ``maps`` are those of the batch itself."""
+    if x is batch.inputs:
+        return maps
+    changed = Examples.of(x if batch.is_tuple else x[0], target, additional_forward_args)
+    return _double(explain(method, changed))
+
+
+def _double(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return maps in float64: squares of small float32 numbers would vanish in Captum's norms."""
+    return tuple(m.double() for m in maps)
+
+
+def _per_call(batch: Examples, rows: int, samples: int) -> int:
+    """Return how many disturbed inputs Captum takes per call: at most ``rows`` if that is possible.
+
+    Captum takes at least one of each example, and warns if it could take more than there are.
+    """
+    return len(batch) * min(max(1, rows // len(batch)), samples)
+
+
+class _Noise:
+    """Noise for a batch of inputs, which Captum's calls use up one after the other.
+
+    It is drawn example by example before the first call: Captum takes as many samples per call as
+    fit, so that numbers drawn at each call would depend on ``batch_size``.
+
+    Args:
+        batch: The examples.
+        samples: Samples per example.
+        draw: Shape -> random numbers.
+    """
+
+    def __init__(
+        self, batch: Examples, samples: int, draw: Callable[[Sequence[int]], Tensor]
+    ) -> None:
+        drawn = [[draw((samples, *x.shape[1:])) for x in batch.inputs] for _ in range(len(batch))]
+        pairs = zip(zip(*drawn, strict=True), batch.inputs, strict=True)
+        self._noise = [torch.stack(rows).to(x) for rows, x in pairs]
+        self._examples, self._used = len(batch), 0
+
+    def added(self, x: Inputs) -> tuple[Tensor, ...]:
+        """Return inputs (examples * samples, ...), each example repeated, plus the next noise."""
+        tensors = x if isinstance(x, tuple) else (x,)
+        return tuple(t + n for t, n in zip(tensors, self._next(len(tensors[0])), strict=True))
+
+    def taken_away(self, x: Inputs) -> tuple[Inputs, Inputs]:
+        """Return the next noise, and inputs (examples * samples, ...) without it."""
+        tensors = x if isinstance(x, tuple) else (x,)
+        noise = self._next(len(tensors[0]))
+        remaining = tuple(t - n for t, n in zip(tensors, noise, strict=True))
+        return (noise, remaining) if isinstance(x, tuple) else (noise[0], remaining[0])
+
+    def _next(self, rows: int) -> tuple[Tensor, ...]:
+        start, self._used = self._used, self._used + rows // self._examples
+        return tuple(n[:, start : self._used].flatten(0, 1) for n in self._noise)
