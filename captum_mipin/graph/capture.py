@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from captum_mipin.copies import copy_memo
 from captum_mipin.errors import CaptureError
+from captum_mipin.graph.functional import NotRewritableError, functional
 from captum_mipin.graph.marks import inherit, mark, value_of
 from captum_mipin.graph.modules import OWN, named_tensors, tree
 from captum_mipin.graph.signature import per_example, plain, select
@@ -180,7 +181,7 @@ def trace(
     twin = _twin(model)
     twin.register_forward_hook(lambda module, arguments, value: select(value, output))
     try:
-        program = _export(twin, *_examples(inputs, extras, shared), detached)
+        program, graph = _export(twin, *_examples(inputs, extras, shared), detached)
     except CaptureError:
         raise
     except Exception as error:
@@ -197,7 +198,7 @@ def trace(
                 "size must be free"
             )
     _check_registered(program, twin)
-    return _from_program(program, len(inputs), shared)
+    return _from_program(program, graph, len(inputs), shared)
 
 
 def _examples(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Any, ShapesCollection]:
@@ -226,7 +227,8 @@ def _twin(model: nn.Module) -> nn.Module:
 
 def _export(
     model: nn.Module, arguments: Any, shapes: ShapesCollection, detached: bool
-) -> ExportedProgram:
+) -> tuple[ExportedProgram, fx.Graph]:
+    """Return a model's program, and its graph without operations that write to memory."""
     device = pytree.tree_leaves(arguments)[0].device.type
     with TURNS.exporting(), warnings.catch_warnings(), torch.autocast(device, enabled=False):
         warnings.filterwarnings("error", message=".* assigned during export")  # a model with state
@@ -234,8 +236,11 @@ def _export(
         program = export(model, arguments, dynamic_shapes=shapes, strict=False)
         if detached:
             _detach(program.graph)
-        exported: ExportedProgram = program.run_decompositions(dict(_decompositions()))
-    return exported
+        try:
+            return program, functional(program.graph, _decompositions())
+        except NotRewritableError:  # torch traces the program again, which takes longer
+            program = program.run_decompositions(dict(_decompositions()))
+            return program, program.graph
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -317,7 +322,9 @@ def _decompositions() -> Mapping[Any, Any]:
     return MappingProxyType({op: how for op, how in table if str(op).split(".")[1] in apart})
 
 
-def _from_program(program: ExportedProgram, count: int, shared: bool) -> CapturedGraph:
+def _from_program(
+    program: ExportedProgram, graph: fx.Graph, count: int, shared: bool
+) -> CapturedGraph:
     """Return the graph of a program whose first ``count`` arguments are the inputs.
 
     Raises:
@@ -334,7 +341,6 @@ def _from_program(program: ExportedProgram, count: int, shared: bool) -> Capture
             f"the model writes to {', '.join(map(repr, sorted(written.values())))} while it runs; "
             "each example's explanation would depend on the calls before it."
         )
-    graph = program.graph
     nodes = {node.name: node for node in graph.nodes}
     constants: dict[str, str | Tensor] = {}
     arguments: list[str | None] = []
