@@ -15,6 +15,7 @@ What cannot be rewritten this way for certain is left to ``run_decompositions``.
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,19 +73,25 @@ def functional(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]
             node.target, torch._ops.HigherOrderOperator
         ):
             raise NotRewritableError(f"{node} has a graph inside")
+    for node in list(result.nodes):
+        if node.target in decompositions:
+            _take_apart(result, node, decompositions)
     _remove_writes(result)
     for node in list(result.nodes):
         if node.target in _DROPOUTS:
             _remove_dropout(result, node)
         elif node.target is aten.batch_norm.default:
             _evaluate_batch_norm(result, node)
-        elif node.target in decompositions:
-            _take_apart(result, node, decompositions)
-    for node in list(result.nodes):  # those among the parts as well
-        if _is_composite_view(node):
+        elif _is_composite_view(node) or operation(node) == "unsafe_chunk":
             _take_apart(result, node, {})
     result.eliminate_dead_code()
-    return _renamed(result)
+    result = _renamed(result)
+    pairs = zip(
+        graph.find_nodes(op="placeholder"), result.find_nodes(op="placeholder"), strict=True
+    )
+    for before, after in pairs:  # a graph would call an input named "input" otherwise
+        after.name = before.name
+    return result
 
 
 def _writes(node: fx.Node) -> bool:
@@ -237,6 +244,17 @@ def _evaluate_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
+@contextmanager
+def _no_onednn() -> Iterator[None]:
+    """Switch oneDNN off, as ``torch.export`` does while it traces."""
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
+
+
 def _take_apart(
     graph: fx.Graph, node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]
 ) -> None:
@@ -253,7 +271,7 @@ def _take_apart(
     values = [value_of(n) for n in inputs]
     mode = next(value.fake_mode for value in values if isinstance(value, Tensor))
     # without oneDNN, which has recurrent layers of its own that cannot be taken apart
-    with mode, enable_python_dispatcher(), torch.backends.mkldnn.flags(enabled=False):
+    with mode, enable_python_dispatcher(), _no_onednn():
         # pre_dispatch keeps other composites, such as linear in an LSTM, in one piece
         whole = node.target in table
         trace = make_fx(compute, table, pre_dispatch=whole, _allow_non_fake_inputs=True)
