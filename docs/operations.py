@@ -6,42 +6,60 @@ from captum_mipin.rules import MIPIN, Passes
 
 TABLE = Path(__file__).with_name("operations.md")
 
-#: Test that derives a second time what rules do → the operations for which it does.
+#: Test that derives rules a second time → the operations whose rules these are.
 TESTS = {
-    "inverse/test_method.py::test_mlp_equals_oracle": ("linear", "relu"),
-    "inverse/test_method.py::test_cnn_equals_oracle": ("conv2d", "conv2d.padding"),
+    "inverse/test_method.py::test_mlp_equals_oracle": "linear relu",
+    "inverse/test_method.py::test_cnn_equals_oracle": "conv2d conv2d.padding",
     "inverse/test_method.py::test_convolution_equals_its_normal_equations": (
-        "conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input",
+        "conv1d conv3d conv_transpose1d conv_transpose2d.input conv_transpose3d.input"
     ),
-    "inverse/test_method.py::test_spelling_of_relu_does_not_matter": ("clamp_min",),
+    "inverse/test_method.py::test_spelling_of_relu_does_not_matter": "clamp_min",
     "inverse/test_method.py::test_max_pooling_sends_the_signal_to_its_switches": (
-        "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+        "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+        "adaptive_max_pool3d"
     ),
     "inverse/test_method.py::test_average_pooling_sends_the_signal_by_shares_or_evenly": (
-        "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+        "adaptive_avg_pool3d"
     ),
-    "inverse/test_method.py::test_shares_of_the_true_average_return_what_was_averaged": ("mean.dim",),
-    "inverse/test_method.py::test_a_pooled_logit_goes_where_it_came_from_by_hand": ("captum_mipin.pooled_linear",),
-    "inverse/test_method.py::test_batch_norm_equals_the_layer_it_is_folded_into": ("_native_batch_norm_legit_no_training",),
-    "inverse/test_method.py::test_residual_branches_are_learned_together": ("add.Tensor",),
-    "rules/test_rules.py::test_gates_are_the_share_let_through": (
-        "relu6", "hardtanh", "clamp", "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "rrelu", "mish", "tanh",
-        "sigmoid", "hardsigmoid", "softplus", "log_sigmoid",
+    "inverse/test_method.py::test_shares_of_the_true_average_return_what_was_averaged": "mean.dim",
+    "inverse/test_method.py::test_a_pooled_logit_goes_where_it_came_from_by_hand": (
+        "captum_mipin.pooled_linear"
     ),
-    "rules/test_rules.py::test_spelling_of_an_activation_does_not_matter": (
-        "_prelu_kernel", "threshold", "clamp_max", "where.ScalarSelf", "where.ScalarOther", "masked_fill.Scalar",
+    "inverse/test_method.py::test_batch_norm_equals_the_layer_it_is_folded_into": (
+        "_native_batch_norm_legit_no_training"
     ),
-    "rules/test_rules.py::test_glu_is_the_product_with_its_gate": ("glu",),
-    "rules/test_rules.py::test_products_with_constant_matrices_are_dense_layers": ("mm", "addmm"),
-    "rules/test_rules.py::test_where_sends_each_signal_to_where_the_value_came_from_by_hand": ("where.self",),
-    "rules/test_rules.py::test_maximum_is_a_switch_as_pooling_is": ("maximum", "minimum", "max.other", "min.other"),
-    "rules/test_rules.py::test_rms_norm_restores_the_root_mean_square_it_divided_by": ("rms_norm",),
-    "rules/test_rules.py::test_instance_norm_is_group_norm_of_single_channels_or_batch_norm": ("instance_norm",),
-    "rules/test_rules.py::test_norms_restore_the_deviation_they_divided_by": ("layer_norm", "group_norm"),
-    "rules/test_rules.py::test_gate_of_squeeze_and_excite_by_hand": ("mul.Tensor",),
-    "rules/test_rules.py::test_attention_sends_each_value_its_recorded_weight_by_hand": ("scaled_dot_product_attention",),
-    "rules/test_rules.py::test_spelling_of_attention_does_not_matter": ("matmul", "bmm", "baddbmm"),
-}  # fmt: skip
+    "inverse/test_method.py::test_residual_branches_are_learned_together": "add.Tensor",
+    "rules/test_activations.py::test_gates_are_the_share_let_through": (
+        "relu6 hardtanh clamp silu gelu hardswish leaky_relu elu celu selu rrelu mish tanh "
+        "sigmoid hardsigmoid softplus log_sigmoid"
+    ),
+    "rules/test_activations.py::test_spelling_of_an_activation_does_not_matter": (
+        "_prelu_kernel threshold clamp_max where.ScalarSelf where.ScalarOther masked_fill.Scalar"
+    ),
+    "rules/test_activations.py::test_glu_is_the_product_with_its_gate": "glu",
+    "rules/test_linear.py::test_products_with_constant_matrices_are_dense_layers": "mm addmm",
+    "rules/test_selection.py::test_where_sends_each_signal_to_where_the_value_came_from_by_hand": (
+        "where.self"
+    ),
+    "rules/test_selection.py::test_maximum_is_a_switch_as_pooling_is": (
+        "maximum minimum max.other min.other"
+    ),
+    "rules/test_normalization.py::test_rms_norm_restores_the_root_mean_square_it_divided_by": (
+        "rms_norm"
+    ),
+    "rules/test_normalization.py::test_instance_norm_is_group_norm_by_channel_or_batch_norm": (
+        "instance_norm"
+    ),
+    "rules/test_normalization.py::test_norms_restore_the_deviation_they_divided_by": (
+        "layer_norm group_norm"
+    ),
+    "rules/test_activations.py::test_gate_of_squeeze_and_excite_by_hand": "mul.Tensor",
+    "rules/test_attention.py::test_attention_sends_each_value_its_recorded_weight_by_hand": (
+        "scaled_dot_product_attention"
+    ),
+    "rules/test_attention.py::test_spelling_of_attention_does_not_matter": "matmul bmm baddbmm",
+}
 
 #: The test of those that pass exactly, and of all others.
 PASSES = "rules/test_operations.py::test_what_passes_exactly_gives_back_what_was_kept"
@@ -49,11 +67,13 @@ EVERY = "rules/test_operations.py::test_every_operation_carries_the_signal"
 
 HEADER = """# Operations
 
-Every operation with a rule, as `torch.export` names it; written by `python docs/operations.py` from the table of rules.
-*exact* is what the paper defines, or what is the only way there is: least squares, masks, adjoints that return what there was.
-*decided* is one choice of several, ours; the README says which. The test named derives the rule a second time, or checks an
-identity that it has to obey; besides, `test_every_operation_carries_the_signal` fits and explains a network of each of
-PyTorch's. `pooled_linear` is none of these, but a `linear` on averages over all places, which is inverted from there.
+Every operation with a rule, as `torch.export` names it; written by `python docs/operations.py` from
+the table of rules. *exact* is what the paper defines, or the only possible way: least squares,
+masks, adjoints that return what there was. *decided* is one choice of several, ours. The test named
+derives the rule a second time, or checks an identity that it has to obey. Besides,
+`test_every_operation_carries_the_signal` fits and explains a network with each of PyTorch's
+operations. `pooled_linear` is none of these: it is a `linear` on averages over all places, inverted
+from there.
 
 | operation | the signal | | test |
 | --- | --- | --- | --- |
@@ -61,14 +81,16 @@ PyTorch's. `pooled_linear` is none of these, but a `linear` on averages over all
 
 
 def test_of(operation: str) -> str:
-    """The test that stands for an operation's rule."""
+    """Return the test that stands for an operation's rule."""
     name, rule = operation.removeprefix("aten.").removesuffix(".default"), MIPIN[operation]
-    found = [test for test, names in TESTS.items() if name in names]
-    return found[0] if found else PASSES if rule.exact and isinstance(rule, Passes) else EVERY
+    for test, names in TESTS.items():
+        if name in names.split():
+            return test
+    return PASSES if rule.exact and isinstance(rule, Passes) else EVERY
 
 
 def text() -> str:
-    """The table, one line an operation."""
+    """Return the page, with one line an operation."""
     rows = (
         f"| `{name}` | {rule.note} | {'exact' if rule.exact else 'decided'} | `{test_of(name)}` |\n"
         for name, rule in MIPIN.items()

@@ -161,7 +161,7 @@ def test_a_model_that_is_a_function(mlp: Any) -> None:
         ),
         (
             lambda h: h.clamp(1, 2),
-            r"clamp between 1 and 2 is no activation: it does not let 0 through",
+            r"clamp\(x, 1, 2\) is no activation: it makes 1 of 0, an activation keeps 0",
         ),
         (lambda h: h.flip(0), r"aten\.flip\.default in the model itself: it works along the batch"),
         (

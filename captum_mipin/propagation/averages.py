@@ -12,7 +12,7 @@ from captum_mipin.graph.layout import batch_dimension
 from captum_mipin.graph.marks import inherit, mark, marks, set_value, value_of
 from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.rules import PooledLinear
-from captum_mipin.rules.base import each
+from captum_mipin.rules.geometry import per_dimension
 
 #: Operations between an average and a dense layer that change a shape at most.
 _FLAT = ("reshape", "flatten", "squeeze", "clone", "alias", "contiguous", "dropout")
@@ -95,10 +95,10 @@ def whole_dims(node: fx.Node) -> set[int]:
         return set()
     kernel: tuple[int, ...] = tuple(before)
     if "adaptive" not in name:
-        padded = any(each(argument(node, 3, "padding", 0), count))
+        padded = any(per_dimension(argument(node, 3, "padding", 0), count))
         if padded or argument(node, 6, "divisor_override"):
             return set()
-        kernel = each(argument(node, 1, "kernel_size"), count)
+        kernel = per_dimension(argument(node, 1, "kernel_size"), count)
     sizes = list(enumerate(zip(before, after, kernel, strict=True), 2))
     whole = {dim for dim, (n, m, k) in sizes if m == 1 and k == n}
     kept = {dim for dim, (n, m, _) in sizes if n == m}

@@ -5,8 +5,8 @@ elements of X; the signals of an element are the patch of S that reaches it, see
 :mod:`captum_mipin.regression.geometry`. Correlating X with S is the convolution's own gradient with
 respect to its weight; the Gram matrix comes from :mod:`captum_mipin.regression.lag_gram`.
 
-Where the kernel is the stride, each element of y reaches a tile of x of its own. The convolution is a
-dense layer on tiles then, and so is its inverse.
+Where the kernel is the stride, each element of y reaches a tile of x of its own. The convolution is
+a dense layer on tiles then, and so is its inverse.
 """
 
 from collections.abc import Sequence
@@ -92,9 +92,9 @@ def moments_of_patches(
 def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean of the patches P of ``s``, Σ z Pᵀ, and Σ (P − mean)(P − mean)ᵀ.
 
-    The signals are taken as S = V + level on the grid of y and 0 outside, where level is the mean of
-    each channel. Without that, a large mean would eat up the digits of float32 sums. What concerns
-    all examples alike is taken from their sums, in float64.
+    The signals are taken as S = V + level on the grid of y and 0 outside, where level is the mean
+    of each channel. Without that, a large mean would eat up the digits of float32 sums. What
+    concerns all examples alike is taken from their sums, in float64.
 
     Args:
         conv: The convolution.
@@ -122,7 +122,7 @@ def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Ten
         torch.cat([left, right, -sums.unsqueeze(2)], 2),
         torch.cat([right, left, mean.unsqueeze(2)], 2).mT,
     )
-    # A tap that never sees a signal has exact zeros; differences of sums would leave rounding there.
+    # A tap that never sees a signal gets exact zeros; the sums above leave rounding there.
     sizes = _correlate(conv, s.abs().sum(0, keepdim=True).double(), z_ones)[:, 0]
     unseen = sizes == 0
     if unseen.any():

@@ -30,7 +30,7 @@ class Rows:
 
     @cached_property
     def gram(self) -> Tensor:
-        """X Xᵀ, (rows, rows) float64."""
+        """Return X Xᵀ, (rows, rows) float64."""
         return (self.x @ self.x.mT).double()
 
 
@@ -41,8 +41,8 @@ class RowSolution:
     Attributes:
         coefficients: (rows, ds) float64.
         bias: (dx,) float64.
-        explained_variance: As for :class:`~captum_mipin.regression.ridge.Solution`; NaN if it was not
-            measured.
+        explained_variance: As for :class:`~captum_mipin.regression.ridge.Solution`; NaN if it was
+            not measured.
         dead: Number of signals that never vary; their coefficients are zero.
         condition: As for :class:`~captum_mipin.regression.ridge.Solution`.
     """
@@ -96,7 +96,7 @@ def solve_rows(
     bias = rows.mean - (rows.x.mT @ (coefficients @ mean).to(rows.x.dtype)).double()
     explained = float("nan")
     if measure:
-        # S Sᵀ K X is predicted, so the residual is R X with R = I − S Sᵀ K; its square is tr(R X Xᵀ R)
+        # S Sᵀ K X is predicted. The residual is R X with R = I − S Sᵀ K, its square tr(R X Xᵀ R).
         residual = torch.eye(n).to(gram) - solved[:, s.shape[1] :]
         total = rows.gram.diagonal().sum()
         explained = share(total - (residual @ rows.gram * residual).sum(), total)

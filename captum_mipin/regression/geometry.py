@@ -47,28 +47,31 @@ class Geometry:
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Number of taps along each spatial dimension."""
+        """Return the number of taps along each spatial dimension."""
         return self.weight_shape[2:]
 
     @property
     def dims(self) -> int:
-        """Number of spatial dimensions."""
+        """Return the number of spatial dimensions."""
         return len(self.kernel)
 
     @property
     def reach(self) -> tuple[int, ...]:
-        """Distance from the first tap to the last along each spatial dimension."""
+        """Return the distance from the first tap to the last along each spatial dimension."""
         return tuple((k - 1) * d for k, d in zip(self.kernel, self.dilation, strict=True))
 
     @property
     def channels(self) -> tuple[int, int]:
-        """Channels of x and of s in each group."""
+        """Return the channels of x and of s in each group."""
         first, second = self.weight_shape[:2]
         return (first // self.groups, second) if self.transposed else (second, first // self.groups)
 
     @property
     def features(self) -> tuple[int, int]:
-        """Regressed features and signals of each group: channels of x, channels of s · taps."""
+        """Return how many features and signals each group regresses.
+
+        These are the channels of x, and the channels of s times the taps.
+        """
         x, s = self.channels
         return x, s * prod(self.kernel)
 
@@ -87,7 +90,9 @@ class Geometry:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return y, the operation itself at ``x``."""
         y = torch.convolution(x, weight, bias, *self._arguments())
-        return y[(..., *(slice(n, None) for n in self.skip))]
+        for dim, n in enumerate(self.skip, 2):
+            y = y.narrow(dim, n, y.shape[dim] - n)
+        return y
 
     def gradient(self, s: Tensor, x: Tensor, weight: Tensor, of: int) -> Tensor:
         """Return the convolution's gradient at ``s``.
@@ -103,10 +108,9 @@ class Geometry:
         )[of]
         return result
 
-    def apply(self, s: Tensor, weight: Tensor, bias: Tensor | None, x_size: torch.Size) -> Tensor:
-        """Return g(S), of size ``x_size``, for signals (n, channels of y, *size of y)."""
-        x = self.gradient(s, s.new_empty(x_size), weight, of=0)
-        return x if bias is None else x.add_(bias.view(-1, *(1,) * self.dims))
+    def apply(self, s: Tensor, weight: Tensor, x_size: torch.Size) -> Tensor:
+        """Return g(S) without bias, of size ``x_size``, for S (n, channels of y, *size of y)."""
+        return self.gradient(s, s.new_empty(x_size), weight, of=0)
 
     def to_rows(self, weight: Tensor) -> Tensor:
         """Return a weight as coefficients (groups, channels of x, channels of s · taps)."""
@@ -186,5 +190,6 @@ def _spread(s: Tensor, stride: tuple[int, ...]) -> Tensor:
         return s
     size = [(z - 1) * step + 1 for z, step in zip(s.shape[2:], stride, strict=True)]
     result = s.new_zeros(*s.shape[:2], *size)
-    result[(..., *(slice(None, None, step) for step in stride))] = s
+    places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
+    result[places] = s
     return result

@@ -1,12 +1,13 @@
 """Moments: the sums that a ridge regression is solved from; update and merge.
 
-Every inverse of the paper is one regression of features x on signals s (equations 5-7). Its sufficient
-statistics are kept centred and in float64, so that the data may come in any chunks and any order, from
-one process or several. A leading group dimension carries independent regressions side by side, as
-grouped convolutions need them.
+Every inverse of the paper is one regression of features x on signals s (equations 5-7). Its
+sufficient statistics are kept centred and in float64, so that the data may come in any chunks and
+any order, from one process or several. A leading group dimension carries independent regressions
+side by side, as grouped convolutions need them.
 
-Besides the signals that all features share, each feature may have signals of its own, as it has where
-one branch of a fork is the identity: x_i ≈ Σ_j W_ij s_j + Σ_k a_ik o_ik + b_i, fitted together.
+Besides the signals that all features share, each feature may have signals of its own, as it has
+where one branch of a fork is the identity: x_i ≈ Σ_j W_ij s_j + Σ_k a_ik o_ik + b_i, fitted
+together.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,9 +76,12 @@ class Moments:
             device: Where the sums are kept.
         """
         k = 1 + own
-        shapes = (k, features), (signals,), (features, k, k), (k, features, signals), (signals,) * 2
-        sums = (torch.zeros(groups, *shape, dtype=torch.float64, device=device) for shape in shapes)
-        return cls(0, *sums)
+
+        def zero(*shape: int) -> Tensor:
+            return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
+
+        zz, zs, ss = zero(features, k, k), zero(k, features, signals), zero(signals, signals)
+        return cls(0, zero(k, features), zero(signals), zz, zs, ss)
 
     @staticmethod
     def bytes_needed(groups: int, features: int, signals: int, own: int = 0) -> int:
@@ -135,8 +139,8 @@ class Moments:
         )
         about = replace(self, zz=self.zz.clone(), zs=self.zs.clone(), ss=self.ss.clone())
         about._add_products(self.mean_z - mean_z, self.mean_s - mean_s, self.count)
-        parts = (total(part) for part in (about.zz, about.zs, about.ss))
-        return Moments(count, mean_z, mean_s, *parts, self.live)
+        zz, zs, ss = total(about.zz), total(about.zs), total(about.ss)
+        return Moments(count, mean_z, mean_s, zz, zs, ss, self.live)
 
     def _add_products(self, dz: Tensor, ds: Tensor, weight: float) -> None:
         """Add weight · d dᵀ to the second moments, for d = (dz, ds)."""
@@ -224,7 +228,7 @@ def gaussian_information(moments: Moments) -> Tensor:
         for gram, mean in zip((x, s), means, strict=True)
     ]
     number = torch.finfo(x.dtype)
-    # ρ² = cov(x, s)² / (var(x) var(s)), kept off 0 / 0 and, as rounding may make it, off more than 1
+    # ρ² = cov(x, s)² / (var(x) var(s)), kept off 0 / 0 and, where rounding exceeds it, at most 1
     correlation = (moments.zs[:, 0].square() / (x * s).clamp(min=number.tiny)).clamp(max=1)
     bits = -0.5 * (1 - correlation).clamp(min=number.eps).log2()
     return bits.masked_fill(constant[0] | constant[1], 0.0)

@@ -19,11 +19,11 @@ class Solution:
         weight: (g, dx, ds) float64, of the ``live`` signals.
         own: (g, dx, k − 1) float64.
         bias: (g, dx) float64.
-        explained_variance: 1 − residual / variance of x over all features, on the rows fitted; 1 where
-            x never varies.
+        explained_variance: 1 − residual / variance of x over all features, on the rows fitted; 1
+            where x never varies.
         dead: Number of signals that never vary; their coefficients are zero.
-        condition: 1-norm condition number of the matrices that were solved with, the largest of them.
-            An estimate from below: it is hardly ever less than a third of the number itself.
+        condition: 1-norm condition number of the matrices that were solved with, the largest of
+            them. An estimate from below: it is hardly ever less than a third of the number itself.
         live: Indices of the signals that ``weight`` has columns for; None for all.
     """
 
@@ -45,8 +45,8 @@ def solve(
         moments: What :class:`Moments` has gathered.
         ridge: λ, at least 0. With 0, directions without variance get zero coefficients.
         scale: What λ is measured in. ``"relative"``: the mean variance of the signals that vary at
-            all, shared and own ones apart. ``"mean"``: the covariance, that is the Gram matrix divided
-            by the rows. ``"sum"``: the Gram matrix itself.
+            all, shared and own ones apart. ``"mean"``: the covariance, that is the Gram matrix
+            divided by the rows. ``"sum"``: the Gram matrix itself.
         tied: How many features in a row are one feature at different places, with one bias. Such
             features have no signals of their own. It is a regression with this many times the rows;
             in each row only the signals of its own place are other than zero.
@@ -70,8 +70,8 @@ def solve(
 def _solve_with_own(moments: Moments, ridge: float, scale: RidgeScale) -> Solution:
     """Solve for the shared signals first, then for what each feature's own signals add.
 
-    Frisch and Waugh: regress x and o on s; what is left of x, regressed on what is left of o, has the
-    same coefficients as one regression on all, at the cost of the shared one.
+    Frisch and Waugh: regress x and o on s; what is left of x, regressed on what is left of o, has
+    the same coefficients as one regression on all, at the cost of the shared one.
     """
     rows = max(moments.count, 1)
     gram, cross, of_feature = moments.ss / rows, moments.zs / rows, moments.zz / rows
@@ -113,9 +113,10 @@ def _solve_with_own(moments: Moments, ridge: float, scale: RidgeScale) -> Soluti
 def _solve_tied(moments: Moments, ridge: float, scale: RidgeScale, tied: int) -> Solution:
     """Solve for features that share their bias, place by place.
 
-    With a bias for all places, their Gram matrix has E s sᵀ for each place, less the one mean that they
-    have in common. So there are two regressions: of the mean of x over the places, with a bias, by the
-    covariance of s; and of what each place differs by from that mean, without a bias, by E s sᵀ.
+    With a bias for all places, their Gram matrix has E s sᵀ for each place, less the one mean that
+    they have in common. So there are two regressions: of the mean of x over the places, with a
+    bias, by the covariance of s; and of what each place differs by from that mean, without a bias,
+    by E s sᵀ.
     """
     rows = max(moments.count, 1)
     gram, cross, variance = moments.ss / rows, moments.zs[:, 0] / rows, moments.zz[..., 0, 0] / rows
@@ -197,9 +198,10 @@ def solve_symmetric(
 def _norm_of_inverse(factor: Tensor) -> Tensor:
     """Estimate the 1-norm of A^-1, A = factor factorᵀ, from below: Hager's algorithm.
 
-    Higham, Accuracy and Stability of Numerical Algorithms, 2002, algorithm 15.1. The largest and the
-    smallest number on the factor's diagonal are no substitute: for the Gram matrices of a ResNet-18
-    the square of their ratio is 1e3 where the condition number is 1e6. The inverse itself takes n³.
+    Higham, Accuracy and Stability of Numerical Algorithms, 2002, algorithm 15.1. The largest and
+    the smallest number on the factor's diagonal are no substitute: for the Gram matrices of a
+    ResNet-18 the square of their ratio is 1e3 where the condition number is 1e6. The inverse itself
+    takes n³.
     """
     x = torch.full_like(factor[..., :1], 1 / factor.shape[-1])
     norm = torch.zeros_like(x[..., 0, 0])

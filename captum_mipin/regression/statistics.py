@@ -1,4 +1,4 @@
-"""Mean and standard deviation of every element of a tensor over data, gathered in one pass, in float64."""
+"""Mean and standard deviation of each element of a tensor over data, in one pass and in float64."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from captum_mipin.errors import FitError
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments of each element; sums over chunks of data, in any order and any chunks.
+    """First and second moments of each element, over any chunks of data in any order.
 
     Attributes:
         count: Values of each element.
         mean: Their mean.
         squares: Sum of their squared deviations from it.
-        nonzero: How many of them are not zero.
+        nonzero: How many of the values are not zero.
 
     Examples:
         >>> x = torch.randn(100, 4, dtype=torch.float64)
@@ -33,34 +33,37 @@ class Statistics:
 
     @classmethod
     def of(cls, x: Tensor, across: Sequence[int] = ()) -> "Statistics":
-        """Of a chunk (examples, ...); dimensions ``across`` which elements share their moments keep size 1."""
+        """Return the statistics of one chunk.
+
+        Args:
+            x: (examples, ...).
+            across: Dimensions along which elements share their moments; they keep size 1.
+        """
         x = x.detach().to(torch.float64)
         dims = [0, *across]
         mean = x.mean(dims, keepdim=True)
-        squares, nonzero = (
-            (x - mean).square().sum(dims, keepdim=True),
-            (x != 0).sum(dims, keepdim=True),
-        )
+        squares = (x - mean).square().sum(dims, keepdim=True)
+        nonzero = (x != 0).sum(dims, keepdim=True)
         return cls(x.numel() // mean.numel(), mean[0], squares[0], nonzero[0])
 
     def merged(self, other: "Statistics") -> "Statistics":
-        """Those of both chunks together (Chan et al.)."""
+        """Return the statistics of both chunks together."""
         count = self.count + other.count
-        step = other.mean - self.mean
-        squares = self.squares + other.squares + step.square() * (self.count * other.count / count)
-        return Statistics(
-            count, self.mean + step * (other.count / count), squares, self.nonzero + other.nonzero
-        )
+        step, share = other.mean - self.mean, other.count / count
+        # Chan et al.: the squares of both, and n₁ n₂ / n (mean₂ − mean₁)²
+        squares = self.squares + other.squares + step.square() * (self.count * share)
+        return Statistics(count, self.mean + step * share, squares, self.nonzero + other.nonzero)
 
     @property
     def std(self) -> Tensor:
-        """Standard deviations, with count − 1.
+        """Return the standard deviation of each element, with count − 1 in the denominator.
 
         Raises:
             FitError: There are fewer than two values.
         """
         if self.count < 2:
             raise FitError(
-                f"the data has {self.count} example, expected at least two: a standard deviation needs them"
+                f"the data has {self.count} example, expected at least two: a standard deviation "
+                "needs them. Pass more data."
             )
         return (self.squares / (self.count - 1)).sqrt()

@@ -1,8 +1,8 @@
-"""What each operation does with the signal on its way back: one table, :data:`MIPIN`, and what users add to it.
+"""What each operation does with the signal: the table :data:`MIPIN`, and what users add to it.
 
-An operation sends the signal back using what this sample's own forward pass recorded about where the value came
-from: ReLU mask, max-pool switch, average-pool share. Learned inverses stand where the operation has weights. Plain
-linear rearrangements need no rule, for their adjoint is right.
+An operation sends the signal back using what this sample's own forward pass recorded about where
+the value came from: ReLU mask, max-pool switch, average-pool share. Learned inverses stand where
+the operation has weights. Plain linear rearrangements need no rule: their adjoint is right.
 """
 
 from captum_mipin.rules.arithmetic import Fork

@@ -1,4 +1,4 @@
-"""The one place that reads the arguments of convolutions, whichever way a graph passes them."""
+"""The one place that reads the arguments of convolutions and of maximum pooling."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,16 @@ from torch import fx
 
 from captum_mipin.graph.marks import value_of
 from captum_mipin.regression.geometry import Geometry
-from captum_mipin.rules.base import each
+
+
+def per_dimension(value: Any, dims: int) -> tuple[int, ...]:
+    """Return one number a dimension, from one for all of them or one for each."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
 
 #: Whether the convolution is transposed → its parameters behind x, in the order of ATen.
-_PARAMETERS = {
+_CONVOLUTION = {
     False: ("weight", "bias", "stride", "padding", "dilation", "groups"),
     True: ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
 }
@@ -23,7 +29,7 @@ class ConvolutionArguments:
 
     Attributes:
         weight: The kernel: a tensor, or the node that gives it.
-        bias: One value an output channel, as the weight is given; None for no bias.
+        bias: One value an output channel, given as the weight is; None for no bias.
         geometry: All other arguments, with one number a spatial dimension.
 
     Examples:
@@ -52,25 +58,36 @@ class ConvolutionArguments:
         Returns:
             The same arguments, with every default filled in.
         """
-        passed = {**dict(zip(_PARAMETERS[transposed], arguments, strict=False)), **named}
+        passed = {**dict(zip(_CONVOLUTION[transposed], arguments, strict=False)), **named}
         weight = passed["weight"]
         shape = tuple((value_of(weight) if isinstance(weight, fx.Node) else weight).shape)
         dims = len(shape) - 2
-        stride, dilation = (each(passed.get(name, 1), dims) for name in ("stride", "dilation"))
+        stride, dilation, output_padding = (
+            per_dimension(passed.get(name, default), dims)
+            for name, default in (("stride", 1), ("dilation", 1), ("output_padding", 0))
+        )
         padding, skip = passed.get("padding", 0), ()
         if padding == "same":
             # An even kernel pads one zero less in front. That is the symmetric convolution with the
             # larger padding on both sides, without its first output.
             total = [d * (k - 1) for k, d in zip(shape[2:], dilation, strict=True)]
             padding, skip = [n - n // 2 for n in total], tuple(n % 2 for n in total)
+        padding = per_dimension(0 if padding == "valid" else padding, dims)
+        groups = passed.get("groups", 1)
         geometry = Geometry(
-            shape,
-            stride,
-            each(0 if padding == "valid" else padding, dims),
-            dilation,
-            passed.get("groups", 1),
-            transposed,
-            each(passed.get("output_padding", 0), dims) if transposed else (),
-            skip,
+            shape, stride, padding, dilation, groups, transposed, output_padding, skip
         )
         return cls(weight, passed.get("bias"), geometry)
+
+
+def pool_geometry(
+    kernel_size: Sequence[int], stride: Any = (), padding: Any = 0, dilation: Any = 1, *more: Any
+) -> Geometry:
+    """Return the windows of ``max_pool{1,2,3}d``, whose arguments behind x it takes.
+
+    An empty ``stride`` is the size of a window, as in ATen.
+    """
+    dims = len(kernel_size)
+    step = per_dimension(stride or kernel_size, dims)
+    padding, dilation = per_dimension(padding, dims), per_dimension(dilation, dims)
+    return Geometry((1, 1, *kernel_size), step, padding, dilation, groups=1)

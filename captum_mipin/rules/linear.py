@@ -1,16 +1,19 @@
 """Operations with weights: their inverses are learned (equations 5-7).
 
-Where a tensor feeds several branches, the inverses of the operations with weights that take it are learned together, as
-one regression on the signals of all branches; see :mod:`captum_mipin.rules.arithmetic`.
+Where a tensor feeds several branches, the inverses of the operations with weights that take it are
+learned together, as one regression on the signals of all branches: see
+:mod:`captum_mipin.rules.arithmetic`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
+from torch.nn import functional as F
 
 from captum_mipin.regression.convolution import moments_of_patches, moments_of_tiles
 from captum_mipin.regression.dual import Rows, RowSolution
@@ -18,14 +21,24 @@ from captum_mipin.regression.geometry import Geometry
 from captum_mipin.regression.lag_gram import CHUNK
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Solution
-from captum_mipin.rules.base import Inverse, Inverter, Learned, Options
+from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, along, at
 from captum_mipin.rules.geometry import ConvolutionArguments
 from captum_mipin.rules.pooling import shared_out
 
 
+def add_own(x: Tensor, inverse: Inverse, own: Sequence[Tensor], dim: int) -> Tensor:
+    """Add Σ a ⊙ O to ``x``, whose channels are along ``dim``, and return it."""
+    if inverse.own is not None:
+        for o, weight in zip(own, inverse.own.unbind(1), strict=True):
+            x.addcmul_(o, along(weight, x, dim))
+    return x
+
+
 @dataclass(frozen=True)
 class Dense(Inverter):
-    """g(S) = W S + b + Σ a ⊙ O for dense layers (equation 6): x (..., features), s (..., signals), o (..., features).
+    """g(S) = W S + b + Σ a ⊙ O, the inverse of dense layers (equation 6).
+
+    x is (..., features), each signal S is (..., signals), and each O is like x.
 
     Attributes:
         features: Of x.
@@ -45,25 +58,30 @@ class Dense(Inverter):
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         s, own = self._divided(signals)
         x, s, *own = (t.flatten(0, -2).unsqueeze(0) for t in (x, s, *own))
-        live = s[0].any(0).nonzero().squeeze(1)
-        some = 2 * len(live) < s.shape[2]  # of the logits, only the target's is there
-        moments = Moments.zeros(
-            1, self.features, len(live) if some else s.shape[2], self.own, x.device
-        )
-        moments.update(x, s[..., live] if some else s, own)
-        return replace(moments, live=(live, s.shape[2])) if some else moments
+        live, count = s[0].any(0).nonzero().squeeze(1), s.shape[2]
+        # Of the logits only the target's is not zero: most of their Gram matrix would be zeros.
+        some = 2 * len(live) < count
+        s = s[..., live] if some else s
+        moments = Moments.zeros(1, self.features, s.shape[2], self.own, x.device)
+        moments.update(x, s, own)
+        return replace(moments, live=(live, count)) if some else moments
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
-        weight, bias = solution.weight[0], solution.bias[0].to(like)
+        weight, live = solution.weight[0], solution.live
         own = solution.own[0].to(like) if self.own else None
-        live = weight.any(0).nonzero().squeeze(1)
-        if len(live) < weight.shape[1]:
-            weight, places = weight[:, live], live if solution.live is None else solution.live[live]
-            return Inverse(weight.to(like), bias, places, own)
-        return Inverse(weight.to(like), bias, solution.live, own)
+        used = weight.any(0).nonzero().squeeze(1)
+        if len(used) < weight.shape[1]:
+            weight, live = weight[:, used], used if live is None else live[used]
+        return Inverse(weight.to(like), solution.bias[0].to(like), live, own)
 
     def inverse_of_rows(self, solution: RowSolution, live: Tensor, rows: Rows) -> Inverse:
-        """The inverse that a regression on the signals ``live`` solved row by row stands for, in its smaller form."""
+        """Return a regression solved row by row as an inverse, in its smaller form.
+
+        Args:
+            solution: The solved regression.
+            live: Indices of the signals that it was solved for.
+            rows: The features that it was solved for.
+        """
         weight, bias = solution.coefficients.to(rows.x), solution.bias.to(rows.x)
         n, signals = weight.shape
         index = None if signals == sum(self.signals) else live
@@ -77,22 +95,23 @@ class Dense(Inverter):
             s = s[..., inverse.live]
         weight = inverse.weight
         if inverse.rows is not None:
-            s, weight = torch.nn.functional.linear(s, weight), inverse.rows.mT
-        x = torch.nn.functional.linear(s, weight, inverse.bias if bias else None)
-        return add_own(x, inverse, own, -1)
+            s, weight = F.linear(s, weight), inverse.rows.mT
+        return add_own(F.linear(s, weight, inverse.bias if bias else None), inverse, own, -1)
 
     def _divided(self, signals: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-        """The signals of dense layers side by side, and the others."""
+        """Return the signals of dense layers side by side, and the other signals."""
         shared, own = signals[: len(self.signals)], list(signals[len(self.signals) :])
         return shared[0] if len(shared) == 1 else torch.cat(shared, -1), own
 
 
 @dataclass(frozen=True)
 class Convolution(Inverter):
-    """g(S), the transpose of (transposed) convolutions with new kernels, a bias a channel, and a ⊙ O (equation 7).
+    """g(S) = Σ Wᵀ * S + b + Σ a ⊙ O, the inverse of (transposed) convolutions (equation 7).
+
+    Wᵀ * S is the transpose of a convolution with a new kernel W; b has one value a channel.
 
     Attributes:
-        geometries: Of each convolution that x goes to; their groups are alike.
+        geometries: Of each convolution that x goes to; all have as many groups.
         x_size: Size of x.
         own: Number of other branches that x goes to.
     """
@@ -104,7 +123,7 @@ class Convolution(Inverter):
 
     @property
     def plain(self) -> bool:
-        """Whether it is the inverse of one convolution alone."""
+        """Return True for the inverse of one convolution alone."""
         return len(self.geometries) == 1 and not self.own
 
     @property
@@ -114,133 +133,116 @@ class Convolution(Inverter):
 
     @property
     def size(self) -> tuple[int, int, int, int]:
-        first, signals = (
-            self.geometries[0],
-            sum(geometry.features[1] for geometry in self.geometries),
-        )
+        first, signals = self.geometries[0], sum(conv.features[1] for conv in self.geometries)
         return first.groups, first.channels[0] * self.tied, signals // self.tied, self.own
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
-        shared, own = signals[: len(self.geometries)], signals[len(self.geometries) :]
         if self.tied > 1:
-            return moments_of_tiles(self.geometries[0], x, shared[0])
-        if len(shared) == 1:
-            return moments_of_patches(self.geometries[0], x, shared[0], own)
-        wide = [
-            index
-            for index, geometry in enumerate(self.geometries)
-            if geometry.transposed or prod(geometry.kernel) > 1
-        ]
-        if len(wide) == 1:
-            return self._moments_of_one_wide(wide[0], x, list(shared), own)
-        moments = Moments.zeros(*self.size, x.device)
-        chunk = max(1, CHUNK // (self.size[0] * self.size[2] * prod(x.shape[2:])))
-        for part in zip(*(t.split(chunk) for t in (x, *signals)), strict=True):
-            part_x, part_s, part_own = part[0], part[1 : 1 + len(shared)], part[1 + len(shared) :]
-            patches = [
-                g.patches(g.full(s), x.shape) for g, s in zip(self.geometries, part_s, strict=True)
-            ]
-            moments.update(
-                self._rows(part_x), torch.cat(patches, 2), [self._rows(o) for o in part_own]
-            )
-        return moments
+            return moments_of_tiles(self.geometries[0], x, signals[0])
+        convs = enumerate(self.geometries)
+        wide = [i for i, conv in convs if conv.transposed or prod(conv.kernel) > 1]
+        if len(wide) == 1 or len(self.geometries) == 1:
+            return self._moments_around(wide[0] if wide else 0, x, signals)
+        return self.moments_at(x, signals)
 
-    def moments_at(self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor) -> Moments:
-        """:meth:`moments` of some positions of x alone, counted row by row."""
-        count = len(self.geometries)
-        moments = Moments.zeros(*self.size, x.device)
-        chunk = max(1, CHUNK // (self.size[0] * self.size[2] * len(places)))
-        for part in zip(*(t.split(chunk) for t in (x, *signals)), strict=True):
-            part_x, *part_own = (t.flatten(2)[:, :, places] for t in (part[0], *part[1 + count :]))
-            signal = part[1 : 1 + count]
-            patches = [
-                g.patches(g.full(s), x.shape, places)
-                for g, s in zip(self.geometries, signal, strict=True)
-            ]
-            moments.update(
-                self._rows(part_x), torch.cat(patches, 2), [self._rows(o) for o in part_own]
-            )
-        return moments
-
-    def _moments_of_one_wide(
-        self, wide: int, x: Tensor, shared: list[Tensor], own: Sequence[Tensor]
+    def moments_at(
+        self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor | None = None
     ) -> Moments:
-        """Where all convolutions but one have a single tap: patches of single taps are maps, and no others need to be made."""
-        geometry, s, g = self.geometries[wide], shared.pop(wide), self.size[0]
-        others = [other for index, other in enumerate(self.geometries) if index != wide]
-        maps = [
-            other.patches(other.full(t), x.shape) for other, t in zip(others, shared, strict=True)
+        """Return :meth:`moments` of some positions of x alone, from the patches themselves.
+
+        Args:
+            x: The features.
+            signals: The signal at each convolution, then those of the other branches.
+            places: The positions, counted row by row; None for all.
+        """
+        moments = Moments.zeros(*self.size, x.device)
+        count = prod(x.shape[2:]) if places is None else len(places)
+        chunk = max(1, CHUNK // (self.size[0] * self.size[2] * count))
+        for x_part, *parts in zip(*(t.split(chunk) for t in (x, *signals)), strict=True):
+            patches = [
+                conv.patches(conv.full(s), x.shape, places)
+                for conv, s in zip(self.geometries, parts, strict=False)
+            ]
+            rows, *own = (self._rows(t, places) for t in (x_part, *parts[len(patches) :]))
+            moments.update(rows, torch.cat(patches, 2), own)
+        return moments
+
+    def _moments_around(self, wide: int, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
+        """Return the moments where all convolutions but number ``wide`` have a single tap.
+
+        The patches of a single tap are a map like x, so no patches need to be made.
+        """
+        n, count = len(x), len(self.geometries)
+        others = [i for i in range(count) if i != wide]
+        maps = [self.geometries[i].full(signals[i]) for i in others]
+        patches = [
+            self.geometries[i].patches(s, x.shape) for i, s in zip(others, maps, strict=True)
         ]
         pointwise = [
-            m.view(g, len(x), -1, m.shape[2]).permute(1, 0, 3, 2).reshape(len(x), -1, *x.shape[2:])
-            for m in maps
+            p.unflatten(1, (n, -1)).permute(1, 0, 3, 2).reshape(n, -1, *x.shape[2:])
+            for p in patches
         ]
-        moments = moments_of_patches(geometry, x, s, own, pointwise)
-        counts = [other.features[1] for other in others]
-        before, total = sum(counts[:wide]), geometry.features[1]
-        order = [
-            *range(total, total + before),
-            *range(total),
-            *range(total + before, total + sum(counts)),
-        ]
-        return moments if before == 0 else moments.among(torch.tensor(order, device=x.device))
+        conv, own = self.geometries[wide], signals[count:]
+        moments = moments_of_patches(conv, x, signals[wide], own, pointwise)
+        if wide == 0:
+            return moments
+        # The signals of the wide one come first there, but belong at its place.
+        widths = [self.geometries[i].features[1] for i in (wide, *others)]
+        parts = list(torch.arange(sum(widths), device=x.device).split(widths))
+        parts.insert(wide, parts.pop(0))
+        return moments.among(torch.cat(parts))
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """``x`` as (groups, rows, channels of a group)."""
+    def _rows(self, x: Tensor, places: Tensor | None) -> Tensor:
+        """Return ``x`` as (groups, rows, channels of a group)."""
+        x = x.flatten(2) if places is None else x.flatten(2)[:, :, places]
         n, (g, channels) = len(x), self.size[:2]
         return x.reshape(n, g, channels, -1).permute(1, 0, 3, 2).reshape(g, -1, channels)
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
-        weight = (
-            solution.weight.unflatten(1, (-1, self.tied)).transpose(2, 3).flatten(2)
-        )  # taps next to their signal
-        rows = weight.split([geometry.features[1] for geometry in self.geometries], 2)
-        weights = [
-            g.to_weight(part).flatten() for g, part in zip(self.geometries, rows, strict=True)
-        ]
+        # of tiles: taps next to their signal, as in the rows of a kernel
+        weight = solution.weight.unflatten(1, (-1, self.tied)).transpose(2, 3).flatten(2)
+        rows = weight.split([conv.features[1] for conv in self.geometries], 2)
+        pairs = zip(self.geometries, rows, strict=True)
+        weight = torch.cat([conv.to_weight(part).flatten() for conv, part in pairs])
         own = solution.own.flatten(0, 1).to(like) if self.own else None
-        return Inverse(torch.cat(weights).to(like), solution.bias.flatten().to(like), own=own)
+        return Inverse(weight.to(like), solution.bias.flatten().to(like), own=own)
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
         size = torch.Size([len(signals[0]), *self.x_size[1:]])
-        weights = inverse.weight.split(
-            [prod(geometry.weight_shape) for geometry in self.geometries]
+        weights = inverse.weight.split([prod(conv.weight_shape) for conv in self.geometries])
+        parts = zip(self.geometries, weights, signals, strict=False)
+        x = reduce(
+            Tensor.add_, (conv.apply(s, w.view(conv.weight_shape), size) for conv, w, s in parts)
         )
-        x: Tensor | None = None
-        for geometry, weight, s in zip(self.geometries, weights, signals, strict=False):
-            part = geometry.apply(
-                s,
-                weight.view(geometry.weight_shape),
-                inverse.bias if bias and x is None else None,
-                size,
-            )
-            x = part if x is None else x.add_(part)
-        assert x is not None  # for mypy: there is a convolution
+        if bias:
+            x.add_(along(inverse.bias, x, 1))
         return add_own(x, inverse, signals[len(self.geometries) :], 1)
 
 
 @dataclass(frozen=True)
 class PooledDense(Inverter):
-    """The inverse of a dense layer on averages: each logit goes where it came from, then as :class:`Dense`, place by place.
+    """The inverse of a dense layer on averages: each logit goes to where it came from.
 
-    The dense layer could as well come first: W mean(x) = mean(W x), so y = W x is the map whose average is the output. The
-    signal is shared out over it (:func:`~captum_mipin.rules.pooling.shared_out`), and x regressed on it at each place. Averages
-    inverted one by one instead would send the signal to wherever a channel is active, whatever it says of the output.
+    The dense layer could as well come first: W mean(x) = mean(W x), so y = W x is the map whose
+    average is the output. The signal is shared out over it, see
+    :func:`~captum_mipin.rules.pooling.shared_out`, and x is regressed on it at each place. Averages
+    inverted one by one instead would send the signal to wherever a channel is active, whatever it
+    says of the output.
 
     Attributes:
         dense: The inverse at each place.
         x: (n, ..., features), what is averaged.
-        weight, bias: Of the dense layer.
-        recorded, evidence: See :func:`~captum_mipin.rules.pooling.shared_out`.
-        dim: Where the channels are in x as it is given.
+        weight: (outputs, features), of the dense layer.
+        bias: (outputs,), of the dense layer; None for no bias.
+        options: How the pass reads the rules.
+        dim: The dimension of the features in x as the operation takes it.
     """
 
     dense: Dense
     x: Tensor
     weight: Tensor
     bias: Tensor | None
-    recorded: bool
-    evidence: bool
+    options: Options
     dim: int
 
     def part(self, examples: slice) -> "PooledDense":
@@ -252,80 +254,62 @@ class PooledDense(Inverter):
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         live = signals[0].any(0).nonzero().squeeze(1)
-        at_places = self._map(signals[0], live)
-        moments = (
-            Dense(self.dense.features, (len(live),))
-            .moments(self.x.to(at_places.dtype), (at_places,))
-            .whole()
-        )
+        s = self._map(signals[0], live)
+        at_places = Dense(self.dense.features, (len(live),))
+        moments = at_places.moments(self.x.to(s.dtype), (s,)).whole()
         return replace(moments, live=(live, self.size[2]))
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
         return self.dense.inverse(solution, like)
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
-        whole = Inverse(inverse.weight, inverse.bias)
-        return self.dense.apply(whole, (self._map(signals[0], inverse.live),), bias).movedim(
-            -1, self.dim
-        )
+        s = self._map(signals[0], inverse.live)
+        x = self.dense.apply(Inverse(inverse.weight, inverse.bias), (s,), bias)
+        return x.movedim(-1, self.dim)
 
     def _map(self, s: Tensor, live: Tensor | None) -> Tensor:
-        """The signals ``live``, or all, of (n, outputs) at the places (n, ..., signals) they came from."""
-        weight, bias = self.weight, self.bias
+        """Return the signals ``live`` of (n, outputs) where they came from: (n, ..., signals)."""
+        weight, bias, options = self.weight, self.bias, self.options
         if live is not None:
             s, weight, bias = s[:, live], weight[live], None if bias is None else bias[live]
-        y = torch.nn.functional.linear(self.x.contiguous(), weight, bias)
+        y = F.linear(self.x.contiguous(), weight, bias)
         over = tuple(range(1, y.ndim - 1))
-        return shared_out(lambda t: t.mean(over), y, self.recorded, self.evidence, leading=1)[1](s)
+        recorded = options.local and options.shares
+        return shared_out(lambda t: t.mean(over), y, recorded, options.evidence, leading=1)[1](s)
 
 
 class PooledLinear:
-    """``linear(pooled, weight, bias)`` as an operation on what ``pooled`` is the average of; see :class:`PooledDense`."""
+    """``linear(pooled, weight, bias)``, as an operation on the x that ``pooled`` is the average of.
+
+    Its arguments are x, pooled, weight, bias, and the dimension of the features in x. It is
+    inverted by :class:`PooledDense`.
+    """
 
     __name__ = "pooled_linear"
 
-    def __call__(
-        self, x: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor | None, dim: int
-    ) -> Tensor:
-        return torch.nn.functional.linear(pooled, weight, bias)
+    def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
+        """Return the value of the dense layer."""
+        return F.linear(*arguments[:3])
 
     def __repr__(self) -> str:
         return f"captum_mipin.{self.__name__}.default"
 
 
-def pooled_dense(
-    options: Options, x: Tensor, pooled: Tensor, weight: Tensor, bias: Tensor | None, dim: int
-) -> PooledDense:
-    """The inverse of :class:`PooledLinear`; the channels of ``x`` are along ``dim``."""
-    inner = Dense(weight.shape[1], (weight.shape[0],))
-    recorded = options.local and options.shares
-    return PooledDense(
-        inner, x.detach().movedim(dim, -1), weight, bias, recorded, options.evidence, dim
-    )
-
-
-def add_own(x: Tensor, inverse: Inverse, own: Sequence[Tensor], dim: int) -> Tensor:
-    """``x`` + Σ a ⊙ O, the channels along ``dim``; changes ``x``."""
-    if inverse.own is not None:
-        shape = (-1, *(1,) * (x.ndim - 1 - dim % x.ndim))
-        for o, weight in zip(own, inverse.own.unbind(1), strict=True):
-            x.addcmul_(o, weight.view(shape))
-    return x
+def pooled_dense(options: Options, x: Tensor, *arguments: Any) -> PooledDense:
+    """Return the inverse of :class:`PooledLinear`, whose arguments it takes."""
+    _, weight, bias, dim = arguments
+    inverse = dense(options, x, weight)
+    return PooledDense(inverse, x.detach().movedim(dim, -1), weight, bias, options, dim)
 
 
 def dense(options: Options, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Dense:
-    """The inverse of ``linear(x, weight, bias)``."""
+    """Return the inverse of ``linear(x, weight, bias)``."""
     return Dense(weight.shape[1], (weight.shape[0],))
 
 
 def product(options: Options, x: Tensor, *arguments: Tensor, **scales: Any) -> Dense:
-    """The inverse of ``mm(x, weight)`` and of ``addmm(bias, x, weight)``."""
-    features, signals = arguments[-1].shape
-    return Dense(features, (signals,))
-
-
-def _second(node: fx.Node) -> tuple[int, ...]:
-    return (1,)
+    """Return the inverse of ``mm(x, weight)`` or of ``addmm(bias, x, weight)``."""
+    return dense(options, x, arguments[-1].mT)
 
 
 def convolution(
@@ -346,20 +330,9 @@ def transposed_convolution(
 #: Families of inverses that can be learned together where a tensor feeds several of them.
 TOGETHER = (dense, product, convolution, transposed_convolution)
 
-_CONVOLUTION = {
-    f"aten.conv{dims}d.{form}": Learned(
-        inverter=convolution, note="learned transposed convolution", exact=True
-    )
-    for dims in (1, 2, 3)
-    for form in ("default", "padding")
-}
-_TRANSPOSED = {
-    f"aten.conv_transpose{name}": Learned(
-        inverter=transposed_convolution, note="learned convolution", exact=True
-    )
-    for name in ("1d.default", "2d.input", "3d.input")
-}
 _DENSE = "learned dense inverse"
+_CONVOLUTION = Learned(inverter=convolution, note="learned transposed convolution", exact=True)
+_TRANSPOSED = Learned(inverter=transposed_convolution, note="learned convolution", exact=True)
 LINEAR = {
     "aten.linear.default": Learned(inverter=dense, note=_DENSE, exact=True),
     str(PooledLinear()): Learned(
@@ -368,7 +341,7 @@ LINEAR = {
         records=True,
     ),
     "aten.mm.default": Learned(inverter=product, note=_DENSE, exact=True),
-    "aten.addmm.default": Learned(inverter=product, note=_DENSE, carriers=_second, exact=True),
-    **_CONVOLUTION,
-    **_TRANSPOSED,
+    "aten.addmm.default": Learned(inverter=product, note=_DENSE, carriers=at(1), exact=True),
+    **{f"aten.conv{n}d.{form}": _CONVOLUTION for n in (1, 2, 3) for form in ("default", "padding")},
+    **{f"aten.conv_transpose{n}": _TRANSPOSED for n in ("1d.default", "2d.input", "3d.input")},
 }

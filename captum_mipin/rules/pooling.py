@@ -1,6 +1,7 @@
 """Pooling: switches for the maximum (equation 8), recorded shares for averages and sums."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -10,133 +11,56 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from captum_mipin.graph.nodes import argument
-from captum_mipin.regression.geometry import Geometry
-from captum_mipin.rules.base import Back, Options, Recorded, adjoint, each, value_and_adjoint
+from captum_mipin.rules.base import Back, Options, Recorded, Recording, adjoint, value_and_adjoint
+from captum_mipin.rules.geometry import pool_geometry
 
 
 def max_pool(
-    options: Options,
-    operation: Any,
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int] = (),
-    padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,),
-    ceil_mode: bool = False,
-) -> tuple[Tensor, Back]:
-    """Put the signal where the maximum was (equation 8).
+    options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> Recording:
+    """Send back S ⊙ switch (equation 8): the signal goes to where the maximum was.
 
-    Where windows overlap, one element may be the maximum of several. Each of their signals is an estimate of it, so
-    it receives their mean: adding them up would count it twice, overwriting would keep an arbitrary one.
+    Where windows overlap, one element may be the maximum of several. Each of their signals is an
+    estimate of it, so it receives their mean: adding them up would count it twice, overwriting
+    would keep an arbitrary one. Without switches, all elements of a window get its signal.
     """
-    dims = len(kernel)
-    stride, padding, dilation = stride or kernel, each(padding, dims), each(dilation, dims)
-    pool: Any = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
-    value, switches = pool(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
-    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    windows = pool_geometry(*arguments, **named)
+    dims = windows.dims
+    pool: Any = getattr(F, f"max_pool{dims}d")
+    value, switches = pool(x, *arguments, **named, return_indices=True)
     if options.local:
-        overlap = any(s < r for s, r in zip(stride, reach, strict=True))
+        overlap = any(s <= r for s, r in zip(windows.stride, windows.reach, strict=True))
         return value, _to_switches(switches, x.shape, dims, overlap)
-    needed = [(n - 1) * s + r for n, s, r in zip(value.shape[-dims:], stride, reach, strict=True)]
-    windows = Geometry((1, 1, *kernel), tuple(stride), (0,) * dims, tuple(dilation), 1)
+    size = x.shape  # not x itself, which would be kept in memory
+    transposed = replace(windows, padding=(0,) * dims, transposed=True)
 
     def cover(s: Tensor) -> Tensor:
-        """Sum over the windows that cover each element."""
-        s = s.reshape(-1, 1, *s.shape[-dims:])
-        field = windows.apply(s, s.new_ones(1, 1, *kernel), None, torch.Size([len(s), 1, *needed]))
-        ends = [(p, n - p - z) for n, p, z in zip(needed, padding, x.shape[-dims:], strict=True)]
-        return F.pad(field, [-n for pair in reversed(ends) for n in pair]).reshape(x.shape)
+        """Return the sum over the windows that cover each element: a transposed convolution."""
+        one = s.reshape(-1, 1, *s.shape[-dims:])
+        field = transposed.forward(one, one.new_ones(windows.weight_shape))
+        sizes = zip(field.shape[2:], windows.padding, size[-dims:], strict=True)
+        ends = [(-p, z + p - n) for n, p, z in sizes]  # a negative number cuts, a positive one pads
+        return F.pad(field, [n for pair in reversed(ends) for n in pair]).reshape(size)
 
     return value, lambda s: _ratio(cover(s), cover(torch.ones_like(s)))
 
 
 def adaptive_max_pool(
     options: Options, operation: Any, x: Tensor, size: Sequence[int]
-) -> tuple[Tensor, Back]:
-    """Max pooling to a given size: as :func:`max_pool`."""
+) -> Recording:
+    """Send back S ⊙ switch (equation 8), as :func:`max_pool`, for pooling to a given size."""
     value, switches = operation(x, size)
     dims = len(size)
+    sizes = list(enumerate(zip(x.shape[-dims:], size, strict=True), -dims))
     if options.local:
-        overlap = any(z % n for z, n in zip(x.shape[-dims:], size, strict=True))
-        return value, _to_switches(switches, x.shape, dims, overlap)
-    even: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[dims - 1]
-    back_through = adjoint(lambda t: even(t, size), x)
-    window = torch.ones_like(value)  # elements in each
-    for dim, (z, n) in enumerate(zip(x.shape[-dims:], size, strict=True), -dims):
+        return value, _to_switches(switches, x.shape, dims, any(z % n for _, (z, n) in sizes))
+    count = torch.ones_like(value)  # elements of each window
+    for dim, (z, n) in sizes:
         width = [-(-(i + 1) * z // n) - i * z // n for i in range(n)]
-        window = window * window.new_tensor(width).view(-1, *(1,) * (-dim - 1))
-    return value, lambda s: _ratio(back_through(s * window), back_through(window))
-
-
-def average(
-    options: Options, operation: Any, x: Tensor, *arguments: Any, leading: int = 0, **named: Any
-) -> tuple[Tensor, Back]:
-    """Send the signal to where the average, or sum, came from (:func:`shared_out`), or evenly if so wished or without masks."""
-    recorded = options.local and options.shares
-    return shared_out(
-        lambda t: operation(t, *arguments, **named), x, recorded, options.evidence, leading
-    )
-
-
-def is_average(rule: Any) -> bool:
-    """Whether a rule is that of averages or sums."""
-    run = getattr(rule, "run", None)
-    return getattr(run, "func", run) in (average, _average_pool)
-
-
-def _average_pool(
-    dims: int, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
-) -> tuple[Tensor, Back]:
-    return average(options, operation, x, *arguments, leading=x.ndim - dims, **named)
-
-
-def shared_out(
-    operator: Callable[[Tensor], Tensor],
-    x: Tensor,
-    recorded: bool,
-    evidence: bool = False,
-    leading: int = 0,
-) -> tuple[Tensor, Back]:
-    """Averages P x, and how the signal at them goes to the elements that they came from, the soft form of a switch.
-
-    An average came from the elements that agree with it in sign. With weights P ≥ 0, window w gives each of these the
-    signal S_w |x_i| / Σ_j P_wj |x_j|, over those alone, and the others nothing; where windows overlap, an element gets the
-    mean with weights P_wi. For x ≥ 0 the signal S = y returns x itself. Not ``recorded``, |x| is replaced by 1 throughout.
-
-    With ``evidence`` it is the elements themselves that are sent, |S_w| x_i where x_i agrees in sign with S_w: for S_w = 1,
-    Σ_i P_wi x_i⁺ is what speaks for the average, which may be negative.
-
-    Args:
-        operator: x → P x.
-        x: The elements, of any shape.
-        recorded, evidence: As above.
-        leading: Number of dimensions at the front that P leaves alone.
-
-    Returns:
-        P x, and signals shaped like it → signals shaped like x.
-    """
-    value, back_through = value_and_adjoint(operator, x)
-    one = (slice(1),) * leading  # P is the same for all of them
-    weight = adjoint(operator, x[one])(torch.ones_like(value[one]))  # Σ_w P_wi
-
-    def share(origin: Tensor | float, total: Tensor) -> Back:
-        return lambda s: origin * _ratio(back_through(_ratio(s, total)), weight)
-
-    if evidence:
-
-        def speaking(s: Tensor) -> Tensor:
-            wanted = _ratio(back_through(s), weight)
-            return x * wanted.abs() * (x * wanted > 0)
-
-        return value, speaking
-    if not recorded:
-        return value, share(1.0, operator(torch.ones_like(x[one])))
-    if bool((x >= 0).all()):
-        return value, share(x, value)
-    positive = x.clamp(min=0)
-    total = operator(positive)
-    above, below = share(positive, total), share(positive - x, total - value)
-    return value, lambda s: above(s * (value > 0)) + below(s * (value < 0))
+        count = count * count.new_tensor(width).view(-1, *(1,) * (-dim - 1))
+    even: Any = getattr(F, f"adaptive_avg_pool{dims}d")
+    cover = adjoint(lambda t: even(t, size) * count, x)
+    return value, lambda s: _ratio(cover(s), cover(torch.ones_like(s)))
 
 
 def _to_switches(switches: Tensor, size: torch.Size, dims: int, overlap: bool) -> Back:
@@ -148,52 +72,118 @@ def _to_switches(switches: Tensor, size: torch.Size, dims: int, overlap: bool) -
 
     def back(s: Tensor) -> Tensor:
         s = s.flatten(-dims)
-        if overlap:
-            s = s / place(torch.ones_like(s)).gather(
-                -1, flat
-            )  # by the number of windows with the same maximum
+        if overlap:  # divided by the number of windows with the same maximum
+            s = s / place(torch.ones_like(s)).gather(-1, flat)
         return place(s).view(size)
 
     return back
 
 
+def average(
+    dims: int, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> Recording:
+    """Send back S to where the average, or sum, came from: see :func:`shared_out`.
+
+    Args:
+        dims: How many dimensions at the end are averaged over; 0 where the arguments say which.
+        options: How the pass reads the rules. Without ``local`` or ``shares``, S goes everywhere
+            evenly.
+        operation: The average.
+        x: What is averaged.
+        arguments: Further arguments of the operation.
+        named: Further arguments of the operation by name.
+    """
+
+    def run(t: Tensor) -> Tensor:
+        result: Tensor = operation(t, *arguments, **named)
+        return result
+
+    recorded, leading = options.local and options.shares, x.ndim - dims if dims else 0
+    return shared_out(run, x, recorded, options.evidence, leading)
+
+
+def is_average(rule: Any) -> bool:
+    """Return True for the rule of an average or a sum."""
+    return getattr(getattr(rule, "run", None), "func", None) is average
+
+
+def shared_out(
+    operator: Callable[[Tensor], Tensor],
+    x: Tensor,
+    recorded: bool,
+    evidence: bool = False,
+    leading: int = 0,
+) -> Recording:
+    """Return averages P x, and how their signal goes to the elements that they came from.
+
+    This is the soft form of a switch. An average came from the elements that agree with it in sign:
+    with weights P ≥ 0, window w gives each of them S_w |x_i| / Σ_j P_wj |x_j|, the sum being over
+    them alone, and the others nothing. Where windows overlap, an element gets the mean with weights
+    P_wi. For x ≥ 0 the signal S = y returns x itself.
+
+    Args:
+        operator: x → P x.
+        x: The elements, of any shape.
+        recorded: Whether x decides. If not, |x| is replaced by 1 throughout.
+        evidence: Whether to send the elements themselves instead: |S_w| x_i where x_i agrees in
+            sign with S_w. For S_w = 1, Σ_i P_wi x_i⁺ is what speaks for the average, which may be
+            negative.
+        leading: Number of dimensions at the front that P treats one by one, all alike.
+
+    Returns:
+        P x, and signals shaped like it → signals shaped like x.
+    """
+    value, back_through = value_and_adjoint(operator, x)
+    one = (slice(1),) * leading  # P is the same for all of them
+    weight = adjoint(operator, x[one])(torch.ones_like(value[one]))  # Σ_w P_wi
+
+    def share(origin: Tensor | float, total: Tensor) -> Back:
+        return lambda s: origin * _ratio(back_through(_ratio(s, total)), weight)
+
+    def speaking(s: Tensor) -> Tensor:
+        mean = _ratio(back_through(s), weight)
+        return x * mean.abs() * (x * mean > 0)
+
+    if evidence:
+        return value, speaking
+    if not recorded:
+        return value, share(1.0, operator(torch.ones_like(x[one])))
+    if bool((x >= 0).all()):
+        return value, share(x, value)
+    positive = x.clamp(min=0)
+    total = operator(positive)
+    above, below = share(positive, total), share(positive - x, total - value)
+    return value, lambda s: above(s * (value > 0)) + below(s * (value < 0))
+
+
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Above / below, and 0 where nothing is below."""
+    """Return above / below, and 0 where below is 0."""
     return above / below.masked_fill(below == 0, torch.inf)
 
 
 def _negative(node: fx.Node) -> str | None:
     divisor = argument(node, 6, "divisor_override")
-    return (
-        f"it divides by {divisor}, a negative number: no share in an average can be negative"
-        if (divisor or 1) < 0
-        else None
-    )
+    if (divisor or 1) > 0:
+        return None
+    return f"it divides by {divisor}, a negative number: no share in an average can be negative"
 
 
-_MAX = {
-    f"aten.max_pool{dims}d{form}.default": Recorded(
-        run=max_pool, note="switches; mean where windows overlap"
-    )
-    for dims in (1, 2, 3)
-    for form in ("", "_with_indices")
+_SIZES = (1, 2, 3)
+_SWITCHES, _SHARES = "switches; mean where windows overlap", "recorded shares"
+_MAX, _ADAPTIVE_MAX = (Recorded(run=run, note=_SWITCHES) for run in (max_pool, adaptive_max_pool))
+POOLING = {
+    **{f"aten.max_pool{n}d{form}.default": _MAX for n in _SIZES for form in ("", "_with_indices")},
+    **{f"aten.adaptive_max_pool{n}d.default": _ADAPTIVE_MAX for n in _SIZES},
+    **{
+        f"aten.{form}avg_pool{n}d.default": Recorded(
+            run=partial(average, n), note=_SHARES, refuse=_negative
+        )
+        for n in _SIZES
+        for form in ("", "adaptive_", "_adaptive_")
+        if (form, n) != ("_adaptive_", 1)
+    },
+    **{
+        name: Recorded(run=partial(average, 0), note=_SHARES)
+        for name in ("aten.mean.dim", "aten.sum.dim_IntList")
+    },
 }
-_ADAPTIVE_MAX = {
-    f"aten.adaptive_max_pool{dims}d.default": Recorded(
-        run=adaptive_max_pool, note="switches; mean where windows overlap"
-    )
-    for dims in (1, 2, 3)
-}
-_AVERAGE = {
-    f"aten.{form}avg_pool{dims}d.default": Recorded(
-        run=partial(_average_pool, dims), note="recorded shares", refuse=_negative
-    )
-    for dims in (1, 2, 3)
-    for form in ("", "adaptive_", "_adaptive_")
-    if (form, dims) != ("_adaptive_", 1)
-}
-_REDUCTION = {
-    name: Recorded(run=average, note="recorded shares")
-    for name in ("aten.mean.dim", "aten.sum.dim_IntList")
-}
-POOLING = {**_MAX, **_ADAPTIVE_MAX, **_AVERAGE, **_REDUCTION}

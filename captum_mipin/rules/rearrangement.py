@@ -8,19 +8,18 @@ from captum_mipin.rules.base import Passes
 
 def _not_constant(node: fx.Node) -> str | None:
     mode = argument(node, 2, "mode", "constant")
-    return (
-        None
-        if mode == "constant"
-        else f"padding with mode={mode!r} copies values; only constants are padded with"
-    )
+    if mode == "constant":
+        return None
+    return f"padding with mode={mode!r} copies values; only constants are padded with"
 
 
 _PLAIN = (
-    "view.default", "_unsafe_view.default", "reshape.default", "flatten.using_ints", "unflatten.int",
-    "unsqueeze.default", "squeeze.dim", "squeeze.dims", "permute.default", "transpose.int",
-    "t.default", "clone.default", "contiguous.default", "alias.default", "lift_fresh_copy.default",
-    "select.int", "split.Tensor", "unsafe_split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int",
-    "constant_pad_nd.default", "_to_copy.default", "slice.Tensor", "flip.default", "roll.default", "cat.default",
+    "view.default", "_unsafe_view.default", "reshape.default", "flatten.using_ints",
+    "unflatten.int", "unsqueeze.default", "squeeze.dim", "squeeze.dims", "permute.default",
+    "transpose.int", "t.default", "clone.default", "contiguous.default", "alias.default",
+    "lift_fresh_copy.default", "select.int", "split.Tensor", "unsafe_split.Tensor",
+    "split_with_sizes.default", "chunk.default", "unbind.int", "constant_pad_nd.default",
+    "_to_copy.default", "slice.Tensor", "flip.default", "roll.default", "cat.default",
     "stack.default", "pixel_shuffle.default", "channel_shuffle.default",
 )  # fmt: skip
 

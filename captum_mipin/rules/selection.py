@@ -1,4 +1,4 @@
-"""Switches: each element of the result is one of the arguments', and its signal goes there."""
+"""Switches: each element of the result is that of one argument, and its signal goes there."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,54 +6,50 @@ from typing import Any
 from torch import fx
 
 from captum_mipin.graph.marks import value_of
-from captum_mipin.rules.base import Passes, depends
+from captum_mipin.rules.base import Passes, at, depends
 
 
 def _chosen(node: fx.Node) -> tuple[int, ...]:
     return tuple(i for i in (1, 2) if isinstance(node.args[i], fx.Node))
 
 
-def _spread(node: fx.Node, arguments: Sequence[Any]) -> str | None:
-    """Whether one of the arguments that carry signal is chosen at several places, so that its signal would be a sum."""
+def _spreads(node: fx.Node, arguments: Sequence[Any]) -> str | None:
+    """Refuse what takes one value at several places: their signals would be summed up."""
     shape = str(tuple(value_of(node).shape))
     if all(str(tuple(value_of(n).shape)) == shape for n in arguments if depends(n)):
         return None
-    return "it spreads a smaller value over several places: use expand() before it, whose scale is learned"
+    return (
+        "it spreads a smaller value over several places: "
+        "use expand() before it, whose scale is learned"
+    )
 
 
 def _constants(node: fx.Node) -> str | None:
     if any(map(depends, node.args[1:3])):
-        return _spread(node, node.args[1:3])
+        return _spreads(node, node.args[1:3])
     return "it chooses between constants, and what it chooses by gets no signal"
-
-
-def _both(node: fx.Node) -> tuple[int, ...]:
-    return (0, 1)
 
 
 def _bound(node: fx.Node) -> str | None:
     if all(map(depends, node.args[:2])):
-        return _spread(node, node.args[:2])
+        return _spreads(node, node.args[:2])
     return "it compares with a constant, as an activation does: use clamp, or relu"
 
 
-def _first(node: fx.Node) -> str | None:
-    return _spread(node, node.args[:1])
+def _filled(node: fx.Node) -> str | None:
+    return _spreads(node, node.args[:1])
 
 
 _NOTE = "recorded switch: to where each value came from"
+_WHERE = Passes(note=_NOTE, carriers=_chosen, records=True, refuse=_constants, exact=True)
+_LARGER = Passes(
+    note=_NOTE + "; half to each of equals", carriers=at(0, 1), refuse=_bound, exact=True
+)
 SELECTION = {
+    **{f"aten.where.{form}": _WHERE for form in ("self", "ScalarSelf", "ScalarOther")},
+    "aten.masked_fill.Scalar": Passes(note=_NOTE, records=True, refuse=_filled, exact=True),
     **{
-        f"aten.where.{form}": Passes(
-            note=_NOTE, carriers=_chosen, records=True, refuse=_constants, exact=True
-        )
-        for form in ("self", "ScalarSelf", "ScalarOther")
-    },
-    "aten.masked_fill.Scalar": Passes(note=_NOTE, records=True, refuse=_first, exact=True),
-    **{
-        f"aten.{name}": Passes(
-            note=_NOTE + "; half to each of equals", carriers=_both, refuse=_bound, exact=True
-        )
+        f"aten.{name}": _LARGER
         for name in ("maximum.default", "minimum.default", "max.other", "min.other")
     },
 }

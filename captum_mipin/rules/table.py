@@ -1,7 +1,7 @@
 """Which rule an operation has: the built-in table, and what users add to it.
 
-What users add is the one thing that the whole process shares. A table is read when a surrogate is built, and again when
-what users added has changed since.
+What users add is the one thing that the whole process shares. A table is read when a surrogate is
+built, and again when what users added has changed since.
 """
 
 from collections.abc import Mapping
@@ -46,23 +46,24 @@ def register_rule(
     *,
     replace: bool = False,
 ) -> None:
-    """Say how a signal comes back through an operation that has no rule: one of your own, or one of PyTorch's.
+    """Say how a signal comes back through an operation that has no rule: your own, or PyTorch's.
 
-    Rules hold for the whole process, from the next call of anything on. An inverse goes only with the rules that it was
-    fitted with, also when it is loaded from a file: it knows them by their kind, their note and the names of their
-    functions, so change the note when you change what a rule does.
+    Rules hold for the whole process, from the next call on. An inverse goes only with the rules
+    that it was fitted with, also when it is loaded from a file. It knows them by their kind, their
+    note and the names of their functions: change the note when you change what a rule does.
 
     Args:
-        operation: "mylib::swish", for an overload other than the default "aten::where.self", or
-            ``torch.ops.mylib.swish.default``. The operation must keep the examples of a batch along the dimension where
-            they are, and apart: that it does so is checked on the data of each fit.
-        rule: :class:`Passes` where its autograd formula is the adjoint of a linear map; :class:`Recorded` where the forward
-            pass records how the signal comes back; :class:`Learned` where that is a regression. Signal comes back to the
-            first argument; name another in ``carriers``, and set ``records`` where other arguments only steer.
+        operation: "mylib::swish", "aten::where.self" for an overload other than the default, or
+            ``torch.ops.mylib.swish.default``. It must keep the examples of a batch apart, along the
+            dimension where they are; each fit checks this on its data.
+        rule: :class:`Passes` where its autograd formula is the adjoint of a linear map,
+            :class:`Recorded` where the forward pass records how the signal comes back,
+            :class:`Learned` where that is a regression. Signal comes back to the first argument,
+            unless ``carriers`` names another; set ``records`` where other arguments only steer.
         replace: Replace what was registered for this operation before. Built-in rules stay.
 
     Raises:
-        RuleError: There is no such operation, it has a rule, or ``rule`` is none.
+        RuleError: There is no such operation, it has a rule already, or ``rule`` is no rule.
 
     Examples:
         >>> @torch.library.custom_op("doctest::swish", mutates_args=())
@@ -77,32 +78,40 @@ def register_rule(
         ...     def forward(self, x):
         ...         return swish(x)
         >>> from captum_mipin import check
-        >>> print(check(torch.nn.Sequential(torch.nn.Linear(4, 2), Swish()).eval(), torch.ones(1, 4)))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), Swish()).eval()
+        >>> print(check(model, torch.ones(1, 4)))
         module  operation              status     what happens to the signal
         0       aten.linear.default    supported  learned dense inverse
         1       doctest.swish.default  supported  recorded gate
         >>> unregister_rule("doctest::swish")
     """
     name = _name(operation)
-    if not isinstance(rule, (Passes, Recorded, Learned)):
-        raise RuleError(
-            f"the rule for {name} is a {type(rule).__name__}, expected a Passes, Recorded or Learned"
-        )
-    if name in MIPIN:
-        raise RuleError(
-            f"{name} has a built-in rule ({MIPIN[name].note}), which cannot be replaced. Wrap what shall go another way in a "
-            "torch.library.custom_op, and register a rule for that."
-        )
+    _check_rule(name, rule)
     with _LOCK:
         if name in _REGISTERED and not replace:
             raise RuleError(
-                f"{name} has a registered rule ({_REGISTERED[name].note}); pass replace=True to replace it"
+                f"{name} has a registered rule ({_REGISTERED[name].note}); "
+                "pass replace=True to replace it"
             )
         _REGISTERED[name] = rule
 
 
+def _check_rule(name: str, rule: object) -> None:
+    """Raise RuleError if ``rule`` is no rule, or the operation has a built-in one."""
+    if not isinstance(rule, (Passes, Recorded, Learned)):
+        raise RuleError(
+            f"the rule for {name} is a {type(rule).__name__}, "
+            "expected a Passes, Recorded or Learned of captum_mipin.rules"
+        )
+    if name in MIPIN:
+        raise RuleError(
+            f"{name} has a built-in rule ({MIPIN[name].note}), which cannot be replaced. "
+            "Wrap the call in a torch.library.custom_op, and register a rule for that."
+        )
+
+
 def unregister_rule(operation: str | torch._ops.OpOverload) -> None:
-    """Take back what :func:`register_rule` did.
+    """Remove the rule that :func:`register_rule` added for an operation.
 
     Raises:
         RuleError: No rule was registered for this operation.
@@ -114,25 +123,27 @@ def unregister_rule(operation: str | torch._ops.OpOverload) -> None:
 
 
 def table() -> Mapping[str, Rule]:
-    """Every rule there is now."""
+    """Return all rules, the built-in and the registered ones."""
     with _LOCK:
         return {**MIPIN, **_REGISTERED}
 
 
 def _name(operation: object) -> str:
-    """An operation as ``torch.export`` names it, once it is sure to exist."""
+    """Return an operation as ``torch.export`` names it; raise RuleError if there is none."""
     if isinstance(operation, torch._ops.OpOverload):
         return str(operation)
     if not isinstance(operation, str):
         raise RuleError(
-            f"the operation is a {type(operation).__name__}, expected 'namespace::name' or torch.ops.namespace.name.default"
+            f"the operation is a {type(operation).__name__}, "
+            "expected 'namespace::name' or torch.ops.namespace.name.default"
         )
     parts = operation.replace("::", ".", 1).split(".")
-    found: Any = torch.ops
+    target: Any = torch.ops
     for part in (*parts, "default")[: max(3, len(parts))]:
-        found = getattr(found, part, None)
-    if not isinstance(found, torch._ops.OpOverload):
+        target = getattr(target, part, None)
+    if not isinstance(target, torch._ops.OpOverload):
         raise RuleError(
-            f"there is no operation {operation!r}: define or import it first, and write 'namespace::name'"
+            f"there is no operation {operation!r}: "
+            "define or import it first, and write 'namespace::name'"
         )
-    return str(found)
+    return str(target)

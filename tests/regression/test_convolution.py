@@ -1,8 +1,8 @@
-import itertools
 import math
 
 import pytest
 import torch
+from designs import covered, rows_of
 from torch import nn
 
 from captum_mipin import InverseNetwork
@@ -11,6 +11,7 @@ from captum_mipin.regression.convolution import moments_of_patches
 from captum_mipin.regression.geometry import Geometry
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import solve
+from captum_mipin.rules.geometry import per_dimension
 from captum_mipin.rules.linear import Convolution
 
 LAYERS = {
@@ -19,142 +20,98 @@ LAYERS = {
 }
 
 
-def each(value, dims):
-    return value if isinstance(value, tuple) else (value,) * dims
-
-
 def case(dims, transposed, kernel, stride, padding, dilation, groups, seed=0):
     """A random layer, its input x, and a random signal s of the shape of its output."""
     torch.manual_seed(seed)
-    more = (
-        {"output_padding": 1}
-        if transposed and max(*each(stride, 1), *each(dilation, 1)) > 1
-        else {}
-    )
-    layer = LAYERS[transposed][dims - 1](
-        4,
-        6,
-        kernel,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        bias=False,
-        dtype=torch.float64,
-        **more,
-    )
+    largest = max(*per_dimension(stride, 1), *per_dimension(dilation, 1))
+    more = {"output_padding": 1} if transposed and largest > 1 else {}
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    make = LAYERS[transposed][dims - 1]
+    layer = make(4, 6, kernel, bias=False, dtype=torch.float64, **options, **more)
     x = torch.randn(3, 4, *(7, 8, 6)[:dims], dtype=torch.float64)
     with torch.no_grad():
         s = torch.randn_like(layer(x)) + 0.3
-    geometry = Geometry(
-        tuple(layer.weight.shape), each(stride, dims), each(padding, dims), each(dilation, dims), groups, transposed,
-        each(more.get("output_padding", 0), dims) if transposed else (),
-    )  # fmt: skip
+    sizes = [per_dimension(value, dims) for value in (stride, padding, dilation)]
+    output_padding = per_dimension(more.get("output_padding", 0), dims) if transposed else ()
+    geometry = Geometry(tuple(layer.weight.shape), *sizes, groups, transposed, output_padding)
     return layer, geometry, x, s
 
 
-def cases():
-    for dims, transposed in itertools.product((1, 2), (False, True)):
-        for kernel, stride, padding, dilation, groups in itertools.product(
-            (1, 2, 3), (1, 2, 3), (0, 1, 2), (1, 2), (1, 2)
-        ):
-            yield dims, transposed, kernel, stride, padding, dilation, groups
-    for transposed, stride in itertools.product((False, True), (1, 2)):
-        yield 3, transposed, 3, stride, 1, 1, 2
-    yield 2, False, (3, 2), (1, 1), (1, 0), (1, 2), 2
-    yield 2, False, (3, 1), (2, 1), (3, 2), (1, 2), 1
+#: Dimensions, transposed, kernel, stride, padding, dilation, groups.
+PARAMETERS = (1, 2), (False, True), (1, 2, 3), (1, 2, 3), (0, 1, 2), (1, 2), (1, 2)
+FURTHER = [
+    *((3, transposed, 3, stride, 1, 1, 2) for transposed in (False, True) for stride in (1, 2)),
+    (2, False, (3, 2), (1, 1), (1, 0), (1, 2), 2),
+    (2, False, (3, 1), (2, 1), (3, 2), (1, 2), 1),
+]
+EVERY = pytest.mark.parametrize("parameters", [*covered(*PARAMETERS), *FURTHER], ids=str)
+SOME = pytest.mark.parametrize("parameters", [*covered(*PARAMETERS, step=7), *FURTHER], ids=str)
 
 
-CASES = list(cases())
-
-
-@pytest.mark.parametrize("parameters", CASES, ids=str)
+@EVERY
 def test_patches_times_kernel_is_the_layers_input_gradient(parameters):
-    """The definition: g with kernel W is the transpose of the layer, and patches are its design matrix."""
+    """The definition: g with kernel W is the transpose of the layer; patches are its design."""
     layer, geometry, x, s = case(*parameters)
     x.requires_grad_()
     (transpose,) = torch.autograd.grad(layer(x), x, s)
     weight = layer.weight.detach()
-    torch.testing.assert_close(
-        geometry.apply(s, weight, None, x.shape), transpose, rtol=1e-12, atol=1e-12
-    )
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(geometry.apply(s, weight, x.shape), transpose, **close)
+    torch.testing.assert_close(geometry.forward(x, weight), layer(x), **close)
     groups = parameters[-1]
     predicted = geometry.patches(s, x.shape) @ geometry.to_rows(weight).mT
     predicted = predicted.view(groups, 3, -1, 4 // groups).permute(1, 0, 3, 2).reshape(x.shape)
-    torch.testing.assert_close(predicted, transpose, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(predicted, transpose, **close)
     assert torch.equal(geometry.to_weight(geometry.to_rows(weight)), weight)
 
 
-@pytest.mark.parametrize("parameters", CASES, ids=str)
+@EVERY
 def test_moments_are_those_of_the_patches(parameters, monkeypatch):
     _, geometry, x, s = case(*parameters)
     groups = parameters[-1]
-    rows = x.view(3, groups, 4 // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, 4 // groups)
-    expected, found = (
-        Moments.zeros(groups, *geometry.features),
-        Moments.zeros(groups, *geometry.features),
-    )
-    expected.update(rows, geometry.patches(s, x.shape))
+    expected, moments = (Moments.zeros(groups, *geometry.features) for _ in range(2))
+    expected.update(rows_of(x, groups), geometry.patches(s, x.shape))
     monkeypatch.setattr(lag_gram, "CHUNK", 1)  # one example at a time
-    found.add(moments_of_patches(geometry, x, s))
-    same(found, expected)
+    moments.add(moments_of_patches(geometry, x, s))
+    same(moments, expected)
 
 
-def same(found, expected):
+def same(moments, expected):
     for name in ("count", "mean_z", "mean_s", "zz", "zs", "ss"):
-        a, b = (torch.as_tensor(getattr(m, name)) for m in (found, expected))
+        a, b = (torch.as_tensor(getattr(m, name)) for m in (moments, expected))
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("parameters", CASES[::7], ids=str)
+@SOME
 def test_moments_with_own_signals_are_those_of_rows(parameters):
     _, geometry, x, s = case(*parameters)
     groups, own = parameters[-1], [torch.randn_like(x) + 1, x + torch.randn_like(x)]
-
-    def rows(t):
-        return (
-            t.reshape(3, groups, 4 // groups, -1)
-            .permute(1, 0, 3, 2)
-            .reshape(groups, -1, 4 // groups)
-        )
-
     expected = Moments.zeros(groups, *geometry.features, len(own))
-    expected.update(rows(x), geometry.patches(s, x.shape), [rows(o) for o in own])
+    patches = geometry.patches(s, x.shape)
+    expected.update(rows_of(x, groups), patches, [rows_of(o, groups) for o in own])
     same(moments_of_patches(geometry, x, s, own), expected)
 
 
-@pytest.mark.parametrize("parameters", CASES[::7], ids=str)
+@SOME
 @pytest.mark.parametrize("first", [True, False])
 def test_moments_with_further_convolutions_of_one_tap_are_those_of_rows(parameters, first):
-    """As in the first block of a stage of a residual network: a wide convolution and a shortcut with a stride."""
+    """As where a stage of a residual network begins: a wide kernel, and a strided shortcut."""
     dims, *_, groups = parameters
     _, geometry, x, s = case(*parameters)
     _, point, _, s_point = case(dims, False, 1, 2, 0, 1, groups, seed=1)
     _, same_place, _, s_same = case(dims, False, 1, 1, 0, 1, groups, seed=2)
-    parts = (
-        [(geometry, s), (point, s_point)]
-        if first
-        else [(same_place, s_same), (geometry, s), (point, s_point)]
-    )
+    parts = [] if first else [(same_place, s_same)]
+    parts += [(geometry, s), (point, s_point)]
     own = (torch.randn_like(x) + 1,)
-
-    def rows(t):
-        return (
-            t.reshape(3, groups, 4 // groups, -1)
-            .permute(1, 0, 3, 2)
-            .reshape(groups, -1, 4 // groups)
-        )
-
     inverter = Convolution(tuple(g for g, _ in parts), x.shape, 1)
     expected = Moments.zeros(*inverter.size)
     patches = torch.cat([g.patches(t, x.shape) for g, t in parts], 2)
-    expected.update(rows(x), patches, [rows(o) for o in own])
+    expected.update(rows_of(x, groups), patches, [rows_of(o, groups) for o in own])
     same(inverter.moments(x, (*(t for _, t in parts), *own)), expected)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Using padding='same'"
-)  # torch's own, for even kernels: it copies the input
+# torch's own, for even kernels: it copies the input
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_asymmetric_same_padding_is_a_convolution_that_drops_its_first_output():
     layer = nn.Conv2d(2, 3, (2, 3), padding="same", bias=False, dtype=torch.float64)
     x = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
@@ -162,7 +119,9 @@ def test_asymmetric_same_padding_is_a_convolution_that_drops_its_first_output():
     s = torch.randn_like(y)
     (transpose,) = torch.autograd.grad(y, x, s)
     geometry = Geometry(tuple(layer.weight.shape), (1, 1), (1, 1), (1, 1), 1, skip=(1, 0))
-    torch.testing.assert_close(geometry.apply(s, layer.weight.detach(), None, x.shape), transpose)
+    weight = layer.weight.detach()
+    torch.testing.assert_close(geometry.apply(s, weight, x.shape), transpose)
+    torch.testing.assert_close(geometry.forward(x, weight), y)
     full = geometry.full(s)
     patches = geometry.patches(full, x.shape)
     torch.testing.assert_close(lag_gram.gram_of_patches(geometry, s, x.shape), patches.mT @ patches)
@@ -178,10 +137,8 @@ def test_windows_that_tile_are_regressed_tile_by_tile_as_patches_are(
     kernel, size, groups, ridge, scale
 ):
     torch.manual_seed(0)
-    x, places = (
-        torch.randn(9, 4, *size, dtype=torch.float64),
-        [z // k for z, k in zip(size, kernel, strict=True)],
-    )
+    x = torch.randn(9, 4, *size, dtype=torch.float64)
+    places = [z // k for z, k in zip(size, kernel, strict=True)]
     s = torch.randn(9, 6, *places, dtype=torch.float64) + 2
     x[..., -1] += 3  # places differ in their mean
     s[:, 1], s[:, 4] = 0, 5  # a signal that is never there, and a constant one
@@ -193,9 +150,9 @@ def test_windows_that_tile_are_regressed_tile_by_tile_as_patches_are(
     tiles = solve(inverter.moments(x, (s,)), ridge, scale, inverter.tied)
     assert inverter.tied == math.prod(kernel)
     expected = geometry.to_weight(patches.weight).flatten(), patches.bias.flatten()
-    found = inverter.inverse(tiles, x)
-    torch.testing.assert_close(found.weight, expected[0], rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(found.bias, expected[1], rtol=1e-8, atol=1e-8)
+    inverse = inverter.inverse(tiles, x)
+    torch.testing.assert_close(inverse.weight, expected[0], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(inverse.bias, expected[1], rtol=1e-8, atol=1e-8)
     assert tiles.explained_variance == pytest.approx(patches.explained_variance, rel=1e-9)
     assert tiles.dead == patches.dead
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from designs import rows_of
 from small import normal
 from torch import nn
 
@@ -43,11 +44,14 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation", "groups", "transposed"),
     [
-        ((3, 2), (1, 1), (1, 0), (1, 1), 1, False), ((3, 3), (2, 1), (0, 2), (1, 2), 2, False),
-        ((1, 1), (1, 1), (0, 0), (1, 1), 1, False), ((3, 2), (2, 1), (1, 0), (1, 1), 1, True),
-        ((2, 3), (1, 2), (0, 1), (2, 1), 2, True), ((4,), (2,), (1,), (1,), 1, False),
+        ((3, 2), (1, 1), (1, 0), (1, 1), 1, False),
+        ((3, 3), (2, 1), (0, 2), (1, 2), 2, False),
+        ((1, 1), (1, 1), (0, 0), (1, 1), 1, False),
+        ((3, 2), (2, 1), (1, 0), (1, 1), 1, True),
+        ((2, 3), (1, 2), (0, 1), (2, 1), 2, True),
+        ((4,), (2,), (1,), (1,), 1, False),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("own", [0, 2])
 def test_sums_over_some_positions(kernel, stride, padding, dilation, groups, transposed, own):
     dims, size = len(kernel), (7, 6)[: len(kernel)]
@@ -75,9 +79,7 @@ def test_sums_over_some_positions(kernel, stride, padding, dilation, groups, tra
     rows = geometry.patches(s, x.shape).unflatten(1, (len(x), count))[:, :, places].flatten(1, 2)
 
     def picked(t):
-        return (
-            t.unflatten(1, (groups, -1)).flatten(3)[..., places].permute(1, 0, 3, 2).flatten(1, 2)
-        )
+        return rows_of(t.flatten(2)[:, :, places], groups)
 
     expected = Moments.zeros(*inverter.size)
     expected.update(picked(x), rows, [picked(t) for t in others])

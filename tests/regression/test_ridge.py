@@ -195,7 +195,7 @@ def moments_with_own(x, s, own):
 
 
 def one_design(x, s, own, penalty, own_penalty):
-    """Each feature regressed alone, by NumPy, on all its signals at once: those shared and its own."""
+    """Each feature regressed alone, by NumPy, on all its signals at once, shared and own."""
     weights, owns, biases = [], [], []
     for feature in range(x.shape[2]):
         design = np.hstack([s[0].numpy(), *(o[0, :, feature : feature + 1].numpy() for o in own)])
@@ -335,7 +335,10 @@ def test_the_dual_of_constant_features_or_signals_is_their_mean():
 
 
 def hard(rows, dtype):
-    """Nearly collinear signals on scales from 1e-3 to 1e3, far from zero, in chunks; and what float64 makes of them at once."""
+    """Nearly collinear signals on scales from 1e-3 to 1e3, far from zero.
+
+    Returns their moments in chunks, the sums of all at once in float64, and the scales.
+    """
     generator = torch.Generator().manual_seed(0)
     scales = torch.logspace(-3, 3, 6, dtype=torch.float64)
     mixed = torch.eye(6, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Every operation of the table carries the signal of a network; what is called exact is; the table is written down."""
+"""Every operation of the table carries signal, exactly where it says so; docs have the table."""
 
 import ast
 import sys
@@ -63,15 +63,34 @@ _CONVOLUTIONS = {
 _ACTIVATIONS = {
     **dict.fromkeys(
         (
-            "relu", "hardtanh", "relu6", "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "mish", "tanh",
-            "rrelu", "sigmoid", "hardsigmoid", "softplus", "log_sigmoid",
+            "relu",
+            "hardtanh",
+            "relu6",
+            "silu",
+            "gelu",
+            "hardswish",
+            "leaky_relu",
+            "elu",
+            "celu",
+            "selu",
+            "mish",
+            "tanh",
+            "rrelu",
+            "sigmoid",
+            "hardsigmoid",
+            "softplus",
+            "log_sigmoid",
         ),
         Case(FLAT),
     ),
-    "clamp": _on(FLAT, -1, 2), "clamp_min": _on(FLAT, 0), "clamp_max": _on(FLAT, 1), "threshold": _on(FLAT, -1, 0),
+    "clamp": _on(FLAT, -1, 2),
+    "clamp_min": _on(FLAT, 0),
+    "clamp_max": _on(FLAT, 1),
+    "threshold": _on(FLAT, -1, 0),
     "glu": _on(SEQUENCE),
-    "prelu": _on(FLAT, ONES[:1] / 3), "_prelu_kernel": _on(FLAT, ONES[:1, None] / 3),
-}  # fmt: skip
+    "prelu": _on(FLAT, ONES[:1] / 3),
+    "_prelu_kernel": _on(FLAT, ONES[:1, None] / 3),
+}
 _POOLS = {
     **{f"max_pool{d}d": _on(SIZES[d], [2] * d) for d in SIZES},
     **{f"max_pool{d}d_with_indices": _on(SIZES[d], [2] * d, first=True) for d in SIZES},
@@ -86,15 +105,22 @@ _POOLS = {
 
 #: Short name of an operation → a network that needs it.
 CASES: dict[str, Case] = {
-    "linear.default": _on(FLAT, _weight(5, 6)), "mm.default": _on(FLAT, _weight(6, 5)),
+    "linear.default": _on(FLAT, _weight(5, 6)),
+    "mm.default": _on(FLAT, _weight(6, 5)),
     "addmm.default": Case(FLAT, lambda op, x: op(BIAS, x, WEIGHT)),
     **_CONVOLUTIONS,
     **{f"{name}.default": case for name, case in (_ACTIVATIONS | _POOLS).items()},
-    "mean.dim": _on(IMAGE, [3]), "sum.dim_IntList": _on(IMAGE, [2, 3]),
-    "_native_batch_norm_legit_no_training.default": _on(IMAGE, ONES / 2, ONES, ONES / 3, 2 * ONES, 0.1, 1e-5, first=True),
-    "layer_norm.default": _on(SEQUENCE, [8]), "rms_norm.default": _on(SEQUENCE, [8]),
-    "instance_norm.default": _on(IMAGE, None, None, None, None, True, 0.1, 1e-5, False), "group_norm.default": _on(IMAGE, 2),
-    "add.Tensor": Case(FLAT, lambda op, x: op(x, torch.relu(x))), "sub.Tensor": Case(FLAT, lambda op, x: op(x, torch.relu(x))),
+    "mean.dim": _on(IMAGE, [3]),
+    "sum.dim_IntList": _on(IMAGE, [2, 3]),
+    "_native_batch_norm_legit_no_training.default": _on(
+        IMAGE, ONES / 2, ONES, ONES / 3, 2 * ONES, 0.1, 1e-5, first=True
+    ),
+    "layer_norm.default": _on(SEQUENCE, [8]),
+    "rms_norm.default": _on(SEQUENCE, [8]),
+    "instance_norm.default": _on(IMAGE, None, None, None, None, True, 0.1, 1e-5, False),
+    "group_norm.default": _on(IMAGE, 2),
+    "add.Tensor": Case(FLAT, lambda op, x: op(x, torch.relu(x))),
+    "sub.Tensor": Case(FLAT, lambda op, x: op(x, torch.relu(x))),
     **{f"{name}.Scalar": _on(FLAT, 2.0) for name in ("add", "sub", "rsub", "mul", "div")},
     "where.self": Case(FLAT, lambda op, x: op(EVEN, x[:, :3], x[:, 3:])),
     "where.ScalarOther": Case(FLAT, lambda op, x: op(x > 0, x, 0.0)),
@@ -102,36 +128,71 @@ CASES: dict[str, Case] = {
     "masked_fill.Scalar": _on((4, 3), EVEN, 1.0),
     **{
         f"{name}.{form}": Case(FLAT, lambda op, x: op(x[:, :3], x[:, 3:]))
-        for name, form in (("maximum", "default"), ("minimum", "default"), ("max", "other"), ("min", "other"))
+        for name, form in (
+            ("maximum", "default"),
+            ("minimum", "default"),
+            ("max", "other"),
+            ("min", "other"),
+        )
     },
-    "baddbmm.default": Case(SEQUENCE, lambda op, x: op(x[:, :, :1], torch.softmax(x @ x.mT, -1), x)),
-    "neg.default": Case(FLAT), "mul.Tensor": Case(FLAT, lambda op, x: op(x, torch.sigmoid(x))),
+    "baddbmm.default": Case(
+        SEQUENCE, lambda op, x: op(x[:, :, :1], torch.softmax(x @ x.mT, -1), x)
+    ),
+    "neg.default": Case(FLAT),
+    "mul.Tensor": Case(FLAT, lambda op, x: op(x, torch.sigmoid(x))),
     "div.Tensor": _on(FLAT, _weight(6)),
-    **{f"{name}.default": Case(FLAT, lambda op, x: op(x, [x.shape[0], 3, 2])) for name in ("view", "_unsafe_view", "reshape")},
-    "flatten.using_ints": _on(IMAGE, 1), "unflatten.int": _on(FLAT, 1, [2, 3]), "unsqueeze.default": _on(FLAT, 1),
-    "squeeze.dim": _on((1, 6), 1), "squeeze.dims": _on((1, 6), [1]),
-    "permute.default": _on(SEQUENCE, [0, 2, 1]), "transpose.int": _on(SEQUENCE, 1, 2),
+    **{
+        f"{name}.default": Case(FLAT, lambda op, x: op(x, [x.shape[0], 3, 2]))
+        for name in ("view", "_unsafe_view", "reshape")
+    },
+    "flatten.using_ints": _on(IMAGE, 1),
+    "unflatten.int": _on(FLAT, 1, [2, 3]),
+    "unsqueeze.default": _on(FLAT, 1),
+    "squeeze.dim": _on((1, 6), 1),
+    "squeeze.dims": _on((1, 6), [1]),
+    "permute.default": _on(SEQUENCE, [0, 2, 1]),
+    "transpose.int": _on(SEQUENCE, 1, 2),
     "t.default": Case(FLAT, lambda op, x: op(op(x))),
-    **{f"{name}.default": Case(FLAT) for name in ("clone", "contiguous", "alias", "lift_fresh_copy")},
-    "select.int": _on(SEQUENCE, 1, 2), "slice.Tensor": _on(SEQUENCE, 2, 1, 7, 2), "flip.default": _on(SEQUENCE, [1, 2]),
+    **{
+        f"{name}.default": Case(FLAT)
+        for name in ("clone", "contiguous", "alias", "lift_fresh_copy")
+    },
+    "select.int": _on(SEQUENCE, 1, 2),
+    "slice.Tensor": _on(SEQUENCE, 2, 1, 7, 2),
+    "flip.default": _on(SEQUENCE, [1, 2]),
     **{f"{name}.Tensor": _on(SEQUENCE, 3, 2, first=True) for name in ("split", "unsafe_split")},
-    "split_with_sizes.default": _on(SEQUENCE, [3, 5], 2, first=True), "chunk.default": _on(SEQUENCE, 2, 2, first=True),
-    "unbind.int": _on(SEQUENCE, 1, first=True), "roll.default": _on(SEQUENCE, [2], [2]),
-    "constant_pad_nd.default": _on(SEQUENCE, [1, 2], 0.0), "pad.default": _on(SEQUENCE, [1, 2]),
+    "split_with_sizes.default": _on(SEQUENCE, [3, 5], 2, first=True),
+    "chunk.default": _on(SEQUENCE, 2, 2, first=True),
+    "unbind.int": _on(SEQUENCE, 1, first=True),
+    "roll.default": _on(SEQUENCE, [2], [2]),
+    "constant_pad_nd.default": _on(SEQUENCE, [1, 2], 0.0),
+    "pad.default": _on(SEQUENCE, [1, 2]),
     "_to_copy.default": Case(FLAT, lambda op, x: op(x, memory_format=torch.contiguous_format)),
-    **{f"{name}.default": Case(SEQUENCE, lambda op, x: op([x[:, :2], x[:, 2:]], 1)) for name in ("cat", "stack")},
-    "pixel_shuffle.default": _on(IMAGE, 2), "channel_shuffle.default": _on(IMAGE, 2),
+    **{
+        f"{name}.default": Case(SEQUENCE, lambda op, x: op([x[:, :2], x[:, 2:]], 1))
+        for name in ("cat", "stack")
+    },
+    "pixel_shuffle.default": _on(IMAGE, 2),
+    "channel_shuffle.default": _on(IMAGE, 2),
     "expand.default": Case((1, 6), lambda op, x: op(x, [-1, 3, 6])),
     "scaled_dot_product_attention.default": Case(SEQUENCE, lambda op, x: op(x, x, x)),
-    **{f"{name}.default": Case(SEQUENCE, lambda op, x: op(torch.softmax(x @ x.mT, -1), x)) for name in ("matmul", "bmm")},
-}  # fmt: skip
+    **{
+        f"{name}.default": Case(SEQUENCE, lambda op, x: op(torch.softmax(x @ x.mT, -1), x))
+        for name in ("matmul", "bmm")
+    },
+}
 
 
 #: What torch.export, as it is now, writes as something else.
 REWRITTEN = {
-    "aten.contiguous.default": None, "aten.lift_fresh_copy.default": None, "aten.chunk.default": "aten.split.Tensor",
-    **dict.fromkeys(("aten.reshape.default", "aten.flatten.using_ints", "aten.unflatten.int"), "aten.view.default"),
-}  # fmt: skip
+    "aten.contiguous.default": None,
+    "aten.lift_fresh_copy.default": None,
+    "aten.chunk.default": "aten.split.Tensor",
+    **dict.fromkeys(
+        ("aten.reshape.default", "aten.flatten.using_ints", "aten.unflatten.int"),
+        "aten.view.default",
+    ),
+}
 
 
 class Headed(nn.Module):
@@ -146,7 +207,7 @@ class Headed(nn.Module):
 
 
 class Together(nn.Module):
-    """Many networks, each with its own input, whose outputs are summed up: captured and fitted at once."""
+    """Many networks, each with its own input, with outputs summed up: one capture, one fit."""
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -167,8 +228,15 @@ def _of(name: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return lambda x: step(operation, x), x
 
 
-class Found(NamedTuple):
-    """What became of an operation: its row of ``check``, A and S of some examples, and S of one of them alone."""
+class Outcome(NamedTuple):
+    """What became of an operation.
+
+    Attributes:
+        rows: Its rows of ``check``.
+        attribution: A of some examples.
+        signal: S of these examples.
+        alone: S of one of them, computed alone.
+    """
 
     rows: list[CheckRow]
     attribution: Tensor
@@ -177,7 +245,7 @@ class Found(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Found]:
+def outcomes() -> dict[str, Outcome]:
     torch.manual_seed(0)
     steps = {name: _of(name) for name in TORCHS}
     model = (
@@ -197,7 +265,7 @@ def found() -> dict[str, Found]:
             strict=True,
         )
     return {
-        name: Found(
+        name: Outcome(
             [row for row in rows if row.path == f"parts.{name.replace('.', ' ')}"], *signals
         )
         for name, signals in zip(TORCHS, each, strict=True)
@@ -205,8 +273,8 @@ def found() -> dict[str, Found]:
 
 
 @pytest.mark.parametrize("name", TORCHS)
-def test_every_operation_carries_the_signal(name: str, found: dict[str, Found]) -> None:
-    rows, a, s, alone = found[name]
+def test_every_operation_carries_the_signal(name: str, outcomes: dict[str, Outcome]) -> None:
+    rows, a, s, alone = outcomes[name]
     shown = REWRITTEN.get(name, name)
     assert shown is None or (shown, MIPIN[shown].note) in [
         (row.operation, row.note) for row in rows
@@ -219,7 +287,8 @@ def test_every_operation_carries_the_signal(name: str, found: dict[str, Found]) 
     torch.testing.assert_close(alone, s[2:3], rtol=1e-9, atol=1e-9)
 
 
-#: Those that pass exactly by switches, which are other ones for what comes back; tests/rules/test_rules.py compares them.
+#: Those that pass exactly by switches, which are other ones for what comes back;
+#: tests/rules/test_selection.py compares them.
 SWITCHES = {"aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other"}
 LINEAR = [
     name
@@ -230,14 +299,15 @@ LINEAR = [
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_what_passes_exactly_gives_back_what_was_kept(name: str) -> None:
-    """P Pᵀ P = P: an adjoint is exact where it returns what the operation kept, neither more of it nor less."""
+    """P Pᵀ P = P: an exact adjoint returns what the operation kept, neither more nor less."""
     step, x = _of(name)
     y = step(x.requires_grad_()) - step(torch.zeros_like(x))
     (back,) = torch.autograd.grad(y, x, y.detach())
     torch.testing.assert_close(step(back) - step(torch.zeros_like(x)), y.detach())
 
 
-# ------------------------------------------------------------------------------------------------- the table in docs
+# -------------------------------------------------------------------------------------------------
+# the table in docs
 
 
 @pytest.fixture
@@ -263,7 +333,7 @@ def test_the_table_names_tests_that_are_there(written: Any) -> None:
             if hasattr(node, "name")
         ]
         assert name in functions, test
-    names = [name for names in written.TESTS.values() for name in names]
+    names = [name for names in written.TESTS.values() for name in names.split()]
     known = {name.removeprefix("aten.").removesuffix(".default") for name in MIPIN}
     assert len(names) == len(set(names)), "one test an operation"
     assert set(names) <= known

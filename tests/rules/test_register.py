@@ -1,4 +1,4 @@
-"""Rules for operations of one's own: as good as built-in ones, safe where nothing is known of an operation."""
+"""Registered rules work as built-in ones do, and are safe where nothing else is known."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from captum_mipin.rules.linear import convolution, dense
 
 
 def _operation(name: str, like: Callable[..., Tensor] = lambda x, *_: torch.empty_like(x)) -> Any:
-    """Define an operation of one's own from a function, its fake result being ``like`` its input."""
+    """Define an operation from a function; ``like`` makes its fake result of its input."""
 
     def define(function: Callable[..., Tensor]) -> Any:
         made = torch.library.custom_op(f"own::{name}", function, mutates_args=())
@@ -115,7 +115,7 @@ def register() -> Iterator[Callable[..., None]]:
         unregister_rule(name)
 
 
-# ------------------------------------------------------------------------------------------------- each kind of rule
+# -------------------------------------------------------------------------------- each kind of rule
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_an_own_operation_is_inverted_as_the_built_in_one(
 
 
 def test_carriers_and_records_of_an_own_operation(register: Any) -> None:
-    """For h ⊙ by, where ``by`` depends on the input as well: refused unless it is said to be recorded, then a gate like any."""
+    """For h ⊙ by, where ``by`` depends on the input: refused, unless it is declared as recorded."""
 
     def run(options, operation, x, by):
         return operation(x, by), lambda s: s * by
@@ -203,7 +203,7 @@ def test_an_operation_of_pytorch_by_any_of_its_names(register: Any, name: Any) -
     assert signal.any()
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,8 @@ def test_an_operation_of_pytorch_by_any_of_its_names(register: Any, name: Any) -
         (
             "aten::relu",
             GATE,
-            r"aten\.relu\.default has a built-in rule \(forward mask\), which cannot be replaced.*custom_op",
+            r"aten\.relu\.default has a built-in rule \(forward mask\), which cannot be "
+            r"replaced.*custom_op",
         ),
         (torch.ops.aten.add.Tensor, GATE, r"aten\.add\.Tensor has a built-in rule"),
         ("own::swissh", GATE, r"there is no operation 'own::swissh': define or import it first"),
@@ -225,7 +226,8 @@ def test_an_operation_of_pytorch_by_any_of_its_names(register: Any, name: Any) -
         (
             "own::swish",
             gate,
-            r"the rule for own\.swish\.default is a function, expected a Passes, Recorded or Learned",
+            r"the rule for own\.swish\.default is a function, "
+            r"expected a Passes, Recorded or Learned",
         ),
     ],
 )
@@ -264,7 +266,7 @@ def test_one_of_many_threads_registers_an_operation(register: Any) -> None:
         assert sum(threads.map(attempt, range(200))) == 1
 
 
-# ------------------------------------------------------------------------------------------------- the batch
+# ---------------------------------------------------------------------------------------- the batch
 
 
 def test_an_own_operation_that_mixes_examples_is_found_on_the_data(register: Any) -> None:
@@ -278,7 +280,10 @@ def test_an_own_operation_that_moves_the_examples_is_refused(register: Any) -> N
         "own::turned",
         Recorded(run=lambda options, operation, x: (operation(x), lambda s: s.T), note="turned"),
     )
-    message = r"own\.turned\.default .*takes the examples along dimension 0 and gives them along 1: registered operations keep"
+    message = (
+        r"own\.turned\.default .*takes the examples along dimension 0 and gives them along 1: "
+        "registered operations keep"
+    )
     with pytest.raises(UnsupportedOperationError, match=message):
         _fitted(lambda h: turned(h).T)
 
@@ -291,7 +296,7 @@ def test_an_own_operation_is_not_taken_for_the_built_in_one_of_the_same_name(reg
         _fitted(lambda h: h * own_sigmoid(h))
 
 
-# ------------------------------------------------------------------------------------------------- rules that change
+# -------------------------------------------------------------------------------- rules that change
 
 
 def test_an_inverse_goes_only_with_the_rules_it_was_fitted_with(
@@ -449,7 +454,7 @@ def _twice_as_wide(options: Any, operation: Any, x: Tensor) -> Any:
 
 @pytest.mark.parametrize("run", [_by_autograd, _twice_as_wide])
 def test_steps_before_and_behind_change_nothing(register: Any, monkeypatch: Any, run: Any) -> None:
-    """A rule is given what requires a gradient, and what it sends back comes to the next in that one's dtype."""
+    """A rule gets what requires a gradient; what it sends back is cast to the next one's dtype."""
     register("own::swish", Recorded(run=run, note="own"))
     model, x, found = _between_steps(), torch.randn(40, 5), []
     for in_sequences in (propagation._in_sequences, lambda graph: graph):

@@ -1,0 +1,165 @@
+"""Examples of a batch stay apart, or the model is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rule_checks import behaves
+from torch import nn
+from torch.nn import functional as F
+
+from captum_mipin import InverseNetwork, MIPINError, check
+from captum_mipin.graph.layout import Layout
+
+pytestmark = pytest.mark.usefixtures("captured_once")
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 6), st.integers(0, 2), st.data())
+@settings(deadline=None, max_examples=40)
+def test_parts_of_a_layout_are_the_examples(outer, inner, count, dim, data):
+    shape = [2, 3]
+    shape.insert(dim, count)
+    base = torch.arange(count).view([count if i == dim else 1 for i in range(3)]).expand(shape)
+    folded = torch.stack([torch.stack([base] * inner, dim + 1)] * outer, dim).flatten(dim, dim + 2)
+    layout = Layout(dim, outer, inner)
+    cut = data.draw(st.integers(1, count - 1))
+    parts = [layout.part(folded, slice(0, cut)), layout.part(folded, slice(cut, count))]
+    assert parts[0].max() == cut - 1
+    assert parts[1].min() == cut
+    assert torch.equal(layout.join(parts), folded)
+
+
+class Mixing(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+        self.a, self.b, self.o = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 2)
+        self.t, self.u, self.r = nn.Linear(3, 4), nn.Linear(4, 2), nn.ReLU()
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+MIXING = {
+    "maximum in a gate": lambda m, x: m.o(
+        m.r(m.a(x)) * torch.sigmoid(m.b(x) - m.b(x).max(0, keepdim=True).values)
+    ),
+    "sort in a gate": lambda m, x: m.o(m.r(m.a(x)) * torch.sigmoid(torch.sort(m.b(x), 0).values)),
+    "cummax in a gate": lambda m, x: m.o(m.r(m.a(x)) * torch.sigmoid(m.b(x).cummax(0).values)),
+    "parts of the batch in a gate": lambda m, x: m.o(
+        m.r(m.a(x)) * torch.sigmoid(torch.cat(m.t(x.view(-1, 2, 3)).reshape(-1, 4).chunk(2, 0), 1))
+    ),
+    "shifted": lambda m, x: m.o(F.pad(m.r(m.a(x)), (0, 0, 1, -1))),
+    "shifted in a gate": lambda m, x: m.o(
+        m.r(m.a(x)) * torch.sigmoid(F.pad(m.b(x), (0, 0, 1, -1)))
+    ),
+    "shifted flat": lambda m, x: m.o(F.pad(m.r(m.a(x)).reshape(-1), (8, -8)).reshape(-1, 8)),
+    "size as a float": lambda m, x: m.o(m.r(m.a(x)) * (1 / x.shape[0])),
+    "root of the size": lambda m, x: m.o(m.r(m.a(x)) * x.shape[0] ** 0.5),
+    "filled with the size": lambda m, x: m.o(m.r(m.a(x)) * x.new_full((1,), x.shape[0])),
+    "sum of ones": lambda m, x: m.o(m.r(m.a(x)) * torch.ones_like(m.a(x)).sum(0)),
+    "position": lambda m, x: m.o(m.r(m.a(x)) * torch.arange(x.shape[0])[:, None].double()),
+    "counted": lambda m, x: m.o(m.r(m.a(x)) + torch.ones_like(m.a(x)).cumsum(0)),
+    "ones times batch": lambda m, x: m.o(
+        m.r(m.a(x)) * torch.sigmoid((x.new_ones(x.shape[0], 1, x.shape[0]) @ m.b(x)).squeeze(1))
+    ),
+    "linear over the batch": lambda m, x: m.o(
+        m.r(m.a(x)) * torch.sigmoid(F.linear(x.new_ones(x.shape[0], x.shape[0]), m.b(x).t()))
+    ),
+    "dropout in attention": lambda m, x: m.o(
+        F.scaled_dot_product_attention(
+            *(h.view(-1, 2, 4) for h in (m.b(x), m.b(x), m.a(x))), dropout_p=0.3
+        ).flatten(1)
+    ),
+    "noise": lambda m, x: m.o(m.r(m.a(x)) * torch.randn(x.shape[0], 8, dtype=x.dtype)),
+    "folded output": lambda m, x: m.u(m.r(m.t(x.view(-1, 3)))),
+    "unfolded output": lambda m, x: m.u(m.r(m.t(x.view(-1, 2, 3)))).reshape(-1, 2),
+    "flat output": lambda m, x: m.o(m.r(m.a(x))).flatten(),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_examples_that_depend_on_each_other_are_refused(name):
+    torch.manual_seed(0)
+    model = Mixing(MIXING[name]).double().eval()
+    with pytest.raises(MIPINError, match=r"batch|no rule covers|random"):
+        InverseNetwork(model).fit(
+            torch.randn(24, 6, dtype=torch.float64), targets=[0, 1], progress=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "operation", "reason"),
+    [
+        ("maximum in a gate", "aten.max.dim", "no rule covers it"),
+        ("sort in a gate", "aten.sort.default", "no rule covers it"),
+        ("parts of the batch in a gate", "aten.chunk.default", "works along the batch"),
+        ("shifted", "aten.pad.default", "works along the batch"),
+        ("shifted in a gate", "aten.pad.default", "works along the batch"),
+        ("shifted flat", "aten.pad.default", "works along the batch"),
+        ("size as a float", "aten.mul.Tensor", "uses the size of the batch as a value"),
+        ("root of the size", "aten.mul.Tensor", "uses the size of the batch as a value"),
+        ("dropout in attention", "aten.scaled_dot_product_attention.default", "it is random"),
+    ],
+)
+def test_check_names_what_mixes_examples(name, operation, reason):
+    torch.manual_seed(0)
+    refused = check(
+        Mixing(MIXING[name]).double().eval(), torch.randn(4, 6, dtype=torch.float64)
+    ).refused
+    assert (operation, True) in [(row.operation, reason in row.note) for row in refused]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: m.o(m.r(m.a(x)) * torch.sigmoid(m.b(x)).flip(0)),
+        lambda m, x: m.o(m.r(m.a(x)) + m.b(x).cumsum(0)),
+        lambda m, x: m.o(m.r(m.a(x.flip(0)))),
+    ],
+)
+def test_what_mixes_beside_or_before_the_layer_is_refused(run):
+    torch.manual_seed(0)
+    model = Mixing(run).double().eval()
+    with pytest.raises(MIPINError, match="batch"):
+        InverseNetwork(model, layer=model.r).fit(
+            torch.randn(24, 6, dtype=torch.float64), targets=[0, 1], progress=False
+        )
+
+
+def test_what_reads_the_batch_is_refused_also_where_batches_begin_with_one_example():
+    torch.manual_seed(0)
+    model = Mixing(MIXING["sum of ones"]).double().eval()
+    with pytest.raises(MIPINError, match="other examples of its batch"):
+        InverseNetwork(model).fit(
+            list(torch.randn(24, 6, dtype=torch.float64).split(1)), targets=0, progress=False
+        )
+
+
+SPELLED = {
+    "batch last": (
+        lambda m, x: m.o((m.a(x).t() + m.r(m.a(x).t())).t()),
+        lambda m, x: m.o(m.a(x) + m.r(m.a(x))),
+    ),
+    "folded": (
+        lambda m, x: (lambda h: m.o((h + m.r(h)).flatten(1)))(m.t(x.view(-1, 2, 3))),
+        lambda m, x: (lambda h: m.o((h + m.r(h)).reshape(-1, 8)))(
+            m.t(x.view(-1, 2, 3)).reshape(-1, 4)
+        ),
+    ),
+    "matmul": (
+        lambda m, x: m.o(m.r(m.a(x)) * torch.sigmoid(x @ m.b.weight.t())),
+        lambda m, x: m.o(m.r(m.a(x)) * torch.sigmoid(F.linear(x, m.b.weight))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_spelling_of_shapes_does_not_matter(name):
+    torch.manual_seed(0)
+    x, model = torch.randn(30, 6, dtype=torch.float64), Mixing(None).double().eval()
+    found = []
+    for run in SPELLED[name]:
+        model.run = run
+        found.append(behaves(model, x).source_signal(x[:5], target=1))
+    torch.testing.assert_close(found[0], found[1])

@@ -1,0 +1,95 @@
+"""Dense layers written as products; uses of operations that no rule treats."""
+
+import pytest
+import torch
+from rule_checks import alike
+from small import Function
+from torch import nn
+from torch.nn import functional as F
+
+from captum_mipin import InverseNetwork, MIPINError
+
+pytestmark = pytest.mark.usefixtures("captured_once")
+
+
+def test_products_with_constant_matrices_are_dense_layers():
+    torch.manual_seed(0)
+    x = torch.randn(60, 4, dtype=torch.float64)
+    alike(
+        x,
+        lambda m, x: m["last"](F.linear(x, m["first"].weight).relu()),
+        lambda m, x: m["last"](torch.mm(x, m["first"].weight.t()).relu()),
+        first=nn.Linear(4, 5),
+        last=nn.Linear(5, 2),
+    )
+    alike(
+        x,
+        lambda m, x: m["last"](m["first"](x).relu()),
+        lambda m, x: m["last"](torch.addmm(m["first"].bias, x, m["first"].weight.t()).relu()),
+        lambda m, x: m["last"](
+            torch.addmm(m["first"].bias, x, m["first"].weight.t() / 2, alpha=2).relu()
+        ),
+        first=nn.Linear(4, 5),
+        last=nn.Linear(5, 2),
+    )
+
+
+NOT_TREATED = {
+    "square": (torch.square, r"aten\.square\.default .*no rule covers it"),
+    "power": (lambda h: h**3, r"aten\.pow\.Tensor_Scalar .*no rule covers it"),
+    "exp": (torch.exp, r"aten\.exp\.default .*no rule covers it"),
+    "abs": (torch.abs, r"aten\.abs\.default .*no rule covers it"),
+    "product": (lambda h: h * h, "multiplies two values that both depend on the input"),
+    "ratio of gates": (
+        lambda h: h * (1 / torch.sigmoid(h)),
+        r"no rule covers it|multiplies two values",
+    ),
+    "constant by a gate": (
+        lambda h: h * (torch.ones(()) / torch.sigmoid(h)),
+        "divides by a value that depends on the input",
+    ),
+    "maximum with a constant": (
+        lambda h: torch.maximum(h, torch.zeros(5)),
+        "compares with a constant.*use clamp, or relu",
+    ),
+    "minimum with a constant": (
+        lambda h: torch.min(torch.ones(5), h),
+        "compares with a constant.*use clamp, or relu",
+    ),
+    "clamp_max below zero": (
+        lambda h: torch.clamp_max(h, -1),
+        r"clamp_max\(x, -1\) is no activation: it makes -1 of 0, an activation keeps 0",
+    ),
+    "threshold that lifts": (
+        lambda h: F.threshold(h, 1, 5),
+        r"threshold\(x, 1, 5\) is no activation: it makes 5 of 0",
+    ),
+    "constant matrix": (
+        lambda h: (torch.ones(5, 5) @ h.t()).t(),
+        "multiplies by a constant matrix, .*: use nn.Linear",
+    ),
+    "matrix of the input": (
+        lambda h: torch.mm(h[:, :5], h.t() @ h),
+        "works along the batch|depends on the input as well",
+    ),
+    "baddbmm of three signals": (
+        lambda h: torch.baddbmm(h[:, None], h[:, None, :1], h[:, None]).squeeze(1),
+        "not just one is a softmax",
+    ),
+    "glu of the batch": (lambda h: torch.cat([F.glu(torch.cat([h, h], 0), 0)], 1), "batch"),
+    "a choice of constants": (
+        lambda h: h + torch.where(h > 0, torch.ones(5), torch.zeros(5)),
+        "chooses between constants",
+    ),
+    "a comparison alone": (lambda h: (h > 0).float(), r"turns the input into torch\.bool"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TREATED)
+def test_what_is_not_treated_is_refused_by_name(name):
+    step, message = NOT_TREATED[name]
+    model = Function(
+        lambda m, x: m["last"](step(m["first"](x))), first=nn.Linear(4, 5), last=nn.Linear(5, 2)
+    ).eval()
+    with pytest.raises(MIPINError, match=message):
+        InverseNetwork(model).fit(torch.randn(20, 4), 1, progress=False)
