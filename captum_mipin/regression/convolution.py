@@ -132,7 +132,9 @@ def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def _correlate(conv: Geometry, s: Tensor, x: Tensor) -> Tensor:
     """Return Σ x Pᵀ over the patches P of ``s``: (groups, channels of x, signals) float64."""
-    wide = conv.widened(x.shape[1] // conv.groups)
+    first, second, *kernel = conv.weight_shape
+    channels = (x.shape[1], second) if conv.transposed else (first, x.shape[1] // conv.groups)
+    wide = replace(conv, weight_shape=(*channels, *kernel))
     return wide.to_rows(wide.gradient(s, x, x.new_empty(wide.weight_shape), of=1)).double()
 
 

@@ -10,7 +10,7 @@ The patch of p is what stands beside W: the values of S at all taps, 0 where the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -74,12 +74,6 @@ class Geometry:
         """
         x, s = self.channels
         return x, s * prod(self.kernel)
-
-    def widened(self, channels: int) -> "Geometry":
-        """Return this convolution with ``channels`` channels of x in each group."""
-        first, second = self.weight_shape[:2]
-        shape = (self.groups * channels, second) if self.transposed else (first, channels)
-        return replace(self, weight_shape=(*shape, *self.kernel))
 
     def full(self, s: Tensor) -> Tensor:
         """Return ``s`` with zeros for the first outputs that the operation drops."""

@@ -19,14 +19,9 @@ X = normal(24, 3, 12, 12)
 
 def network():
     torch.manual_seed(0)
-    layers = (
-        nn.Conv2d(3, 5, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(5, 4, 3, stride=2),
-        nn.ReLU(),
-        nn.Flatten(),
-    )
-    return nn.Sequential(*layers, nn.Linear(100, 3)).eval()
+    convolutions = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 4, 3, stride=2)
+    steps = (step for convolution in convolutions for step in (convolution, nn.ReLU()))
+    return nn.Sequential(*steps, nn.Flatten(), nn.Linear(100, 3)).eval()
 
 
 MODEL = network()
