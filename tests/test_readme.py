@@ -60,7 +60,7 @@ def test_methods_side_by_side_run(capsys, tmp_path, monkeypatch):
 
 def test_its_table_of_metrics_is_whole():
     from captum_mipin import metrics
-    from captum_mipin.comparison.table import METRICS
+    from captum_mipin.comparison import METRICS
 
     named = set(re.findall(r"`(\w+)`", section("Metrics"))) & set(metrics.__all__)
     assert named == METRICS.keys() | {"mosaics"}

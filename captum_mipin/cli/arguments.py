@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from captum_mipin import cli
-from captum_mipin.comparison.table import METHODS, METRICS
+from captum_mipin.comparison import METHODS, METRICS
 from captum_mipin.version import __version__
 
 Command = Callable[[Namespace], Any]

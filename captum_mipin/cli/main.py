@@ -19,7 +19,7 @@ from captum_mipin import compare as compare_methods
 from captum_mipin.cli.arguments import DEFAULT_METHODS, MIPIN_METHODS, PICTURES, SHOWN, parse
 from captum_mipin.cli.images import ImageFolder
 from captum_mipin.cli.models import load_model, predict
-from captum_mipin.comparison.table import Comparison, Row
+from captum_mipin.comparison import Comparison, Row
 from captum_mipin.metrics.case import Case
 from captum_mipin.report import table
 

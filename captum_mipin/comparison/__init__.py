@@ -1,5 +1,8 @@
 """Several methods side by side: table, figure and HTML page."""
 
-from captum_mipin.comparison.table import METHODS, METRICS, Comparison, Row, compare
+from captum_mipin.comparison.methods import METHODS
+from captum_mipin.comparison.rows import Row
+from captum_mipin.comparison.run import METRICS, compare
+from captum_mipin.comparison.table import Comparison
 
 __all__ = ["METHODS", "METRICS", "Comparison", "Row", "compare"]

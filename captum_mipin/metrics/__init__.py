@@ -2,8 +2,8 @@
 
 All are called alike, ``metric(method, inputs, target, *, ..., **options)``, and return a
 :class:`Result`. The options that all of them take are those of :class:`Options`. The method is a
-Captum ``Attribution``, a callable, or maps made before, see ``Method``. Random numbers come from the
-option ``generator`` alone, and the model stays as it is.
+Captum ``Attribution``, a callable, or maps made before, see ``Method``. Random numbers come from
+the option ``generator`` alone, and the model stays as it is.
 
 All can raise :class:`~captum_mipin.errors.InputError` for arguments that do not fit each other,
 :class:`~captum_mipin.errors.TargetError` for targets that do not fit the outputs, and

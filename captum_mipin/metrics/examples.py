@@ -90,8 +90,8 @@ class Examples:
         """The only input tensor. Raises InputError if there are several."""
         if len(self.inputs) != 1:
             raise InputError(
-                f"this needs one input tensor, but there are {len(self.inputs)}: pass a function of "
-                "one of them, as model and method"
+                f"this needs one input tensor, but there are {len(self.inputs)}: pass a "
+                "function of one of them, as model and method"
             )
         return self.inputs[0]
 

@@ -72,8 +72,8 @@ def mosaics(
     if len(by_class) < n * n or not to_find:
         raise InputError(
             f"{len(by_class)} classes have an image recognised with confidence {confidence:g}, "
-            f"{len(to_find)} of them to be found: a mosaic of {n} x {n} needs {n * n}, and at least "
-            "one to be found"
+            f"{len(to_find)} of them to be found: a mosaic of {n} x {n} needs {n * n}, and one to be "
+            "found"
         )
 
     def draw(high: int) -> int:

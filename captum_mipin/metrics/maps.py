@@ -75,8 +75,8 @@ def resized(heat: Tensor, size: Sequence[int]) -> Tensor:
     scale = places[0] / size[0]
     if any(abs(scale * whole - part) > 2 for whole, part in zip(size, places, strict=True)):
         raise InputError(
-            f"maps with places {places} have other proportions than inputs {size}: rearrange tokens "
-            "as (examples, height, width)"
+            f"maps with places {places} have other proportions than inputs {size}: rearrange "
+            "tokens as (examples, height, width)"
         )
     mode = _INTERPOLATIONS[len(size)]
     finer = F.interpolate(heat.unsqueeze(1), size, mode=mode, align_corners=False).squeeze(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,7 +135,7 @@ def sensitivity_max(
         maps = _double(explain(method, batch))
         # max-sensitivity = max_{‖d‖_∞ ≤ radius} ‖A(x + d) - A(x)‖ / ‖A(x)‖
         largest = captum_sensitivity_max(
-            partial(_explained, method, batch, maps),
+            _explanation(method, batch, maps),
             batch.inputs,
             _Noise(batch, samples, draw).added,
             n_perturb_samples=samples,
@@ -152,19 +151,16 @@ def sensitivity_max(
     return Result.of("max-sensitivity", torch.cat(values), "lower", settings, unscored)
 
 
-def _explained(
-    method: Method,
-    batch: Examples,
-    maps: tuple[Tensor, ...],
-    x: Any,
-    target: Any,
-    additional_forward_args: Any,
-) -> tuple[Tensor, ...]:
-    """Explain changed inputs for Captum; ``maps`` are those of the batch itself."""
-    if x is batch.inputs:
-        return maps
-    changed = Examples.of(x if batch.is_tuple else x[0], target, additional_forward_args)
-    return _double(explain(method, changed))
+def _explanation(method: Method, batch: Examples, maps: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """Return what Captum asks for maps; ``maps`` are those of the batch itself, which it has."""
+
+    def explanation(x: Any, target: Any, additional_forward_args: Any) -> tuple[Tensor, ...]:
+        if x is batch.inputs:
+            return maps
+        changed = Examples.of(x if batch.is_tuple else x[0], target, additional_forward_args)
+        return _double(explain(method, changed))
+
+    return explanation
 
 
 def _double(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -298,8 +298,8 @@ def _baseline(baseline: Baseline, x: Tensor) -> Tensor:
     values = baseline(x) if callable(baseline) else torch.as_tensor(baseline, dtype=torch.float64)
     if not x.is_floating_point() and (values != values.to(x)).any():
         raise InputError(
-            f"the baseline is {values!r}, which inputs of dtype {x.dtype} cannot hold: pass another "
-            "baseline="
+            f"the baseline is {values!r}, which inputs of dtype {x.dtype} cannot hold: pass "
+            "another baseline="
         )
     try:
         return values.detach().to(x).expand_as(x)

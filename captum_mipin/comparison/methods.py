@@ -1,0 +1,135 @@
+"""Methods that ``compare`` knows by name, and the controls that it adds."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from captum import attr
+from torch import Tensor, nn
+from torch.export.unflatten import UnflattenedModule
+
+from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.errors import InputError, NotFittedError
+from captum_mipin.methods import (
+    LRP,
+    Deconvnet,
+    DeepTaylor,
+    ExcitationBackprop,
+    GuidedBackprop,
+    SmoothGrad,
+)
+from captum_mipin.metrics import Method
+from captum_mipin.metrics.case import attribution_of
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What methods known by name are made of.
+
+    Attributes:
+        model: A copy of the network: hooks that a method leaves behind stay there.
+        copied_layer: The layer of the copy for methods of a layer.
+        fitted: MIP-IN with the fitted inverse, of the network itself.
+    """
+
+    model: nn.Module
+    copied_layer: nn.Module | None
+    fitted: MIPINAttribution | LayerMIPINAttribution | None
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer. Raises InputError if there is none."""
+        if self.copied_layer is None:
+            raise InputError("a method of a layer, by name, needs one: pass layer=")
+        return self.copied_layer
+
+    @property
+    def mipin(self) -> Any:
+        """MIP-IN. Raises NotFittedError if there is no inverse."""
+        if self.fitted is None:
+            raise NotFittedError("MIP-IN by name needs a fitted inverse network: pass inverse=")
+        return self.fitted
+
+
+def _deep_lift(model: nn.Module) -> Method:
+    """Return Captum's DeepLift, which looks at modules, not at functions."""
+    if isinstance(model, UnflattenedModule):
+        raise InputError(
+            "DeepLift looks for modules such as nn.ReLU, which an exported program no longer has: "
+            "take the network that was exported"
+        )
+    return attr.DeepLift(model)
+
+
+def _with(method: Any, **options: Any) -> Method:
+    """Return a method's ``attribute`` with options."""
+    return partial(method.attribute, **options)
+
+
+#: Methods by name.
+METHODS: dict[str, Callable[[Setup], Method]] = {
+    "MIP-IN": lambda setup: setup.mipin,
+    "MIP-IN × gradient": lambda setup: _with(setup.mipin, multiply_by_gradients=True),
+    "Saliency": lambda setup: attr.Saliency(setup.model),
+    "Gradient": lambda setup: _with(attr.Saliency(setup.model), abs=False),
+    "Input×Gradient": lambda setup: attr.InputXGradient(setup.model),
+    "Integrated Gradients": lambda setup: _with(
+        attr.IntegratedGradients(setup.model), internal_batch_size=64
+    ),
+    "SmoothGrad": lambda setup: SmoothGrad(setup.model),
+    "DeepLift": lambda setup: _deep_lift(setup.model),
+    "Guided Backprop": lambda setup: GuidedBackprop(setup.model),
+    "Deconvnet": lambda setup: Deconvnet(setup.model),
+    "LRP": lambda setup: LRP(setup.model),
+    "Deep Taylor": lambda setup: DeepTaylor(setup.model),
+    "Excitation Backprop": lambda setup: ExcitationBackprop(setup.model),
+    "Grad-CAM": lambda setup: _with(
+        attr.LayerGradCam(setup.model, setup.layer), relu_attributions=True
+    ),
+    "Grad×Feature": lambda setup: attr.LayerGradientXActivation(setup.model, setup.layer),
+}
+
+
+def controls(methods: Iterable[Any], model: Any) -> dict[str, Method]:
+    """Return controls by name: methods that know less than a method should.
+
+    They lie at the layer of the first MIP-IN among the methods, else at the input: "random" maps; a
+    "centre prior", a blob in the centre; "mask only", 1 where the input or layer is not 0; and, if
+    there is a MIP-IN, its "pattern only", without masks.
+
+    Args:
+        methods: The methods that are compared.
+        model: The network.
+    """
+    kinds = (MIPINAttribution, LayerMIPINAttribution)
+    mipin = next((m for m in map(attribution_of, methods) if isinstance(m, kinds)), None)
+    generator = torch.Generator().manual_seed(0)
+
+    def features(x: Tensor, extras: Any) -> Tensor:
+        if isinstance(mipin, LayerMIPINAttribution):
+            activation = attr.LayerActivation(model, mipin.layer)
+            x = activation.attribute(x, additional_forward_args=extras)
+        return x.detach()
+
+    def one_channel(x: Tensor, extras: Any) -> Tensor:
+        there = features(x, extras)
+        return there[:, :1] if there.ndim > 2 else there
+
+    def random(x: Tensor, target: Any, extras: Any = None) -> Tensor:
+        return torch.rand(one_channel(x, extras).shape, generator=generator).to(x.device)
+
+    def centre(x: Tensor, target: Any, extras: Any = None) -> Tensor:
+        like = one_channel(x, extras)
+        sides = like.shape[2:] or like.shape[1:]
+        # exp(-8 Σ_sides ((i - (n - 1)/2) / n)²)
+        squares = [((torch.arange(n) - (n - 1) / 2) / n) ** 2 for n in sides]
+        distances = torch.stack(torch.meshgrid(*squares, indexing="ij"))
+        return torch.exp(-8 * distances.sum(0)).expand(like.shape).to(x.device)
+
+    def mask(x: Tensor, target: Any, extras: Any = None) -> Tensor:
+        return (features(x, extras) != 0).float()
+
+    added: dict[str, Method] = {"random": random, "centre prior": centre, "mask only": mask}
+    return added if mipin is None else {**added, "pattern only": _with(mipin, local=False)}

@@ -1,0 +1,267 @@
+"""Comparing: methods are made, explained and scored; what fails leaves its error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from captum_mipin import metrics as library
+from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.comparison.methods import METHODS, Setup
+from captum_mipin.comparison.methods import controls as control_methods
+from captum_mipin.comparison.rows import Row
+from captum_mipin.comparison.table import Comparison
+from captum_mipin.copies import copy_memo
+from captum_mipin.errors import InputError
+from captum_mipin.inverse.network import InverseNetwork
+from captum_mipin.metrics import Boxes, Method, Options, Result, box_masks
+from captum_mipin.metrics.case import Case, attribution_of, seeded
+from captum_mipin.metrics.examples import Examples
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Metric = Callable[..., Result]
+
+#: Metrics that ask for nothing but the maps, which are made once.
+_OF_MAPS: tuple[Any, ...] = (
+    library.bounding_box_accuracy,
+    library.pointing_game,
+    library.effective_heat_ratio,
+    library.deletion,
+    library.insertion,
+    library.sensitivity_n,
+    library.infidelity,
+)
+_OF_METHODS: tuple[Any, ...] = (
+    library.completeness,
+    library.grid_pointing_game,
+    library.class_sensitivity,
+    library.sensitivity_max,
+    library.randomization,
+)
+#: Metrics by the names that ``compare`` knows them by.
+METRICS: dict[str, Metric] = {metric.__name__: metric for metric in _OF_MAPS + _OF_METHODS}
+
+
+@torch.inference_mode(False)  # weights copied in inference mode would have no gradients
+def compare(
+    methods: Mapping[str, Method | str] | Sequence[str],
+    images: Tensor,
+    targets: Any = None,
+    *,
+    metrics: Sequence[str] | Mapping[str, Metric] | None = None,
+    boxes: Boxes | None = None,
+    inverse: InverseNetwork | None = None,
+    layer: nn.Module | None = None,
+    controls: bool = True,
+    titles: Sequence[str] | None = None,
+    progress: bool = True,
+    **options: Unpack[Options],
+) -> Comparison:
+    """Put attribution methods side by side on the same images.
+
+    Each method is asked once for its maps. A method or metric that fails leaves its error, and the
+    others go on. A method no better than the controls shows nothing of the image.
+
+    Args:
+        methods: Name -> method, or name -> one of :data:`METHODS`; or just such names. Methods made
+            by name work on a copy of the model.
+        images: (images, channels, height, width); tables can be made of other inputs too.
+        targets: What to explain, as Captum takes it.
+        metrics: Names of :data:`METRICS`, or name -> function. By default insertion, deletion and,
+            with ``boxes``, box accuracy and pointing game.
+        boxes: See :func:`~captum_mipin.metrics.box_masks`.
+        inverse: A fitted inverse for "MIP-IN" by name; the layer at which it stops is explained.
+        layer: For methods of a layer by name.
+        controls: Add controls, see :func:`~captum_mipin.comparison.methods.controls`.
+        titles: What to write beside each image; by default its target.
+        progress: Show a progress bar.
+        **options: See :class:`~captum_mipin.metrics.case.Options`. All methods meet the same draws.
+
+    Raises:
+        InputError: Names are not known, or boxes or titles do not fit the images.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> result = compare(["Saliency"], x, 0, model=model, metrics=["deletion"], progress=False)
+        >>> [row.name for row in result.rows]
+        ['Saliency', 'random', 'centre prior', 'mask only']
+    """
+    x = Examples.of(images, targets).x
+    examples = Examples.of(x, targets, options.get("additional_forward_args"))
+    named = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+    functions = _metric_functions(metrics, x, boxes)
+    _check(named, boxes, x)
+    shown = _titles(titles, examples)
+    made, model = _made(named, options.get("model"), inverse, layer)
+    added = control_methods(made.values(), model) if controls else {}
+    made |= {name: control for name, control in added.items() if name not in made}
+    run = _Run.of(examples, boxes, {**options, "model": model})
+    rows = []
+    total = len(made) * (1 + len(functions))
+    with tqdm(total=total, desc="compare", disable=not progress, leave=False) as bar:
+        for name, method in made.items():
+            rows.append(run.explained(name, method, name not in named, bar))
+            for title, metric in functions.items():
+                rows[-1] = run.scored(rows[-1], method, title, metric, bar)
+    return Comparison(tuple(rows), tuple(functions), x.detach().cpu(), shown)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all methods and metrics of a comparison have in common.
+
+    Attributes:
+        examples: The images.
+        arguments: Keyword arguments for the metrics that take them.
+        seed: Seed of each metric's generator.
+        batch_size: Examples that a method explains at once.
+    """
+
+    examples: Examples
+    arguments: dict[str, Any]
+    seed: int
+    batch_size: int | None
+
+    @classmethod
+    def of(cls, examples: Examples, boxes: Boxes | None, options: Any) -> _Run:
+        """Draw a seed, and collect the arguments."""
+        random = options.pop("generator", None) or seeded()
+        seed = int(torch.randint(1 << 62, (1,), generator=random, device=random.device))
+        arguments = {"boxes": boxes, **options}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        return cls(examples, arguments, seed, options.get("batch_size"))
+
+    def explained(self, name: str, method: Any, control: bool, bar: Any) -> Row:
+        """Return the row of a method, with its maps or the error of making or asking it."""
+        bar.set_postfix_str(name)
+        start = perf_counter()
+        maps, errors = None, {}
+        try:
+            if isinstance(method, Exception):
+                raise method
+            case = Case(method, self.examples, None, seeded(), self.batch_size)
+            if len(case.maps) != 1:
+                raise InputError(f"the method gave {len(case.maps)} tensors of maps, expected one")
+            (maps,) = case.maps
+        except Exception as error:  # whatever a method does, the others go on
+            errors = {"": _first_line(error)}
+        bar.update()
+        return Row(name, control, maps, errors=errors, seconds=perf_counter() - start)
+
+    def scored(self, row: Row, method: Any, title: str, metric: Metric, bar: Any) -> Row:
+        """Return the row with the result of a metric, or its error."""
+        bar.set_postfix_str(f"{row.name}, {title}")
+        bar.update()
+        if row.maps is None:
+            return row
+        try:
+            function = metric.func if isinstance(metric, partial) else metric
+            source = row.maps if function in _OF_MAPS else method
+            x = self.examples.inputs[0]
+            result = metric(source, x, self.examples.target, **self._arguments(metric, method))
+        except Exception as error:  # whatever a metric does, the others go on
+            return replace(row, errors={**row.errors, title: _first_line(error)})
+        result = replace(result, settings={**result.settings, "method": row.name})
+        return replace(row, results={**row.results, title: result})
+
+    def _arguments(self, metric: Metric, method: Any) -> dict[str, Any]:
+        """Return the keyword arguments that a metric takes and that ``partial`` has not bound."""
+        arguments = {**self.arguments, "generator": torch.Generator().manual_seed(self.seed)}
+        attribution = attribution_of(method)
+        if attribution is not None:  # each method is measured on the network that it explains
+            arguments["model"] = attribution.forward_func
+        function, bound = metric, dict[str, Any]()
+        if isinstance(metric, partial):
+            function, bound = metric.func, metric.keywords
+        known = set(signature(function).parameters)
+        if function in METRICS.values():
+            known |= Options.__annotations__.keys()
+        return {name: arguments[name] for name in arguments.keys() & known - bound.keys()}
+
+
+def _metric_functions(metrics: Any, images: Tensor, boxes: Boxes | None) -> dict[str, Metric]:
+    """Return name -> metric. Raise InputError if a name is not known, or a metric no function."""
+    if metrics is None:
+        metrics = ["bounding_box_accuracy", "pointing_game"] * (boxes is not None)
+        metrics += ["insertion", "deletion"] if images.ndim == 4 else ["deletion"]
+    if not isinstance(metrics, Mapping):
+        if isinstance(metrics, str) or not METRICS.keys() >= set(metrics):
+            raise InputError(f"metrics {metrics!r} are not all among {', '.join(METRICS)}")
+        metrics = {name: METRICS[name] for name in metrics}
+    for title, metric in metrics.items():
+        if not callable(metric):
+            raise InputError(f"metric {title!r} is a {type(metric).__name__}, expected a function")
+    return dict(metrics)
+
+
+def _check(named: Mapping[str, Any], boxes: Boxes | None, images: Tensor) -> None:
+    """Raise InputError if a method's name is not known, or boxes do not fit the images."""
+    if not named:
+        raise InputError("there are no methods to compare: pass names or name -> method")
+    for method in named.values():
+        if isinstance(method, str) and method not in METHODS:
+            raise InputError(f"no method has the name {method!r}; known are {', '.join(METHODS)}")
+    if boxes is None:
+        return
+    if images.ndim != 4:
+        raise InputError(
+            "boxes need images (images, channels, height, width), found inputs of shape "
+            f"{tuple(images.shape)}"
+        )
+    count = len(box_masks(boxes, images.shape[2:]))
+    if count != len(images):
+        raise InputError(f"there are boxes for {count} images, but {len(images)} images")
+
+
+def _titles(titles: Sequence[str] | None, examples: Examples) -> tuple[str, ...]:
+    """Return a title per image: the user's, or its target."""
+    if titles is None:
+        return tuple("" if target is None else str(target) for target in examples.targets)
+    if len(titles) != len(examples):
+        raise InputError(f"there are {len(titles)} titles, but {len(examples)} images")
+    return tuple(map(str, titles))
+
+
+def _made(
+    named: Mapping[str, Any], model: Any, inverse: InverseNetwork | None, layer: nn.Module | None
+) -> tuple[dict[str, Any], Any]:
+    """Return methods by name, an error in the place of one that cannot be made; and the network."""
+    if model is None and inverse is not None:
+        model = inverse.model
+    owners = (attribution_of(method) for method in named.values())
+    if model is None:
+        model = next((owner.forward_func for owner in owners if owner is not None), None)
+    if not any(isinstance(method, str) for method in named.values()):
+        return dict(named), model
+    if not isinstance(model, nn.Module):
+        raise InputError("methods by name need the network: pass model=")
+    mipin: Any = None
+    if inverse is not None:
+        kind = MIPINAttribution if inverse.layer is None else LayerMIPINAttribution
+        mipin = kind(model, inverse)
+    copied: tuple[nn.Module, nn.Module | None] = copy.deepcopy((model, layer), copy_memo(model))
+    setup = Setup(*copied, mipin)
+
+    def made(method: Any) -> Any:
+        try:
+            return METHODS[method](setup) if isinstance(method, str) else method
+        except Exception as error:  # whatever a method does, the others go on
+            return error
+
+    return {name: made(method) for name, method in named.items()}, model
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
