@@ -260,6 +260,20 @@ def zoo() -> str:
     return show(rows)
 
 
+def capture() -> str:
+    """Return the cost of ``check`` beside that of torch's export alone."""
+    rows = [
+        {
+            "network": row["network"],
+            "input": row["input"],
+            "`torch.export` alone": f"{row['export s']:.1f} s",
+            "`check`": f"{row['check s'] / row['export s']:.2f} × that",
+        }
+        for row in read("speed-capture")["rows"]
+    ]
+    return show(rows)
+
+
 def scale() -> str:
     """Return the fits of the head of VGG-19: many classes at once, or one after the other."""
     rows = []
@@ -702,7 +716,18 @@ def main() -> None:
         invariance,
         class_sensitivity,
     )
-    costs = (speed, speed_methods, speed_metrics, zoo, neighbours, scale, thousand, floor, sampled)
+    costs = (
+        capture,
+        speed,
+        speed_methods,
+        speed_metrics,
+        zoo,
+        neighbours,
+        scale,
+        thousand,
+        floor,
+        sampled,
+    )
     paper = (
         paper_boxes,
         paper_settings,

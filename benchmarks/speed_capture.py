@@ -1,0 +1,81 @@
+"""Cost of ``check`` beside the cost of ``torch.export.export`` alone, in the same process.
+
+    python benchmarks/speed_capture.py [NAMES]
+
+Both take the same model, with random weights, and the same inputs with a dynamic batch. Seconds
+are of processor time on one thread, medians of three rounds in turn.
+"""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from common import parser_of, write
+from torch import Tensor, nn
+from torch.export import Dim, export
+from torchvision import models
+
+from captum_mipin import check
+
+ROUNDS = 3
+NAMES = ("resnet50", "mobilenet_v3_large", "densenet121", "vit_b_16", "swin_t", "maxvit_t", "lstm")
+
+
+class Recurrent(nn.Module):
+    """A classifier of sequences: an LSTM and a linear layer on its last output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.lstm(x)[0][:, -1])
+        return logits
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    """Return a network in evaluation mode and a batch of three inputs."""
+    torch.manual_seed(0)
+    if name == "lstm":
+        return Recurrent().eval(), torch.randn(3, 20, 8)
+    return models.get_model(name, weights=None).eval(), torch.randn(3, 3, 224, 224)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Return the processor time of one call."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def measure(name: str) -> dict[str, str | float]:
+    """Return one row: a network, and the seconds of its export and of ``check``."""
+    model, x = network(name)
+    sizes = ({0: Dim.DYNAMIC},)
+    exports, checks = [], []
+    for _ in range(ROUNDS):
+        exports.append(seconds(lambda: export(model, (x,), dynamic_shapes=sizes, strict=False)))
+        checks.append(seconds(lambda: check(model, x)))
+    one, other = statistics.median(exports), statistics.median(checks)
+    shape = "x".join(map(str, x.shape))
+    return {"network": name, "input": shape, "export s": one, "check s": other}
+
+
+def main() -> None:
+    """Measure all networks and write the results."""
+    parser = parser_of(__doc__)
+    parser.add_argument("names", nargs="*", default=NAMES)
+    names = parser.parse_args().names
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of torch.export, on recurrent layers
+    rows = [measure(name) for name in names]
+    for row in rows:
+        print(row, flush=True)
+    if tuple(names) == NAMES:
+        write("speed-capture", rows, rounds=ROUNDS)
+
+
+if __name__ == "__main__":
+    main()
