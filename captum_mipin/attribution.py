@@ -11,7 +11,8 @@ from captum_mipin.errors import InputError
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import select
 from captum_mipin.graph.validate import as_extras, as_inputs, like
-from captum_mipin.inverse.network import Explanation, InverseNetwork
+from captum_mipin.inverse.base import ModelInverse
+from captum_mipin.inverse.explain import Explanation
 from captum_mipin.methods.gradients import Gradient
 from captum_mipin.propagation.runtime import seed
 from captum_mipin.targets import per_example
@@ -24,8 +25,8 @@ Call = tuple[Inputs, Any, Extras]
 class _MIPIN(NoFuture, GradientAttribution):
     """Base of the attributions at the input and at a layer."""
 
-    def __init__(self, model: nn.Module, inverse: InverseNetwork) -> None:
-        if not isinstance(inverse, InverseNetwork):
+    def __init__(self, model: nn.Module, inverse: ModelInverse[Any]) -> None:
+        if not isinstance(inverse, ModelInverse):
             raise InputError(f"inverse is a {type(inverse).__name__}, expected an InverseNetwork")
         if inverse.model is not unwrapped(model):
             raise InputError(
@@ -234,7 +235,7 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
     """
 
     def __init__(
-        self, model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None = None
+        self, model: nn.Module, inverse: ModelInverse[Any], layer: nn.Module | None = None
     ) -> None:
         _MIPIN.__init__(self, model, inverse)
         layer = inverse.layer if layer is None else layer

@@ -27,6 +27,7 @@ from captum_mipin.errors import (
 )
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import Signature
+from captum_mipin.inverse.explain import Request
 from captum_mipin.propagation.fingerprint import structure
 from captum_mipin.rules import table
 
@@ -197,7 +198,12 @@ def test_architectures_explain_other_sizes(name):
         Signature.of((y,), ()),
     )  # a network captured at that size, with the same inverses
     there._state = dataclasses.replace(
-        inverse._state, signature=at, structure=structure(inverse._graphs.get(at), table())
+        inverse._state,
+        origin=dataclasses.replace(
+            inverse._state.origin,
+            signature=at,
+            structure=structure(inverse._surrogates.graphs.get(at), table()),
+        ),
     )
     expected = there.explain((y,), mixed, biases=(False, True))
     for (one,), (two,) in zip(found.signals, expected.signals, strict=True):
@@ -208,14 +214,7 @@ def test_architectures_explain_other_sizes(name):
         torch.testing.assert_close(found.output, model(y)[range(4), mixed])
     units = inverse._back(
         inverse._state,
-        (y,),
-        mixed,
-        (),
-        (False, True),
-        inverse._options(True),
-        mask=False,
-        layer=None,
-        unit=True,
+        Request(inputs=(y,), target=mixed, biases=(False, True), unit=True),
     )
     (a,), (s,) = found.signals
     (a1,), (s1,) = units.signals
@@ -534,7 +533,7 @@ def test_one_of_several_outputs(name, head, alone, tmp_path, untouched):
     inverse.save(tmp_path / "file")
     loaded = InverseNetwork.load(tmp_path / "file", model)
     assert loaded.output == output
-    loaded._graphs = inverse._graphs
+    loaded._surrogates = inverse._surrogates
     mipin = MIPINAttribution(model, loaded)
     found = mipin.attribute(x[:4], [0, 1, 1, 0], return_convergence_delta=True)
     expected = plain.attribute(x[:4], [0, 1, 1, 0], return_convergence_delta=True)

@@ -1,6 +1,6 @@
 """What users pass: brought into one form, checked, and given back in theirs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,12 @@ def check_output(output: Any) -> None:
         raise InputError(
             f"output={output!r} must be an index, a key or a field's name, or a tuple of such"
         )
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise InputError unless the option ``name`` has one of these values."""
+    if value not in choices:
+        raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
 
 
 def check_model(model: object) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Classes that are fitted when they are first explained, and forgotten when there is no room for all."""
+"""Classes that are fitted when they are first explained, and dropped when memory runs short."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,54 +16,54 @@ from captum_mipin.types import Inputs, Target
 
 
 class Lazy:
-    """The classes of a fit that keeps what it has seen of its data: each is fitted when it is asked for.
+    """The classes of a fit that has kept the activations of its data.
 
-    Calls from several threads take turns, so that no class is fitted twice; those that ask for what is there do not wait.
+    Calls from several threads take turns, so that no class is fitted twice; a class that is fitted
+    already is returned at once.
 
     Args:
-        fit: Has looked at its data and kept it.
-        room: Bytes that fitted classes may take. The least recently asked for give way; those of one call stay together.
-        weights: What changes whenever the model's weights may lie elsewhere than when it looked.
+        fit: A fit that has gone through its data.
+        memory: Bytes for fitted classes. The least recently explained are dropped first; those of
+            one call stay together.
+        marks: Version marks of the model's weights when the data was gone through.
     """
 
-    def __init__(self, fit: Fit, room: int, weights: list[Any]) -> None:
-        self._fit, self._room = fit, room
+    def __init__(self, fit: Fit, memory: int, marks: list[Any]) -> None:
+        self._fit, self._memory, self._marks = fit, memory, marks
         self._ready: OrderedDict[Target, Fitted] = OrderedDict()
-        self._made_of = weights
-        self._turn, self._access = Lock(), Lock()
+        self._fitting, self._access = Lock(), Lock()
 
     @property
     def ready(self) -> list[Fitted]:
-        """What is fitted now, the least recently asked for first."""
+        """The classes that are fitted now, the least recently explained first."""
         with self._access:
             return list(self._ready.values())
 
     def get(
-        self, targets: Sequence[Target], weights: Callable[[], list[Any]]
+        self, targets: Sequence[Target], marks: Callable[[], list[Any]]
     ) -> dict[Target, dict[str, Inverse]]:
-        """The inverses of classes, fitted where they are not there.
+        """Return the inverses of classes; those that are missing are fitted.
 
         Args:
             targets: The classes.
-            weights: Makes sure that the model's weights are those that the data was looked at with, and says what changes
-                whenever they may lie elsewhere.
+            marks: Checks that the weights are unchanged, and returns their version marks.
         """
-        found: dict[Target, Fitted] = {}
+        classes: dict[Target, Fitted] = {}
         for target in targets:
-            known = self._known(target)
-            if known is None:
-                with self._turn:
-                    known = self._known(target) or self._fitted(target, weights())
-            found[target] = known
+            fitted = self._known(target)
+            if fitted is None:
+                with self._fitting:  # another thread may have fitted it meanwhile
+                    fitted = self._known(target) or self._fit_class(target, marks())
+            classes[target] = fitted
         with self._access:
-            while len(self._ready) > len(found) and _bytes(self._ready) > self._room:
+            while len(self._ready) > len(classes) and _bytes(self._ready) > self._memory:
                 self._ready.popitem(last=False)
-        return {target: fitted.inverses[target] for target, fitted in found.items()}
+        return {target: fitted.inverses[target] for target, fitted in classes.items()}
 
-    def information(self, target: Target, weights: list[Any]) -> Inputs:
-        """Bits that each feature shares with the output of a class."""
-        with self._turn, TURNS.explaining():
-            self._renew(weights)
+    def information(self, target: Target, marks: list[Any]) -> Inputs:
+        """Return the bits that each feature shares with the output of a class."""
+        with self._fitting, TURNS.explaining():
+            self._renew(marks)
             return self._fit.information(target)
 
     def _known(self, target: Target) -> Fitted | None:
@@ -72,29 +72,29 @@ class Lazy:
                 self._ready.move_to_end(target)
             return self._ready.get(target)
 
-    def _fitted(self, target: Target, weights: list[Any]) -> Fitted:
+    def _fit_class(self, target: Target, marks: list[Any]) -> Fitted:
         with TURNS.explaining():
-            self._renew(weights)
+            self._renew(marks)
             fitted = self._fit.later(target)
         with self._access:
             self._ready[target] = fitted
         return fitted
 
-    def _renew(self, weights: list[Any]) -> None:
-        """Run forward anew where weights have moved, or were changed and changed back."""
-        if self._made_of != weights:
+    def _renew(self, marks: list[Any]) -> None:
+        """Run the model anew if its weights were moved, or changed and changed back."""
+        if self._marks != marks:
             self._fit.restart()
-        self._made_of = weights
+        self._marks = marks
 
     def __reduce__(self) -> NoReturn:
         raise NotFittedError(
-            "classes that are fitted when they are explained cannot be copied or pickled: fit those that are needed without "
-            "lazy=True"
+            "classes of fit(..., lazy=True) cannot be copied or pickled, since they are fitted "
+            "when they are explained: fit those that are needed without lazy=True"
         )
 
 
 def _bytes(ready: OrderedDict[Target, Fitted]) -> int:
-    """Memory of fitted classes; what they share counts once."""
+    """Return the bytes of fitted classes; tensors that they share count once."""
     tensors = {
         id(part): part.nbytes
         for fitted in ready.values()

@@ -1,78 +1,146 @@
-"""All that a fit leaves behind, and how it lies in files."""
+"""What a fit leaves behind, and how a file holds it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_mipin.graph.signature import Signature
+from captum_mipin.graph.capture import CapturedGraph
+from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.signature import Signature, first_example
 from captum_mipin.graph.validate import device_of
 from captum_mipin.inverse.lazy import Lazy
 from captum_mipin.inverse.request import Fitted
+from captum_mipin.propagation.fingerprint import structure
 from captum_mipin.report import LayerFit
-from captum_mipin.rules import Inverse
+from captum_mipin.rules import Inverse, table
 from captum_mipin.storage.watch import Watch
 from captum_mipin.targets import target_label
 from captum_mipin.types import Extras, Inputs, Target
 
-#: What an inverse is made of, in files.
+#: The tensors of an inverse, as files name them.
 PARTS = ("weight", "bias", "live", "own", "rows")
 
 
-@dataclass
-class State:
-    """All that a fit leaves behind."""
+@dataclass(frozen=True)
+class Origin:
+    """What an inverse was fitted on: a model, and inputs of one kind.
 
-    fitted: Fitted
+    Attributes:
+        dims: Shape of the model's output without the batch.
+        signature: Shapes and dtypes of the inputs, and the further arguments.
+        structure: SHA-256 of the model's operations.
+        example: Zeros (1, ...) shaped like the inputs of one example.
+        extras: Further arguments of the first example; None if a file does not hold them.
+        watch: Notices changes of the model's weights.
+    """
+
     dims: tuple[int, ...]
     signature: Signature
     structure: str
     example: Inputs
     extras: Extras | None
     watch: Watch
-    #: Where classes come from that are fitted when they are explained.
-    lazy: dict[Target, Lazy] = field(default_factory=dict, kw_only=True)
+
+    @classmethod
+    def of(cls, graph: CapturedGraph, inputs: Inputs, extras: Extras, watch: Watch) -> "Origin":
+        """Return the origin of a fit on data with these inputs and further arguments."""
+        dims = tuple(int(n) for n in value_of(graph.output).shape[1:])
+        signature = Signature.of(inputs, extras, graph.shared)
+        example = first_example(inputs, extras, graph.shared)
+        return cls(dims, signature, structure(graph, table()), *example, watch)
+
+    def content(self) -> dict[str, Any]:
+        """Return what a file says of it."""
+        return {
+            "fingerprint": self.watch.fingerprint,
+            "signature": self.signature.to_json(),
+            "structure": self.structure,
+            "inputs": [
+                (tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for x in self.example
+            ],
+            "extras": self.extras != (),
+            "dims": self.dims,
+        }
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any], model: nn.Module) -> "Origin":
+        """Return the origin that a file's content describes.
+
+        Raises:
+            ValueError: Entries of the content contradict each other.
+        """
+        signature, dims = Signature.from_json(content["signature"]), tuple(content["dims"])
+        inputs = [(str(tuple(shape)), f"torch.{dtype}") for shape, dtype in content["inputs"]]
+        if not inputs or [leaf[1:3] for leaf in signature.leaves[: len(inputs)]] != inputs:
+            raise ValueError(f"inputs {inputs} are not those of the signature")
+        if not all(type(n) is int and n > 0 for n in dims):
+            raise ValueError(f"outputs cannot have shape {dims}")
+        example = tuple(
+            torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device_of(model))
+            for shape, dtype in content["inputs"]
+        )
+        extras = None if content["extras"] else ()
+        watch = Watch(model, content["fingerprint"])
+        return cls(dims, signature, content["structure"], example, extras, watch)
 
 
-def head_of(
-    content: dict[str, Any], model: nn.Module
-) -> tuple[tuple[int, ...], Signature, str, Inputs, Extras | None, Watch]:
-    """What a state is made of besides what was fitted, from a file's content.
+@dataclass
+class State:
+    """What the fits of an InverseNetwork leave behind.
 
-    Raises:
-        ValueError: The parts do not go together.
+    Attributes:
+        origin: What was fitted on.
+        fitted: The inverses.
+        lazy: For each class of ``fit(..., lazy=True)``, what fits it when it is explained.
     """
-    signature, dims = Signature.from_json(content["signature"]), tuple(content["dims"])
-    inputs = [(str(tuple(shape)), f"torch.{dtype}") for shape, dtype in content["inputs"]]
-    if not inputs or [leaf[1:3] for leaf in signature.leaves[: len(inputs)]] != inputs:
-        raise ValueError(f"inputs {inputs} are not those of the signature")
-    if not all(type(n) is int and n > 0 for n in dims):
-        raise ValueError(f"outputs cannot have shape {dims}")
-    example = tuple(
-        torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device_of(model))
-        for shape, dtype in content["inputs"]
-    )
-    extras = None if content["extras"] else ()
-    return (
-        dims,
-        signature,
-        content["structure"],
-        example,
-        extras,
-        Watch(model, content["fingerprint"]),
-    )
+
+    origin: Origin
+    fitted: Fitted
+    lazy: dict[Target, Lazy] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> list[Target]:
+        """The classes that can be explained."""
+        return [*self.fitted.inverses, *self.lazy]
+
+    def join(self, before: "State", chosen: Collection[Target]) -> None:
+        """Add the classes of an earlier state, except those that were chosen to be fitted again."""
+        labels = {target_label(target) for target in chosen}
+        old, new = before.fitted, self.fitted
+        old_inverses = {
+            target: inverses
+            for target, inverses in old.inverses.items()
+            if target not in chosen or target in new.inverses
+        }
+        old_information = {t: bits for t, bits in old.information.items() if t in old_inverses}
+        self.fitted = Fitted(
+            {**old_inverses, **new.inverses},
+            [layer for layer in old.layers if layer.target not in labels] + new.layers,
+            {**old_information, **new.information},
+        )
+        kept = {target: lazy for target, lazy in before.lazy.items() if target not in chosen}
+        self.lazy = {**kept, **self.lazy}
+
+    def share_rows(self) -> None:
+        """Let classes that were fitted on the same data share the tensors ``Inverse.rows``."""
+        first: dict[str, Tensor] = {}
+        for inverses in self.fitted.inverses.values():
+            for key, inverse in inverses.items():
+                if inverse.rows is not None:
+                    rows = first.setdefault(key, inverse.rows)
+                    if rows is not inverse.rows and torch.equal(rows, inverse.rows):
+                        inverses[key] = replace(inverse, rows=rows)
 
 
 def packed(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a fit has learned, as a file's tensors and content: what classes share is written once."""
+    """Return fitted inverses as a file's tensors and content; shared tensors come once."""
     tensors: dict[str, Tensor] = {}
-    entries: list[dict[str, Any]] = []
-    names: dict[int, str] = {}
     same: dict[str, str] = {}
+    names: dict[int, str] = {}
     for number, (target, inverses) in enumerate(fitted.inverses.items()):
-        entries.append({"target": target, "keys": list(inverses)})
         for index, inverse in enumerate(inverses.values()):
             for part in PARTS:
                 name, tensor = f"{number}.{index}.{part}", getattr(inverse, part)
@@ -83,30 +151,32 @@ def packed(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for index, bits in enumerate(fitted.information.get(target, ())):
             tensors[f"{number}.information.{index}"] = bits
     return tensors, {
-        "targets": entries,
+        "targets": [
+            {"target": target, "keys": list(inverses)}
+            for target, inverses in fitted.inverses.items()
+        ],
         "same": same,
         "layers": [asdict(layer) for layer in fitted.layers],
     }
 
 
 def unpacked(tensors: dict[str, Tensor], content: dict[str, Any]) -> Fitted:
-    """What a fit has learned, from a file's tensors and content; see :func:`packed`."""
-    found = {**tensors, **{name: tensors[first] for name, first in content["same"].items()}}
+    """Return the fitted inverses of a file, see :func:`packed`."""
+    tensors = {**tensors, **{name: tensors[first] for name, first in content["same"].items()}}
     fitted = Fitted()
     for number, entry in enumerate(content["targets"]):
-        fitted.inverses[tuple(entry["target"])] = {
-            key: _inverse(*(found.get(f"{number}.{index}.{part}") for part in PARTS))
+        target = tuple(entry["target"])
+        fitted.inverses[target] = {
+            key: _inverse(*(tensors.get(f"{number}.{index}.{part}") for part in PARTS))
             for index, key in enumerate(entry["keys"])
         }
-        maps = sorted(
-            (int(name.split(".")[2]), t)
-            for name, t in found.items()
-            if name.startswith(f"{number}.information.")
-        )
-        fitted.information[tuple(entry["target"])] = tuple(bits for _, bits in maps)
+        prefix = f"{number}.information."
+        names = [name for name in tensors if name.startswith(prefix)]
+        maps = {int(name.removeprefix(prefix)): tensors[name] for name in names}
+        fitted.information[target] = tuple(maps[index] for index in sorted(maps))
     for layer in content["layers"]:
-        target = tuple(layer["target"]) if isinstance(layer["target"], list) else layer["target"]
-        fitted.layers.append(LayerFit(**{**layer, "target": target}))
+        label = tuple(layer["target"]) if isinstance(layer["target"], list) else layer["target"]
+        fitted.layers.append(LayerFit(**{**layer, "target": label}))
     return fitted
 
 
@@ -117,48 +187,16 @@ def _inverse(
     own: Tensor | None,
     rows: Tensor | None,
 ) -> Inverse:
-    """An inverse of the tensors that a file holds.
+    """Return the inverse with the tensors of a file.
 
     Raises:
-        ValueError: They cannot be parts of one.
+        ValueError: A tensor is missing, or has another dtype.
     """
     if weight is None or bias is None:
         raise ValueError("an inverse lacks its weight or its bias")
-    floating = {part.dtype for part in (weight, bias, own, rows) if part is not None}
-    if (
-        len(floating) > 1
-        or not weight.is_floating_point()
-        or (live is not None and (live.dtype, live.ndim) != (torch.int64, 1))
-    ):
-        raise ValueError(
-            f"an inverse has parts of dtypes {floating}, and indices of {None if live is None else live.dtype}"
-        )
+    dtypes = {part.dtype for part in (weight, bias, own, rows) if part is not None}
+    if len(dtypes) > 1 or not weight.is_floating_point():
+        raise ValueError(f"an inverse has tensors of dtypes {dtypes}")
+    if live is not None and (live.dtype, live.ndim) != (torch.int64, 1):
+        raise ValueError(f"an inverse has indices of shape {tuple(live.shape)}, {live.dtype}")
     return Inverse(weight, bias, live, own, rows)
-
-
-def joined(before: Fitted, done: Fitted, chosen: Sequence[Target]) -> Fitted:
-    """What was fitted before, but for the classes ``chosen``, and what was done for these."""
-    names = {target_label(target) for target in chosen}
-    inverses = {
-        target: old
-        for target, old in before.inverses.items()
-        if target not in chosen or target in done.inverses
-    }
-    information = {
-        target: bits for target, bits in before.information.items() if target in inverses
-    }
-    layers = [layer for layer in before.layers if layer.target not in names]
-    return Fitted(
-        {**inverses, **done.inverses}, layers + done.layers, {**information, **done.information}
-    )
-
-
-def share_rows(fitted: Fitted) -> None:
-    """Let classes share equal rows, see :class:`~captum_mipin.rules.base.Inverse`, if they were fitted on the same data."""
-    first: dict[str, Tensor] = {}
-    for inverses in fitted.inverses.values():
-        for key, inverse in inverses.items():
-            if inverse.rows is not None:
-                rows = first.setdefault(key, inverse.rows)
-                if rows is not inverse.rows and torch.equal(rows, inverse.rows):
-                    inverses[key] = replace(inverse, rows=rows)

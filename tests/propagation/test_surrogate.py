@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, check
 from captum_mipin.errors import CaptureError, UnsupportedOperationError
+from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import capture
 from captum_mipin.propagation import surrogate as propagation
 from captum_mipin.propagation.runtime import Run, step
@@ -101,7 +102,7 @@ def test_each_operation_runs_once_and_steps_in_sequence_are_steps(forks, monkeyp
             == [theirs.count[name] for name in same]
             == [3, 1, 1, 1, 1]
         )
-        inverse._graphs = type(inverse._graphs)()
+        inverse._surrogates.graphs = Graphs()
         found.append(inverse.explain((x,), 0, biases=(False, True)).signals)
         assert ("sequence" in surrogate._module.code) == (len(found) == 1)
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)

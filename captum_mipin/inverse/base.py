@@ -1,0 +1,382 @@
+"""The base class of inverses: one pass forward, and passes back that end at the input or a layer."""
+
+import sys
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from captum_mipin.errors import (
+    InputError,
+    ModelChangedError,
+    ModelChangedWarning,
+    NotFittedError,
+)
+from captum_mipin.graph.capture import TURNS, CapturedGraph
+from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.modes import plain_modes
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.signature import plain
+from captum_mipin.graph.validate import (
+    as_extras,
+    as_inputs,
+    check_choice,
+    check_finite,
+    check_inputs,
+    check_model,
+    check_output,
+    finite,
+    like,
+)
+from captum_mipin.inverse.explain import Explanation, Request
+from captum_mipin.inverse.request import Settings
+from captum_mipin.inverse.state import Origin
+from captum_mipin.inverse.surrogates import PassEnd, Surrogates
+from captum_mipin.propagation.runtime import Inverses, Run, seed
+from captum_mipin.propagation.surrogate import Surrogate
+from captum_mipin.regression.ridge import RidgeScale
+from captum_mipin.rules import MIPIN, Options, table
+from captum_mipin.storage.saved import Saved
+from captum_mipin.storage.watch import fingerprint
+from captum_mipin.targets import per_example, target_label
+from captum_mipin.types import Extras, Inputs, Output, Target
+from captum_mipin.version import __version__
+
+
+class FittedState(Protocol):
+    """What a fit leaves behind: what it was fitted on, and the classes that can be explained."""
+
+    @property
+    def origin(self) -> Origin:
+        """The model and the kind of inputs."""
+
+    @property
+    def targets(self) -> Sequence[Target]:
+        """The classes."""
+
+
+S = TypeVar("S", bound=FittedState)
+
+#: (class, its examples) for each run of equal classes in a batch.
+Groups = Sequence[tuple[Target, slice]]
+
+
+class ModelInverse(Saved, Generic[S]):
+    """An inverse of a trained model: it sends the logit of a class back to the input or a layer.
+
+    The model is never changed; its parameters are read as they are at each call. A subclass says
+    which inverses the examples of a batch have.
+
+    Args:
+        model: A ``torch.nn.Module`` in evaluation mode; itself, or in ``nn.DataParallel`` or
+            ``torch.compile``.
+        settings: How regressions are solved.
+        layer: The module at whose output the inverse stops; None for the input.
+        output: Which of several outputs of the model is explained.
+        changed: What to do if the model's weights have changed since the fit.
+
+    Raises:
+        InputError: An option is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        *,
+        layer: nn.Module | None,
+        output: Output,
+        changed: Literal["refuse", "warn", "ignore"] = "refuse",
+    ) -> None:
+        check_choice("changed", changed, ("refuse", "warn", "ignore"))
+        check_output(output)
+        self.model = unwrapped(model)
+        self.layer = None if layer is None else unwrapped(layer)
+        self.output, self.changed, self.settings = output, changed, settings
+        self._state: S | None = None
+        self._surrogates = Surrogates(self.model, output)
+
+    @property
+    def targets(self) -> list[int | tuple[int, ...] | None]:
+        """The classes that can be explained, as ``target`` takes them; empty before a fit."""
+        return [] if self._state is None else [target_label(t) for t in self._state.targets]
+
+    def source_signal(
+        self,
+        inputs: Tensor | Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        local: bool = True,
+        mask_input: bool = False,
+    ) -> Any:
+        """Return S, what the logit of a class carries of the input (equation 5).
+
+        Args:
+            inputs: Tensor (batch, ...) or tuple of tensors.
+            target: The class, as Captum's ``target``; examples may have different ones.
+            additional_forward_args: Further arguments of the model.
+            local: Use the forward masks of each example (equation 9); False for the global view.
+            mask_input: Apply equation 9 also to the input. The paper does so only at a layer.
+
+        Returns:
+            The signal, with the shape, dtype and device of ``inputs``.
+
+        Raises:
+            NotFittedError: The class was not fitted.
+            InputError, TargetError, CaptureError, ModelChangedError: See :meth:`explain`.
+        """
+        request = Request(
+            inputs=as_inputs(inputs),
+            target=target,
+            extras=as_extras(additional_forward_args),
+            biases=(True,),
+            local=local,
+            mask=mask_input,
+        )
+        return like(inputs, self._explain(request).signals[0])
+
+    def distractor(self, inputs: Tensor | Inputs, *args: Any, **options: Any) -> Any:
+        """Return X − S, what the logit does not carry; arguments as in :meth:`source_signal`."""
+        signals = as_inputs(self.source_signal(inputs, *args, **options))
+        pairs = zip(as_inputs(inputs), signals, strict=True)
+        return like(inputs, tuple(x.detach() - s for x, s in pairs))
+
+    @abstractmethod
+    def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
+        """Return the global map of a class, if there is one."""
+
+    def explain(
+        self,
+        inputs: Inputs,
+        target: Any,
+        extras: Extras = (),
+        *,
+        biases: Sequence[bool] = (False,),
+        local: bool = True,
+        mask: bool = False,
+        layer: nn.Module | None = None,
+        evidence: bool = False,
+    ) -> Explanation:
+        """Send the logits of the target back, once for each entry of ``biases``.
+
+        Args:
+            inputs: Tensors (batch, ...).
+            target: The class, as Captum's ``target``; examples may have different ones.
+            extras: Further arguments of the model.
+            biases: True for the source signal S, False for the attribution A. All passes back
+                share one pass forward.
+            local: Use masks, switches and shares of each example. Gates that multiply, attention
+                weights, and the switches of ``where`` and ``maximum`` are used in any case.
+            mask: Apply equation 9 also to the inputs. To the output of ``layer`` it is always
+                applied if ``local``.
+            layer: Stop at the output of this module instead of the inputs.
+            evidence: Send back only what speaks for the target at each place, if the model's output
+                is an average over places.
+
+        Raises:
+            NotFittedError: The class was not fitted, or the inverse does not reach so far.
+            InputError: The inputs have the wrong type, shape or dtype, or hold NaN or Inf.
+            TargetError: The model has no such class.
+            CaptureError: The model computes something else for inputs of this size.
+            ModelChangedError: The model has changed since the fit.
+        """
+        return self._explain(
+            Request(
+                inputs=inputs, target=target, extras=extras, biases=biases, local=local, mask=mask,
+                layer=layer, evidence=evidence,
+            )
+        )  # fmt: skip
+
+    def _explain(self, request: Request) -> Explanation:
+        """Check a request and send the logits back."""
+        state = self._fitted()
+        check_inputs(request.inputs, explained=self.layer is None)
+        check_finite(request.inputs)
+        if request.layer is None and self.layer is not None:
+            raise NotFittedError(
+                f"this inverse stops at layer {self._path(self.layer)!r}, it does not reach the "
+                "input: use LayerMIPINAttribution, or fit InverseNetwork(model) without layer="
+            )
+        if request.evidence and not (request.local and self.settings.shares):
+            raise InputError('evidence=True needs local=True and pooling="shares"')
+        mask = request.local and (request.mask or request.layer is not None)
+        return self._back(state, replace(request, mask=mask))
+
+    def _back(self, state: S, request: Request) -> Explanation:
+        """Run the passes of a checked request."""
+        check_model(self.model)
+        self._check_weights(state)
+        with plain_modes(request.inputs[0].device):
+            inputs, extras = plain((request.inputs, request.extras))
+            graph, surrogate = self._surrogate(inputs, extras, request.layer)
+            outputs = torch.empty(len(inputs[0]), *value_of(graph.output).shape[1:], device="meta")
+            targets = per_example(request.target, outputs)
+            self._check_targets(state, targets)
+            request = replace(request, inputs=inputs, extras=extras, target=targets)
+            # the examples of a class stand together, so that its inverse is applied to all at once
+            order = sorted(range(len(targets)), key=targets.__getitem__)
+            if order == list(range(len(targets))):
+                return self._passes(state, request, graph, surrogate)
+            rows = torch.tensor(order, device=inputs[0].device)
+            request = request.pick(rows, graph.shared)
+            return self._passes(state, request, graph, surrogate).pick(rows.argsort())
+
+    def _passes(
+        self, state: S, request: Request, graph: CapturedGraph, surrogate: Surrogate
+    ) -> Explanation:
+        """Run one pass forward, and one back for each entry of ``request.biases``."""
+        options = Options(local=request.local, shares=self.settings.shares)
+        evidence = surrogate.average() if request.evidence else None
+        run = Run(surrogate.steps, options, evidence=evidence)
+        with TURNS.explaining():
+            output = surrogate(run, graph.values(self.model, request.inputs, request.extras))
+            logits = seed(output, request.target)
+            unit = request.unit or request.evidence
+            start = seed(output, request.target, unit=True) if unit else logits
+        features = tuple(run.sources[index] for index in range(surrogate.starts))
+        run.inverses, run.groups = self._inverses(state, request, graph, surrogate, features)
+        signals: list[Inputs] = []
+        with TURNS.explaining():
+            for bias in request.biases:
+                run.options = replace(options, bias=bias)
+                # algorithm 1: the backward pass of the surrogate is the inverse network
+                keep = len(request.biases) > 1
+                signal = torch.autograd.grad(output, features, start, retain_graph=keep)
+                if request.mask:
+                    # eq. 9: S ⊙ 1[X ≠ 0]
+                    signal = tuple(s * (x != 0) for s, x in zip(signal, features, strict=True))
+                if not all(map(finite, signal)):
+                    raise InputError(
+                        "the model's output or the signal overflows for these inputs: it contains "
+                        "NaN or Inf. Scale the inputs as in training, or use a wider dtype"
+                    )
+                signals.append(tuple(s.detach().contiguous() for s in signal))
+        explained = logits.flatten(1).sum(1) if logits.ndim > 1 else logits
+        return Explanation(tuple(x.detach() for x in features), tuple(signals), explained)
+
+    @abstractmethod
+    def _inverses(
+        self,
+        state: S,
+        request: Request,
+        graph: CapturedGraph,
+        surrogate: Surrogate,
+        features: Inputs,
+    ) -> tuple[Mapping[Target, Inverses], Groups]:
+        """Return the inverses that a batch needs, and which examples have which of them."""
+
+    def _check_targets(self, state: S, targets: Sequence[Target]) -> None:
+        """Raise NotFittedError if a class was not fitted."""
+        known = set(state.targets)
+        for target in targets:
+            if target not in known:
+                label = target_label(target)
+                raise NotFittedError(
+                    f"no inverse was fitted for target {label}; fitted are {self.targets}. "
+                    f"Add it with fit(data, targets=[{label}])"
+                )
+
+    def _check_reaches(
+        self, surrogate: Surrogate, keys: Mapping[str, Any], layer: nn.Module | None
+    ) -> None:
+        """Raise NotFittedError if an inverse is missing between the output and ``layer``."""
+        missing = [key for key in surrogate.learned if key not in keys]
+        if missing:
+            end = (
+                "reaches the input"
+                if self.layer is None
+                else f"stops at layer {self._path(self.layer)!r}"
+            )
+            goal = "the input" if layer is None else f"layer {self._path(layer)!r}"
+            raise NotFittedError(
+                f"this inverse {end}, and has nothing for {', '.join(missing[:4])} on the way to "
+                f"{goal}. Explain a layer above, or fit another inverse with layer= at {goal}"
+            )
+
+    def _fitted(self) -> S:
+        if self._state is None:
+            raise NotFittedError(
+                f"this {type(self).__name__} is not fitted yet: call fit(data, targets=...) first"
+            )
+        return self._state
+
+    def _check_weights(self, state: S) -> None:
+        """Refuse or report weights that have changed since the fit, as ``changed`` says."""
+        if self.changed == "warn" and state.origin.watch.newly_changed(self.model):
+            warnings.warn(
+                "the model's weights have changed since the inverse was fitted, so that it "
+                "explains a mixture of both models; their fingerprint is "
+                f"{fingerprint(self.model)[:12]} now",
+                ModelChangedWarning,
+                stacklevel=_level_of_caller(),
+            )
+        elif self.changed not in ("warn", "ignore"):
+            self._check_unchanged(state)
+
+    def _check_unchanged(self, state: S) -> None:
+        """Raise ModelChangedError if the weights have changed since the fit."""
+        if state.origin.watch.changed(self.model):
+            raise ModelChangedError(
+                "the model's weights have changed since the inverse was fitted: fit a new "
+                "InverseNetwork, or keep the old one with changed='ignore'"
+            )
+
+    def _surrogate(
+        self, inputs: Inputs, extras: Extras, layer: nn.Module | None
+    ) -> tuple[CapturedGraph, Surrogate]:
+        """Return graph and surrogate for inputs of this kind; they are kept for the next call."""
+        origin = None if self._state is None else self._state.origin
+        ends = PassEnd(layer, calibrate=layer is self.layer)
+        return self._surrogates.of((inputs, extras), ends, self.settings.joint, origin)
+
+    def _path(self, module: nn.Module | None) -> str:
+        """Return the path of a module of the model; "" if it is the model or none of its modules."""
+        return next((path for path, part in self.model.named_modules() if part is module), "")
+
+    def _head(self) -> dict[str, Any]:
+        """Return what a file says of the package, the model and the options."""
+        return {
+            "version": __version__,
+            "model": type(self.model).__name__,
+            "rules": sorted(table().keys() - MIPIN.keys()),
+            "layer": None if self.layer is None else self._path(self.layer),
+            "output": self.output,
+            "settings": asdict(self.settings),
+        }
+
+
+def regression_settings(
+    *, ridge: float, ridge_scale: RidgeScale, pooling: str, forks: str, precision: str
+) -> Settings:
+    """Return the settings that every kind of inverse has; see :class:`InverseNetwork`.
+
+    Raises:
+        InputError: An option is out of its range.
+    """
+    check_choice("ridge_scale", ridge_scale, ("relative", "mean", "sum"))
+    check_choice("pooling", pooling, ("shares", "even"))
+    check_choice("forks", forks, ("joint", "sum"))
+    check_choice("precision", precision, ("model", "double"))
+    if not 0 <= ridge < float("inf"):
+        raise InputError(f"ridge={ridge!r} must be a number of at least 0")
+    return Settings(
+        ridge=ridge,
+        ridge_scale=ridge_scale,
+        shares=pooling == "shares",
+        joint=forks == "joint",
+        double=precision == "double",
+    )
+
+
+def _level_of_caller() -> int:
+    """Return the stack level of the first caller outside this package."""
+    package = f"{__name__.partition('.')[0]}."
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,112 @@
+"""The options of a fit, and the file that keeps what an unfinished fit has done."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captum_mipin.errors import InputError, InverseFileError
+from captum_mipin.inverse.data import Unpack
+from captum_mipin.inverse.distributed import Processes
+from captum_mipin.inverse.request import Fitted, Settings
+from captum_mipin.inverse.state import packed, unpacked
+from captum_mipin.storage import files
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How a fit goes through its data, see :meth:`InverseNetwork.fit`."""
+
+    unpack: Unpack | None
+    batch_size: int
+    memory: int
+    progress: bool
+    checkpoint: str | os.PathLike[str] | None
+    distributed: bool
+    lazy: bool
+    keep: str | os.PathLike[str] | None
+    cache: int
+
+    def check(self, settings: Settings) -> None:
+        """Raise InputError if an option is out of its range or excludes another one."""
+        if self.batch_size < 1:
+            raise InputError(f"batch_size={self.batch_size!r} must be at least 1")
+        if self.cache < 0:
+            raise InputError(f"cache={self.cache!r} must be at least 0")
+        if self.keep is not None and not self.lazy:
+            raise InputError("keep= needs lazy=True: it is the folder of the kept activations")
+        if self.lazy and (self.distributed or self.checkpoint is not None or settings.sharing):
+            raise InputError(
+                "lazy=True fits one class at a time, when it is explained: use it without "
+                'distributed=True, checkpoint= and sharing="classes"'
+            )
+        if self.distributed and settings.solver == "sgd":
+            raise InputError(
+                'solver="sgd" goes from batch to batch in one process: fit without distributed=True'
+            )
+
+
+class Checkpoint:
+    """The file that keeps what an unfinished fit has done; the first process writes it.
+
+    Args:
+        path: The file; None for none.
+        head: What a file says of the model and the options.
+        unfinished: The classes to fit, and the range of their outputs, which identifies the data.
+        processes: The processes that fit together.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        head: dict[str, Any],
+        unfinished: dict[str, Any],
+        processes: Processes,
+    ) -> None:
+        self._path = None if path is None or processes.rank > 0 else Path(path)
+        self._head, self._unfinished, self._processes = head, unfinished, processes
+
+    def read(self, fitted: Fitted, device: torch.device) -> Fitted:
+        """Return what the interrupted fit had done, in each process; ``fitted`` without a file.
+
+        Raises:
+            InverseFileError: The file is damaged, or belongs to another fit.
+        """
+        with self._processes.fail_together():
+            if self._path is not None and self._path.exists():
+                tensors, content = files.load(self._path)
+                self._check_same_fit(content)
+                fitted = unpacked({name: t.to(device) for name, t in tensors.items()}, content)
+        first: Fitted = self._processes.gather(fitted if self._processes.rank == 0 else None)[0]
+        return first
+
+    def write(self, fitted: Fitted) -> None:
+        """Write what is done."""
+        with self._processes.fail_together():
+            if self._path is not None:
+                tensors, content = packed(fitted)
+                content = {**self._head, **content, "unfinished": self._unfinished}
+                files.save(self._path, tensors, content)
+
+    def remove(self) -> None:
+        """Remove the file, if there is one."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def _check_same_fit(self, content: dict[str, Any]) -> None:
+        """Raise InverseFileError if the file was written by a fit with other options or data."""
+        expected = json.loads(json.dumps({**self._head, **self._unfinished}))
+        actual = {**content, **(content.get("unfinished") or {})}
+        different = [
+            name
+            for name, value in expected.items()
+            if name not in ("version", "model") and actual.get(name) != value
+        ]
+        if different:
+            raise InverseFileError(
+                f"the checkpoint {os.fspath(self._path or '')!r} is of another fit: its "
+                f"{', '.join(different)} differ. Continue that fit, or choose another file"
+            )

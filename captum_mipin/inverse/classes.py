@@ -1,0 +1,144 @@
+"""Inverses by class: which one an example has, and the global maps of a class."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from captum_mipin.errors import InputError, InverseFileError, ModelChangedError
+from captum_mipin.graph.capture import CapturedGraph
+from captum_mipin.graph.modes import plain_modes
+from captum_mipin.graph.validate import as_extras, as_inputs, device_of
+from captum_mipin.inverse.base import Groups, ModelInverse
+from captum_mipin.inverse.explain import Request
+from captum_mipin.inverse.state import State
+from captum_mipin.propagation.runtime import Inverses
+from captum_mipin.propagation.surrogate import Surrogate
+from captum_mipin.targets import target_index
+from captum_mipin.types import Inputs, Target
+
+
+class ClassInverse(ModelInverse[State]):
+    """An inverse that all examples of a class share."""
+
+    def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
+        """Return the global, unmasked map of a class (figure 3), for one unit of its logit.
+
+        No example enters: there are no masks, and pooling spreads evenly. Gates that multiply,
+        attention weights, and the switches of ``where`` and ``maximum`` are those of an input of
+        zeros.
+
+        Args:
+            target: The class.
+            additional_forward_args: Further arguments of the model; by default those of the data
+                that was fitted on.
+
+        Returns:
+            (1, ...) like one example of the input, or of the layer where the inverse stops; a tuple
+            for several inputs.
+
+        Raises:
+            NotFittedError: The class was not fitted.
+        """
+        state = self._fitted()
+        extras = state.origin.extras
+        if additional_forward_args is not None:
+            extras = as_extras(additional_forward_args)
+        if extras is None:
+            raise InputError(
+                "the model takes further arguments, which files do not hold: pass "
+                "additional_forward_args"
+            )
+        request = Request(
+            inputs=state.origin.example,
+            target=[target_index(target, state.origin.dims)],
+            extras=extras,
+            local=False,
+            layer=self.layer,
+            unit=True,
+        )
+        (maps,) = self._back(state, request).signals
+        return maps if len(maps) > 1 else maps[0]
+
+    def information(self, target: Any = None, additional_forward_args: Any = None) -> Any:
+        """Return the bits that each feature shares with its source signal (section 3.2).
+
+        Without masks, the source signal S = g(Y) is linear in the logit, so both carry the same
+        information. Feature and signal are taken as jointly Gaussian over the data of the fit, as
+        in the paper. Where the signal is constant, they share nothing.
+
+        Args:
+            target, additional_forward_args: As for :meth:`class_attribution`.
+
+        Returns:
+            (1, ...) bits, like one example of the input, or of the layer where the inverse stops; a
+            tuple for several inputs.
+
+        Raises:
+            NotFittedError: The class was not fitted.
+
+        Examples:
+            >>> x = torch.randn(200, 2)
+            >>> model = nn.Linear(2, 1).eval()
+            >>> _ = torch.nn.init.ones_(model.weight)
+            >>> bits = InverseNetwork(model).fit(x, progress=False).information()
+            >>> bool((bits > 0.2).all() and (bits < 0.9).all())  # 0.5 for independent features
+            True
+        """
+        state = self._fitted()
+        chosen = target_index(target, state.origin.dims)
+        slopes = as_inputs(self.class_attribution(target, additional_forward_args))
+        bits = state.fitted.information.get(chosen)
+        if bits is None:
+            with plain_modes(device_of(self.model)):
+                # -1/2 log2(1 - ρ²), ρ being the correlation of feature and logit
+                bits = state.lazy[chosen].information(chosen, self._unchanged_marks(state))
+        if [b.shape for b in bits] != [a.shape for a in slopes]:
+            raise InverseFileError(
+                "the information in the file has another shape than the features: save it again"
+            )
+        maps = tuple(b * (a != 0).to(b) for a, b in zip(slopes, bits, strict=True))
+        return maps if len(maps) > 1 else maps[0]
+
+    def _inverses(
+        self,
+        state: State,
+        request: Request,
+        graph: CapturedGraph,
+        surrogate: Surrogate,
+        features: Inputs,
+    ) -> tuple[Mapping[Target, Inverses], Groups]:
+        """Return the inverses of the classes in a batch, and the examples of each class."""
+        classes = self._classes(state, request.target)
+        for inverses in classes.values():
+            self._check_reaches(surrogate, inverses, request.layer)
+        groups: list[tuple[Target, slice]] = []
+        start = 0
+        for target, run in groupby(request.target):
+            stop = start + len(list(run))
+            groups.append((target, slice(start, stop)))
+            start = stop
+        return classes, groups
+
+    def _classes(self, state: State, targets: Sequence[Target]) -> dict[Target, Inverses]:
+        """Return the inverses of classes; lazy ones may have to be fitted first."""
+        targets = list(dict.fromkeys(targets))
+        classes: dict[Target, Inverses] = {
+            target: state.fitted.inverses[target] for target in targets if target not in state.lazy
+        }
+        for lazy in dict.fromkeys(state.lazy[target] for target in targets if target in state.lazy):
+            own = [target for target in targets if state.lazy.get(target) is lazy]
+            classes.update(lazy.get(own, lambda: self._unchanged_marks(state)))
+        return classes
+
+    def _unchanged_marks(self, state: State) -> list[Any]:
+        """Return the version marks of the weights.
+
+        Raises:
+            ModelChangedError: The weights have changed since the activations were kept.
+        """
+        if state.origin.watch.changed(self.model):
+            raise ModelChangedError(
+                "the model's weights have changed since its activations were kept, so that no "
+                "class can be fitted to them any more: call fit again"
+            )
+        return state.origin.watch.marks

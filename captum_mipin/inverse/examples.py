@@ -1,0 +1,163 @@
+"""The examples that neighbours are chosen from, and what is kept of them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from captum_mipin.errors import InputError, InverseFileError, MIPINError
+from captum_mipin.graph.validate import finite
+
+Metric = Literal["cosine", "euclidean"]
+
+
+@dataclass
+class Examples:
+    """What is kept of the data; the examples lie along the first dimension of each tensor.
+
+    Attributes:
+        sources: The features where passes back end.
+        outputs: The outputs of the operation of each learned step, by the step's key.
+        features: What examples are compared by, if it is not the sources.
+    """
+
+    sources: list[Tensor]
+    outputs: dict[str, list[Tensor]]
+    features: list[Tensor]
+    _statistics: dict[Metric, tuple[list[Tensor], Tensor]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.sources[0])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of :meth:`layout`."""
+        outputs = (output for outputs in self.outputs.values() for output in outputs)
+        return [*self.sources, *self.features, *outputs]
+
+    @property
+    def example_bytes(self) -> int:
+        """Bytes that one example takes."""
+        return sum(t[:1].nbytes for t in self.tensors)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How many tensors there are of each kind."""
+        return {
+            "sources": len(self.sources),
+            "features": len(self.features),
+            "outputs": [(key, len(outputs)) for key, outputs in self.outputs.items()],
+        }
+
+    @classmethod
+    def of(cls, layout: Mapping[str, Any], tensors: Sequence[Tensor]) -> "Examples":
+        """Return examples made of tensors in the order of :attr:`tensors`."""
+        remaining = iter(tensors)
+
+        def some(count: int) -> list[Tensor]:
+            return [next(remaining) for _ in range(count)]
+
+        sources, features = some(layout["sources"]), some(layout["features"])
+        return cls(sources, {key: some(count) for key, count in layout["outputs"]}, features)
+
+    @classmethod
+    def load(cls, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Examples":
+        """Return the examples of a file.
+
+        Raises:
+            InverseFileError: The tensors are not those of a file of examples.
+        """
+        count = layout["sources"] + layout["features"] + sum(n for _, n in layout["outputs"])
+        if len(tensors) != count:
+            raise InverseFileError(
+                f"the file has {len(tensors)} tensors, expected {count}: save it again"
+            )
+        kept = cls.of(layout, [tensors[str(number)] for number in range(count)])
+        for tensor in kept.tensors:
+            if tensor.ndim == 0 or len(tensor) != len(kept):
+                raise InverseFileError(
+                    f"the file has a tensor of shape {tuple(tensor.shape)}, expected "
+                    f"{len(kept)} examples: save it again"
+                )
+            if not (tensor.is_floating_point() and finite(tensor)):
+                raise InverseFileError(
+                    f"the file has a tensor of {tensor.dtype}, expected finite floating numbers: "
+                    "save it again"
+                )
+        return kept
+
+    def map(self, change: Callable[..., Tensor], *others: "Examples") -> "Examples":
+        """Return the results of a function of each tensor and of its counterparts in others."""
+        counterparts = zip(self.tensors, *(other.tensors for other in others), strict=True)
+        return Examples.of(self.layout, [change(*tensors) for tensors in counterparts])
+
+    def nearest(self, queries: Sequence[Tensor], count: int, metric: Metric) -> Tensor:
+        """Return the kept examples that are most similar to each query.
+
+        Args:
+            queries: (queries, features) for each tensor that examples are compared by.
+            count: How many.
+            metric: The largest cosine, or the smallest euclidean distance.
+
+        Returns:
+            (queries, count) indices.
+
+        Raises:
+            InputError: Squares of the features overflow.
+        """
+        features = self._compared
+        if count == len(self):
+            return torch.arange(count, device=features[0].device).expand(len(queries[0]), -1)
+        if metric not in self._statistics:
+            self._statistics[metric] = _statistics(features, metric)
+        means, squares = self._statistics[metric]
+        pairs = zip(queries, means, features, strict=True)
+        # q·x, for the euclidean distance (q − m)·x: without m, the mean, differences of large
+        # numbers would lose digits
+        products = torch.stack([(q.to(x) - mean) @ x.mT for q, mean, x in pairs]).sum(0)
+        if metric == "euclidean":
+            # |q − x|² is smallest where 2 (q − m)·x − |x − m|² is largest, up to a constant of q
+            scores = 2 * products - squares
+        else:
+            # cos(q, x) = q·x / (|q| |x|); a feature of zeros is similar to nothing
+            scores = products * squares.rsqrt().nan_to_num(posinf=0.0)
+        return scores.topk(count, 1).indices
+
+    @property
+    def _compared(self) -> list[Tensor]:
+        """What examples are compared by, (examples, features); half precision cannot hold sums."""
+        flat = [x.flatten(1) for x in self.features or self.sources]
+        return [x.float() if x.element_size() < 4 else x for x in flat]
+
+
+def _statistics(features: Sequence[Tensor], metric: Metric) -> tuple[list[Tensor], Tensor]:
+    """Return the means m (zeros for the cosine) and |x − m|² of each example."""
+    means = [x.mean(0) if metric == "euclidean" else torch.zeros_like(x[0]) for x in features]
+    squares = [
+        # parts of the data, since float64 takes twice the memory
+        torch.cat([(part - mean).double().square().sum(1) for part in x.split(256)])
+        for x, mean in zip(features, means, strict=True)
+    ]
+    sums = torch.stack(squares).sum(0).to(features[0].dtype)
+    if not finite(sums):
+        raise InputError(
+            f"the features that neighbours are compared by are too large for {sums.dtype}: "
+            "scale them down"
+        )
+    return means, sums
+
+
+@contextmanager
+def belonging() -> Iterator[None]:
+    """Raise InverseFileError if what is kept, which a file may hold, does not fit the model."""
+    try:
+        yield
+    except (MIPINError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise InverseFileError(
+            f"what is kept of the data does not belong to this model: {error}"
+        ) from error

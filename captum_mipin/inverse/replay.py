@@ -1,0 +1,230 @@
+"""Algorithm 1 on a few examples of the data, without running the network for them again.
+
+Where passes back end, and at the outputs of operations with weights, the values of all examples are
+kept. What lies between is computed anew for the chosen examples.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from captum_mipin.errors import CaptureError, FitError
+from captum_mipin.graph.capture import TURNS, CapturedGraph
+from captum_mipin.graph.layout import first_dimension
+from captum_mipin.graph.marks import marks, value_of
+from captum_mipin.graph.nodes import ancestors, is_size, place
+from captum_mipin.graph.subgraph import evaluate, extract, run_part
+from captum_mipin.inverse.examples import Examples
+from captum_mipin.inverse.request import Settings
+from captum_mipin.inverse.trace import Trace
+from captum_mipin.propagation.runtime import Run, Seen, Step, source
+from captum_mipin.propagation.surrogate import Surrogate
+from captum_mipin.regression.dual import Rows, solve_rows
+from captum_mipin.regression.ridge import solve
+from captum_mipin.rules import Fork, Inverse, Options
+from captum_mipin.rules.linear import Dense
+from captum_mipin.targets import target_label
+from captum_mipin.types import Target
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Some of the kept examples, on which an inverse is fitted.
+
+    Attributes:
+        kept: What is kept of all examples.
+        rows: (neighbours,) their indices.
+    """
+
+    kept: Examples
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def of(self, tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+        """Return the rows of these examples in some of the kept tensors."""
+        return [tensor[self.rows].to(device) for tensor in tensors]
+
+
+class Replay:
+    """The part of a surrogate that a fit on kept examples needs.
+
+    Operations with weights are not run: their outputs are known.
+
+    Args:
+        captured: The graph of the model.
+        surrogate: The surrogate made from it.
+        feature: Name of the tensor that examples are compared by; None for the inputs.
+
+    Raises:
+        CaptureError: A fit needs more of the examples than what is kept, or the feature has integer
+            values or no batch dimension.
+    """
+
+    def __init__(self, captured: CapturedGraph, surrogate: Surrogate, feature: str | None) -> None:
+        _check_feature(captured, feature)
+        self._inputs, self._batch, self._surrogate = captured.inputs, captured.batch, surrogate
+        placeholders = captured.graph.find_nodes(op="placeholder")
+        self._arguments = [node.name for node in placeholders]
+        features = [node for node in captured.graph.nodes if node.name == feature]
+        self._feature = extract(captured.graph, placeholders, features) if features else None
+
+        graph = surrogate.graph
+        run, (result,) = next(iter(graph.nodes)), graph.output_node().args
+        ends = sorted(graph.find_nodes(op="call_function", target=source), key=_index)
+        # the tensor where a pass ends, which may also be recorded elsewhere
+        tensors = [node.args[2] for node in ends]
+        known = {run, *ends, *tensors, *filter(is_size, graph.nodes)}
+        needed = ancestors([result], known)
+        sizes = [node for node in graph.nodes if node in needed and is_size(node)]
+        placeholders = graph.find_nodes(op="placeholder")
+        constants = [node for node in placeholders if node in needed - known]
+        for node in constants:
+            if marks(node).origin not in captured.constants:
+                raise _other_way(node, needed)
+        self._constants = [marks(node).origin for node in constants]
+        self._sizes = [value_of(node).node.expr for node in sizes]
+        self._module = extract(graph, [run, *constants, *sizes, *ends, *tensors], [result])
+
+    def features(self, values: Mapping[str, Any]) -> list[Tensor]:
+        """Return what the examples of a batch are compared by, each (batch, features).
+
+        Args:
+            values: The values of the placeholders of the model's graph.
+        """
+        if self._feature is None:
+            return [values[name].flatten(1) for name in self._inputs]
+        arguments = [values[name] for name in self._arguments]
+        with TURNS.explaining():
+            (x,) = run_part(self._feature, arguments, map(values.get, self._inputs))
+        return [x.detach().flatten(1)]
+
+    def inverses(
+        self,
+        neighbours: Neighbours,
+        target: Target,
+        values: Mapping[str, Any],
+        keys: Sequence[str],
+        settings: Settings,
+    ) -> dict[str, Inverse]:
+        """Return the inverses of a class, fitted on some examples (algorithm 1).
+
+        Args:
+            neighbours: The examples.
+            target: The class.
+            values: The values of the placeholders of the model's graph; its parameters are used.
+            keys: The learned steps, from the output down.
+            settings: How regressions are solved.
+
+        Raises:
+            FitError: The output is the same for all of the examples.
+        """
+        device, surrogate = values[self._inputs[0]].device, self._surrogate
+        steps = dict(surrogate.steps)
+        for key in surrogate.learned:
+            outputs = neighbours.of(neighbours.kept.outputs[key], device)
+            steps[key] = _known(steps[key], outputs)
+        layouts = zip(
+            surrogate.layouts, neighbours.of(neighbours.kept.sources, device), strict=True
+        )
+        sources = [layout.restored(x) for layout, x in layouts]
+        sizes = [evaluate(size, self._batch, len(neighbours)) for size in self._sizes]
+        constants = [values[name] for name in self._constants]
+        run = Run(steps, Options(shares=settings.shares), fitting=keys)
+        with TURNS.explaining(), torch.enable_grad():
+            (output,) = self._module.forward(run, *constants, *sizes, *sources, *sources)
+            _check_varies(output.detach(), target)
+            trace = Trace(run, output)
+            inverses: dict[str, Inverse] = {}
+            for key in keys:
+                signals = trace.signals(key, target, inverses)
+                inverses[key] = _solve(trace.seen(key), signals, settings, last=key == keys[-1])
+                trace.forget([target])
+        return inverses
+
+
+def _check_feature(captured: CapturedGraph, feature: str | None) -> None:
+    """Raise CaptureError unless the feature has floating numbers and the batch comes first."""
+    names = captured.inputs if feature is None else (feature,)
+    for node in captured.graph.nodes:
+        value = value_of(node)
+        if node.name in names and not (
+            value.is_floating_point() and first_dimension(value, captured.batch)
+        ):
+            raise CaptureError(
+                f"neighbours cannot be compared by {place(node)}, of dtype {value.dtype} and shape "
+                f"{tuple(map(str, value.shape))}: expected floating numbers with the batch first. "
+                "Name another feature="
+            )
+
+
+def _index(node: fx.Node) -> int:
+    """Return which of the features it is whose node ends a pass back."""
+    index: Any = node.args[1]
+    return int(index)
+
+
+def _other_way(node: fx.Node, needed: set[fx.Node]) -> CaptureError:
+    """Return the error about an input that goes around the layer where the inverse stops."""
+    user = next(user for user in node.users if user in needed and not is_size(user))
+    return CaptureError(
+        f"{place(user)} takes {place(node).path} by another way than through the layer where the "
+        "inverse stops, and neighbours are fitted from that layer alone. Choose a layer= that "
+        "everything goes through, or fit an InverseNetwork"
+    )
+
+
+def _known(step: Step, outputs: Sequence[Tensor]) -> Step:
+    """Return a step that gives known outputs instead of running its operation."""
+    tensors = tuple(step.layout.restored(output) for output in outputs)
+    several = len(tensors) > 1 or isinstance(step.operation, Fork)
+    value = tensors if several else tensors[0]
+    return replace(step, operation=lambda *arguments, **named: value)
+
+
+def _check_varies(output: Tensor, target: Target) -> None:
+    """Raise FitError if the output of a class is the same for all examples."""
+    index: tuple[Any, ...] = (slice(None), *target)
+    values = output[index]
+    if bool((values == values[0]).all()):
+        raise FitError(
+            f"the output for target {target_label(target)} is {float(values[0]):g} for each of the "
+            f"{len(values)} neighbours of an example: nothing can be regressed on a constant. Take "
+            "more neighbours."
+        )
+
+
+def _solve(seen: Seen, signals: tuple[Tensor, ...], settings: Settings, last: bool) -> Inverse:
+    """Return the inverse of one step, solved in the way that takes less time.
+
+    Args:
+        seen: What the fit sees of the step.
+        signals: S at its outputs.
+        settings: How the regression is solved.
+        last: True for the last step, whose inverse is applied to one example only.
+    """
+    x, inverter = seen.x.detach(), seen.inverter
+    # half precision cannot hold sums
+    dtype = torch.float64 if settings.double else torch.promote_types(x.dtype, torch.float32)
+    if isinstance(inverter, Dense) and not inverter.own:
+        s = torch.cat(signals, -1)
+        s = s.reshape(-1, s.shape[-1]).to(dtype)
+        live = s.any(0).nonzero().squeeze(1)
+        n, columns = len(s), len(live)
+        # n rows in the dual take n² (columns + n / 3) operations, the primal n columns (columns +
+        # features)
+        if n * (columns + n / 3) < columns * (columns + inverter.features):
+            rows = Rows(x.reshape(-1, inverter.features).to(dtype))
+            solution = solve_rows(
+                rows, s[:, live], settings.ridge, settings.ridge_scale, measure=False
+            )
+            if last:  # two small products cost less than to form the weight
+                weight, bias = solution.coefficients.to(x), solution.bias.to(x)
+                return Inverse(weight, bias, live, rows=rows.x.to(x))
+            return inverter.inverse_of_rows(solution, live, rows).to(x)
+    moments = inverter.moments(x.to(dtype), tuple(s.to(dtype) for s in signals))
+    return inverter.inverse(solve(moments, settings.ridge, settings.ridge_scale, inverter.tied), x)
