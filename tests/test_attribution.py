@@ -535,12 +535,12 @@ def test_evidence_is_refused_where_there_are_no_places(mlp: Any, cnn: Any) -> No
         mlp.mipin.attribute(mlp.x[:2], 0, evidence=True)
     model, x = pooled(), torch.rand(40, 3, 8, 8, dtype=torch.float64)
     mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, 0, progress=False))
-    with pytest.raises(InputError, match="told by places"):
+    with pytest.raises(InputError, match='evidence=True needs local=True and pooling="shares"'):
         mipin.attribute(x[:2], 0, evidence=True, local=False)
     with pytest.raises(InputError, match="pass one of them"):
         mipin.attribute(x[:2], 0, evidence=True, return_convergence_delta=True)
     even = MIPINAttribution(model, InverseNetwork(model, pooling="even").fit(x, 0, progress=False))
-    with pytest.raises(InputError, match="told by places"):
+    with pytest.raises(InputError, match='evidence=True needs local=True and pooling="shares"'):
         even.attribute(x[:2], 0, evidence=True)
 
 

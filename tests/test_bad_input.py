@@ -145,7 +145,7 @@ def test_a_model_that_is_a_function(mlp: Any) -> None:
     ):
         with pytest.raises(
             CaptureError,
-            match=r"expected a torch\.nn\.Module.*Wrap a function in a small nn\.Module",
+            match=r"expected a torch\.nn\.Module.*Wrap a function in an nn\.Module",
         ):
             _fit(function, mlp.x)  # type: ignore[arg-type]  # no module, on purpose
 
@@ -257,7 +257,7 @@ def test_what_an_inverse_does_not_lead_to() -> None:
     inverse = InverseNetwork(model, layer=model.inner).fit(x, progress=False)
     message = (
         r"this inverse stops at layer 'inner', and has nothing for act/relu/fork on the way to layer 'act'. "
-        r"Explain what it leads to, or fit another with layer= at layer 'act'"
+        r"Explain a layer above, or fit another inverse with layer= at layer 'act'"
     )
     with pytest.raises(NotFittedError, match=message):
         LayerMIPINAttribution(model, inverse, model.act).attribute(x[:2], 0)
@@ -615,7 +615,10 @@ def test_data_that_the_model_does_not_take(mlp: Any, data: Any, message: str) ->
 
 def test_data_of_another_shape_than_that_of_earlier_fits(own_cnn: Any, survives: Any) -> None:
     with (
-        pytest.raises(InputError, match="another shape, dtype or further arguments"),
+        pytest.raises(
+            InputError,
+            match=r"the data has inputs .*\(3, 9, 9\) torch.float32, that of earlier fits \(3, 8, 8\)",
+        ),
         survives(own_cnn),
     ):
         own_cnn.inverse.fit(torch.rand(20, 3, 9, 9), targets=0, progress=False)
@@ -1226,7 +1229,7 @@ def test_a_checkpoint_is_no_inverse_and_an_inverse_no_checkpoint(
     _interrupted(mlp.model, mlp.x, path)
     with pytest.raises(
         InverseFileError,
-        match=r"checkpoint of an unfinished fit; continue it with fit\(checkpoint=",
+        match=r"checkpoint of an unfinished fit: continue it with fit\(checkpoint=",
     ):
         InverseNetwork.load(path, mlp.model)
     whole = saved.read_bytes()

@@ -26,6 +26,7 @@ from captum_mipin.inverse.fit import Fit
 from captum_mipin.inverse.lazy import Lazy
 from captum_mipin.inverse.request import FitRequest, Fitted, Settings, Solver
 from captum_mipin.inverse.state import PARTS, Origin, State, packed, unpacked
+from captum_mipin.inverse.surrogates import shapes
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale
 from captum_mipin.report import FitReport
@@ -238,8 +239,8 @@ class InverseNetwork(ClassInverse):
                 origin = Origin.of(graph, *call, watch)
                 if before is not None and before.origin.signature != origin.signature:
                     raise InputError(
-                        f"the data has inputs and further arguments {origin.signature.leaves}, that "
-                        f"of earlier fits had {before.origin.signature.leaves}: fit a new "
+                        f"the data has inputs and further arguments {shapes(origin.signature)}, "
+                        f"that of earlier fits {shapes(before.origin.signature)}: fit a new "
                         "InverseNetwork on it"
                     )
                 chosen = target_indices(targets, origin.dims)

@@ -104,6 +104,8 @@ def _reading(name: str, kind: str) -> Iterator[None]:
     """Raise InverseFileError where content lacks an entry, or has one of another type."""
     try:
         yield
+    except InverseFileError as error:
+        raise InverseFileError(f"{name}: {error}") from error
     except MIPINError:
         raise
     except _UNEXPECTED as error:
