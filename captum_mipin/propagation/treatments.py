@@ -13,7 +13,10 @@ from captum_mipin.report import CheckRow
 from captum_mipin.rules import RECORDABLE, Passes, Recorded, Rule
 
 #: Operations that change a shape at most. Sizes among their arguments do no harm.
-SHAPE = ("view", "_unsafe_view", "reshape", "alias", "clone", "contiguous", "expand")
+SHAPE = (
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "alias", "clone", "contiguous",
+    "expand",
+)  # fmt: skip
 
 #: What to do about some operations without a rule.
 _HINTS = dict.fromkeys(
