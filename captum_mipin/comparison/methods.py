@@ -107,29 +107,33 @@ def controls(methods: Iterable[Any], model: Any) -> dict[str, Method]:
     mipin = next((m for m in map(attribution_of, methods) if isinstance(m, kinds)), None)
     generator = torch.Generator().manual_seed(0)
 
-    def features(x: Tensor, extras: Any) -> Tensor:
-        if isinstance(mipin, LayerMIPINAttribution):
-            activation = attr.LayerActivation(model, mipin.layer)
-            x = activation.attribute(x, additional_forward_args=extras)
-        return x.detach()
+    def control(maps: Callable[[Tensor], Tensor]) -> Method:
+        """Return a method whose maps are a function of the input, or of MIP-IN's layer."""
 
-    def one_channel(x: Tensor, extras: Any) -> Tensor:
-        there = features(x, extras)
-        return there[:, :1] if there.ndim > 2 else there
+        def method(x: Tensor, target: Any, extras: Any = None) -> Tensor:
+            if isinstance(mipin, LayerMIPINAttribution):
+                activation = attr.LayerActivation(model, mipin.layer)
+                x = activation.attribute(x, additional_forward_args=extras)
+            return maps(x.detach())
 
-    def random(x: Tensor, target: Any, extras: Any = None) -> Tensor:
-        return torch.rand(one_channel(x, extras).shape, generator=generator).to(x.device)
+        return method
 
-    def centre(x: Tensor, target: Any, extras: Any = None) -> Tensor:
-        like = one_channel(x, extras)
-        sides = like.shape[2:] or like.shape[1:]
+    def one_channel(x: Tensor) -> Tensor:
+        return x[:, :1] if x.ndim > 2 else x
+
+    def random(x: Tensor) -> Tensor:
+        return torch.rand(one_channel(x).shape, generator=generator).to(x.device)
+
+    def centre(x: Tensor) -> Tensor:
         # exp(-8 Σ_sides ((i - (n - 1)/2) / n)²)
+        sides = x.shape[2:] or x.shape[1:]
         squares = [((torch.arange(n) - (n - 1) / 2) / n) ** 2 for n in sides]
-        distances = torch.stack(torch.meshgrid(*squares, indexing="ij"))
-        return torch.exp(-8 * distances.sum(0)).expand(like.shape).to(x.device)
+        distance = torch.stack(torch.meshgrid(*squares, indexing="ij")).sum(0)
+        return torch.exp(-8 * distance).expand(one_channel(x).shape).to(x.device)
 
-    def mask(x: Tensor, target: Any, extras: Any = None) -> Tensor:
-        return (features(x, extras) != 0).float()
-
-    added: dict[str, Method] = {"random": random, "centre prior": centre, "mask only": mask}
+    added = {
+        "random": control(random),
+        "centre prior": control(centre),
+        "mask only": control(lambda x: (x != 0).float()),
+    }
     return added if mipin is None else {**added, "pattern only": _with(mipin, local=False)}

@@ -1,18 +1,17 @@
 """Comparing: methods are made, explained and scored; what fails leaves its error."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from captum_mipin import metrics as library
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
@@ -23,12 +22,10 @@ from captum_mipin.comparison.table import Comparison
 from captum_mipin.copies import copy_memo
 from captum_mipin.errors import InputError
 from captum_mipin.inverse.network import InverseNetwork
-from captum_mipin.metrics import Boxes, Method, Options, Result, box_masks
-from captum_mipin.metrics.case import Case, attribution_of, seeded
+from captum_mipin.metrics import Boxes, Method, Options, Result
+from captum_mipin.metrics.boxes import image_masks
+from captum_mipin.metrics.case import Case, attribution_of
 from captum_mipin.metrics.examples import Examples
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Metric = Callable[..., Result]
 
@@ -99,17 +96,20 @@ def compare(
         ['Saliency', 'random', 'centre prior', 'mask only']
     """
     x = Examples.of(images, targets).x
-    examples = Examples.of(x, targets, options.get("additional_forward_args"))
+    case = Case.of((), x, targets, **options)
     named = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
     functions = _metric_functions(metrics, x, boxes)
-    _check(named, boxes, x)
-    shown = _titles(titles, examples)
-    made, model = _made(named, options.get("model"), inverse, layer)
+    _check_names(named)
+    if boxes is not None:
+        image_masks(boxes, x)
+    shown = _titles(titles, case.examples)
+    made, model = _made(named, case.user_model, inverse, layer)
     added = control_methods(made.values(), model) if controls else {}
     made |= {name: control for name, control in added.items() if name not in made}
-    run = _Run.of(examples, boxes, {**options, "model": model})
+    random, total = case.generator, len(made) * (1 + len(functions))
+    seed = int(torch.randint(1 << 62, (1,), generator=random, device=random.device))
+    run = _Run(case, {**options, "boxes": boxes, "model": model}, seed)
     rows = []
-    total = len(made) * (1 + len(functions))
     with tqdm(total=total, desc="compare", disable=not progress, leave=False) as bar:
         for name, method in made.items():
             rows.append(run.explained(name, method, name not in named, bar))
@@ -123,25 +123,14 @@ class _Run:
     """What all methods and metrics of a comparison have in common.
 
     Attributes:
-        examples: The images.
+        case: The images, with no method yet.
         arguments: Keyword arguments for the metrics that take them.
         seed: Seed of each metric's generator.
-        batch_size: Examples that a method explains at once.
     """
 
-    examples: Examples
+    case: Case
     arguments: dict[str, Any]
     seed: int
-    batch_size: int | None
-
-    @classmethod
-    def of(cls, examples: Examples, boxes: Boxes | None, options: Any) -> _Run:
-        """Draw a seed, and collect the arguments."""
-        random = options.pop("generator", None) or seeded()
-        seed = int(torch.randint(1 << 62, (1,), generator=random, device=random.device))
-        arguments = {"boxes": boxes, **options}
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        return cls(examples, arguments, seed, options.get("batch_size"))
 
     def explained(self, name: str, method: Any, control: bool, bar: Any) -> Row:
         """Return the row of a method, with its maps or the error of making or asking it."""
@@ -151,10 +140,10 @@ class _Run:
         try:
             if isinstance(method, Exception):
                 raise method
-            case = Case(method, self.examples, None, seeded(), self.batch_size)
-            if len(case.maps) != 1:
-                raise InputError(f"the method gave {len(case.maps)} tensors of maps, expected one")
-            (maps,) = case.maps
+            tensors = replace(self.case, method=method).maps
+            if len(tensors) != 1:
+                raise InputError(f"the method gave {len(tensors)} tensors of maps, expected one")
+            (maps,) = tensors
         except Exception as error:  # whatever a method does, the others go on
             errors = {"": _first_line(error)}
         bar.update()
@@ -169,8 +158,8 @@ class _Run:
         try:
             function = metric.func if isinstance(metric, partial) else metric
             source = row.maps if function in _OF_MAPS else method
-            x = self.examples.inputs[0]
-            result = metric(source, x, self.examples.target, **self._arguments(metric, method))
+            examples, arguments = self.case.examples, self._arguments(metric, method)
+            result = metric(source, examples.x, examples.target, **arguments)
         except Exception as error:  # whatever a metric does, the others go on
             return replace(row, errors={**row.errors, title: _first_line(error)})
         result = replace(result, settings={**result.settings, "method": row.name})
@@ -188,7 +177,10 @@ class _Run:
         known = set(signature(function).parameters)
         if function in METRICS.values():
             known |= Options.__annotations__.keys()
-        return {name: arguments[name] for name in arguments.keys() & known - bound.keys()}
+        known -= bound.keys()
+        return {
+            name: value for name, value in arguments.items() if name in known and value is not None
+        }
 
 
 def _metric_functions(metrics: Any, images: Tensor, boxes: Boxes | None) -> dict[str, Metric]:
@@ -206,23 +198,13 @@ def _metric_functions(metrics: Any, images: Tensor, boxes: Boxes | None) -> dict
     return dict(metrics)
 
 
-def _check(named: Mapping[str, Any], boxes: Boxes | None, images: Tensor) -> None:
-    """Raise InputError if a method's name is not known, or boxes do not fit the images."""
+def _check_names(named: Mapping[str, Any]) -> None:
+    """Raise InputError if a method's name is not known."""
     if not named:
         raise InputError("there are no methods to compare: pass names or name -> method")
     for method in named.values():
         if isinstance(method, str) and method not in METHODS:
             raise InputError(f"no method has the name {method!r}; known are {', '.join(METHODS)}")
-    if boxes is None:
-        return
-    if images.ndim != 4:
-        raise InputError(
-            "boxes need images (images, channels, height, width), found inputs of shape "
-            f"{tuple(images.shape)}"
-        )
-    count = len(box_masks(boxes, images.shape[2:]))
-    if count != len(images):
-        raise InputError(f"there are boxes for {count} images, but {len(images)} images")
 
 
 def _titles(titles: Sequence[str] | None, examples: Examples) -> tuple[str, ...]:

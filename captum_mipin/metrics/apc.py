@@ -1,21 +1,17 @@
 """Average percentage change (APC): the paper's measure of completeness (section 5)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.case import Case, Options, check_choice, explain, target_scores
 from captum_mipin.metrics.examples import Inputs
 from captum_mipin.metrics.result import Result, class_numbers
 from captum_mipin.targets import per_example
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def completeness(
@@ -29,16 +25,13 @@ def completeness(
 ) -> Result:
     """Return the APC: by how many percent the output for the source signal differs.
 
-    The part "positive APC" counts losses alone. The parts "shuffled output" and "shuffled output,
-    positive" are the control: each example keeps its own masks and switches, but the inverse starts
-    at the output that another example has for this target. What is complete even then was carried
-    by the masks. The control assumes that the source signal is S = A + B, where A (``attribute``)
-    is proportional to the output and B does not depend on it.
+    The part "positive APC" counts losses alone. The parts "shuffled output" are the control: each
+    example keeps its masks and switches, but the inverse starts at another example's output for
+    this target. The masks carried what is complete even then.
 
     Args:
         method: Has ``source_signal``, and for the control ``attribute``.
-        inputs: Tensor (examples, ...) or tuple of such.
-        target: The class of each example, as Captum takes it.
+        inputs, target: Tensor (examples, ...) or tuple of such; classes, as Captum takes them.
         average: Mean over "samples"; or per class of ``target``, then over "classes" (the paper's).
         control: Measure the control as well.
         **options: See :class:`~captum_mipin.metrics.case.Options`.
@@ -46,7 +39,7 @@ def completeness(
     Returns:
         Percentages. Unscored: "zero output", "NaN".
 
-    Source: Deng et al., KDD 2021, section 5, equations 10 and 11.
+    Source: Equations 10 and 11.
 
     Examples:
         >>> class Half:
@@ -61,12 +54,11 @@ def completeness(
         if not hasattr(method, name) and (control or not advice):
             raise InputError(f"completeness needs a method that has {name}{advice}")
     case = Case.of(method, inputs, target, **options)
-    outputs = case.outputs(case.examples)
-    before = target_scores(outputs, case.examples.target)
+    outputs, target = case.outputs(case.examples), case.examples.target
+    before = target_scores(outputs, target)
     growth = _other_scores(case, outputs) / before if control else None
     after, shuffled = _scores_after(case, growth)
-    targets = per_example(case.examples.target, outputs)
-    classes = class_numbers(targets) if average == "classes" else None
+    classes = class_numbers(per_example(target, outputs)) if average == "classes" else None
     settings = case.settings(average=average, unit="%")
 
     def result(name: str, change: Tensor) -> Result:
@@ -86,6 +78,8 @@ def completeness(
 
 def _scores_after(case: Case, growth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the scores (examples,) for the source signal S, and for that of another output.
+
+    The latter assumes S = A + B: A (``attribute``) is proportional to the output, B constant.
 
     Args:
         case: Its method has ``source_signal`` and ``attribute``.

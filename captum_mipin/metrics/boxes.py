@@ -1,22 +1,18 @@
 """Localization by boxes: the hottest pixels, the hottest pixel, or all heat in an object's box."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.case import Case, Method, Options, check_at_least, check_choice
 from captum_mipin.metrics.maps import Reduction, heat, hottest_first, resized
 from captum_mipin.metrics.result import Result, class_numbers, finite_rows
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 #: Masks (examples, height, width); or for each example one or more boxes (left, top, right, bottom)
 #: in pixels, right and bottom excluded.
@@ -227,6 +223,19 @@ def effective_heat_ratio(
     return Result.of("effective heat ratio", values, "higher", settings, unscored, curves=curves)
 
 
+def image_masks(boxes: Boxes, x: Tensor) -> Tensor:
+    """Return the masks of boxes for images. Raise InputError if they do not fit each other."""
+    if x.ndim != 4:
+        raise InputError(
+            "boxes need images (images, channels, height, width), found inputs of shape "
+            f"{tuple(x.shape)}"
+        )
+    masks = box_masks(boxes, x.shape[2:])
+    if len(masks) != len(x):
+        raise InputError(f"there are boxes for {len(masks)} images, but {len(x)} images")
+    return masks
+
+
 def _heat_and_masks(case: Case, boxes: Boxes, reduction: Reduction) -> tuple[Tensor, Tensor]:
     """Return heat and the masks of the boxes, both (examples, height, width) on one device.
 
@@ -234,14 +243,7 @@ def _heat_and_masks(case: Case, boxes: Boxes, reduction: Reduction) -> tuple[Ten
         InputError: Inputs, maps and boxes do not fit each other.
     """
     x = case.examples.x
-    if x.ndim != 4:
-        raise InputError(
-            "a metric of boxes needs images (examples, channels, height, width), found inputs of "
-            f"shape {tuple(x.shape)}"
-        )
-    masks = box_masks(boxes, x.shape[2:])
-    if len(masks) != len(x):
-        raise InputError(f"there are boxes for {len(masks)} images, but {len(x)} images")
+    masks = image_masks(boxes, x)
     warm = resized(heat(image_map(case.maps), x, reduction), x.shape[2:])
     return warm, masks.to(warm.device)
 

@@ -1,7 +1,5 @@
 """A case: a method with the examples to explain, asked for maps, and its model for outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -79,7 +77,7 @@ class Case:
         additional_forward_args: Any = None,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
-    ) -> Case:
+    ) -> "Case":
         """Check what the user passed to a metric, and return it as a case."""
         if batch_size is not None:
             check_at_least("batch_size", batch_size, 1)

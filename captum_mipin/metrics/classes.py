@@ -1,11 +1,10 @@
 """Class sensitivity: by how much a map changes with the class asked for."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.case import Case, Method, Options, raw_outputs
@@ -14,9 +13,6 @@ from captum_mipin.metrics.maps import flattened
 from captum_mipin.metrics.result import Result, finite_rows
 from captum_mipin.metrics.similarity import cosine, ssim, ssim_inputs
 from captum_mipin.targets import per_example
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def class_sensitivity(

@@ -1,14 +1,13 @@
 """Localization by mosaics: the attribution in the cell of the class asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.boxes import image_map
@@ -16,9 +15,6 @@ from captum_mipin.metrics.case import Case, Method, Model, Options, raw_outputs,
 from captum_mipin.metrics.examples import Examples
 from captum_mipin.metrics.maps import Reduction, heat
 from captum_mipin.metrics.result import Result, finite_rows
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -72,8 +68,7 @@ def mosaics(
     if len(by_class) < n * n or not to_find:
         raise InputError(
             f"{len(by_class)} classes have an image recognised with confidence {confidence:g}, "
-            f"{len(to_find)} of them to be found: a mosaic of {n} x {n} needs {n * n}, and one to be "
-            "found"
+            f"{len(to_find)} of them to be found: one mosaic needs {n * n}, one of them to be found"
         )
 
     def draw(high: int) -> int:
@@ -123,23 +118,17 @@ def grid_pointing_game(
 ) -> Result:
     """Return the share of positive attribution that lies in the cell of the class asked for.
 
-    Chance is 1 / n². The model has to take images n times as large. Where cells share a row or
-    column of the map, each counts it (adaptive pooling).
+    Chance is 1 / n². The model has to take images n times as large. A row or column of the map that
+    two cells share counts for both (adaptive pooling).
 
     Args:
         method: Any method. Ask every method at the same layer.
-        inputs: Single images, to put together; or :func:`mosaics` made before.
-        target: Class of each single image, an integer tensor or list.
-        n: Images along each side, as for :func:`mosaics`.
-        count: Number of mosaics, as for :func:`mosaics`.
-        confidence: Least softmax probability, as for :func:`mosaics`.
-        reduction: See :func:`~captum_mipin.metrics.maps.heat`.
-        **options: See :class:`~captum_mipin.metrics.case.Options`; further arguments of the model
-            are those for the mosaics.
+        inputs, target: Single images and their classes; or :func:`mosaics` made before.
+        n, count, confidence: As for :func:`mosaics`.
+        reduction, options: As for :func:`~captum_mipin.metrics.bounding_box_accuracy`.
 
     Returns:
-        Shares in [0, 1], 0 where nothing is positive; the part "nothing positive" counts those.
-        Unscored: "NaN".
+        Shares in [0, 1], 0 where "nothing positive" is (a part counts it). Unscored: "NaN".
 
     Source: Rao et al., CVPR 2022.
 
@@ -173,6 +162,6 @@ def grid_pointing_game(
     values = torch.where(total == 0, 0.0, share)
     settings = case.settings(case.maps, reduction=reduction, n=inputs.n, **made)
     unscored = {"NaN": ~finite_rows(positive)}
-    nothing = Result.of("nothing positive", (total == 0).double(), "neither", settings, unscored)
-    parts = {nothing.metric: nothing}
+    name, nothing = "nothing positive", (total == 0).double()
+    parts = {name: Result.of(name, nothing, "neither", settings, unscored)}
     return Result.of("grid pointing game", values, "higher", settings, unscored, parts=parts)

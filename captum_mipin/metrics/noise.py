@@ -1,23 +1,20 @@
 """Captum's metrics of small disturbances of the input: infidelity and max-sensitivity."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from captum.metrics import infidelity as captum_infidelity
 from captum.metrics import sensitivity_max as captum_sensitivity_max
 from torch import Tensor
+from typing_extensions import Unpack
 
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.case import Case, Method, Options, check_at_least, explain
 from captum_mipin.metrics.examples import Examples, Inputs
 from captum_mipin.metrics.maps import flattened
 from captum_mipin.metrics.result import Result, finite_rows
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def infidelity(
@@ -34,15 +31,12 @@ def infidelity(
     """Return the squared error of the attribution as a forecast of what a disturbance costs.
 
     Args:
-        method: Any method whose maps are shaped like the inputs.
-        inputs: Tensor (examples, ...) or tuple of such.
-        target: The class, as Captum takes it.
-        perturb: Captum's ``perturb_func``: inputs -> (what is taken away, what remains). By default
-            Gaussian noise is taken away.
-        noise: Standard deviation of that noise.
+        method, inputs, target: As for :func:`sensitivity_max`; maps are shaped like the inputs.
+        perturb: Captum's ``perturb_func``: inputs -> (what is taken away, what remains).
+        noise: Standard deviation of the Gaussian noise that is taken away by default.
         samples: Disturbances per example.
         normalize: Scale the attribution to fit best, as Captum's option of this name.
-        **options: See :class:`~captum_mipin.metrics.case.Options`. The generator draws the noise.
+        **options: As for :func:`sensitivity_max`. The generator draws the noise.
 
     Returns:
         Mean squared errors. Unscored: "NaN".
@@ -56,24 +50,20 @@ def infidelity(
     """
     check_at_least("samples", samples, 1)
     case = Case.of(method, inputs, target, **options)
-    model, random = case.model, case.generator
-    expected, shapes = (
-        [tuple(t.shape) for t in tensors] for tensors in (case.examples.inputs, case.maps)
-    )
+    model, random, x = case.model, case.generator, case.examples.inputs
+    expected, shapes = ([tuple(t.shape) for t in tensors] for tensors in (x, case.maps))
     if shapes != expected:
         raise InputError(
             f"infidelity needs maps shaped like the inputs, {expected}; found {shapes}: explain "
             "the inputs, not a layer"
         )
 
-    def draw(shape: Sequence[int]) -> Tensor:
-        return noise * torch.randn(shape, generator=random, device=random.device)
-
+    draw = partial(torch.randn, generator=random, device=random.device)
     values = [
         # infidelity = E_I [(I·A - (y(x) - y(x - I)))²], I what is taken away
         captum_infidelity(
             model,
-            perturb or _Noise(batch, samples, draw).taken_away,
+            perturb or _Noise(batch, samples, draw, noise).taken_away,
             batch.as_passed(batch.inputs),
             batch.as_passed(tuple(m[index] for m in case.maps)),
             target=batch.target,
@@ -84,7 +74,7 @@ def infidelity(
         )
         for index, batch in case.batches()
     ]
-    told = {"noise": noise} if perturb is None else {"perturb": perturb}
+    told: Any = {"perturb": perturb} if perturb else {"noise": noise}
     settings = case.settings(case.maps, **told, samples=samples, normalize=normalize)
     unscored = {"NaN": ~finite_rows(*case.maps)}
     return Result.of("infidelity", torch.cat(values), "lower", settings, unscored)
@@ -125,10 +115,10 @@ def sensitivity_max(
             "sensitivity_max needs a method that can be asked for changed inputs, not maps"
         )
     case = Case.of(method, inputs, target, **options)
+    random = case.generator
 
     def draw(shape: Sequence[int]) -> Tensor:
-        drawn = torch.rand(shape, generator=case.generator, device=case.generator.device)
-        return (2 * drawn - 1) * radius
+        return 2 * torch.rand(shape, generator=random, device=random.device) - 1
 
     values, zero, finite = [], [], []
     for _, batch in case.batches():
@@ -137,7 +127,7 @@ def sensitivity_max(
         largest = captum_sensitivity_max(
             _explanation(method, batch, maps),
             batch.inputs,
-            _Noise(batch, samples, draw).added,
+            _Noise(batch, samples, draw, radius).added,
             n_perturb_samples=samples,
             max_examples_per_batch=_per_call(batch, case.examples_per_call, samples),
             target=batch.target,
@@ -186,14 +176,15 @@ class _Noise:
         batch: The examples.
         samples: Samples per example.
         draw: Shape -> random numbers.
+        scale: What they are multiplied by.
     """
 
     def __init__(
-        self, batch: Examples, samples: int, draw: Callable[[Sequence[int]], Tensor]
+        self, batch: Examples, samples: int, draw: Callable[..., Tensor], scale: float
     ) -> None:
         drawn = [[draw((samples, *x.shape[1:])) for x in batch.inputs] for _ in range(len(batch))]
         pairs = zip(zip(*drawn, strict=True), batch.inputs, strict=True)
-        self._noise = [torch.stack(rows).to(x) for rows, x in pairs]
+        self._noise = [(scale * torch.stack(rows)).to(x) for rows, x in pairs]
         self._examples, self._used = len(batch), 0
 
     def added(self, x: Inputs) -> tuple[Tensor, ...]:

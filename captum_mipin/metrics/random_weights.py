@@ -6,15 +6,14 @@ much the maps owe to the rest of the network, such as its masks. (An ``InverseNe
 ``changed="ignore"`` for that.) With ``refit`` it is made anew for each random network.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from captum_mipin.copies import copy_memo
 from captum_mipin.errors import InputError
@@ -30,9 +29,6 @@ from captum_mipin.metrics.examples import Examples, Inputs
 from captum_mipin.metrics.maps import flattened
 from captum_mipin.metrics.result import Result, finite_rows
 from captum_mipin.metrics.similarity import spearman, ssim, ssim_inputs
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Refit = Callable[[nn.Module], Method]
 #: A parameter and a generator -> the parameter's random values.
@@ -147,15 +143,16 @@ def _paths(model: nn.Module, layers: Sequence[str | nn.Module] | None) -> list[s
     """Return the names of the user's layers. Raise InputError if one is not of the model."""
     if layers is None:
         return None
-    names = {module: path for path, module in model.named_modules()}
-    paths = [layer if isinstance(layer, str) else names.get(layer) for layer in layers]
-    for layer, path in zip(layers, paths, strict=True):
-        if path not in names.values():
+    modules, paths = dict(model.named_modules()), []
+    for layer in layers:
+        path = next((path for path, module in modules.items() if layer in (path, module)), None)
+        if path is None:
             raise InputError(
                 f"layers has {layer!r}, which is no module of the model: pass modules of the model "
                 "or their names, as in model.named_modules()"
             )
-    return [path for path in paths if path is not None]
+        paths.append(path)
+    return paths
 
 
 def _stages(model: nn.Module, paths: list[str] | None, examples: Examples) -> Stages:

@@ -1,24 +1,20 @@
 """Does the output change where the attribution says? Pixels are replaced, and the model asked."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.case import Case, Method, Options, Score, check_at_least
 from captum_mipin.metrics.maps import Reduction, heat, hottest_first, positions, resized
 from captum_mipin.metrics.result import Better, Result, finite_rows
 from captum_mipin.metrics.similarity import pearson
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 #: What replaces pixels: a number, a tensor that fits the inputs, a function of them, or "blur".
 Baseline = float | Tensor | Callable[[Tensor], Tensor] | Literal["blur"]
@@ -114,8 +110,7 @@ def sensitivity_n(
 ) -> Result:
     """Return the correlation between the attribution of n random pixels and the loss without them.
 
-    Pearson's correlation is taken over the random sets of one example and one n, then averaged
-    over n.
+    Pearson's correlation over the random sets of one example and one n, averaged over n.
 
     Args:
         method, inputs, target, baseline, score, reduction: As for :func:`deletion`.
@@ -124,8 +119,8 @@ def sensitivity_n(
         **options: As for :func:`deletion`. The generator draws the sets.
 
     Returns:
-        Correlations; those of each n are the ``curves``. Unscored: "NaN"; "constant" where
-        attributions or losses do not vary for some n.
+        Correlations; those of each n are the ``curves``. Unscored: "NaN"; "constant", if
+        attributions or losses do not vary.
 
     Source: Ancona et al., ICLR 2018.
 
@@ -145,25 +140,17 @@ def sensitivity_n(
     counts = torch.tensor(numbers, device=pixels.heat.device)
     sample = torch.arange(samples, device=counts.device).repeat(len(numbers))
     whole = case.scores(case.examples, score)
-    rows = []
+    correlations = []
     for row in range(len(whole)):
         orders = case.uniform(samples, places).argsort(1)
-        without = pixels.scores(
-            torch.full_like(sample, row),
-            positions(orders),
-            sample,
-            counts.repeat_interleave(samples),
-        )
+        rows, ranks = torch.full_like(sample, row), positions(orders)
+        without = pixels.scores(rows, ranks, sample, counts.repeat_interleave(samples))
         # r(n) = cor over sets of n pixels (Σ_{i in set} A_i, y(x) - y(x without the set))
         sums = pixels.heat[row][orders].cumsum(1).T[counts - 1]
-        rows.append(pearson(sums, whole[row] - without.view_as(sums)))
-    curves = torch.stack(rows)
-    unscored = {
-        "NaN": ~(finite_rows(pixels.heat) & finite_rows(whole)),
-        "constant": ~finite_rows(curves),
-    }
-    told = {"n": numbers, "samples": samples, "correlation": "an example"}
-    settings = {**pixels.settings, **told}
+        correlations.append(pearson(sums, whole[row] - without.view_as(sums)))
+    curves = torch.stack(correlations)
+    unscored = {"NaN": ~finite_rows(pixels.heat, whole), "constant": ~finite_rows(curves)}
+    settings = {**pixels.settings, "n": numbers, "samples": samples, "correlation": "an example"}
     return Result.of("sensitivity-n", curves.mean(1), "higher", settings, unscored, curves=curves)
 
 
@@ -190,7 +177,7 @@ class _Pixels:
     settings: dict[str, Any]
 
     @classmethod
-    def of(cls, case: Case, baseline: Baseline, score: Score, reduction: Reduction) -> _Pixels:
+    def of(cls, case: Case, baseline: Baseline, score: Score, reduction: Reduction) -> "_Pixels":
         """Explain examples. Raise InputError if inputs, maps and baseline do not fit each other."""
         x, _ = case.examples.x.detach(), case.model
         if x.ndim < 2:

@@ -143,7 +143,11 @@ def test_a_page_marks_the_best_method_of_each_metric(html, found):
 needs_browser = pytest.mark.skipif(
     not browser.available(), reason="needs chromedriver and Chromium"
 )
-NAMES = "return [...document.querySelectorAll('#scores tbody tr')].map(row => row.cells[0].firstChild.textContent)"
+NAMES = (
+    "return [...document.querySelectorAll('#scores tbody tr')]"
+    ".map(row => row.cells[0].firstChild.textContent)"
+)
+DIRECTIONS = "return [...document.querySelectorAll('#scores thead th')].map(head => head.ariaSort)"
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +188,7 @@ def test_the_table_sorts_by_click_and_by_key(opened, found):
     opened.press(browser.TAB)
     opened.press(browser.ENTER)
     ordered("deletion", False)
-    assert opened.run("return [...document.querySelectorAll('#scores thead th')].map(h => h.ariaSort)") == [
-        "none", "none", "ascending", "none",
-    ]  # fmt: skip
+    assert opened.run(DIRECTIONS) == ["none", "none", "ascending", "none"]
     opened.click("#scores th:first-child button")
     names = opened.run(NAMES)
     assert names == opened.run("return arguments[0].sort((a, b) => a.localeCompare(b))", names)
@@ -229,7 +231,8 @@ def test_a_phone_can_read_it(opened, tmp_path):
         >= 14
     )
     heights = opened.run(
-        "return [...document.querySelectorAll('button, input')].map(e => e.getBoundingClientRect().height)"
+        "return [...document.querySelectorAll('button, input')]"
+        ".map(element => element.getBoundingClientRect().height)"
     )
     assert min(heights) >= 24
     shot = opened.picture()

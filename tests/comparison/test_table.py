@@ -42,9 +42,15 @@ def test_tables_say_what_was_measured(found):
 def test_parts_have_columns_if_asked_for(found):
     header = found.table("markdown", parts=True).splitlines()[0]
     assert header.strip("| ").split(" | ") == [
-        "method", "bounding box accuracy ↑", "bounding box accuracy, tied", "deletion ↓", "completeness ↓",
-        "completeness, positive APC ↓", "completeness, shuffled output ↓", "completeness, shuffled output, positive ↓",
-    ]  # fmt: skip
+        "method",
+        "bounding box accuracy ↑",
+        "bounding box accuracy, tied",
+        "deletion ↓",
+        "completeness ↓",
+        "completeness, positive APC ↓",
+        "completeness, shuffled output ↓",
+        "completeness, shuffled output, positive ↓",
+    ]
     line = found.table("markdown", parts=True).splitlines()[2].split(" | ")
     assert line[5].startswith(
         f"{found['MIP-IN'].results['completeness'].parts['positive APC'].mean:.3g}"

@@ -52,7 +52,7 @@ def test_perfect_and_empty_signals():
 
 
 def test_the_control_is_another_examples_output():
-    """With S = A = x, the control's signal for target c of example i has the output of another example j."""
+    """With S = A = x, the control's signal of example i has the output of another example j."""
     x = normal(7, 3) + 4
     targets = [0, 1, 2, 0, 1, 2, 0]
     result = completeness(Scaled(1.0), x, targets, model=lambda x: x, generator=generator(3))
@@ -81,7 +81,7 @@ def test_a_single_example_has_no_other():
 
 
 def test_control_of_mip_in_is_the_inverse_restarted(mlp):
-    """The identity that the control rests on: A is proportional to the logit, the rest does not depend on it."""
+    """The control rests on this: A is proportional to the logit, the rest independent of it."""
     x = mlp.x[:6]
     result = completeness(mlp.mipin, x, 1, batch_size=4)
     found = mlp.inverse.explain((x,), 1, biases=(False, True))

@@ -34,8 +34,9 @@ def test_boxes_in_any_form_are_the_same():
     box = [(1, 2, 5, 7), (0, 0, 8, 3)]
     expected = torch.zeros(2, 8, 8, dtype=torch.bool)
     expected[0, 2:7, 1:5] = expected[1, :3] = True
-    for form in (box, torch.tensor(box), torch.tensor(box)[:, None], np.array(box), [[b] for b in box], expected,
-                 expected[:, None], expected.float()):  # fmt: skip
+    tensor = torch.tensor(box)
+    lists = (box, [[b] for b in box], np.array(box), tensor, tensor[:, None])
+    for form in (*lists, expected, expected[:, None], expected.float()):
         assert torch.equal(box_masks(form, (8, 8)), expected)
     assert box_masks([(-5, -5, 99, 99), (3, 3, 3, 8), (5, 5, 2, 2)], (8, 8)).flatten(1).sum(
         1
@@ -48,7 +49,7 @@ def test_boxes_that_are_none_are_refused():
             box_masks(bad, (8, 8))
     with pytest.raises(InputError, match="boxes for 1 images, but 2 images"):
         bounding_box_accuracy(torch.ones(2, 8, 8), torch.ones(2, 1, 8, 8), boxes=[(0, 0, 1, 1)])
-    with pytest.raises(InputError, match="needs images"):
+    with pytest.raises(InputError, match="boxes need images"):
         pointing_game(torch.ones(2, 8), torch.ones(2, 8), boxes=[(0, 0, 1, 1)] * 2)
     with pytest.raises(InputError, match="needs one map an image"):
         pointing_game(torch.ones(2, 8), torch.ones(2, 1, 8, 8), boxes=[(0, 0, 1, 1)] * 2)
@@ -118,17 +119,20 @@ def test_ties_broken_at_random_score_what_is_expected():
 
 
 @given(
-    st.integers(1, 4), st.integers(2, 6), st.integers(2, 6), st.integers(0, 2**31), st.sampled_from([1, 2, 1000]),
-    st.sampled_from(["expected", "random", "first"]),
-)  # fmt: skip
+    count=st.integers(1, 4),
+    size=st.tuples(st.integers(2, 6), st.integers(2, 6)),
+    seed=st.integers(0, 2**31),
+    levels=st.sampled_from([1, 2, 1000]),
+    ties=st.sampled_from(["expected", "random", "first"]),
+)
 @settings(max_examples=60, deadline=None)
-def test_localization_for_any_shape_ties_and_nan(count, height, width, seed, levels, ties):
+def test_localization_for_any_shape_ties_and_nan(count, size, seed, levels, ties):
     random = generator(seed)
-    maps = (torch.rand(count, 2, height, width, generator=random) * levels).round() - levels / 2
-    inside = torch.rand(count, height, width, generator=random) > 0.7
+    maps = (torch.rand(count, 2, *size, generator=random) * levels).round() - levels / 2
+    inside = torch.rand(count, *size, generator=random) > 0.7
     broken = torch.rand(count, generator=random) > 0.7
     maps[broken, 0, 0, 0] = NAN
-    x = torch.zeros(count, 3, height, width)
+    x = torch.zeros(count, 3, *size)
     empty, large = ~inside.flatten(1).any(1), inside.flatten(1).double().mean(1) > 0.33
     box = bounding_box_accuracy(maps, x, boxes=inside, ties=ties)
     assert torch.equal(box.scored, ~broken & ~empty & ~large)
@@ -197,8 +201,9 @@ def test_pointing_game_by_class():
 
 
 def test_effective_heat_ratio_by_hand():
-    """Heats 1, 0.5 inside and 0.5, 0.05 outside: the last is below the threshold. Quantiles of (0.5, 0.5, 1) up to the median
-    give three hot pixels, 1.5 / 3; beyond it one, 1 / 1.
+    """Heats are 1, 0.5 inside and 0.5, 0.05 outside, of which the last is below the threshold.
+
+    Quantiles of (0.5, 0.5, 1) up to the median give three hot pixels, 1.5 / 3; later one, 1 / 1.
     """
     maps = torch.tensor([[[[4.0, 2.0], [2.0, 0.2]]]])
     result = effective_heat_ratio(maps, maps, boxes=[(0, 0, 2, 1)], largest=0.5)

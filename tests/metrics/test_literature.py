@@ -1,4 +1,4 @@
-"""What the literature says of methods that look the same whatever the class, on a network with published weights."""
+"""Methods that look the same whatever the class, as in the literature, on published weights."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from captum_mipin import LRP, InverseNetwork, MIPINAttribution
 from captum_mipin.methods import Deconvnet, DeepTaylor, GuidedBackprop
 
-#: A folder laid out as benchmarks/data.py and benchmarks/pretrained.py say: by default beside the checkout.
+#: A folder as benchmarks/data.py and benchmarks/pretrained.py lay it out, beside the checkout.
 DATA = Path(os.environ.get("CAPTUM_MIPIN_DATA", Path(__file__).parents[3] / "shared" / "data"))
 WEIGHTS, IMAGES = (
     DATA / "weights" / "cifar10_resnet20.safetensors",

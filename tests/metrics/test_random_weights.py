@@ -1,4 +1,4 @@
-"""Randomised networks: which layers, in what order, of what copy; and the two questions to a fitted method."""
+"""Randomised networks: which layers, in what order, of what copy; a fit kept or made anew."""
 
 import copy
 from functools import partial
@@ -19,7 +19,7 @@ def generator(seed=0):
 
 
 class Backwards(nn.Module):
-    """Registered from the top down, run from the bottom up; one layer is used through its weight alone."""
+    """Registered from the top down, run from the bottom up; one layer only lends its weight."""
 
     def __init__(self):
         super().__init__()
@@ -210,7 +210,8 @@ def test_both_questions_to_mip_in(own_mlp):
     )
     assert kept.n == anew.n == 5
     assert not torch.equal(kept.curves, anew.curves)
-    # by hand: the last layer random, the inverse as it was, only its start differs: maps of the same order, up to the sign
+    # by hand: with the last layer random and the inverse kept, only the start of the inverse
+    # differs: maps of the same order, up to the sign
     assert kept.curves[:, 0].abs().tolist() == pytest.approx([1] * 5)
     changed = copy.deepcopy(model)
     with torch.no_grad():

@@ -20,16 +20,16 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def one_by_one(model, maps, x, target, step, start, finish):
+def one_by_one(model, maps, start, finish, *, target, step):
     """The protocol, one image and one step at a time; maps without ties."""
     curves = []
-    for image, heat, first, last in zip(x, maps.sum(1), start, finish, strict=True):
+    for heat, first, last in zip(maps.sum(1), start, finish, strict=True):
         order = heat.flatten().argsort(descending=True)
         scores = []
         for done in range(0, len(order) + step, step):
             now = first.clone()
             for pixel in order[:done].tolist():
-                row, column = divmod(pixel, image.shape[2])
+                row, column = divmod(pixel, first.shape[2])
                 now[:, row, column] = last[:, row, column]
             scores.append(float(model(now[None]).softmax(1)[0, target]))
         curves.append(scores)
@@ -41,8 +41,8 @@ def test_insertion_and_deletion_are_the_protocol_of_rise(cnn, size):
     x = cnn.x[:3]
     (maps,) = (normal(3, 3, 8, 8, seed=1),)
     with torch.no_grad():
-        gone = one_by_one(cnn.model, maps, x, 1, 8, x, torch.zeros_like(x))
-        back = one_by_one(cnn.model, maps, x, 1, 8, blur(x), x)
+        gone = one_by_one(cnn.model, maps, x, torch.zeros_like(x), target=1, step=8)
+        back = one_by_one(cnn.model, maps, blur(x), x, target=1, step=8)
     for metric, curves in ((deletion, gone), (insertion, back)):
         result = metric(maps, x, 1, model=cnn.model, batch_size=size)
         assert result.settings["step"] == 8
@@ -68,7 +68,7 @@ def test_the_last_step_may_be_smaller():
 
 
 def test_known_maps_of_a_linear_model_are_best_and_worst():
-    """Deletion by the terms of a sum is lowest in their order, highest in the reverse, and in between for random maps."""
+    """Deletion by the terms of a sum is lowest in their order, highest in the reverse."""
     x, weight = normal(40, 12), normal(12, seed=1)
     terms = x * weight
     ask = {"model": lambda x: x @ weight, "score": "logit"}
@@ -115,7 +115,7 @@ def test_every_step_goes_through_the_model_in_few_calls(cnn):
 )
 @pytest.mark.parametrize("target", [1, [2, 0, 1]])
 def test_no_input_is_run_twice_and_the_curves_are_those_of_the_loop(cnn, metric, baseline, target):
-    """Images of few pixels, maps of many ties: most steps change nothing, and one target has one baseline."""
+    """Few pixels, many ties: most steps change nothing, and one target has one baseline."""
     x = cnn.x[:3] * (torch.rand(3, 1, 8, 8, generator=generator(1)) > 0.8)
     maps = (x.sum(1) > 0) * torch.rand(3, 8, 8, generator=generator(2)).mul(3).round()
     ties = torch.rand(3, 64, generator=generator(3))
@@ -361,13 +361,15 @@ def test_nan_is_counted_and_others_go_on(cnn):
 
 
 @given(
-    st.integers(1, 3), st.lists(st.integers(1, 4), min_size=0, max_size=3), st.integers(1, 3), st.integers(1, 9),
-    st.integers(0, 2**31), st.sampled_from([1, 3]),
-)  # fmt: skip
+    size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    places=st.lists(st.integers(1, 4), min_size=0, max_size=3),
+    step=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+    levels=st.sampled_from([1, 3]),
+)
 @settings(max_examples=50, deadline=None)
-def test_any_shape_begins_whole_and_ends_at_the_baseline(
-    count, places, channels, step, seed, levels
-):
+def test_any_shape_begins_whole_and_ends_at_the_baseline(size, places, step, seed, levels):
+    count, channels = size
     x = torch.rand(count, channels, *places, generator=generator(seed)) + 0.1
     maps = (levels * torch.rand(x.shape, generator=generator(seed + 1))).round()
     result = deletion(maps, x, model=lambda x: x.flatten(1).sum(1), score="logit", step=step)
@@ -391,7 +393,7 @@ def test_sensitivity_n_of_known_maps():
 
 
 def test_sensitivity_n_of_images_by_hand(cnn):
-    """One pixel at a time: the sets of the example are drawn again, and each pixel's loss is measured for itself."""
+    """One pixel at a time: the sets are drawn again, and each pixel's loss is measured alone."""
     x, maps = cnn.x[:1], normal(1, 3, 8, 8)
     result = sensitivity_n(
         maps, x, 1, model=cnn.model, n=[1, 5], samples=30, generator=generator(7)

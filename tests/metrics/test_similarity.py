@@ -1,4 +1,4 @@
-"""Class sensitivity, max-sensitivity and the measures of likeness: by hand, against SciPy, scikit-image and Captum."""
+"""Measures of similarity: by hand, and against SciPy, scikit-image and NumPy."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_ssim_is_that_of_scikit_image():
 
 
 def test_ssim_by_hand():
-    """One window: two maps that are 0 and 1 in opposite places have means m, 1 − m, variance v, covariance −v."""
+    """One window: maps of opposite 0 and 1 have means m, 1 − m, variance v, covariance −v."""
     a = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])[None]
     m, v = 4 / 9, (4 / 9) * (5 / 9) * 9 / 8
     expected = (
