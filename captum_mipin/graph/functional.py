@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from captum_mipin.graph.marks import inherit, set_value, value_of
@@ -30,7 +31,7 @@ from captum_mipin.graph.nodes import operation
 aten = torch.ops.aten
 
 #: How a changed slice goes back into the tensor it was taken from.
-_SCATTERS = {
+_SCATTERS: dict[Any, Any] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
 }
@@ -73,9 +74,10 @@ def functional(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]
             node.target, torch._ops.HigherOrderOperator
         ):
             raise NotRewritableError(f"{node} has a graph inside")
+    known: dict[str, fx.Graph] = {}
     for node in list(result.nodes):
         if node.target in decompositions:
-            _take_apart(result, node, decompositions)
+            _take_apart(result, node, decompositions, known)
     _remove_writes(result)
     for node in list(result.nodes):
         if node.target in _DROPOUTS:
@@ -83,7 +85,7 @@ def functional(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]
         elif node.target is aten.batch_norm.default:
             _evaluate_batch_norm(result, node)
         elif _is_composite_view(node) or operation(node) == "unsafe_chunk":
-            _take_apart(result, node, {})
+            _take_apart(result, node, {}, known)
     result.eliminate_dead_code()
     result = _renamed(result)
     pairs = zip(
@@ -196,7 +198,7 @@ def _views(x: fx.Node) -> Iterator[fx.Node]:
         x = x.all_input_nodes[0]
 
 
-def _functional_form(node: fx.Node) -> OpOverload:
+def _functional_form(node: fx.Node) -> Any:
     """Return the operation that computes what ``node`` writes.
 
     Raises:
@@ -204,20 +206,27 @@ def _functional_form(node: fx.Node) -> OpOverload:
     """
     assert isinstance(node.target, OpOverload)  # for mypy: it writes
     name, overload = node.target.__name__.split(".")
-    form = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
+    form: Any = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
     if not name.endswith("_") or node.target.namespace != "aten" or form is None:
         raise NotRewritableError(f"{node.target} has no functional form")
-    x, (args, kwargs) = value_of(node), fx.map_arg((node.args, node.kwargs), value_of)
+    x = value_of(node)
+    values = [value_of(n) for n in node.all_input_nodes]
+    if x.is_floating_point() and all(
+        getattr(value, "dtype", x.dtype) == x.dtype for value in values
+    ):
+        return form  # of one floating dtype, both forms give the same shape and dtype
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     with x.fake_mode:
         y = form(*args, **kwargs)
-    if (y.dtype, str(y.shape)) != (x.dtype, str(value_of(node.all_input_nodes[0]).shape)):
+    if (y.dtype, str(y.shape)) != (x.dtype, str(x.shape)):
         raise NotRewritableError(f"{node.target} casts or broadcasts what it writes")
     return form
 
 
 def _remove_dropout(graph: fx.Graph, node: fx.Node) -> None:
     """Leave out dropout that is switched off."""
-    x, _, train = node.args
+    arguments: Any = node.args
+    x, _, train = arguments
     if train:
         raise NotRewritableError("dropout is switched on")
     node.replace_all_uses_with(x)
@@ -247,36 +256,34 @@ def _evaluate_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
 @contextmanager
 def _no_onednn() -> Iterator[None]:
     """Switch oneDNN off, as ``torch.export`` does while it traces."""
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    backend: Any = torch.backends.mkldnn
+    enabled, backend.enabled = backend.enabled, False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = enabled
+        backend.enabled = enabled
 
 
 def _take_apart(
-    graph: fx.Graph, node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]
+    graph: fx.Graph,
+    node: fx.Node,
+    decompositions: Mapping[Any, Callable[..., Any]],
+    known: dict[str, fx.Graph],
 ) -> None:
-    """Put the operations that a composite one consists of in its place."""
-    inputs = node.all_input_nodes
-    table = dict(decompositions)
-    run: Any = table.get(node.target, node.target)
+    """Put the operations that a composite one consists of in its place.
 
-    def compute(*values: Any) -> Any:
-        known = dict(zip(inputs, values, strict=True))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        return run(*args, **kwargs)
-
-    values = [value_of(n) for n in inputs]
-    mode = next(value.fake_mode for value in values if isinstance(value, Tensor))
-    # without oneDNN, which has recurrent layers of its own that cannot be taken apart
-    with mode, enable_python_dispatcher(), _no_onednn():
-        # pre_dispatch keeps other composites, such as linear in an LSTM, in one piece
-        whole = node.target in table
-        trace = make_fx(compute, table, pre_dispatch=whole, _allow_non_fake_inputs=True)
-        parts = trace(*values).graph
-    copies = dict(zip(parts.find_nodes(op="placeholder"), inputs, strict=True))
+    Args:
+        graph: The graph.
+        node: The composite operation.
+        decompositions: As for :func:`functional`.
+        known: The parts of operations seen before, by target, arguments and shapes.
+    """
+    described = fx.map_arg((node.args, node.kwargs), lambda n: repr(value_of(n)))
+    key = f"{node.target} {described}"
+    if key not in known:
+        known[key] = _parts(node, decompositions)
+    parts = known[key]
+    copies = dict(zip(parts.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
     with graph.inserting_before(node):
         for part in parts.nodes:
             if part.op == "call_function":
@@ -285,13 +292,37 @@ def _take_apart(
                 set_value(copies[part], value_of(part))
             elif part.op == "get_attr":
                 raise NotRewritableError(f"{node.target} makes constants")
-    results = parts.output_node().args[0]
+    results: Any = parts.output_node().args[0]
     if isinstance(results, fx.Node):
         node.replace_all_uses_with(copies[results])
     for user in list(node.users):  # each takes one of several results
-        user.replace_all_uses_with(copies[results[user.args[1]]])
+        position: Any = user.args[1]
+        user.replace_all_uses_with(copies[results[position]])
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _parts(node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]) -> fx.Graph:
+    """Return the operations that a composite one consists of, as a graph of its inputs."""
+    inputs, table = node.all_input_nodes, dict(decompositions)
+    run: Any = table.get(node.target, node.target)
+
+    def compute(*values: Any) -> Any:
+        known = dict(zip(inputs, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        return run(*args, **kwargs)
+
+    values = [value_of(n) for n in inputs]
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    # pre_dispatch keeps other composites, such as linear in an LSTM, in one piece
+    whole = node.target in table
+    trace = make_fx(compute, table, pre_dispatch=whole, _allow_non_fake_inputs=True)
+    try:
+        # without oneDNN, which has recurrent layers of its own that cannot be taken apart
+        with mode, enable_python_dispatcher(), _no_onednn():
+            return trace(*values).graph
+    except Exception as error:
+        raise NotRewritableError(f"{node.target} cannot be traced by itself") from error
 
 
 def _renamed(graph: fx.Graph) -> fx.Graph:
