@@ -12,12 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from captum_mipin import IBA, InputIBA
-from captum_mipin.bottleneck import Adversary, Bottleneck, ThreeStages, input_iba
-from captum_mipin.bottleneck import gaussian as bottleneck
-from captum_mipin.bottleneck import iba as iba_module
+from captum_mipin.bottleneck import Adversary, Bottleneck, ThreeStages, base, samples
+from captum_mipin.bottleneck.adversary import Critic, adversarial_mask
 from captum_mipin.bottleneck.gaussian import Noise, optimise
-from captum_mipin.bottleneck.iba import at_input
-from captum_mipin.bottleneck.input_iba import INPUT_IBA_SETTINGS, Critic, adversarial_mask
+from captum_mipin.bottleneck.input_iba import INPUT_IBA_SETTINGS
+from captum_mipin.bottleneck.maps import at_input
 from captum_mipin.errors import (
     CaptureError,
     InputError,
@@ -144,7 +143,7 @@ def test_the_adversarial_mask_lets_through_what_the_bottleneck_does(maps):
         mask_rate=0.02,
     )
     passed, critic, generator = adversarial_mask(
-        x, x, weight, torch.zeros(shape), lambda z: z, how, channels=1 if maps else -1, input_channels=1 if maps else -1
+        x, x, weight, torch.zeros(shape), lambda z: z, settings=how, channels=1 if maps else -1, input_channels=1 if maps else -1
     )  # fmt: skip
     real, other = passed[weight == 1], passed[weight == 0]
     assert float(real.mean() - other.mean()) > 0.1
@@ -168,7 +167,7 @@ def test_the_game_by_another_hand():
         return F.conv2d(z, kernel, stride=2, padding=1)
 
     passed, losses, _ = adversarial_mask(
-        x, features, weight, torch.full_like(x, 0.3), above, how, seed=7
+        x, features, weight, torch.full_like(x, 0.3), above, settings=how, seed=7
     )
     draw = torch.Generator().manual_seed(7)
     levels = torch.rand(2, 2, 1, 1, 1, 1, generator=draw)
@@ -422,7 +421,7 @@ def test_saved_and_loaded(iba, model, x, text, tmp_path):
         InverseFileError, match=r"does not hold IBA: load it with the class that saved it"
     ):
         IBA.load(tmp_path / "file", model)
-    iba.feature.save(tmp_path / "file")
+    IBA(model, model[4]).estimate(x, progress=False).save(tmp_path / "file")
     with pytest.raises(
         InverseFileError, match=r"does not hold InputIBA: load it with the class that saved it"
     ):
@@ -465,7 +464,7 @@ def test_inputs_that_cannot_be_masked(iba, text, x):
 
 def test_an_input_layer_of_another_model(model, x, tmp_path):
     iba = InputIBA(model, model[4], SHORT, input_layer=nn.Linear(2, 2))
-    with pytest.raises(CaptureError, match="input_layer Linear is not a module of this Sequential"):
+    with pytest.raises(CaptureError, match=r"^layer Linear is not a module of this Sequential"):
         iba.estimate(x, progress=False)
     with pytest.raises(NotFittedError):
         iba.save(tmp_path / "file")
@@ -476,15 +475,14 @@ def test_each_stage_is_grouped_by_what_it_masks(model, monkeypatch):
     wide = nn.Sequential(nn.AvgPool2d(5), *model).eval()
     data = normal(6, 3, 40, 40)
     iba = InputIBA(wide, wide[5], SHORT).estimate(data, progress=False)
-    expected, sizes, once = iba.attribute(data[:5], 1), [], bottleneck.optimise
+    expected, sizes, once = iba.attribute(data[:5], 1), [], base.optimise
 
     def optimise(x, *arguments, **options):
         sizes.append(len(x))
         return once(x, *arguments, **options)
 
-    monkeypatch.setattr(iba_module, "optimise", optimise)
-    monkeypatch.setattr(input_iba, "optimise", optimise)
-    monkeypatch.setattr(iba_module, "_CPU_VALUES", 2 * 3 * 3 * 40 * 40)
+    monkeypatch.setattr(base, "optimise", optimise)
+    monkeypatch.setattr(samples, "CPU_VALUES", 2 * 3 * 3 * 40 * 40)
     torch.testing.assert_close(iba.attribute(data[:5], 1), expected, rtol=1e-4, atol=1e-5)
     assert sizes == [5, 2, 2, 1]
 
