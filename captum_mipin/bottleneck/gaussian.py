@@ -3,7 +3,8 @@
 A bottleneck passes z = λ x + (1 − λ) ε instead of x, where ε is normal with the mean μ and the
 standard deviation σ that each element has on data. What z tells of x is at most
 KL[p(z|x) ‖ q(z)], q being what passes without knowing x. The mask λ = sigmoid(α) is optimised for
-each sample by gradient descent on cross entropy + β · mean information. Nothing here knows networks.
+each sample by gradient descent on cross entropy + β · mean information. This module knows
+no networks.
 
 Source: Schulz et al., "Restricting the Flow: Information Bottlenecks for Attribution", ICLR 2020.
 """
