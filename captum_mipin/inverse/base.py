@@ -35,7 +35,7 @@ from captum_mipin.graph.validate import (
 from captum_mipin.inverse.explain import Explanation, Request
 from captum_mipin.inverse.request import Settings
 from captum_mipin.inverse.state import Origin
-from captum_mipin.inverse.surrogates import PassEnd, Surrogates
+from captum_mipin.inverse.surrogates import Surrogates
 from captum_mipin.propagation.runtime import Inverses, Run, seed
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale
@@ -60,6 +60,7 @@ class FittedState(Protocol):
 
 
 S = TypeVar("S", bound=FittedState)
+_Self = TypeVar("_Self", bound="ModelInverse[Any]")
 
 #: (class, its examples) for each run of equal classes in a batch.
 Groups = Sequence[tuple[Target, slice]]
@@ -69,15 +70,7 @@ class ModelInverse(Saved, Generic[S]):
     """An inverse of a trained model: it sends the logit of a class back to the input or a layer.
 
     The model is never changed; its parameters are read as they are at each call. A subclass says
-    which inverses the examples of a batch have.
-
-    Args:
-        model: A ``torch.nn.Module`` in evaluation mode; itself, or in ``nn.DataParallel`` or
-            ``torch.compile``.
-        settings: How regressions are solved.
-        layer: The module at whose output the inverse stops; None for the input.
-        output: Which of several outputs of the model is explained.
-        changed: What to do if the model's weights have changed since the fit.
+    which inverses the examples of a batch have. The arguments are those of :class:`InverseNetwork`.
 
     Raises:
         InputError: An option is out of its range.
@@ -86,17 +79,28 @@ class ModelInverse(Saved, Generic[S]):
     def __init__(
         self,
         model: nn.Module,
-        settings: Settings,
         *,
-        layer: nn.Module | None,
-        output: Output,
+        layer: nn.Module | None = None,
+        output: Output = None,
+        ridge: float = 1e-3,
+        ridge_scale: RidgeScale = "relative",
+        pooling: Literal["shares", "even"] = "shares",
+        forks: Literal["joint", "sum"] = "joint",
+        precision: Literal["model", "double"] = "model",
         changed: Literal["refuse", "warn", "ignore"] = "refuse",
     ) -> None:
+        check_choice("pooling", pooling, ("shares", "even"))
+        check_choice("forks", forks, ("joint", "sum"))
+        check_choice("precision", precision, ("model", "double"))
         check_choice("changed", changed, ("refuse", "warn", "ignore"))
         check_output(output)
+        self.settings = Settings(
+            ridge=ridge, ridge_scale=ridge_scale, shares=pooling == "shares",
+            joint=forks == "joint", double=precision == "double",
+        )  # fmt: skip
         self.model = unwrapped(model)
         self.layer = None if layer is None else unwrapped(layer)
-        self.output, self.changed, self.settings = output, changed, settings
+        self.output, self.changed = output, changed
         self._state: S | None = None
         self._surrogates = Surrogates(self.model, output)
 
@@ -130,15 +134,9 @@ class ModelInverse(Saved, Generic[S]):
             NotFittedError: The class was not fitted.
             InputError, TargetError, CaptureError, ModelChangedError: See :meth:`explain`.
         """
-        request = Request(
-            inputs=as_inputs(inputs),
-            target=target,
-            extras=as_extras(additional_forward_args),
-            biases=(True,),
-            local=local,
-            mask=mask_input,
-        )
-        return like(inputs, self._explain(request).signals[0])
+        extras = as_extras(additional_forward_args)
+        options = {"biases": (True,), "local": local, "mask": mask_input}
+        return like(inputs, self.explain(as_inputs(inputs), target, extras, **options).signals[0])
 
     def distractor(self, inputs: Tensor | Inputs, *args: Any, **options: Any) -> Any:
         """Return X − S, what the logit does not carry; arguments as in :meth:`source_signal`."""
@@ -151,16 +149,7 @@ class ModelInverse(Saved, Generic[S]):
         """Return the global map of a class, if there is one."""
 
     def explain(
-        self,
-        inputs: Inputs,
-        target: Any,
-        extras: Extras = (),
-        *,
-        biases: Sequence[bool] = (False,),
-        local: bool = True,
-        mask: bool = False,
-        layer: nn.Module | None = None,
-        evidence: bool = False,
+        self, inputs: Inputs, target: Any, extras: Extras = (), **options: Any
     ) -> Explanation:
         """Send the logits of the target back, once for each entry of ``biases``.
 
@@ -168,15 +157,8 @@ class ModelInverse(Saved, Generic[S]):
             inputs: Tensors (batch, ...).
             target: The class, as Captum's ``target``; examples may have different ones.
             extras: Further arguments of the model.
-            biases: True for the source signal S, False for the attribution A. All passes back
-                share one pass forward.
-            local: Use masks, switches and shares of each example. Gates that multiply, attention
-                weights, and the switches of ``where`` and ``maximum`` are used in any case.
-            mask: Apply equation 9 also to the inputs. To the output of ``layer`` it is always
-                applied if ``local``.
-            layer: Stop at the output of this module instead of the inputs.
-            evidence: Send back only what speaks for the target at each place, if the model's output
-                is an average over places.
+            options: ``biases``, ``local``, ``mask``, ``layer`` and ``evidence``, see
+                :class:`~captum_mipin.inverse.explain.Request`.
 
         Raises:
             NotFittedError: The class was not fitted, or the inverse does not reach so far.
@@ -185,18 +167,10 @@ class ModelInverse(Saved, Generic[S]):
             CaptureError: The model computes something else for inputs of this size.
             ModelChangedError: The model has changed since the fit.
         """
-        return self._explain(
-            Request(
-                inputs=inputs, target=target, extras=extras, biases=biases, local=local, mask=mask,
-                layer=layer, evidence=evidence,
-            )
-        )  # fmt: skip
-
-    def _explain(self, request: Request) -> Explanation:
-        """Check a request and send the logits back."""
+        request = Request(inputs=inputs, target=target, extras=extras, **options)
         state = self._fitted()
-        check_inputs(request.inputs, explained=self.layer is None)
-        check_finite(request.inputs)
+        check_inputs(inputs, explained=self.layer is None)
+        check_finite(inputs)
         if request.layer is None and self.layer is not None:
             raise NotFittedError(
                 f"this inverse stops at layer {self._path(self.layer)!r}, it does not reach the "
@@ -331,16 +305,30 @@ class ModelInverse(Saved, Generic[S]):
     ) -> tuple[CapturedGraph, Surrogate]:
         """Return graph and surrogate for inputs of this kind; they are kept for the next call."""
         origin = None if self._state is None else self._state.origin
-        ends = PassEnd(layer, calibrate=layer is self.layer)
-        return self._surrogates.of((inputs, extras), ends, self.settings.joint, origin)
+        calibrate, joint = layer is self.layer, self.settings.joint
+        return self._surrogates.of(
+            (inputs, extras), layer, origin, calibrate=calibrate, joint=joint
+        )
+
+    @classmethod
+    def _rebuild(
+        cls: type[_Self], content: dict[str, Any], model: nn.Module, **options: Any
+    ) -> _Self:
+        """Return an inverse with the layer, output and settings of a file."""
+        path = content["layer"]
+        layer = None if path is None else model.get_submodule(path)
+        inverse = cls(model, layer=layer, output=content["output"], **options)
+        inverse.settings = Settings(**content["settings"])
+        return inverse
 
     def _path(self, module: nn.Module | None) -> str:
         """Return the path of a module of the model; "" if it is the model or none of its modules."""
         return next((path for path, part in self.model.named_modules() if part is module), "")
 
-    def _head(self) -> dict[str, Any]:
+    def _head(self, origin: Origin) -> dict[str, Any]:
         """Return what a file says of the package, the model and the options."""
         return {
+            **origin.content(),
             "version": __version__,
             "model": type(self.model).__name__,
             "rules": sorted(table().keys() - MIPIN.keys()),
@@ -348,29 +336,6 @@ class ModelInverse(Saved, Generic[S]):
             "output": self.output,
             "settings": asdict(self.settings),
         }
-
-
-def regression_settings(
-    *, ridge: float, ridge_scale: RidgeScale, pooling: str, forks: str, precision: str
-) -> Settings:
-    """Return the settings that every kind of inverse has; see :class:`InverseNetwork`.
-
-    Raises:
-        InputError: An option is out of its range.
-    """
-    check_choice("ridge_scale", ridge_scale, ("relative", "mean", "sum"))
-    check_choice("pooling", pooling, ("shares", "even"))
-    check_choice("forks", forks, ("joint", "sum"))
-    check_choice("precision", precision, ("model", "double"))
-    if not 0 <= ridge < float("inf"):
-        raise InputError(f"ridge={ridge!r} must be a number of at least 0")
-    return Settings(
-        ridge=ridge,
-        ridge_scale=ridge_scale,
-        shares=pooling == "shares",
-        joint=forks == "joint",
-        double=precision == "double",
-    )
 
 
 def _level_of_caller() -> int:

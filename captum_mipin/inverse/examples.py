@@ -76,16 +76,11 @@ class Examples:
                 f"the file has {len(tensors)} tensors, expected {count}: save it again"
             )
         kept = cls.of(layout, [tensors[str(number)] for number in range(count)])
-        for tensor in kept.tensors:
-            if tensor.ndim == 0 or len(tensor) != len(kept):
+        for t in kept.tensors:
+            if t.shape[:1] != (len(kept),) or not t.is_floating_point() or not finite(t):
                 raise InverseFileError(
-                    f"the file has a tensor of shape {tuple(tensor.shape)}, expected "
-                    f"{len(kept)} examples: save it again"
-                )
-            if not (tensor.is_floating_point() and finite(tensor)):
-                raise InverseFileError(
-                    f"the file has a tensor of {tensor.dtype}, expected finite floating numbers: "
-                    "save it again"
+                    f"the file has a tensor of shape {tuple(t.shape)}, {t.dtype}, expected finite "
+                    f"floating numbers of {len(kept)} examples: save it again"
                 )
         return kept
 

@@ -17,14 +17,17 @@ class Request:
 
     Attributes:
         inputs: Tensors (batch, ...).
-        target: The explained classes, as Captum's ``target``.
+        target: The class, as Captum's ``target``; examples may have different ones.
         extras: Further arguments of the model.
         biases: One pass back for each entry: True for the source signal S, False for the
-            attribution A.
-        local: Use what the forward pass of each example recorded (equation 9).
-        mask: Apply the forward mask (equation 9) also to the features where the passes end.
+            attribution A. All share one pass forward.
+        local: Use masks, switches and shares of each example (equation 9). Gates that multiply,
+            attention weights, and the switches of ``where`` and ``maximum`` are used in any case.
+        mask: Apply equation 9 also to the inputs. To the output of ``layer`` it is always applied
+            if ``local``.
         layer: The module at whose output the passes end; None for the inputs.
-        evidence: Send back only what speaks for the target at each place.
+        evidence: Send back only what speaks for the target at each place, if the model's output is
+            an average over places.
         unit: Send back 1 instead of the logit.
     """
 

@@ -27,21 +27,19 @@ from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import Signature
 from captum_mipin.graph.subgraph import module_output
 from captum_mipin.graph.validate import check_choice, check_model, device_of, finite, generator_kept
-from captum_mipin.inverse.base import Groups, ModelInverse, regression_settings
+from captum_mipin.inverse.base import Groups, ModelInverse
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
 from captum_mipin.inverse.examples import Examples, Metric, belonging
 from captum_mipin.inverse.explain import Explanation, Request
-from captum_mipin.inverse.replay import Neighbours, Replay
-from captum_mipin.inverse.request import Settings
+from captum_mipin.inverse.replay import Replay
 from captum_mipin.inverse.state import Origin
 from captum_mipin.inverse.surrogates import shapes
 from captum_mipin.propagation.runtime import Inverses, Run
 from captum_mipin.propagation.surrogate import Surrogate
-from captum_mipin.regression.ridge import RidgeScale
 from captum_mipin.rules import Options
 from captum_mipin.storage.watch import Watch
 from captum_mipin.targets import per_example, target_indices
-from captum_mipin.types import Extras, Inputs, Output, Target
+from captum_mipin.types import Extras, Inputs, Target
 
 #: Bytes that the inverses of examples explained at once may take, unless it is one example alone.
 _TOGETHER = 1 << 29
@@ -73,14 +71,14 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
 
     Args:
         model: As for :class:`InverseNetwork`.
-        layer: As for :class:`InverseNetwork`.
         neighbours: Number of examples that each inverse is fitted on, at least 2. Also an
             attribute, which may be changed at any time.
         metric: Neighbours have the largest "cosine", or the smallest "euclidean" distance. Among
             equal distances, but for rounding, any may be chosen. Also an attribute.
         feature: What is compared: another module's output, or the "input". By default the output of
             ``layer``, or the input if there is no layer.
-        output, ridge, ridge_scale, pooling, forks, precision: As for :class:`InverseNetwork`.
+        options: ``layer``, ``output``, ``ridge``, ``ridge_scale``, ``pooling``, ``forks`` and
+            ``precision``, as for :class:`InverseNetwork`.
 
     Raises:
         InputError: An option is out of its range.
@@ -103,18 +101,9 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         neighbours: int = 60,
         metric: Metric = "cosine",
         feature: nn.Module | Literal["input"] | None = None,
-        ridge: float = 1e-3,
-        ridge_scale: RidgeScale = "relative",
-        pooling: Literal["shares", "even"] = "shares",
-        forks: Literal["joint", "sum"] = "joint",
-        precision: Literal["model", "double"] = "model",
-        layer: nn.Module | None = None,
-        output: Output = None,
+        **options: Any,
     ) -> None:
-        settings = regression_settings(
-            ridge=ridge, ridge_scale=ridge_scale, pooling=pooling, forks=forks, precision=precision
-        )
-        super().__init__(model, settings, layer=layer, output=output)
+        super().__init__(model, **options)
         _check_search(neighbours, metric)
         if not (feature is None or feature == "input" or isinstance(feature, nn.Module)):
             raise InputError(f"feature={feature!r} is neither a module of the model nor 'input'")
@@ -326,10 +315,15 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         with belonging():
             queries = [x.to(kept.sources[0].device) for x in queries]
             nearest = kept.nearest(queries, self.neighbours, self.metric)
+            device = features[0].device
             pairs = enumerate(zip(nearest, request.target, strict=True))
             inverses: dict[Target, Inverses] = {
                 (number,): replay.inverses(
-                    Neighbours(kept, rows), target, values, surrogate.learned, self.settings
+                    kept.map(lambda t, rows=rows: t[rows].to(device)),
+                    target,
+                    values,
+                    surrogate.learned,
+                    self.settings,
                 )
                 for number, (rows, target) in pairs
             }
@@ -359,28 +353,22 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
             "module": isinstance(self.feature, nn.Module),
             **state.kept.layout,
         }
-        head = {**self._head(), **state.origin.content()}
-        tensors = {str(number): tensor for number, tensor in enumerate(state.kept.tensors)}
-        return tensors, {**head, "targets": state.targets, "neighbours": search}
+        content = {**self._head(state.origin), "targets": state.targets, "neighbours": search}
+        return {str(number): t for number, t in enumerate(state.kept.tensors)}, content
 
     @classmethod
     def _unpack(
         cls, tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module
     ) -> "NeighbourInverse":
-        search, path = content["neighbours"], content["layer"]
+        search = content["neighbours"]
         feature = search["feature"]
-        settings = Settings(**content["settings"])
-        inverse = cls(
+        inverse = cls._rebuild(
+            content,
             model,
-            layer=None if path is None else model.get_submodule(path),
             neighbours=search["count"],
             metric=search["metric"],
             feature=model.get_submodule(feature) if search["module"] else feature,
-            output=content["output"],
-            ridge=settings.ridge,
-            ridge_scale=settings.ridge_scale,
         )
-        inverse.settings = settings
         targets = [tuple(target) for target in content["targets"]]
         kept = Examples.load(search, tensors)
         inverse._state = NeighbourState(Origin.from_content(content, model), targets, kept)

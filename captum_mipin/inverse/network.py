@@ -17,14 +17,13 @@ from captum_mipin.errors import (
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.signature import first_example
 from captum_mipin.graph.validate import check_choice, check_model, device_of, generator_kept
-from captum_mipin.inverse.base import regression_settings
 from captum_mipin.inverse.checkpoint import Checkpoint, FitOptions
 from captum_mipin.inverse.classes import ClassInverse
 from captum_mipin.inverse.data import Activations, Batches, Unpack
 from captum_mipin.inverse.distributed import Processes
 from captum_mipin.inverse.fit import Fit
 from captum_mipin.inverse.lazy import Lazy
-from captum_mipin.inverse.request import FitRequest, Fitted, Settings, Solver
+from captum_mipin.inverse.request import FitRequest, Fitted, Solver
 from captum_mipin.inverse.state import PARTS, Origin, State, packed, unpacked
 from captum_mipin.inverse.surrogates import shapes
 from captum_mipin.propagation.surrogate import Surrogate
@@ -118,9 +117,10 @@ class InverseNetwork(ClassInverse):
         learning_rate: float | None = None,
         changed: Literal["refuse", "warn", "ignore"] = "refuse",
     ) -> None:
-        settings = regression_settings(
-            ridge=ridge, ridge_scale=ridge_scale, pooling=pooling, forks=forks, precision=precision
-        )
+        super().__init__(
+            model, layer=layer, output=output, ridge=ridge, ridge_scale=ridge_scale,
+            pooling=pooling, forks=forks, precision=precision, changed=changed,
+        )  # fmt: skip
         check_choice("autocast", autocast, (None, torch.bfloat16, torch.float16))
         check_choice("sharing", sharing, ("nothing", "classes"))
         check_choice("solver", solver, ("exact", "sgd"))
@@ -132,8 +132,8 @@ class InverseNetwork(ClassInverse):
             option = "positions=" if sharing == "nothing" else 'sharing="classes"'
             raise InputError(f'{option} needs solver="exact"')
         _check_positions(positions)
-        settings = replace(
-            settings,
+        self.settings = replace(
+            self.settings,
             autocast=None if autocast is None else str(autocast).removeprefix("torch."),
             positions=positions,
             seed=_seed(generator),
@@ -142,7 +142,6 @@ class InverseNetwork(ClassInverse):
             epochs=epochs,
             learning_rate=learning_rate,
         )
-        super().__init__(model, settings, layer=layer, output=output, changed=changed)
 
     @property
     def report(self) -> FitReport:
@@ -262,7 +261,7 @@ class InverseNetwork(ClassInverse):
                 if activations is not None:
                     activations.clear()
                 raise
-            head = {**self._head(), **origin.content()}
+            head = self._head(origin)
             checkpoint = Checkpoint(options.checkpoint, head, unfinished, processes)
             fitted = checkpoint.read(self._shared_inverses(surrogate, chosen), device_of(model))
             if options.lazy:
@@ -320,8 +319,7 @@ class InverseNetwork(ClassInverse):
                 "are explained: fit those to save without lazy=True"
             )
         tensors, content = packed(state.fitted)
-        head = {**self._head(), **state.origin.content()}
-        return tensors, {**head, **content, "unfinished": None}
+        return tensors, {**self._head(state.origin), **content, "unfinished": None}
 
     @classmethod
     def _unpack(
@@ -332,9 +330,7 @@ class InverseNetwork(ClassInverse):
                 "the file is the checkpoint of an unfinished fit: continue it with "
                 "fit(checkpoint=...)"
             )
-        layer = None if content["layer"] is None else model.get_submodule(content["layer"])
-        inverse = cls(model, layer=layer, output=content["output"])
-        inverse.settings = Settings(**content["settings"])
+        inverse = cls._rebuild(content, model)
         inverse._state = State(Origin.from_content(content, model), unpacked(tensors, content))
         return inverse
 

@@ -4,8 +4,8 @@ Where passes back end, and at the outputs of operations with weights, the values
 kept. What lies between is computed anew for the chosen examples.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,26 +28,6 @@ from captum_mipin.rules import Fork, Inverse, Options
 from captum_mipin.rules.linear import Dense
 from captum_mipin.targets import target_label
 from captum_mipin.types import Target
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """Some of the kept examples, on which an inverse is fitted.
-
-    Attributes:
-        kept: What is kept of all examples.
-        rows: (neighbours,) their indices.
-    """
-
-    kept: Examples
-    rows: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def of(self, tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
-        """Return the rows of these examples in some of the kept tensors."""
-        return [tensor[self.rows].to(device) for tensor in tensors]
 
 
 class Replay:
@@ -74,7 +54,7 @@ class Replay:
         self._feature = extract(captured.graph, placeholders, features) if features else None
 
         graph = surrogate.graph
-        run, (result,) = next(iter(graph.nodes)), graph.output_node().args
+        run, (result,) = next(iter(graph.nodes)), graph.output_node().all_input_nodes
         ends = sorted(graph.find_nodes(op="call_function", target=source), key=_index)
         # the tensor where a pass ends, which may also be recorded elsewhere
         tensors = [node.args[2] for node in ends]
@@ -105,7 +85,7 @@ class Replay:
 
     def inverses(
         self,
-        neighbours: Neighbours,
+        examples: Examples,
         target: Target,
         values: Mapping[str, Any],
         keys: Sequence[str],
@@ -114,7 +94,7 @@ class Replay:
         """Return the inverses of a class, fitted on some examples (algorithm 1).
 
         Args:
-            neighbours: The examples.
+            examples: What is kept of the examples, on the device of the model.
             target: The class.
             values: The values of the placeholders of the model's graph; its parameters are used.
             keys: The learned steps, from the output down.
@@ -123,18 +103,13 @@ class Replay:
         Raises:
             FitError: The output is the same for all of the examples.
         """
-        device, surrogate = values[self._inputs[0]].device, self._surrogate
-        steps = dict(surrogate.steps)
-        for key in surrogate.learned:
-            outputs = neighbours.of(neighbours.kept.outputs[key], device)
-            steps[key] = _known(steps[key], outputs)
-        layouts = zip(
-            surrogate.layouts, neighbours.of(neighbours.kept.sources, device), strict=True
-        )
+        outputs = examples.outputs.items()
+        known = {key: _known(self._surrogate.steps[key], tensors) for key, tensors in outputs}
+        layouts = zip(self._surrogate.layouts, examples.sources, strict=True)
         sources = [layout.restored(x) for layout, x in layouts]
-        sizes = [evaluate(size, self._batch, len(neighbours)) for size in self._sizes]
+        sizes = [evaluate(size, self._batch, len(examples)) for size in self._sizes]
         constants = [values[name] for name in self._constants]
-        run = Run(steps, Options(shares=settings.shares), fitting=keys)
+        run = Run({**self._surrogate.steps, **known}, Options(shares=settings.shares), fitting=keys)
         with TURNS.explaining(), torch.enable_grad():
             (output,) = self._module.forward(run, *constants, *sizes, *sources, *sources)
             _check_varies(output.detach(), target)

@@ -6,7 +6,9 @@ from typing import Literal
 
 from torch import nn
 
+from captum_mipin.errors import InputError
 from captum_mipin.graph.capture import CapturedGraph
+from captum_mipin.graph.validate import check_choice
 from captum_mipin.inverse.data import Activations
 from captum_mipin.inverse.distributed import Processes
 from captum_mipin.propagation.surrogate import Surrogate
@@ -39,6 +41,9 @@ class Settings:
         positions: How many positions of each batch's maps convolutions are fitted on (int), or
             which share of them (float); None for all.
         seed: Draws these positions.
+
+    Raises:
+        InputError: λ or its unit is out of its range.
     """
 
     ridge: float = 1e-3
@@ -53,6 +58,11 @@ class Settings:
     autocast: str | None = None
     positions: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("ridge_scale", self.ridge_scale, ("relative", "mean", "sum"))
+        if not 0 <= self.ridge < float("inf"):
+            raise InputError(f"ridge={self.ridge!r} must be a number of at least 0")
 
 
 @dataclass

@@ -6,7 +6,6 @@ the same for them.
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -24,19 +23,6 @@ from captum_mipin.types import Extras, Inputs, Output
 Call = tuple[Inputs, Extras]
 
 
-@dataclass(frozen=True)
-class PassEnd:
-    """Where passes back end.
-
-    Attributes:
-        layer: The module at whose output they end; None for the inputs.
-        calibrate: True if the scale of the signal there is learned, since the inverse stops there.
-    """
-
-    layer: nn.Module | None
-    calibrate: bool
-
-
 class Surrogates:
     """The graphs of a model and the surrogates made from them, kept for the next call.
 
@@ -50,15 +36,22 @@ class Surrogates:
         self.graphs = Graphs[Surrogate]()
 
     def of(
-        self, call: Call, end: PassEnd, joint: bool, origin: Origin | None
+        self,
+        call: Call,
+        layer: nn.Module | None,
+        origin: Origin | None,
+        *,
+        calibrate: bool,
+        joint: bool,
     ) -> tuple[CapturedGraph, Surrogate]:
         """Return the graph and the surrogate for the inputs of a call.
 
         Args:
             call: Inputs and further arguments.
-            end: Where passes back end.
-            joint: Learn what comes back to a tensor from all its branches together.
+            layer: The module at whose output passes back end; None for the inputs.
             origin: What the inverse was fitted on; None before the first fit.
+            calibrate: Learn the scale of the signal there, since the inverse stops there.
+            joint: Learn what comes back to a tensor from all its branches together.
 
         Raises:
             CaptureError: The model cannot be captured, or differs for inputs of this size.
@@ -76,9 +69,9 @@ class Surrogates:
             return self.graphs.find(*call, self._capture, fitted=fitted, accept=accept, hint=hint)
 
         def build(graph: CapturedGraph, start: str | None) -> Surrogate:
-            return Surrogate(graph, rules, start, calibrate=end.calibrate, joint=joint)
+            return Surrogate(graph, rules, start, calibrate=calibrate, joint=joint)
 
-        return self.graphs.build(self._model, end.layer, rules, find, build)
+        return self.graphs.build(self._model, layer, rules, find, build)
 
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
         return capture(self._model, inputs, extras, shared, output=self._output, explained=False)
