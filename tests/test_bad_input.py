@@ -1,7 +1,8 @@
-"""What cannot work is refused with what was found, what was expected and what to do, and leaves nothing half-done."""
+"""What cannot work is refused with a full message, and leaves nothing half-done."""
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -65,7 +66,8 @@ class Scaled(nn.Module):
 class Batches:
     """Batches of 16 that can be gone through again; ``odd`` may replace one, or raise.
 
-    A fit looks at the first batch (pass 0), goes through the data once for the outputs (pass 1) and once for each layer.
+    A fit takes the first batch (pass 0), then all of them for the outputs (pass 1), and again for
+    each layer.
     """
 
     def __init__(
@@ -112,12 +114,15 @@ def _both(
         fitted.inverse.fit(data(), progress=False, **options)
 
 
-# ------------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------- the model
 
 
 def test_a_model_that_cannot_be_exported(untouched: Any, mlp: Any) -> None:
     model = Steps(lambda h: h if h.sum() > 0 else -h).eval()
-    message = r"(?s)torch\.export cannot capture Steps for inputs .*data-dependent.*Control flow must not depend on the data"
+    message = (
+        r"(?s)torch\.export cannot capture Steps for inputs .*data-dependent.*Control flow must "
+        r"not depend on the data"
+    )
     for call in (lambda: _fit(model, mlp.x), lambda: check(model, mlp.x)):
         with pytest.raises(CaptureError, match=message) as caught, untouched(model, mlp.x):
             call()
@@ -131,7 +136,10 @@ def test_a_part_that_cannot_be_exported_is_named_with_its_line(mlp: Any) -> None
                 return h
             return -h
 
-    message = r"(?s)cannot capture Steps for inputs .*, at 'if h\.max\(\) > 0:' in module 'step' \(Branches\):.*data-dependent"
+    message = (
+        r"(?s)cannot capture Steps for inputs .*, at 'if h\.max\(\) > 0:' in module 'step' "
+        r"\(Branches\):.*data-dependent"
+    )
     with pytest.raises(CaptureError, match=message):
         _fit(Steps(Branches()).eval(), mlp.x)
 
@@ -157,7 +165,8 @@ def test_a_model_that_is_a_function(mlp: Any) -> None:
         (nn.Softmax(1), r"aten\.softmax\.int in step: no rule covers it"),
         (
             lambda h: h * h,
-            r"aten\.mul\.Tensor in the model itself: it multiplies .*two values that both depend on the input",
+            r"aten\.mul\.Tensor in the model itself: it multiplies .*two values that both depend "
+            r"on the input",
         ),
         (
             lambda h: h.clamp(1, 2),
@@ -256,7 +265,8 @@ def test_what_an_inverse_does_not_lead_to() -> None:
     model, x = Residual().eval(), torch.randn(40, 4)
     inverse = InverseNetwork(model, layer=model.inner).fit(x, progress=False)
     message = (
-        r"this inverse stops at layer 'inner', and has nothing for act/relu/fork on the way to layer 'act'. "
+        r"this inverse stops at layer 'inner', and has nothing for act/relu/fork on the way to "
+        r"layer 'act'. "
         r"Explain a layer above, or fit another inverse with layer= at layer 'act'"
     )
     with pytest.raises(NotFittedError, match=message):
@@ -299,7 +309,8 @@ def test_training_mode(own_mlp: Any, survives: Any, tmp_path: Path, part: str | 
     mipin, layer = own_mlp.mipin, LayerMIPINAttribution(model, own_mlp.inverse, model[1])
     module = model if part is None else model.get_submodule(part)
     count, first = (4, "(the model itself)") if part is None else (1, part)
-    message = rf"training mode \({count} modules, the first is '{first.replace('(', '.').replace(')', '.')}'\).*model\.eval\(\)"
+    path = re.escape(first)
+    message = rf"training mode \({count} modules, the first is '{path}'\).*model\.eval\(\)"
     with survives(own_mlp):
         module.train()
         for call in (
@@ -320,7 +331,7 @@ def test_training_mode(own_mlp: Any, survives: Any, tmp_path: Path, part: str | 
         model.eval()
 
 
-# ------------------------------------------------------------------------------------------------- weights changed
+# ---------------------------------------------------------------- weights changed
 
 
 def _in_place(model: nn.Module) -> None:
@@ -429,7 +440,7 @@ def test_a_buffer_of_nan_is_no_change(mlp: Any) -> None:
     assert torch.isfinite(mipin.attribute(mlp.x[:2], 0)).all()
 
 
-# ------------------------------------------------------------------------------------------------- inputs to explain
+# ---------------------------------------------------------------- inputs to explain
 
 
 @pytest.mark.parametrize(
@@ -539,7 +550,7 @@ def test_a_result_is_finite_or_an_error(mlp: Any, scale: float) -> None:
         assert torch.isfinite(found).all()
 
 
-# ------------------------------------------------------------------------------------------------- data to fit on
+# ---------------------------------------------------------------- data to fit on
 
 
 @pytest.mark.parametrize(
@@ -617,7 +628,8 @@ def test_data_of_another_shape_than_that_of_earlier_fits(own_cnn: Any, survives:
     with (
         pytest.raises(
             InputError,
-            match=r"the data has inputs .*\(3, 9, 9\) torch.float32, that of earlier fits \(3, 8, 8\)",
+            match=r"the data has inputs .*\(3, 9, 9\) torch.float32, that of earlier "
+            r"fits \(3, 8, 8\)",
         ),
         survives(own_cnn),
     ):
@@ -768,7 +780,10 @@ def test_a_class_with_a_constant_logit(mlp: Any, survives: Any) -> None:
     dead = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     with torch.no_grad():
         dead[2].weight[1] = 0
-    message = r"output for target 1 is .* for each of the 96 examples.*constant\. Fit it on data .*or leave it out"
+    message = (
+        r"output for target 1 is .* for each of the 96 examples.*constant\. Fit it on data "
+        r".*or leave it out"
+    )
     inverse = InverseNetwork(dead)
     with pytest.raises(FitError, match=message):
         inverse.fit(x, progress=False)
@@ -811,7 +826,7 @@ def test_features_that_never_vary(ridge: float) -> None:
     assert torch.isfinite(hidden).all()
 
 
-# ------------------------------------------------------------------------------------------------- classes and options
+# ---------------------------------------------------------------- classes and options
 
 
 @pytest.mark.parametrize(
@@ -867,7 +882,7 @@ def test_fitting_more_classes_keeps_those_before_to_the_bit(mlp: Any) -> None:
     assert len(inverse.report.layers) == 6
 
 
-# ------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------- files
 
 
 @pytest.fixture
@@ -968,7 +983,7 @@ def test_the_file_of_another_model(mlp: Any, cnn: Any, make_mlp: Any, saved: Pat
     for model in (cnn.model, other, nn.ReLU().eval(), nn.Sequential(mlp.model[0]).eval()):
         with pytest.raises(
             ModelChangedError,
-            match=rf"fitted to another model, or to other weights, than this {type(model).__name__}",
+            match="fitted to another model, or to other weights, than this " + type(model).__name__,
         ):
             InverseNetwork.load(saved, model)
     InverseNetwork.load(saved, make_mlp())
@@ -1045,7 +1060,8 @@ import torch
 from captum_mipin.storage import files
 
 path, random_ = sys.argv[1], random.Random(0)
-kinds = [{"a": torch.full((200_000,), float(n)), "b": torch.full((100_000,), float(n))} for n in range(2)]
+sizes = {"a": 200_000, "b": 100_000}
+kinds = [{name: torch.full((size,), float(n)) for name, size in sizes.items()} for n in range(2)]
 files.save(path, kinds[0], {"kind": 0})
 
 def whole():
@@ -1081,7 +1097,7 @@ if child == 0:
     except OSError:
         os._exit(0 if len(os.listdir(os.path.dirname(path))) == before else 4)
     os._exit(3)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "a file that may not grow is an OSError"
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "a full file is an OSError"
 whole()
 files.save(path, kinds[1], {"kind": 1})
 assert files.load(path)[1] == {"kind": 1}
@@ -1104,7 +1120,7 @@ def test_a_process_killed_while_saving_leaves_the_old_file_whole(tmp_path: Path)
     assert done.returncode == 0, done.stderr
 
 
-# ------------------------------------------------------------------------------------------------- interruption
+# ---------------------------------------------------------------- interruption
 
 
 def _settings(x: Tensor) -> dict[str, Any]:
@@ -1115,7 +1131,7 @@ def _settings(x: Tensor) -> dict[str, Any]:
 def _interrupted(
     model: nn.Module, x: Tensor, path: Path, at: tuple[int, int] = (3, 2)
 ) -> InverseNetwork:
-    """A fit with a checkpoint, stopped at one batch of one pass: by default in the second of two layers."""
+    """Stop a fit with a checkpoint at one batch of one pass, by default in the second layer."""
     inverse = InverseNetwork(model)
     with pytest.raises(KeyboardInterrupt):
         inverse.fit(Batches(x, _at(*at, _interrupt)), [0, 2], checkpoint=path, **_settings(x))

@@ -1,4 +1,4 @@
-"""The base class of inverses: one pass forward, and passes back that end at the input or a layer."""
+"""The base class of inverses: one pass forward, and passes back to the input or to a layer."""
 
 import sys
 import warnings
@@ -322,7 +322,7 @@ class ModelInverse(Saved, Generic[S]):
         return inverse
 
     def _path(self, module: nn.Module | None) -> str:
-        """Return the path of a module of the model; "" if it is the model or none of its modules."""
+        """Return the path of a module; "" for the model itself and for what is no part of it."""
         return next((path for path, part in self.model.named_modules() if part is module), "")
 
     def _head(self, origin: Origin) -> dict[str, Any]:

@@ -31,10 +31,11 @@ def test_of_a_linear_gaussian_model_it_is_the_analytic_one():
 
 
 def test_it_is_what_the_global_source_signal_shares_with_the_input(tmp_path):
-    """Without masks S is a function of the logit alone: its correlation with the input is that of the logit."""
+    """Without masks S is a function of the logit: both correlate alike with the input."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 3)
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 5), nn.ReLU(),
+        nn.Linear(5, 3)
     ).double().eval()  # fmt: skip
     x = normal(90, 2, 6, 6, dtype=torch.float64)
     x[:, 0, 0, 0] = 3.0  # never varies

@@ -1,4 +1,4 @@
-"""Classes that are fitted when they are first explained: the same inverses, one fit each, no more than there is room for."""
+"""Classes fitted when first explained: the same inverses, one fit each, within the memory."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +87,7 @@ def test_the_inverse_is_that_of_a_fit_at_once(memory, disk, tmp_path):
 
 
 class Round(nn.Module):
-    """Something goes round the layer where the inverse stops: a gate, a branch, and weights made of weights."""
+    """A gate, a branch and computed weights go around the layer where the inverse stops."""
 
     def __init__(self):
         super().__init__()

@@ -44,7 +44,7 @@ class Function(nn.Module):
 
 
 def seeded(model, seed=0):
-    """Parameters of a fixed draw, biases and running statistics included; float64, for evaluation."""
+    """Draw all parameters, biases and running statistics from a fixed seed, in float64."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -561,7 +561,7 @@ def calibrated(x, signals, biases=True, of=None):
 
 
 class Residual(nn.Module):
-    """h = relu(stem(x)), then relu(branch(h) + h) or, with two branches of weights, relu(branch(h) + other(h) + h)."""
+    """h = relu(stem(x)), then relu(branch(h) + h), or relu(branch(h) + other(h) + h)."""
 
     def __init__(self, stem, branch, head, other=None):
         super().__init__()
@@ -582,7 +582,11 @@ class Residual(nn.Module):
 
 
 def forked(model, x, shared):
-    """S and A of the residual network ``model``, its fork by one regression; ``shared`` makes rows of signals above."""
+    """Return S and A of a residual network, whose fork is inverted by one regression.
+
+    Args:
+        shared: Makes the rows of the regression from the signals above.
+    """
     h = model.stem(x).relu().detach()
     parts = [model.branch(h), h] + ([] if model.other is None else [model.other(h)])
     above = model.act(sum(parts)).detach().numpy()
@@ -610,7 +614,7 @@ def test_residual_branches_are_learned_together():
 
 @pytest.mark.parametrize("two", [False, True])
 def test_residual_convolutions_are_learned_together(two):
-    """Two convolutions of different kernels and the identity, one regression a channel on all their signals."""
+    """Two convolutions of different kernels and the identity: one regression for each channel."""
     other = nn.Conv2d(4, 4, 1) if two else None
     model = Residual(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(100, 3), other)
     model, x = seeded(model), normal(40, 2, 5, 5)
@@ -718,7 +722,10 @@ def test_weights_computed_in_the_network_on_a_fork_at_the_input():
 
 
 class Sequence(nn.Module):
-    """A dense layer on the average over time of two branches, channels first or last, and the average first or last."""
+    """A dense layer on the average over time of two branches.
+
+    Channels may be first or last, and so may the average.
+    """
 
     def __init__(self, last, mean_first=True):
         super().__init__()
@@ -792,7 +799,7 @@ def test_branches_that_fork_at_the_input_are_learned_together():
 
 
 def pooled(pool, shape, seed=1, positive=False, **options):
-    """A model that pools its input and reads all of it, behind what hands on all signals as they are; its fit, and data."""
+    """Return a model that pools its input and reads all of it, its fit, and data."""
     x = normal(30, *shape, seed=seed)
     x = x.abs() if positive else x
     width = pool(x).flatten(1).shape[1]
@@ -872,7 +879,10 @@ def with_indices(pool):
 
 
 def average_back(s, x, axes, divisor=None, even=False):
-    """Each window shares its S out among its elements of the sign of its average; overlaps: mean weighted by 1 / divisor."""
+    """Share the S of each window among its elements that have the sign of its average.
+
+    Elements of several windows take the mean of these, weighted by 1 / divisor.
+    """
     total, weights = np.zeros(x.shape), np.zeros(x.shape)
     for output, inputs in window_table(axes):
         weight = 1 / (divisor or len(inputs))
@@ -967,7 +977,7 @@ SPELLED_HEADS = {
 
 
 class Pooled(nn.Module):
-    """A convolution, ReLU, and a dense layer on averages over all places, in one of its spellings."""
+    """A convolution, ReLU, and a dense layer on averages over all places, spelled in one way."""
 
     def __init__(self, spelling, relu=True):
         super().__init__()
@@ -985,7 +995,7 @@ class Pooled(nn.Module):
 @pytest.mark.parametrize("spelling", SPELLED_HEADS)
 @pytest.mark.parametrize("pooling", ["shares", "even"])
 def test_a_dense_layer_before_the_average_is_the_same_as_behind_it(spelling, pooling):
-    """W mean(x) = mean(W x): whether a network takes the average first or last is a matter of spelling."""
+    """W mean(x) = mean(W x): the average may come first or last, the map is the same."""
     x, expected, found = (
         normal(40, 2, 7, 6),
         seeded(Pooled("convolution")),
@@ -1027,7 +1037,8 @@ def test_a_pooled_logit_goes_where_it_came_from_by_hand(relu):
 def test_an_inverse_from_places_is_that_of_their_average():
     """At the averages themselves the same coefficients hold: averaging is linear."""
     model = nn.Sequential(
-        nn.Conv2d(2, 5, 3), nn.LeakyReLU(1.0), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)
+        nn.Conv2d(2, 5, 3), nn.LeakyReLU(1.0), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5,
+        3)
     )  # fmt: skip
     x = normal(40, 2, 7, 6)
     mipin = fitted(seeded(model), x, 1)
@@ -1088,7 +1099,7 @@ def test_convolution_equals_its_normal_equations(conv, size):
 
 
 def test_moments_in_double_bring_a_float32_fit_to_that_in_float64():
-    """Kernel, bias and joint fork of one network, in float32 with products of either kind, against float64 throughout."""
+    """Kernel, bias and joint fork in float32, with products in either dtype, against float64."""
 
     class Residual(nn.Module):
         def __init__(self):

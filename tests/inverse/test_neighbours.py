@@ -1,4 +1,4 @@
-"""Neighbourhood fits: against algorithm 1 on each example's neighbours, and against the fit on all data."""
+"""Neighbourhood fits, against algorithm 1 on the neighbours and against the fit on all data."""
 
 import copy
 import pickle
@@ -54,7 +54,8 @@ def head(*widths):
 def convolutions():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(20, 3)
     ).double().eval()  # fmt: skip
 
 
@@ -63,7 +64,8 @@ def pooled():
     """A batch norm, and a dense layer behind an average over all places."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Dropout(), nn.Linear(5, 3),
     ).double()  # fmt: skip
     with torch.no_grad():
@@ -93,7 +95,8 @@ def residual():
         return m["last"](x.mean((2, 3)))
 
     layers = {
-        "first": nn.Conv2d(2, 4, 3, padding=1), "norm": nn.BatchNorm2d(4), "second": nn.Conv2d(4, 4, 3, padding=1),
+        "first": nn.Conv2d(2, 4, 3, padding=1), "norm": nn.BatchNorm2d(4),
+        "second": nn.Conv2d(4, 4, 3, padding=1),
         "third": nn.Conv2d(4, 4, 3, padding=1), "last": nn.Linear(4, 3),
     }  # fmt: skip
     return Function(run, **layers).double().eval()
@@ -102,7 +105,8 @@ def residual():
 #: The head with fewer rows than signals, and with more.
 NETWORKS = {
     "wide": (lambda: head(12, 40, 30, 3), (12,)), "narrow": (lambda: head(12, 7, 5, 3), (12,)),
-    "convolutions": (convolutions, (2, 6, 6)), "tiles": (tiles, (2, 6, 6)), "residual": (residual, (2, 6, 6)),
+    "convolutions": (convolutions, (2, 6, 6)), "tiles": (tiles, (2, 6, 6)),
+    "residual": (residual, (2, 6, 6)),
 }  # fmt: skip
 
 
@@ -169,7 +173,7 @@ def test_with_all_examples_as_neighbours_it_is_the_global_fit(network, options):
 
 
 def test_at_a_layer_and_above_it():
-    """Neighbours are looked for where the inverse stops in either case."""
+    """In either case, neighbours are compared where the inverse stops."""
     model, (x, q) = convolutions(), data(2, 6, 6)
     inverse = NeighbourInverse(model, layer=model[1], neighbours=12).fit(x, progress=False)
     with torch.no_grad():
@@ -193,7 +197,7 @@ def test_at_a_layer_and_above_it():
 
 @pytest.mark.parametrize("layer", [0, 1, 3, 8])
 def test_with_all_examples_as_neighbours_it_is_the_global_fit_at_any_layer(layer):
-    """Before a batch norm, where the scale is learned; below a pooled head, whose map is recorded; at the output itself."""
+    """At a scale that is learned, below a pooled head, and at the output itself."""
     model = pooled()
     x = normal(40, 2, 6, 6, dtype=torch.float64)
     own = NeighbourInverse(model, layer=model[layer], neighbours=40).fit(x, progress=False)
@@ -241,7 +245,7 @@ def test_neighbours_by_another_feature():
 
 
 def test_far_from_zero_and_beside_zeros_neighbours_are_found():
-    """Where features are far from 0, differences of squares would lose them; a feature of zeros has no direction."""
+    """Features far from 0 lose no digits, and a feature of zeros, without direction, is no NaN."""
     x, q = data(12, rows=40, dtype=torch.float32)
     kept = Examples([x + 1000], {}, [])
     found = kept.nearest([q + 1000], 5, "euclidean")
@@ -256,7 +260,8 @@ def test_far_from_zero_and_beside_zeros_neighbours_are_found():
 
 def test_several_inputs_are_searched_together():
     model = Function(lambda m, a, b: m["last"](torch.relu(m["a"](a) + m["b"](b))),
-                     a=nn.Linear(3, 8), b=nn.Linear(4, 8), last=nn.Linear(8, 3)).double().eval()  # fmt: skip
+                     a=nn.Linear(3, 8), b=nn.Linear(4, 8),
+                     last=nn.Linear(8, 3)).double().eval()  # fmt: skip
     x, q = (tuple(t[:, s] for s in (slice(3), slice(3, None))) for t in data(7))
     inverse = NeighbourInverse(model, neighbours=11).fit(x, progress=False)
     found = inverse.source_signal(q, TARGETS)
@@ -457,8 +462,10 @@ def test_features_that_cannot_be_compared_are_refused():
 
 
 def test_a_way_around_the_layer_is_refused():
-    around = Function(lambda m, x: m["last"](torch.relu(m["first"](x)) * torch.sigmoid(m["gate"](x))),
-                      first=nn.Linear(6, 8), gate=nn.Linear(6, 8), last=nn.Linear(8, 3)).eval()  # fmt: skip
+    around = Function(lambda m,
+    x: m["last"](torch.relu(m["first"](x)) * torch.sigmoid(m["gate"](x))),
+                      first=nn.Linear(6, 8), gate=nn.Linear(6, 8),
+                      last=nn.Linear(8, 3)).eval()  # fmt: skip
     x = normal(20, 6)
     with pytest.raises(
         CaptureError,
@@ -527,14 +534,21 @@ def test_changed_weights_are_refused_whatever_is_said(changed):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t, c: t.update({"0": t["1"], "1": t["0"]}), lambda t, c: t.update({"1": t["2"], "2": t["1"]}),
+        lambda t, c: t.update({"0": t["1"], "1": t["0"]}), lambda t, c: t.update({"1": t["2"],
+        "2": t["1"]}),
         lambda t, c: t.update({"0": t["0"].sum()}), lambda t, c: t.update({"1": t["1"].flatten()}),
-        lambda t, c: t.update({"2": t["2"][:1]}), lambda t, c: t.update({"1": t["1"].to(torch.complex64)}),
-        lambda t, c: t.update({"2": t["2"] * float("nan")}), lambda t, c: t.update({"1": t["1"] > 0}),
-        lambda t, c: t.update({name: tensor[:0] for name, tensor in t.items()}), lambda t, c: t.pop("1"),
-        lambda t, c: c["settings"].update(ridge=".."), lambda t, c: c["settings"].update(ridge_scale=[0]),
-        lambda t, c: c["settings"].update(ridge=-1), lambda t, c: c["neighbours"].update(metric=None),
-        lambda t, c: c["neighbours"].update(count={}), lambda t, c: c["neighbours"].update(outputs=[["0/linear", 2]]),
+        lambda t, c: t.update({"2": t["2"][:1]}), lambda t,
+        c: t.update({"1": t["1"].to(torch.complex64)}),
+        lambda t, c: t.update({"2": t["2"] * float("nan")}), lambda t,
+        c: t.update({"1": t["1"] > 0}),
+        lambda t, c: t.update({name: tensor[:0] for name, tensor in t.items()}), lambda t,
+        c: t.pop("1"),
+        lambda t, c: c["settings"].update(ridge=".."), lambda t,
+        c: c["settings"].update(ridge_scale=[0]),
+        lambda t, c: c["settings"].update(ridge=-1), lambda t,
+        c: c["neighbours"].update(metric=None),
+        lambda t, c: c["neighbours"].update(count={}), lambda t,
+        c: c["neighbours"].update(outputs=[["0/linear", 2]]),
     ],
 )  # fmt: skip
 def test_files_that_say_what_no_data_says_are_refused(tmp_path, change):

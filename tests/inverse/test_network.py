@@ -165,12 +165,13 @@ def test_a_checkpoint_knows_its_data(tmp_path):
     ("level", "padding"), [(0.0, 0), (10.0, 0), (100.0, 0), (1000.0, 0), (0.0, 1)]
 )
 def test_float32_holds_for_images_far_from_zero(level, padding):
-    """Moments are centred before products are taken, so that a mean far from zero costs no digits of the covariance."""
+    """Moments are centred before products: a mean far from zero costs the covariance no digits."""
     found = []
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=padding), nn.Conv2d(4, 5, 3, padding=padding), nn.Flatten(), nn.LazyLinear(3)
+            nn.Conv2d(1, 4, 3, padding=padding), nn.Conv2d(4, 5, 3, padding=padding),
+            nn.Flatten(), nn.LazyLinear(3)
         )  # fmt: skip
         x = level + normal(300, 1, 7, 7)
         model(x)

@@ -1,4 +1,4 @@
-"""Files that are well-formed, and say what no inverse says: a clear error, or an explanation, and never anything else."""
+"""Well-formed files with the content of no inverse: a clear error or an explanation."""
 
 import copy
 import json
@@ -96,10 +96,13 @@ def test_any_other_content_is_refused_or_explains(files, data):
 
 OTHERS = st.sampled_from(
     [
-        lambda t: t.double(), lambda t: t.to(torch.int64), lambda t: t > 0, lambda t: t.flatten(), lambda t: t[:0],
+        lambda t: t.double(), lambda t: t.to(torch.int64), lambda t: t > 0, lambda t: t.flatten(),
+        lambda t: t[:0],
         lambda t: t[:1], lambda t: t * float("nan"), lambda t: t * float("inf"), lambda t: t.sum(),
-        lambda t: t.to(torch.complex64), lambda t: torch.full_like(t, 99), lambda t: torch.full_like(t, -1),
-        lambda t: torch.cat([t, t]), lambda t: t.unsqueeze(0), lambda t: t.transpose(0, -1).contiguous(),
+        lambda t: t.to(torch.complex64), lambda t: torch.full_like(t, 99),
+        lambda t: torch.full_like(t, -1),
+        lambda t: torch.cat([t, t]), lambda t: t.unsqueeze(0), lambda t: t.transpose(0,
+        -1).contiguous(),
     ]
 )  # fmt: skip
 
@@ -127,10 +130,12 @@ def test_any_other_tensors_are_refused_or_explain(files, data):
 @pytest.mark.parametrize(
     "header",
     [
-        b"", b"{", b"[]", b"null", b'{"a":1}', b"\xff\xfe", b"{" * 100000, b'{"__metadata__":{"format":5}}',
+        b"", b"{", b"[]", b"null", b'{"a":1}', b"\xff\xfe", b"{" * 100000,
+        b'{"__metadata__":{"format":5}}',
         b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}', b'{"a":{"dtype":"OBJECT","shape":[1],"data_offsets":[0,4]}}',
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}',
+        b'{"a":{"dtype":"OBJECT","shape":[1],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
     ],
 )  # fmt: skip
