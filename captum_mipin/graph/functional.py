@@ -278,8 +278,8 @@ def _take_apart(
         decompositions: As for :func:`functional`.
         known: The parts of operations seen before, by target, arguments and shapes.
     """
-    described = fx.map_arg((node.args, node.kwargs), lambda n: repr(value_of(n)))
-    key = f"{node.target} {described}"
+    numbers = {n: f"%{index} {value_of(n)!r}" for index, n in enumerate(node.all_input_nodes)}
+    key = f"{node.target} {fx.map_arg((node.args, node.kwargs), numbers.__getitem__)}"
     if key not in known:
         known[key] = _parts(node, decompositions)
     parts = known[key]
