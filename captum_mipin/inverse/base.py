@@ -16,7 +16,7 @@ from captum_mipin.errors import (
     ModelChangedWarning,
     NotFittedError,
 )
-from captum_mipin.graph.capture import TURNS, CapturedGraph
+from captum_mipin.graph.capture import TURNS
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import unwrapped
@@ -187,33 +187,35 @@ class ModelInverse(Saved, Generic[S]):
         self._check_weights(state)
         with plain_modes(request.inputs[0].device):
             inputs, extras = plain((request.inputs, request.extras))
-            graph, surrogate = self._surrogate(inputs, extras, request.layer)
-            outputs = torch.empty(len(inputs[0]), *value_of(graph.output).shape[1:], device="meta")
+            surrogate = self._surrogate(inputs, extras, request.layer)
+            outputs = torch.empty(
+                len(inputs[0]), *value_of(surrogate.captured.output).shape[1:], device="meta"
+            )
             targets = per_example(request.target, outputs)
             self._check_targets(state, targets)
             request = replace(request, inputs=inputs, extras=extras, target=targets)
             # the examples of a class stand together, so that its inverse is applied to all at once
             order = sorted(range(len(targets)), key=targets.__getitem__)
             if order == list(range(len(targets))):
-                return self._passes(state, request, graph, surrogate)
+                return self._passes(state, request, surrogate)
             rows = torch.tensor(order, device=inputs[0].device)
-            request = request.pick(rows, graph.shared)
-            return self._passes(state, request, graph, surrogate).pick(rows.argsort())
+            request = request.pick(rows, surrogate.captured.shared)
+            return self._passes(state, request, surrogate).pick(rows.argsort())
 
-    def _passes(
-        self, state: S, request: Request, graph: CapturedGraph, surrogate: Surrogate
-    ) -> Explanation:
+    def _passes(self, state: S, request: Request, surrogate: Surrogate) -> Explanation:
         """Run one pass forward, and one back for each entry of ``request.biases``."""
         options = Options(local=request.local, shares=self.settings.shares)
         evidence = surrogate.average() if request.evidence else None
         run = Run(surrogate.steps, options, evidence=evidence)
         with TURNS.explaining():
-            output = surrogate(run, graph.values(self.model, request.inputs, request.extras))
+            output = surrogate(
+                run, surrogate.captured.values(self.model, request.inputs, request.extras)
+            )
             logits = seed(output, request.target)
             unit = request.unit or request.evidence
             start = seed(output, request.target, unit=True) if unit else logits
         features = tuple(run.sources[index] for index in range(surrogate.starts))
-        run.inverses, run.groups = self._inverses(state, request, graph, surrogate, features)
+        run.inverses, run.groups = self._inverses(state, request, surrogate, features)
         signals: list[Inputs] = []
         with TURNS.explaining():
             for bias in request.biases:
@@ -235,12 +237,7 @@ class ModelInverse(Saved, Generic[S]):
 
     @abstractmethod
     def _inverses(
-        self,
-        state: S,
-        request: Request,
-        graph: CapturedGraph,
-        surrogate: Surrogate,
-        features: Inputs,
+        self, state: S, request: Request, surrogate: Surrogate, features: Inputs
     ) -> tuple[Mapping[Target, Inverses], Groups]:
         """Return the inverses that a batch needs, and which examples have which of them."""
 
@@ -300,10 +297,8 @@ class ModelInverse(Saved, Generic[S]):
                 "InverseNetwork, or keep the old one with changed='ignore'"
             )
 
-    def _surrogate(
-        self, inputs: Inputs, extras: Extras, layer: nn.Module | None
-    ) -> tuple[CapturedGraph, Surrogate]:
-        """Return graph and surrogate for inputs of this kind; they are kept for the next call."""
+    def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> Surrogate:
+        """Return the surrogate for inputs of this kind, which is kept for the next call."""
         origin = None if self._state is None else self._state.origin
         calibrate, joint = layer is self.layer, self.settings.joint
         return self._surrogates.of(

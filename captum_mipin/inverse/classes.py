@@ -5,7 +5,6 @@ from itertools import groupby
 from typing import Any
 
 from captum_mipin.errors import InputError, InverseFileError, ModelChangedError
-from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.validate import as_extras, as_inputs, device_of
 from captum_mipin.inverse.base import Groups, ModelInverse
@@ -100,12 +99,7 @@ class ClassInverse(ModelInverse[State]):
         return maps if len(maps) > 1 else maps[0]
 
     def _inverses(
-        self,
-        state: State,
-        request: Request,
-        graph: CapturedGraph,
-        surrogate: Surrogate,
-        features: Inputs,
+        self, state: State, request: Request, surrogate: Surrogate, features: Inputs
     ) -> tuple[Mapping[Target, Inverses], Groups]:
         """Return the inverses of the classes in a batch, and the examples of each class."""
         classes = self._classes(state, request.target)

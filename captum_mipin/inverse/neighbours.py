@@ -21,7 +21,7 @@ from captum_mipin.errors import (
     ModelChangedError,
     NotFittedError,
 )
-from captum_mipin.graph.capture import TURNS, CapturedGraph
+from captum_mipin.graph.capture import TURNS
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import Signature
@@ -129,10 +129,10 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         data: Any,
         targets: Any = None,
         *,
-        unpack: Unpack | None = None,
-        batch_size: int = 256,
         memory: int = 4 << 30,
         progress: bool = True,
+        unpack: Unpack | None = None,
+        batch_size: int = 256,
         **unsupported: Any,
     ) -> "NeighbourInverse":
         """Run the data through the model once and keep what fits need; earlier data is dropped.
@@ -167,34 +167,31 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
                 data, batch_size, unpack, device_of(model), explained=self.layer is None
             )
             call = next(iter(batches))
-            graph, surrogate = self._surrogate(*call, self.layer)
-            self._replay(graph, surrogate)  # whether there is a way around the layer
-            origin = Origin.of(graph, *call, Watch(model))
+            surrogate = self._surrogate(*call, self.layer)
+            self._replay(surrogate)  # whether there is a way around the layer
+            origin = Origin.of(surrogate.captured, *call, Watch(model))
             chosen = target_indices(targets, origin.dims)
-            kept = self._keep(
-                tqdm(batches, unit="batch", disable=not progress), graph, surrogate, memory
-            )
+            bar = tqdm(batches, unit="batch", disable=not progress)
+            kept = self._keep(bar, surrogate, origin.signature, memory)
         self._state = NeighbourState(origin, chosen, kept)
         return self
 
     def _keep(
-        self, batches: "tqdm[Any]", graph: CapturedGraph, surrogate: Surrogate, memory: int
+        self, batches: "tqdm[Any]", surrogate: Surrogate, signature: Signature, memory: int
     ) -> Examples:
         """Return what is kept of the data, after one pass over it."""
         parts: list[Examples] = []
-        signature: Signature | None = None
-        rows = 0
+        rows, shared = 0, surrogate.captured.shared
 
         def run(inputs: Inputs, extras: Extras, proving: bool = False) -> tuple[Tensor, Examples]:
-            return self._run(graph, surrogate, (inputs, extras), proving)
+            return self._run(surrogate, (inputs, extras), proving)
 
         for index, (inputs, extras) in enumerate(batches):
-            actual = Signature.of(inputs, extras, graph.shared)
-            signature = signature or actual
+            actual = Signature.of(inputs, extras, shared)
             if actual != signature:
                 raise FitError(
-                    f"batch {index} has further arguments {actual.leaves}, the first had "
-                    f"{signature.leaves}"
+                    f"batch {index} has further arguments {shapes(actual)}, the first had "
+                    f"{shapes(signature)}"
                 )
             output, part = run(inputs, extras, proving=index == 0)
             if not all(finite(t) for t in (output, *part.tensors)):
@@ -202,9 +199,7 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
                     f"batch {index}: the model's output, or what is kept of it, contains NaN or Inf"
                 )
             if index == 0:
-                check_independent(
-                    (output,), inputs, extras, graph.shared, lambda *call: run(*call)[:1]
-                )
+                check_independent((output,), inputs, extras, shared, lambda *call: run(*call)[:1])
             parts.append(part)
             rows += len(part)
             if (needed := rows * part.example_bytes) > memory:
@@ -221,27 +216,23 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         return parts[0].map(lambda *batches: torch.cat(batches), *parts[1:])
 
     def _run(
-        self,
-        graph: CapturedGraph,
-        surrogate: Surrogate,
-        call: tuple[Inputs, Extras],
-        proving: bool,
+        self, surrogate: Surrogate, call: tuple[Inputs, Extras], proving: bool
     ) -> tuple[Tensor, Examples]:
         """Return the model's output for a batch, and what is kept of the batch.
 
         Args:
-            graph, surrogate: The model's.
+            surrogate: The surrogate of the model.
             call: Inputs and further arguments.
             proving: True to check that rules compute what their operations do.
         """
-        steps, values = surrogate.steps, graph.values(self.model, *call)
+        steps, values = surrogate.steps, surrogate.captured.values(self.model, *call)
         options = Options(shares=self.settings.shares)
         run = Run(steps, options, fitting=surrogate.learned, proving=proving)
         with TURNS.explaining():
             output = surrogate(run, values).detach()
         features = []
         if self.feature is not None:
-            features = self._replay(graph, surrogate).features(values)
+            features = self._replay(surrogate).features(values)
         layouts = enumerate(surrogate.layouts)
         sources = [layout.first(run.sources[index]) for index, layout in layouts]
         outputs = {
@@ -288,17 +279,13 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
             )
 
     def _inverses(
-        self,
-        state: NeighbourState,
-        request: Request,
-        graph: CapturedGraph,
-        surrogate: Surrogate,
-        features: Inputs,
+        self, state: NeighbourState, request: Request, surrogate: Surrogate, features: Inputs
     ) -> tuple[Mapping[Target, Inverses], Groups]:
         """Return the inverse of each example, with the example's number in place of a class."""
         kept, origin, call = state.kept, state.origin, (request.inputs, request.extras)
         self._check_reaches(surrogate, kept.outputs, request.layer)
-        signature = Signature.of(*call, graph.shared)
+        captured = surrogate.captured
+        signature = Signature.of(*call, captured.shared)
         if signature != origin.signature:
             raise InputError(
                 f"These inputs are {shapes(signature)}; the inverse was fitted on "
@@ -306,8 +293,8 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
             )
         if self.changed != "refuse":
             self._check_unchanged(state)
-        fitted_graph, fitted = self._surrogate(*call, self.layer)
-        values, replay = graph.values(self.model, *call), self._replay(fitted_graph, fitted)
+        fitted = self._surrogate(*call, self.layer)
+        values, replay = captured.values(self.model, *call), self._replay(fitted)
         if surrogate is fitted and self.feature is None:
             queries = [x.detach().flatten(1) for x in features]
         else:
@@ -329,14 +316,14 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
             }
         return inverses, [(number, slice(number[0], number[0] + 1)) for number in inverses]
 
-    def _replay(self, graph: CapturedGraph, surrogate: Surrogate) -> Replay:
+    def _replay(self, surrogate: Surrogate) -> Replay:
         """Return the replay of a surrogate, which is built once."""
         if surrogate not in self._replays:
             module = self.layer if self.feature is None else self.feature
             feature = None
             if isinstance(module, nn.Module):
-                feature = module_output(graph, self.model, module)
-            self._replays[surrogate] = Replay(graph, surrogate, feature)
+                feature = module_output(surrogate.captured, self.model, module)
+            self._replays[surrogate] = Replay(surrogate, feature)
         return self._replays[surrogate]
 
     @classmethod

@@ -233,9 +233,9 @@ class InverseNetwork(ClassInverse):
         with generator_kept(), plain_modes(device_of(model)):
             batches, call = self._batches(data, options, processes)
             with processes.fail_together():
-                graph, surrogate = self._surrogate(*call, self.layer)
+                surrogate = self._surrogate(*call, self.layer)
                 watch = Watch(model) if before is None else before.origin.watch
-                origin = Origin.of(graph, *call, watch)
+                origin = Origin.of(surrogate.captured, *call, watch)
                 if before is not None and before.origin.signature != origin.signature:
                     raise InputError(
                         f"the data has inputs and further arguments {shapes(origin.signature)}, "
@@ -249,9 +249,9 @@ class InverseNetwork(ClassInverse):
             processes.check_same("settings", (self.settings, options.memory))
             activations = Activations(options.keep, options.memory) if options.lazy else None
             request = FitRequest(
-                model=model, captured=graph, surrogate=surrogate, batches=batches, targets=chosen,
+                model=model, captured=surrogate.captured, surrogate=surrogate, batches=batches, targets=chosen,
                 settings=self.settings, memory=options.memory, progress=options.progress,
-                processes=processes, example=first_example(*call, graph.shared),
+                processes=processes, example=first_example(*call, surrogate.captured.shared),
                 activations=activations,
             )  # fmt: skip
             fit = Fit(request)

@@ -36,8 +36,7 @@ class Replay:
     Operations with weights are not run: their outputs are known.
 
     Args:
-        captured: The graph of the model.
-        surrogate: The surrogate made from it.
+        surrogate: The surrogate.
         feature: Name of the tensor that examples are compared by; None for the inputs.
 
     Raises:
@@ -45,7 +44,8 @@ class Replay:
             values or no batch dimension.
     """
 
-    def __init__(self, captured: CapturedGraph, surrogate: Surrogate, feature: str | None) -> None:
+    def __init__(self, surrogate: Surrogate, feature: str | None) -> None:
+        captured = surrogate.captured
         _check_feature(captured, feature)
         self._inputs, self._batch, self._surrogate = captured.inputs, captured.batch, surrogate
         placeholders = captured.graph.find_nodes(op="placeholder")

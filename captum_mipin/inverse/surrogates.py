@@ -43,8 +43,8 @@ class Surrogates:
         *,
         calibrate: bool,
         joint: bool,
-    ) -> tuple[CapturedGraph, Surrogate]:
-        """Return the graph and the surrogate for the inputs of a call.
+    ) -> Surrogate:
+        """Return the surrogate for the inputs of a call.
 
         Args:
             call: Inputs and further arguments.
@@ -71,7 +71,7 @@ class Surrogates:
         def build(graph: CapturedGraph, start: str | None) -> Surrogate:
             return Surrogate(graph, rules, start, calibrate=calibrate, joint=joint)
 
-        return self.graphs.build(self._model, layer, rules, find, build)
+        return self.graphs.build(self._model, layer, rules, find, build)[1]
 
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
         return capture(self._model, inputs, extras, shared, output=self._output, explained=False)

@@ -68,6 +68,7 @@ class Surrogate:
         joint: Learn what comes back to a tensor from all its branches together; else add it up.
 
     Attributes:
+        captured: The graph it was made from.
         graph: The rewritten graph.
         steps: Its steps by key.
         rules: Operation → rule.
@@ -95,7 +96,8 @@ class Surrogate:
         joint: bool = True,
     ) -> None:
         made = draft(captured, rules, start, calibrate=calibrate, joint=joint)
-        self.graph, self.steps, self.rules = made.graph, made.steps, rules
+        self.captured, self.rules = captured, rules
+        self.graph, self.steps = made.graph, made.steps
         self.starts = len(made.starts)
         self.layouts: tuple[Layout, ...] = tuple(marks(node).layout for node in made.starts)
         _, *placeholders = made.graph.find_nodes(op="placeholder")  # the first is the run

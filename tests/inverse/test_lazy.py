@@ -122,7 +122,7 @@ def test_only_the_inverted_part_is_run_again():
     lazy = InverseNetwork(model, layer=model[1]).fit(
         normal(20, 6), lazy=True, memory=1000, progress=False
     )
-    _, surrogate = lazy._surrogate((normal(2, 6),), (), model[1])
+    surrogate = lazy._surrogate((normal(2, 6),), (), model[1])
     lower, upper, names = surrogate._halves
     targets = [str(node.target) for node in upper.graph.nodes if node.op == "call_function"]
     assert not any("relu" in name for name in targets)
