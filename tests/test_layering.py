@@ -1,0 +1,59 @@
+"""Subpackages depend downwards only."""
+
+import ast
+from pathlib import Path
+
+import captum_mipin
+
+PACKAGE = Path(captum_mipin.__file__).parent
+BOTTOM = ("_captum", "errors", "version", "types", "targets", "report")
+#: From the bottom up; each room may use those before it.
+TOWER = (
+    "graph",
+    "storage",
+    "rules",
+    "propagation",
+    "inverse",
+    "methods",
+    "bottleneck",
+    "attribution",
+    "comparison",
+    "cli",
+)
+#: Rooms that know no networks, or other methods only by calling them, and the rooms that use them.
+ASIDE = {
+    "regression": ("rules", "propagation", "inverse", "methods", "bottleneck"),
+    "metrics": ("comparison", "cli"),
+}
+#: Randomisation copies models, and only the graph room knows what of them cannot be copied.
+EXCEPTIONS = {("metrics/randomization", "graph")}
+
+
+def allowed(room: str) -> set[str]:
+    if room in BOTTOM:
+        return set(BOTTOM)
+    below = TOWER[: TOWER.index(room)] if room in TOWER else ()
+    return {room, *BOTTOM, *below, *(one for one, users in ASIDE.items() if room in users)}
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms that a module imports, also inside functions."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    names |= {one.name for node in nodes if isinstance(node, ast.Import) for one in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("captum_mipin.")}
+
+
+def test_rooms_depend_downwards_only() -> None:
+    upwards = set()
+    for path in PACKAGE.rglob("*.py"):
+        module = path.relative_to(PACKAGE).with_suffix("").as_posix()
+        room = module.split("/")[0]
+        if not room.startswith("__"):
+            upwards |= {(module, other) for other in imports(path) - allowed(room)}
+    assert upwards == EXCEPTIONS
+
+
+def test_every_room_has_its_floor() -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert rooms <= {*TOWER, *ASIDE}
