@@ -23,12 +23,12 @@ def behaves(model, x, targets=(0, 1)):
     parts = InverseNetwork(model).fit(list(x.split(7)), targets=list(targets), progress=False)
     few = x[:4]
     mixed = [targets[0], targets[1], targets[1], targets[0]]
-    found = inverse.explain((few,), mixed, biases=(True,))
-    ((s,),) = found.signals
+    result = inverse.explain((few,), mixed, biases=(True,))
+    ((s,),) = result.signals
     assert torch.isfinite(s).all()
     assert s.abs().max() > 0
     with torch.no_grad():
-        torch.testing.assert_close(found.output, model(few)[range(4), mixed])
+        torch.testing.assert_close(result.output, model(few)[range(4), mixed])
     close = {"rtol": 1e-6, "atol": 1e-6 * float(s.abs().max())}
     for i, target in enumerate(mixed):
         torch.testing.assert_close(

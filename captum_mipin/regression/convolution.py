@@ -70,20 +70,18 @@ def moments_of_patches(
     z, mean_z = z.unflatten(1, (g, -1)), mean_z.view(g, -1)
     n = branches * features
     if pointwise:
+        # Signals are the patches P and, behind them, the pointwise ones Q, which are part of z.
         maps = z.movedim(0, 2).flatten(2)  # (g, channels of z, rows)
-        beside, own_place = (maps @ maps[:, n:].mT).double(), zs[:, n:]
-        ss = torch.cat(
-            [torch.cat([ss, own_place.mT], 2), torch.cat([own_place, beside[:, n:]], 2)], 1
-        )
-        mean_s, zs = torch.cat([mean_s, mean_z[:, n:]], 1), torch.cat([zs, beside], 2)
-    each = (
-        z[:, :, :n].unflatten(2, (branches, features)).movedim(0, 2)
-    )  # (g, branches, n, features, ...)
+        zq, qp = (maps @ maps[:, n:].mT).double(), zs[:, n:]
+        ss = torch.cat([torch.cat([ss, qp.mT], 2), torch.cat([qp, zq[:, n:]], 2)], 1)
+        mean_s, zs = torch.cat([mean_s, mean_z[:, n:]], 1), torch.cat([zs, zq], 2)
+    # (g, branches, n, features, ...)
+    z = z[:, :, :n].unflatten(2, (branches, features)).movedim(0, 2)
     return Moments(
         x.numel() // x.shape[1],
         mean_z[:, :n].unflatten(1, (branches, features)),
         mean_s,
-        gram_of_each(each, (2, *range(4, each.ndim))),
+        gram_of_each(z, (2, *range(4, z.ndim))),
         zs[:, :n].unflatten(1, (branches, features)),
         ss,
     )

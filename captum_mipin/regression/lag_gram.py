@@ -8,6 +8,8 @@ the taps² blocks of the matrix only (2k − 1)^d differ, but for the positions 
 The correlations are taken by fast Fourier transform. A convolution of another stride is several of
 stride 1, one for the elements of x at each offset from the grid of y. Patches are multiplied as
 they are for transposed convolutions, whose patches overlap less, and for kernels of one tap.
+
+Symbols: g groups, c channels of s in each group, k taps, n examples.
 """
 
 import itertools

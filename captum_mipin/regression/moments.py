@@ -27,7 +27,8 @@ _CACHED = 1 << 17
 class Moments:
     """Centred first and second moments of rows (z, s), for ``g`` groups side by side.
 
-    Of z, the first of ``k`` entries is the feature x, the others are its own signals.
+    Of z, the first of ``k`` entries is the feature x, the others are its own signals. Symbols: dx
+    features and ds shared signals in each group, k = 1 + signals of each feature's own.
 
     Attributes:
         count: Number of rows seen.

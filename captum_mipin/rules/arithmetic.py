@@ -79,32 +79,32 @@ class Fork:
     Attributes:
         operations: The operations, either all dense or all convolutions of as many groups.
         inverters: What each of them alone would be inverted by.
-        others: Number of further branches, which get the tensor itself.
+        plain: Number of further branches, which get the tensor itself.
         dim: Dimension of the channels; None where all is one channel.
     """
 
     operations: tuple[Callable[..., Any], ...]
     inverters: tuple[Callable[..., Inverter], ...]
-    others: int
+    plain: int
     dim: int | None
 
     def __call__(self, x: Tensor, *calls: Call) -> tuple[Tensor, ...]:
         """Return the value of each operation, then ``x`` once for each further branch."""
         pairs = zip(self.operations, calls, strict=True)
         results = [operation(x, *args, **named) for operation, (args, named) in pairs]
-        return *results, *(x.detach() for _ in range(self.others))
+        return *results, *(x.detach() for _ in range(self.plain))
 
     def inverter(self, options: Options, x: Tensor, *calls: Call) -> Inverter:
         """Return the joint inverse of all branches."""
         pairs = zip(self.inverters, calls, strict=True)
         parts: list[Any] = [make(options, x, *args, **named) for make, (args, named) in pairs]
         if not parts:
-            return Channelwise(1 if self.dim is None else x.shape[self.dim], self.others, self.dim)
+            return Channelwise(1 if self.dim is None else x.shape[self.dim], self.plain, self.dim)
         if isinstance(parts[0], Dense):
             signals = chain.from_iterable(part.signals for part in parts)
-            return Dense(parts[0].features, tuple(signals), self.others)
+            return Dense(parts[0].features, tuple(signals), self.plain)
         geometries = chain.from_iterable(part.geometries for part in parts)
-        return Convolution(tuple(geometries), x.shape, self.others)
+        return Convolution(tuple(geometries), x.shape, self.plain)
 
     @property
     def rule(self) -> Learned:

@@ -27,12 +27,12 @@ def network():
 MODEL = network()
 
 
-def assert_same(found, expected):
+def assert_same(result, expected):
     expected = expected.whole()
-    assert found.count == expected.count
+    assert result.count == expected.count
     for name in ("mean_z", "mean_s", "zz", "zs", "ss"):
         torch.testing.assert_close(
-            getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-9
+            getattr(result, name), getattr(expected, name), rtol=1e-9, atol=1e-9
         )
 
 

@@ -36,13 +36,13 @@ def close(a, b, tolerance=1e-10):
 
 def test_moments_are_those_of_numpy():
     x, s = rows(0)
-    found = moments(x, s)
+    result = moments(x, s)
     for g in range(2):
         a, b = x[g].numpy(), s[g].numpy()
-        np.testing.assert_allclose(found.mean_z[g, 0], a.mean(0))
-        np.testing.assert_allclose(found.ss[g] / 60, np.cov(b.T, bias=True))
-        np.testing.assert_allclose(found.zs[g, 0] / 60, np.cov(a.T, b.T, bias=True)[:3, 3:])
-        np.testing.assert_allclose(found.zz[g, :, 0, 0] / 60, a.var(0))
+        np.testing.assert_allclose(result.mean_z[g, 0], a.mean(0))
+        np.testing.assert_allclose(result.ss[g] / 60, np.cov(b.T, bias=True))
+        np.testing.assert_allclose(result.zs[g, 0] / 60, np.cov(a.T, b.T, bias=True)[:3, 3:])
+        np.testing.assert_allclose(result.zz[g, :, 0, 0] / 60, a.var(0))
 
 
 @settings(deadline=None, max_examples=30)
@@ -67,9 +67,9 @@ def test_merging_is_updating():
 
 def test_no_rows_change_nothing():
     x, s = rows(2)
-    found = moments(x, s)
-    found.update(x[:, :0], s[:, :0])
-    close(found, moments(x, s))
+    result = moments(x, s)
+    result.update(x[:, :0], s[:, :0])
+    close(result, moments(x, s))
 
 
 def test_float32_rows_far_from_zero_keep_their_covariance():
@@ -281,11 +281,11 @@ def test_moments_put_in_their_places():
     some = replace(moments(x, s), live=places)
     close(some.whole(), moments(x, wide))
     for ridge in (0.0, 1e-3):
-        expected, found = solve(moments(x, wide), ridge), solve(some, ridge)
+        expected, result = solve(moments(x, wide), ridge), solve(some, ridge)
         torch.testing.assert_close(
-            found.weight, expected.weight[..., places[0]], rtol=1e-9, atol=1e-12
+            result.weight, expected.weight[..., places[0]], rtol=1e-9, atol=1e-12
         )
-        assert (found.dead, found.live.tolist()) == (expected.dead, [5, 0, 2, 3])
+        assert (result.dead, result.live.tolist()) == (expected.dead, [5, 0, 2, 3])
     more = moments(x, s)
     more.live = places
     more.add(some)

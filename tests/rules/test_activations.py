@@ -103,7 +103,7 @@ SPELLINGS = {
 def test_spelling_of_an_activation_does_not_matter(kind):
     torch.manual_seed(0)
     first, last, x = nn.Linear(5, 8), nn.Linear(8, 2), 3 * torch.randn(60, 5, dtype=torch.float64)
-    found = []
+    result = []
     for spelling in SPELLINGS[kind]:
 
         def run(m, x, f=spelling):
@@ -114,11 +114,11 @@ def test_spelling_of_an_activation_does_not_matter(kind):
         if kind == "GELU" and spelling is SPELLINGS[kind][-1]:
             assert not check(model, x).ok  # neither factor is a gate: refused, not guessed
             continue
-        found.append(
+        result.append(
             InverseNetwork(model).fit(x, targets=1, progress=False).source_signal(x[:7], target=1)
         )
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
+    for other in result[1:]:
+        torch.testing.assert_close(other, result[0], rtol=1e-9, atol=1e-9)
 
 
 ACTIVATIONS = [
@@ -204,11 +204,11 @@ def test_an_input_that_gates_itself_beside_another_input(target):
     first, second = Pair(0).double().eval(), Pair(1).double().eval()
     second.load_state_dict(first.state_dict())
     a, b = torch.randn(2, 30, 3, dtype=torch.float64)
-    found = InverseNetwork(first).fit((a, b), target, progress=False).source_signal((a, b), target)
+    result = InverseNetwork(first).fit((a, b), target, progress=False).source_signal((a, b), target)
     turned = (
         InverseNetwork(second).fit((b, a), target, progress=False).source_signal((b, a), target)
     )
-    torch.testing.assert_close(found, turned[::-1])
+    torch.testing.assert_close(result, turned[::-1])
 
 
 def test_what_makes_a_gate_gets_no_signal():

@@ -257,13 +257,13 @@ def test_networks_of_every_family(name, captured_once, tmp_path):
     assert all(m.shape == (1, *x.shape[1:]) and torch.isfinite(m).all() and m.any() for m in maps)
     layer = model.get_submodule(path)
     at = LayerMIPINAttribution(model, inverse, layer)
-    features, found = [], at.attribute(few, mixed)
+    features, result = [], at.attribute(few, mixed)
     handle = layer.register_forward_hook(lambda module, inputs, output: features.append(output))
     model(few)
     handle.remove()
-    assert found.shape == features[0].shape
-    assert found.flatten(1).any(1).all()
-    assert not found[features[0] == 0].any(), "equation 9"
+    assert result.shape == features[0].shape
+    assert result.flatten(1).any(1).all()
+    assert not result[features[0] == 0].any(), "equation 9"
     (gradient,) = torch.autograd.grad(
         model(leaf := few.clone().requires_grad_())[range(4), mixed].sum(), leaf
     )
@@ -273,4 +273,4 @@ def test_networks_of_every_family(name, captured_once, tmp_path):
     inverse.save(tmp_path / "file")
     loaded = InverseNetwork.load(tmp_path / "file", model)
     assert torch.equal(loaded.source_signal(few, mixed), s)
-    assert torch.equal(LayerMIPINAttribution(model, loaded, layer).attribute(few, mixed), found)
+    assert torch.equal(LayerMIPINAttribution(model, loaded, layer).attribute(few, mixed), result)

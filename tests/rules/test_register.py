@@ -163,9 +163,9 @@ def test_carriers_and_records_of_an_own_operation(register: Any) -> None:
     ):
         InverseNetwork(model).fit(_data(), progress=False)
     register("own::scaled", Recorded(run=run, note="times", records=True), replace=True)
-    found = InverseNetwork(model).fit(_data(), progress=False).source_signal(_data()[:5], 1)
+    result = InverseNetwork(model).fit(_data(), progress=False).source_signal(_data()[:5], 1)
     expected = _fitted(lambda h: h * torch.sigmoid(h)).source_signal(_data()[:5], 1)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_signal_through_another_argument_than_the_first(register: Any) -> None:
@@ -175,9 +175,9 @@ def test_signal_through_another_argument_than_the_first(register: Any) -> None:
         return operation(x, other), lambda s: s * other
 
     register("own::steered", Recorded(run=run, note="times", carriers=lambda node: (1,)))
-    found = _fitted(lambda h: steered(weight, h)).source_signal(_data()[:5], 1)
+    result = _fitted(lambda h: steered(weight, h)).source_signal(_data()[:5], 1)
     expected = _fitted(lambda h: weight * h).source_signal(_data()[:5], 1)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
     register(
         "own::steered", Recorded(run=run, note="times", carriers=lambda node: (0, 1)), replace=True
     )
@@ -307,22 +307,22 @@ def test_an_inverse_goes_only_with_the_rules_it_was_fitted_with(
     before = inverse.source_signal(x, 1)
     inverse.save(tmp_path / "file")
 
-    def each() -> Iterator[InverseNetwork]:
+    def kept_and_loaded() -> Iterator[InverseNetwork]:
         yield from (inverse, InverseNetwork.load(tmp_path / "file", inverse.model))
 
     for other in (HALF, Passes(note="my gate")):
         register("own::swish", other, replace=True)
-        for this in each():
+        for network in kept_and_loaded():
             with pytest.raises(ModelChangedError, match="a registered rule has changed: fit a new"):
-                this.source_signal(x, 1)
+                network.source_signal(x, 1)
     unregister_rule("own::swish")
-    for this in each():
+    for network in kept_and_loaded():
         with pytest.raises(MIPINError):
-            this.source_signal(x, 1)
+            network.source_signal(x, 1)
     register("own::swish", Recorded(run=gate, note="my gate"))
     register("own::dense", GATE)  # another operation's rule is no matter
-    for this in each():
-        assert torch.equal(this.source_signal(x, 1), before)
+    for network in kept_and_loaded():
+        assert torch.equal(network.source_signal(x, 1), before)
 
 
 def test_examples_that_depend_on_their_neighbours_are_refused_by_the_data():
@@ -365,7 +365,7 @@ def test_what_is_learned_by_a_rule_of_ones_own_stays_apart_at_forks():
     )
     parts = {"c": conv, "s": nn.Conv1d(4, 4, 1), "l": nn.Linear(5, 5), "o": nn.Linear(20, 3)}
     try:
-        found = []
+        result = []
         for run in (
             lambda m, h: apart(h, m["c"].weight),
             lambda m, h: m["c"](h + 0),
@@ -376,12 +376,12 @@ def test_what_is_learned_by_a_rule_of_ones_own_stays_apart_at_forks():
                 ),
                 **parts,
             )
-            found.append(
+            result.append(
                 InverseNetwork(model.double().eval())
                 .fit(x, 0, progress=False)
                 .source_signal(x[:5], 0)
             )
-        torch.testing.assert_close(found[0], found[1])
+        torch.testing.assert_close(result[0], result[1])
     finally:
         unregister_rule("mipin_tests::filter")
 
@@ -456,12 +456,12 @@ def _twice_as_wide(options: Any, operation: Any, x: Tensor) -> Any:
 def test_steps_before_and_behind_change_nothing(register: Any, monkeypatch: Any, run: Any) -> None:
     """A rule gets what requires a gradient; what it sends back is cast to the next one's dtype."""
     register("own::swish", Recorded(run=run, note="own"))
-    model, x, found = _between_steps(), torch.randn(40, 5), []
+    model, x, result = _between_steps(), torch.randn(40, 5), []
     for in_sequences in (propagation._in_sequences, lambda graph: graph):
         monkeypatch.setattr(propagation, "_in_sequences", in_sequences)
         inverse = InverseNetwork(model).fit(x, 0, progress=False)
-        found.append(inverse.explain((x[:3],), 0, biases=(False, True)).signals)
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+        result.append(inverse.explain((x[:3],), 0, biases=(False, True)).signals)
+    torch.testing.assert_close(result[0], result[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("other", [lambda s: s.to(torch.complex64), lambda s: s.to("meta")])

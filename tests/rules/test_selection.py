@@ -27,13 +27,13 @@ def test_where_sends_each_signal_to_where_the_value_came_from_by_hand():
 
     torch.manual_seed(0)
     model, a, b = Pair().double().eval(), torch.randn(60, 3).double(), torch.randn(60, 2).double()
-    found = InverseNetwork(model, ridge=0).fit((a, b), progress=False).source_signal((a, b))
+    result = InverseNetwork(model, ridge=0).fit((a, b), progress=False).source_signal((a, b))
     here = (a[:, :1] > 0).numpy()
     with torch.no_grad():
         h, y = torch.where(a[:, :1] > 0, model.u(a), model.v(b)).numpy(), model(a, b).numpy()
     weight, bias = regress(h, y, 0)
     above = y @ weight.T + bias
-    for x, signal, s in ((a, above * here, found[0]), (b, above * ~here, found[1])):
+    for x, signal, s in ((a, above * here, result[0]), (b, above * ~here, result[1])):
         weight, bias = regress(x.numpy(), signal, 0)
         torch.testing.assert_close(
             s, torch.as_tensor(signal @ weight.T + bias), rtol=1e-6, atol=1e-6
