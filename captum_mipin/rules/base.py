@@ -142,10 +142,12 @@ def _positions(positions: tuple[int, ...], node: fx.Node) -> tuple[int, ...]:
     return positions
 
 
-_first = at(0)
+# The names of these two are part of what a file knows a registered rule by.
+def _first(node: fx.Node) -> tuple[int, ...]:
+    return (0,)
 
 
-def _none(node: fx.Node) -> str | None:
+def _accept(node: fx.Node) -> str | None:
     return None
 
 
@@ -167,12 +169,12 @@ class Rule:
     """
 
     note: str
-    refuse: Callable[[fx.Node], str | None] = _none
+    refuse: Callable[[fx.Node], str | None] = _accept
     carriers: Callable[[fx.Node], tuple[int, ...]] = _first
     records: bool = False
     restores: bool = True
     exact: bool = False
-    caveat: Callable[[fx.Node], str | None] = _none
+    caveat: Callable[[fx.Node], str | None] = _accept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,18 +183,6 @@ CASES: dict[str, Case] = {
 }
 
 
-#: What torch.export, as it is now, writes as something else.
-REWRITTEN = {
-    "aten.contiguous.default": None,
-    "aten.lift_fresh_copy.default": None,
-    "aten.chunk.default": "aten.split.Tensor",
-    **dict.fromkeys(
-        ("aten.reshape.default", "aten.flatten.using_ints", "aten.unflatten.int"),
-        "aten.view.default",
-    ),
-}
-
-
 class Headed(nn.Module):
     """A step and a linear layer."""
 
@@ -259,29 +247,20 @@ def outcomes() -> dict[str, Outcome]:
         rows = check(model, inputs).rows
         inverse = InverseNetwork(model).fit(inputs, 1, progress=False)
         few, one = (tuple(x[part] for x in inputs) for part in (slice(0, 4), slice(2, 3)))
-        each = zip(
-            *inverse.explain(few, 1, biases=(False, True)).signals,
-            inverse.source_signal(one, 1),
-            strict=True,
-        )
+        both = inverse.explain(few, 1, biases=(False, True)).signals
+        results = zip(*both, inverse.source_signal(one, 1), strict=True)
     return {
         name: Outcome(
             [row for row in rows if row.path == f"parts.{name.replace('.', ' ')}"], *signals
         )
-        for name, signals in zip(TORCHS, each, strict=True)
+        for name, signals in zip(TORCHS, results, strict=True)
     }
 
 
 @pytest.mark.parametrize("name", TORCHS)
 def test_every_operation_carries_the_signal(name: str, outcomes: dict[str, Outcome]) -> None:
     rows, a, s, alone = outcomes[name]
-    shown = REWRITTEN.get(name, name)
-    assert shown is None or (shown, MIPIN[shown].note) in [
-        (row.operation, row.note) for row in rows
-    ]
-    assert name == shown or name not in [row.operation for row in rows], (
-        "torch.export writes it as it is: no exception"
-    )
+    assert (name, MIPIN[name].note) in [(row.operation, row.note) for row in rows]
     assert torch.isfinite(s).all()
     assert (a != 0).flatten(1).any(1).all(), "each example gets something"
     torch.testing.assert_close(alone, s[2:3], rtol=1e-9, atol=1e-9)
