@@ -52,8 +52,8 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 def snapshot(model: nn.Module) -> list[Any]:
     """Return all that a graph takes from a model besides its parameters and buffers.
 
-    That is modules and their types, hooks, and attributes that are numbers, strings, containers or
-    tensors. Where two snapshots differ, the model has to be captured again.
+    That is modules and their types, hooks, and attributes that are numbers, strings, functions,
+    containers or tensors. Where two snapshots differ, the model has to be captured again.
     """
     seen: list[Any] = []
     for path, module in tree(model):
@@ -67,6 +67,8 @@ def snapshot(model: nn.Module) -> list[Any]:
                 seen.append((name, value))
             elif isinstance(value, Tensor):
                 seen.append((name, id(value), value._version))
+            elif callable(value):
+                seen.append((name, id(value)))
             elif isinstance(value, (float, tuple, list, dict, set)):
                 seen.append((name, text := repr(value)))
                 if "tensor(" in text:  # repr leaves out most values of a large tensor
