@@ -67,16 +67,15 @@ def compare(
 ) -> Comparison:
     """Put attribution methods side by side on the same images.
 
-    Each method is asked once for its maps. A method or metric that fails leaves its error, and the
-    others go on. A method no better than the controls shows nothing of the image.
+    A method or metric that fails leaves its error, and the others go on. A method no better than
+    the controls shows nothing of the image.
 
     Args:
-        methods: Name -> method, or name -> one of :data:`METHODS`; or just such names. Methods made
-            by name work on a copy of the model.
+        methods: Name -> method or name of one of :data:`METHODS`; or just such names, whose methods
+            work on a copy of the model.
         images: (images, channels, height, width); tables can be made of other inputs too.
         targets: What to explain, as Captum takes it.
-        metrics: Names of :data:`METRICS`, or name -> function. By default insertion, deletion and,
-            with ``boxes``, box accuracy and pointing game.
+        metrics: Names of :data:`METRICS`, or name -> function; by default for images and boxes.
         boxes: See :func:`~captum_mipin.metrics.box_masks`.
         inverse: A fitted inverse for "MIP-IN" by name; the layer at which it stops is explained.
         layer: For methods of a layer by name.
@@ -89,8 +88,7 @@ def compare(
         InputError: Names are not known, or boxes or titles do not fit the images.
 
     Examples:
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
-        >>> x = torch.rand(2, 1, 8, 8)
+        >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), torch.rand(2, 1, 8, 8)
         >>> result = compare(["Saliency"], x, 0, model=model, metrics=["deletion"], progress=False)
         >>> [row.name for row in result.rows]
         ['Saliency', 'random', 'centre prior', 'mask only']
@@ -100,16 +98,12 @@ def compare(
     named = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
     functions = _metric_functions(metrics, x, boxes)
     _check_names(named)
-    if boxes is not None:
-        image_masks(boxes, x)
     shown = _titles(titles, case.examples)
     made, model = _made(named, case.user_model, inverse, layer)
     added = control_methods(made.values(), model) if controls else {}
     made |= {name: control for name, control in added.items() if name not in made}
-    random, total = case.generator, len(made) * (1 + len(functions))
-    seed = int(torch.randint(1 << 62, (1,), generator=random, device=random.device))
-    run = _Run(case, {**options, "boxes": boxes, "model": model}, seed)
-    rows = []
+    run = _Run(case, {**options, "boxes": boxes, "model": model}, _seed(case.generator))
+    rows, total = [], len(made) * (1 + len(functions))
     with tqdm(total=total, desc="compare", disable=not progress, leave=False) as bar:
         for name, method in made.items():
             rows.append(run.explained(name, method, name not in named, bar))
@@ -184,7 +178,13 @@ class _Run:
 
 
 def _metric_functions(metrics: Any, images: Tensor, boxes: Boxes | None) -> dict[str, Metric]:
-    """Return name -> metric. Raise InputError if a name is not known, or a metric no function."""
+    """Return name -> metric. By default: insertion, deletion; with boxes also the metrics of boxes.
+
+    Raises:
+        InputError: A name is not known, a metric no function, or boxes do not fit the images.
+    """
+    if boxes is not None:
+        image_masks(boxes, images)
     if metrics is None:
         metrics = ["bounding_box_accuracy", "pointing_game"] * (boxes is not None)
         metrics += ["insertion", "deletion"] if images.ndim == 4 else ["deletion"]
@@ -243,6 +243,10 @@ def _made(
             return error
 
     return {name: made(method) for name, method in named.items()}, model
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
 
 
 def _first_line(error: Exception) -> str:

@@ -53,10 +53,8 @@ def infidelity(
     model, random, x = case.model, case.generator, case.examples.inputs
     expected, shapes = ([tuple(t.shape) for t in tensors] for tensors in (x, case.maps))
     if shapes != expected:
-        raise InputError(
-            f"infidelity needs maps shaped like the inputs, {expected}; found {shapes}: explain "
-            "the inputs, not a layer"
-        )
+        needed = f"infidelity needs maps shaped like the inputs, {expected}"
+        raise InputError(f"{needed}; found {shapes}: explain the inputs, not a layer")
 
     draw = partial(torch.randn, generator=random, device=random.device)
     values = [
