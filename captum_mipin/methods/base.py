@@ -86,6 +86,33 @@ class Table(Mapping[str, Rule]):
         return len(self.rules)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NamedOperation:
+    """An operation that a method puts into the graph, under the name of its rule.
+
+    Attributes:
+        rule: Name of its rule in the method's :class:`Table`.
+        name: Name of the operation that it was made of.
+        run: What it computes.
+    """
+
+    rule: str = ""
+    name: str = ""
+    run: Callable[..., Any] | None = None
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return self.rule
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Run the operation."""
+        assert self.run is not None  # for mypy: a subclass without it has a __call__ of its own
+        return self.run(*arguments, **named)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """The results of one pass forward and one pass back.

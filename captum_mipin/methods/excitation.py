@@ -1,6 +1,6 @@
-"""Excitation backprop: probabilities of winning, from the output down, along excitatory weights alone."""
+"""Excitation backprop: probabilities of winning, from the output down, along excitatory weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,58 +8,62 @@ from torch import Tensor, nn
 
 from captum_mipin.methods.gradients import derivative
 from captum_mipin.methods.layers import Layer
-from captum_mipin.methods.lrp import LRP, LayerRule, quotient, relevance
-from captum_mipin.propagation.runtime import seed
+from captum_mipin.methods.lrp.lrp import LRP
+from captum_mipin.methods.lrp.rules import LayerCall, LayerRule, quotient
+from captum_mipin.methods.lrp.table import relevance
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.base import Back
-from captum_mipin.types import Output, Target
+from captum_mipin.types import Output
 
 
 @dataclass(frozen=True)
-class Excitation:
-    """P_i = Σ_j x_i⁺ w_ij⁺ / Σ_i' x_i'⁺ w_i'j⁺ P_j; with ``contrast``, minus the same of −w."""
+class Excitation(LayerRule):
+    """The rule of layers: P_i = Σ_j x_i⁺ w_ij⁺ / Σ_i' x_i'⁺ w_i'j⁺ P_j.
+
+    Args:
+        contrast: Subtract the same for −w, whose positive part is |w⁻|.
+    """
 
     contrast: bool = False
-    takes = False
+    label = "probabilities of winning{0.contrasted}"
 
     @property
-    def note(self) -> str:
-        """The rule in a few words."""
-        return "probabilities of winning" + (
-            ", minus those for the negated weights" if self.contrast else ""
-        )
+    def contrasted(self) -> str:
+        """Return what ``contrast`` adds to the note."""
+        return ", minus those for the negated weights" if self.contrast else ""
 
-    def back(
-        self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor
-    ) -> Back:
-        """See :class:`~captum_mipin.methods.lrp.LayerRule`."""
-        excited = x if bool(x.min() >= 0) else x.clamp(min=0)
+    def back(self, call: LayerCall) -> Back:
+        """Return the way back, see :class:`LayerRule`."""
+        excited = call if call.positive else replace(call, x=call.x.clamp(min=0))
 
-        def won(p: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
-            made = layer.made(of, weight)
-            return layer.adjoint(quotient(p, layer.apply(excited, made)), x, made).mul_(excited)
+        def won(p: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+            weight = excited.made(part)
+            return excited.shares(p, excited.layer.apply(excited.x, weight), weight)
 
         def back(p: Tensor) -> Tensor:
-            found = won(p, _above)
-            return found.sub_(won(p, _below)) if self.contrast else found
+            wins = won(p, _excitatory)
+            return wins.sub_(won(p, _inhibitory)) if self.contrast else wins
 
         return back
 
 
 class ExcitationBackprop(LRP):
-    """Excitation backprop: the probability that the winner of a contest among neurons came along each input.
+    """Excitation backprop: how probable it is that a winner among neurons won by each input.
 
-    It starts with 1 at the target. Through a layer with weights, batch norm folded in, each neuron chooses among its inputs by
-    their excitation x⁺ w⁺. Sums choose by the positive parts of their terms, averages by shares; the rest is as for
-    :class:`LRP`. The method is defined for values of at least 0, as they are behind ReLU: what is below 0 excites nothing, so
-    an image normalised to both signs is best explained at a layer, with :class:`LayerPropagation`.
+    It starts with probability 1 at the target. Through a layer with weights, batch norm folded in,
+    each neuron chooses among its inputs with probabilities in proportion to their excitation,
+    x⁺ w⁺. Sums choose by the positive parts of their terms, averages by shares; everything else is
+    as for :class:`LRP`. The method is defined for values of at least 0, as ReLU gives them. A
+    negative value excites nothing, so images that are normalised to both signs are best explained
+    at a layer, with :class:`LayerPropagation`.
 
     Args:
         model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
-        contrastive: From what the layer that makes the output sends back, take off what it would with its weights negated: what
-            speaks for the class more than against it. The attributions then add up to about 0, and their positive part is what
-            is usually shown.
+        contrastive: Subtract, at the layer that makes the output, what it would send back with
+            negated weights: what remains speaks for the class more than against it. The
+                attributions
+            then add up to about 0; usually only their positive part is shown.
 
     Source: Zhang et al., ECCV 2016 and IJCV 2018.
 
@@ -72,6 +76,7 @@ class ExcitationBackprop(LRP):
     """
 
     _name = "Excitation backprop"
+    _unit = True
 
     def __init__(
         self, model: nn.Module, *, contrastive: bool = False, output: Output = None
@@ -86,22 +91,19 @@ class ExcitationBackprop(LRP):
         return Excitation(contrast=True) if last and self.contrastive else None
 
     def _others(self) -> Mapping[str, Rule]:
-        table = relevance(False)
+        table = relevance(takes=False)
         for name, rule in table.items():
             if isinstance(rule, Recorded) and rule.several:
-                table[name] = replace(
-                    rule, run=_combined if name in ARITHMETIC else _averaged, note="by excitation"
-                )
+                run = _combined if name in ARITHMETIC else _averaged
+                table[name] = replace(rule, run=run, note="by excitation")
         return table
-
-    def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
-        return seed(output, targets, unit=True)
 
 
 def _averaged(
     options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any
 ) -> Any:
-    """P by the shares of what is above 0, through a linear operation without negative weights."""
+    """Send P back through a linear operation with weights a ≥ 0, by the shares of x⁺."""
+    # P_i = x_i⁺ Σ_j a_ij P_j / Σ_i' a_i'j x_i'⁺
     excited = tuple(part.clamp(min=0) for part in x)
     z, back = derivative(operation, excited, *arguments, **named)
     value = operation(x, *arguments, **named)
@@ -113,7 +115,7 @@ def _averaged(
 def _combined(
     options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any
 ) -> Any:
-    """P by the positive parts of what each argument adds to the value, element by element."""
+    """Send P back element by element, by the positive part of what each argument adds."""
 
     def back(p: Tensor) -> tuple[Tensor, ...]:
         zeros = tuple(part.new_zeros(()) for part in x)
@@ -131,9 +133,9 @@ def _combined(
     return operation(x, *arguments, **named), back
 
 
-def _above(weight: Tensor) -> Tensor:
+def _excitatory(weight: Tensor) -> Tensor:
     return weight.clamp(min=0)
 
 
-def _below(weight: Tensor) -> Tensor:
+def _inhibitory(weight: Tensor) -> Tensor:
     return weight.clamp(max=0).neg_()

@@ -1,13 +1,14 @@
-"""Operations with weights in one form, y = A(x; W) + b, for methods that treat values and weights apart.
+"""Operations with weights in one form, y = A(x; W) + b, for methods that treat x and W apart.
 
-Dense layers, convolutions and their transposes, in any spelling, become a :class:`Layer` each; a batch norm right behind one
-is folded into its weights, for the two are one linear map; any other batch norm is a layer of its own, with one weight a
-channel. The graph is rewritten, never the model: weights are read, and folded, as they are at each call.
+Dense layers, convolutions and transposed convolutions, in any spelling, become one :class:`Layer`
+each. A batch norm right behind one is folded into its weights, because the two are one linear map;
+any other batch norm becomes a :class:`Scale`. The graph is rewritten, never the model: weights are
+read and folded at each call.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,22 +16,27 @@ from torch.nn import functional as F
 
 from captum_mipin.graph.marks import mark, marks, module_stack, original, set_module_stack, value_of
 from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.methods.base import NamedOperation
 from captum_mipin.regression.geometry import Geometry
 from captum_mipin.rules.geometry import ConvolutionArguments
 
-#: Scale, shift, mean, variance and ε of a batch norm.
+#: Scale γ, shift β, mean μ, variance σ² and ε of a batch norm.
 Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
 
-
-#: Entries of dense weights that are made at a time.
-_PART = 1 << 19
+#: Number of entries of dense weights that :class:`Made` computes at a time.
+_ENTRIES = 1 << 19
 
 
 @dataclass(frozen=True)
 class Made:
-    """Weights of a dense layer that follow from others entry by entry, such as their positive parts.
+    """Dense weights that are computed from others entry by entry, such as their positive parts.
 
-    There may be more of them than of all else, so they are made some rows at a time, each time they are used.
+    All of them at once may take more memory than everything else, so each use computes them some
+    rows at a time.
+
+    Attributes:
+        of: The function that computes them.
+        weights: Its arguments, each (outputs, inputs).
     """
 
     of: Callable[..., Tensor]
@@ -38,247 +44,285 @@ class Made:
 
     @property
     def rows(self) -> int:
-        """Rows made at a time."""
-        return max(1, _PART // max(1, self.weights[0].shape[1]))
+        """Return the number of rows that are computed at a time."""
+        return max(1, _ENTRIES // max(1, self.weights[0].shape[1]))
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (
-            self.of(*parts)
-            for parts in zip(*(weight.split(self.rows) for weight in self.weights), strict=True)
-        )
+        return map(self.of, *(weight.split(self.rows) for weight in self.weights))
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A linear map with weights, as an operation of the graph on x, its weight and bias as they were given, and a batch norm.
+@dataclass(frozen=True, kw_only=True)
+class Neurons(NamedOperation):
+    """An operation whose outputs are neurons: each reads its inputs with weights of its own.
 
     Attributes:
-        kind: "dense", "convolution", "transposed" convolution, or "scale": one weight a channel, dimension 1.
-        key: Module path and operation: the layer's name.
-        name: Of the operation that it was made of.
-        rule: Name of the rule that it goes by.
-        transposed: Whether a dense weight is given as (inputs, outputs).
-        factors: What a dense bias and weight are multiplied by.
-        geometry: Of a convolution or a transposed one; None for other kinds.
+        key: Name of the operation in fits and errors: module path and operation.
+        dim: The dimension of the output along which neurons lie; all other dimensions are rows.
     """
 
-    kind: Literal["dense", "convolution", "transposed", "scale"]
     key: str
-    name: str
-    rule: str = ""
-    transposed: bool = False
-    factors: tuple[float, float] = (1, 1)
-    geometry: Geometry | None = None
+    dim: int = 1
 
-    @property
-    def __name__(self) -> str:
-        return self.name
+    def products(self, x: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+        """Return Σ x_i s_j over samples and positions, for each weight w_ij: shaped like W."""
+        raise NotImplementedError
 
-    def __str__(self) -> str:
-        return self.rule
+    def channelwise(self, values: Tensor, like: Tensor) -> Tensor:
+        """Return one value for each neuron, shaped to broadcast with ``like``."""
+        shape = [1] * like.ndim
+        shape[self.dim] = -1
+        return values.view(shape)
 
-    def __call__(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm | None
-    ) -> Tensor:
-        """A(x; W) + b."""
-        return self.apply(x, *self.parameters(weight, bias, norm))
+    def shifted(self, value: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``value`` + b."""
+        return value if bias is None else value + self.channelwise(bias, value)
+
+    def outputs(self, value: Tensor) -> Tensor:
+        """Return ``value`` as (rows, neurons); each sample and position is a row."""
+        return value.movedim(self.dim, 0).flatten(1).mT
+
+    def by_neuron(self, weights: Tensor) -> Tensor:
+        """Return a tensor shaped like W as (neurons, weights of each neuron)."""
+        return weights.reshape(len(weights), -1)
+
+    def spread(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Return one value for each neuron, shaped to broadcast with W."""
+        return values.view(-1, *(1,) * (weight.ndim - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer(Neurons):
+    """A linear map with weights, y = A(x; W) + b.
+
+    As an operation of the graph it takes x, its weight and bias, and a batch norm.
+    """
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Return y for x, weight, bias and batch norm."""
+        x, *parameters = arguments
+        return self.apply(x, *self.parameters(*parameters))
 
     def parameters(
         self, weight: Tensor | None, bias: Tensor | None, norm: Norm | None
     ) -> tuple[Tensor, Tensor | None]:
-        """W and b, a batch norm folded in; W of a dense layer is (outputs, inputs)."""
-        if weight is not None and self.kind == "dense":
-            weight = weight.mT if self.transposed else weight
-            weight = weight if self.factors[1] == 1 else weight * self.factors[1]
-            bias = bias if bias is None or self.factors[0] == 1 else bias * self.factors[0]
+        """Return W and b, with the batch norm folded in."""
         if norm is None:
-            assert weight is not None  # for mypy: only a batch norm alone has none
+            assert weight is not None  # for mypy: only a batch norm of its own has no weight
             return weight, bias
         scale, shift, mean, variance, eps = norm
+        # g = γ / √(σ² + ε): the batch norm is z ↦ g (z − μ) + β
         factor = (variance + eps).rsqrt() * (1 if scale is None else scale)
         if weight is None:
             weight, bias = factor, -mean * factor
         else:
-            weight, bias = (
-                weight * self.spread(factor, weight),
-                ((0 if bias is None else bias) - mean) * factor,
-            )
+            # g (W x + b − μ) + β = (g W) x + g (b − μ) + β
+            weight = weight * self.spread(factor, weight)
+            bias = ((0 if bias is None else bias) - mean) * factor
         return weight, bias if shift is None else bias + shift
 
-    def made(self, of: Callable[..., Tensor], *weights: Tensor) -> Tensor | Made:
-        """Weights that follow from these, shaped like W, entry by entry."""
-        return Made(of, weights) if self.kind == "dense" else of(*weights)
+    def made(self, of: Callable[..., Tensor], *weights: Tensor) -> Any:
+        """Return of(*weights), shaped like W, for :meth:`apply` and :meth:`adjoint`."""
+        return of(*weights)
 
-    def apply(self, x: Tensor, weight: Tensor | Made, bias: Tensor | None = None) -> Tensor:
-        """A(x; W) + b."""
+    def apply(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """Return A(x; W) + b."""
+        raise NotImplementedError
+
+    def adjoint(self, s: Tensor, x: Tensor, weight: Any) -> Tensor:
+        """Return Σ_j w_ij s_j for each element i of x; only the shape of ``x`` counts."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Layer):
+    """A dense layer, y = x Wᵀ + b with W (outputs, inputs).
+
+    Attributes:
+        transposed: Whether the graph passes the weight as (inputs, outputs).
+        alpha: Factor of the weight, as ``addmm`` has it.
+        beta: Factor of the bias, as ``addmm`` has it.
+    """
+
+    transposed: bool = False
+    alpha: float = 1
+    beta: float = 1
+    dim: int = -1
+
+    def parameters(
+        self, weight: Any, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return W (outputs, inputs) and b, with factors and the batch norm folded in."""
+        weight = weight.mT if self.transposed else weight
+        weight = weight if self.alpha == 1 else weight * self.alpha
+        bias = bias if bias is None or self.beta == 1 else bias * self.beta
+        return super().parameters(weight, bias, norm)
+
+    def made(self, of: Callable[..., Tensor], *weights: Tensor) -> Made:
+        """Return of(*weights), computed some rows at a time."""
+        return Made(of, weights)
+
+    def apply(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """Return x Wᵀ + b."""
         if isinstance(weight, Made):
-            return self.shifted(torch.cat([F.linear(x, part) for part in weight], -1), bias)
-        if self.kind == "dense":
-            return F.linear(x, weight, bias)
-        if self.kind == "scale":
-            return self.shifted(x * self._channels(weight, x), bias)
-        return self._convolution().forward(x, weight, bias)
+            return self.shifted(torch.cat([F.linear(x, rows) for rows in weight], -1), bias)
+        return F.linear(x, weight, bias)
 
-    def shifted(self, value: Tensor, bias: Tensor | None) -> Tensor:
-        """``value`` + b."""
-        if bias is None:
-            return value
-        return value + (bias if self.kind == "dense" else self._channels(bias, value))
-
-    def adjoint(self, s: Tensor, x: Tensor, weight: Tensor | Made) -> Tensor:
-        """Σ_j W_ij s_j, shaped like ``x``."""
-        if isinstance(weight, Made):
-            found = torch.zeros_like(x)
-            for s_part, part in zip(s.split(weight.rows, -1), weight, strict=True):
-                found += s_part @ part
-            return found
-        if self.kind == "dense":
-            return s @ weight
-        if self.kind == "scale":
-            return s * self._channels(weight, s)
-        return self._convolution().gradient(s, x, weight, of=0)
+    def adjoint(self, s: Tensor, x: Tensor, weight: Any) -> Tensor:
+        """Return s W."""
+        if not isinstance(weight, Made):
+            return torch.matmul(s, weight)
+        total = torch.zeros_like(x)
+        for part, rows in zip(s.split(weight.rows, -1), weight, strict=True):
+            total += part @ rows
+        return total
 
     def products(self, x: Tensor, s: Tensor, weight: Tensor) -> Tensor:
-        """Σ over samples (and places) of x_i s_j, for each weight W_ij."""
-        if self.kind == "dense":
-            return s.reshape(-1, s.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
-        if self.kind == "scale":
-            return (x * s).transpose(0, 1).flatten(1).sum(1)
-        return self._convolution().gradient(s, x, weight, of=1)
+        """Return sᵀ x: (outputs, inputs)."""
+        return self.outputs(s).mT @ self.outputs(x)
 
-    def of_outputs(self, weights: Tensor) -> Tensor:
-        """What is shaped like W as (outputs, weights of each)."""
-        if self.kind == "transposed":
-            found: Tensor = (
-                weights.unflatten(0, (self._convolution().groups, -1))
-                .transpose(1, 2)
-                .flatten(0, 1)
-                .flatten(1)
-            )
-            return found
-        return weights.reshape(len(weights), -1)
+
+@dataclass(frozen=True, kw_only=True)
+class Convolution(Layer):
+    """A convolution or transposed convolution of any number of spatial dimensions.
+
+    Attributes:
+        geometry: Its arguments besides weight and bias.
+    """
+
+    geometry: Geometry
+
+    def apply(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """Return A(x; W) + b."""
+        return self.geometry.forward(x, weight, bias)
+
+    def adjoint(self, s: Tensor, x: Tensor, weight: Any) -> Tensor:
+        """Return the convolution's gradient with respect to x at ``s``."""
+        return self.geometry.gradient(s, x, weight, of=0)
+
+    def products(self, x: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+        """Return the convolution's gradient with respect to W at ``s``."""
+        return self.geometry.gradient(s, x, weight, of=1)
+
+    def by_neuron(self, weights: Tensor) -> Tensor:
+        """Return a tensor shaped like W as (neurons, weights of each neuron)."""
+        if self.geometry.transposed:  # (in, out / groups, *kernel) → (out, in / groups, *kernel)
+            groups = weights.unflatten(0, (self.geometry.groups, -1))
+            weights = groups.transpose(1, 2).flatten(0, 1)
+        return weights.flatten(1)
 
     def spread(self, values: Tensor, weight: Tensor) -> Tensor:
-        """One value an output, shaped to multiply W."""
-        ones = (1,) * (weight.ndim - 2)
-        if self.kind == "transposed":
-            groups = self._convolution().groups
-            each_group = values.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)
-            return each_group.reshape(len(weight), -1, *ones)
-        return values.view(-1, *(1,) * (weight.ndim - 1))
-
-    def outputs(self, value: Tensor) -> Tensor:
-        """``value`` as (rows, outputs): each sample, and each place, is a row."""
-        return (
-            value.reshape(-1, value.shape[-1])
-            if self.kind == "dense"
-            else value.transpose(0, 1).flatten(1).mT
-        )
-
-    def _channels(self, values: Tensor, like: Tensor) -> Tensor:
-        return values.view(-1, *(1,) * (like.ndim - 2))
-
-    def _convolution(self) -> Geometry:
-        assert self.geometry is not None  # for mypy: only convolutions come here
-        return self.geometry
+        """Return one value for each neuron, shaped to broadcast with W."""
+        if not self.geometry.transposed:
+            return super().spread(values, weight)
+        groups = self.geometry.groups
+        rows = values.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)
+        return rows.reshape(len(weight), -1, *(1,) * (weight.ndim - 2))
 
 
-#: (layer, whether the input goes there before any other, whether the output comes from there) → name of the layer's rule.
+@dataclass(frozen=True, kw_only=True)
+class Scale(Layer):
+    """A batch norm of its own, y = w ⊙ x + b with one weight w for each channel."""
+
+    def apply(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """Return w ⊙ x + b."""
+        return self.shifted(x * self.channelwise(weight, x), bias)
+
+    def adjoint(self, s: Tensor, x: Tensor, weight: Any) -> Tensor:
+        """Return w ⊙ s."""
+        return s * self.channelwise(weight, s)
+
+
+#: (layer, whether it is a first layer after the inputs, whether a last one before the output) →
+#: name of its rule.
 Choose = Callable[[Layer, bool, bool], str]
 
-_CONVOLUTIONS = {f"conv{dims}d": dims for dims in (1, 2, 3)}
-_TRANSPOSED = {f"conv_transpose{dims}d": dims for dims in (1, 2, 3)}
-_DENSE = ("linear", "mm", "addmm")
+#: Name of a convolution → its number of spatial dimensions.
+_CONVOLUTIONS = {f"conv{form}{d}d": d for form in ("", "_transpose") for d in (1, 2, 3)}
 _BATCH_NORM = "_native_batch_norm_legit_no_training"
 
 
-def layers(
-    graph: fx.Graph, batch: str, starts: Sequence[fx.Node], choose: Choose, fold: bool = True
+def replace_layers(
+    graph: fx.Graph, batch: str, starts: Sequence[fx.Node], choose: Choose, *, fold: bool = True
 ) -> None:
-    """Rewrite a marked copy of a graph: every operation with weights becomes a :class:`Layer`.
+    """Rewrite a marked copy of a graph, so that every operation with weights is a :class:`Layer`.
 
     Args:
         graph: See :class:`captum_mipin.propagation.draft.Draft`.
         batch: The symbol of the batch size.
-        starts: Where the signal is wanted; no batch norm is folded past it.
-        choose: The rule that each goes by.
-        fold: Whether batch norms are folded into the layer before. Else, and where there is none, they are left.
+        starts: The nodes where the way back ends; no batch norm is folded across them.
+        choose: Returns the name of a layer's rule.
+        fold: Whether to fold batch norms into the layer before, and to make the others a
+            :class:`Scale`. If False, batch norms are not changed.
     """
-    found: dict[Any, Layer] = {}
+    layers: dict[Any, Layer] = {}
     node: Any
     for node in list(graph.nodes):
-        made = _weighted(node)
-        if made is not None:
-            found[node], node.args = made
+        weighted = _weighted(node)
+        if weighted is not None:
             mark(node, original=original(node))
-    if fold:
-        for node in list(graph.nodes):
-            if (
-                node not in found
-                and operation(node) == _BATCH_NORM
-                and value_of(node.args[0]).ndim > 1
-            ):
-                norm, layer = _normed(graph, node, starts, found)
-                found[norm] = layer
-    inputs = [
-        node for node in graph.nodes if node.op == "placeholder" and _per_example(node, batch)
-    ]
-    weighted = {node for node, layer in found.items() if layer.kind != "scale"}
-    first = _next(inputs, weighted, lambda node: list(node.users))
-    last = _next(
-        [node for node in graph.nodes if node.op == "output"],
-        weighted,
-        lambda node: node.all_input_nodes,
-    )
-    for node, layer in found.items():
+            layers[node], node.args = weighted
+            node.kwargs = {}
+    norms = [node for node in graph.nodes if operation(node) == _BATCH_NORM] if fold else []
+    for node in norms:
+        if value_of(node.args[0]).ndim > 1:
+            value, layer = _replace_norm(graph, node, starts, layers)
+            layers[value] = layer
+    weighted_nodes = {node for node, layer in layers.items() if not isinstance(layer, Scale)}
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and _is_per_example(n, batch)]
+    outputs = [n for n in graph.nodes if n.op == "output"]
+    first = _nearest(inputs, weighted_nodes, lambda n: list(n.users))
+    last = _nearest(outputs, weighted_nodes, lambda n: n.all_input_nodes)
+    for node, layer in layers.items():
         node.target = replace(layer, rule=choose(layer, node in first, node in last))
 
 
 def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
-    """The layer that an operation is, and what it takes; None for one without weights."""
+    """Return the layer that an operation is and its new arguments, or None if it has no weights."""
     name = operation(node)
-    if node.op != "call_function" or name not in (*_DENSE, *_CONVOLUTIONS, *_TRANSPOSED):
+    if node.op != "call_function":
         return None
-    key: str = marks(node).key
-    if name in _DENSE:
-        at = 1 if name == "addmm" else 0
-        if value_of(argument(node, at + 1, "weight")).ndim != 2:
+    if name in ("linear", "mm", "addmm"):
+        x = 1 if name == "addmm" else 0
+        weight = argument(node, x + 1, "weight")
+        if value_of(weight).ndim != 2:
             return None
         bias = {"linear": argument(node, 2, "bias"), "mm": None, "addmm": node.args[0]}[name]
-        factors = (node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1))
-        args = (node.args[at], argument(node, at + 1, "weight"), bias, None)
-        node.kwargs = {}
-        return Layer("dense", key, "linear", transposed=name != "linear", factors=factors), args
-    dims = _CONVOLUTIONS.get(name) or _TRANSPOSED[name]
-    if value_of(node.args[0]).ndim != dims + 2:
+        alpha, beta = (node.kwargs.get(factor, 1) for factor in ("alpha", "beta"))
+        dense = Dense(
+            key=marks(node).key, name="linear", transposed=name != "linear", alpha=alpha, beta=beta
+        )
+        return dense, (node.args[x], weight, bias, None)
+    if name not in _CONVOLUTIONS or value_of(node.args[0]).ndim != _CONVOLUTIONS[name] + 2:
         return None
-    transposed = name in _TRANSPOSED
-    parsed = ConvolutionArguments.of(node.args[1:], node.kwargs, transposed=transposed)
-    kind: Literal["transposed", "convolution"] = "transposed" if transposed else "convolution"
-    node.kwargs = {}
-    args = (node.args[0], parsed.weight, parsed.bias, None)
-    return Layer(kind, key, name, geometry=parsed.geometry), args
+    parsed = ConvolutionArguments.of(node.args[1:], node.kwargs, transposed="transpose" in name)
+    convolution = Convolution(key=marks(node).key, name=name, geometry=parsed.geometry)
+    return convolution, (node.args[0], parsed.weight, parsed.bias, None)
 
 
-def _normed(
-    graph: fx.Graph, node: Any, starts: Sequence[fx.Node], found: dict[Any, Layer]
+def _replace_norm(
+    graph: fx.Graph, node: Any, starts: Sequence[fx.Node], layers: dict[Any, Layer]
 ) -> tuple[Any, Layer]:
-    """The node that takes a batch norm's place, and its layer."""
+    """Fold a batch norm into the layer before it, or make it a scale.
+
+    Returns:
+        The node of the batch norm's value, which takes its place, and the layer that it becomes.
+    """
     x, scale, shift, mean, variance, _, eps = node.args
     norm = scale, shift, mean, variance, eps
     (value,) = (user for user in node.users if user.args[1] == 0)
-    before = found.get(x)
-    alone = (
+    before = layers.get(x)
+    layer: Layer
+    if (
         before is None
         or x in starts
-        or len(x.users) > 1
-        or (before.kind == "dense" and value_of(x).ndim != 2)
-    )
-    if alone:
-        layer, args = Layer("scale", marks(node).key, _BATCH_NORM), (x, None, None, norm)
-        mark(value, key=marks(node).key, original=node.target)
+        or x.args[3] is not None  # it has a batch norm already
+        or len(x.users) > 1  # another node needs the value without the batch norm
+        or (isinstance(before, Dense) and value_of(x).ndim != 2)  # dimension 1 is not its outputs
+    ):
+        layer, args = Scale(key=marks(node).key, name=_BATCH_NORM), (x, None, None, norm)
+        mark(value, key=layer.key, original=node.target)
     else:
-        layer, args = found.pop(x), (*x.args[:3], norm)
+        layer, args = layers.pop(x), (*x.args[:3], norm)
         set_module_stack(value, module_stack(x))
         mark(value, key=layer.key, original=marks(x).original)
     value.target, value.args = layer, args
@@ -286,24 +330,26 @@ def _normed(
         if not user.users:
             graph.erase_node(user)
     graph.erase_node(node)
-    if not alone:
+    if before is layer:
         graph.erase_node(x)
     return value, layer
 
 
-def _next(nodes: list[Any], found: Collection[Any], near: Callable[[Any], list[Any]]) -> set[Any]:
-    """Those of ``found`` that are next to these nodes in one direction, with none between."""
-    result, seen = set[Any](), set[Any](nodes)
+def _nearest(
+    nodes: list[Any], goals: Collection[Any], neighbours: Callable[[Any], list[Any]]
+) -> set[Any]:
+    """Return the goals that are reached from ``nodes`` with no other goal in between."""
+    reached, seen = set[Any](), set[Any](nodes)
     while nodes:
-        for node in near(nodes.pop()):
-            if node in found:
-                result.add(node)
+        for node in neighbours(nodes.pop()):
+            if node in goals:
+                reached.add(node)
             elif node not in seen and isinstance(value_of(node), (Tensor, tuple, list)):  # no sizes
                 seen.add(node)
                 nodes.append(node)
-    return result
+    return reached
 
 
-def _per_example(node: Any, batch: str) -> bool:
+def _is_per_example(node: Any, batch: str) -> bool:
     value = value_of(node)
     return isinstance(value, Tensor) and value.ndim > 0 and str(value.shape[0]) == batch

@@ -39,7 +39,7 @@ from captum_mipin.methods import (
 from captum_mipin.methods import (
     layers as weights,
 )
-from captum_mipin.methods.lrp import quotient
+from captum_mipin.methods.lrp.rules import LayerRule, quotient
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -540,7 +540,7 @@ def test_weights_made_in_parts_are_the_same(rule, monkeypatch):
         normal(3, 6, dtype=torch.float64),
     )
     expected = LRP(model, rule=rule).attribute(x, TARGET)
-    monkeypatch.setattr(weights, "_PART", 13)  # one or two rows
+    monkeypatch.setattr(weights, "_ENTRIES", 13)  # one or two rows
     torch.testing.assert_close(LRP(model, rule=rule).attribute(x, TARGET), expected)
 
 
@@ -607,14 +607,10 @@ def test_composites_by_type_name_and_function():
 
 
 @dataclass
-class Changeable:
+class Changeable(LayerRule):
     """A rule that has no hash."""
 
-    note = "changeable"
-    takes = False
-
-    def back(self, layer, x, weight, bias, value):
-        raise AssertionError("not to be run")
+    label = "changeable"
 
 
 @pytest.mark.parametrize(
@@ -626,7 +622,7 @@ class Changeable:
         ({"bias": "zero"}, "bias='zero' is not one of 'take', 'none'"),
         (
             {"input_rule": Changeable()},
-            "cannot be told from other rules .*unhashable.*frozen dataclass",
+            "has no hash .*unhashable.*told apart.*frozen dataclass",
         ),
     ],
 )
@@ -730,6 +726,19 @@ def test_a_layer_beside_others_gets_its_share_alone():
         LayerPropagation(LRP(model), model.layers["gate"]).attribute(x, 1)
 
 
+@pytest.mark.parametrize("first", [nn.Linear(4, 5), nn.BatchNorm1d(4)])
+def test_two_batch_norms_in_a_row_both_count(first):
+    norm = nn.BatchNorm1d(first(torch.zeros(2, 4)).shape[1])
+    later = copy.deepcopy(norm)
+    model = varied(nn.Sequential(first, norm, later, nn.ReLU(), nn.Linear(len(norm.weight), 3)), 4)
+    x = normal(3, 4, dtype=torch.float64)
+    found, delta = LRP(model, rule=Epsilon(0)).attribute(x, TARGET, return_convergence_delta=True)
+    torch.testing.assert_close(found.sum(1) + delta, _outputs(model, x))
+    probe = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(probe)[range(3), TARGET].sum(), probe)
+    torch.testing.assert_close(found, x * gradient)
+
+
 def test_a_batch_norm_before_all_layers_hides_neither_first_nor_last():
     conv, last = nn.Conv1d(3, 4, 2), nn.Linear(12, 2)
     model = varied(nn.Sequential(nn.BatchNorm1d(3), conv, nn.ReLU(), nn.Flatten(), last), 3, 4)
@@ -738,7 +747,7 @@ def test_a_batch_norm_before_all_layers_hides_neither_first_nor_last():
         row.note
         for row in check(model, x, method=DeepTaylor(model, low=-9, high=9, last=Flat())).rows
     ]
-    assert notes == ["its own layer, LRP-ε", "z^B", "handed on", "adjoint", "flat"]
+    assert notes == ["its own layer, LRP-ε", "z^B", "passed on", "adjoint", "flat"]
 
 
 # ------------------------------------------------------------------------------------------------- Deep Taylor

@@ -117,7 +117,7 @@ def test_patterns_of_convolutions_by_what_each_weight_multiplies(estimator, name
     model = nn.Sequential(layer, nn.ReLU(), nn.Flatten()).eval()
     x = normal(30, *shape, dtype=torch.float64) + 0.3
     patterns = Patterns(model, estimator=estimator).fit(x, batch_size=11, progress=False)
-    (found,) = patterns._state.patterns.values()
+    (found,) = patterns.fitted().patterns.values()
     w = layer.weight.detach()
     linear = (
         layer(x).detach()
@@ -216,7 +216,7 @@ def test_live_neurons_read_their_own_signal(make, estimator):
     assert any("add" in key for key in rows) or not isinstance(model, SmallResNet)
     modules = dict(model.named_modules())
     checked = 0
-    for key, pattern in patterns._state.patterns.items():
+    for key, pattern in patterns.fitted().patterns.items():
         module = modules[key.rpartition("/")[0]]
         if isinstance(module, nn.Linear):
             live = (pattern * module.weight).flatten(1).sum(1)

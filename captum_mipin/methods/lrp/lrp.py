@@ -1,0 +1,229 @@
+"""LRP as a Captum attribution: which rule each layer has."""
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, fx, nn
+
+from captum_mipin.errors import InputError
+from captum_mipin.graph.nodes import operation
+from captum_mipin.methods.base import Relevance, Table
+from captum_mipin.methods.layers import Layer, Scale, replace_layers
+from captum_mipin.methods.lrp.rules import AlphaBeta, Epsilon, LayerCall, LayerRule
+from captum_mipin.methods.lrp.table import relevance
+from captum_mipin.rules import Options, Recorded, Rule
+from captum_mipin.rules.base import Back
+from captum_mipin.types import Output
+
+#: Which layers: a type of modules, a pattern of module paths ("features.*"), or a function
+#: (path, module) → bool.
+Which = type[nn.Module] | str | Callable[[str, nn.Module], bool]
+
+#: Name of an operation with weights → the type of its module.
+_TYPES: Mapping[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    **{f"conv{d}d": kind for d, kind in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1)},
+    "conv_transpose1d": nn.ConvTranspose1d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+    "conv_transpose3d": nn.ConvTranspose3d,
+}
+#: Name of the rule of batch norms that are layers of their own, and its ε.
+_SCALE, _SCALE_EPSILON = "captum_mipin.scale", 1e-9
+
+
+class LRP(Relevance):
+    """Layer-wise relevance propagation: distribute the target's output over the input.
+
+    A batch norm right behind a layer with weights is folded into it, without changing the model;
+    any other batch norm is a layer of its own with LRP-ε. The relevance of a sum goes to its terms
+    by their shares, x / Σ. Averages work in the same way. Maximum pooling sends it to its switches,
+    ``cat`` and other moves to where each value came from. Activations, and layer, group, instance
+    and RMS norms, pass it on. In a product with a gate (squeeze-and-excite, ``x * sigmoid(x)``) and
+    in attention, the value gets all relevance, gate and weights nothing.
+
+    Args:
+        model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
+        rule: The rule of layers with weights: :class:`Epsilon`, :class:`Gamma`, :class:`AlphaBeta`,
+            :class:`ZPlus`, :class:`Flat`, :class:`WSquare` or :class:`ZBox`.
+        composite: Pairs (which layers, rule); the first pair that matches counts. The first part is
+            a type of modules (dense layers and convolutions also match as functions), a pattern of
+            module paths such as "features.*", or a function of path and module.
+        input_rule: The rule of the layers that the input goes to first; it counts before
+            ``composite``.
+        bias: "take": biases take relevance, as the rules define it; for z⁺ and αβ, the part of a
+            bias with their sign. "none": biases are left out of all denominators.
+
+    Raises:
+        InputError: An option is of the wrong kind. When it explains: a ``composite`` pair matches
+            no layer.
+
+    Source: Bach et al., PLOS ONE 2015; Montavon et al., 2019 (γ, composites); Binder et al., 2016
+    (batch norm).
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin.methods import Gamma
+        >>> _ = torch.manual_seed(0)  # ε takes more where a denominator happens to be small
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> lrp = LRP(model, composite=[("0", Gamma(0.25))], bias="none")
+        >>> x = torch.randn(2, 4)
+        >>> relevance, delta = lrp.attribute(x, target=1, return_convergence_delta=True)
+        >>> bool(delta.abs().max() < 1e-4)
+        True
+    """
+
+    _name = "LRP"
+    #: Whether batch norms are folded.
+    _folds = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rule: LayerRule | None = None,
+        composite: Sequence[tuple[Which, LayerRule]] = (),
+        input_rule: LayerRule | None = None,
+        bias: Literal["take", "none"] = "take",
+        output: Output = None,
+    ) -> None:
+        super().__init__(model, output=output)
+        check_one_of("bias", bias, ("take", "none"))
+        self.rule, self.input_rule, self.bias = rule or Epsilon(), input_rule, bias
+        self.composite = tuple(composite)
+        for which, _ in self.composite:
+            if not isinstance(which, str) and not callable(which):
+                raise InputError(
+                    f"composite: {which!r} is no type of modules, pattern of paths or function"
+                )
+        for checked in (self.rule, input_rule or self.rule, *(rule for _, rule in self.composite)):
+            check_rule(checked)
+
+    def _table(self) -> Table:
+        takes = self.bias == "take"
+        rules = dict.fromkeys(rule for rule in self._rules() if rule is not None)
+        names = {rule: f"captum_mipin.lrp{index}" for index, rule in enumerate(rules)}
+        table = {
+            **self._others(),
+            _SCALE: Recorded(
+                run=partial(_run, Epsilon(_SCALE_EPSILON), takes),
+                note="its own layer, LRP-ε",
+                caveat=_bias_caveat if takes else lambda node: None,
+            ),
+        }
+        for rule, name in names.items():
+            table[name] = Recorded(
+                run=partial(_run, rule, takes), note=rule.note, caveat=partial(_caveat, rule, takes)
+            )
+        return Table(table, partial(self._rewrite, names))
+
+    def _rules(self) -> tuple[LayerRule | None, ...]:
+        """Return all rules of layers with weights."""
+        return (self.rule, self.input_rule, *(rule for _, rule in self.composite))
+
+    def _others(self) -> Mapping[str, Rule]:
+        """Return the rules of everything without weights."""
+        return relevance(self.bias == "take")
+
+    def _chosen(self, layer: Layer, first: bool, last: bool) -> LayerRule | None:
+        """Return the rule that a layer has whatever ``composite`` says, or None."""
+        return self.input_rule if first else None
+
+    def _rewrite(
+        self, names: Mapping[LayerRule, str], graph: fx.Graph, batch: str, starts: Sequence[fx.Node]
+    ) -> None:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        unmatched = dict(enumerate(which for which, _ in self.composite))
+
+        def choose(layer: Layer, first: bool, last: bool) -> str:
+            if isinstance(layer, Scale):
+                return _SCALE
+            path = layer.key.rpartition("/")[0]
+            path = "" if path == "(model)" else path
+            rules = []
+            for index, (which, rule) in enumerate(self.composite):
+                if _matches(which, path, modules[path], layer):
+                    rules.append(rule)
+                    unmatched.pop(index, None)
+            return names[self._chosen(layer, first, last) or (*rules, self.rule)[0]]
+
+        replace_layers(graph, batch, starts, choose, fold=self._folds)
+        if unmatched:
+            raise InputError(
+                f"composite: {', '.join(map(repr, unmatched.values()))} matches no layer with "
+                "weights of the model"
+            )
+
+
+def check_rule(rule: Any) -> None:
+    """Raise InputError if a value is no rule of layers."""
+    if not isinstance(rule, LayerRule):
+        raise InputError(
+            f"{rule!r} is no rule of layers: expected Epsilon(), Gamma(), ZPlus() or another "
+            "LayerRule of captum_mipin.methods.lrp"
+        )
+    try:
+        hash(rule)
+    except TypeError as error:
+        raise InputError(
+            f"{rule!r} has no hash ({error}), by which rules are told apart: make it a frozen "
+            "dataclass"
+        ) from error
+
+
+def check_one_of(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Raise InputError if an option has none of the values that it may have."""
+    if value not in known:
+        raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
+
+
+def _matches(which: Which, path: str, module: nn.Module, layer: Layer) -> bool:
+    if isinstance(which, str):
+        return fnmatchcase(path, which)
+    if not isinstance(which, type):
+        return bool(which(path, module))
+    return isinstance(module, which) or issubclass(_TYPES[layer.name], which)
+
+
+def _run(
+    rule: LayerRule, takes: bool, options: Options, layer: Layer, x: Tensor, *parameters: Any
+) -> tuple[Tensor, Back]:
+    """Run a layer, and send relevance back by a rule.
+
+    Everything that the rule needs is computed on the way back: not all layers have it at once.
+    """
+    value = layer(x, *parameters)
+    recorded = value.detach()
+
+    def back(r: Tensor) -> Tensor:
+        weight, bias = layer.parameters(*parameters)
+        if bias is None:
+            bias = recorded.new_zeros(recorded.shape[layer.dim])
+        call = LayerCall(layer, x, weight, bias if takes else None, recorded)
+        return rule.back(call)(r)
+
+    return value, back
+
+
+def _bias_caveat(node: Any) -> str | None:
+    _, _, bias, norm = node.args
+    return None if bias is None and norm is None else "its bias takes relevance"
+
+
+def _caveat(rule: LayerRule, takes: bool, node: fx.Node) -> str | None:
+    """Return what a layer with this rule loses."""
+    biased, epsilon = _bias_caveat(node), getattr(rule, "epsilon", 0)
+    caveats = [
+        biased if takes and rule.takes else None,
+        f"ε = {epsilon:g} takes relevance" if epsilon else None,
+    ]
+    if isinstance(rule, AlphaBeta):
+        # below ReLU an output with relevance is positive, so something contributes to it: inputs,
+        # or the bias alone, which counts only if it takes relevance
+        rectified = all(operation(user) in ("relu", "relu6") for user in node.users)
+        if rule.beta or not rectified or (biased and not takes):
+            caveats.append(
+                "loses what reaches outputs to which nothing contributes in one direction"
+            )
+    return "; ".join(filter(None, caveats)) or None

@@ -1,0 +1,363 @@
+"""How relevance goes back through a layer with weights: one class for each rule.
+
+Symbols in all formulas: i an input and j an output of the layer, x_i its input, w_ij its weight,
+b_j its bias, z_j = Σ_i x_i w_ij (+ b_j), R_j the relevance of output j, R_i that of input i; v⁺ =
+max(v, 0) and v⁻ = min(v, 0). x_i w_ij is the contribution of i to j.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from captum_mipin.errors import InputError
+from captum_mipin.methods.layers import Layer
+from captum_mipin.rules.base import Back
+
+
+def quotient(r: Tensor, z: Tensor, epsilon: float = 0.0) -> Tensor:
+    """Return R / (z + ε s(z)), s the sign with s(0) = 1, and 0 where the denominator is 0."""
+    info = torch.finfo(z.dtype)
+    if epsilon > info.tiny * info.eps / 2:  # a smaller ε is 0 in this dtype
+        # z + 0 turns −0 into 0: copysign would take −0 as negative
+        return r / torch.copysign(z.new_tensor(epsilon), z + 0.0).add_(z)
+    # threshold_backward(a, b, 0) is a where b > 0, else 0; it is much faster than a mask
+    shares: Tensor = torch.ops.aten.threshold_backward(r / z, z.abs(), 0)
+    return shares
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer, y = A(x; W) + b, as a rule sees it.
+
+    Attributes:
+        layer: The linear map A.
+        x: (batch, ...) its input.
+        weight: W.
+        bias: b, zeros if the layer has none; None if biases take no relevance.
+        value: y, which contains b whether or not biases take relevance.
+    """
+
+    layer: Layer
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    value: Tensor
+
+    @property
+    def z(self) -> Tensor:
+        """Return Σ_i x_i w_ij, plus b_j if biases take relevance."""
+        return self.value if self.bias is not None else self.layer.apply(self.x, self.weight)
+
+    @property
+    def positive(self) -> bool:
+        """Return True if no input is below 0."""
+        return bool(self.x.min() >= 0)
+
+    def made(self, of: Callable[[Tensor], Tensor]) -> Any:
+        """Return of(W), for :meth:`Layer.apply` and :meth:`adjoint`."""
+        return self.layer.made(of, self.weight)
+
+    def adjoint(self, s: Tensor, weight: Any) -> Tensor:
+        """Return Σ_j w_ij s_j, shaped like x."""
+        return self.layer.adjoint(s, self.x, weight)
+
+    def shares(self, r: Tensor, z: Tensor, weight: Any, epsilon: float = 0.0) -> Tensor:
+        """Return x_i Σ_j w_ij R_j / (z_j + ε s(z_j))."""
+        return self.adjoint(quotient(r, z, epsilon), weight).mul_(self.x)
+
+
+class LayerRule:
+    """How relevance goes back through a layer with weights: a frozen dataclass with :meth:`back`.
+
+    Attributes:
+        label: The rule in a few words; ``{0.epsilon}`` stands for an attribute.
+        takes: Whether the bias is part of the denominators, and so takes relevance.
+    """
+
+    label: ClassVar[str]
+    takes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "gamma", "alpha", "beta"):
+            value: Any = getattr(self, name, 0)
+            if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
+                raise InputError(f"{name}={value!r} must be a finite number of at least 0")
+
+    @property
+    def note(self) -> str:
+        """Return the rule in a few words."""
+        return self.label.format(self)
+
+    def back(self, call: LayerCall) -> Back:
+        """Return the function that sends relevance at the layer's output back to x."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Epsilon(LayerRule):
+    """LRP-ε: R_i = Σ_j x_i w_ij / (z_j + ε s(z_j)) R_j with s the sign, s(0) = 1.
+
+    Args:
+        epsilon: ε, at least 0. With 0 (LRP-0), nothing comes back from outputs where z_j is exactly
+            0.
+    """
+
+    epsilon: float = 1e-6
+    label = "LRP-ε, ε = {0.epsilon:g}"
+    takes = True
+
+    def back(self, call: LayerCall) -> Back:
+        """Return the way back, see :class:`LayerRule`."""
+        z = call.z
+        return lambda r: call.shares(r, z, call.weight, self.epsilon)
+
+
+@dataclass(frozen=True)
+class AlphaBeta(LayerRule):
+    """LRP-αβ: R_i = Σ_j (α (x_i w_ij)⁺ / z_j⁺ − β (x_i w_ij)⁻ / z_j⁻) R_j.
+
+    Here z_j⁺ = Σ_i (x_i w_ij)⁺ + b_j⁺ sums the positive contributions, and z_j⁻ the negative ones.
+
+    Args:
+        alpha: α, at least 1.
+        beta: β = α − 1. α = 1, β = 0 is :class:`ZPlus`.
+        epsilon: ε, added to the denominators with their sign.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    epsilon: float = 0.0
+    label = "LRP-α{0.alpha:g}β{0.beta:g}"
+    takes = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if abs(self.alpha - self.beta - 1) > 1e-9:
+            raise InputError(
+                f"alpha={self.alpha!r} and beta={self.beta!r}: alpha − beta must be 1, or "
+                "relevance is not conserved"
+            )
+
+    def back(self, call: LayerCall) -> Back:
+        """Return the way back, see :class:`LayerRule`."""
+        up = _one_sign(call, _positive, _negative, self.epsilon)
+        if not self.beta:
+            return up
+        down = _one_sign(call, _negative, _positive, self.epsilon)
+        return lambda r: self.alpha * up(r) - self.beta * down(r)
+
+
+@dataclass(frozen=True)
+class ZPlus(AlphaBeta):
+    """The z⁺ rule: R_i = Σ_j (x_i w_ij)⁺ / z_j⁺ R_j with z_j⁺ = Σ_i (x_i w_ij)⁺ + b_j⁺.
+
+    Args:
+        epsilon: ε, added to the denominators.
+    """
+
+    label = "z⁺"
+
+    def __init__(self, epsilon: float = 0.0) -> None:
+        super().__init__(1.0, 0.0, epsilon)
+
+
+@dataclass(frozen=True)
+class FullBias(ZPlus):
+    """The z⁺ rule with the whole bias in the denominator: z_j = Σ_i (x_i w_ij)⁺ + b_j."""
+
+    label = "z⁺, the full bias in the denominator"
+
+    def __init__(self, epsilon: float = 0.0) -> None:
+        super().__init__(epsilon)
+
+    def back(self, call: LayerCall) -> Back:
+        """Return the way back, see :class:`LayerRule`."""
+        return _one_sign(call, _positive, _negative, self.epsilon, full_bias=True)
+
+
+@dataclass(frozen=True)
+class Gamma(LayerRule):
+    """LRP-γ: R_i = Σ_j x_i (w_ij + γ w_ij⁺) / Σ_i' x_i' (w_i'j + γ w_i'j⁺) R_j, for x_i, z_j ≥ 0.
+
+    For any sign: c_ij + γ (c_ij + σ_j |c_ij|) / 2 stands for x_i (w_ij + γ w_ij⁺), where
+    c_ij = x_i w_ij and σ_j is the sign of z_j. Contributions that agree with z_j in sign weigh
+    more.
+
+    Args:
+        gamma: γ, at least 0.
+        epsilon: ε, added to the denominators with their sign.
+    """
+
+    gamma: float = 0.25
+    epsilon: float = 0.0
+    label = "LRP-γ, γ = {0.gamma:g}"
+    takes = True
+
+    def back(self, call: LayerCall) -> Back:
+        """Return the way back, see :class:`LayerRule`."""
+
+        def back(r: Tensor) -> Tensor:
+            if call.positive:
+                # r where y > 0, else 0: equal to r if outputs of at most 0 have no relevance
+                above: Tensor = torch.ops.aten.threshold_backward(r, call.value, 0)
+                if torch.equal(above, r):
+                    return self._nonnegative(call, r)
+            return self._any_sign(call, r)
+
+        return back
+
+    def _nonnegative(self, call: LayerCall, r: Tensor) -> Tensor:
+        """Return R_i where all x_i ≥ 0, and all z_j > 0 that have relevance."""
+        # w + γ w⁺ = (1 + γ) (w⁺ + w⁻ / (1 + γ)): 1 + γ cancels, so one convolution is enough
+        slope = 1 / (1 + self.gamma)
+        weight = call.made(lambda w: F.leaky_relu(w, slope))
+        bias = None if call.bias is None else F.leaky_relu(call.bias, slope)
+        z = call.layer.apply(call.x, weight, bias)
+        return call.shares(r, z, weight, self.epsilon * slope)
+
+    def _any_sign(self, call: LayerCall, r: Tensor) -> Tensor:
+        """Return R_i for x_i and z_j of any sign."""
+        # c + γ (c + σ |c|) / 2 = (1 + γ/2) (c + κ σ |c|) with κ = γ / (2 + γ): 1 + γ/2 cancels
+        kappa = self.gamma / (2 + self.gamma)
+        sign, size = call.value.sign(), call.x if call.positive else call.x.abs()
+        weight = call.made(lambda w: w.abs().mul_(kappa))
+        # σ z' = κ Σ_i |c_ij| + σ z ≥ 0, the denominator z' times σ
+        z = call.layer.apply(size, weight, None if call.bias is None else call.bias.abs() * kappa)
+        z.add_(call.z * sign)
+        q = quotient(r * sign, z, self.epsilon * (1 - kappa))
+        # R_i = x_i Σ_j w_ij q_j + |x_i| Σ_j κ |w_ij| σ_j q_j
+        relevance = call.adjoint(q, call.weight).mul_(call.x)
+        return relevance.addcmul_(call.adjoint(q.mul_(sign), weight), size)
+
+
+@dataclass(frozen=True)
+class Flat(LayerRule):
+    """The flat rule: R_i = Σ_j 1 / n_j R_j, n_j the number of inputs of output j.
+
+    It treats all weights and inputs as 1.
+    """
+
+    label = "flat"
+
+    def back(self, call: LayerCall) -> Back:
+        """Return the way back, see :class:`LayerRule`."""
+        return _by_weights(call, torch.ones_like(call.weight))
+
+
+@dataclass(frozen=True)
+class WSquare(LayerRule):
+    """The w² rule: R_i = Σ_j w_ij² / Σ_i' w_i'j² R_j, for inputs of any value."""
+
+    label = "w²"
+
+    def back(self, call: LayerCall) -> Back:
+        """Return the way back, see :class:`LayerRule`."""
+        return _by_weights(call, call.weight.square())
+
+
+@dataclass(frozen=True, eq=False)
+class ZBox(LayerRule):
+    """The z^B rule: R_i = Σ_j z_ij / Σ_i' z_i'j R_j with z_ij = x_i w_ij − l_i w_ij⁺ − h_i w_ij⁻.
+
+    It is for inputs between bounds, l_i ≤ x_i ≤ h_i, as pixels are.
+
+    Args:
+        low: l as the layer sees it, normalised as its input is: a number, or a tensor that
+            broadcasts against one example, such as (3, 1, 1).
+        high: h, likewise.
+        epsilon: ε, added to the denominators with their sign.
+    """
+
+    low: float | Tensor
+    high: float | Tensor
+    epsilon: float = 0.0
+    label = "z^B"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            crossed = bool((torch.as_tensor(self.low) > torch.as_tensor(self.high)).any())
+        except RuntimeError as error:
+            raise InputError(f"low and high do not fit each other: {error}") from error
+        if crossed:
+            raise InputError("low is above high: swap them")
+
+    def back(self, call: LayerCall) -> Back:
+        """Return the way back, see :class:`LayerRule`."""
+        x, layer = call.x, call.layer
+        bounds = (torch.as_tensor(bound).to(x) for bound in (self.low, self.high))
+        try:
+            low, high = (bound.expand_as(x[:1]) for bound in bounds)
+        except RuntimeError as error:
+            raise InputError(
+                f"the bounds of z^B do not fit the inputs of {layer.key}: {error}"
+            ) from error
+        outside = int(((x < low) | (x > high)).sum())
+        if outside:
+            raise InputError(
+                f"z^B at {layer.key} is for inputs between low and high, but {outside} of its "
+                "inputs are outside: pass bounds as the layer sees them, after normalisation"
+            )
+        up, down = _positive(call.weight), _negative(call.weight)
+        z = layer.apply(x, call.weight) - layer.apply(low, up) - layer.apply(high, down)
+
+        def back(r: Tensor) -> Tensor:
+            q = quotient(r, z, self.epsilon)
+            terms = ((x, call.weight), (low, up), (high, down))
+            value, at_low, at_high = (t * call.adjoint(q, weight) for t, weight in terms)
+            return value - at_low - at_high
+
+        return back
+
+
+def _positive(values: Tensor) -> Tensor:
+    return values.clamp(min=0)
+
+
+def _negative(values: Tensor) -> Tensor:
+    return values.clamp(max=0)
+
+
+def _one_sign(
+    call: LayerCall,
+    part: Callable[[Tensor], Tensor],
+    opposite: Callable[[Tensor], Tensor],
+    epsilon: float,
+    *,
+    full_bias: bool = False,
+) -> Back:
+    """Return the way back by the contributions of one sign.
+
+    Args:
+        call: The call.
+        part: v ↦ v⁺ for positive contributions, v ↦ v⁻ for negative ones.
+        opposite: The other of the two.
+        epsilon: ε.
+        full_bias: Whether the denominators contain the whole bias, and not only its ``part``.
+    """
+    apply, bias = call.layer.apply, call.bias
+    bias = bias if bias is None or full_bias else part(bias)
+    weight = call.made(part)
+    if call.positive:
+        return lambda r: call.shares(r, apply(call.x, weight, bias), weight, epsilon)
+    # (x w)⁺ = x⁺ w⁺ + x⁻ w⁻, and (x w)⁻ = x⁺ w⁻ + x⁻ w⁺
+    above, below, other = _positive(call.x), _negative(call.x), call.made(opposite)
+    z = apply(above, weight, bias).add_(apply(below, other))
+
+    def back(r: Tensor) -> Tensor:
+        q = quotient(r, z, epsilon)
+        relevance = call.adjoint(q, weight).mul_(above)
+        return relevance.addcmul_(call.adjoint(q, other), below)
+
+    return back
+
+
+def _by_weights(call: LayerCall, weight: Tensor) -> Back:
+    """Return the way back by shares of weights ≥ 0: R_i = Σ_j w_ij / Σ_i' w_i'j R_j."""
+    z = call.layer.apply(torch.ones_like(call.x[:1]), weight)
+    return lambda r: call.adjoint(quotient(r, z), weight)

@@ -1,0 +1,176 @@
+"""How relevance goes back through everything without weights.
+
+Sums, averages and other linear operations distribute relevance by contribution,
+R_i = x_i Σ_j a_ij R_j / z_j with z_j = Σ_i a_ij x_i. Activations, and normalisations by the
+sample's own deviation, pass it on. Maximum pooling and other switches send it to where each value
+came from. A product with a gate, or with attention weights, sends all of it to the value.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from captum_mipin.methods.gradients import derivative
+from captum_mipin.methods.lrp.rules import quotient
+from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
+from captum_mipin.rules.activations import ACTIVATIONS
+from captum_mipin.rules.arithmetic import ARITHMETIC
+from captum_mipin.rules.attention import ATTENTION
+from captum_mipin.rules.base import Back, factors, varies
+from captum_mipin.rules.normalization import NORMALIZATION
+from captum_mipin.rules.pooling import POOLING
+
+_BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
+
+
+def relevance(takes: bool) -> dict[str, Rule]:
+    """Return the rules of LRP for everything without weights.
+
+    Args:
+        takes: Whether constants that are added take relevance, as biases do.
+    """
+    moves = {name: rule for name, rule in MIPIN.items() if isinstance(rule, Passes)}
+    table: dict[str, Rule] = dict(moves)
+    rule: Rule
+    for name, rule in ACTIVATIONS.items():
+        table[name] = Recorded(run=hand_on, note="passed on", refuse=rule.refuse)
+    for name, rule in NORMALIZATION.items():
+        table[name] = Recorded(run=hand_on, note="passed on", refuse=rule.refuse, caveat=outside)
+    del table[_BATCH_NORM]  # it is a layer
+    table["aten.glu.default"] = Recorded(
+        run=_glu, note="to the value, not the gate", caveat=outside
+    )
+    for name, rule in POOLING.items():
+        by_shares = _by_contribution(rule, carriers=varying)
+        table[name] = Passes(note="to its switches") if "max_pool" in name else by_shares
+    for name, rule in ARITHMETIC.items():
+        if "neg" in name:
+            table[name] = _by_contribution(rule, carriers=varying)
+        elif "add" in name or "sub" in name:
+            table[name] = _by_contribution(
+                rule,
+                without_constants=not takes,
+                carriers=varying,
+                caveat=_constant if takes else no_caveat,
+            )
+        else:
+            table[name] = _by_contribution(rule, carriers=values, caveat=gated)
+    for name, rule in ATTENTION.items():
+        note = "to the values, by the recorded weights"
+        table[name] = _by_contribution(rule, note, carriers=rule.carriers, caveat=outside)
+    return table
+
+
+def innvestigate() -> dict[str, Rule]:
+    """Return the rules of iNNvestigate's Deep Taylor for everything without weights."""
+    exact = {name: rule for name, rule in MIPIN.items() if isinstance(rule, Passes) and rule.exact}
+    gradient = {
+        name: Passes(note="gradient", refuse=rule.refuse)
+        for name, rule in {**ACTIVATIONS, **POOLING}.items()
+    }
+    return {
+        **exact,
+        **gradient,
+        "aten.add.Tensor": Passes(note="copied to each term", carriers=varying, caveat=_copied),
+        _BATCH_NORM: Recorded(run=hand_on, note="passed on"),
+    }
+
+
+# ------------------------------------------------------------------------------------- the way back
+
+
+def share(
+    without_constants: bool,
+    options: Options,
+    operation: Any,
+    x: tuple[Tensor, ...],
+    *arguments: Any,
+    **named: Any,
+) -> Any:
+    """Distribute relevance by contribution through a linear operation.
+
+    Args:
+        without_constants: Whether the denominators leave out what constants add to the value.
+        options: Not used.
+        operation: The operation.
+        x: All arguments that get relevance.
+        arguments: Its other arguments.
+        named: Its arguments by name.
+    """
+    value, back = derivative(operation, x, *arguments, **named)
+    z = value
+    if without_constants:
+        z = value - operation(tuple(map(torch.zeros_like, x)), *arguments, **named)
+    # R_i = x_i Σ_j a_ij R_j / z_j, where ``back`` is the adjoint s ↦ Σ_j a_ij s_j
+    return value, lambda r: tuple(part * g for part, g in zip(x, back(quotient(r, z)), strict=True))
+
+
+def hand_on(
+    options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, Back]:
+    """Give the input what the output has: R_i = R_j."""
+    value = operation(x, *arguments, **named)
+    return value[0] if isinstance(value, tuple) else value, lambda r: r
+
+
+def _glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> tuple[Tensor, Back]:
+    return operation(x, dim), lambda r: torch.cat([r, torch.zeros_like(r)], dim)
+
+
+def _by_contribution(
+    rule: Rule, note: str = "by shares", *, without_constants: bool = False, **options: Any
+) -> Recorded:
+    return Recorded(
+        run=partial(share, without_constants),
+        note=note,
+        several=True,
+        refuse=rule.refuse,
+        records=rule.records,
+        **options,
+    )
+
+
+# ------------------------------------------------------------------- which arguments get relevance
+
+
+def varying(node: fx.Node) -> tuple[int, ...]:
+    """Return the positions of arguments that are no constants.
+
+    A term of a sum gets its share even if it does not depend on what is explained.
+    """
+    return tuple(i for i, n in enumerate(node.args) if varies(n))
+
+
+def values(node: fx.Node) -> tuple[int, ...]:
+    """Return the positions of factors that are neither constants nor gates."""
+    return factors(node, counts=varies)
+
+
+# ------------------------------------------------------------------------------------------ caveats
+
+
+def no_caveat(node: fx.Node) -> str | None:
+    """Return None."""
+    return None
+
+
+def outside(node: fx.Node) -> str | None:
+    """Return the caveat of operations that the method's source does not define."""
+    return "outside of the definition"
+
+
+def gated(node: fx.Node) -> str | None:
+    """Return the caveat of products with a gate."""
+    if len(varying(node)) > 1:
+        return "outside of the definition: the gate gets nothing"
+    return None
+
+
+def _constant(node: fx.Node) -> str | None:
+    return None if len(varying(node)) > 1 else "a constant takes relevance"
+
+
+def _copied(node: fx.Node) -> str | None:
+    return "relevance is not conserved: each term gets all" if len(varying(node)) > 1 else None

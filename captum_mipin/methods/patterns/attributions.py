@@ -1,0 +1,123 @@
+"""PatternNet and PatternAttribution as Captum attributions."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from captum_mipin.errors import InputError, NotFittedError
+from captum_mipin.methods.base import Explanation, Propagation, Relevance, Signal, Table
+from captum_mipin.methods.layers import Layer, Scale
+from captum_mipin.methods.patterns.fit import Patterns
+from captum_mipin.methods.patterns.table import Merge, pattern_rules, reciprocal
+from captum_mipin.rules import Options
+from captum_mipin.rules.base import Back
+from captum_mipin.types import Extras, Inputs
+
+
+class _WithPatterns(Propagation):
+    """The base of both methods: send s back by patterns a, or by a ⊙ w."""
+
+    #: Whether patterns are multiplied by weights.
+    _attribution: ClassVar[bool]
+
+    def __init__(self, model: nn.Module, patterns: Patterns) -> None:
+        if not isinstance(patterns, Patterns):
+            raise InputError(
+                f"patterns is a {type(patterns).__name__}, expected Patterns(model).fit(data)"
+            )
+        super().__init__(model, output=patterns.output)
+        if patterns.model is not self.model:
+            raise InputError(
+                "the patterns belong to another model object: pass that object, or bind the "
+                "patterns to this model with Patterns.load(path, model)"
+            )
+        self.patterns = patterns
+
+    def explain(
+        self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None
+    ) -> Explanation:
+        """Run one pass forward and one pass back, see :meth:`Propagation.explain`.
+
+        Raises:
+            NotFittedError: The patterns are not fitted.
+            ModelChangedError: The model's weights changed since the fit.
+        """
+        self.patterns.fitted()
+        return super().explain(inputs, target, extras, layer)
+
+    def _table(self) -> Table:
+        return pattern_rules(self._layer, self._merge, attribution=self._attribution)
+
+    def _pattern(self, key: str) -> Tensor:
+        state = self.patterns.state
+        if state is None or key not in state.patterns:
+            raise NotFittedError(
+                f"the patterns have nothing for {key}: fit them on this model and this output="
+            )
+        return state.patterns[key]
+
+    def _layer(
+        self, options: Options, layer: Layer, x: Tensor, *parameters: Any
+    ) -> tuple[Tensor, Back]:
+        """Run a layer, and send s back by its patterns."""
+        w, b = layer.parameters(*parameters)
+        value = layer.apply(x, w, b)
+        if isinstance(layer, Scale):  # a = 1 / w, a w = 1
+            factor = (w != 0).to(w) if self._attribution else reciprocal(w)
+            return value, lambda s: layer.adjoint(s, x, factor)
+        a = self._pattern(layer.key).to(w)
+        if a.shape != w.shape:
+            raise InputError(
+                f"the pattern of {layer.key} has shape {tuple(a.shape)}, its weights "
+                f"{tuple(w.shape)}: fit the patterns again"
+            )
+        factor = layer.made(Tensor.mul, a, w) if self._attribution else a
+        return value, lambda s: layer.adjoint(s, x, factor)
+
+    def _merge(self, options: Options, operation: Any, x: tuple[Tensor, ...], **named: Any) -> Any:
+        """Run a sum of two signals, and send s to each term by its patterns."""
+        value, merge = operation(x, **named), Merge.of(operation)
+        a = self._pattern(merge.key).to(value)
+        weights = a * merge.coefficients(value, named) if self._attribution else a
+        parts = [merge.channelwise(weight, value) for weight in weights.unbind(1)]
+        return value, lambda s: tuple(
+            (s * weight).sum_to_size(t.shape) for weight, t in zip(parts, x, strict=True)
+        )
+
+
+class PatternNet(_WithPatterns, Signal):
+    """PatternNet: the signal that the target's output reads out of the input.
+
+    It is a gradient with patterns a for the weights w, and starts with the output itself. Layers
+    with weights and sums have fitted patterns. Batch norms of their own, and products with
+    constants and gates, divide; so do layer, group, instance and RMS norms, which are scales once
+    the sample's mean and deviation are recorded. Averages give their signal to each element.
+    Activations have their derivative, maximum pooling its switches, attention its recorded weights.
+
+    Args:
+        model: The network that ``patterns`` were fitted to.
+        patterns: Its :class:`Patterns`.
+
+    Source: Kindermans et al., ICLR 2018.
+    """
+
+    _name = "PatternNet"
+    _attribution = False
+
+
+class PatternAttribution(_WithPatterns, Relevance):
+    """PatternAttribution: how much each input's signal contributes to the target's output.
+
+    It is :class:`PatternNet` with a ⊙ w in the place of a. Relevance is not conserved: wᵀa = 1
+    holds for each neuron, but an active neuron sends its whole signal to inputs that may be
+    inactive.
+
+    Args:
+        model: The network that ``patterns`` were fitted to.
+        patterns: Its :class:`Patterns`.
+
+    Source: Kindermans et al., ICLR 2018.
+    """
+
+    _name = "PatternAttribution"
+    _attribution = True

@@ -1,0 +1,166 @@
+"""How a signal goes back by patterns: through layers and sums, and through everything else.
+
+Layers with weights, and sums of two signals, have fitted patterns. All other patterns are known: an
+operation y = g x has a = 1 / g, because a g = 1; averages give their signal to each element. Where
+PatternNet sends s back by a, PatternAttribution sends it by a ⊙ w.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from captum_mipin.graph.marks import mark, marks, original, value_of
+from captum_mipin.graph.nodes import operation
+from captum_mipin.methods.base import Table
+from captum_mipin.methods.gradients import replace_smooth_gate
+from captum_mipin.methods.layers import Neurons, replace_layers
+from captum_mipin.methods.lrp.rules import quotient
+from captum_mipin.methods.lrp.table import gated, hand_on, outside, values, varying
+from captum_mipin.propagation.channels import channels
+from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
+from captum_mipin.rules.activations import ACTIVATIONS
+from captum_mipin.rules.arithmetic import ARITHMETIC
+from captum_mipin.rules.attention import ATTENTION
+from captum_mipin.rules.base import Back, value_and_adjoint, varies
+from captum_mipin.rules.normalization import NORMALIZATION, SCALES
+from captum_mipin.rules.pooling import POOLING, shared_out
+
+_LAYER, _MERGE = "captum_mipin.layer", "captum_mipin.merge"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Neurons):
+    """A sum or difference of two signals: one neuron a channel, with the weights 1 and ±1."""
+
+    def products(self, x: Tensor, s: Tensor, weight: Tensor) -> Tensor:
+        """Return Σ x_i s for both terms x: (channels, 2), for x (2, *shape of s)."""
+        return torch.stack([self.outputs(term * s).sum(0) for term in x], 1)
+
+    def coefficients(self, value: Tensor, named: Mapping[str, Any]) -> Tensor:
+        """Return what each term is multiplied by: (channels, 2)."""
+        alpha = named.get("alpha", 1) * (-1 if self.name == "sub" else 1)
+        return value.new_tensor([1.0, float(alpha)]).expand(value.shape[self.dim], 2)
+
+    @staticmethod
+    def of(operation: Any) -> "Merge":
+        """Return the merge in a rule's operation, which takes both terms in their places."""
+        merge: Merge = operation.args[0]
+        return merge
+
+
+def pattern_rules(
+    layer: Callable[..., Any], merge: Callable[..., Any], *, attribution: bool
+) -> Table:
+    """Return the table of a method with patterns.
+
+    Args:
+        layer: Runs layers with weights, see :class:`~captum_mipin.rules.Recorded`.
+        merge: Runs sums of two signals.
+        attribution: Whether patterns are multiplied by weights.
+    """
+    rules: dict[str, Rule] = {
+        **{name: rule for name, rule in MIPIN.items() if isinstance(rule, Passes)},
+        _LAYER: Recorded(run=layer, note="patterns times weights" if attribution else "patterns"),
+        _MERGE: Recorded(
+            run=merge, note="patterns by channel", several=True, carriers=lambda node: (0, 1)
+        ),
+    }
+    for name, activation in ACTIVATIONS.items():
+        rules[name] = Passes(note="derivative", refuse=activation.refuse)
+    for name, pool in POOLING.items():
+        average = Recorded(run=partial(_averaged, attribution), note="evenly", refuse=pool.refuse)
+        rules[name] = Passes(note="to its switches") if "max_pool" in name else average
+    for name, rule in ARITHMETIC.items():
+        if any(part in name for part in ("mul", "div", "neg")):
+            rules[name] = Recorded(
+                run=partial(_scaled, attribution),
+                note="passed on" if attribution else "divided by what it was multiplied by",
+                carriers=values,
+                records=rule.records,
+                refuse=rule.refuse,
+                caveat=gated,
+            )
+        else:
+            rules[name] = Recorded(
+                run=partial(_shifted, attribution),
+                note="passed on",
+                carriers=varying,
+                refuse=rule.refuse,
+            )
+    for name, rule in ATTENTION.items():
+        rules[name] = replace(rule, note="adjoint with the recorded weights", caveat=outside)
+    for name in NORMALIZATION if attribution else SCALES:
+        run: Callable[..., Any] = hand_on if attribution else partial(_normalised, SCALES[name])
+        note = "passed on" if attribution else "divided by the scale of the sample"
+        rules[name] = Recorded(run=run, note=note, caveat=outside)
+    return Table(rules, _rewrite)
+
+
+def _rewrite(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
+    """Make operations of their own of layers with weights and of sums of two signals."""
+    replace_layers(graph, batch, starts, lambda layer, first, last: _LAYER)
+    node: Any
+    for node in graph.nodes:
+        name = operation(node)
+        if name in ("add", "sub") and len(node.args) == 2 and all(map(varies, node.args)):
+            mark(node, original=original(node))
+            sizes = list(map(str, value_of(node).shape))
+            dim = channels(node, sizes.index(batch) if batch in sizes else 0)
+            node.target = Merge(
+                rule=_MERGE, name=name, run=node.target, key=marks(node).key, dim=dim or 0
+            )
+        else:
+            replace_smooth_gate(node)
+
+
+def _scaled(
+    attribution: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, Back]:
+    """Send s / g back through y = g ⊙ x, or s for attributions; nothing where g = 0."""
+    value = operation(x, *arguments, **named)
+    g = operation(torch.ones_like(x), *arguments, **named)
+    # a = 1 / g, a g = 1
+    factor = (g != 0).to(g) if attribution else reciprocal(g)
+    return value, lambda s: (s * factor).sum_to_size(x.shape)
+
+
+def _shifted(
+    attribution: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, Back]:
+    """Send s back through y = g x + c with a constant c, such as 1 − x, as :func:`_scaled` does."""
+    constant, *others = arguments
+    zero = torch.zeros_like(constant) if isinstance(constant, Tensor) else 0
+    _, back = _scaled(attribution, options, operation, x, zero, *others, **named)
+    return operation(x, *arguments, **named), back
+
+
+def _normalised(
+    scale: Callable[..., Tensor], options: Options, operation: Any, x: Tensor, *arguments: Any
+) -> tuple[Tensor, Back]:
+    """Send s / g back through a normalisation, g = γ / σ, with the sample's μ, σ as constants."""
+    return operation(x, *arguments), lambda s: quotient(s, scale(x, *arguments).expand_as(x))
+
+
+def _averaged(
+    attribution: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, Back]:
+    """Give each element the signal of its average, or the mean of several where windows overlap."""
+
+    def average(t: Tensor) -> Tensor:
+        result: Tensor = operation(t, *arguments, **named)
+        return result
+
+    if not attribution:
+        return shared_out(average, x, recorded=False)
+    value, back = value_and_adjoint(average, x)
+    weights = average(torch.ones_like(x))  # Σ_i p_i, which is 1 for an average and not for a sum
+    return value, lambda s: back(s / weights)
+
+
+def reciprocal(g: Tensor) -> Tensor:
+    """Return 1 / g, and 0 where g is 0."""
+    return 1 / g.masked_fill(g == 0, torch.inf)
