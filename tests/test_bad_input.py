@@ -1,10 +1,6 @@
 """What cannot work is refused with a full message, and leaves nothing half-done."""
 
-import errno
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from odd_batches import Batches, batch_at, interrupt
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-import captum_mipin
 from captum_mipin import (
     InverseNetwork,
     LayerMIPINAttribution,
@@ -29,7 +23,6 @@ from captum_mipin.errors import (
     CaptureError,
     FitError,
     InputError,
-    InverseFileError,
     ModelChangedError,
     NotFittedError,
     TargetError,
@@ -37,8 +30,6 @@ from captum_mipin.errors import (
     TrainingModeError,
     UnsupportedOperationError,
 )
-from captum_mipin.regression.ridge import Solution, solve
-from captum_mipin.storage import files
 
 
 class Steps(nn.Module):
@@ -63,36 +54,8 @@ class Scaled(nn.Module):
         return self.last(torch.relu(self.first(x * scale)))
 
 
-class Batches:
-    """Batches of 16 that can be gone through again; ``odd`` may replace one, or raise.
-
-    A fit takes the first batch (pass 0), then all of them for the outputs (pass 1), and again for
-    each layer.
-    """
-
-    def __init__(
-        self, x: Tensor, odd: Callable[[int, int, Tensor], Any] = lambda number, index, batch: batch
-    ) -> None:
-        self.batches, self.odd, self.passes = x.split(16), odd, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self.passes += 1
-        number = self.passes - 1
-        for index, batch in enumerate(self.batches):
-            yield self.odd(number, index, batch)
-
-
 def _raise(error: BaseException) -> Any:
     raise error
-
-
-def _at(number: int, index: int, odd: Callable[[Tensor], Any]) -> Callable[[int, int, Tensor], Any]:
-    """Something odd at one batch of one pass."""
-    return lambda n, i, batch: odd(batch) if (n, i) == (number, index) else batch
-
-
-def _interrupt(batch: Tensor) -> Any:
-    raise KeyboardInterrupt
 
 
 def _fit(model: nn.Module, data: Any, **options: Any) -> InverseNetwork:
@@ -686,22 +649,30 @@ def test_every_kind_of_data_gives_the_same_inverse(mlp: Any) -> None:
 @pytest.mark.parametrize(
     ("odd", "error", "message"),
     [
-        (_at(1, 3, lambda x: x[:, :5]), FitError, "batch 3 has inputs of shape"),
-        (_at(2, 1, lambda x: x[:, :5]), FitError, "batch 1 has inputs of shape"),
-        (_at(3, 1, lambda x: x.double()), FitError, "batch 1 has inputs of .*float64"),
-        (_at(0, 0, lambda x: _raise(OSError("no such image"))), OSError, "no such image"),
-        (_at(1, 3, lambda x: _raise(OSError("no such image"))), OSError, "no such image"),
-        (_at(3, 3, lambda x: _raise(OSError("no such image"))), OSError, "no such image"),
-        (_at(1, 3, _interrupt), KeyboardInterrupt, "^$"),
-        (_at(3, 5, _interrupt), KeyboardInterrupt, "^$"),
-        (_at(1, 2, lambda x: x * float("nan")), FitError, "batch 2: input 0 contains NaN or Inf"),
-        (_at(3, 2, lambda x: x * float("inf")), FitError, "batch 2: input 0 contains NaN or Inf"),
+        (batch_at(1, 3, lambda x: x[:, :5]), FitError, "batch 3 has inputs of shape"),
+        (batch_at(2, 1, lambda x: x[:, :5]), FitError, "batch 1 has inputs of shape"),
+        (batch_at(3, 1, lambda x: x.double()), FitError, "batch 1 has inputs of .*float64"),
+        (batch_at(0, 0, lambda x: _raise(OSError("no such image"))), OSError, "no such image"),
+        (batch_at(1, 3, lambda x: _raise(OSError("no such image"))), OSError, "no such image"),
+        (batch_at(3, 3, lambda x: _raise(OSError("no such image"))), OSError, "no such image"),
+        (batch_at(1, 3, interrupt), KeyboardInterrupt, "^$"),
+        (batch_at(3, 5, interrupt), KeyboardInterrupt, "^$"),
         (
-            _at(2, 5, lambda x: x[:3]),
+            batch_at(1, 2, lambda x: x * float("nan")),
+            FitError,
+            "batch 2: input 0 contains NaN or Inf",
+        ),
+        (
+            batch_at(3, 2, lambda x: x * float("inf")),
+            FitError,
+            "batch 2: input 0 contains NaN or Inf",
+        ),
+        (
+            batch_at(2, 5, lambda x: x[:3]),
             FitError,
             "had 96 examples in the first pass and 83 in a later one",
         ),
-        (_at(2, 5, lambda x: {"x": x}), FitError, "a batch is a dict"),
+        (batch_at(2, 5, lambda x: {"x": x}), FitError, "a batch is a dict"),
     ],
 )
 def test_data_that_fails_midway(
@@ -880,388 +851,6 @@ def test_fitting_more_classes_keeps_those_before_to_the_bit(mlp: Any) -> None:
     assert inverse.targets == [1, 2, 0]
     assert torch.equal(inverse.source_signal(mlp.x[:4], 1), before)
     assert len(inverse.report.layers) == 6
-
-
-# ---------------------------------------------------------------- files
-
-
-@pytest.fixture
-def saved(mlp: Any, tmp_path: Path) -> Path:
-    mlp.inverse.save(tmp_path / "file")
-    return tmp_path / "file"
-
-
-def test_a_saved_inverse_gives_the_same_bits(mlp: Any, cnn: Any, tmp_path: Path) -> None:
-    for fitted in (mlp, cnn):
-        fitted.inverse.save(tmp_path / "file")
-        loaded = InverseNetwork.load(tmp_path / "file", fitted.model)
-        assert loaded.targets == fitted.inverse.targets
-        assert loaded.report == fitted.inverse.report
-        assert loaded.settings == fitted.inverse.settings
-        x = fitted.x[:4]
-        assert torch.equal(
-            loaded.source_signal(x, [0, 1, 2, 0]), fitted.inverse.source_signal(x, [0, 1, 2, 0])
-        )
-        assert torch.equal(loaded.class_attribution(1), fitted.inverse.class_attribution(1))
-        loaded.fit(fitted.x, targets=1, progress=False)
-
-
-def test_a_saved_inverse_keeps_its_layer_and_settings(mlp: Any, tmp_path: Path) -> None:
-    inverse = InverseNetwork(
-        mlp.model, layer=mlp.model[1], ridge=0.5, ridge_scale="mean", pooling="even"
-    )
-    inverse.fit(mlp.x, targets=2, progress=False).save(tmp_path / "file")
-    loaded = InverseNetwork.load(tmp_path / "file", mlp.model)
-    assert loaded.layer is mlp.model[1]
-    assert loaded.settings == inverse.settings
-    found, expected = (
-        LayerMIPINAttribution(mlp.model, i).attribute(mlp.x[:3], 2) for i in (loaded, inverse)
-    )
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9, 0.999])
-def test_a_truncated_file(mlp: Any, saved: Path, share: float) -> None:
-    whole = saved.read_bytes()
-    saved.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(InverseFileError, match=r"file' is not a whole safetensors file"):
-        InverseNetwork.load(saved, mlp.model)
-
-
-def test_a_bit_flipped_file(mlp: Any, saved: Path) -> None:
-    whole = saved.read_bytes()
-    for position in range(0, len(whole), 23):
-        saved.write_bytes(
-            whole[:position]
-            + bytes([whole[position] ^ (1 << position % 8)])
-            + whole[position + 1 :]
-        )
-        with pytest.raises(
-            InverseFileError, match=r"whole safetensors file|has format|damaged or was changed"
-        ):
-            InverseNetwork.load(saved, mlp.model)
-
-
-def test_a_foreign_file(mlp: Any, tmp_path: Path) -> None:
-    save_file({"weight": torch.ones(2)}, tmp_path / "foreign")
-    torch.save(mlp.model.state_dict(), tmp_path / "pickle")
-    (tmp_path / "text").write_text("hello")
-    for name, message in (
-        ("foreign", "has format None, expected"),
-        ("pickle", "not a whole"),
-        ("text", "not a whole"),
-    ):
-        with pytest.raises(InverseFileError, match=message):
-            InverseNetwork.load(tmp_path / name, mlp.model)
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        InverseNetwork.load(tmp_path / "nothing", mlp.model)
-
-
-@pytest.mark.parametrize("keep_digest", [True, False])
-def test_tampered_metadata(mlp: Any, saved: Path, keep_digest: bool) -> None:
-    with safe_open(saved, framework="pt") as file:
-        metadata = dict(file.metadata())
-    tensors = load_file(saved)
-    for content in (
-        metadata["content"].replace('"ridge": 0.001', '"ridge": 0.01'),
-        "{}",
-        "[]",
-        '{"targets": 5}',
-        "not JSON",
-    ):
-        digest = metadata["digest"] if keep_digest else files._digest(tensors, content)
-        save_file(tensors, saved, {**metadata, "content": content, "digest": digest})
-        if not keep_digest and content.startswith('{"dims'):
-            continue  # a consistent file
-        with pytest.raises(InverseFileError):
-            InverseNetwork.load(saved, mlp.model)
-
-
-def test_the_file_of_another_model(mlp: Any, cnn: Any, make_mlp: Any, saved: Path) -> None:
-    other = make_mlp()
-    _in_place(other)
-    for model in (cnn.model, other, nn.ReLU().eval(), nn.Sequential(mlp.model[0]).eval()):
-        with pytest.raises(
-            ModelChangedError,
-            match="fitted to another model, or to other weights, than this " + type(model).__name__,
-        ):
-            InverseNetwork.load(saved, model)
-    InverseNetwork.load(saved, make_mlp())
-
-
-@pytest.mark.parametrize(
-    "between", [nn.Identity(), nn.Sigmoid(), nn.Sequential(nn.ReLU(), nn.Threshold(1.0, 0.0))]
-)
-def test_the_file_of_another_model_with_the_same_weights(
-    mlp: Any, saved: Path, between: nn.Module
-) -> None:
-    other = nn.Sequential(mlp.model[0], between.eval(), mlp.model[2]).eval()
-    with pytest.raises(MIPINError):
-        InverseNetwork.load(saved, other).source_signal(mlp.x[:2], 0)
-
-
-def test_saving_what_is_not_fitted(mlp: Any, tmp_path: Path) -> None:
-    with pytest.raises(NotFittedError, match=r"not fitted yet: call fit"):
-        InverseNetwork(mlp.model).save(tmp_path / "file")
-    assert not list(tmp_path.iterdir())
-
-
-def test_saving_into_a_missing_directory(mlp: Any, survives: Any, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"), survives(mlp):
-        mlp.inverse.save(tmp_path / "nowhere" / "file")
-    assert not list(tmp_path.iterdir())
-
-
-def _full(*_: Any) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _half(tensors: Any, path: Any, metadata: Any) -> None:
-    Path(path).write_bytes(b"half of it")
-    raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-
-@pytest.mark.parametrize(
-    ("where", "what"),
-    [
-        ("storage.files.save_file", _full),
-        ("storage.files.save_file", _half),
-        ("storage.files.os.fsync", _full),
-    ],
-)
-@pytest.mark.parametrize("old", [False, True])
-def test_a_full_disk(
-    mlp: Any,
-    survives: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    where: str,
-    what: Any,
-    old: bool,
-) -> None:
-    path = tmp_path / "file"
-    if old:
-        mlp.inverse.save(path)
-    before = path.read_bytes() if old else None
-    monkeypatch.setattr(f"captum_mipin.{where}", what)
-    with pytest.raises(OSError, match="No space left on device"), survives(mlp):
-        mlp.inverse.save(path)
-    assert [p.name for p in tmp_path.iterdir()] == (["file"] if old else []), (
-        "no temporary file is left"
-    )
-    if old:
-        assert path.read_bytes() == before
-        InverseNetwork.load(path, mlp.model)
-
-
-KILLED = """
-import os, random, resource, signal, sys, time
-import torch
-from captum_mipin.storage import files
-
-path, random_ = sys.argv[1], random.Random(0)
-sizes = {"a": 200_000, "b": 100_000}
-kinds = [{name: torch.full((size,), float(n)) for name, size in sizes.items()} for n in range(2)]
-files.save(path, kinds[0], {"kind": 0})
-
-def whole():
-    tensors, content = files.load(path)
-    assert all(bool((t == content["kind"]).all()) for t in tensors.values())
-    assert tensors["a"].numel() == 200_000
-
-def forever():
-    number = 0
-    while True:
-        number = 1 - number
-        files.save(path, kinds[number], {"kind": number})
-
-seen = set()
-for _ in range(12):
-    child = os.fork()
-    if child == 0:
-        forever()
-    time.sleep(0.01 + 0.05 * random_.random())
-    os.kill(child, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    whole()
-    seen.add(files.load(path)[1]["kind"])
-assert seen == {0, 1}, "the children did save"
-
-child = os.fork()
-if child == 0:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    before = len(os.listdir(os.path.dirname(path)))
-    try:
-        files.save(path, kinds[1], {"kind": 1})
-    except OSError:
-        os._exit(0 if len(os.listdir(os.path.dirname(path))) == before else 4)
-    os._exit(3)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "a full file is an OSError"
-whole()
-files.save(path, kinds[1], {"kind": 1})
-assert files.load(path)[1] == {"kind": 1}
-"""
-
-
-@pytest.mark.skipif(
-    not hasattr(os, "fork"), reason="needs fork, to kill a process in the middle of saving"
-)
-def test_a_process_killed_while_saving_leaves_the_old_file_whole(tmp_path: Path) -> None:
-    root = str(Path(captum_mipin.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "file")],
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-# ---------------------------------------------------------------- interruption
-
-
-def _settings(x: Tensor) -> dict[str, Any]:
-    """So little memory that the data is gone through once a layer."""
-    return {"memory": x.nbytes, "progress": False}
-
-
-def _interrupted(
-    model: nn.Module, x: Tensor, path: Path, at: tuple[int, int] = (3, 2)
-) -> InverseNetwork:
-    """Stop a fit with a checkpoint at one batch of one pass, by default in the second layer."""
-    inverse = InverseNetwork(model)
-    with pytest.raises(KeyboardInterrupt):
-        inverse.fit(Batches(x, _at(*at, _interrupt)), [0, 2], checkpoint=path, **_settings(x))
-    assert inverse.targets == []
-    return inverse
-
-
-@pytest.mark.parametrize("anew", [False, True])
-def test_an_interrupted_fit_goes_on_from_its_checkpoint(
-    cnn: Any, tmp_path: Path, anew: bool
-) -> None:
-    path = tmp_path / "checkpoint"
-    complete, all_data = InverseNetwork(cnn.model), Batches(cnn.x)
-    complete.fit(all_data, [0, 2], **_settings(cnn.x))
-    inverse = _interrupted(cnn.model, cnn.x, path)
-    assert path.exists()
-    if anew:
-        inverse = InverseNetwork(cnn.model)
-    rest = Batches(cnn.x)
-    assert inverse.fit(rest, [0, 2], checkpoint=path, **_settings(cnn.x)).targets == [0, 2]
-    assert rest.passes == all_data.passes - 1, "what was done is not done again"
-    assert not path.exists()
-    assert inverse.report == complete.report
-    for target in (0, 2):
-        assert torch.equal(
-            inverse.source_signal(cnn.x[:4], target), complete.source_signal(cnn.x[:4], target)
-        )
-
-
-def test_a_fit_that_keeps_its_data_goes_on_from_its_checkpoint(
-    cnn: Any, tmp_path: Path, monkeypatch: Any
-) -> None:
-    path, calls = tmp_path / "checkpoint", []
-
-    def interrupted(*arguments: Any) -> Solution:
-        calls.append(0)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return solve(*arguments)
-
-    batches = list(cnn.x.split(16))
-    complete = InverseNetwork(cnn.model).fit(batches, [0, 2], progress=False)
-    monkeypatch.setattr("captum_mipin.inverse.fit.solve", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        InverseNetwork(cnn.model).fit(batches, [0, 2], progress=False, checkpoint=path)
-    monkeypatch.undo()
-    assert path.exists()
-    resumed = InverseNetwork(cnn.model).fit(batches, [0, 2], progress=False, checkpoint=path)
-    assert resumed.report == complete.report
-    for target in (0, 2):
-        assert torch.equal(
-            resumed.source_signal(cnn.x[:4], target), complete.source_signal(cnn.x[:4], target)
-        )
-
-
-def test_a_fit_interrupted_before_anything_was_solved_begins_anew(mlp: Any, tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint"
-    inverse = _interrupted(mlp.model, mlp.x, path, (2, 3))
-    assert not path.exists()
-    inverse.fit(Batches(mlp.x), [0, 2], checkpoint=path, **_settings(mlp.x))
-    expected = InverseNetwork(mlp.model).fit(Batches(mlp.x), [0, 2], **_settings(mlp.x))
-    assert torch.equal(inverse.source_signal(mlp.x[:4], 2), expected.source_signal(mlp.x[:4], 2))
-    assert not path.exists()
-
-
-def test_the_checkpoint_of_a_fit_that_adds_classes(mlp: Any, tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint"
-    inverse = InverseNetwork(mlp.model).fit(Batches(mlp.x), 1, **_settings(mlp.x))
-    before = inverse.source_signal(mlp.x[:4], 1)
-    stopping = Batches(mlp.x, _at(3, 2, _interrupt))
-    with pytest.raises(KeyboardInterrupt):
-        inverse.fit(stopping, [0, 2], checkpoint=path, **_settings(mlp.x))
-    assert inverse.targets == [1]
-    assert torch.equal(inverse.source_signal(mlp.x[:4], 1), before)
-    assert inverse.fit(Batches(mlp.x), [0, 2], checkpoint=path, **_settings(mlp.x)).targets == [
-        1,
-        0,
-        2,
-    ]
-    complete = InverseNetwork(mlp.model).fit(Batches(mlp.x), **_settings(mlp.x))
-    for target in (0, 1, 2):
-        assert torch.equal(
-            inverse.source_signal(mlp.x[:4], target), complete.source_signal(mlp.x[:4], target)
-        )
-
-
-def test_the_checkpoint_of_another_fit_is_refused_and_kept(
-    mlp: Any, make_mlp: Any, tmp_path: Path
-) -> None:
-    path = tmp_path / "checkpoint"
-    _interrupted(mlp.model, mlp.x, path)
-    kept = path.read_bytes()
-    changed = make_mlp()
-    _in_place(changed)
-    for inverse, targets, message in (
-        (InverseNetwork(mlp.model), [0, 1], "its classes, data differ"),
-        (InverseNetwork(mlp.model, ridge=0.5), [0, 2], "its settings differ"),
-        (InverseNetwork(mlp.model, layer=mlp.model[0]), [0, 2], "its layer differ"),
-        (InverseNetwork(changed), [0, 2], "its fingerprint, data differ"),
-    ):
-        with pytest.raises(InverseFileError, match=rf"checkpoint .* is of another fit: {message}"):
-            inverse.fit(Batches(mlp.x), targets, checkpoint=path, **_settings(mlp.x))
-        assert inverse.targets == []
-        assert path.read_bytes() == kept
-
-
-def test_a_checkpoint_is_no_inverse_and_an_inverse_no_checkpoint(
-    mlp: Any, saved: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "checkpoint"
-    _interrupted(mlp.model, mlp.x, path)
-    with pytest.raises(
-        InverseFileError,
-        match=r"checkpoint of an unfinished fit: continue it with fit\(checkpoint=",
-    ):
-        InverseNetwork.load(path, mlp.model)
-    whole = saved.read_bytes()
-    with pytest.raises(InverseFileError, match="is of another fit: its classes, data differ"):
-        InverseNetwork(mlp.model).fit(mlp.x, checkpoint=saved, **_settings(mlp.x))
-    assert saved.read_bytes() == whole
-
-
-def test_a_damaged_checkpoint_is_refused_and_kept(mlp: Any, tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint"
-    _interrupted(mlp.model, mlp.x, path)
-    half = path.read_bytes()[:200]
-    path.write_bytes(half)
-    with pytest.raises(InverseFileError, match="not a whole safetensors file"):
-        InverseNetwork(mlp.model).fit(Batches(mlp.x), [0, 2], checkpoint=path, **_settings(mlp.x))
-    assert path.read_bytes() == half
 
 
 def test_a_network_that_overflows_is_no_fault_of_a_rule() -> None:

@@ -249,7 +249,7 @@ class InverseNetwork(ClassInverse):
             processes.check_same("settings", (self.settings, options.memory))
             activations = Activations(options.keep, options.memory) if options.lazy else None
             request = FitRequest(
-                model=model, captured=surrogate.captured, surrogate=surrogate, batches=batches, targets=chosen,
+                model=model, surrogate=surrogate, batches=batches, targets=chosen,
                 settings=self.settings, memory=options.memory, progress=options.progress,
                 processes=processes, example=first_example(*call, surrogate.captured.shared),
                 activations=activations,

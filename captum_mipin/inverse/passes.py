@@ -55,7 +55,7 @@ class Passes:
         request, rows = self._request, 0
         signature: Signature | None = None
         for index, (inputs, extras) in enumerate(self._batches):
-            found = Signature.of(inputs, extras, request.captured.shared)
+            found = Signature.of(inputs, extras, request.surrogate.captured.shared)
             signature = signature or found
             if found != signature:
                 raise FitError(
@@ -92,7 +92,7 @@ class Passes:
 
         output = trace.output.detach()
         outputs = (output,) if self._autocast is None else run(inputs, extras)
-        check_independent(outputs, inputs, extras, self._request.captured.shared, run)
+        check_independent(outputs, inputs, extras, self._request.surrogate.captured.shared, run)
         self._sizes = {key: size / len(output) for key, size in trace.sizes.items()}
         self._widest = trace.widest / len(output)
 
@@ -202,7 +202,7 @@ class Passes:
 
     def _below(self, inputs: Inputs, extras: Extras, exact: bool = False) -> Values:
         """Run the part of the model below the inverted one."""
-        values = self._request.captured.values(self._request.model, inputs, extras)
+        values = self._request.surrogate.captured.values(self._request.model, inputs, extras)
         return self._request.surrogate.below(values, None if exact else self._autocast)
 
     def _trace(
@@ -222,5 +222,5 @@ class Passes:
         run = Run(
             request.surrogate.steps, options, fitting=keys, proving=proving, autocast=autocast
         )
-        weights = request.captured.weights(request.model)
+        weights = request.surrogate.captured.weights(request.model)
         return Trace(run, request.surrogate.above(run, values, weights))

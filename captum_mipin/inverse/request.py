@@ -7,7 +7,6 @@ from typing import Literal
 from torch import nn
 
 from captum_mipin.errors import InputError
-from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.validate import check_choice
 from captum_mipin.inverse.data import Activations
 from captum_mipin.inverse.distributed import Processes
@@ -90,7 +89,6 @@ class FitRequest:
 
     Attributes:
         model: The model, whose parameters are used as they are.
-        captured: The graph of the model.
         surrogate: The module whose backward pass is the method.
         batches: The data; each pass goes through it once.
         targets: The classes to fit.
@@ -104,7 +102,6 @@ class FitRequest:
     """
 
     model: nn.Module
-    captured: CapturedGraph
     surrogate: Surrogate
     batches: Iterable[tuple[Inputs, Extras]]
     targets: Sequence[Target]
