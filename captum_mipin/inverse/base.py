@@ -173,8 +173,8 @@ class ModelInverse(Saved, Generic[S]):
         check_finite(inputs)
         if request.layer is None and self.layer is not None:
             raise NotFittedError(
-                f"this inverse stops at layer {self._path(self.layer)!r}, it does not reach the "
-                "input: use LayerMIPINAttribution, or fit InverseNetwork(model) without layer="
+                f"this inverse stops at {self._name(self.layer)}, it does not reach the input: use "
+                "LayerMIPINAttribution, or fit InverseNetwork(model) without layer="
             )
         if request.evidence and not (request.local and self.settings.shares):
             raise InputError('evidence=True needs local=True and pooling="shares"')
@@ -258,15 +258,10 @@ class ModelInverse(Saved, Generic[S]):
         """Raise NotFittedError if an inverse is missing between the output and ``layer``."""
         missing = [key for key in surrogate.learned if key not in keys]
         if missing:
-            end = (
-                "reaches the input"
-                if self.layer is None
-                else f"stops at layer {self._path(self.layer)!r}"
-            )
-            goal = "the input" if layer is None else f"layer {self._path(layer)!r}"
             raise NotFittedError(
-                f"this inverse {end}, and has nothing for {', '.join(missing[:4])} on the way to "
-                f"{goal}. Explain a layer above, or fit another inverse with layer= at {goal}"
+                f"this inverse stops at {self._name(self.layer)}, and has nothing for "
+                f"{', '.join(missing[:4])} on the way to {self._name(layer)}. Explain a layer "
+                f"above, or fit another inverse with layer= at {self._name(layer)}"
             )
 
     def _fitted(self) -> S:
@@ -319,6 +314,10 @@ class ModelInverse(Saved, Generic[S]):
     def _path(self, module: nn.Module | None) -> str:
         """Return the path of a module; "" for the model itself and for what is no part of it."""
         return next((path for path, part in self.model.named_modules() if part is module), "")
+
+    def _name(self, layer: nn.Module | None) -> str:
+        """Return how errors name the place where passes end."""
+        return "the input" if layer is None else f"layer {self._path(layer)!r}"
 
     def _head(self, origin: Origin) -> dict[str, Any]:
         """Return what a file says of the package, the model and the options."""

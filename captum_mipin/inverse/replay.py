@@ -47,7 +47,9 @@ class Replay:
     def __init__(self, surrogate: Surrogate, feature: str | None) -> None:
         captured = surrogate.captured
         _check_feature(captured, feature)
-        self._inputs, self._batch, self._surrogate = captured.inputs, captured.batch, surrogate
+        self._inputs, self._batch = captured.inputs, captured.batch
+        # not the surrogate itself: replays are kept as long as their surrogates are
+        self._steps, self._layouts = surrogate.steps, surrogate.layouts
         placeholders = captured.graph.find_nodes(op="placeholder")
         self._arguments = [node.name for node in placeholders]
         features = [node for node in captured.graph.nodes if node.name == feature]
@@ -104,12 +106,12 @@ class Replay:
             FitError: The output is the same for all of the examples.
         """
         outputs = examples.outputs.items()
-        known = {key: _known(self._surrogate.steps[key], tensors) for key, tensors in outputs}
-        layouts = zip(self._surrogate.layouts, examples.sources, strict=True)
+        known = {key: _known(self._steps[key], tensors) for key, tensors in outputs}
+        layouts = zip(self._layouts, examples.sources, strict=True)
         sources = [layout.restored(x) for layout, x in layouts]
         sizes = [evaluate(size, self._batch, len(examples)) for size in self._sizes]
         constants = [values[name] for name in self._constants]
-        run = Run({**self._surrogate.steps, **known}, Options(shares=settings.shares), fitting=keys)
+        run = Run({**self._steps, **known}, Options(shares=settings.shares), fitting=keys)
         with TURNS.explaining(), torch.enable_grad():
             (output,) = self._module.forward(run, *constants, *sizes, *sources, *sources)
             _check_varies(output.detach(), target)
