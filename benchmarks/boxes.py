@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from captum_mipin import IBA, LRP, InputIBA, InverseNetwork, MIPINError
 from captum_mipin.bottleneck.input_iba import INPUT_IBA_SETTINGS
+from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.inverse.neighbours import NeighbourInverse
 from captum_mipin.methods import (
     Deconvnet,
@@ -412,7 +413,11 @@ def controls(size: int) -> dict[str, Method]:
 
 
 def explained(
-    inverse: InverseNetwork, layer: nn.Module | None, x: Tensor, labels: Tensor, local: bool = True
+    inverse: ModelInverse[Any],
+    layer: nn.Module | None,
+    x: Tensor,
+    labels: Tensor,
+    local: bool = True,
 ) -> dict[str, Tensor]:
     """Return the maps of MIP-IN at a layer, or where ``inverse`` ends, with the forward mask there.
 
@@ -440,7 +445,9 @@ def shares(maps: Tensor, size: int) -> Tensor:
 
 def variants(
     net: Chain,
-) -> Iterator[tuple[str, tuple[int, ...], Callable[[nn.Module], InverseNetwork]]]:
+) -> Iterator[
+    tuple[str, tuple[int, ...], Callable[[nn.Module], InverseNetwork | NeighbourInverse]]
+]:
     """Yield the name, the layers to read at, and how to make the inverse."""
     if net.pooled:
         yield "shares", net.cuts, InverseNetwork

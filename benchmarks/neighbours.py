@@ -35,6 +35,7 @@ from networks import accuracy
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, NeighbourInverse
+from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.metrics import bounding_box_accuracy
 from captum_mipin.metrics.similarity import cosine
 
@@ -90,7 +91,7 @@ def boxed(maps: Tensor, these: Chosen) -> tuple[float, float]:
     return result.mean, result.standard_error
 
 
-def measured(inverse: InverseNetwork, model: nn.Module, these: Chosen) -> dict[str, Any]:
+def measured(inverse: ModelInverse[Any], model: nn.Module, these: Chosen) -> dict[str, Any]:
     """Return one row: all measurements of an inverse."""
     parts, clock, processor = [], [], []
     for x, t in zip(these.x.split(BATCH), these.labels.split(BATCH), strict=True):

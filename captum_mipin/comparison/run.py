@@ -21,7 +21,7 @@ from captum_mipin.comparison.rows import Row
 from captum_mipin.comparison.table import Comparison
 from captum_mipin.copies import copy_memo
 from captum_mipin.errors import InputError
-from captum_mipin.inverse.network import InverseNetwork
+from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.metrics import Boxes, Method, Options, Result
 from captum_mipin.metrics.boxes import image_masks
 from captum_mipin.metrics.case import Case, attribution_of
@@ -58,7 +58,7 @@ def compare(
     *,
     metrics: Sequence[str] | Mapping[str, Metric] | None = None,
     boxes: Boxes | None = None,
-    inverse: InverseNetwork | None = None,
+    inverse: ModelInverse[Any] | None = None,
     layer: nn.Module | None = None,
     controls: bool = True,
     titles: Sequence[str] | None = None,
@@ -217,7 +217,7 @@ def _titles(titles: Sequence[str] | None, examples: Examples) -> tuple[str, ...]
 
 
 def _made(
-    named: Mapping[str, Any], model: Any, inverse: InverseNetwork | None, layer: nn.Module | None
+    named: Mapping[str, Any], model: Any, inverse: ModelInverse[Any] | None, layer: nn.Module | None
 ) -> tuple[dict[str, Any], Any]:
     """Return methods by name, an error in the place of one that cannot be made; and the network."""
     if model is None and inverse is not None:
