@@ -116,6 +116,7 @@ def controls(methods: Iterable[Any], model: Any) -> dict[str, Method]:
                 x = activation.attribute(x, additional_forward_args=extras)
             return maps(x.detach())
 
+        method.__name__ = maps.__name__  # the name in the settings of results
         return method
 
     def one_channel(x: Tensor) -> Tensor:
@@ -131,9 +132,9 @@ def controls(methods: Iterable[Any], model: Any) -> dict[str, Method]:
         distance = torch.stack(torch.meshgrid(*squares, indexing="ij")).sum(0)
         return torch.exp(-8 * distance).expand(one_channel(x).shape).to(x.device)
 
-    added = {
-        "random": control(random),
-        "centre prior": control(centre),
-        "mask only": control(lambda x: (x != 0).float()),
-    }
+    def mask(x: Tensor) -> Tensor:
+        return (x != 0).float()
+
+    names = {"random": random, "centre prior": centre, "mask only": mask}
+    added = {name: control(maps) for name, maps in names.items()}
     return added if mipin is None else {**added, "pattern only": _with(mipin, local=False)}

@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from captum_mipin.errors import InputError
-from captum_mipin.metrics.case import Case, Method, Options, Score, check_at_least
+from captum_mipin.metrics.case import (
+    Case,
+    Method,
+    Options,
+    Score,
+    check_at_least,
+    raw_outputs,
+    target_scores,
+)
 from captum_mipin.metrics.maps import Reduction, heat, hottest_first, positions, resized
 from captum_mipin.metrics.result import Better, Result, finite_rows
 from captum_mipin.metrics.similarity import pearson
@@ -215,10 +223,13 @@ class _Pixels:
         """
         examples, scores = self.case.examples, []
         for part in torch.arange(len(rows)).tensor_split(-(-len(rows) // self.case.rows_per_call)):
+            index = rows[part]
             replaced = (ranks[orders[part]] < counts[part, None]).unsqueeze(1)
-            mixed = torch.where(replaced, self.finish[rows[part]], self.start[rows[part]])
+            mixed = torch.where(replaced, self.finish[index], self.start[index])
             inputs = mixed.view(-1, *examples.x.shape[1:])
-            scores.append(self.case.scores(examples.select(rows[part], (inputs,)), self.score))
+            batch = examples.select(index, (inputs,))
+            outputs = raw_outputs(self.case.model, batch)
+            scores.append(target_scores(outputs, batch.target, self.score))
         return torch.cat(scores)
 
 
