@@ -77,18 +77,12 @@ class ModelInverse(Saved, Generic[S]):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        layer: nn.Module | None = None,
-        output: Output = None,
-        ridge: float = 1e-3,
-        ridge_scale: RidgeScale = "relative",
-        pooling: Literal["shares", "even"] = "shares",
-        forks: Literal["joint", "sum"] = "joint",
+        self, model: nn.Module, *, layer: nn.Module | None = None, output: Output = None,
+        ridge: float = 1e-3, ridge_scale: RidgeScale = "relative",
+        pooling: Literal["shares", "even"] = "shares", forks: Literal["joint", "sum"] = "joint",
         precision: Literal["model", "double"] = "model",
         changed: Literal["refuse", "warn", "ignore"] = "refuse",
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_choice("pooling", pooling, ("shares", "even"))
         check_choice("forks", forks, ("joint", "sum"))
         check_choice("precision", precision, ("model", "double"))
@@ -110,14 +104,9 @@ class ModelInverse(Saved, Generic[S]):
         return [] if self._state is None else [target_label(t) for t in self._state.targets]
 
     def source_signal(
-        self,
-        inputs: Tensor | Inputs,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        *,
-        local: bool = True,
-        mask_input: bool = False,
-    ) -> Any:
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
+        local: bool = True, mask_input: bool = False,
+    ) -> Any:  # fmt: skip
         """Return S, what the logit of a class carries of the input (equation 5).
 
         Args:
