@@ -65,7 +65,7 @@ def _fit(model: nn.Module, data: Any, **options: Any) -> InverseNetwork:
 def _both(
     fitted: Any, survives: Any, error: type[BaseException], message: str, data: Any, **options: Any
 ) -> None:
-    """A fresh fit and one that adds to an earlier one fail alike, and neither leaves anything."""
+    """Check that a first fit and a later one fail alike, and that neither changes anything."""
     fresh = InverseNetwork(fitted.model)
     with pytest.raises(error, match=message):
         fresh.fit(data(), progress=False, **options)
@@ -208,7 +208,7 @@ def test_a_condition_among_the_inputs() -> None:
 
 
 def test_what_an_inverse_does_not_lead_to() -> None:
-    """A fork below where it stops."""
+    """A network with a fork below the layer where the inverse stops."""
 
     class Residual(nn.Module):
         def __init__(self) -> None:
@@ -490,7 +490,7 @@ def test_wrong_further_arguments(mlp: Any, survives: Any) -> None:
 
 
 def _too_much(model: nn.Module) -> Tensor:
-    """Finite inputs that the first unit answers with infinity."""
+    """Return finite inputs to which the first unit answers with infinity."""
     return 3e38 * model[0].weight[:1].detach().sign().expand(2, 6)
 
 

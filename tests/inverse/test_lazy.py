@@ -53,7 +53,7 @@ def eager():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The classes fitted late, in order."""
+    """Return the classes fitted late, in order."""
     later, calls = Fit.later, []
 
     def count(self, target):

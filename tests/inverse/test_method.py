@@ -64,14 +64,14 @@ def fitted(model, x, targets=None, **options):
 
 
 def at(layer, mipin, x, target, biases=True, local=True):
-    """S, or A, at the output of a layer."""
+    """Return S, or A, at the output of a layer."""
     of_layer = LayerMIPINAttribution(mipin.forward_func, mipin.inverse, layer)
     method = of_layer.source_signal if biases else of_layer.attribute
     return method(x, target=target, local=local).numpy()
 
 
 def both(mipin, x, target, **options):
-    """S and A."""
+    """Return S and A."""
     return mipin.source_signal(x, target=target, **options), mipin.attribute(
         x, target=target, **options
     )
@@ -104,7 +104,7 @@ def mlp(*sizes):
 
 
 def cnn(*layers, size=(8, 8), seed=0):
-    """The layers, flattened, and a linear head; 2 channels in."""
+    """Return the layers, flattened, and a linear head; 2 channels in."""
     body = nn.Sequential(*layers, nn.Flatten())
     width = body(torch.zeros(1, 2, *size)).shape[1]
     return seeded(nn.Sequential(*body, nn.Linear(width, 3)), seed)
@@ -122,7 +122,7 @@ NETWORKS = {
 
 @functools.cache
 def network(kind):
-    """A model, its data and the fit of all its classes; not to be changed."""
+    """Return a model, its data and the fit of all classes, none of which may be changed."""
     model, x = NETWORKS[kind]()
     return model, x, fitted(model, x)
 
@@ -550,7 +550,7 @@ def test_batch_norm_at_the_input_is_calibrated_by_channel():
 
 
 def calibrated(x, signals, biases=True, of=None):
-    """Channel by channel, least squares of x on the signals, fitted on ``of``."""
+    """Return least squares of x on the signals, channel by channel, fitted on ``of``."""
     result = np.empty_like(x)
     for channel in range(x.shape[1]):
         rows = np.stack([s[:, channel].ravel() for s in of or signals], axis=1)
@@ -655,7 +655,7 @@ def test_residual_depthwise_convolutions_have_their_own_identity():
 
 
 class Terms(nn.Module):
-    """The head of a sum over branches of h = relu(stem(x)), in a given order."""
+    """Return the head of a sum over branches of h = relu(stem(x)), in a given order."""
 
     def __init__(self, order, **branches):
         super().__init__()

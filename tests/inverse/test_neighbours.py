@@ -111,7 +111,7 @@ NETWORKS = {
 
 
 def data(*shape, rows=50, dtype=torch.float64):
-    """Examples to fit on and others to explain."""
+    """Return examples to fit on and others to explain."""
     return normal(rows, *shape, dtype=dtype), normal(5, *shape, seed=1, dtype=dtype)
 
 
@@ -122,7 +122,7 @@ def close(found, expected, tolerance=1e-9):
 
 
 def nearest(features, of, count, metric):
-    """By the definition, one pair at a time."""
+    """Return the nearest examples by the definition, one pair at a time."""
     distances = np.empty((len(of), len(features)))
     for i, q in enumerate(np.asarray(of).reshape(len(of), -1)):
         for j, x in enumerate(np.asarray(features).reshape(len(features), -1)):
@@ -481,7 +481,7 @@ def test_a_way_around_the_layer_is_refused():
 
 
 def test_further_arguments_below_the_layer():
-    """They are the examples' own, and need not be kept."""
+    """Further arguments belong to the explained examples, and need not be kept."""
     model = Function(lambda m, x, scale: m["last"](torch.relu(m["first"](x * scale))),
                      first=nn.Linear(6, 8), last=nn.Linear(8, 3)).double().eval()  # fmt: skip
     (x, q), (scale, own) = data(6), (1 + t.abs() for t in data(6))

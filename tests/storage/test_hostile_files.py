@@ -44,7 +44,7 @@ def parts(path):
 
 
 def explained(path):
-    """The signal of a file, or the error that says why there is none."""
+    """Return the signal of a file, or the error that says why there is none."""
     try:
         inverse = InverseNetwork.load(path, MODEL)
         inverse.report, inverse.targets  # noqa: B018  # they are computed
@@ -63,7 +63,7 @@ VALUES = st.sampled_from(
 
 
 def places(value, path=()):
-    """Where something is in nested dictionaries and lists."""
+    """Yield the path of each entry of nested dictionaries and lists."""
     yield path
     entries = (
         value.items()
