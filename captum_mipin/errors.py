@@ -1,4 +1,22 @@
-"""What this package raises; every error is also the built-in one a Captum user would expect."""
+"""The errors and warnings of this package.
+
+Every error is a :class:`MIPINError`, and also the built-in error that a user of Captum expects::
+
+    MIPINError
+    ├── CaptureError (RuntimeError)                           the model has no usable graph
+    │   ├── TrainingModeError                                 it is in training mode
+    │   └── UnsupportedOperationError (NotImplementedError)   it has an operation without a rule
+    ├── RuleError (ValueError)                                a rule cannot be registered
+    ├── InputError (AssertionError, ValueError)               inputs or options are wrong
+    ├── TargetError (AssertionError, ValueError)              a target does not fit the output
+    │   └── TargetRangeError (IndexError)                     its index is out of range
+    ├── NotFittedError (ValueError)                           fit has to be called first
+    ├── FitError (ValueError)                                 the data for fit is wrong
+    ├── ModelChangedError (RuntimeError)                      the model is not the one fitted to
+    └── InverseFileError (ValueError)                         a file is no saved inverse
+
+A message says what was found, what was expected, and what to do.
+"""
 
 
 class MIPINError(Exception):
@@ -10,44 +28,47 @@ class CaptureError(MIPINError, RuntimeError):
 
 
 class TrainingModeError(CaptureError):
-    """The model, or a part of it, is in training mode."""
+    """The model, or a part of it, is in training mode: call ``model.eval()``."""
 
 
 class UnsupportedOperationError(CaptureError, NotImplementedError):
-    """The model uses an operation that no rule covers."""
+    """The model uses an operation that no rule covers: see :func:`captum_mipin.register_rule`."""
 
 
 class RuleError(MIPINError, ValueError):
-    """A rule that cannot be registered, or that computes something else than its operation."""
+    """A rule cannot be registered, or computes something else than its operation."""
 
 
 class InputError(MIPINError, AssertionError, ValueError):
-    """Inputs of the wrong kind: type, shape, dtype, device, empty, not finite."""
+    """Inputs have the wrong type, shape, dtype or device, are empty or not finite.
+
+    Also raised for options that do not exist, or do not go together.
+    """
 
 
 class TargetError(MIPINError, AssertionError, ValueError):
-    """A target that does not fit the model's output."""
+    """A target does not fit the model's output."""
 
 
 class TargetRangeError(TargetError, IndexError):
-    """A target outside the model's output."""
+    """A target is an index outside the model's output."""
 
 
 class NotFittedError(MIPINError, ValueError):
-    """No inverse has been fitted yet, or none for this class or layer."""
+    """No inverse has been fitted, or none for this class or layer: call ``fit`` first."""
 
 
 class FitError(MIPINError, ValueError):
-    """The data given to ``fit`` cannot be used."""
+    """The data passed to ``fit`` cannot be used."""
 
 
 class ModelChangedError(MIPINError, RuntimeError):
-    """The model is not the one, or no longer the one, that the inverse was fitted to."""
+    """The model is another than the inverse was fitted to, or its weights have changed since."""
 
 
 class ModelChangedWarning(UserWarning):
-    """The model's weights are no longer those that the inverse was fitted to, which ``changed="warn"`` allows."""
+    """The model's weights have changed since the fit, which ``changed="warn"`` allows."""
 
 
 class InverseFileError(MIPINError, ValueError):
-    """A file that is not, or no longer, a saved inverse network."""
+    """A file is no saved inverse, or is damaged."""

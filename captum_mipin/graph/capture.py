@@ -278,6 +278,8 @@ def _export(
         try:
             return program, functional(program.graph, _decompositions())
         except NotRewritableError:  # torch traces the program again, which takes longer
+            # without examples it checks no guards, which torch 2.9 cannot for a model with *inputs
+            program.example_inputs = None
             program = program.run_decompositions(dict(_decompositions()))
             return program, program.graph
 

@@ -22,7 +22,8 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError, InputError, MIPINError, TrainingModeError
-from captum_mipin.graph.marks import module_stack, value_of
+from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.nodes import place
 
 _WAY_OUT = "take the network it was exported from, by its factory, with --weights for its state"
 
@@ -216,9 +217,8 @@ def _check_mode(program: ExportedProgram) -> None:
         names = (argument.name for argument in node.target._schema.arguments)
         values = dict(zip(names, node.args, strict=False)) | node.kwargs
         if any(values.get(name) for name in ("train", "training", "dropout_p")):
-            stack = ["", *(path for path, _ in module_stack(node).values())]
             raise TrainingModeError(
-                f"was exported in training mode, as {node.target} in {stack[-1]!r} shows: "
+                f"was exported in training mode, as {node.target} in {place(node).path!r} shows: "
                 "call model.eval() before torch.export.export"
             )
 

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from captum.attr import Saliency
-from captum.testing.helpers import basic_models as basic
-from captum.testing.helpers import classification_models as classification
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution, MIPINError, check
 from captum_mipin.errors import CaptureError, FitError, UnsupportedOperationError
+
+helpers, reason = "captum.testing.helpers", "Captum 0.8 comes without its models for tests"
+basic = pytest.importorskip(f"{helpers}.basic_models", reason=reason)
+classification = pytest.importorskip(f"{helpers}.classification_models", reason=reason)
 
 BATCH = 40
 
