@@ -181,3 +181,15 @@ def test_it_names_only_operations_that_check_knows():
         "cat",
     ):
         assert any(key.split(".")[1] == name for key in MIPIN), name
+
+
+def test_contributing_names_what_is_there():
+    """Paths exist, from the repository's root or the package's; so do the tables in a file."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`([\w./]+(?:/|\.py|\.md|\.toml))`", text)
+    folders = ROOT, ROOT / "captum_mipin"
+    assert [p for p in paths if not any((folder / p).exists() for folder in folders)] == []
+    for table, path in re.findall(r"`(_?[A-Z]\w+)`\s+of\s+`([\w./]+\.py)`", text):
+        assert re.search(rf"^(class )?{table}\b", (ROOT / path).read_text(), re.MULTILINE), table
+    for target in re.findall(r"^\| `make ([\w-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
