@@ -15,7 +15,7 @@ PAGES = pages()
 
 
 def section(title):
-    """The text under a title of a page, or under one of its sections, which are all named differently."""
+    """Return the text under a title of a page; all titles differ."""
     (found,) = (
         part
         for page in PAGES

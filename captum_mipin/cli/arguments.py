@@ -62,13 +62,13 @@ def build_parser(commands: Mapping[str, Command]) -> ArgumentParser:
     parser = ArgumentParser("captum-mipin", description=about, formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=f"captum-mipin {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {}
+    models, parsers = about.partition("\n\n")[2], {}
     for name, command in commands.items():
         purpose, _, examples = (inspect.getdoc(command) or "").partition("\n\n")
         parsers[name] = subparsers.add_parser(
             name,
             help=purpose,
-            description=f"{purpose}\n\n{about.partition(chr(10) * 2)[2]}",
+            description=f"{purpose}\n\n{models}",
             epilog=examples,
             formatter_class=_Formatter,
         )
