@@ -138,7 +138,6 @@ def parts(row: dict[str, Any]) -> Iterator[None]:
         (Trace, "signals", "signals down s"),
         (Dense, "moments", "moments s"),
         (Convolution, "moments", "moments s"),
-        (Convolution, "moments_at", "moments s"),
         (fitting, "solve", "solve s"),
         (fitting, "solve_rows", "solve s"),
         (fitting, "Rows", "moments s"),

@@ -253,7 +253,7 @@ class Fit:
                     part = inverter.moments(x, s)
                 else:
                     assert isinstance(inverter, Convolution)  # for mypy: only these have positions
-                    part = inverter.moments_at(x, s, positions)
+                    part = inverter.moments(x, s, positions)
                 total = moments.setdefault(number, part)
                 if total is not part:
                     total.add(part)

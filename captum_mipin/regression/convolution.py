@@ -157,7 +157,7 @@ def _level_factors(
     ones = torch.ones_like(v_sum[:, :1])
     single = replace(conv, weight_shape=(1, 1, *conv.kernel), groups=1)
     # 1 where the tap sees y at all, else 0: (1, taps, *size of x)
-    seen = single.patches(single.full(ones), x_size)[0].mT.reshape(1, k, *x_size[2:])
+    seen = single.patches(ones, x_size)[0].mT.reshape(1, k, *x_size[2:])
 
     def across(s: Tensor) -> Tensor:
         """Return Σ P over where each tap sees y: (channels of s · taps, taps)."""

@@ -124,14 +124,14 @@ class Geometry:
         """Return the patch of ``s`` that reaches each element of x.
 
         Args:
-            s: (n, channels of y, *size) signals, complete as :meth:`full` makes them.
+            s: (n, channels of y, *size of y) signals.
             x_size: Size of x, of which the spatial part counts.
             places: Positions of x to return the patches of, counted row by row; None for all.
 
         Returns:
             (groups, n · positions, channels of s · taps), taps in the order of the weight.
         """
-        step, before = self.stride, self.padding
+        s, step, before = self.full(s), self.stride, self.padding
         if not self.transposed:  # every position of x looks at y spread out by the stride
             step = (1,) * self.dims
             s = _spread(s, self.stride)

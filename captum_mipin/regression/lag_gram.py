@@ -38,7 +38,7 @@ def gram_of_patches(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
     Returns:
         (groups, channels of s · taps, channels of s · taps) float64.
     """
-    s = conv.full(s)
+    s, conv = conv.full(s), replace(conv, skip=())
     if conv.transposed or all(step == 1 for step in conv.stride):
         return _gram_of_phase(conv, s, x_size)
     g, c, k = conv.groups, conv.channels[1], prod(conv.kernel)
@@ -72,7 +72,7 @@ def _phases(conv: Geometry, x_size: torch.Size) -> Iterator[tuple[Geometry, Tens
         taps_along, paddings, dilations, sizes = zip(*parts, strict=True)
         part, numbers = _of_taps(conv, taps_along)
         ones = (1,) * conv.dims
-        phase = replace(part, stride=ones, padding=paddings, dilation=dilations, skip=())
+        phase = replace(part, stride=ones, padding=paddings, dilation=dilations)
         yield phase, numbers, torch.Size([*x_size[:2], *sizes])
 
 

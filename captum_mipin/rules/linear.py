@@ -136,33 +136,28 @@ class Convolution(Inverter):
         first, signals = self.geometries[0], sum(conv.features[1] for conv in self.geometries)
         return first.groups, first.channels[0] * self.tied, signals // self.tied, self.own
 
-    def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
-        if self.tied > 1:
-            return moments_of_tiles(self.geometries[0], x, signals[0])
-        convs = enumerate(self.geometries)
-        wide = [i for i, conv in convs if conv.transposed or prod(conv.kernel) > 1]
-        if len(wide) == 1 or len(self.geometries) == 1:
-            return self._moments_around(wide[0] if wide else 0, x, signals)
-        return self.moments_at(x, signals)
-
-    def moments_at(
+    def moments(
         self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor | None = None
     ) -> Moments:
-        """Return :meth:`moments` of some positions of x alone, from the patches themselves.
+        """Return the moments of one batch, or of some positions of x alone.
 
         Args:
             x: The features.
             signals: The signal at each convolution, then those of the other branches.
             places: The positions, counted row by row; None for all.
         """
+        convs = enumerate(self.geometries)
+        wide = [i for i, conv in convs if conv.transposed or prod(conv.kernel) > 1]
+        if places is None and self.tied > 1:
+            return moments_of_tiles(self.geometries[0], x, signals[0])
+        if places is None and (len(wide) == 1 or len(self.geometries) == 1):
+            return self._moments_around(wide[0] if wide else 0, x, signals)
         moments = Moments.zeros(*self.size, x.device)
         count = prod(x.shape[2:]) if places is None else len(places)
         chunk = max(1, CHUNK // (self.size[0] * self.size[2] * count))
         for x_part, *parts in zip(*(t.split(chunk) for t in (x, *signals)), strict=True):
-            patches = [
-                conv.patches(conv.full(s), x.shape, places)
-                for conv, s in zip(self.geometries, parts, strict=False)
-            ]
+            pairs = zip(self.geometries, parts, strict=False)
+            patches = [conv.patches(s, x.shape, places) for conv, s in pairs]
             rows, *own = (self._rows(t, places) for t in (x_part, *parts[len(patches) :]))
             moments.update(rows, torch.cat(patches, 2), own)
         return moments
@@ -174,14 +169,10 @@ class Convolution(Inverter):
         """
         n, count = len(x), len(self.geometries)
         others = [i for i in range(count) if i != wide]
-        maps = [self.geometries[i].full(signals[i]) for i in others]
-        patches = [
-            self.geometries[i].patches(s, x.shape) for i, s in zip(others, maps, strict=True)
-        ]
-        pointwise = [
-            p.unflatten(1, (n, -1)).permute(1, 0, 3, 2).reshape(n, -1, *x.shape[2:])
-            for p in patches
-        ]
+        pointwise = []
+        for i in others:
+            rows = self.geometries[i].patches(signals[i], x.shape).unflatten(1, (n, -1))
+            pointwise.append(rows.permute(1, 0, 3, 2).reshape(n, -1, *x.shape[2:]))
         conv, own = self.geometries[wide], signals[count:]
         moments = moments_of_patches(conv, x, signals[wide], own, pointwise)
         if wide == 0:

@@ -68,7 +68,7 @@ def test_sums_over_some_positions(kernel, stride, padding, dilation, groups, tra
     inverter = Convolution((geometry,), x.shape, own)
     count = x[0, 0].numel()
     assert_same(
-        inverter.moments_at(x, (s, *others), torch.arange(count)), inverter.moments(x, (s, *others))
+        inverter.moments(x, (s, *others), torch.arange(count)), inverter.moments(x, (s, *others))
     )
     places = torch.tensor([0, 2, 3, count - 1])
     rows = geometry.patches(s, x.shape).unflatten(1, (len(x), count))[:, :, places].flatten(1, 2)
@@ -78,7 +78,7 @@ def test_sums_over_some_positions(kernel, stride, padding, dilation, groups, tra
 
     expected = Moments.zeros(*inverter.size)
     expected.update(picked(x), rows, [picked(t) for t in others])
-    assert_same(inverter.moments_at(x, (s, *others), places), expected)
+    assert_same(inverter.moments(x, (s, *others), places), expected)
 
 
 def test_branches_learned_together():
@@ -93,7 +93,7 @@ def test_branches_learned_together():
         torch.randn_like(x),
     )
     inverter = Convolution(geometries, x.shape, 1)
-    assert_same(inverter.moments_at(x, signals, torch.arange(36)), inverter.moments(x, signals))
+    assert_same(inverter.moments(x, signals, torch.arange(36)), inverter.moments(x, signals))
 
 
 def test_a_fit_on_a_share_of_the_positions():
