@@ -15,7 +15,7 @@ from torchvision.models.inception import (
 )
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, check
-from captum_mipin.rules import Options
+from captum_mipin.inverse.explain import Request
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -220,9 +220,8 @@ def test_networks_of_every_family(name, captured_once, tmp_path):
     make, path, size = (*NETWORKS[name], (32, 32))[:3]
     model, x, mixed = make().double(), torch.rand(16, 3, *size, dtype=torch.float64), [0, 3, 3, 0]
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # heads and embeddings that begin with zeros are no test
+        # heads and embeddings that begin with zeros are no test
+        for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(0, 0.1)
         model.train()(x)  # batch statistics other than 0 and 1
@@ -233,17 +232,8 @@ def test_networks_of_every_family(name, captured_once, tmp_path):
     with torch.no_grad():
         logit = model(few)[range(4), mixed].view(-1, *(1,) * (x.ndim - 1))
     # the same pass for one unit of the logit
-    unit = inverse._back(
-        inverse._fitted(),
-        (few,),
-        mixed,
-        (),
-        (False, True),
-        Options(),
-        mask=False,
-        layer=None,
-        unit=True,
-    )
+    request = Request(inputs=(few,), target=mixed, biases=(False, True), unit=True)
+    unit = inverse._back(inverse._state, request)
     ((a_unit,), (s_unit,)) = unit.signals
     assert torch.isfinite(s).all()
     assert a.flatten(1).any(1).all()
