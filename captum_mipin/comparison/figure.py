@@ -73,10 +73,12 @@ def draw(
 
 def _add_legend(drawn: Figure, axes: Any, sign: str) -> None:
     """Add one key to the colours of all maps; none if they are shades of the image."""
+    # each axis has the image below and the map, if there is one, on top
     last = (image for axis in axes.flat for image in axis.images[-1:])
     coloured = next((image for image in last if image.get_array().ndim == 2), None)
     if coloured is not None:
         bar = drawn.colorbar(coloured, ax=axes, location="bottom", shrink=0.4, aspect=30)
+        # maps of one sign start at 0, others are symmetric about 0
         low, high = coloured.get_clim()
         bar.set_ticks([low, 0, high] if low else [low, high], labels=_ENDS[sign])
         bar.ax.tick_params(labelsize=8, length=0)

@@ -43,8 +43,10 @@ def pictures(images: Tensor) -> Tensor:
             f"{tuple(images.shape)}"
         )
     x = images.detach().cpu().float().nan_to_num()
+    # other numbers of channels have no colours: their mean is shown
     x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+    # normalised images: x -> (x - min) / (max - min), each image for itself
     outside = (low < 0) | (high > 1)
     x = torch.where(outside, (x - low) / (high - low).clamp(min=1e-12), x)
     return (255 * x).round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
@@ -55,6 +57,7 @@ def strength(heat: Tensor, outliers: float = 2.0) -> Tensor:
 
     The value reached at all but ``outliers`` percent of the sum of absolute values becomes 1.
     """
+    # the smallest value v with Σ_{|a| ≤ v} |a| ≥ 98 % of Σ |a|
     ordered = heat.abs().flatten().double().sort().values
     total = ordered.cumsum(0)
     top = ordered[total >= total[-1] * (1 - outliers / 100)][0]
@@ -63,6 +66,7 @@ def strength(heat: Tensor, outliers: float = 2.0) -> Tensor:
 
 def painted(heat: Tensor) -> Tensor:
     """Return a map (height, width) in colours (height, width, 3), uint8: red, white, blue."""
+    # levels 0 ... 60, 30 is neither for nor against the target
     level = (strength(heat) * _LEVELS).round().long() + _LEVELS
     colours = colormaps["RdBu"].resampled(2 * _LEVELS + 1)(level.numpy())
     return torch.from_numpy((255 * colours[..., :3]).round()).to(torch.uint8)
@@ -120,6 +124,7 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     for column in columns:
         first = "descending" if column.better == "higher" else "ascending"
         heads.append(_head(column.heading, first))
+        # controls cannot be the best method
         scores = [_score(row, column) for row in rows if not row.control]
         known = [score for score in scores if isfinite(score)]
         pick = {"higher": max, "lower": min}.get(column.better)
@@ -131,6 +136,7 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
         line = f'<th scope="row" data-value="{name}">{name}{note}</th>'
         for column, top in zip(columns, best, strict=True):
             score = _score(row, column)
+            # an empty value sorts last, whatever the direction
             value = score if isfinite(score) else ""
             mark = ' class="best"' if value == top and not row.control else ""
             line += f'<td data-value="{value}"{mark}>{escape(row.cell(column))}</td>'

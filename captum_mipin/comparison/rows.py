@@ -116,6 +116,7 @@ def columns(rows: Sequence[Row], metrics: Sequence[str], parts: bool) -> list[Co
     found = []
     for metric in metrics:
         results = [row.results[metric] for row in rows if metric in row.results]
+        # a part may be missing from some results, such as SSIM where maps are no images
         named: dict[str, Better] = {"": results[0].better if results else "neither"}
         for result in results if parts else ():
             for name, part in result.parts.items():

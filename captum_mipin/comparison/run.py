@@ -150,6 +150,7 @@ class _Run:
         if row.maps is None:
             return row
         try:
+            # maps are not made again for metrics that need nothing else
             function = metric.func if isinstance(metric, partial) else metric
             source = row.maps if function in _OF_MAPS else method
             examples, arguments = self.case.examples, self._arguments(metric, method)
@@ -161,6 +162,7 @@ class _Run:
 
     def _arguments(self, metric: Metric, method: Any) -> dict[str, Any]:
         """Return the keyword arguments that a metric takes and that ``partial`` has not bound."""
+        # a new generator each time: every method meets the same random numbers
         arguments = {**self.arguments, "generator": torch.Generator().manual_seed(self.seed)}
         attribution = attribution_of(method)
         if attribution is not None:  # each method is measured on the network that it explains
@@ -168,6 +170,7 @@ class _Run:
         function, bound = metric, dict[str, Any]()
         if isinstance(metric, partial):
             function, bound = metric.func, metric.keywords
+        # a metric gets the arguments that it names; those of this package take all options
         known = set(signature(function).parameters)
         if function in METRICS.values():
             known |= Options.__annotations__.keys()
@@ -233,6 +236,7 @@ def _made(
     if inverse is not None:
         kind = MIPINAttribution if inverse.layer is None else LayerMIPINAttribution
         mipin = kind(model, inverse)
+    # DeepLift and others leave hooks behind where they fail: they get a copy
     copied: tuple[nn.Module, nn.Module | None] = copy.deepcopy((model, layer), copy_memo(model))
     setup = Setup(*copied, mipin)
 

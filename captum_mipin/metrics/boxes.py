@@ -51,6 +51,7 @@ def box_masks(boxes: Boxes, size: Sequence[int]) -> Tensor:
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
     for mask, example_boxes in zip(masks, boxes, strict=True):
         rows = torch.as_tensor(example_boxes, dtype=torch.float64).cpu()
+        # no box, or one box without a list around it
         if rows.numel() == 0 or tuple(rows.shape) == (4,):
             rows = rows.reshape(-1, 4)
         if rows.ndim != 2 or rows.shape[1] != 4 or not rows.isfinite().all():
@@ -110,6 +111,7 @@ def bounding_box_accuracy(
     values, tied = _expected_share(flat, inside, n)
     if ties != "expected":
         order = case.uniform(*flat.shape).to(flat) if ties == "random" else torch.zeros_like(flat)
+        # hits among the 1, 2, ... hottest pixels; at n they are the score
         hits = inside.gather(1, hottest_first(flat, order)).cumsum(1)
         values = hits.gather(1, (n - 1).clamp(min=0)[:, None])[:, 0].double() / n
     settings = case.settings(case.maps, reduction=reduction, ties=ties, largest=largest)
@@ -285,6 +287,7 @@ def _expected_share(flat: Tensor, inside: Tensor, n: Tensor) -> tuple[Tensor, Te
 
 def _near(masks: Tensor, tolerance: float) -> Tensor:
     """Return booleans (examples, height, width): the mask is within ``tolerance`` pixels."""
+    # dilate the mask by a disk of radius ``tolerance``: a pixel is near if its disk meets the mask
     reach = int(min(tolerance, max(masks.shape[1:]) * 1.5))  # enough to reach any pixel
     offset = torch.arange(-reach, reach + 1)
     disk = (offset[:, None] ** 2 + offset**2 <= tolerance**2).float()
@@ -294,6 +297,7 @@ def _near(masks: Tensor, tolerance: float) -> Tensor:
 def _heat_ratios(heat: Tensor, inside: Tensor, threshold: float, weighted: bool) -> Tensor:
     """Return the ratios (11,) of one map (pixels,): heat inside the box / hot pixels."""
     quantiles = torch.linspace(0, 1, 11, dtype=torch.float64, device=heat.device)
+    # heat in units of its maximum; what is below the threshold counts nowhere
     heat = heat / heat.max()
     counted = heat >= threshold
     if not counted.any() or not heat.isfinite().all():

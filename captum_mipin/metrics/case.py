@@ -91,6 +91,7 @@ class Case:
         Raises:
             InputError: The method is none, or its maps do not belong to the examples.
         """
+        # maps made before are taken as they are
         if isinstance(self.method, (Tensor, tuple)):
             return _checked(self.method, self.examples)
         maps = [explain(self.method, batch) for _, batch in self.batches()]
@@ -273,6 +274,7 @@ def target_scores(output: Tensor, target: Any, score: Score = "logit") -> Tensor
         raise InputError(
             f"score={score!r} is not one of 'logit', 'softmax', or a function of the outputs"
         )
+    # y[i, c_i] for the target c_i of each example i
     index = torch.tensor(per_example(target, output), device=output.device, dtype=torch.long)
     rows = torch.arange(len(output), device=output.device)
     return output[(rows, *index.T)].double()

@@ -85,6 +85,7 @@ def _drawn(case: Case) -> list[int]:
         )
     n, classes = len(case.examples), outputs.shape[1]
     own = per_example(case.examples.target, outputs.expand(n, -1))
+    # (own class + 1 ... C - 1) mod C is never the own class
     random = case.generator
     ahead = torch.randint(1, classes, (n,), generator=random, device=random.device).tolist()
     return [(label + by) % classes for (label,), by in zip(own, ahead, strict=True)]

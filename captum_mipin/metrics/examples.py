@@ -49,6 +49,7 @@ class Examples:
             )
         if isinstance(target, np.ndarray):
             target = torch.from_numpy(target)
+        # a tensor with one element is one target for all
         several = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() != 1)
         if several and len(target) != len(tensors[0]):
             raise TargetError(

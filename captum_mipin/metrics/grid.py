@@ -77,6 +77,7 @@ def mosaics(
     fields, cells, targets = [], [], []
     for number in range(count):
         target = to_find[number % len(to_find)]
+        # n² - 1 other classes in random cells, the target in a random cell of its own
         others = [label for label in by_class if label != target]
         order = torch.randperm(len(others), generator=generator, device=generator.device)
         cell = draw(n * n)

@@ -54,6 +54,7 @@ def heat(maps: Tensor, like: Tensor, reduction: Reduction = "sum") -> Tensor:
             f"reduction={reduction!r} is not one of {', '.join(map(repr, _REDUCTIONS))}, or a "
             "function"
         )
+    # maps (examples, features) have no channels, nor maps with one dimension less than the inputs
     has_channels = maps.ndim > 2 and maps.ndim != like.ndim - 1
     return _REDUCTIONS[reduction](maps if has_channels else maps.unsqueeze(1))
 
@@ -72,6 +73,7 @@ def resized(heat: Tensor, size: Sequence[int]) -> Tensor:
         return heat
     if len(places) != len(size) or len(size) not in _INTERPOLATIONS:
         raise InputError(f"maps with places {places} cannot be laid over inputs {size}")
+    # a layer's map may be up to two places larger or smaller than the scale says: padding
     scale = places[0] / size[0]
     if any(abs(scale * whole - part) > 2 for whole, part in zip(size, places, strict=True)):
         raise InputError(

@@ -198,5 +198,6 @@ class _Noise:
         return (noise, remaining) if isinstance(x, tuple) else (noise[0], remaining[0])
 
     def _next(self, rows: int) -> tuple[Tensor, ...]:
+        # Captum repeats each example as often in a row: samples start ... used of every example
         start, self._used = self._used, self._used + rows // self._examples
         return tuple(n[:, start : self._used].flatten(0, 1) for n in self._noise)

@@ -204,6 +204,7 @@ def _execution_order(model: nn.Module, examples: Examples) -> dict[str, int]:
     finally:
         for handle in handles:
             handle.remove()
+    # a module that is called twice counts at its last call
     order = {path: number for number, path in enumerate(calls)}
     for path, _ in model.named_modules():  # modules come before what they hold
         order.setdefault(path, order.get(path.rpartition(".")[0], -1))

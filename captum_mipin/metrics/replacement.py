@@ -206,6 +206,7 @@ class _Pixels:
                 f"{tuple(maps.shape)}: pass a function as reduction="
             )
         flat = resized(warm, x.shape[2:] or x.shape[1:]).flatten(1)
+        # an expanded baseline is one for all; with one target its output is one for all, too
         is_shared = replacement.stride(0) == 0 and case.examples.is_uniform
         start, finish = (t.reshape(len(x), -1, flat.shape[1]) for t in (x, replacement))
         told = f"tensor {tuple(baseline.shape)}" if isinstance(baseline, Tensor) else baseline
@@ -272,7 +273,9 @@ def _distinct_inputs(
     """
     new = torch.zeros(len(changes), points, dtype=torch.bool, device=changes.device)
     new.scatter_(1, changes, True)[:, 0] = True  # a point where nothing changes repeats its input
+    # number the inputs through: equal numbers, equal inputs
     inputs = new.flatten().cumsum(0).view_as(new)
+    # all examples have the number of the first example at the shared point
     if shared is not None:
         inputs = torch.where(inputs == inputs[:, shared, None], inputs[0, shared], inputs)
     _, *indices = np.unique(inputs.numpy(force=True), return_index=True, return_inverse=True)
@@ -294,6 +297,7 @@ def _baseline(baseline: Baseline, x: Tensor) -> Tensor:
             )
         return blur(x)
     values = baseline(x) if callable(baseline) else torch.as_tensor(baseline, dtype=torch.float64)
+    # 0.5 for integer pixels would be rounded in silence
     if not x.is_floating_point() and (values != values.to(x)).any():
         raise InputError(
             f"the baseline is {values!r}, which inputs of dtype {x.dtype} cannot hold: pass "
@@ -317,6 +321,7 @@ def blur(x: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
     reach = int(4 * sigma + 0.5)
     offset = torch.arange(-reach, reach + 1, dtype=torch.float64)
     weight = torch.exp(-(offset**2) / (2 * sigma**2))
+    # reflect the tails: ... 1 0 | 0 1 ... size-1 | size-1 size-2 ...
     place = (offset.long() + size // 2) % (2 * size)
     place = torch.where(place < size, place, 2 * size - 1 - place)
     line = torch.zeros(size, dtype=torch.float64).index_add_(0, place, weight / weight.sum()).to(x)
@@ -330,5 +335,6 @@ def blur(x: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
 
 def _log_spaced(places: int) -> list[int]:
     """Return up to 16 numbers of pixels from 1 to 0.8 of all, evenly on a logarithmic scale."""
+    # n_k = (0.8 places)^(k / 15), k = 0 ... 15
     most = max(1.0, 0.8 * places)
     return sorted({round(most ** (k / 15)) for k in range(16)})

@@ -75,6 +75,7 @@ class Result:
             parts: As the attribute.
         """
         values = values.detach().to("cpu", torch.float64)
+        # an example has the first reason that applies to it
         remaining = torch.ones(len(values), dtype=torch.bool)
         reasons: dict[str, tuple[int, ...]] = {}
         for reason, which in (*(unscored or {}).items(), ("NaN", ~values.isfinite())):

@@ -18,6 +18,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
         >>> cosine(a, b).tolist()
         [0.7071067811865475, nan]
     """
+    # without this, squares of maps near 1e-200 or 1e200 become 0 or infinite
     a, b = _unit_maximum(a), _unit_maximum(b)
     # cos(a, b) = a·b / (‖a‖ ‖b‖)
     angle: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
@@ -45,6 +46,7 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
         >>> round(float(spearman(a, b)), 12)
         0.948683298051
     """
+    # Spearman's correlation is Pearson's of the ranks
     return pearson(_ranks(a.double().flatten(1)), _ranks(b.double().flatten(1)))
 
 
@@ -103,6 +105,7 @@ def _unit_maximum(x: Tensor) -> Tensor:
 def _ranks(x: Tensor) -> Tensor:
     """Return the rank of each row's entries, equal ones with their mean; NaN for rows with NaN."""
     ordered = x.sort(1).values
+    # rank = (entries below x + entries up to x - 1) / 2, the mean rank of entries equal to x
     below = torch.searchsorted(ordered, x.contiguous())
     up_to = torch.searchsorted(ordered, x.contiguous(), right=True)
     ranks = (below + up_to - 1).double() / 2
@@ -115,5 +118,6 @@ def _scaled(x: Tensor) -> Tensor:
     edges = np.percentile(x.flatten(1).numpy(force=True), (1, 99), axis=1)
     low, high = torch.from_numpy(edges).to(x)[..., None, None]
     span = high - low
+    # x -> (clip(x, p1, p99) - p1) / (p99 - p1)
     # a constant map becomes 0, one with NaN becomes NaN
     return torch.where(span == 0, 0.0, (x.clamp(low, high) - low) / span)
