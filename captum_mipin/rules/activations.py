@@ -14,6 +14,7 @@ def relu(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: 
     value = operation(x, *arguments, **named)
     if not options.local:
         return value, lambda s: s
+    # eq. 9: S = S ⊙ 1[X ≠ 0]
     if options.packed:
         bits = pack(value > 0)
         return value, lambda s: torch.where(unpack(bits, s.shape), s, 0)
@@ -41,6 +42,7 @@ def gate(
     value = operation(x, *arguments, **named)
     if not options.local:
         return value, lambda s: s
+    # share = (f(x) − f(0)) / x
     passed, divisor = value, x
     if rest:
         divisor = x.double()
@@ -82,6 +84,7 @@ def clamp(options: Options, operation: Any, x: Tensor, *bounds: Any, **named: An
 
 def glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> Recording:
     """Send back S ⊙ σ(b) to the half a of x, for y = a ⊙ σ(b), and nothing to the gate's half b."""
+    # x = (a, b) and y = a ⊙ σ(b): the gate σ(b) is recorded, as any other gate is
     share = torch.sigmoid(x.chunk(2, dim)[1])
     return operation(x, dim), lambda s: torch.cat([s * share, torch.zeros_like(s)], dim)
 
@@ -89,6 +92,7 @@ def glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> Recording
 def _moves_zero(node: fx.Node) -> str | None:
     """Refuse what maps 0 to another value: the mask and the gate are 0 where x = 0."""
     operation: Any = node.target
+    # with this use's own bounds: clamp(x, 1, 2) makes 1 of 0, clamp(x, -1, 2) keeps it
     value = float(operation(torch.zeros(()), *node.args[1:], **node.kwargs))
     if value == 0:
         return None

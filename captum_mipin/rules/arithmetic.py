@@ -51,6 +51,7 @@ class Channelwise(Inverter):
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         moments = Moments.zeros(*self.size, x.device)
+        # No signals are shared: each channel is regressed on its own ones alone.
         rows = self._rows(x)
         moments.update(rows, rows[..., :0], [self._rows(s) for s in signals])
         return moments
@@ -59,6 +60,7 @@ class Channelwise(Inverter):
         return Inverse(like.new_empty(0), solution.bias[0].to(like), own=solution.own[0].to(like))
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
+        # x = Σ_j a_j ⊙ s_j + b
         dim = -1 if self.dim is None else self.dim
         x = add_own(signals[0].new_zeros(signals[0].shape), inverse, signals, dim)
         return x.add_(along(inverse.bias, x, dim)) if bias else x

@@ -240,6 +240,7 @@ def gate_source(node: Any, counts: Callable[[Any], bool]) -> Any:
         node: The value.
         counts: Returns False for constants.
     """
+    # Walk back through what keeps a gate a gate: 1 − σ(x), 2 σ(x), σ(x).view(...).
     while operation(node) in _REARRANGED | _SCALED:
         rearranged = operation(node) in _REARRANGED
         sources = node.args[:1] if rearranged else [n for n in node.args if counts(n)]
@@ -282,6 +283,7 @@ def adjoint(operator: Callable[[Tensor], Tensor], like: Tensor) -> Back:
 
 def value_and_adjoint(operator: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Back]:
     """Return a linear operator's value at ``x``, and its adjoint."""
+    # The gradient of ⟨s, P x⟩ with respect to x is Pᵀ s.
     with torch.enable_grad():
         probe = x.detach().requires_grad_()
         value = operator(probe)

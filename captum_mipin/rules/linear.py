@@ -69,6 +69,7 @@ class Dense(Inverter):
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
         weight, live = solution.weight[0], solution.live
         own = solution.own[0].to(like) if self.own else None
+        # Signals that never vary have zeros for coefficients: their columns are not kept.
         used = weight.any(0).nonzero().squeeze(1)
         if len(used) < weight.shape[1]:
             weight, live = weight[:, used], used if live is None else live[used]
@@ -85,6 +86,7 @@ class Dense(Inverter):
         weight, bias = solution.coefficients.to(rows.x), solution.bias.to(rows.x)
         n, signals = weight.shape
         index = None if signals == sum(self.signals) else live
+        # W = Xᵀ K S: kept as its two factors where these are smaller than the product
         if n * (signals + self.features) < signals * self.features:
             return Inverse(weight, bias, index, rows=rows.x)
         return Inverse(rows.x.mT @ weight, bias, index)
@@ -93,8 +95,9 @@ class Dense(Inverter):
         s, own = self._divided(signals)
         if inverse.live is not None:
             s = s[..., inverse.live]
+        # eq. 6: g(S) = W S + b
         weight = inverse.weight
-        if inverse.rows is not None:
+        if inverse.rows is not None:  # W = rowsᵀ weight, which would be larger than both
             s, weight = F.linear(s, weight), inverse.rows.mT
         return add_own(F.linear(s, weight, inverse.bias if bias else None), inverse, own, -1)
 
@@ -201,6 +204,7 @@ class Convolution(Inverter):
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
         size = torch.Size([len(signals[0]), *self.x_size[1:]])
         weights = inverse.weight.split([prod(conv.weight_shape) for conv in self.geometries])
+        # eq. 7: g(S) = Σ Wᵀ * S + b, summed over the convolutions
         parts = zip(self.geometries, weights, signals, strict=False)
         x = reduce(
             Tensor.add_, (conv.apply(s, w.view(conv.weight_shape), size) for conv, w, s in parts)
@@ -263,6 +267,7 @@ class PooledDense(Inverter):
         weight, bias, options = self.weight, self.bias, self.options
         if live is not None:
             s, weight, bias = s[:, live], weight[live], None if bias is None else bias[live]
+        # y = W x + b at each place; its average over the places is the output
         y = F.linear(self.x.contiguous(), weight, bias)
         over = tuple(range(1, y.ndim - 1))
         recorded = options.local and options.shares

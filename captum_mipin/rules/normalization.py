@@ -55,6 +55,7 @@ class NormArguments:
         eps, weight = passed.get("eps", 1e-5), passed.get("weight")
         if name in ("layer_norm", "rms_norm"):
             dims = tuple(range(-len(passed["normalized_shape"]), 0))
+            # σ² = variance + ε, for RMS norm mean square + ε
             if name == "layer_norm":
                 return cls(x.var(dims, correction=0, keepdim=True) + eps, weight)
             eps = torch.finfo(x.dtype).eps if passed.get("eps") is None else eps
@@ -81,6 +82,7 @@ def sample_norm(
     norm = NormArguments.of(name, x, arguments, named)
     if not options.local or norm.kept:
         return value, lambda s: s
+    # y = γ (x − μ) / σ + β: the inverse before learns γ, β and μ, but not the σ of each sample
     sigma = norm.variance.sqrt()
     return value, lambda s: s * sigma
 

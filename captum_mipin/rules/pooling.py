@@ -28,6 +28,7 @@ def max_pool(
     dims = windows.dims
     pool: Any = getattr(F, f"max_pool{dims}d")
     value, switches = pool(x, *arguments, **named, return_indices=True)
+    # eq. 8: g(S, switch) = S ⊙ switch
     if options.local:
         overlap = any(s <= r for s, r in zip(windows.stride, windows.reach, strict=True))
         return value, _to_switches(switches, x.shape, dims, overlap)
@@ -42,6 +43,7 @@ def max_pool(
         ends = [(-p, z + p - n) for n, p, z in sizes]  # a negative number cuts, a positive one pads
         return F.pad(field, [n for pair in reversed(ends) for n in pair]).reshape(size)
 
+    # without switches: the mean of S over the windows that cover an element
     return value, lambda s: _ratio(cover(s), cover(torch.ones_like(s)))
 
 
@@ -56,6 +58,7 @@ def adaptive_max_pool(
         return value, _to_switches(switches, x.shape, dims, any(z % n for _, (z, n) in sizes))
     count = torch.ones_like(value)  # elements of each window
     for dim, (z, n) in sizes:
+        # Window i reaches from ⌊i z / n⌋ to ⌈(i + 1) z / n⌉.
         width = [-(-(i + 1) * z // n) - i * z // n for i in range(n)]
         count = count * count.new_tensor(width).view(-1, *(1,) * (-dim - 1))
     even: Any = getattr(F, f"adaptive_avg_pool{dims}d")
@@ -146,10 +149,12 @@ def shared_out(
 
     if evidence:
         return value, speaking
+    # window w sends x_i the part S_w x_i / Σ_j P_wj x_j; of several windows, the mean by P_wi counts
     if not recorded:
         return value, share(1.0, operator(torch.ones_like(x[one])))
     if bool((x >= 0).all()):
         return value, share(x, value)
+    # Averages above 0 came from the positive elements, those below 0 from the negative ones.
     positive = x.clamp(min=0)
     total = operator(positive)
     above, below = share(positive, total), share(positive - x, total - value)
