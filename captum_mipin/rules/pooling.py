@@ -149,7 +149,7 @@ def shared_out(
 
     if evidence:
         return value, speaking
-    # window w sends x_i the part S_w x_i / Σ_j P_wj x_j; of several windows, the mean by P_wi counts
+    # window w sends x_i the part S_w x_i / Σ_j P_wj x_j; of several, the mean by P_wi counts
     if not recorded:
         return value, share(1.0, operator(torch.ones_like(x[one])))
     if bool((x >= 0).all()):
