@@ -25,11 +25,12 @@ from captum_mipin.bottleneck.maps import positions
 from captum_mipin.bottleneck.samples import Parts, Samples
 from captum_mipin.errors import FitError, InputError, ModelChangedError, NotFittedError
 from captum_mipin.graph.cache import Graphs
-from captum_mipin.graph.capture import TURNS, CapturedGraph, capture
+from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import Signature, plain
 from captum_mipin.graph.subgraph import tensor_name
+from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import (
     as_extras,
     as_inputs,

@@ -9,11 +9,10 @@ import copy
 import linecache
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from threading import Condition, Lock
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,6 +32,7 @@ from captum_mipin.graph.functional import NotRewritableError, functional
 from captum_mipin.graph.marks import inherit, mark, value_of
 from captum_mipin.graph.modules import OWN, named_tensors, snapshot, tree
 from captum_mipin.graph.signature import Signature, per_example, plain, select
+from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import check_inputs, check_model, described
 from captum_mipin.types import Extras, Inputs, Output
 
@@ -54,37 +54,6 @@ _GRAPHS = 8
 
 #: Weights that are computed anew in a hook at each call.
 _WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
-
-
-class _Turns:
-    """Lets explanations in several threads overlap, but nothing overlap an export.
-
-    ``torch.export`` cannot run in two threads at once. While it runs, it switches oneDNN off for
-    the whole process, so that convolutions in other threads would round differently.
-    """
-
-    def __init__(self) -> None:
-        self._changed, self._explaining = Condition(), 0
-
-    @contextmanager
-    def explaining(self) -> Iterator[None]:
-        with self._changed:
-            self._explaining += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._explaining -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def exporting(self) -> Iterator[None]:
-        with self._changed:  # held throughout, so that no explanation begins
-            self._changed.wait_for(lambda: self._explaining == 0)
-            yield
-
-
-TURNS = _Turns()
 
 
 @dataclass(frozen=True)

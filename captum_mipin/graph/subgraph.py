@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from captum_mipin.errors import CaptureError, InputError
-from captum_mipin.graph.capture import TURNS, CapturedGraph
+from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.layout import batched, first_dimension
 from captum_mipin.graph.marks import module_stack, value_of
 from captum_mipin.graph.nodes import ancestors, is_size, place
+from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import described
 
 

@@ -16,11 +16,11 @@ from captum_mipin.errors import (
     ModelChangedWarning,
     NotFittedError,
 )
-from captum_mipin.graph.capture import TURNS
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import plain
+from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import (
     as_extras,
     as_inputs,

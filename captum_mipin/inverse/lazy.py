@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from captum_mipin.errors import NotFittedError
-from captum_mipin.graph.capture import TURNS
+from captum_mipin.graph.turns import TURNS
 from captum_mipin.inverse.fit import Fit
 from captum_mipin.inverse.request import Fitted
 from captum_mipin.rules import Inverse

@@ -21,11 +21,11 @@ from captum_mipin.errors import (
     ModelChangedError,
     NotFittedError,
 )
-from captum_mipin.graph.capture import TURNS
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import Signature
 from captum_mipin.graph.subgraph import module_output
+from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import check_choice, check_model, device_of, finite, generator_kept
 from captum_mipin.inverse.base import Groups, ModelInverse
 from captum_mipin.inverse.data import Batches, Unpack, check_independent

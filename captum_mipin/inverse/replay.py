@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from captum_mipin.errors import CaptureError, FitError
-from captum_mipin.graph.capture import TURNS, CapturedGraph
+from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.layout import first_dimension
 from captum_mipin.graph.marks import marks, value_of
 from captum_mipin.graph.nodes import ancestors, is_size, place
 from captum_mipin.graph.subgraph import evaluate, extract, run_part
+from captum_mipin.graph.turns import TURNS
 from captum_mipin.inverse.examples import Examples
 from captum_mipin.inverse.request import Settings
 from captum_mipin.inverse.trace import Trace

@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError
 from captum_mipin.graph.cache import Graphs
-from captum_mipin.graph.capture import TURNS, CapturedGraph, capture
+from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import Signature, plain
+from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import (
     as_extras,
     as_inputs,
