@@ -1,4 +1,7 @@
-"""A real browser without a window, by the WebDriver protocol, for tests of pages; where chromedriver and Chromium are there."""
+"""A real browser without a window, by the WebDriver protocol, for tests of pages.
+
+It needs chromedriver and Chromium on the path.
+"""
 
 import base64
 import json
@@ -42,7 +45,7 @@ class Page:
         self._ask("POST", f"/element/{self.element(css)}/click")
 
     def press(self, *keys):
-        """Press keys, whatever has the focus."""
+        """Press keys one after the other; the focused element receives them."""
         actions = [
             action
             for key in keys
@@ -53,8 +56,9 @@ class Page:
         )
 
     def resize(self, width, height):
-        self._ask("POST", "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride",
-                  params={"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True})  # fmt: skip
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
+        command = "Emulation.setDeviceMetricsOverride"
+        self._ask("POST", "/goog/cdp/execute", cmd=command, params=size)
 
     def logs(self):
         return self._ask("POST", "/se/log", type="browser")
@@ -65,7 +69,7 @@ class Page:
 
 @contextmanager
 def opened(address, width=1200, height=900):
-    """The page at ``address``."""
+    """Open the page at ``address``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Small fitted networks, and a watch over everything that must stay as it was."""
+"""Small fitted networks, shared captures, and a watch over everything that must stay as it was."""
 
 import copy
 import random
@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("same")  # the same examples each time
 
 
 class Fitted(NamedTuple):
-    """A network, its inverse and data like that it was fitted to."""
+    """A network, its inverse, and data like that it was fitted to."""
 
     model: nn.Module
     inverse: InverseNetwork
@@ -57,13 +57,13 @@ def _cnn() -> nn.Module:
 
 @pytest.fixture
 def make_mlp() -> Callable[[], nn.Module]:
-    """The same network of one hidden layer, anew at each call."""
+    """Return a function that builds the same network of one hidden layer at each call."""
     return _mlp
 
 
 @pytest.fixture(scope="session")
 def mlp() -> Fitted:
-    """Fitted for all three classes; not to be changed."""
+    """Return a network fitted for all three classes; tests must not change it."""
     model = _mlp()
     x = torch.randn(96, 6, generator=torch.Generator().manual_seed(3))
     return Fitted(model, InverseNetwork(model).fit(x, progress=False), x)
@@ -71,7 +71,7 @@ def mlp() -> Fitted:
 
 @pytest.fixture(scope="session")
 def cnn() -> Fitted:
-    """Fitted for all three classes; not to be changed."""
+    """Return a network fitted for all three classes; tests must not change it."""
     model = _cnn()
     x = torch.rand(96, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     return Fitted(model, InverseNetwork(model).fit(x, progress=False), x)
@@ -79,14 +79,14 @@ def cnn() -> Fitted:
 
 @pytest.fixture
 def own_mlp(mlp: Fitted) -> Fitted:
-    """A copy of ``mlp`` that a test may change."""
+    """Return a copy of ``mlp`` that a test may change."""
     model, inverse = copy.deepcopy((mlp.model, mlp.inverse))
     return Fitted(model, inverse, mlp.x.clone())
 
 
 @pytest.fixture
 def own_cnn(cnn: Fitted) -> Fitted:
-    """A copy of ``cnn`` that a test may change."""
+    """Return a copy of ``cnn`` that a test may change."""
     model, inverse = copy.deepcopy((cnn.model, cnn.inverse))
     return Fitted(model, inverse, cnn.x.clone())
 
@@ -110,11 +110,12 @@ def _state(t: Tensor) -> tuple[Any, ...]:
 
 
 def _traces(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Everything about a model, its inputs and the process that an explanation could leave a trace in."""
+    """Return all places where an explanation could leave a trace: model, inputs and process."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {
         "weights": {
-            name: (id(t), t.dtype, t.shape, t.requires_grad, t.is_leaf, *_state(t)) for name, t in named
+            name: (id(t), t.dtype, t.shape, t.requires_grad, t.is_leaf, *_state(t))
+            for name, t in named
         },
         "state_dict": {name: _bits(t) for name, t in model.state_dict().items()},
         "modules": {
@@ -129,7 +130,9 @@ def _traces(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
         },
         "inputs": [(t.requires_grad, t.stride(), *_state(t)) for t in tensors],
         "generators": (_bits(torch.get_rng_state()), str(np.random.get_state()), random.getstate()),  # noqa: NPY002  # as above
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
+        "modes": (
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+        ),
     }  # fmt: skip
 
 
@@ -146,7 +149,10 @@ def _untouched(model: nn.Module, *tensors: Tensor) -> Iterator[None]:
 
 @pytest.fixture
 def untouched() -> Callable[..., AbstractContextManager[None]]:
-    """To wrap around what must leave model, tensors and generators as they were, also after an exception."""
+    """Return a context that checks that model, tensors and generators stay as they were.
+
+    It checks after an exception as well.
+    """
     return _untouched
 
 
@@ -165,7 +171,10 @@ def _survives(fitted: Fitted) -> Iterator[None]:
 
 @pytest.fixture
 def survives() -> Callable[[Fitted], AbstractContextManager[None]]:
-    """To wrap around what must leave an inverse fitted earlier with the same bits, also after an exception."""
+    """Return a context that checks that an inverse fitted earlier keeps the same bits.
+
+    It checks after an exception as well.
+    """
     return _survives
 
 

@@ -18,11 +18,15 @@ class Function(nn.Module):
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
+    """Return values of a normal distribution, always the same."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 class SmallResNet(ResNet):
-    """torchvision's, of two stages with one block each: as wide as it is, so that each neuron has positive contributions."""
+    """Torchvision's ResNet with two stages of one block each.
+
+    It keeps the original width, so that each neuron has positive contributions.
+    """
 
     def __init__(self, block):
         super().__init__(block, [1, 1, 0, 0], num_classes=3)
@@ -37,9 +41,15 @@ class SmallResNet(ResNet):
 
 
 def varied(model, *shape, zero_biases=False, eps=None):
-    """``model`` in float64 with batch norms that do something: drawn parameters, and the statistics of noise of this shape.
+    """Return ``model`` in float64 with batch norms that do something.
 
-    With ``zero_biases`` every bias is 0, and so are the shifts of the batch norms and the means they subtract.
+    They get random parameters and the statistics of noise of this shape.
+
+    Args:
+        model: The network.
+        shape: The shape of an input, without the batch.
+        zero_biases: Whether every bias is 0, and so the shifts and running means of batch norms.
+        eps: The ε of batch norms; None to keep theirs.
     """
     torch.manual_seed(5)
     model = model.double().train()

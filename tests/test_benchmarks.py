@@ -25,8 +25,10 @@ def images(completeness, x, labels):
 
 
 def test_apc_by_hand(completeness):
-    """Logits are the pixels themselves. Class a: errors 50 % lost, 100 % too much; class b: 10 % lost on an image that is
-    taken for a (90 % too much there), 30 % lost on one that is not.
+    """Two classes, computed by hand; logits are the pixels themselves.
+
+    Class a: errors 50 % lost, 100 % too much. Class b: 10 % lost on an image that is taken for a
+    (90 % too much there), 30 % lost on one that is not.
     """
     x = torch.tensor([[2.0, 0.0], [1.0, 0.0], [10.0, 5.0], [0.0, 10.0]])
     found = {
@@ -85,7 +87,10 @@ def bottleneck(monkeypatch):
 
 
 def test_box_accuracy_by_hand(bottleneck):
-    """Three pixels inside; of the three highest-scored, two are. Ties fall to chance: half of the pixels are inside."""
+    """Three pixels lie inside; of the three highest-scored, two do.
+
+    Ties fall to chance: half of the pixels are inside.
+    """
     scores = torch.tensor([[[9.0, 8.0], [7.0, 1.0], [2.0, 3.0]]])
     boxes = torch.tensor([[[True, False], [True, False], [True, False]]])
     order = bottleneck.ranked(scores, torch.Generator().manual_seed(0))
@@ -98,7 +103,7 @@ def test_box_accuracy_by_hand(bottleneck):
 
 
 def test_deletion_and_insertion_by_hand(bottleneck):
-    """The probability is the share of a constant image that is left; blurring keeps such an image as it is."""
+    """The probability is the share of a constant image that remains; a blur keeps such an image."""
 
     class Amount(nn.Module):
         def forward(self, x):
@@ -186,7 +191,7 @@ def test_halves_share_nothing_and_each_class_evenly(boxes):
 
 
 def photographs(boxes, count):
-    """Images of 2 x 2 pixels, their boxes the left upper one; the first half is for choosing."""
+    """Return images of 2 x 2 pixels, boxed at the upper left; the first half is for choosing."""
     masks = torch.zeros(count, 2, 2, dtype=torch.bool)
     masks[:, 0, 0] = True
     index = torch.arange(count)
@@ -197,7 +202,7 @@ def photographs(boxes, count):
 
 
 def test_chosen_on_one_half_reported_on_the_other(boxes):
-    """The first setting is right on the choosing half alone, the second on the other: the first is chosen, and reported 0."""
+    """The first setting is right on the choosing half alone: it is chosen, and reported as 0."""
     about = photographs(boxes, 8)
     right, wrong = torch.tensor([[1.0, 0], [0, 0]]), torch.tensor([[0, 0], [0, 1.0]])
     first = torch.stack([right] * 4 + [wrong] * 4)

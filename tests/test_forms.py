@@ -55,7 +55,7 @@ class PooledDense:
     def fit(self, x, s, ridge, scale):
         return regress(self.rows(x), self.rows(self.placed(x, s, local=True)), ridge, scale)
 
-    def back(self, s, x, y, inverse, biases, local):
+    def back(self, s, x, y, *, inverse, biases, local):
         weight, bias = inverse
         found = self.rows(self.placed(x, s, local)) @ weight.T + (bias if biases else 0)
         return np.moveaxis(found.reshape(len(x), *x.shape[2:], -1), -1, 1)

@@ -9,7 +9,7 @@ from captum_mipin import InverseNetwork
 
 
 def explained(spelling: Spelling) -> tuple[InverseNetwork, list[torch.Tensor]]:
-    """The inverse of the network in this spelling, and all that it answers."""
+    """Return the inverse of the network in this spelling, and all that it answers."""
     x, inverse = (
         images(48),
         InverseNetwork(network(spelling)).fit(images(48), targets=1, progress=False),
@@ -19,7 +19,7 @@ def explained(spelling: Spelling) -> tuple[InverseNetwork, list[torch.Tensor]]:
 
 
 def fits(inverse: InverseNetwork) -> list[tuple[float, ...]]:
-    """How well each layer was inverted; names and order of the layers are the spelling's."""
+    """Return how well each layer was inverted, without the names and order of the layers."""
     return sorted(
         (fit.rows, fit.features, fit.signals, fit.explained_variance)
         for fit in inverse.report.layers
@@ -43,7 +43,7 @@ def test_spelling_of_a_residual_network_does_not_matter(name, reference):
 
 
 def test_what_looks_at_modules_differs_between_spellings():
-    """So that the comparison above, and the benchmark's, is one that can be lost."""
+    """A method that looks at modules differs: the comparison above can fail."""
     x = images(6)
     one, other = (
         captum(GuidedBackprop, network(SPELLINGS[name]), x, 1) for name in (REFERENCE, "F.relu")

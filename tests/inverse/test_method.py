@@ -826,7 +826,7 @@ def axes_of(pool, x):
         for g in geometry
     ]
     return [
-        sliding_windows(size, *axis, pool.ceil_mode)
+        sliding_windows(size, *axis, ceil_mode=pool.ceil_mode)
         for size, *axis in zip(sizes, *each, strict=True)
     ]
 
