@@ -198,6 +198,6 @@ def unwritten(shared_graphs: SharedGraphs) -> Iterator[None]:
 def captured_once(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, shared_graphs: SharedGraphs
 ) -> None:
-    """Leave tests marked ``captured_anew``, such as those that count captures, their own graphs."""
+    """Capture each spelling of a network once, but anew in tests marked ``captured_anew``."""
     if request.node.get_closest_marker("captured_anew"):
         monkeypatch.setattr(capture_module, "trace", shared_graphs.trace)

@@ -68,3 +68,19 @@ def varied(model, *shape, zero_biases=False, eps=None):
             if zero_biases:
                 m.running_mean.zero_()
     return model.eval()
+
+
+def attributed_in_every_way(method, x, target=1):
+    """Return the attribution of x, and check that every way to ask for it gives the same bits."""
+    one = method.attribute(x, target)
+    assert torch.equal(one, method.attribute(x, target=target)), "the same bits when called twice"
+    (in_tuple,) = method.attribute((x,), target)
+    assert torch.equal(in_tuple, one)
+    with torch.no_grad():
+        assert torch.equal(method.attribute(x, target), one)
+    with torch.inference_mode():
+        assert torch.equal(method.attribute(x.clone(), target), one)
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(method.attribute(leaf, target), one)
+    assert leaf.grad is None
+    return one

@@ -15,15 +15,13 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.models.squeezenet import Fire
 
-from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, MIPINError, check
-from captum_mipin.errors import (
-    CaptureError,
-    FitError,
-    InputError,
-    InverseFileError,
-    ModelChangedError,
-    NotFittedError,
-    TrainingModeError,
+from captum_mipin import (
+    InverseNetwork,
+    LayerMIPINAttribution,
+    MIPINAttribution,
+    MIPINError,
+    check,
+    errors,
 )
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import Signature
@@ -234,7 +232,7 @@ def test_a_dense_layer_of_another_width_is_named_with_the_way_out(untouched):
         r"was fitted on \(1, 8, 8\) torch\.float32\. Pass such inputs, resized if need be.*nn\.AdaptiveAvgPool2d"
     )
     for call in (inverse.source_signal, MIPINAttribution(model, inverse).attribute):
-        with pytest.raises(CaptureError, match=message), untouched(model, y):
+        with pytest.raises(errors.CaptureError, match=message), untouched(model, y):
             call(y, 0)
     assert torch.isfinite(inverse.source_signal(normal(2, 1, 8, 8), 0)).all()
 
@@ -277,7 +275,9 @@ def test_what_scales_the_signal_with_the_size_is_refused_by_name(name):
     )  # fmt: skip
     inverse = fitted(model, normal(30, 2, 8, 8))
     assert torch.isfinite(inverse.source_signal(normal(2, 2, 8, 8), 0)).all()
-    with pytest.raises(CaptureError, match=rf"(?s)first at ({where})\..*was fitted on \(2, 8, 8\)"):
+    with pytest.raises(
+        errors.CaptureError, match=rf"(?s)first at ({where})\..*was fitted on \(2, 8, 8\)"
+    ):
         inverse.source_signal(normal(2, 2, 14, 14), 0)
     assert torch.isfinite(inverse.source_signal(normal(2, 2, 8, 8), 0)).all()
 
@@ -289,7 +289,8 @@ def test_channels_that_follow_from_the_size_are_refused():
     )  # fmt: skip
     inverse = fitted(model, normal(30, 12) + 1)
     with pytest.raises(
-        InputError, match=r"the inverse of input .*/fork does not fit signals of shape \(2, 15\)"
+        errors.InputError,
+        match=r"the inverse of input .*/fork does not fit signals of shape \(2, 15\)",
     ):
         inverse.source_signal(normal(2, 15), 0)
 
@@ -302,7 +303,7 @@ def test_a_longer_sequence_is_refused_by_recurrent_layers_and_taken_by_a_mean():
         last=nn.Linear(4, 2),
     )
     inverse = fitted(recurrent, normal(30, 2, 3))
-    with pytest.raises(CaptureError, match=r"first at \S+ in layers\.rnn"):
+    with pytest.raises(errors.CaptureError, match=r"first at \S+ in layers\.rnn"):
         inverse.source_signal(normal(2, 3, 3), 0)
     tokenwise = Function(
         lambda m, x: m["last"](m["first"](x).relu().mean(1)),
@@ -322,17 +323,19 @@ def test_another_model_is_noticed_at_another_size_too(tmp_path):
         InverseNetwork.load(tmp_path / "file", model(2)).source_signal(y[:2], 0)
     ).all()
     for size in (x, y):
-        with pytest.raises(ModelChangedError, match="computes something else"):
+        with pytest.raises(errors.ModelChangedError, match="computes something else"):
             InverseNetwork.load(tmp_path / "file", model(3)).source_signal(size[:2], 0)
 
 
 def test_sizes_do_not_mix_in_one_fit():
     model = pooled(HEADS["mean"])
     x, y = normal(10, 2, 8, 8, dtype=torch.float64), normal(10, 2, 9, 9, dtype=torch.float64)
-    with pytest.raises(FitError, match=r"batch 1 has inputs of shape and dtype \[\(\(2, 9, 9\)"):
+    with pytest.raises(
+        errors.FitError, match=r"batch 1 has inputs of shape and dtype \[\(\(2, 9, 9\)"
+    ):
         fitted(model, [x, y])
     inverse = fitted(model, x)
-    with pytest.raises(InputError, match=r"the data has inputs .* that of earlier fits "):
+    with pytest.raises(errors.InputError, match=r"the data has inputs .* that of earlier fits "):
         inverse.fit(y, 0, progress=False)
 
 
@@ -381,7 +384,7 @@ def test_a_loaded_inverse_with_further_arguments_takes_another_size_of_the_same_
     if window == 2:
         assert loaded.source_signal(normal(3, 2, 16, 16), 0, scale[:3]).shape == (3, 2, 16, 16)
     else:
-        with pytest.raises(ModelChangedError, match="computes something else"):
+        with pytest.raises(errors.ModelChangedError, match="computes something else"):
             loaded.source_signal(normal(3, 2, 16, 16), 0, scale[:3])
 
 
@@ -449,14 +452,14 @@ def test_a_wrapped_model_is_watched_and_must_not_train(own_mlp):
     wrapped = nn.DataParallel(own_mlp.model)
     inverse = InverseNetwork(wrapped).fit(own_mlp.x, progress=False)
     wrapped.train()
-    with pytest.raises(TrainingModeError, match=r"model\.eval\(\)"):
+    with pytest.raises(errors.TrainingModeError, match=r"model\.eval\(\)"):
         inverse.source_signal(own_mlp.x[:2], 0)
     wrapped.eval()
     with torch.no_grad():
         wrapped.module[0].bias += 1
-    with pytest.raises(ModelChangedError, match="weights have changed"):
+    with pytest.raises(errors.ModelChangedError, match="weights have changed"):
         inverse.source_signal(own_mlp.x[:2], 0)
-    with pytest.raises(InputError, match="belongs to another model object"):
+    with pytest.raises(errors.InputError, match="belongs to another model object"):
         MIPINAttribution(nn.DataParallel(copy.deepcopy(own_mlp.model)), inverse)
 
 
@@ -609,19 +612,19 @@ def test_outputs_that_are_not_there_are_refused_with_those_that_are(
         lambda: InverseNetwork(model, output=output).fit(x, progress=False),
         lambda: check(model, x, output=output),
     ):
-        with pytest.raises(CaptureError, match=message), untouched(model, x):
+        with pytest.raises(errors.CaptureError, match=message), untouched(model, x):
             call()
 
 
 def test_the_output_of_a_model_with_one_is_refused(mlp):
     with pytest.raises(
-        CaptureError,
+        errors.CaptureError,
         match=r"output=0 does not fit: what the model returns is a Tensor, expected output=None",
     ):
         InverseNetwork(mlp.model, output=0).fit(mlp.x, progress=False)
     for wrong in (1.5, True, ["logits"], ("a", None), b"x"):
         with pytest.raises(
-            InputError,
+            errors.InputError,
             match=r"output=.* must be an index, a key or a field's name, or a tuple of such",
         ):
             InverseNetwork(mlp.model, output=wrong)
@@ -651,7 +654,7 @@ def test_a_checkpoint_of_another_output_is_refused(tmp_path):
         InverseNetwork(model, output=(1, 0)).fit(
             Stops(), 0, memory=0, progress=False, checkpoint=path
         )
-    with pytest.raises(InverseFileError, match="of another fit: its output differ"):
+    with pytest.raises(errors.InverseFileError, match="of another fit: its output differ"):
         InverseNetwork(model, output=0).fit(list(x.split(20)), 0, progress=False, checkpoint=path)
     resumed = InverseNetwork(model, output=(1, 0)).fit(
         list(x.split(20)), 0, memory=0, progress=False, checkpoint=path
@@ -820,11 +823,11 @@ def test_texts_of_another_length():
 def test_integers_are_refused_where_they_would_be_explained():
     model, tokens = Text("mean").eval(), ids(60, 5)
     message = r"input 0 has dtype torch\.int64, expected a floating dtype.*InverseNetwork\(model, layer=\.\.\.\)"
-    with pytest.raises(FitError, match=message):
+    with pytest.raises(errors.FitError, match=message):
         fitted(model, tokens)
-    with pytest.raises(FitError, match=r"batch 0: " + message):
+    with pytest.raises(errors.FitError, match=r"batch 0: " + message):
         fitted(model, list(tokens.split(20)))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(errors.InputError, match=message):
         check(model, tokens)
     inverse = fitted(model, tokens, layer=model.embedding)
     for call in (
@@ -833,10 +836,10 @@ def test_integers_are_refused_where_they_would_be_explained():
         MIPINAttribution(model, inverse).attribute,
     ):
         with pytest.raises(
-            NotFittedError, match=r"stops at layer 'embedding'.*use LayerMIPINAttribution"
+            errors.NotFittedError, match=r"stops at layer 'embedding'.*use LayerMIPINAttribution"
         ):
             call(tokens[:2], 0)
-    with pytest.raises(InputError, match="complex"):
+    with pytest.raises(errors.InputError, match="complex"):
         LayerMIPINAttribution(model, inverse).attribute(tokens[:2] + 0j, 0)
 
 
@@ -864,12 +867,12 @@ def test_integers_beside_numbers():
         inverse = fitted(model, data, layer=layer)
         assert LayerMIPINAttribution(model, inverse).attribute(some, [0, 1, 2]).shape == shape
     with pytest.raises(
-        FitError, match=r"input 0 has dtype torch\.int64, expected a floating dtype"
+        errors.FitError, match=r"input 0 has dtype torch\.int64, expected a floating dtype"
     ):
         fitted(model, data)
     swapped = Function(lambda m, numbers, tokens: m["model"](tokens, numbers), model=model)
     with pytest.raises(
-        FitError, match=r"input 1 has dtype torch\.int64, expected a floating dtype"
+        errors.FitError, match=r"input 1 has dtype torch\.int64, expected a floating dtype"
     ):
         fitted(swapped, data[::-1])
     as_argument = InverseNetwork(
@@ -909,7 +912,7 @@ def test_what_would_go_another_way_at_another_size_is_refused_there(name):
     torch.manual_seed(0)
     inverse = fitted(model, torch.randn(60, *size))
     assert inverse.source_signal(torch.randn(3, *size), 0).isfinite().all()
-    with pytest.raises(CaptureError, match="computes something else than for those"):
+    with pytest.raises(errors.CaptureError, match="computes something else than for those"):
         inverse.source_signal(torch.randn(3, *other), 0)
 
 
@@ -944,5 +947,5 @@ def test_a_change_of_views_alone_is_a_change_of_the_model(tmp_path):
     model.groups = 4
     for changed in (inverse, InverseNetwork.load(tmp_path / "file", model)):
         for some in (x[:2], torch.randn(2, 3, 8, 8)):
-            with pytest.raises(ModelChangedError):
+            with pytest.raises(errors.ModelChangedError):
                 changed.source_signal(some, 0)

@@ -8,27 +8,14 @@ import pytest
 import torch
 from captum.attr import NoiseTunnel
 from captum.metrics import infidelity, sensitivity_max
-from small import Function, normal
+from small import Function, attributed_in_every_way, normal
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from captum_mipin import IBA, InverseNetwork, MIPINError
+from captum_mipin import IBA, InverseNetwork, MIPINError, errors
 from captum_mipin.bottleneck import Bottleneck
-from captum_mipin.errors import (
-    CaptureError,
-    FitError,
-    InputError,
-    InverseFileError,
-    ModelChangedError,
-    NotFittedError,
-    TargetError,
-    TargetRangeError,
-    TrainingModeError,
-)
 from captum_mipin.graph.cache import Graphs
-
-pytestmark = pytest.mark.usefixtures("captured_once")
 
 SHORT = Bottleneck(steps=3, copies=4)
 
@@ -237,7 +224,8 @@ def test_any_tensor_of_the_graph_by_its_name(model, x):
 def test_the_input_itself_by_its_name(x):
     model = network()
     with pytest.raises(
-        CaptureError, match=r"tensor 'nothing' is not there in the graph.*its tensors are (\w+), "
+        errors.CaptureError,
+        match=r"tensor 'nothing' is not there in the graph.*its tensors are (\w+), ",
     ) as caught:
         IBA(model, "nothing").estimate(x, progress=False)
     name = str(caught.value).split("its tensors are ")[1].split(",")[0]
@@ -272,7 +260,7 @@ def test_a_dense_layer(mlp):
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     with pytest.raises(
-        InputError,
+        errors.InputError,
         match=r"output of shape \(8,\).*no positions like those of inputs of shape \(6,\).*at='layer'",
     ):
         iba.attribute(mlp.x[:4], 1, generator=generator)
@@ -293,7 +281,8 @@ def test_features_with_their_channels_last_under_images(x):
     unsaid = IBA(moved, moved.layers["norm"], how, channels=-1).estimate(x, progress=False)
     assert unsaid.attribute(x[:2], 1, at="layer").shape == (2, 4, 4, 5)
     with pytest.raises(
-        InputError, match=r"which dimension of inputs of shape \(2, 3, 8, 8\) holds their channels"
+        errors.InputError,
+        match=r"which dimension of inputs of shape \(2, 3, 8, 8\) holds their channels",
     ):
         unsaid.attribute(x[:2], 1)
     said = IBA(moved, moved.layers["norm"], how, channels=-1, input_channels=1).estimate(
@@ -349,17 +338,7 @@ def test_one_logit(x):
 def test_captums_contract(iba, model, x, untouched):
     before = torch.random.get_rng_state()
     with untouched(model, x):
-        one = iba.attribute(x[:4], 1)
-        assert torch.equal(one, iba.attribute(x[:4], target=1)), "the same bits when called twice"
-        (in_tuple,) = iba.attribute((x[:4],), 1)
-        assert torch.equal(in_tuple, one)
-        with torch.no_grad():
-            assert torch.equal(iba.attribute(x[:4], 1), one)
-        with torch.inference_mode():
-            assert torch.equal(iba.attribute(x[:4].clone(), 1), one)
-        leaf = x[:4].clone().requires_grad_()
-        assert torch.equal(iba.attribute(leaf, 1), one)
-        assert leaf.grad is None
+        one = attributed_in_every_way(iba, x[:4])
         torch.testing.assert_close(
             iba.attribute(x[:4].contiguous(memory_format=torch.channels_last), 1), one
         )
@@ -463,7 +442,7 @@ def test_several_inputs(x):
     ).eval()
     iba = IBA(model, model.layers["first"], SHORT).estimate((x, x.flip(0)), progress=False)
     assert iba.attribute((x[:2], x[2:4]), 0, at="layer").shape == (2, 2, 6, 6)
-    with pytest.raises(InputError, match="no positions like those of inputs"):
+    with pytest.raises(errors.InputError, match="no positions like those of inputs"):
         iba.attribute((x[:2], x[2:4]), 0)
 
 
@@ -587,20 +566,20 @@ def test_files_of_other_models_and_methods(iba, model, x, mlp, tmp_path):
     with torch.no_grad():
         other[0].weight[0, 0, 0, 0] += 1
     with pytest.raises(
-        ModelChangedError,
+        errors.ModelChangedError,
         match=r"was fitted to another model, or to other weights, than this Sequential",
     ):
         IBA.load(tmp_path / "file", other)
-    with pytest.raises(InverseFileError):
+    with pytest.raises(errors.InverseFileError):
         InverseNetwork.load(tmp_path / "file", model)
     mlp.inverse.save(tmp_path / "inverse")
-    with pytest.raises(InverseFileError, match="does not hold IBA"):
+    with pytest.raises(errors.InverseFileError, match="does not hold IBA"):
         IBA.load(tmp_path / "inverse", mlp.model)
     with pytest.raises(FileNotFoundError):
         IBA.load(tmp_path / "none", model)
     whole = (tmp_path / "file").read_bytes()
     (tmp_path / "file").write_bytes(whole[:-7])
-    with pytest.raises(InverseFileError):
+    with pytest.raises(errors.InverseFileError):
         IBA.load(tmp_path / "file", model)
 
 
@@ -616,7 +595,8 @@ def test_nothing_estimated_yet(model, x, tmp_path):
         lambda: fresh.save(tmp_path / "f"),
     ):
         with pytest.raises(
-            NotFittedError, match=r"this IBA has no statistics yet: call estimate\(data\) first"
+            errors.NotFittedError,
+            match=r"this IBA has no statistics yet: call estimate\(data\) first",
         ):
             call()
 
@@ -632,7 +612,7 @@ def test_nothing_estimated_yet(model, x, tmp_path):
 )
 def test_a_layer_that_cannot_be_taken(model, x, layer, message, untouched):
     iba = IBA(model, layer(model))
-    with pytest.raises(CaptureError, match=message), untouched(model, x):
+    with pytest.raises(errors.CaptureError, match=message), untouched(model, x):
         iba.estimate(x, progress=False)
 
 
@@ -645,10 +625,11 @@ def test_a_layer_that_is_never_reached_or_twice(x):
         last=nn.Linear(192, 2),
     ).eval()
     with pytest.raises(
-        CaptureError, match=r"layer 'layers.b'.*leaves no operation in the graph: it is not called"
+        errors.CaptureError,
+        match=r"layer 'layers.b'.*leaves no operation in the graph: it is not called",
     ):
         IBA(model, never).estimate(x, progress=False)
-    with pytest.raises(CaptureError, match="is called 2 times"):
+    with pytest.raises(errors.CaptureError, match="is called 2 times"):
         IBA(model, first).estimate(x, progress=False)
 
 
@@ -658,18 +639,20 @@ def test_a_layer_whose_output_is_thrown_away(x):
         last=nn.Linear(192, 2),
     ).eval()  # fmt: skip
     iba = IBA(model, model.layers["a"], SHORT).estimate(x, progress=False)
-    with pytest.raises(CaptureError, match="no gradient of the model's output reaches the layer"):
+    with pytest.raises(
+        errors.CaptureError, match="no gradient of the model's output reaches the layer"
+    ):
         iba.attribute(x[:2], 0)
 
 
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda x: x[:, :2], CaptureError, "must have the shape"),
+        (lambda x: x[:, :2], errors.CaptureError, "must have the shape"),
         (lambda x: x.double(), MIPINError, "float64|double|Double"),
-        (lambda x: x[:0], InputError, "is empty"),
-        (lambda x: [x], InputError, "inputs are a list"),
-        (lambda x: x / 0, InputError, "contains NaN or Inf"),
+        (lambda x: x[:0], errors.InputError, "is empty"),
+        (lambda x: [x], errors.InputError, "inputs are a list"),
+        (lambda x: x / 0, errors.InputError, "contains NaN or Inf"),
         (lambda x: F.interpolate(x, size=6), MIPINError, None),
     ],
 )
@@ -686,7 +669,7 @@ def test_features_of_another_size_than_estimated(x):
     ).eval()
     iba = IBA(model, model[0], SHORT).estimate(x, progress=False)
     with pytest.raises(
-        InputError,
+        errors.InputError,
         match=r"shape \(4, 6, 6\) for these inputs, the statistics are of \(4, 8, 8\): resize",
     ):
         iba.attribute(x[:2, :, :6, :6], 0)
@@ -697,11 +680,11 @@ def test_features_of_another_size_than_estimated(x):
 @pytest.mark.parametrize(
     ("target", "error", "message"),
     [
-        (3, TargetRangeError, r"target 3 is outside the model's outputs of shape \(3,\)"),
-        (None, TargetError, "no target was given"),
-        ([0, 1], TargetError, "2 targets were given for 3 examples"),
-        (1.5, TargetError, "expected integers"),
-        ((0, 1), TargetError, "has 2 indices"),
+        (3, errors.TargetRangeError, r"target 3 is outside the model's outputs of shape \(3,\)"),
+        (None, errors.TargetError, "no target was given"),
+        ([0, 1], errors.TargetError, "2 targets were given for 3 examples"),
+        (1.5, errors.TargetError, "expected integers"),
+        ((0, 1), errors.TargetError, "has 2 indices"),
     ],
 )
 def test_targets_that_do_not_fit(iba, x, target, error, message):
@@ -712,13 +695,13 @@ def test_targets_that_do_not_fit(iba, x, target, error, message):
 def test_weights_changed_and_training_mode(own, x):
     own.model[5].train()
     for call in (lambda: own.attribute(x[:1], 0), lambda: own.estimate(x, progress=False)):
-        with pytest.raises(TrainingModeError, match="the first is '5'"):
+        with pytest.raises(errors.TrainingModeError, match="the first is '5'"):
             call()
     own.model.eval()
     with torch.no_grad():
         own.model[7].bias[0] += 1
     with pytest.raises(
-        ModelChangedError,
+        errors.ModelChangedError,
         match="weights have changed since the features were estimated: call estimate again",
     ):
         own.attribute(x[:1], 0)
@@ -733,7 +716,8 @@ def test_the_same_weights_in_another_network(x, tmp_path):
     iba.save(tmp_path / "file")
     expected = iba.attribute(x[:2], 1)
     with pytest.raises(
-        ModelChangedError, match="computes something else than when its features were estimated"
+        errors.ModelChangedError,
+        match="computes something else than when its features were estimated",
     ):
         IBA.load(tmp_path / "file", other).attribute(x[:2], 1)
 
@@ -744,7 +728,7 @@ def test_the_same_weights_in_another_network(x, tmp_path):
         return None
 
     handle = model[1].register_forward_hook(doubles)
-    with pytest.raises(ModelChangedError, match="computes something else"):
+    with pytest.raises(errors.ModelChangedError, match="computes something else"):
         iba.attribute(x[:2], 1)
     handle.remove()
     handle = model[1].register_forward_hook(looks)
@@ -764,11 +748,11 @@ def test_a_model_that_overflows_under_noise_names_the_sample(x):
     iba = IBA(model, model.layers["first"], Bottleneck(start=-3, copies=4))
     iba.estimate([(x, torch.ones(40))], unpack=lambda batch: batch, progress=False)
     with pytest.raises(
-        InputError, match="loss of sample 2 or its gradient is NaN or Inf at step 0"
+        errors.InputError, match="loss of sample 2 or its gradient is NaN or Inf at step 0"
     ):
         iba.attribute(quiet, 0, huge, at="layer")
     with pytest.raises(
-        InputError, match="loss of sample 2 or its gradient is NaN or Inf at step 0"
+        errors.InputError, match="loss of sample 2 or its gradient is NaN or Inf at step 0"
     ):
         iba.attribute(quiet, 0, huge, at="layer", internal_batch_size=1)
 
@@ -785,13 +769,13 @@ def test_a_model_that_overflows_under_noise_names_the_sample(x):
 )
 def test_data_that_cannot_be_used_leaves_the_estimate_of_before(own, x, data, message):
     before = own.attribute(x[:2], 1)
-    with pytest.raises(FitError, match=message):
+    with pytest.raises(errors.FitError, match=message):
         own.estimate(data(x), progress=False)
     assert torch.equal(own.attribute(x[:2], 1), before)
     fresh = IBA(own.model, own.layer)
-    with pytest.raises(FitError, match=message):
+    with pytest.raises(errors.FitError, match=message):
         fresh.estimate(data(x), progress=False)
-    with pytest.raises(NotFittedError):
+    with pytest.raises(errors.NotFittedError):
         fresh.attribute(x[:2], 1)
 
 
@@ -801,7 +785,7 @@ def test_examples_that_depend_on_each_other(x):
         a=nn.Conv2d(3, 3, 1),
         last=nn.Linear(192, 2),
     )
-    with pytest.raises(FitError, match="changes with the other examples of its batch"):
+    with pytest.raises(errors.FitError, match="changes with the other examples of its batch"):
         IBA(model.eval(), model.layers["a"]).estimate(x, progress=False)
 
 
@@ -817,26 +801,29 @@ def test_examples_that_depend_on_each_other(x):
     ],
 )
 def test_options_out_of_range(model, options, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(errors.InputError, match=message):
         IBA(model, model[1], **options)
 
 
 def test_dimensions_that_are_not_there(model, x):
-    with pytest.raises(InputError, match=r"channels=7 and across=\(\) do not name dimensions"):
+    with pytest.raises(
+        errors.InputError, match=r"channels=7 and across=\(\) do not name dimensions"
+    ):
         IBA(model, model[1], channels=7).estimate(x, progress=False)
 
 
 def test_calls_that_make_no_sense(iba, x):
-    with pytest.raises(InputError, match="at='here' is not one of"):
+    with pytest.raises(errors.InputError, match="at='here' is not one of"):
         iba.attribute(x[:1], 0, at="here")
     for size in (0, 1.5):
         with pytest.raises(
-            InputError, match=f"internal_batch_size={size} must be a whole number of at least 1"
+            errors.InputError,
+            match=f"internal_batch_size={size} must be a whole number of at least 1",
         ):
             iba.attribute(x[:1], 0, internal_batch_size=size)
 
 
 def test_a_map_too_small_for_the_smoothing(x):
     model = nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), nn.Flatten(), nn.Linear(16, 3)).eval()
-    with pytest.raises(InputError, match=r"map of 2 positions cannot be smoothed.*sigma=0"):
+    with pytest.raises(errors.InputError, match=r"map of 2 positions cannot be smoothed.*sigma=0"):
         IBA(model, model[0], SHORT).estimate(x, progress=False).attribute(x[:1], 0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from captum.attr import NoiseTunnel
-from small import Function, normal
+from small import Function, attributed_in_every_way, normal
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,8 +25,6 @@ from captum_mipin.errors import (
     NotFittedError,
     TargetRangeError,
 )
-
-pytestmark = pytest.mark.usefixtures("captured_once")
 
 SHORT = ThreeStages(
     Bottleneck(beta=20, sigma=0, steps=3, copies=4),
@@ -282,17 +280,7 @@ def test_losses_bars_and_stopping(iba, model, x, capsys):
 
 def test_captums_contract(iba, model, x, untouched):
     with untouched(model, x):
-        one = iba.attribute(x[:3], 1)
-        assert torch.equal(one, iba.attribute(x[:3], target=1))
-        (in_tuple,) = iba.attribute((x[:3],), 1)
-        assert torch.equal(in_tuple, one)
-        with torch.no_grad():
-            assert torch.equal(iba.attribute(x[:3], 1), one)
-        with torch.inference_mode():
-            assert torch.equal(iba.attribute(x[:3].clone(), 1), one)
-        leaf = x[:3].clone().requires_grad_()
-        assert torch.equal(iba.attribute(leaf, 1), one)
-        assert leaf.grad is None
+        one = attributed_in_every_way(iba, x[:3])
     assert all(p.grad is None for p in model.parameters())
     assert (one.shape, one.dtype) == (x[:3].shape, x.dtype)
     assert one.is_contiguous()

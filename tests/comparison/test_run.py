@@ -11,8 +11,6 @@ from captum_mipin.comparison import METHODS, METRICS
 from captum_mipin.errors import InputError
 from captum_mipin.metrics import bounding_box_accuracy, deletion
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 CONTROLS = ["random", "centre prior", "mask only", "pattern only"]
 BOXES = [(0, 0, 4, 4), (2, 2, 6, 6), (4, 4, 8, 8)]
 

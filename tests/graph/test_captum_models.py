@@ -129,7 +129,7 @@ def _inputs(case: Case) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_toy_models_of_captum(name: str, captured_once: None, untouched: Any) -> None:
+def test_toy_models_of_captum(name: str, untouched: Any) -> None:
     case = CASES[name]
     model, inputs, extras, target = case.model.eval(), _inputs(case), case.extras, case.target
     inverse = InverseNetwork(model)

@@ -11,7 +11,6 @@ from captum_mipin import InverseNetwork, LayerMIPINAttribution
 from captum_mipin.errors import InputError
 from captum_mipin.inverse.data import Batches
 
-pytestmark = pytest.mark.usefixtures("captured_once")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 X = normal(64, 6)

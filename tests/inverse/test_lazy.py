@@ -19,8 +19,6 @@ from captum_mipin.errors import (
 from captum_mipin.inverse.fit import Fit
 from captum_mipin.rules.activations import pack, unpack
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 X = normal(30, 3, 8, 8)
 
 

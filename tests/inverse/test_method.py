@@ -31,8 +31,6 @@ from torch.nn import functional as F
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.regression.moments import Moments
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 class Function(nn.Module):
     def __init__(self, function):

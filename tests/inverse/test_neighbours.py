@@ -19,24 +19,13 @@ from captum_mipin import (
     LayerMIPINAttribution,
     MIPINAttribution,
     NeighbourInverse,
-)
-from captum_mipin.errors import (
-    CaptureError,
-    FitError,
-    InputError,
-    InverseFileError,
-    ModelChangedError,
-    NotFittedError,
-    TargetError,
-    TargetRangeError,
-    TrainingModeError,
+    errors,
 )
 from captum_mipin.inverse import neighbours
 from captum_mipin.inverse.examples import Examples
 from captum_mipin.storage import files
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-pytestmark = pytest.mark.usefixtures("captured_once")
 TARGETS = [2, 0, 1, 2, 2]
 
 
@@ -188,10 +177,14 @@ def test_at_a_layer_and_above_it():
                 found[i : i + 1],
                 LayerMIPINAttribution(model, known).attribute(q[i : i + 1], target),
             )
-    with pytest.raises(NotFittedError, match=r"stops at layer '1', it does not reach the input"):
+    with pytest.raises(
+        errors.NotFittedError, match=r"stops at layer '1', it does not reach the input"
+    ):
         inverse.source_signal(q, 0)
     inverse = NeighbourInverse(model, layer=model[4], neighbours=12).fit(x, progress=False)
-    with pytest.raises(NotFittedError, match=r"stops at layer '\d', and has nothing for 3/conv2d"):
+    with pytest.raises(
+        errors.NotFittedError, match=r"stops at layer '\d', and has nothing for 3/conv2d"
+    ):
         LayerMIPINAttribution(model, inverse, model[1]).attribute(q, 0)
 
 
@@ -330,18 +323,18 @@ def test_copies_pickles_and_files_explain_alike(tmp_path):
     ):
         assert torch.equal(signal(other), expected)
         assert (other.targets, other.neighbours, other.metric) == ([0, 2], 9, "euclidean")
-        with pytest.raises(NotFittedError, match=r"target 1; fitted are \[0, 2\]"):
+        with pytest.raises(errors.NotFittedError, match=r"target 1; fitted are \[0, 2\]"):
             other.explain((q,), 1, layer=other.layer)
     tensors, content = files.load(tmp_path / "f")
     files.save(tmp_path / "g", dict(list(tensors.items())[1:]), content)
-    with pytest.raises(InverseFileError, match="tensors, expected"):
+    with pytest.raises(errors.InverseFileError, match="tensors, expected"):
         NeighbourInverse.load(tmp_path / "g", model)
-    with pytest.raises(ModelChangedError, match="another model"):
+    with pytest.raises(errors.ModelChangedError, match="another model"):
         NeighbourInverse.load(tmp_path / "f", copy.deepcopy(model).float())
-    with pytest.raises(InverseFileError):
+    with pytest.raises(errors.InverseFileError):
         InverseNetwork.load(tmp_path / "f", model)
     InverseNetwork(model).fit(x, 0, progress=False).save(tmp_path / "g")
-    with pytest.raises(InverseFileError):
+    with pytest.raises(errors.InverseFileError):
         NeighbourInverse.load(tmp_path / "g", model)
 
 
@@ -361,7 +354,7 @@ def test_nothing_is_touched_and_threads_agree(untouched):
         thread.join()
     assert len(found) == 4
     assert all(torch.equal(one, expected) for one in found)
-    with untouched(model, q), pytest.raises(TargetError):
+    with untouched(model, q), pytest.raises(errors.TargetError):
         inverse.source_signal(q, [0, 1])
 
 
@@ -375,24 +368,24 @@ def test_what_is_kept_is_a_copy():
 def test_options_out_of_range_are_refused():
     model, (x, q) = head(12, 7, 5, 3), data(12)
     for count in (1, 0, -3, 2.5, True, "all"):
-        with pytest.raises(InputError, match="must be an integer of at least 2"):
+        with pytest.raises(errors.InputError, match="must be an integer of at least 2"):
             NeighbourInverse(model, neighbours=count)
-    with pytest.raises(InputError, match="'cosine', 'euclidean'"):
+    with pytest.raises(errors.InputError, match="'cosine', 'euclidean'"):
         NeighbourInverse(model, metric="manhattan")
-    with pytest.raises(InputError, match="neither a module"):
+    with pytest.raises(errors.InputError, match="neither a module"):
         NeighbourInverse(model, feature="logits")
-    with pytest.raises(InputError, match="ridge=-1"):
+    with pytest.raises(errors.InputError, match="ridge=-1"):
         NeighbourInverse(model, ridge=-1)
-    with pytest.raises(NotFittedError, match="call fit"):
+    with pytest.raises(errors.NotFittedError, match="call fit"):
         NeighbourInverse(model).source_signal(q, 0)
     inverse = NeighbourInverse(model, neighbours=51)
-    with pytest.raises(FitError, match="50 examples, fewer than neighbours=51"):
+    with pytest.raises(errors.FitError, match="50 examples, fewer than neighbours=51"):
         inverse.fit(x, progress=False)
     assert inverse.targets == []
     inverse.neighbours = np.int64(50)
     inverse.fit(x, progress=False).source_signal(q, 0)
     inverse.neighbours = 51
-    with pytest.raises(InputError, match="more than the 50 examples"):
+    with pytest.raises(errors.InputError, match="more than the 50 examples"):
         inverse.source_signal(q, 0)
     for options in (
         {"checkpoint": "here"},
@@ -401,7 +394,7 @@ def test_options_out_of_range_are_refused():
         {"keep": "here"},
     ):
         with pytest.raises(
-            InputError, match=rf"has no option {next(iter(options))}: it is one pass"
+            errors.InputError, match=rf"has no option {next(iter(options))}: it is one pass"
         ):
             inverse.fit(x, progress=False, **options)
 
@@ -410,39 +403,39 @@ def test_calls_that_cannot_be_answered_are_refused():
     model, inverse, x, q = fitted("narrow", neighbours=9)
     model, inverse = copy.deepcopy((model, inverse))
     for ask in (inverse.class_attribution, inverse.information):
-        with pytest.raises(NotFittedError, match="a class has none: fit an InverseNetwork"):
+        with pytest.raises(errors.NotFittedError, match="a class has none: fit an InverseNetwork"):
             ask(0)
-    with pytest.raises(TargetRangeError):
+    with pytest.raises(errors.TargetRangeError):
         inverse.source_signal(q, 3)
-    with pytest.raises(InputError, match="NaN"):
+    with pytest.raises(errors.InputError, match="NaN"):
         inverse.source_signal(q * torch.nan, 0)
-    with pytest.raises(CaptureError, match="fitted on"):
+    with pytest.raises(errors.CaptureError, match="fitted on"):
         inverse.source_signal(q[:, :11], 0)
-    with pytest.raises(TrainingModeError):
+    with pytest.raises(errors.TrainingModeError):
         inverse.fit(x, progress=False) if model.train() else None
     model.eval()
     with torch.no_grad():
         model[0].weight.mul_(1.1)
     for changed in ("refuse", "ignore"):
         inverse.changed = changed
-        with pytest.raises(ModelChangedError, match="fit a new NeighbourInverse"):
+        with pytest.raises(errors.ModelChangedError, match="fit a new NeighbourInverse"):
             inverse.source_signal(q, 0)
 
 
 def test_data_that_cannot_be_kept_is_refused():
     model, inverse, x, q = fitted("narrow", neighbours=9)
     expected = inverse.source_signal(q, 0)
-    with pytest.raises(FitError, match="more than memory=100: start further up"):
+    with pytest.raises(errors.FitError, match="more than memory=100: start further up"):
         inverse.fit(x, memory=100, progress=False)
-    with pytest.raises(FitError, match="batch 1: input 0 contains NaN"):
+    with pytest.raises(errors.FitError, match="batch 1: input 0 contains NaN"):
         inverse.fit([x, x * torch.nan], progress=False)
-    with pytest.raises(FitError, match="no batch"):
+    with pytest.raises(errors.FitError, match="no batch"):
         inverse.fit([], progress=False)
-    with pytest.raises(TargetRangeError):
+    with pytest.raises(errors.TargetRangeError):
         inverse.fit(x, 5, progress=False)
     assert torch.equal(inverse.source_signal(q, 0), expected)
     same = NeighbourInverse(model, neighbours=9).fit(x[:1].repeat(20, 1), progress=False)
-    with pytest.raises(FitError, match="for each of the 9 neighbours"):
+    with pytest.raises(errors.FitError, match="for each of the 9 neighbours"):
         same.source_signal(q, 0)
 
 
@@ -452,10 +445,11 @@ def test_features_that_cannot_be_compared_are_refused():
     words = torch.randint(20, (30, 4))
     options = {"layer": model.layers["embedding"], "neighbours": 9}
     with pytest.raises(
-        CaptureError, match=r"input inputs_0/input, of dtype torch.int64 .* Name another feature="
+        errors.CaptureError,
+        match=r"input inputs_0/input, of dtype torch.int64 .* Name another feature=",
     ):
         NeighbourInverse(model, feature="input", **options).fit(words, progress=False)
-    with pytest.raises(CaptureError, match="not a module of this"):
+    with pytest.raises(errors.CaptureError, match="not a module of this"):
         NeighbourInverse(model, feature=nn.Linear(1, 1), **options).fit(words, progress=False)
     inverse = NeighbourInverse(model, **options).fit(words, progress=False)
     assert LayerMIPINAttribution(model, inverse).attribute(words[:2], 0).shape == (2, 4, 6)
@@ -468,13 +462,13 @@ def test_a_way_around_the_layer_is_refused():
                       last=nn.Linear(8, 3)).eval()  # fmt: skip
     x = normal(20, 6)
     with pytest.raises(
-        CaptureError,
+        errors.CaptureError,
         match=r"layers.gate/linear takes input inputs_0 by another way than through the layer",
     ):
         NeighbourInverse(around, layer=around.layers["first"], neighbours=5).fit(x, progress=False)
     scaled = Function(lambda m, x, scale: m["last"](torch.relu(m["first"](x)) * scale),
                       first=nn.Linear(6, 8), last=nn.Linear(8, 3)).eval()  # fmt: skip
-    with pytest.raises(CaptureError, match="by another way"):
+    with pytest.raises(errors.CaptureError, match="by another way"):
         NeighbourInverse(scaled, neighbours=5).fit(
             [(x, torch.rand(20, 8))], unpack=lambda batch: (batch[0], batch[1]), progress=False
         )
@@ -526,7 +520,7 @@ def test_changed_weights_are_refused_whatever_is_said(changed):
     for _ in range(2):
         with (
             warnings.catch_warnings(action="ignore"),
-            pytest.raises(ModelChangedError, match="whatever changed= says"),
+            pytest.raises(errors.ModelChangedError, match="whatever changed= says"),
         ):
             inverse.source_signal(q, 1)
 
@@ -557,14 +551,14 @@ def test_files_that_say_what_no_data_says_are_refused(tmp_path, change):
     tensors, content = files.load(tmp_path / "file")
     change(tensors, content)
     files.save(tmp_path / "file", tensors, content)
-    with pytest.raises((InverseFileError, InputError, NotFittedError)):
+    with pytest.raises((errors.InverseFileError, errors.InputError, errors.NotFittedError)):
         NeighbourInverse.load(tmp_path / "file", model).source_signal(q, 1)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_features_too_large_to_be_compared_are_refused(metric):
     kept = Examples([1e20 * torch.randn(9, 4)], {}, [])
-    with pytest.raises(InputError, match=r"too large for torch.float32: scale them down"):
+    with pytest.raises(errors.InputError, match=r"too large for torch.float32: scale them down"):
         kept.nearest([torch.ones(1, 4)], 3, metric)
 
 

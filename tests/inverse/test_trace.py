@@ -16,8 +16,6 @@ from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import solve
 from captum_mipin.rules import MIPIN
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 class Residual(nn.Module):
     def __init__(self):

@@ -10,8 +10,6 @@ from torchvision.models.resnet import BasicBlock
 
 from captum_mipin.methods import ExcitationBackprop, LayerPropagation
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 def _choose(p, x, w):
     """P at x from P at the neurons w, by the definition."""

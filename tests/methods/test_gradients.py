@@ -25,7 +25,6 @@ from captum_mipin.methods import (  # fmt: skip
 )
 from captum_mipin.methods.gradients import Gradient
 
-pytestmark = pytest.mark.usefixtures("captured_once")
 BOTH = pytest.mark.parametrize("method", [Deconvnet, GuidedBackprop])
 CAPTUMS = {Deconvnet: Deconvolution, GuidedBackprop: CaptumsGuidedBackprop}
 

@@ -41,8 +41,6 @@ from captum_mipin.methods import (
 )
 from captum_mipin.methods.lrp.rules import LayerRule, quotient
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 def _vgg():
     model = VGG(make_layers([6, "M", 8, "M"], batch_norm=True), num_classes=3)

@@ -26,7 +26,6 @@ from captum_mipin.errors import (
 from captum_mipin.methods import LayerPropagation, PatternAttribution, PatternNet, Patterns
 from captum_mipin.storage import files
 
-pytestmark = pytest.mark.usefixtures("captured_once")
 ESTIMATORS = pytest.mark.parametrize("estimator", ["linear", "positive"])
 
 

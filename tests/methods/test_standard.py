@@ -66,7 +66,7 @@ def test_grad_cam_has_the_size_of_the_input():
         GradCAM(model, model[3]).attribute((x,), 1)
 
 
-def test_which_methods_tell_classes_apart(captured_once):
+def test_which_methods_tell_classes_apart():
     """On handwritten digits, explained for two classes: the same map for both, or not (Sixt et al., 2020)."""
     datasets = pytest.importorskip(
         "sklearn.datasets", reason="the digits come with it; the package does not need it"

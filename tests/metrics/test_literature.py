@@ -42,7 +42,6 @@ def network_and_images():
     return model, normalise(torch.from_numpy(tiles.copy()).float() / 255)
 
 
-@pytest.mark.usefixtures("captured_once")
 def test_maps_of_two_classes_are_nearly_the_same_for_some_methods_alone(network_and_images):
     model, images = network_and_images
     fit, x = images[:32], images[32:]

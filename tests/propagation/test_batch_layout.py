@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from captum_mipin import InverseNetwork, MIPINError, check
 from captum_mipin.graph.layout import Layout
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 6), st.integers(0, 2), st.data())
 @settings(deadline=None, max_examples=40)

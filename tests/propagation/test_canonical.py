@@ -15,7 +15,14 @@ from captum_mipin.propagation.runtime import Run
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.rules import MIPIN
 
-pytestmark = pytest.mark.usefixtures("captured_once")
+
+def assert_alike_fitted_whole_and_alone(model, x, layer):
+    """Check that a layer has the same A from an inverse of the whole and from one that stops there."""
+    found = [
+        LayerMIPINAttribution(model, inverse.fit(x, 0, progress=False), layer).attribute(x[:3], 0)
+        for inverse in (InverseNetwork(model), InverseNetwork(model, layer=layer))
+    ]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def explained(model, x):
@@ -251,15 +258,7 @@ def test_a_layer_that_transposes_can_be_explained_by_an_inverse_of_the_whole():
         stem=nn.Conv2d(2, 3, 1), layer=Transposes(), a=nn.Linear(5, 5), b=nn.Linear(5, 5), head=nn.Linear(60, 3),
     ).double().eval()  # fmt: skip
     x, layer = normal(40, 2, 4, 5, dtype=torch.float64), model.layers["layer"]
-    whole, alone = (
-        InverseNetwork(model).fit(x, 0, progress=False),
-        InverseNetwork(model, layer=layer).fit(x, 0, progress=False),
-    )
-    found = [
-        LayerMIPINAttribution(model, inverse, layer).attribute(x[:3], 0)
-        for inverse in (whole, alone)
-    ]
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    assert_alike_fitted_whole_and_alone(model, x, layer)
 
 
 def test_a_layer_that_only_what_is_dropped_depends_on_is_refused():
@@ -366,15 +365,7 @@ def test_layers_that_only_spell_can_be_explained_by_an_inverse_of_the_whole(name
         stem=nn.Linear(6, 5), layer=Spells(), **layers, head=nn.Linear(5, 3),
     ).double().eval()  # fmt: skip
     x, layer = normal(60, 6, dtype=torch.float64), model.layers["layer"]
-    whole, alone = (
-        InverseNetwork(model).fit(x, 0, progress=False),
-        InverseNetwork(model, layer=layer).fit(x, 0, progress=False),
-    )
-    found = [
-        LayerMIPINAttribution(model, inverse, layer).attribute(x[:3], 0)
-        for inverse in (whole, alone)
-    ]
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    assert_alike_fitted_whole_and_alone(model, x, layer)
 
 
 class Copy(nn.Module):

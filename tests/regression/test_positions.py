@@ -12,8 +12,6 @@ from captum_mipin.regression.geometry import Geometry
 from captum_mipin.regression.moments import Moments
 from captum_mipin.rules.linear import Convolution
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 X = normal(24, 3, 12, 12)
 
 

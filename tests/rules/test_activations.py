@@ -11,9 +11,6 @@ from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, check
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
-
 GATES = {
     "relu": ((), lambda x: x > 0),
     "relu6": ((), lambda x: (x > 0) * min(1, 6 / abs(x))),

@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 def attention_by(how):
     def run(m, x):

@@ -9,8 +9,6 @@ from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, MIPINError
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 def test_products_with_constant_matrices_are_dense_layers():
     torch.manual_seed(0)

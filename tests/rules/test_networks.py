@@ -17,8 +17,6 @@ from torchvision.models.inception import (
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, check
 from captum_mipin.inverse.explain import Request
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 def headed(channels, *blocks):
     """Blocks between a stem and a head."""
@@ -211,7 +209,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_of_every_family(name, captured_once, tmp_path):
+def test_networks_of_every_family(name, tmp_path):
     """Nothing is refused, A is proportional to the logit and S − A is not, examples stay apart.
 
     The file gives the same bits.

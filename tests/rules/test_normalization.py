@@ -7,8 +7,6 @@ from torch import nn
 
 from captum_mipin import InverseNetwork
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 @pytest.mark.parametrize(
     "shape, module, dims",

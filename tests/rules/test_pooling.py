@@ -10,8 +10,6 @@ from captum_mipin import InverseNetwork
 from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.rules import MIPIN, Options
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 def test_an_average_with_a_negative_divisor_is_refused():
     model = Function(

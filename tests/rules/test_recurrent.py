@@ -9,8 +9,6 @@ from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 class Recurrent(nn.Module):
     def __init__(self, kind, first=True, **options):

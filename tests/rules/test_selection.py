@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from captum_mipin import InverseNetwork
 from captum_mipin.errors import UnsupportedOperationError
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 
 def test_where_sends_each_signal_to_where_the_value_came_from_by_hand():
     """For y = w · (U a where a_0 > 0, else V b): regression on y, then each part on its share."""

@@ -19,8 +19,6 @@ from captum_mipin import InverseNetwork
 from captum_mipin.errors import InverseFileError, MIPINError
 from captum_mipin.storage import files as stored
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
 X = normal(20, 6)
