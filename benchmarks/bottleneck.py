@@ -1,31 +1,26 @@
 """Information bottlenecks on real networks.
 
-    python benchmarks/bottleneck.py images|input|speed|text --data FOLDER
+    python benchmarks/bottleneck.py images|input|speed --data FOLDER
 
 - images: bounding-box accuracy, insertion and deletion of IBA, MIP-IN, Grad-CAM and SmoothGrad,
   on photographs of ImageNet's validation set whose boxes cover at most a third of the image. All
   methods for layers are asked at the same layer.
 - input: the same for InputIBA.
 - speed: batches of sixteen against one sample at a time, the published loop, and the presets.
-- text: an LSTM that tells two libraries apart by sentences of their documentation.
 
 Bounding-box accuracy: let n be the number of pixels inside the boxes; the score is the share of the
 n highest-scored pixels that lie inside. Deletion: mean probability of the target while the
 highest-scored pixels are set to 0 (the mean colour), an eighth of the image at a time. Insertion:
 the same while they are put into a blurred copy (kernel 11, σ 5). Both by the trapezoid rule; ties
-are broken at random.
+are broken at random. ``benchmarks/bottleneck_text.py`` has the same for texts.
 """
 
-import ast
 import csv
-import importlib.util
 import io
 import json
 import math
-import re
 import time
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,7 +29,7 @@ from typing import Any
 
 import pretrained
 import torch
-from captum.attr import LayerGradCam, LayerGradientXActivation, NoiseTunnel, Saliency
+from captum.attr import LayerGradCam, NoiseTunnel, Saliency
 from common import parser_of, show, write
 from data import load
 from localization_grid import _image
@@ -433,168 +428,9 @@ def published_loop(model: nn.Module, layer: nn.Module, iba: IBA, x: Tensor, t: T
     return torch.cat(found)
 
 
-# ------------------------------------------------------------------------------------------- text
-
-
-class Reader(nn.Module):
-    """An LSTM that reads sixteen words."""
-
-    def __init__(self, words: int) -> None:
-        super().__init__()
-        self.words, self.lstm, self.last = (
-            nn.Embedding(words, 32),
-            nn.LSTM(32, 64, batch_first=True),
-            nn.Linear(64, 2),
-        )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.last(self.lstm(self.words(tokens))[0][:, -1])
-        return logits
-
-
-def passages(package: str, length: int = 16) -> tuple[list[list[str]], list[list[str]]]:
-    """Return passages of ``length`` words from the docstrings of an installed package.
-
-    Those of four files in five are for training, those of the other files for tests.
-    """
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    parts: tuple[list[list[str]], list[list[str]]] = [], []
-    for file in sorted(Path(spec.origin).parent.rglob("*.py")):
-        if "tests" in file.parts or "testing" in file.parts:
-            continue
-        tree = ast.parse(file.read_text(errors="ignore"))
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        texts = [
-            ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)
-        ]
-        words = re.findall(r"[a-z]{2,}", " ".join(texts).lower())
-        words = [word for word in words if word not in NAMES]
-        held_out = zlib.crc32(file.name.encode()) % 5 == 0
-        parts[held_out].extend(
-            words[i : i + length] for i in range(0, len(words) - length + 1, length)
-        )
-    return parts
-
-
-#: Words that give a library away.
-NAMES = {"torch", "pytorch", "sklearn", "scikit", "learn", "tensor", "tensors", "scipy", "numpy"}
-#: What words outside the vocabulary are, and what deleted ones become.
-UNKNOWN = 0
-
-
-def text(count: int) -> None:
-    packages = ("torch", "sklearn")
-    found = [passages(package) for package in packages]
-    size = [min(len(part[i]) for part in found) for i in (0, 1)]
-    drawn = torch.Generator().manual_seed(0)
-    counts = Counter(word for part in found for passage in part[0] for word in passage)
-    vocabulary = {word: i + 1 for i, (word, _) in enumerate(counts.most_common(4000))}
-
-    def encoded(split: int) -> tuple[Tensor, Tensor, list[list[str]]]:
-        chosen = [
-            (part[split][i], label) for label, part in enumerate(found)
-            for i in torch.randperm(len(part[split]), generator=drawn)[: size[split]].tolist()
-        ]  # fmt: skip
-        chosen = [chosen[i] for i in torch.randperm(len(chosen), generator=drawn).tolist()]
-        tokens = torch.tensor(
-            [[vocabulary.get(word, UNKNOWN) for word in passage] for passage, _ in chosen]
-        )
-        return (
-            tokens,
-            torch.tensor([label for _, label in chosen]),
-            [passage for passage, _ in chosen],
-        )
-
-    (x, t, _), (test, labels, shown) = encoded(0), encoded(1)
-    torch.manual_seed(0)
-    model = Reader(len(vocabulary) + 1)
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(2):
-        for index in torch.randperm(len(x), generator=drawn).split(64):
-            optimiser.zero_grad()
-            known = x[index]
-            known = known.where(
-                torch.rand(known.shape, generator=drawn) > 0.1, UNKNOWN
-            )  # so that it knows what that is
-            loss: Any = F.cross_entropy(model(known), t[index])
-            loss.backward()
-            optimiser.step()
-    model.eval()
-    optimiser.zero_grad()
-    with torch.no_grad():
-        right = model(test).argmax(1) == labels
-    accuracy = float(right.double().mean())
-    print(f"{len(x)} passages to train on, {len(test)} to test on, accuracy {accuracy:.3f}")
-    chosen = right.nonzero().flatten()[:count]
-    tokens, target = test[chosen], labels[chosen]
-    options: Any = {"channels": -1, "input_channels": -1, "across": (1,)}
-    both = InputIBA(model, model.lstm, "text", input_layer=model.words, **options).estimate(
-        x[:1000], progress=False
-    )
-    how = replace(IBA_SETTINGS["published"], sigma=0)
-    alone = IBA(model, model.words, how, **options).estimate(x[:1000], progress=False)
-    inverse = InverseNetwork(model, layer=model.words).fit(x[:1000], progress=False)
-    mipin: Any = LayerMIPINAttribution(model, inverse)
-    gradients: Any = LayerGradientXActivation(model, model.words)
-    random = torch.Generator().manual_seed(1)
-    rows = []
-    maps: dict[str, Tensor] = {}
-    stages: list[Tensor] = []
-
-    def informed() -> Tensor:
-        found = both.explain((tokens,), target).input
-        stages.append(found.information.sum(2))
-        return found.alpha.sigmoid().mean(2)
-
-    named: dict[str, Callable[[], Tensor]] = {
-        "random": lambda: torch.rand(tokens.shape, generator=random),
-        "Gradient × embedding": lambda: gradients.attribute(tokens, target).sum(2).detach(),
-        "MIP-IN, × feature": lambda: mipin.attribute(
-            tokens, target=target, multiply_by_features=True
-        ).sum(2),
-        "MIP-IN, × gradient": lambda: mipin.attribute(
-            tokens, target=target, multiply_by_gradients=True
-        ).sum(2),
-        "IBA at the embedding": lambda: alone.attribute(tokens, target),
-        "InputIBA, mask": informed,
-        "InputIBA, information": lambda: stages[0],
-    }
-    for name, method in named.items():
-        start = time.perf_counter()
-        maps[name] = method()
-        taken = time.perf_counter() - start
-        deleted, inserted = (
-            float(areas.mean())
-            for areas in curves(model, tokens, maps[name], target, seed=2, baseline=UNKNOWN)
-        )
-        rows.append(
-            {
-                "method": name,
-                "deletion": deleted,
-                "insertion": inserted,
-                "s a passage": taken / len(tokens),
-            }
-        )
-        print(show(rows[-1:]).splitlines()[-1], flush=True)
-    write(
-        "bottleneck-text", rows,
-        data="passages of 16 words from the docstrings of torch and of scikit-learn, by files",
-        train=len(x), test=len(test), accuracy=accuracy, passages=len(tokens),
-        target="the label, which is predicted", network="LSTM, 32 dimensions, 64 units",
-        layer="lstm, words", reduction="sum or mean over dimensions", ties="at random",
-        deleted="words become the unknown one",
-    )  # fmt: skip
-    for i in range(min(4, count)):
-        for name in ("InputIBA, mask", "MIP-IN, × feature"):
-            best = [shown[int(chosen[i])][k] for k in maps[name][i].argsort(descending=True)[:5]]
-            print(packages[int(target[i])], name, "·", " ".join(shown[int(chosen[i])]), "·", best)
-
-
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("part", choices=("images", "input", "speed", "text"))
+    parser.add_argument("part", choices=("images", "input", "speed"))
     parser.add_argument("--data", type=Path, help="folder with the images and weights/")
     parser.add_argument("--images", type=int, default=50)
     parser.add_argument("--fit", type=int, default=60, help="images to fit MIP-IN on")
@@ -605,10 +441,8 @@ def main() -> None:
         images(arguments.data, arguments.images, arguments.fit, arguments.estimate, arguments.maps)
     elif arguments.part == "input":
         inputs(arguments.data, arguments.images, arguments.estimate, arguments.maps)
-    elif arguments.part == "speed":
-        speed(arguments.data)
     else:
-        text(arguments.images)
+        speed(arguments.data)
 
 
 if __name__ == "__main__":

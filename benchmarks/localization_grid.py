@@ -38,9 +38,16 @@ from torch import Tensor, nn
 
 from captum_mipin import LRP, InverseNetwork, LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.methods import ExcitationBackprop, Gamma, GuidedBackprop, LayerPropagation
-from captum_mipin.metrics import grid_pointing_game, mosaics
+from captum_mipin.metrics import Mosaics, grid_pointing_game, mosaics
 
 CONFIDENCE = 0.99
+#: Options of an inverse: pooling and forks. The first pair is the default.
+KINDS: tuple[tuple[Literal["shares", "even"], Literal["joint", "sum"]], ...] = (
+    ("shares", "joint"),
+    ("even", "joint"),
+    ("shares", "sum"),
+    ("even", "sum"),
+)
 Method = Callable[[Tensor, Tensor], Any]
 
 
@@ -204,6 +211,22 @@ def network_and_photos(
     return model, normalise, images
 
 
+def scored(model: nn.Module, method: Method, grid: Mosaics, batch: int) -> dict[str, float]:
+    """Return the scores of a method on mosaics: of all, and of those with a positive logit."""
+    parts = zip(grid.x.split(batch), grid.targets.split(batch), strict=True)
+    result = grid_pointing_game(torch.cat([method(x, target) for x, target in parts]), grid)
+    with torch.no_grad():
+        logits = torch.cat([model(x) for x in grid.x.split(batch)])
+    positive = logits.gather(1, grid.targets[:, None])[:, 0] > 0
+    name = f"{grid.n}x{grid.n}"
+    return {
+        name: result.mean,
+        f"{name} standard error": result.standard_error,
+        f"{name}, positive logit": float(result.values[positive].mean()),
+        f"{name}, positive logits": float(positive.double().mean()),
+    }
+
+
 def main() -> None:
     parser = network_parser(__doc__, fit=400)
     parser.add_argument("--classes", type=int, default=10, help="number of classes to fit")
@@ -236,18 +259,11 @@ def main() -> None:
         )
         for n in (2, 3)
     ]
-    kinds: list[tuple[str, Literal["shares", "even"], Literal["joint", "sum"]]] = [
-        ("shares, joint", "shares", "joint")
-    ]
-    if arguments.variants:
-        kinds += [
-            ("even, joint", "even", "joint"),
-            ("shares, sum", "shares", "sum"),
-            ("even, sum", "even", "sum"),
-        ]
     inverses = {
-        name: InverseNetwork(model, pooling=pooling, forks=forks).fit(fit, classes, batch_size=50)
-        for name, pooling, forks in kinds
+        f"{pooling}, {forks}": InverseNetwork(model, pooling=pooling, forks=forks).fit(
+            fit, classes, batch_size=50
+        )
+        for pooling, forks in KINDS[: len(KINDS) if arguments.variants else 1]
     }
     rows = []
     for place, path in (("input", None), ("middle", about.middle), ("last", about.last)):
@@ -258,22 +274,7 @@ def main() -> None:
         for name, method in methods.items():
             row: dict[str, Any] = {"layer": place, "path": path or "", "method": name}
             for grid in grids:
-                parts = zip(
-                    grid.x.split(arguments.batch), grid.targets.split(arguments.batch), strict=True
-                )
-                result = grid_pointing_game(
-                    torch.cat([method(x, target) for x, target in parts]), grid
-                )
-                found = result.values
-                with torch.no_grad():
-                    logits = torch.cat([model(x) for x in grid.x.split(arguments.batch)]).gather(
-                        1, grid.targets[:, None]
-                    )
-                positive = logits[:, 0] > 0
-                row[f"{grid.n}x{grid.n}"] = result.mean
-                row[f"{grid.n}x{grid.n} standard error"] = result.standard_error
-                row[f"{grid.n}x{grid.n}, positive logit"] = float(found[positive].mean())
-                row[f"{grid.n}x{grid.n}, positive logits"] = float(positive.double().mean())
+                row |= scored(model, method, grid, arguments.batch)
             rows.append(row)
             print(show([row]).splitlines()[-1], flush=True)
     write(

@@ -316,10 +316,24 @@ def pictures(folder: Path, fit: int = 60) -> None:
             read_at.append(maps[read])
         together = sum(boxes.shares(one, 28) for one in read_at) if len(read_at) > 1 else read_at[0]
         columns[title] = heat(torch.as_tensor(together), x[lowest], reduction)
-    page = Figure(figsize=(6, 1.5 * len(found)), layout="constrained")
-    axes = page.subplots(len(found), len(columns) + 1)
+    page = figure10(shown, [row["class_name"] for row in found], columns)
+    page.savefig(RESULTS / "paper-figure10.jpg", dpi=80)
+    credits = [
+        {"class": row["class_name"], "author": row["author"], "page": row["landing_url"]}
+        for row in found
+    ]
+    write(
+        "paper-pictures", credits, network=name, licence="CC BY 2.0", fit=fit,
+        chosen=chosen["where"], reading=reading,
+    )  # fmt: skip
+
+
+def figure10(shown: Tensor, names: list[str], columns: dict[str, Tensor]) -> Figure:
+    """Draw photographs, and heat maps over them, one column a method."""
+    page = Figure(figsize=(6, 1.5 * len(names)), layout="constrained")
+    axes = page.subplots(len(names), len(columns) + 1)
     for i, row in enumerate(axes):
-        _picture(row[0], shown[i : i + 1], found[i]["class_name"])
+        _picture(row[0], shown[i : i + 1], names[i])
         for axis, (title, warm) in zip(row[1:], columns.items(), strict=True):
             large = nn.functional.interpolate(
                 warm[i : i + 1, None].float(), (224, 224), mode="bilinear", align_corners=False
@@ -336,15 +350,7 @@ def pictures(folder: Path, fit: int = 60) -> None:
             )
             if i == 0:
                 axis.set_title(title, fontsize=8)
-    page.savefig(RESULTS / "paper-figure10.jpg", dpi=80)
-    credits = [
-        {"class": row["class_name"], "author": row["author"], "page": row["landing_url"]}
-        for row in found
-    ]
-    write(
-        "paper-pictures", credits, network=name, licence="CC BY 2.0", fit=fit,
-        chosen=chosen["where"], reading=reading,
-    )  # fmt: skip
+    return page
 
 
 PARTS: dict[str, Callable[[Path], None]] = {

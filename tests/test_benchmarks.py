@@ -135,7 +135,7 @@ def test_curves_are_those_of_eighths_replaced_in_the_order_of_the_ranks(bottlene
             torch.rand(4, 12, 12).mul(3).round(),
             bottleneck.blurred,
         ),
-        (words, torch.randint(9, (4, 16)), torch.rand(4, 16).mul(5).round(), bottleneck.UNKNOWN),
+        (words, torch.randint(9, (4, 16)), torch.rand(4, 16).mul(5).round(), 0),
     ):
         rank = (
             bottleneck.ranked(maps.unsqueeze(1), torch.Generator().manual_seed(2))
