@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.inverse import fit as fitting
-from captum_mipin.inverse import network as inverse_module
+from captum_mipin.inverse import surrogates
 from captum_mipin.inverse.information import SharedInformation
 from captum_mipin.inverse.passes import Passes
 from captum_mipin.inverse.trace import Trace
@@ -132,7 +132,7 @@ def parts(row: dict[str, Any]) -> Iterator[None]:
         setattr(owner, name, call)
 
     for owner, name, part in (
-        (inverse_module, "capture", "capture s"),
+        (surrogates, "capture", "capture s"),
         (Passes, "_trace", "forward s"),
         (Passes, "_below", "forward s"),
         (Trace, "signals", "signals down s"),

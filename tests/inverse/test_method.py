@@ -1088,7 +1088,7 @@ def test_convolution_equals_its_normal_equations(conv, size):
         conv.stride,
         conv.padding,
         conv.dilation,
-        conv.transposed,
+        transposed=conv.transposed,
     )
     kernels = fit_kernel(x.numpy(), s, table, conv.groups, 1e-3)
     source, attribution = both(mipin, x, 1)
