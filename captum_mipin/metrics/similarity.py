@@ -69,17 +69,18 @@ def ssim(a: Tensor, b: Tensor, window: int = 5) -> Tensor:
         True
     """
     a, b = (_scaled(x.double())[:, None] for x in (a, b))
-    unbiased = window**2 / (window**2 - 1)
 
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, window, stride=1)
 
-    def covariance(x: Tensor, y: Tensor) -> Tensor:
-        return unbiased * (mean(x * y) - mean(x) * mean(y))
-
+    # means μ, variances and covariance σ over each window, the latter unbiased
+    unbiased = window**2 / (window**2 - 1)
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b = unbiased * (mean(a * a) - mean_a**2), unbiased * (mean(b * b) - mean_b**2)
+    both = unbiased * (mean(a * b) - mean_a * mean_b)
     # SSIM = (2 μa μb + C1)(2 σab + C2) / ((μa² + μb² + C1)(σa² + σb² + C2)), C = K² for range 1
-    luminance = (2 * mean(a) * mean(b) + 1e-4) / (mean(a) ** 2 + mean(b) ** 2 + 1e-4)
-    structure = (2 * covariance(a, b) + 9e-4) / (covariance(a, a) + covariance(b, b) + 9e-4)
+    luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
+    structure = (2 * both + 9e-4) / (var_a + var_b + 9e-4)
     return (luminance * structure).flatten(1).mean(1)
 
 
