@@ -1,4 +1,4 @@
-"""What a model computes, as one number and line by line: by which an inverse knows the model it was fitted to."""
+"""What a model computes, as one number and line by line: an inverse knows its model by it."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -20,12 +20,20 @@ from captum_mipin.propagation.treatments import SHAPE
 from captum_mipin.rules import MIPIN, Learned, Passes, Rule
 from captum_mipin.rules.base import gate_source, is_gate
 
+#: Operations whose result is spread like their arguments: no attention among them.
+_SPREADING = ("add", "sub", "rsub", "neg", "mul", "div", "expand")
+
 
 def structure(captured: CapturedGraph, rules: Mapping[str, Rule]) -> str:
-    """SHA-256 over what a model computes: its operations, where they are, how they are set and wired; not the weights.
+    """Return the SHA-256 over what a model computes.
 
-    Changes of shape alone do not count: their arguments depend on the size of the inputs, and hooks put some in. Rules that
-    are not built in count with the operations that they are for.
+    Its operations count, where they are, how they are set and wired; its weights do not. Changes of
+    shape alone do not count: their arguments depend on the size of the inputs, and hooks put some
+    in. Rules that are not built in count with the operations that they are for.
+
+    Args:
+        captured: The model's graph.
+        rules: Operation → rule.
     """
     digest = hashlib.sha256()
     for _, line, _ in _lines(captured, rules):
@@ -36,17 +44,24 @@ def structure(captured: CapturedGraph, rules: Mapping[str, Rule]) -> str:
 def difference(
     fitted: CapturedGraph, captured: CapturedGraph, rules: Mapping[str, Rule]
 ) -> str | None:
-    """The first operation in which a model computes otherwise for some inputs than for those fitted on; None if all agree.
+    """Return the first operation in which a model differs between two sizes of inputs.
 
-    Numbers that follow from the size of the inputs may differ where a rule restores the scale of the signal all the same:
-    windows of pooling, slices, paddings.
+    Numbers that follow from the size of the inputs, such as windows of pooling, slices and
+    paddings, may differ where a rule restores the scale of the signal all the same.
+
+    Args:
+        fitted: The graph for inputs of the size fitted on.
+        captured: The graph for inputs of another size.
+        rules: Operation → rule.
+
+    Returns:
+        Operation and module path; None if there is no difference.
     """
     for one, other in zip_longest(_lines(fitted, rules), _lines(captured, rules)):
         if one is None or other is None or one[2] != other[2]:
-            node = (other or one)[0]
-            name = (
-                node.target if isinstance(node.target, torch._ops.OpOverload) else operation(node)
-            )
+            node, *_ = other or one
+            known = isinstance(node.target, torch._ops.OpOverload)
+            name = node.target if known else operation(node)
             return f"{name} in {place(node).path or 'the model itself'}"
     return None
 
@@ -54,55 +69,59 @@ def difference(
 def _lines(
     captured: CapturedGraph, rules: Mapping[str, Rule]
 ) -> Iterator[tuple[fx.Node, str, str]]:
-    """Each operation, how it is set and wired, and the same without the numbers that may follow from the inputs' size."""
+    """Yield what each operation computes.
+
+    Yields:
+        The node; how it is set and wired; the same without numbers that may follow from the size of
+        the inputs.
+    """
     names: dict[fx.Node, str] = {}
     count = 0
-    added = rules.keys() - MIPIN.keys()
     for node in captured.graph.nodes:
         if isinstance(value_of(node), torch.SymInt):
             names[node] = "size"
         elif node.op == "placeholder":
-            constant = captured.constants.get(node.name, node.name)
-            names[node] = (
-                constant
-                if isinstance(constant, str)
-                else hashlib.sha256(tensor_bytes(constant)).hexdigest()
-            )
-        elif node.op == "call_function" and operation(node) in SHAPE and not _added_up(node):
+            names[node] = _placeholder(captured.constants.get(node.name, node.name))
+        elif node.op == "call_function" and operation(node) in SHAPE and not _scaling_sizes(node):
             names[node] = names[node.all_input_nodes[0]]
         elif node.op == "call_function":
             count += 1
             names[node] = f"%{count}"
-            what = f"{names[node]} {place(node)} {node.target} {_added_up(node)}"
-            what += f" averages {sorted(whole_dims(node))}" if "avg_pool" in operation(node) else ""
-            if str(node.target) in added:
-                what += _named(rules[str(node.target)])
-            arguments = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
-            rule = rules.get(str(node.target))
-            sized = rule is not None and rule.restores and not isinstance(rule, Learned)
-            loose = (
-                pytree.tree_map(lambda a: "size" if type(a) is int else a, arguments)
-                if sized
-                else arguments
-            )
-            yield node, f"{what} {arguments} {_shape(node)}", f"{what} {loose}"
+            name, rule = str(node.target), rules.get(str(node.target))
+            line = f"{names[node]} {place(node)} {name} {_scaling_sizes(node)}"
+            line += f" averages {sorted(whole_dims(node))}" if "avg_pool" in operation(node) else ""
+            line += _described(rule) if rule is not None and name not in MIPIN else ""
+            arguments = fx.map_arg((node.args, node.kwargs), names.__getitem__)
+            loose = arguments
+            if rule is not None and rule.restores and not isinstance(rule, Learned):
+                loose = pytree.tree_map(lambda a: "size" if type(a) is int else a, arguments)
+            yield node, f"{line} {arguments} {_shape(node)}", f"{line} {loose}"
+
+
+def _placeholder(constant: str | Tensor) -> str:
+    if isinstance(constant, str):
+        return constant
+    return hashlib.sha256(tensor_bytes(constant)).hexdigest()
 
 
 def _shape(node: fx.Node) -> list[int | str]:
-    """The shape of a result, by which changes of shape on the way to it are noticed."""
+    """Return the shape of a result: changes of shape on the way to it show there."""
     value = value_of(node)
-    return (
-        [n if type(n) is int else "batch" for n in value.shape] if isinstance(value, Tensor) else []
-    )
+    if not isinstance(value, Tensor):
+        return []
+    return [n if type(n) is int else "batch" for n in value.shape]
 
 
-def _added_up(node: fx.Node) -> list[int]:
-    """Sizes on which the scale of the signal depends: those over which a value is spread, and of attention weights."""
+def _scaling_sizes(node: fx.Node) -> list[int]:
+    """Return the sizes on which the scale of the signal depends.
+
+    These are the sizes over which a value is spread, and those of attention weights.
+    """
     rule, value = MIPIN.get(str(node.target)), value_of(node)
     if not isinstance(rule, Passes) or rule.restores or not isinstance(value, Tensor):
         return []
-    factors = [n for n in node.all_input_nodes if _batched(n)]
-    if operation(node) not in ("add", "sub", "rsub", "neg", "mul", "div", "expand"):
+    factors = [n for n in node.all_input_nodes if batched(value_of(n))]
+    if operation(node) not in _SPREADING:
         return [n for factor in factors for n in value_of(factor).shape[-2:] if type(n) is int]
     spread = [n for n in factors if not _only_gate(n, node)]
     weights = [
@@ -110,9 +129,8 @@ def _added_up(node: fx.Node) -> list[int]:
         for n in factors
         if operation(node) == "mul" and "softmax" in operation(gate_source(n, _batched))
     ]
-    return [size for n in spread for size in _copies(value_of(n), value)] + [
-        size for n in weights for size in value_of(n).shape if type(size) is int
-    ]
+    copies = [size for n in spread for size in _copies(value_of(n), value)]
+    return copies + [size for n in weights for size in value_of(n).shape if type(size) is int]
 
 
 def _batched(node: Any) -> bool:
@@ -120,7 +138,7 @@ def _batched(node: Any) -> bool:
 
 
 def _only_gate(node: fx.Node, user: fx.Node) -> bool:
-    """Whether ``user`` takes ``node`` for a gate, to which no signal is sent."""
+    """Return True if ``user`` takes ``node`` for a gate, to which no signal is sent."""
     if operation(user) == "expand":
         return bool(user.users) and all(_only_gate(user, other) for other in user.users)
     others = [n for n in user.all_input_nodes if n is not node and _batched(n) and not is_gate(n)]
@@ -128,16 +146,14 @@ def _only_gate(node: fx.Node, user: fx.Node) -> bool:
 
 
 def _copies(value: Tensor, result: Tensor) -> list[int]:
+    """Return how often a value is copied along each dimension in which it is broadcast."""
     sizes = (1,) * (result.ndim - value.ndim) + tuple(value.shape)
-    return [
-        n
-        for m, n in zip(sizes, result.shape, strict=True)
-        if type(m) is type(n) is int and m == 1 and n != 1
-    ]
+    pairs = zip(sizes, result.shape, strict=True)
+    return [n for m, n in pairs if type(m) is type(n) is int and m == 1 and n != 1]
 
 
-def _named(rule: Rule) -> str:
-    """A rule by its kind, its note and the names of its functions: the same in every process."""
+def _described(rule: Rule) -> str:
+    """Return a rule's kind, note and names of functions: the same text in every process."""
     values = [getattr(rule, part.name) for part in fields(rule)]
     names = [
         getattr(value, "__qualname__", type(value).__name__) if callable(value) else str(value)
