@@ -202,8 +202,8 @@ def test_each_of_two_inputs_that_are_added_is_reconstructed():
 REFUSED = {
     "softmax": (lambda m, x: m["a"](F.softmax(x, 1)), "aten.softmax.int"),
     "softmax of logits": (lambda m, x: m["a"](x).softmax(1), "aten.softmax.int"),
-    "clamp to one": (lambda m, x: m["a"](x.clamp(min=0.5, max=1)), "does not let 0 through"),
-    "clamp from below": (lambda m, x: m["a"](x.clamp(min=1)), "does not let 0 through"),
+    "clamp to one": (lambda m, x: m["a"](x.clamp(min=0.5, max=1)), "is no activation: it makes 0.5 of 0"),
+    "clamp from below": (lambda m, x: m["a"](x.clamp(min=1)), "is no activation: it makes 1 of 0"),
     "product": (lambda m, x: m["a"](x * x), "both depend on the input"),
     "gate": (lambda m, x: m["a"](x * m["b"](x)), "both depend on the input"),
     "ratio": (lambda m, x: m["a"](1 / x), "reciprocal|depends on the input"),
