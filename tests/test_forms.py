@@ -1,4 +1,4 @@
-"""Other sizes and forms: images of other sizes, wrapped models, several outputs, half precision, integer inputs."""
+"""Other sizes, wrapped models, several outputs, half precision, integer inputs."""
 
 import copy
 import dataclasses
@@ -38,11 +38,11 @@ def fitted(model, x, **options):
     return InverseNetwork(model.eval(), **options).fit(x, progress=False)
 
 
-# ------------------------------------------------------------------------------------------------- other sizes
+# ------------------------------------------------------------------------------------- other sizes
 
 
 class PooledDense:
-    """For the oracle: a dense layer on averages, inverted place by place where the logit came from."""
+    """For the oracle: a dense layer on averages, inverted at each place the logit came from."""
 
     def __init__(self, weight, bias):
         self.weight, self.bias = weight, bias
@@ -228,8 +228,10 @@ def test_a_dense_layer_of_another_width_is_named_with_the_way_out(untouched):
     inverse = fitted(model, normal(30, 1, 8, 8))
     y = normal(2, 1, 9, 9)
     message = (
-        r"(?s)cannot capture Sequential for inputs \(2, 1, 9, 9\).*F\.linear.*in module '3' \(Linear\).*"
-        r"was fitted on \(1, 8, 8\) torch\.float32\. Pass such inputs, resized if need be.*nn\.AdaptiveAvgPool2d"
+        r"(?s)cannot capture Sequential for inputs \(2, 1, 9, 9\).*F\.linear.*"
+        r"in module '3' \(Linear\).*"
+        r"was fitted on \(1, 8, 8\) torch\.float32\. Pass such inputs, resized if need be.*"
+        r"nn\.AdaptiveAvgPool2d"
     )
     for call in (inverse.source_signal, MIPINAttribution(model, inverse).attribute):
         with pytest.raises(errors.CaptureError, match=message), untouched(model, y):
@@ -271,8 +273,11 @@ def test_what_scales_the_signal_with_the_size_is_refused_by_name(name):
     run, where = REFUSED[name]
     model = Function(
         lambda m, x: m["last"](run(m, m["first"](x))),
-        first=nn.Conv2d(2, 4, 3), mix=nn.Conv2d(4, 4, 1), twin=nn.Conv2d(4, 4, 1), last=nn.Linear(4, 3),
-    )  # fmt: skip
+        first=nn.Conv2d(2, 4, 3),
+        mix=nn.Conv2d(4, 4, 1),
+        twin=nn.Conv2d(4, 4, 1),
+        last=nn.Linear(4, 3),
+    )
     inverse = fitted(model, normal(30, 2, 8, 8))
     assert torch.isfinite(inverse.source_signal(normal(2, 2, 8, 8), 0)).all()
     with pytest.raises(
@@ -283,10 +288,8 @@ def test_what_scales_the_signal_with_the_size_is_refused_by_name(name):
 
 
 def test_channels_that_follow_from_the_size_are_refused():
-    """A scale is learned for each of the 12 columns of the input, which are its channels as far as the graph tells."""
-    model = Function(
-        lambda m, x: m["last"]((2 * x).unsqueeze(1).mean(2)), last=nn.Linear(1, 2)
-    )  # fmt: skip
+    """A scale is learned for each of the 12 columns: for the graph these are the channels."""
+    model = Function(lambda m, x: m["last"]((2 * x).unsqueeze(1).mean(2)), last=nn.Linear(1, 2))
     inverse = fitted(model, normal(30, 12) + 1)
     with pytest.raises(
         errors.InputError,
@@ -388,7 +391,7 @@ def test_a_loaded_inverse_with_further_arguments_takes_another_size_of_the_same_
             loaded.source_signal(normal(3, 2, 16, 16), 0, scale[:3])
 
 
-# ------------------------------------------------------------------------------------------------- wrapped models
+# ---------------------------------------------------------------------------------- wrapped models
 
 
 def never(*arguments, **named):
@@ -478,7 +481,7 @@ def test_a_wrapped_part_of_a_model(how, mlp):
         assert torch.equal(LayerMIPINAttribution(model, there).attribute(mlp.x[:3], 1), expected)
 
 
-# ------------------------------------------------------------------------------------------------- several outputs
+# --------------------------------------------------------------------------------- several outputs
 
 Pair = namedtuple("Pair", ["logits", "aux"])
 
@@ -564,12 +567,14 @@ def test_check_looks_at_the_chosen_output(alone):
         (
             "dictionary",
             None,
-            r"returns a OrderedDict, expected one tensor\. Choose one by output=, out of 'logits', 'aux'\. Wrap",
+            r"returns a OrderedDict, expected one tensor\. "
+            r"Choose one by output=, out of 'logits', 'aux'\. Wrap",
         ),
         (
             "named tuple",
             None,
-            r"returns a Pair, expected one tensor\. Choose one by output=, out of 'logits', 'aux'\.",
+            r"returns a Pair, expected one tensor\. "
+            r"Choose one by output=, out of 'logits', 'aux'\.",
         ),
         ("dataclass", None, r"returns a Outputs, expected .* out of 'logits', 'aux', 'states'\."),
         (
@@ -585,12 +590,14 @@ def test_check_looks_at_the_chosen_output(alone):
         (
             "nested",
             ("heads", 2),
-            r"output=\('heads', 2\) does not fit: its output 'heads' is a tuple, expected one of \('heads', 0\)",
+            r"output=\('heads', 2\) does not fit: its output 'heads' is a tuple, "
+            r"expected one of \('heads', 0\)",
         ),
         (
             "tuple",
             "logits",
-            r"output='logits' does not fit: what the model returns is a tuple, expected one of 0, 1",
+            r"output='logits' does not fit: what the model returns is a tuple, "
+            r"expected one of 0, 1",
         ),
         (
             "tuple",
@@ -667,13 +674,18 @@ def test_a_checkpoint_of_another_output_is_refused(tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------- half precision
+# ---------------------------------------------------------------------------------- half precision
 
 
 def mean_pooled():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, 3)
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 3),
+    )
 
 
 HALVES = {
@@ -685,7 +697,7 @@ HALVES = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", HALVES)
 def test_half_precision_agrees_with_the_same_network_in_float32(name, dtype, tmp_path):
-    """Each value is rounded by eps / 2 in each operation forward and back, of which there are at most ten."""
+    """Each of at most ten operations, forward and back, rounds values by eps / 2."""
     torch.manual_seed(0)
     make, shape = HALVES[name]
     half = make().eval().to(dtype)
@@ -724,7 +736,7 @@ def test_what_the_processor_cannot_run_in_half_precision_is_refused(dtype):
         assert torch.isfinite(fitted(model, x).source_signal(x[:2], 0)).all()
 
 
-# ------------------------------------------------------------------------------------------------- integer inputs
+# ---------------------------------------------------------------------------------- integer inputs
 
 
 class Text(nn.Module):
@@ -822,7 +834,8 @@ def test_texts_of_another_length():
 
 def test_integers_are_refused_where_they_would_be_explained():
     model, tokens = Text("mean").eval(), ids(60, 5)
-    message = r"input 0 has dtype torch\.int64, expected a floating dtype.*InverseNetwork\(model, layer=\.\.\.\)"
+    message = r"input 0 has dtype torch\.int64, expected a floating dtype.*"
+    message += r"InverseNetwork\(model, layer=\.\.\.\)"
     with pytest.raises(errors.FitError, match=message):
         fitted(model, tokens)
     with pytest.raises(errors.FitError, match=r"batch 0: " + message):
@@ -899,11 +912,13 @@ class Attended(nn.Module):
 CHANGING = {
     "weights of a softmax": (Attended(), (5, 3), (9, 3)),
     "a window that is the whole of one size": (
-        nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(4, 3)),
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(4, 3)
+        ),
         (2, 6, 6),
         (2, 7, 7),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHANGING)

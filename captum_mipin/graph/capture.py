@@ -21,9 +21,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, default_decompositions, export
 from torch.export.graph_signature import InputKind
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from captum_mipin.copies import copy_memo
@@ -33,7 +30,7 @@ from captum_mipin.graph.marks import inherit, mark, value_of
 from captum_mipin.graph.modules import OWN, named_tensors, snapshot, tree
 from captum_mipin.graph.signature import Signature, per_example, plain, select
 from captum_mipin.graph.turns import TURNS
-from captum_mipin.graph.validate import check_inputs, check_model, described
+from captum_mipin.graph.validate import check_exportable, check_inputs, check_model, described
 from captum_mipin.types import Extras, Inputs, Output
 
 #: Batch size of the example that is captured. torch.export takes sizes 0 and 1 for constants.
@@ -51,9 +48,6 @@ _RECURRENT = (
 
 #: Graphs kept of one model, for different inputs, outputs and kinds of method.
 _GRAPHS = 8
-
-#: Weights that are computed anew in a hook at each call.
-_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,7 @@ def capture(
         ['aten.linear.default']
     """
     check_model(model)
-    _check_plain(model)
+    check_exportable(model)
     check_inputs(inputs, explained)
     state = [*snapshot(model), *map(_form, named_tensors(model)), torch.get_default_dtype()]
     key = Signature.of(inputs, extras, shared), repr(output), detached
@@ -251,25 +245,6 @@ def _export(
             program.example_inputs = None
             program = program.run_decompositions(dict(_decompositions()))
             return program, program.graph
-
-
-def _check_plain(model: nn.Module) -> None:
-    """Raise CaptureError if torch.export cannot see how a module computes, or makes its weights."""
-    for path, module in model.named_modules():
-        name = f"module {path!r}" if path else "the model"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise CaptureError(
-                f"{name} is compiled by TorchScript, and torch.export cannot follow it: take what "
-                "it was made from"
-            )
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _WEIGHT_HOOKS):
-                raise CaptureError(
-                    f"{name} computes its weight anew each time in a hook, {type(hook).__name__}, "
-                    "which torch.export cannot follow: make it a weight by remove_weight_norm, "
-                    "remove_spectral_norm or prune.remove of torch.nn.utils, or use "
-                    "torch.nn.utils.parametrizations"
-                )
 
 
 def _detach(graph: fx.Graph) -> None:

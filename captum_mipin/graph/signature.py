@@ -1,4 +1,4 @@
-"""What a graph holds for: the shapes, dtypes and values of a call, and the output that is chosen."""
+"""What a graph holds for: shapes, dtypes and values of a call, and the output that is chosen."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass

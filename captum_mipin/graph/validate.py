@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from captum_mipin.errors import CaptureError, InputError, TrainingModeError
 from captum_mipin.types import Extras, Inputs
+
+#: Weights that are computed anew in a hook at each call.
+_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 def as_inputs(inputs: Any) -> Inputs:
@@ -111,6 +117,25 @@ def check_model(model: object) -> nn.Module:
             "first."
         )
     return model
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raise CaptureError if torch.export cannot see how a module computes, or makes its weights."""
+    for path, module in model.named_modules():
+        name = f"module {path!r}" if path else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{name} is compiled by TorchScript, and torch.export cannot follow it: take what "
+                "it was made from"
+            )
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _WEIGHT_HOOKS):
+                raise CaptureError(
+                    f"{name} computes its weight anew each time in a hook, {type(hook).__name__}, "
+                    "which torch.export cannot follow: make it a weight by remove_weight_norm, "
+                    "remove_spectral_norm or prune.remove of torch.nn.utils, or use "
+                    "torch.nn.utils.parametrizations"
+                )
 
 
 def check_inputs(inputs: Inputs, explained: bool = True) -> None:

@@ -25,7 +25,7 @@ _PRODUCTS = {"matmul": 0, "bmm": 0, "mm": 0, "linear": 0, "addmm": 1, "baddbmm":
 
 _RESHAPES = frozenset({"reshape", "flatten", "unflatten"})
 
-#: Operations that work along dimensions: position, name and default of the argument that says which.
+#: Operations that work along dimensions: position, name, default of the argument that says which.
 _ALONG_DIMS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("slice", "cat", "unbind"), (1, "dim", 0)),
     **dict.fromkeys(("split", "unsafe_split", "split_with_sizes", "chunk"), (2, "dim", 0)),

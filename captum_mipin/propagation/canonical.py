@@ -78,7 +78,7 @@ def _leaves_module(node: fx.Node) -> bool:
 
 
 def _spelling(node: fx.Node) -> Any:
-    """Return what is equal for rearrangements that give the same and mean the same to the signal."""
+    """Return what is equal for rearrangements that give the same, with the same marks."""
     known, order = marks(node), permutation(node)
     call = (node.target, node.args, node.kwargs) if order is None else (node.all_input_nodes, order)
     return str(call), known.depends, known.signal, known.recorded, known.discrete

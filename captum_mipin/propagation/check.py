@@ -45,10 +45,11 @@ def check(
 
     Examples:
         >>> import torch
-        >>> print(check(nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)).eval(), torch.ones(1, 4)))
+        >>> model = nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)).eval()
+        >>> print(check(model, torch.ones(1, 4)))  # doctest: +ELLIPSIS
         module  operation            status     what happens to the signal
         0       aten.linear.default  supported  learned dense inverse
-        1       aten.softmax.int     refused    no rule covers it; where it ends the model, return the logits that go into it
+        1       aten.softmax.int     refused    no rule covers it; where it ends the model, ...
     """
     model, inputs = unwrapped(model), as_inputs(example_inputs)
     extras = as_extras(additional_forward_args)

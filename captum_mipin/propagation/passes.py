@@ -1,7 +1,7 @@
 """The passes from a captured graph to the graph of a surrogate, in their order.
 
-Each pass is a function of a :class:`~captum_mipin.propagation.draft.Draft`: it marks nodes, rewrites
-the graph, or raises an error. ``check`` needs only what the marking passes tell.
+Each pass is a function of a :class:`~captum_mipin.propagation.draft.Draft`: it marks nodes,
+rewrites the graph, or raises an error. ``check`` needs only what the marking passes tell.
 """
 
 from collections.abc import Callable, Mapping

@@ -118,7 +118,7 @@ def place_steps(draft: Draft) -> None:
 
 
 def _lacks_scale(draft: Draft, node: fx.Node) -> bool:
-    """Return True if the signal at ``node`` has passed no learned inverse since it lost its scale."""
+    """Return True if the signal at a node has passed no learned inverse since it lost its scale."""
     while True:
         users = carrying_users(node)
         if len(users) != 1 or users[0].op == "output":

@@ -82,7 +82,8 @@ class Surrogate:
     Examples:
         >>> from captum_mipin.graph.capture import capture
         >>> from captum_mipin.rules import MIPIN
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)).eval()
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
         >>> Surrogate(capture(model, (torch.ones(1, 4),)), MIPIN).learned
         ('2/linear', '0/linear')
     """

@@ -42,7 +42,8 @@ LOGITS = (
 )
 INTEGERS = (
     FitError,
-    r"dtype torch\.int64, expected a floating dtype.*stop at a layer behind it, such as its embedding",
+    r"dtype torch\.int64, expected a floating dtype.*"
+    "stop at a layer behind it, such as its embedding",
 )
 BOOLEANS = FitError, r"dtype torch\.bool, expected a floating dtype.*Convert it"
 FUTURES = CaptureError, r"returns a Future, expected one tensor"
@@ -58,7 +59,9 @@ CASES = {
     "BasicModel2": Case(basic.BasicModel2(), ((), ())),
     "BasicModel3": Case(basic.BasicModel3(), ((), ())),
     "BasicModel4_MultiArgs": Case(basic.BasicModel4_MultiArgs(), ((4,), (4,)), extras=(3, 1)),
-    "BasicModel4_MultiArgs, a tensor": Case(basic.BasicModel4_MultiArgs(), ((4,), (4,)), extras=(2 * torch.ones(BATCH, 4), 1)),
+    "BasicModel4_MultiArgs, a tensor": Case(
+        basic.BasicModel4_MultiArgs(), ((4,), (4,)), extras=(2 * torch.ones(BATCH, 4), 1)
+    ),
     "BasicModel5_MultiArgs": Case(basic.BasicModel5_MultiArgs(), ((4,), (4,)), extras=([3, 2], 1)),
     "BasicModel6_MultiTensor": Case(basic.BasicModel6_MultiTensor(), ((4,), (4,))),
     "BasicLinearModel": Case(basic.BasicLinearModel(), ((3,), (4,))),
@@ -69,11 +72,18 @@ CASES = {
     "BasicModelWithReusedModules": Case(basic.BasicModelWithReusedModules(), ((3,),), 1),
     "BasicModelWithReusedLinear": Case(basic.BasicModelWithReusedLinear(), ((3,),), 1),
     "BasicModelWithSparseInputs": Case(
-        basic.BasicModelWithSparseInputs(), ((3,),), extras=(torch.tensor([1.0, 2.0]),),
-        refused=(UnsupportedOperationError, r"aten\.sum\.default in the model itself: no rule covers it"),  # over the batch
+        basic.BasicModelWithSparseInputs(),
+        ((3,),),
+        extras=(torch.tensor([1.0, 2.0]),),
+        refused=(
+            UnsupportedOperationError,
+            r"aten\.sum\.default in the model itself: no rule covers it",
+        ),  # over the batch
     ),
     "BasicModel_MaxPool_ReLU": Case(basic.BasicModel_MaxPool_ReLU(), ((2, 6),), 1),
-    "BasicModel_MaxPool_ReLU, in place": Case(basic.BasicModel_MaxPool_ReLU(inplace=True), ((2, 6),), 1),
+    "BasicModel_MaxPool_ReLU, in place": Case(
+        basic.BasicModel_MaxPool_ReLU(inplace=True), ((2, 6),), 1
+    ),
     "TanhDeepLiftModel": Case(basic.TanhDeepLiftModel(), ((), ())),
     "ReLULinearModel": Case(basic.ReLULinearModel(inplace=True), ((3,), (3,)), extras=(2,)),
     "SimpleLRPModel": Case(basic.SimpleLRPModel(inplace=True), ((3,),)),
@@ -82,40 +92,83 @@ CASES = {
     "BasicEmbeddingModel": Case(basic.BasicEmbeddingModel(), (TOKENS, TOKENS), refused=INTEGERS),
     "PassThroughLayerOutput": Case(basic.PassThroughLayerOutput(), ((3,),), 0),
     "BasicModel_GradientLayerAttribution": Case(
-        basic.BasicModel_GradientLayerAttribution(), ((3,),), 0,
-        refused=(CaptureError, r"returns a dict, expected one tensor. Choose one by output=, out of 'task 1'"),
+        basic.BasicModel_GradientLayerAttribution(),
+        ((3,),),
+        0,
+        refused=(
+            CaptureError,
+            r"returns a dict, expected one tensor. Choose one by output=, out of 'task 1'",
+        ),
     ),
     "BasicModel_GradientLayerAttribution, integers": Case(
-        basic.BasicModel_GradientLayerAttribution(dict_output=False), ((3,),), 0,
-        refused=(UnsupportedOperationError, r"aten\._to_copy\.default .* turns the input into torch\.int64"),
+        basic.BasicModel_GradientLayerAttribution(dict_output=False),
+        ((3,),),
+        0,
+        refused=(
+            UnsupportedOperationError,
+            r"aten\._to_copy\.default .* turns the input into torch\.int64",
+        ),
     ),
-    "MultiRelu": Case(basic.MultiRelu(), ((3,), (3,)), 0, refused=(CaptureError, r"returns a tuple, .* Wrap it in a module")),
+    "MultiRelu": Case(
+        basic.MultiRelu(),
+        ((3,), (3,)),
+        0,
+        refused=(CaptureError, r"returns a tuple, .* Wrap it in a module"),
+    ),
     "BasicModel_MultiLayer": Case(basic.BasicModel_MultiLayer(), ((3,),), 0),
-    "BasicModel_MultiLayer, all": Case(basic.BasicModel_MultiLayer(True, True), ((3,), (3,)), (0, 1, 1), (True,)),
-    "BasicModel_MultiLayer_with_Future": Case(basic.BasicModel_MultiLayer_with_Future(), ((3,),), 0, refused=FUTURES),
-    "BasicModelBoolInput_with_Future": Case(basic.BasicModelBoolInput_with_Future(), (SWITCHES,), 0, refused=BOOLEANS),
+    "BasicModel_MultiLayer, all": Case(
+        basic.BasicModel_MultiLayer(True, True), ((3,), (3,)), (0, 1, 1), (True,)
+    ),
+    "BasicModel_MultiLayer_with_Future": Case(
+        basic.BasicModel_MultiLayer_with_Future(), ((3,),), 0, refused=FUTURES
+    ),
+    "BasicModelBoolInput_with_Future": Case(
+        basic.BasicModelBoolInput_with_Future(), (SWITCHES,), 0, refused=BOOLEANS
+    ),
     "BasicModelBoolInput": Case(basic.BasicModelBoolInput(), (SWITCHES,), 0, refused=BOOLEANS),
-    "BasicModel_MultiLayer_MultiInput": Case(basic.BasicModel_MultiLayer_MultiInput(), ((3,), (3,), (3,)), 0, (4,)),
+    "BasicModel_MultiLayer_MultiInput": Case(
+        basic.BasicModel_MultiLayer_MultiInput(), ((3,), (3,), (3,)), 0, (4,)
+    ),
     "BasicModel_MultiLayer_TupleInput": Case(
-        basic.BasicModel_MultiLayer_TupleInput(), ((3,), (3,), (3,)), 0,
-        refused=(CaptureError, r"(?s)torch\.export cannot capture BasicModel_MultiLayer_TupleInput .*positional arguments"),
+        basic.BasicModel_MultiLayer_TupleInput(),
+        ((3,), (3,), (3,)),
+        0,
+        refused=(
+            CaptureError,
+            r"(?s)torch\.export cannot capture BasicModel_MultiLayer_TupleInput .*"
+            "positional arguments",
+        ),
     ),
     "BasicModel_MultiLayer_MultiInput_with_Future": Case(
         basic.BasicModel_MultiLayer_MultiInput_with_Future(), ((3,), (3,), (3,)), 0, (4,), FUTURES
     ),
-    "BasicModel_MultiLayer_TrueMultiInput": Case(basic.BasicModel_MultiLayer_TrueMultiInput(), ((3,),) * 4, 0),
-    "BasicModel_MultiLayer_TrueMultiInput, three": Case(basic.BasicModel_MultiLayer_TrueMultiInput(), ((3,),) * 3, 0),
+    "BasicModel_MultiLayer_TrueMultiInput": Case(
+        basic.BasicModel_MultiLayer_TrueMultiInput(), ((3,),) * 4, 0
+    ),
+    "BasicModel_MultiLayer_TrueMultiInput, three": Case(
+        basic.BasicModel_MultiLayer_TrueMultiInput(), ((3,),) * 3, 0
+    ),
     "BasicModel_ConvNet_One_Conv": Case(basic.BasicModel_ConvNet_One_Conv(), ((1, 4, 4),), 0),
-    "BasicModel_ConvNet_One_Conv, two": Case(basic.BasicModel_ConvNet_One_Conv(inplace=True), ((1, 4, 4), (1, 4, 4)), 0),
-    "BasicModel_ConvNetWithPaddingDilation": Case(basic.BasicModel_ConvNetWithPaddingDilation(), ((1, 5, 5),), 0),
+    "BasicModel_ConvNet_One_Conv, two": Case(
+        basic.BasicModel_ConvNet_One_Conv(inplace=True), ((1, 4, 4), (1, 4, 4)), 0
+    ),
+    "BasicModel_ConvNetWithPaddingDilation": Case(
+        basic.BasicModel_ConvNetWithPaddingDilation(), ((1, 5, 5),), 0
+    ),
     "BasicModel_ConvNet": Case(basic.BasicModel_ConvNet(), ((1, 10, 10),), 0, refused=LOGITS),
-    "BasicModel_ConvNet_MaxPool1d": Case(basic.BasicModel_ConvNet_MaxPool1d(), ((1, 10),), 0, refused=LOGITS),
-    "BasicModel_ConvNet_MaxPool3d": Case(basic.BasicModel_ConvNet_MaxPool3d(), ((1, 10, 10, 10),), 0, refused=LOGITS),
+    "BasicModel_ConvNet_MaxPool1d": Case(
+        basic.BasicModel_ConvNet_MaxPool1d(), ((1, 10),), 0, refused=LOGITS
+    ),
+    "BasicModel_ConvNet_MaxPool3d": Case(
+        basic.BasicModel_ConvNet_MaxPool3d(), ((1, 10, 10, 10),), 0, refused=LOGITS
+    ),
     "SigmoidModel": Case(classification.SigmoidModel(4, 5, 3), ((4,),), 1),
     "SoftmaxModel": Case(classification.SoftmaxModel(4, 5, 3), ((4,),), 1, refused=LOGITS),
     "SigmoidDeepLiftModel": Case(classification.SigmoidDeepLiftModel(4, 5, 3), ((4,),), 1),
-    "SoftmaxDeepLiftModel": Case(classification.SoftmaxDeepLiftModel(4, 5, 3), ((4,),), 1, refused=LOGITS),
-}  # fmt: skip
+    "SoftmaxDeepLiftModel": Case(
+        classification.SoftmaxDeepLiftModel(4, 5, 3), ((4,),), 1, refused=LOGITS
+    ),
+}
 
 
 def _inputs(case: Case) -> tuple[Tensor, ...]:

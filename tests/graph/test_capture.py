@@ -168,7 +168,8 @@ class _Odd(nn.Module):
     [
         (
             "branch",
-            r"(?s)torch\.export cannot capture _Odd for inputs \(4, 3\) torch\.float32 on cpu.*must not depend on the data",
+            r"(?s)torch\.export cannot capture _Odd for inputs \(4, 3\) torch\.float32 on cpu.*"
+            "must not depend on the data",
         ),
         ("buffer", r"writes to 'calls' while it runs"),
         ("input", r"writes to 'x' while it runs"),
@@ -265,8 +266,12 @@ def test_check_lists_every_operation_with_what_becomes_of_it(untouched: Any) -> 
     with untouched(model, x):
         report = check(model, x)
     assert [(row.path, row.status) for row in report.rows] == [
-        ("0", "supported"), ("1", "supported"), ("2", "passes"), ("3", "supported"), ("4", "refused"),
-    ]  # fmt: skip
+        ("0", "supported"),
+        ("1", "supported"),
+        ("2", "passes"),
+        ("3", "supported"),
+        ("4", "refused"),
+    ]
     assert not report.ok
     assert [row.operation for row in report.refused] == ["aten.softmax.int"]
     lines = str(report).splitlines()
@@ -340,7 +345,8 @@ def test_weights_that_hooks_make_are_told_by_their_name(make: Any, name: str) ->
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), make(nn.Linear(3, 2))).eval()
     with pytest.raises(
         CaptureError,
-        match=rf"module '2' computes its weight anew each time in a hook, {name}, .*parametrizations",
+        match=rf"module '2' computes its weight anew each time in a hook, {name}, "
+        ".*parametrizations",
     ):
         check(model, torch.randn(2, 4))
 

@@ -1,4 +1,4 @@
-"""Exported graphs made functional node by node: the same values, no writes, and a second trace where in doubt."""
+"""Exported graphs made functional node by node: same values, no writes, else a second trace."""
 
 from collections.abc import Callable
 from typing import Any
@@ -85,8 +85,11 @@ def test_writes_become_values(function: Callable[[Tensor], Tensor]) -> None:
     before = exported(function, x)
     names = [str(node) for node in before.nodes]
     after = functional(before, {})
-    assert not any(str(node.target).split(".")[-2].endswith("_") for node in after.nodes
-                   if node.op == "call_function" and "aten" in str(node.target))  # fmt: skip
+    assert not any(
+        str(node.target).split(".")[-2].endswith("_")
+        for node in after.nodes
+        if node.op == "call_function" and "aten" in str(node.target)
+    )
     y = torch.randn(7, 5)
     assert torch.equal(run(after, y.clone()), function(y.clone()))
     assert [str(node) for node in before.nodes] == names, "the exported graph stays as it is"
@@ -117,7 +120,7 @@ def test_a_model_that_writes_to_its_input_is_refused_as_before() -> None:
 
 
 class Net(nn.Module):
-    """All that is rewritten: batch norm, activations in place, dropout, einsum, swapaxes, an LSTM."""
+    """All that is rewritten: batch norm, activations in place, dropout, einsum, swapaxes, LSTM."""
 
     def __init__(self) -> None:
         super().__init__()

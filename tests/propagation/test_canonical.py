@@ -1,4 +1,4 @@
-"""Ways of writing one network: A and S are those of the function, whatever its copies, transpositions and stacks."""
+"""Ways of writing one network: copies, transpositions and stacks change neither A nor S."""
 
 import copy
 
@@ -212,10 +212,20 @@ def test_what_is_stacked_only_to_pick_one_is_that_one(name):
 
 def test_what_is_picked_with_the_rest_in_another_order_stays():
     torch.manual_seed(0)
-    model = Function(
-        lambda m, x: m["head"](torch.stack([(g := torch.tanh(m["stem"](x))), g.flip(1)]).permute(2, 0, 1).select(1, 1).t()),
-        stem=nn.Linear(8, 6), head=nn.Linear(6, 3),
-    ).double().eval()  # fmt: skip
+    model = (
+        Function(
+            lambda m, x: m["head"](
+                torch.stack([(g := torch.tanh(m["stem"](x))), g.flip(1)])
+                .permute(2, 0, 1)
+                .select(1, 1)
+                .t()
+            ),
+            stem=nn.Linear(8, 6),
+            head=nn.Linear(6, 3),
+        )
+        .double()
+        .eval()
+    )
     x = normal(6, 8, dtype=torch.float64)  # as many as features: shapes would not tell
     captured = capture(model, (x[:1],))
     surrogate = Surrogate(captured, MIPIN)
@@ -253,10 +263,22 @@ def test_a_layer_that_transposes_can_be_explained_by_an_inverse_of_the_whole():
             return x.transpose(1, 2)
 
     torch.manual_seed(0)
-    model = Function(
-        lambda m, x: m["head"]((lambda h: torch.relu(m["a"](h)) + torch.tanh(m["b"](h)))(m["layer"](m["stem"](x))).flatten(1)),
-        stem=nn.Conv2d(2, 3, 1), layer=Transposes(), a=nn.Linear(5, 5), b=nn.Linear(5, 5), head=nn.Linear(60, 3),
-    ).double().eval()  # fmt: skip
+    model = (
+        Function(
+            lambda m, x: m["head"](
+                (lambda h: torch.relu(m["a"](h)) + torch.tanh(m["b"](h)))(
+                    m["layer"](m["stem"](x))
+                ).flatten(1)
+            ),
+            stem=nn.Conv2d(2, 3, 1),
+            layer=Transposes(),
+            a=nn.Linear(5, 5),
+            b=nn.Linear(5, 5),
+            head=nn.Linear(60, 3),
+        )
+        .double()
+        .eval()
+    )
     x, layer = normal(40, 2, 4, 5, dtype=torch.float64), model.layers["layer"]
     assert_alike_fitted_whole_and_alone(model, x, layer)
 
@@ -264,9 +286,13 @@ def test_a_layer_that_transposes_can_be_explained_by_an_inverse_of_the_whole():
 def test_a_layer_that_only_what_is_dropped_depends_on_is_refused():
     torch.manual_seed(0)
     model = Function(
-        lambda m, x: m["head"](torch.stack([torch.tanh(m["side"](x)), torch.tanh(m["layer"](x))])[1]),
-        side=nn.Linear(4, 4), layer=nn.Linear(4, 4), head=nn.Linear(4, 3),
-    ).eval()  # fmt: skip
+        lambda m, x: m["head"](
+            torch.stack([torch.tanh(m["side"](x)), torch.tanh(m["layer"](x))])[1]
+        ),
+        side=nn.Linear(4, 4),
+        layer=nn.Linear(4, 4),
+        head=nn.Linear(4, 3),
+    ).eval()
     with pytest.raises(CaptureError, match="does not depend on"):
         InverseNetwork(model, layer=model.layers["side"]).fit(normal(40, 4), progress=False)
 
@@ -290,10 +316,17 @@ def test_parts_of_another_dtype_are_not_picked(made):
         return Function(run, stem=nn.Linear(6, 5), head=nn.Linear(5, 3))
 
     agree(model(False), model(True), normal(60, 6, dtype=torch.float64))
-    mixed = Function(
-        lambda m, x: m["head"](torch.stack([(h := torch.tanh(m["stem"](x))).float(), h], 1)[:, 0]),
-        stem=nn.Linear(6, 5), head=nn.Linear(5, 3),
-    ).double().eval()  # fmt: skip
+    mixed = (
+        Function(
+            lambda m, x: m["head"](
+                torch.stack([(h := torch.tanh(m["stem"](x))).float(), h], 1)[:, 0]
+            ),
+            stem=nn.Linear(6, 5),
+            head=nn.Linear(5, 3),
+        )
+        .double()
+        .eval()
+    )
     x = normal(60, 6, dtype=torch.float64)
     captured = capture(mixed, (x[:1],))
     surrogate = Surrogate(captured, MIPIN)
@@ -307,8 +340,9 @@ def test_strings_that_began_empty():
         first = [torch.empty(0, dtype=torch.float64)] * empty
         return Function(
             lambda m, x: m["head"](torch.cat([*first, torch.tanh(m["stem"](x))[:, None]], 1)[:, 0]),
-            stem=nn.Linear(6, 5), head=nn.Linear(5, 3),
-        )  # fmt: skip
+            stem=nn.Linear(6, 5),
+            head=nn.Linear(5, 3),
+        )
 
     agree(model(0), model(1), normal(60, 6, dtype=torch.float64))
 
@@ -360,10 +394,17 @@ def test_layers_that_only_spell_can_be_explained_by_an_inverse_of_the_whole(name
 
     torch.manual_seed(0)
     layers = {"a": nn.Linear(5, 5), "b": nn.Linear(5, 5)}
-    model = Function(
-        lambda m, x: m["head"](LAYERS[name](m, m["layer"](torch.tanh(m["stem"](x))))),
-        stem=nn.Linear(6, 5), layer=Spells(), **layers, head=nn.Linear(5, 3),
-    ).double().eval()  # fmt: skip
+    model = (
+        Function(
+            lambda m, x: m["head"](LAYERS[name](m, m["layer"](torch.tanh(m["stem"](x))))),
+            stem=nn.Linear(6, 5),
+            layer=Spells(),
+            **layers,
+            head=nn.Linear(5, 3),
+        )
+        .double()
+        .eval()
+    )
     x, layer = normal(60, 6, dtype=torch.float64), model.layers["layer"]
     assert_alike_fitted_whole_and_alone(model, x, layer)
 

@@ -333,7 +333,7 @@ def test_a_tensor_with_several_branches_has_a_fork(joint: bool) -> None:
     parts = [n for n in draft.graph.nodes if n.target is operator.getitem]
     assert draft.output.args == tuple(parts)
     fork = draft.steps["(model)/relu/fork"].operation
-    assert (fork.operations, fork.others, fork.dim) == ((aten.linear.default,), 1, 1)
+    assert (fork.operations, fork.plain, fork.dim) == ((aten.linear.default,), 1, 1)
 
 
 def test_a_start_without_scale_is_calibrated_or_refused() -> None:

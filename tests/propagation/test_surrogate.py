@@ -51,9 +51,17 @@ def residual():
 def test_forward_values_are_the_models_bits():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), nn.Dropout(),
-        nn.ConvTranspose2d(4, 4, 2, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3),
-    ).eval()  # fmt: skip
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Dropout(),
+        nn.ConvTranspose2d(4, 4, 2, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    ).eval()
     x = torch.randn(4, 3, 9, 9)
     with torch.no_grad():
         assert torch.equal(forward(model, x), model(x))
@@ -109,7 +117,7 @@ def test_each_operation_runs_once_and_steps_in_sequence_are_steps(forks, monkeyp
 
 
 def test_what_is_used_elsewhere_too_ends_a_sequence():
-    """Used by the output, twice, or not as what carries the signal; what is given by name stays so."""
+    """Steps used by the output, twice, or not for their signal; named arguments stay named."""
     graph = fx.Graph()
     run, x = graph.placeholder("run"), graph.placeholder("x")
     a = graph.call_function(step, (run, "a", x), {"by": 1})
@@ -202,7 +210,10 @@ def test_each_of_two_inputs_that_are_added_is_reconstructed():
 REFUSED = {
     "softmax": (lambda m, x: m["a"](F.softmax(x, 1)), "aten.softmax.int"),
     "softmax of logits": (lambda m, x: m["a"](x).softmax(1), "aten.softmax.int"),
-    "clamp to one": (lambda m, x: m["a"](x.clamp(min=0.5, max=1)), "is no activation: it makes 0.5 of 0"),
+    "clamp to one": (
+        lambda m, x: m["a"](x.clamp(min=0.5, max=1)),
+        "is no activation: it makes 0.5 of 0",
+    ),
     "clamp from below": (lambda m, x: m["a"](x.clamp(min=1)), "is no activation: it makes 1 of 0"),
     "product": (lambda m, x: m["a"](x * x), "both depend on the input"),
     "gate": (lambda m, x: m["a"](x * m["b"](x)), "both depend on the input"),
@@ -274,13 +285,16 @@ def test_a_branch_on_batch_sizes_beyond_all_use_is_none():
 
 
 def test_steps_keep_their_names_wherever_the_signal_stops():
-    """Two calls of one layer, forks without a module of their own: a start in between must not rename what is above it."""
+    """A start between two calls of one layer must not rename the steps above it."""
     torch.manual_seed(0)
     relu, behind = nn.ReLU(), nn.ReLU()
     model = Function(
         lambda m, x: m["c"](behind(m["b"](h := m["r"](m["a"](F.relu(m["a"](x)))) + 0) + h)),
-        a=dense(4, 4), b=dense(4, 4), c=dense(4, 2), r=relu,
-    ).eval()  # fmt: skip
+        a=dense(4, 4),
+        b=dense(4, 4),
+        c=dense(4, 2),
+        r=relu,
+    ).eval()
     graph = capture(model, (normal(2, 4),))
     whole = Surrogate(graph, MIPIN).learned
     start = next(node.name for node in graph.graph.nodes if node.name.startswith("add"))
@@ -361,7 +375,7 @@ def programs(draw):
 @settings(deadline=None, max_examples=12)
 @given(programs(), st.integers(0, 3))
 def test_random_graphs_keep_values_and_identities(lines, seed):
-    """Forward values equal the model's; S − A does not depend on the logit; mixed targets equal one by one; order is free."""
+    """Values are the model's; S − A is free of the logit; neither mixing nor order matters."""
     torch.manual_seed(seed)
     layers = {str(i): dense(4, 4) for i in range(len(lines))} | {
         "pair": dense(8, 4),
@@ -373,11 +387,15 @@ def test_random_graphs_keep_values_and_identities(lines, seed):
         for number, (kind, i, j) in enumerate(lines):
             a, b = values[-1 - i % len(values)], values[-1 - j % len(values)]
             made = {
-                "dense": lambda a, b, n=number: m[str(n)](a), "relu": lambda a, b: F.relu(a), "add": lambda a, b: a + b,
-                "sub": lambda a, b: a - 0.5 * b, "scale": lambda a, b: 3 * a, "shift": lambda a, b: a - 1,
+                "dense": lambda a, b, n=number: m[str(n)](a),
+                "relu": lambda a, b: F.relu(a),
+                "add": lambda a, b: a + b,
+                "sub": lambda a, b: a - 0.5 * b,
+                "scale": lambda a, b: 3 * a,
+                "shift": lambda a, b: a - 1,
                 "cat": lambda a, b: m["pair"](torch.cat([a, b], 1)),
                 "view": lambda a, b: a.view(-1, 2, 2).permute(0, 2, 1).flatten(1),
-            }[kind](a, b)  # fmt: skip
+            }[kind](a, b)
             values.append(made)
         return m["out"](values[-1])
 
