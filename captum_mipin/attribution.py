@@ -76,6 +76,7 @@ class MIPINAttribution(_MIPIN):
     Source: Deng et al., KDD 2021, sections 4.2, 4.3 and algorithm 1.
 
     Examples:
+        >>> from captum_mipin import InverseNetwork
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
         >>> x = torch.randn(200, 6)
@@ -86,18 +87,11 @@ class MIPINAttribution(_MIPIN):
 
     @captum_entry
     def attribute(
-        self,
-        inputs: Tensor | Inputs,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        *,
-        local: bool = True,
-        mask_input: bool = False,
-        multiply_by_inputs: bool = False,
-        multiply_by_gradients: bool = False,
-        evidence: bool = False,
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
+        local: bool = True, mask_input: bool = False, multiply_by_inputs: bool = False,
+        multiply_by_gradients: bool = False, evidence: bool = False,
         return_convergence_delta: bool = False,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Return A, the attribution of the target's logit to the input (algorithm 1).
 
         Args:
@@ -145,22 +139,16 @@ class MIPINAttribution(_MIPIN):
         return like(inputs, maps), delta
 
     def source_signal(
-        self,
-        inputs: Tensor | Inputs,
-        target: Any = None,
-        additional_forward_args: Any = None,
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
         **options: bool,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Return S; see :meth:`InverseNetwork.source_signal`, also for ``options``."""
         return self.inverse.source_signal(inputs, target, additional_forward_args, **options)
 
     def distractor(
-        self,
-        inputs: Tensor | Inputs,
-        target: Any = None,
-        additional_forward_args: Any = None,
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
         **options: bool,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Return X − S; see :meth:`InverseNetwork.distractor`, also for ``options``."""
         return self.inverse.distractor(inputs, target, additional_forward_args, **options)
 
@@ -224,6 +212,7 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
         InputError: ``inverse`` belongs to another model object, or no layer is known.
 
     Examples:
+        >>> from captum_mipin import InverseNetwork
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
         >>> x = torch.randn(50, 1, 8, 8)
@@ -247,16 +236,10 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
 
     @captum_entry
     def attribute(
-        self,
-        inputs: Tensor | Inputs,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        *,
-        local: bool = True,
-        multiply_by_features: bool = False,
-        multiply_by_gradients: bool = False,
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
+        local: bool = True, multiply_by_features: bool = False, multiply_by_gradients: bool = False,
         evidence: bool = False,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return A at the layer: how each feature of its output carries the target's logit.
 
         Args:
@@ -282,13 +265,9 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
         )[0]
 
     def source_signal(
-        self,
-        inputs: Tensor | Inputs,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        *,
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
         local: bool = True,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return S at the layer: what of its output the target's logit carries, shaped like it."""
         call = as_inputs(inputs), target, as_extras(additional_forward_args)
         explanation = self.inverse.explain(*call, biases=(True,), local=local, layer=self.layer)

@@ -34,7 +34,7 @@ def test_help_describes_every_argument_once(method):
     parameters = [name for name in inspect.signature(method.attribute).parameters if name != "self"]
     assert named == parameters
     assert method.attribute.__wrapped__.__doc__ == method.attribute.__doc__
-    common = COMMON_ENTRIES["Args"].strip().splitlines()
+    common = inspect.cleandoc(COMMON_ENTRIES["Args:"]).splitlines()
     assert entries[: len(common)] == common
 
 

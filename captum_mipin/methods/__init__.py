@@ -3,18 +3,10 @@
 from captum_mipin.methods.base import LayerPropagation
 from captum_mipin.methods.excitation import ExcitationBackprop
 from captum_mipin.methods.gradients import Deconvnet, GuidedBackprop
-from captum_mipin.methods.lrp import (
-    LRP,
-    AlphaBeta,
-    DeepTaylor,
-    Epsilon,
-    Flat,
-    Gamma,
-    WSquare,
-    ZBox,
-    ZPlus,
-)
-from captum_mipin.methods.patterns import PatternAttribution, PatternNet, Patterns
+from captum_mipin.methods.lrp.lrp import LRP, DeepTaylor
+from captum_mipin.methods.lrp.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
+from captum_mipin.methods.patterns.attributions import PatternAttribution, PatternNet
+from captum_mipin.methods.patterns.fit import Patterns
 from captum_mipin.methods.standard import GradCAM, SmoothGrad
 
 __all__ = [

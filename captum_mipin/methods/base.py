@@ -149,6 +149,8 @@ class Propagation(NoFuture, GradientAttribution):
     _name = "Propagation"
     #: Whether 1 is sent back from the target, instead of its output.
     _unit = False
+    #: Whether ``detach()`` is followed, so that nothing is sent back through it.
+    _detached = False
 
     def __init__(self, model: nn.Module, *, output: Output = None) -> None:
         check_output(output)
@@ -224,17 +226,18 @@ class Propagation(NoFuture, GradientAttribution):
         def build(graph: CapturedGraph, start: str | None) -> Surrogate:
             return Surrogate(graph, self._table(), start, joint=False)
 
+        def graph_of(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
+            return capture(
+                self.model, inputs, extras, shared,
+                output=self.output, explained=False, detached=self._detached,
+            )  # fmt: skip
+
+        def find() -> Signature:
+            return self._graphs.find(inputs, extras, graph_of)
+
         # A changed option makes another table: the surrogate is then built anew.
         options = [_ByIdentity(v) for name, v in vars(self).items() if not name.startswith("_")]
-        return self._graphs.build(
-            self.model, layer, options, lambda: self._find(inputs, extras), build
-        )
-
-    def _find(self, inputs: Inputs, extras: Extras) -> Signature:
-        return self._graphs.find(inputs, extras, self._capture)
-
-    def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-        return capture(self.model, inputs, extras, shared, output=self.output, explained=False)
+        return self._graphs.build(self.model, layer, options, find, build)
 
     @classmethod
     def get_name(cls) -> str:
@@ -247,13 +250,9 @@ class Signal(Propagation):
 
     @captum_entry
     def attribute(
-        self,
-        inputs: Tensor | Inputs,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        *,
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
         multiply_by_inputs: bool = False,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Return what arrives at the input from the target's output.
 
         Args:
@@ -277,13 +276,9 @@ class Relevance(Propagation):
 
     @captum_entry
     def attribute(
-        self,
-        inputs: Tensor | Inputs,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        *,
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
         return_convergence_delta: bool = False,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Return the relevance of each input feature for the target's output.
 
         Args:
@@ -358,14 +353,9 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
 
     @captum_entry
     def attribute(
-        self,
-        inputs: Tensor | Inputs,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
-        *,
-        multiply_by_features: bool = False,
-    ) -> Tensor:
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False, *, multiply_by_features: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Return what the method sends back to the layer's output.
 
         Args:

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from captum_mipin.methods.gradients import derivative
+from captum_mipin.methods.gradients import run_operator
 from captum_mipin.methods.layers import Layer
 from captum_mipin.methods.lrp.lrp import LRP
 from captum_mipin.methods.lrp.rules import LayerCall, LayerRule, quotient
-from captum_mipin.methods.lrp.table import relevance
-from captum_mipin.rules import Options, Recorded, Rule
+from captum_mipin.methods.lrp.table import relevance, share
+from captum_mipin.rules import Recorded, Rule
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.base import Back
 from captum_mipin.types import Output
@@ -94,43 +95,32 @@ class ExcitationBackprop(LRP):
         table = relevance(takes=False)
         for name, rule in table.items():
             if isinstance(rule, Recorded) and rule.several:
-                run = _combined if name in ARITHMETIC else _averaged
+                run = partial(run_operator, _combined if name in ARITHMETIC else _averaged)
                 table[name] = replace(rule, run=run, note="by excitation")
         return table
 
 
-def _averaged(
-    options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any
-) -> Any:
-    """Send P back through a linear operation with weights a ≥ 0, by the shares of x⁺."""
+def _averaged(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
+    """Send P back through a linear operator with weights a ≥ 0, by the shares of x⁺."""
     # P_i = x_i⁺ Σ_j a_ij P_j / Σ_i' a_i'j x_i'⁺
     excited = tuple(part.clamp(min=0) for part in x)
-    z, back = derivative(operation, excited, *arguments, **named)
-    value = operation(x, *arguments, **named)
-    return value, lambda p: tuple(
-        part * g for part, g in zip(excited, back(quotient(p, z)), strict=True)
-    )
+    return operator(x), share(False, operator, excited)[1]
 
 
-def _combined(
-    options: Options, operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any
-) -> Any:
+def _combined(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
     """Send P back element by element, by the positive part of what each argument adds."""
 
     def back(p: Tensor) -> tuple[Tensor, ...]:
         zeros = tuple(part.new_zeros(()) for part in x)
-        constant = operation(zeros, *arguments, **named)
-        alone = (
-            operation((*zeros[:i], part, *zeros[i + 1 :]), *arguments, **named)
-            for i, part in enumerate(x)
-        )
+        constant = operator(zeros)
+        alone = (operator((*zeros[:i], part, *zeros[i + 1 :])) for i, part in enumerate(x))
         terms = [(value - constant).clamp_(min=0) for value in alone]
         q = quotient(p, sum(terms[1:], terms[0]))
         return tuple(
             (term * q).sum_to_size(part.shape) for term, part in zip(terms, x, strict=True)
         )
 
-    return operation(x, *arguments, **named), back
+    return operator(x), back
 
 
 def _excitatory(weight: Tensor) -> Tensor:

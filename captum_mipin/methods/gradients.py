@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.marks import mark, original, value_of
 from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.methods.base import NamedOperation, Signal, Table
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.base import Back, depends, gate_source, value_and_adjoint, varies
-from captum_mipin.types import Extras, Inputs
 
 #: Operations besides ReLU that are rectifiers with any arguments.
 _RECTIFIERS = (
@@ -47,10 +45,7 @@ class _Derived(Signal):
     """The base of gradients and their variants, which start with 1 and follow ``detach()``."""
 
     _unit = True
-
-    def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-        options: dict[str, Any] = {"output": self.output, "explained": False, "detached": True}
-        return capture(self.model, inputs, extras, shared, **options)
+    _detached = True
 
 
 class Gradient(_Derived):
@@ -158,13 +153,33 @@ class GuidedBackprop(_Gated):
 # ------------------------------------------------------------------------------------- the way back
 
 
-def derivative(
-    operation: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any
-) -> tuple[Tensor, Any]:
-    """Return an operation's value, and what autograd sends back: one tensor for each of ``x``."""
+def run_operator(
+    back_of: Callable[..., Any],
+    options: Options,
+    operation: Any,
+    x: Any,
+    *arguments: Any,
+    **named: Any,
+) -> Any:
+    """Run a rule, bound to it by ``partial``, that is a function of an operator and x.
+
+    Args:
+        back_of: (operator, x) → the operator's value at x, and how a signal comes back. x is a
+            tensor, or a tuple if several arguments carry signal.
+        options: Not used: these rules have none.
+        operation: The operation; with all arguments but x as they are, it is the operator.
+        x: What carries signal.
+        arguments: The other arguments.
+        named: Arguments by name.
+    """
+    return back_of(lambda t: operation(t, *arguments, **named), x)
+
+
+def derivative(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+    """Return an operator's value, and what autograd sends back: one tensor for each of ``x``."""
     with torch.enable_grad():
         probes = tuple(part.detach().requires_grad_() for part in x)
-        value = operation(probes, *arguments, **named)
+        value = operator(probes)
     return value.detach(), lambda s: torch.autograd.grad(value, probes, s, retain_graph=True)
 
 

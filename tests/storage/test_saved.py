@@ -15,7 +15,7 @@ from torch import nn
 
 from captum_mipin import IBA, InputIBA, InverseNetwork, NeighbourInverse
 from captum_mipin.errors import InverseFileError, ModelChangedError
-from captum_mipin.methods.patterns import PatternAttribution, Patterns
+from captum_mipin.methods import PatternAttribution, Patterns
 from captum_mipin.storage import files
 
 SAVED = Path(__file__).parent / "saved"

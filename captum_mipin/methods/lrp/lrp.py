@@ -1,4 +1,4 @@
-"""LRP as a Captum attribution: which rule each layer has."""
+"""LRP and Deep Taylor as Captum attributions: which rule each layer has."""
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -11,11 +11,20 @@ from captum_mipin.errors import InputError
 from captum_mipin.graph.nodes import operation
 from captum_mipin.methods.base import Relevance, Table
 from captum_mipin.methods.layers import Layer, Scale, replace_layers
-from captum_mipin.methods.lrp.rules import AlphaBeta, Epsilon, LayerCall, LayerRule
-from captum_mipin.methods.lrp.table import relevance
+from captum_mipin.methods.lrp.rules import (
+    AlphaBeta,
+    Epsilon,
+    FullBias,
+    LayerCall,
+    LayerRule,
+    WSquare,
+    ZBox,
+    ZPlus,
+)
+from captum_mipin.methods.lrp.table import innvestigate, relevance
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.base import Back
-from captum_mipin.types import Output
+from captum_mipin.types import Output, Target
 
 #: Which layers: a type of modules, a pattern of module paths ("features.*"), or a function
 #: (path, module) → bool.
@@ -89,7 +98,7 @@ class LRP(Relevance):
         output: Output = None,
     ) -> None:
         super().__init__(model, output=output)
-        check_one_of("bias", bias, ("take", "none"))
+        _check_one_of("bias", bias, ("take", "none"))
         self.rule, self.input_rule, self.bias = rule or Epsilon(), input_rule, bias
         self.composite = tuple(composite)
         for which, _ in self.composite:
@@ -98,7 +107,7 @@ class LRP(Relevance):
                     f"composite: {which!r} is no type of modules, pattern of paths or function"
                 )
         for checked in (self.rule, input_rule or self.rule, *(rule for _, rule in self.composite)):
-            check_rule(checked)
+            _check_rule(checked)
 
     def _table(self) -> Table:
         takes = self.bias == "take"
@@ -156,7 +165,86 @@ class LRP(Relevance):
             )
 
 
-def check_rule(rule: Any) -> None:
+class DeepTaylor(LRP):
+    """Deep Taylor decomposition: z⁺ in all layers but the first.
+
+    R_i = Σ_j (x_i w_ij)⁺ / Σ_i' (x_i' w_i'j)⁺ R_j in hidden layers. In the first layer the rule is
+    z^B if the inputs have bounds, else w². Everything else is as for :class:`LRP`. Hidden values
+    below 0, which networks with ReLU do not have, count with the weights below 0, as in LRP-α1β0.
+
+    Args:
+        model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
+        low: Lower bound of the input for z^B, as the first layer sees it; see :class:`ZBox`. None:
+            w².
+        high: Upper bound, likewise.
+        bias: Which part of a bias is in the denominators of z⁺, and so takes relevance: "none", the
+            "positive" part, or the "full" bias.
+        last: The rule of the layer that makes the output; z⁺ by default.
+        preset: "innvestigate" for what iNNvestigate 1.0 runs under this name. α1β0 with full biases
+            is the rule of every layer, also of the first one unless there are bounds. Batch norms
+            pass relevance on; sums copy it to each term; activations, maximum and average pooling
+            send back their gradient. It starts with the positive part of the output, so a class
+            with a negative output gets nothing. It does not conserve relevance. Operations that
+            iNNvestigate does not know are refused.
+
+    Source: Montavon et al., Pattern Recognition 2017; Alber et al., JMLR 2019 (iNNvestigate).
+
+    Examples:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        >>> DeepTaylor(model, low=0, high=1).attribute(torch.rand(2, 4), target=1).shape
+        torch.Size([2, 4])
+    """
+
+    _name = "Deep Taylor"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        low: float | Tensor | None = None,
+        high: float | Tensor | None = None,
+        bias: Literal["none", "positive", "full"] = "none",
+        last: LayerRule | None = None,
+        preset: Literal["innvestigate"] | None = None,
+        output: Output = None,
+    ) -> None:
+        _check_one_of("bias", bias, ("none", "positive", "full"))
+        _check_one_of("preset", preset, (None, "innvestigate"))
+        if (low is None) != (high is None):
+            raise InputError("low and high are both bounds of the input: pass both or none")
+        if preset and (bias != "none" or last is not None):
+            raise InputError(
+                "preset='innvestigate' defines the treatment of biases and of the last layer: "
+                "leave out bias and last"
+            )
+        if last is not None:
+            _check_rule(last)
+        box = None if low is None or high is None else ZBox(low, high)
+        super().__init__(
+            model,
+            rule=FullBias() if preset or bias == "full" else ZPlus(),
+            input_rule=box if preset else box or WSquare(),
+            bias="none" if bias == "none" and not preset else "take",
+            output=output,
+        )
+        self.last, self.preset, self._folds = last, preset, preset is None
+
+    def _rules(self) -> tuple[LayerRule | None, ...]:
+        return (*super()._rules(), self.last)
+
+    def _chosen(self, layer: Layer, first: bool, last: bool) -> LayerRule | None:
+        return super()._chosen(layer, first, last) or (self.last if last else None)
+
+    def _others(self) -> Mapping[str, Rule]:
+        return innvestigate() if self.preset else super()._others()
+
+    def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
+        start = super()._start(output, targets)
+        return start.clamp(min=0) if self.preset else start
+
+
+def _check_rule(rule: Any) -> None:
     """Raise InputError if a value is no rule of layers."""
     if not isinstance(rule, LayerRule):
         raise InputError(
@@ -172,7 +260,7 @@ def check_rule(rule: Any) -> None:
         ) from error
 
 
-def check_one_of(name: str, value: Any, known: Sequence[Any]) -> None:
+def _check_one_of(name: str, value: Any, known: Sequence[Any]) -> None:
     """Raise InputError if an option has none of the values that it may have."""
     if value not in known:
         raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")

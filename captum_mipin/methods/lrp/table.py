@@ -6,13 +6,14 @@ sample's own deviation, pass it on. Maximum pooling and other switches send it t
 came from. A product with a gate, or with attention weights, sends all of it to the value.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.methods.gradients import derivative
+from captum_mipin.methods.gradients import derivative, run_operator
 from captum_mipin.methods.lrp.rules import quotient
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
@@ -35,9 +36,9 @@ def relevance(takes: bool) -> dict[str, Rule]:
     table: dict[str, Rule] = dict(moves)
     rule: Rule
     for name, rule in ACTIVATIONS.items():
-        table[name] = Recorded(run=hand_on, note="passed on", refuse=rule.refuse)
+        table[name] = Recorded(run=PASS_ON, note="passed on", refuse=rule.refuse)
     for name, rule in NORMALIZATION.items():
-        table[name] = Recorded(run=hand_on, note="passed on", refuse=rule.refuse, caveat=outside)
+        table[name] = Recorded(run=PASS_ON, note="passed on", refuse=rule.refuse, caveat=outside)
     del table[_BATCH_NORM]  # it is a layer
     table["aten.glu.default"] = Recorded(
         run=_glu, note="to the value, not the gate", caveat=outside
@@ -74,44 +75,30 @@ def innvestigate() -> dict[str, Rule]:
         **exact,
         **gradient,
         "aten.add.Tensor": Passes(note="copied to each term", carriers=varying, caveat=_copied),
-        _BATCH_NORM: Recorded(run=hand_on, note="passed on"),
+        _BATCH_NORM: Recorded(run=PASS_ON, note="passed on"),
     }
 
 
 # ------------------------------------------------------------------------------------- the way back
 
 
-def share(
-    without_constants: bool,
-    options: Options,
-    operation: Any,
-    x: tuple[Tensor, ...],
-    *arguments: Any,
-    **named: Any,
-) -> Any:
-    """Distribute relevance by contribution through a linear operation.
+def share(without_constants: bool, operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
+    """Distribute relevance by contribution through a linear operator.
 
     Args:
         without_constants: Whether the denominators leave out what constants add to the value.
-        options: Not used.
-        operation: The operation.
-        x: All arguments that get relevance.
-        arguments: Its other arguments.
-        named: Its arguments by name.
+        operator: The operator.
+        x: All terms that get relevance.
     """
-    value, back = derivative(operation, x, *arguments, **named)
-    z = value
-    if without_constants:
-        z = value - operation(tuple(map(torch.zeros_like, x)), *arguments, **named)
+    value, back = derivative(operator, x)
+    z = value - operator(tuple(map(torch.zeros_like, x))) if without_constants else value
     # R_i = x_i Σ_j a_ij R_j / z_j, where ``back`` is the adjoint s ↦ Σ_j a_ij s_j
     return value, lambda r: tuple(part * g for part, g in zip(x, back(quotient(r, z)), strict=True))
 
 
-def hand_on(
-    options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
-) -> tuple[Tensor, Back]:
+def hand_on(operator: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Back]:
     """Give the input what the output has: R_i = R_j."""
-    value = operation(x, *arguments, **named)
+    value = operator(x)
     return value[0] if isinstance(value, tuple) else value, lambda r: r
 
 
@@ -123,13 +110,17 @@ def _by_contribution(
     rule: Rule, note: str = "by shares", *, without_constants: bool = False, **options: Any
 ) -> Recorded:
     return Recorded(
-        run=partial(share, without_constants),
+        run=partial(run_operator, partial(share, without_constants)),
         note=note,
         several=True,
         refuse=rule.refuse,
         records=rule.records,
         **options,
     )
+
+
+#: Runs an operation whose input gets what its output has.
+PASS_ON = partial(run_operator, hand_on)
 
 
 # ------------------------------------------------------------------- which arguments get relevance

@@ -16,10 +16,10 @@ from torch import Tensor, fx
 from captum_mipin.graph.marks import mark, marks, original, value_of
 from captum_mipin.graph.nodes import operation
 from captum_mipin.methods.base import Table
-from captum_mipin.methods.gradients import replace_smooth_gate
+from captum_mipin.methods.gradients import replace_smooth_gate, run_operator
 from captum_mipin.methods.layers import Neurons, replace_layers
 from captum_mipin.methods.lrp.rules import quotient
-from captum_mipin.methods.lrp.table import gated, hand_on, outside, values, varying
+from captum_mipin.methods.lrp.table import PASS_ON, gated, outside, values, varying
 from captum_mipin.propagation.channels import channels
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
@@ -72,12 +72,13 @@ def pattern_rules(
     for name, activation in ACTIVATIONS.items():
         rules[name] = Passes(note="derivative", refuse=activation.refuse)
     for name, pool in POOLING.items():
-        average = Recorded(run=partial(_averaged, attribution), note="evenly", refuse=pool.refuse)
+        run: Any = partial(run_operator, partial(_averaged, attribution))
+        average = Recorded(run=run, note="evenly", refuse=pool.refuse)
         rules[name] = Passes(note="to its switches") if "max_pool" in name else average
     for name, rule in ARITHMETIC.items():
         if any(part in name for part in ("mul", "div", "neg")):
             rules[name] = Recorded(
-                run=partial(_scaled, attribution),
+                run=partial(run_operator, partial(_scaled, attribution)),
                 note="passed on" if attribution else "divided by what it was multiplied by",
                 carriers=values,
                 records=rule.records,
@@ -94,7 +95,7 @@ def pattern_rules(
     for name, rule in ATTENTION.items():
         rules[name] = replace(rule, note="adjoint with the recorded weights", caveat=outside)
     for name in NORMALIZATION if attribution else SCALES:
-        run: Callable[..., Any] = hand_on if attribution else partial(_normalised, SCALES[name])
+        run = PASS_ON if attribution else partial(_normalised, SCALES[name])
         note = "passed on" if attribution else "divided by the scale of the sample"
         rules[name] = Recorded(run=run, note=note, caveat=outside)
     return Table(rules, _rewrite)
@@ -118,14 +119,13 @@ def _rewrite(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
 
 
 def _scaled(
-    attribution: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+    attribution: bool, operator: Callable[[Tensor], Tensor], x: Tensor
 ) -> tuple[Tensor, Back]:
     """Send s / g back through y = g ⊙ x, or s for attributions; nothing where g = 0."""
-    value = operation(x, *arguments, **named)
-    g = operation(torch.ones_like(x), *arguments, **named)
+    g = operator(torch.ones_like(x))
     # a = 1 / g, a g = 1
     factor = (g != 0).to(g) if attribution else reciprocal(g)
-    return value, lambda s: (s * factor).sum_to_size(x.shape)
+    return operator(x), lambda s: (s * factor).sum_to_size(x.shape)
 
 
 def _shifted(
@@ -134,7 +134,7 @@ def _shifted(
     """Send s back through y = g x + c with a constant c, such as 1 − x, as :func:`_scaled` does."""
     constant, *others = arguments
     zero = torch.zeros_like(constant) if isinstance(constant, Tensor) else 0
-    _, back = _scaled(attribution, options, operation, x, zero, *others, **named)
+    _, back = _scaled(attribution, lambda t: operation(t, zero, *others, **named), x)
     return operation(x, *arguments, **named), back
 
 
@@ -146,14 +146,9 @@ def _normalised(
 
 
 def _averaged(
-    attribution: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
+    attribution: bool, average: Callable[[Tensor], Tensor], x: Tensor
 ) -> tuple[Tensor, Back]:
     """Give each element the signal of its average, or the mean of several where windows overlap."""
-
-    def average(t: Tensor) -> Tensor:
-        result: Tensor = operation(t, *arguments, **named)
-        return result
-
     if not attribution:
         return shared_out(average, x, recorded=False)
     value, back = value_and_adjoint(average, x)
