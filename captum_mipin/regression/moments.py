@@ -203,6 +203,11 @@ def gram_of_each(z: Tensor, over: tuple[int, ...]) -> Tensor:
     return (rows @ rows.mT).double()
 
 
+def constant(variance: Tensor, mean: Tensor) -> Tensor:
+    """Return True for each variable that never varies: its variance is rounding of its mean."""
+    return variance <= CONSTANT * (variance + mean.square())
+
+
 def gaussian_information(moments: Moments) -> Tensor:
     """Return the mutual information of each feature and each signal, were they jointly Gaussian.
 
@@ -221,15 +226,11 @@ def gaussian_information(moments: Moments) -> Tensor:
         >>> gaussian_information(moments).squeeze().tolist()[1]
         0.0
     """
-    x = moments.zz[..., 0, 0].unsqueeze(2)
-    s = moments.ss.diagonal(dim1=1, dim2=2).unsqueeze(1)
-    means = moments.mean_z[:, 0].unsqueeze(2), moments.mean_s.unsqueeze(1)
-    constant = [
-        gram <= CONSTANT * (gram + moments.count * mean.square())
-        for gram, mean in zip((x, s), means, strict=True)
-    ]
-    number = torch.finfo(x.dtype)
+    rows, number = max(moments.count, 1), torch.finfo(torch.float64)
+    x, s = moments.zz[..., 0, 0] / rows, moments.ss.diagonal(dim1=1, dim2=2) / rows
     # ρ² = cov(x, s)² / (var(x) var(s)), kept off 0 / 0 and, where rounding exceeds it, at most 1
-    correlation = (moments.zs[:, 0].square() / (x * s).clamp(min=number.tiny)).clamp(max=1)
+    variances = (x.unsqueeze(2) * s.unsqueeze(1)).clamp(min=number.tiny)
+    correlation = ((moments.zs[:, 0] / rows).square() / variances).clamp(max=1)
     bits = -0.5 * (1 - correlation).clamp(min=number.eps).log2()
-    return bits.masked_fill(constant[0] | constant[1], 0.0)
+    still = constant(x, moments.mean_z[:, 0]).unsqueeze(2)
+    return bits.masked_fill(still | constant(s, moments.mean_s).unsqueeze(1), 0.0)

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from captum_mipin.regression.moments import CONSTANT, Moments
+from captum_mipin.regression.moments import CONSTANT, Moments, constant
 
 RidgeScale = Literal["relative", "mean", "sum"]
 
@@ -157,7 +157,7 @@ def penalties(
     variance: Tensor, mean: Tensor, ridge: float, scale: RidgeScale, rows: int
 ) -> tuple[Tensor, Tensor]:
     """Return λ for each signal (the last dimension), and which signals never vary."""
-    dead = variance <= CONSTANT * (variance + mean.square())
+    dead = constant(variance, mean)
     unit = torch.ones_like(variance)
     if scale == "relative":
         alive = (~dead).sum(-1, keepdim=True).clamp(min=1)
