@@ -1,7 +1,7 @@
 """Information bottlenecks: IBA at a layer, InputIBA at the input."""
 
 from captum_mipin.bottleneck.adversary import Adversary
-from captum_mipin.bottleneck.base import EstimateReport
+from captum_mipin.bottleneck.features import EstimateReport
 from captum_mipin.bottleneck.gaussian import Bottleneck
 from captum_mipin.bottleneck.iba import IBA
 from captum_mipin.bottleneck.input_iba import InputIBA, ThreeStages

@@ -94,62 +94,57 @@ def adversarial_mask(
     settings: Adversary,
     channels: int = 1,
     input_channels: int = 1,
-    seed: int = 0,
+    draw: torch.Generator,
     first: int = 0,
     bar: "tqdm[Any] | None" = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Play a Wasserstein game with clipped weights: a mask of one input against a critic.
 
     Args:
         x: (1, ...) the input.
         features: (1, ...) its features f.
         weight: (1, ...) w: features behind the bottleneck are w f + (1 − w) · noise.
-        initial: (1, ...) the first α, where the mask is sigmoid(α).
+        initial: (1, ...) the first α; the mask is sigmoid(α).
         above: Masked inputs → features.
         settings: How the game is played.
         channels: The dimension of the features that holds the channels.
         input_channels: That of the input.
-        seed: Seed of all that is random.
+        draw: Draws all that is random.
         first: Number of the sample, for errors.
         bar: A progress bar.
 
     Returns:
-        The mask (1, ...), and the losses of critic and generator (iterations,), NaN where none was
-        computed.
+        The mask (1, ...), and the losses (iterations,) of critic and generator; NaN for none.
 
     Raises:
         InputError: A loss is NaN or Inf, or there is no critic for such features.
     """
-    draw = torch.Generator(x.device).manual_seed(seed)
     real = _behind_bottleneck(features, weight, settings, draw)
     critic = Critic(features, channels, settings.width, draw)
     generator = _Generator(x, initial, input_channels, settings)
     critic_step = torch.optim.RMSprop(critic.parameters(), lr=settings.critic_rate)
     count = -(-settings.samples // settings.batch)
-    losses = torch.full((2, settings.epochs, count), math.nan, dtype=x.dtype, device=x.device)
+    losses = x.new_full((2, settings.epochs, count), math.nan)
     for epoch in range(settings.epochs):
         order = torch.randperm(settings.samples, generator=draw, device=x.device)
         for index, batch in enumerate(order.split(settings.batch)):
             z = normal(draw, len(batch), *x.shape[1:]).to(x.dtype)
-            with torch.no_grad():
+            with torch.set_grad_enabled(index % settings.critic_steps == 0):
                 fake = above(generator(z))
             # the critic minimises E[critic(fake)] − E[critic(real)] with |weights| ≤ clip
-            loss = critic(fake).mean() - critic(real[batch]).mean()
-            iteration = epoch * count + index
-            losses[0, epoch, index] = _descend(critic_step, loss, iteration, first)
-            with torch.no_grad():
-                for parameter in critic.parameters():
-                    parameter.clamp_(-settings.clip, settings.clip)
-            if index % settings.critic_steps == 0:
+            loss = critic(fake.detach()).mean() - critic(real[batch]).mean()
+            where = f"of sample {first} is NaN or Inf at iteration {epoch * count + index}"
+            losses[0, epoch, index] = _descend(critic_step, loss, where)
+            critic.clip(settings.clip)
+            if fake.requires_grad:
                 # the generator minimises −E[critic(fake)]
-                loss = -critic(above(generator(z))).mean()
-                losses[1, epoch, index] = _descend(generator.optimiser, loss, iteration, first)
+                loss = -critic(fake).mean()
+                losses[1, epoch, index] = _descend(generator.optimiser, loss, where)
         if bar is not None:
             bar.update()
         if bool(settled(losses[0, : epoch + 1].mean(1, keepdim=True), settings.tolerance)):
             break
-    critic_losses, generator_losses = losses.flatten(1)
-    return generator.mask.detach(), critic_losses, generator_losses
+    return generator.mask.detach(), *losses.flatten(1)
 
 
 def _behind_bottleneck(
@@ -163,13 +158,12 @@ def _behind_bottleneck(
     return (weight * features + (1 - weight) * noise.to(features.dtype)).flatten(0, 1)
 
 
-def _descend(optimiser: torch.optim.Optimizer, loss: Tensor, iteration: int, first: int) -> Tensor:
+def _descend(optimiser: torch.optim.Optimizer, loss: Tensor, where: str) -> Tensor:
     """Take one step down, and return the loss before it; raise InputError if it is not finite."""
     if not bool(torch.isfinite(loss)):
         raise InputError(
-            f"the adversarial prior's loss of sample {first} is NaN or Inf at iteration "
-            f"{iteration}: the model overflows when noise replaces its input. Standardise the "
-            "inputs, or leave this sample out"
+            f"the adversarial prior's loss {where}: the model overflows when noise replaces its "
+            "input. Standardise the inputs, or leave this sample out"
         )
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     gradients = torch.autograd.grad(loss, parameters)
@@ -271,6 +265,12 @@ class Critic(nn.Module):
                 n = module.hidden_size if isinstance(module, nn.LSTM) else own[0][0].numel()
                 for parameter in own:
                     nn.init.uniform_(parameter, -(n**-0.5), n**-0.5, generator=draw)
+
+    def clip(self, bound: float) -> None:
+        """Clip all weights to ± ``bound``."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.clamp_(-bound, bound)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the scores (batch, 1) of features (batch, ...)."""

@@ -245,8 +245,7 @@ def optimise(
         entropy = cross_entropy(z.to(x.dtype)).to(masked.dtype)
         if not entropy.requires_grad:
             raise CaptureError(
-                "no gradient of the model's output reaches the layer, so nothing of it can be "
-                "weighed: take another layer"
+                "no gradient of the model's output reaches the layer: take another layer"
             )
         # L = L_CE + β L_I (Schulz et al.)
         loss = entropy + settings.beta * told.flatten(1).mean(1)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from captum_mipin._captum import captum_entry
-from captum_mipin.bottleneck.base import LayerBottleneck, Run, calm, seed_from
+from captum_mipin.bottleneck.base import LayerBottleneck, Run
 from captum_mipin.bottleneck.gaussian import Bottleneck, Optimised
 from captum_mipin.bottleneck.maps import at_input, finished, spread
 from captum_mipin.bottleneck.samples import Samples
 from captum_mipin.errors import InputError
+from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.validate import as_inputs, device_of, like
 from captum_mipin.types import Inputs
 
@@ -109,12 +110,12 @@ class IBA(LayerBottleneck[Bottleneck, Optimised]):
         if at not in ("input", "layer"):
             raise InputError(f"at={at!r} is not one of 'input', 'layer'")
         tensors = as_inputs(inputs)
-        with calm(device_of(self.model)):
+        with plain_modes(device_of(self.model)):
             samples = self._samples(tensors, target, additional_forward_args, internal_batch_size)
             if at == "input":  # refuse what has no such map before all the work
                 shape = samples.shape(self._name(samples.parts))
                 self._grid(torch.empty(len(tensors[0]), *shape, device="meta"), tensors)
-            run = Run(seed_from(generator), internal_batch_size, progress)
+            run = Run.of(generator, internal_batch_size, progress)
             bits = self._explain(samples, run).information
         total = bits.flatten(1).sum(1)
         if at == "layer":

@@ -207,7 +207,7 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
 
     def _game(
         self, sample: Samples, start: str, feature: Optimised, seed: int, bar: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Return for one sample the mask at the end of the game, and the losses of both sides."""
         part = sample.parts(start, self._name(sample.parts))
         with torch.no_grad():
@@ -228,10 +228,11 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
             return part.above(masked.to(x.dtype), beside[rows]).to(dtype)
 
         x, features, weight, bits = (t.to(dtype) for t in (x, features, weight, bits))
+        draw = torch.Generator(x.device).manual_seed(seed)
         with TURNS.explaining():
             return adversarial_mask(
                 x, features, weight, self._initial(bits, x), above, settings=self.settings.prior,
-                channels=self.channels, input_channels=self._channels, seed=seed,
+                channels=self.channels, input_channels=self._channels, draw=draw,
                 first=sample.first, bar=bar,
             )  # fmt: skip
 

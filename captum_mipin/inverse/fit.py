@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from math import prod
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from captum_mipin.graph.validate import finite
 from captum_mipin.inverse.information import SharedInformation
 from captum_mipin.inverse.passes import Passes
 from captum_mipin.inverse.request import FitRequest, Fitted
-from captum_mipin.inverse.sgd import Descent
+from captum_mipin.inverse.sgd import Descent, descend
 from captum_mipin.regression.dual import Rows, RowSolution, solve_rows
 from captum_mipin.regression.lag_gram import CHUNK
 from captum_mipin.regression.moments import Moments
@@ -199,8 +200,8 @@ class Fit:
             _check_memory(key, needed, signals, x.device)
         batches = batches if first is None else chain([first], batches)
         targets = targets if shared else targets[: max(1, request.memory // needed)]
-        names = ", ".join(str(target_label(target)) for target in targets)
-        bar.set_description(f"{key} · class {names if len(names) < 30 else names[:27] + '...'}")
+        names = shorten(", ".join(str(target_label(t)) for t in targets), 30, placeholder=" ...")
+        bar.set_description(f"{key} · class {names}")
         sgd = request.settings.solver == "sgd"
         if sgd and isinstance(inverter, Convolution) and inverter.plain:
             return self._descend(key, targets, fitted, batches, bar)
@@ -218,14 +219,9 @@ class Fit:
     def _solve_moments(
         self, key: str, inverter: Inverter, groups: Any, moments: dict[int, Moments], x: Tensor
     ) -> _Solved:
-        """Return the inverses of one step from its moments; each is dropped once it is solved.
+        """Return the inverses of one step from the moments of each group of targets.
 
-        Args:
-            key: The step.
-            inverter: The family of its inverses.
-            groups: The targets; those of one group share an inverse.
-            moments: The moments of each group.
-            x: Features, for the dtype and the device of the inverses.
+        The moments are dropped one by one; ``x`` has the dtype and the device of the inverses.
         """
         solved: _Solved = {}
         settings = self._request.settings
@@ -293,8 +289,7 @@ class Fit:
     def _pooled(self, moments: Moments | None, inverter: Inverter, x: Tensor) -> Moments:
         """Return the moments of all processes' data; None stands for no data."""
         live = moments.live[0].tolist() if moments is not None and moments.live else None
-        if moments is None:
-            moments = Moments.zeros(*inverter.size, x.device)
+        moments = moments or Moments.zeros(*inverter.size, x.device)
         # Moments of some signals alone can only be added if they are of the same signals.
         if any(other != live for other in self._request.processes.gather(live)):
             moments = moments.whole()
@@ -344,25 +339,12 @@ class Fit:
     ) -> _Solved:
         """Return the inverses of a convolution as the paper finds them, batch by batch (eq. 7)."""
         settings = self._request.settings
-        states: dict[Target, Descent] = {}
-        for epoch in range(settings.epochs):
-            for inverter, x, signals in batches if epoch == 0 else self._batches(key, fitted, bar):
-                assert isinstance(inverter, Convolution)  # for mypy: as in the caller
-                for target in targets:
-                    (s,) = signals(target)
-                    if target not in states:
-                        states[target] = Descent(inverter, x, s, settings.learning_rate)
-                    states[target].step(epoch, x, s)
-        solved: _Solved = {}
-        for target, state in states.items():
-            if not finite(state.inverse.weight):
-                raise FitError(
-                    f"SGD diverged at {key}, target {target_label(target)}: lower "
-                    f"learning_rate={state.rate:g}"
-                )
-            rows = state.rows // state.inverter.tied
-            solved[target] = state.inverse, _layer_fit(key, target, state.inverter, rows, state)
-        return solved
+        later = (self._batches(key, fitted, bar) for _ in range(settings.epochs - 1))
+        states = descend(key, targets, chain([batches], later), settings.learning_rate)
+        return {
+            target: (state.inverse, _layer_fit(key, target, state.inverter, state.rows, state))
+            for target, state in states.items()
+        }
 
 
 def _layer_fit(

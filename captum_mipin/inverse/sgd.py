@@ -1,10 +1,54 @@
 """The paper's way to invert a convolution, for comparison: gradient descent on equation 7."""
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
 from torch import Tensor
 
-from captum_mipin.rules import Inverse
+from captum_mipin.errors import FitError
+from captum_mipin.graph.validate import finite
+from captum_mipin.rules import Inverse, Inverter
 from captum_mipin.rules.linear import Convolution
+from captum_mipin.targets import target_label
+from captum_mipin.types import Target
+
+#: The family of inverses, the features, and target → signals.
+_Batch = tuple[Inverter, Tensor, Callable[[Target], tuple[Tensor, ...]]]
+
+
+def descend(
+    key: str,
+    targets: Sequence[Target],
+    epochs: Iterable[Iterable[_Batch]],
+    rate: float | None,
+) -> dict[Target, "Descent"]:
+    """Learn the inverses of one convolution, batch by batch.
+
+    Args:
+        key: The step of the convolution, for errors.
+        targets: The classes.
+        epochs: For each pass over the data its batches.
+        rate: The learning rate, as for :class:`Descent`.
+
+    Raises:
+        FitError: The weights are no longer finite.
+    """
+    states: dict[Target, Descent] = {}
+    for epoch, batches in enumerate(epochs):
+        for inverter, x, signals in batches:
+            assert isinstance(inverter, Convolution)  # for mypy: only these are descended for
+            for target in targets:
+                (s,) = signals(target)
+                if target not in states:
+                    states[target] = Descent(inverter, x, s, rate)
+                states[target].step(epoch, x, s)
+    for target, state in states.items():
+        if not finite(state.inverse.weight):
+            raise FitError(
+                f"SGD diverged at {key}, target {target_label(target)}: lower "
+                f"learning_rate={state.rate:g}"
+            )
+    return states
 
 
 class Descent:
@@ -51,17 +95,17 @@ class Descent:
         """Descend by one batch: features ``x`` and signals ``s``, as at the start."""
         if epoch != self._epoch:
             self._epoch, self._residual, self._variance, self.rows = epoch, 0.0, 0.0, 0
-        over, rows = (0, *range(2, x.ndim)), x.numel() // x.shape[1]
+        over, elements = (0, *range(2, x.ndim)), x.numel() // x.shape[1]
         # eq. 7: the loss is ½ mean ‖g(S) − X‖², with g(S) = W ∗ᵀ S + b
         error = self.inverter.apply(self.inverse, (s,), True) - x
-        self.rows += rows
+        self.rows += elements // self.inverter.tied
         self._residual += float(error.square().sum())
         self._variance += float((x - x.mean(over, keepdim=True)).square().sum())
         gradients = self._geometry.gradient(s, error, self._weight, of=1), error.sum(over)
         values = self._weight, self._bias
         for value, velocity, gradient in zip(values, self._velocity, gradients, strict=True):
             # v ← 0.9 v + ∇, θ ← θ − rate · v
-            velocity.mul_(0.9).add_(gradient / rows)
+            velocity.mul_(0.9).add_(gradient / elements)
             value.sub_(self.rate * velocity)
 
     @property

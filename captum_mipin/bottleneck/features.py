@@ -1,0 +1,322 @@
+"""The features of a layer: their statistics over data, as estimated, saved and loaded."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from captum.attr import Attribution
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from captum_mipin._captum import NoFuture
+from captum_mipin.bottleneck.gaussian import Bottleneck, Noise
+from captum_mipin.bottleneck.samples import Parts
+from captum_mipin.errors import FitError, InputError, NotFittedError
+from captum_mipin.graph.cache import Graphs
+from captum_mipin.graph.capture import CapturedGraph, capture
+from captum_mipin.graph.modes import plain_modes
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.signature import Signature
+from captum_mipin.graph.subgraph import tensor_name
+from captum_mipin.graph.validate import check_model, device_of, finite, generator_kept
+from captum_mipin.inverse.data import Batches, Unpack, check_independent
+from captum_mipin.regression.statistics import Statistics
+from captum_mipin.storage.saved import Saved
+from captum_mipin.storage.watch import Watch
+from captum_mipin.types import Extras, Inputs, Output
+
+Settings = TypeVar("Settings")
+_Self = TypeVar("_Self", bound="LayerFeatures[Any]")
+
+#: The options that files hold under "options".
+_OPTIONS = ("channels", "input_channels", "classes", "across", "min_std", "active")
+
+
+@dataclass(frozen=True)
+class EstimateReport:
+    """What the data says of a layer's features.
+
+    Attributes:
+        values: Values that each mean and standard deviation is taken over: one for each example,
+            with ``across`` more.
+        features: Number of means.
+        floored: Features whose standard deviation is below the floor, which replaces it.
+        inactive: Features that are hardly ever other than 0. They are left out: their information
+            is 0, and so are they where features are masked.
+
+    Examples:
+        >>> print(EstimateReport(1000, 512, 3, 2))
+        512 features of 1000 values each: 3 with a standard deviation below the floor, 2 inactive
+    """
+
+    values: int
+    features: int
+    floored: int
+    inactive: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.features} features of {self.values} values each: {self.floored} with a "
+            f"standard deviation below the floor, {self.inactive} inactive"
+        )
+
+
+@dataclass
+class _State:
+    """The result of an estimate.
+
+    Attributes:
+        statistics: Mean and standard deviation of each feature.
+        structures: What the model computed for each kind of inputs in the data.
+        watch: Notices when the model's weights change.
+    """
+
+    statistics: Statistics
+    structures: dict[Signature, str]
+    watch: Watch
+
+
+class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
+    """A layer of a model and the statistics of its features; arguments as for ``IBA``."""
+
+    #: Named settings; the first is the default.
+    _named: ClassVar[Mapping[str, Any]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module | str,
+        settings: Settings | str | None = None,
+        *,
+        output: Output = None,
+        channels: int = 1,
+        input_channels: int | None = None,
+        classes: int = 1,
+        across: Sequence[int] = (),
+        min_std: float = 0.01,
+        active: float = 0.01,
+    ) -> None:
+        if not 0 < min_std < float("inf"):
+            raise InputError(f"min_std={min_std!r} must be above 0")
+        if not 0 <= active < 1:
+            raise InputError(f"active={active!r} must be at least 0 and below 1")
+        if 0 in (channels, input_channels, classes, *across):
+            raise InputError(
+                "channels, input_channels, classes and across name dimensions other than the "
+                "first, the batch"
+            )
+        Attribution.__init__(self, model)
+        self.model = unwrapped(model)
+        self.layer = layer if isinstance(layer, str) else unwrapped(layer)
+        self.settings: Settings = self._resolved(settings)
+        self.output, self.channels, self.classes = output, channels, classes
+        self.across, self.min_std, self.active = tuple(across), min_std, active
+        self.input_channels = 1 if input_channels is None and channels == 1 else input_channels
+        self._graphs = Graphs[Parts]()
+        self._state: _State | None = None
+
+    @classmethod
+    def _resolved(cls, settings: Any) -> Any:
+        """Return settings by their name, or as they are."""
+        default = next(iter(cls._named))
+        if isinstance(settings, str) and settings not in cls._named:
+            names = ", ".join(map(repr, cls._named))
+            raise InputError(f"settings={settings!r} is not one of {names}")
+        if settings is None or isinstance(settings, str):
+            return cls._named[settings or default]
+        expected = type(cls._named[default])
+        if not isinstance(settings, expected):
+            raise InputError(
+                f"settings are a {type(settings).__name__}, expected a {expected.__name__} or a "
+                "name"
+            )
+        return settings
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return the name that Captum's tools show."""
+        return cls.__name__
+
+    # ----------------------------------------------------------------------------- estimate
+
+    def estimate(
+        self: _Self,
+        data: Any,
+        *,
+        unpack: Unpack | None = None,
+        batch_size: int = 256,
+        progress: bool = True,
+    ) -> _Self:
+        """Gather mean and standard deviation of each feature over data, in one pass, in float64.
+
+        If it fails, everything is as it was before. The publications take 1,000 to 10,000 images of
+        the training set.
+
+        Args:
+            data: A tensor or tuple of tensors (the model's inputs), a ``Dataset``, a ``DataLoader``
+                of (images, labels), or any iterable of batches, as for :meth:`InverseNetwork.fit`.
+            unpack: Batch → (inputs, additional_forward_args), where a batch is anything else.
+            batch_size: For data that does not come in batches.
+            progress: True to show a progress bar.
+
+        Returns:
+            self
+
+        Raises:
+            FitError: The data is empty, not finite, changes its shape, or has one example only.
+            CaptureError: The model cannot be captured, or has no such layer.
+        """
+        device = device_of(check_model(self.model))
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size!r} must be at least 1")
+        statistics: Statistics | None = None
+        structures: dict[Signature, str] = {}
+        bar = tqdm(unit="row", disable=not progress, desc="features")
+        with generator_kept(), plain_modes(device), torch.no_grad(), bar:
+            watch = Watch(self.model)
+            batches = Batches(data, batch_size, unpack, device, explained=False)
+            for index, (inputs, extras) in enumerate(batches):
+                parts = self._parts(inputs, extras)
+                self._check_graph(parts)
+                shared = parts.captured.shared
+                structures[Signature.of(inputs, extras, shared)] = parts.structure
+                run = partial(self._outputs, parts)
+                if index == 0:
+                    check_independent(run(inputs, extras), inputs, extras, shared, run)
+                (features,) = run(inputs, extras, above=False)
+                statistics = self._added(statistics, features, index)
+                bar.update(len(features))
+        assert statistics is not None  # for mypy: Batches refuses data without any batch
+        _ = statistics.std  # one example is refused
+        self._state = _State(statistics, structures, watch)
+        return self
+
+    def _outputs(
+        self, parts: Parts, inputs: Inputs, extras: Extras, above: bool = True
+    ) -> list[Tensor]:
+        """Return the features of a batch, and with ``above`` the model's output."""
+        part = parts(self._name(parts))
+        features, others = part.below(parts.captured.values(self.model, inputs, extras))
+        return [features, part.above(features, others)] if above else [features]
+
+    def _added(self, before: Statistics | None, features: Tensor, index: int) -> Statistics:
+        """Return the statistics with those of one more batch."""
+        if not finite(features):
+            raise FitError(f"batch {index}: the features contain NaN or Inf")
+        dims = range(1 - features.ndim, features.ndim)
+        if not {*self.across, self.channels}.issubset(dims):
+            raise InputError(
+                f"the layer's output has shape {tuple(features.shape)}: channels={self.channels} "
+                f"and across={self.across} do not name dimensions of it"
+            )
+        chunk = Statistics.of(features, [dim % features.ndim for dim in self.across])
+        if before is None:
+            return chunk
+        if before.mean.shape != chunk.mean.shape:
+            raise FitError(
+                f"batch {index} has features of shape {tuple(features.shape[1:])}, those before "
+                f"had {tuple(before.mean.shape)}: give data of one size, or share statistics with "
+                "across="
+            )
+        return before.merged(chunk)
+
+    @property
+    def report(self) -> EstimateReport:
+        """How many features there are, and how many of them are constant or inactive."""
+        statistics, noise = self._estimated().statistics, self.noise
+        low = statistics.std < self.min_std
+        inactive = int((~noise.active).sum())
+        return EstimateReport(statistics.count, low.numel(), int(low.sum()), inactive)
+
+    @property
+    def noise(self) -> Noise:
+        """What replaces masked features."""
+        statistics = self._estimated().statistics
+        active = statistics.nonzero > self.active * statistics.count
+        return Noise(statistics.mean, statistics.std.clamp(min=self.min_std), active)
+
+    def _estimated(self) -> _State:
+        if self._state is None:
+            raise NotFittedError(
+                f"this {type(self).__name__} has no statistics yet: call estimate(data) first"
+            )
+        return self._state
+
+    @property
+    @abstractmethod
+    def _layer_settings(self) -> Bottleneck:
+        """How the mask of the layer is optimised."""
+
+    # ----------------------------------------------------------------------------- the graph
+
+    def _parts(self, inputs: Inputs, extras: Extras) -> Parts:
+        """Return the graph for inputs of one kind."""
+        known = next(iter(self._state.structures)) if self._state else None
+
+        def make(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
+            return capture(self.model, inputs, extras, shared, output=self.output, explained=False)
+
+        def find() -> Signature:
+            return self._graphs.find(inputs, extras, make, fitted=known)
+
+        return self._graphs.build(self.model, None, None, find, lambda graph, _: Parts(graph))[1]
+
+    def _check_graph(self, parts: Parts) -> None:
+        """Raise CaptureError if a tensor that is needed later is not in the graph."""
+
+    def _name(self, parts: Parts) -> str:
+        """Return the name of the layer's tensor."""
+        return tensor_name(parts.captured, self.model, self.layer)
+
+    # ----------------------------------------------------------------------------- files
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        state = self._estimated()
+        statistics = state.statistics
+        tensors = {name: getattr(statistics, name) for name in ("mean", "squares", "nonzero")}
+        structures = [[signature.to_json(), made] for signature, made in state.structures.items()]
+        content = {
+            "method": type(self).__name__,
+            "fingerprint": state.watch.fingerprint,
+            "layer": self._where(self.layer),
+            "settings": asdict(self._layer_settings),
+            "output": self.output,
+            "options": {name: getattr(self, name) for name in _OPTIONS},
+            "count": statistics.count,
+            "structures": structures,
+        }
+        return tensors, content
+
+    @classmethod
+    def _unpack(
+        cls: type[_Self], tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module
+    ) -> _Self:
+        layer, own = cls._find(content["layer"], model), cls._own_arguments(content, model)
+        method = cls(model, layer, output=content["output"], **content["options"], **own)
+        moments = (tensors[name] for name in ("mean", "squares", "nonzero"))
+        structures = {Signature.from_json(kind): made for kind, made in content["structures"]}
+        watch = Watch(model, content["fingerprint"])
+        method._state = _State(Statistics(content["count"], *moments), structures, watch)
+        return method
+
+    @classmethod
+    def _own_arguments(cls, content: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        """Return the arguments of a class that a file's content holds besides the common ones."""
+        return {"settings": Bottleneck(**content["settings"])}
+
+    def _where(self, layer: nn.Module | str | None) -> dict[str, str] | None:
+        """Return a layer as files name it."""
+        if layer is None:
+            return None
+        if isinstance(layer, str):
+            return {"tensor": layer}
+        paths = (path for path, module in self.model.named_modules() if module is layer)
+        return {"module": next(paths)}
+
+    @staticmethod
+    def _find(where: dict[str, str], model: nn.Module) -> nn.Module | str:
+        """Return the layer that a file names."""
+        return where["tensor"] if "tensor" in where else model.get_submodule(where["module"])
