@@ -122,7 +122,7 @@ def adversarial_mask(
     real = _behind_bottleneck(features, weight, settings, draw)
     critic = Critic(features, channels, settings.width, draw)
     generator = _Generator(x, initial, input_channels, settings)
-    critic_step = torch.optim.RMSprop(critic.parameters(), lr=settings.critic_rate)
+    critic_step = torch.optim.RMSprop(critic.parameters(), settings.critic_rate)
     count = -(-settings.samples // settings.batch)
     losses = x.new_full((2, settings.epochs, count), math.nan)
     for epoch in range(settings.epochs):
@@ -138,8 +138,7 @@ def adversarial_mask(
             critic.clip(settings.clip)
             if fake.requires_grad:
                 # the generator minimises −E[critic(fake)]
-                loss = -critic(fake).mean()
-                losses[1, epoch, index] = _descend(generator.optimiser, loss, where)
+                losses[1, epoch, index] = _descend(generator.step, -critic(fake).mean(), where)
         if bar is not None:
             bar.update()
         if bool(settled(losses[0, : epoch + 1].mean(1, keepdim=True), settings.tolerance)):
@@ -188,7 +187,7 @@ class _Generator:
             (self._std, settings.std_rate),
         )
         groups = [{"params": [parameter], "lr": rate} for parameter, rate in rates]
-        self.optimiser = torch.optim.RMSprop(groups)
+        self.step = torch.optim.RMSprop(groups)
 
     @property
     def mask(self) -> Tensor:

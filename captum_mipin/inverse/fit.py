@@ -45,11 +45,7 @@ class _Batch(NamedTuple):
 
 
 class Fit:
-    """One fit: it goes through the data with :class:`Passes`, and solves step after step.
-
-    Args:
-        request: The model, the data, the targets and the settings.
-    """
+    """One fit: it goes through the data with :class:`Passes`, and solves step after step."""
 
     def __init__(self, request: FitRequest) -> None:
         self._request, self._targets = request, list(request.targets)
@@ -399,6 +395,5 @@ def _memory_of(device: torch.device) -> int:
     """Return the bytes of memory of a device; of the machine for the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    if not hasattr(os, "sysconf"):  # Windows
-        return sys.maxsize
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    known = hasattr(os, "sysconf")  # not on Windows
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else sys.maxsize
