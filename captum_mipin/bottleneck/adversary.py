@@ -154,7 +154,8 @@ def _behind_bottleneck(
     shape = (2, groups, *(1,) * features.ndim)
     mean, std = torch.rand(shape, generator=draw, device=draw.device, dtype=torch.float32)
     noise = 5 * std * normal(draw, groups, size, *features.shape[1:]) + 4 * mean - 2
-    return (weight * features + (1 - weight) * noise.to(features.dtype)).flatten(0, 1)
+    mixed: Tensor = weight * features + (1 - weight) * noise.to(features.dtype)
+    return mixed.flatten(0, 1)
 
 
 def _descend(optimiser: torch.optim.Optimizer, loss: Tensor, where: str) -> Tensor:

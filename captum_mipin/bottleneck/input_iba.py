@@ -121,8 +121,9 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
                 "which dimension of the input holds its channels? Say it with input_channels="
             )
         self._channels: int = self.input_channels
-        is_module = isinstance(input_layer, nn.Module)
-        self.input_layer = unwrapped(input_layer) if is_module else input_layer
+        if isinstance(input_layer, nn.Module):
+            input_layer = unwrapped(input_layer)
+        self.input_layer = input_layer
 
     @captum_entry
     def attribute(
