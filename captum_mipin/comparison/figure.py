@@ -52,12 +52,12 @@ def draw(
         line[0].imshow(colours[number])
         line[0].set_ylabel(titles[number], fontsize=8)
         for axis, row in zip(line[1:], rows, strict=True):
-            one = row.heat(number, images)
-            if isinstance(one, str):
-                axis.text(0.5, 0.5, one, ha="center", va="center", transform=axis.transAxes)
+            heat = row.heat(number, images)
+            if isinstance(heat, str):
+                axis.text(0.5, 0.5, heat, ha="center", va="center", transform=axis.transAxes)
             else:
                 visualization.visualize_image_attr(
-                    one.unsqueeze(2).numpy(),
+                    heat.unsqueeze(2).numpy(),
                     colours[number],
                     plt_fig_axis=(drawn, axis),
                     **settings,

@@ -26,7 +26,7 @@ from captum_mipin.metrics.case import attribution_of
 
 @dataclass(frozen=True)
 class Setup:
-    """What methods known by name are made of.
+    """The parts from which methods known by name are made.
 
     Attributes:
         model: A copy of the network: hooks that a method leaves behind stay there.

@@ -68,8 +68,8 @@ def painted(heat: Tensor) -> Tensor:
     """Return a map (height, width) in colours (height, width, 3), uint8: red, white, blue."""
     # levels 0 ... 60, 30 is neither for nor against the target
     level = (strength(heat) * _LEVELS).round().long() + _LEVELS
-    colours = colormaps["RdBu"].resampled(2 * _LEVELS + 1)(level.numpy())
-    return torch.from_numpy((255 * colours[..., :3]).round()).to(torch.uint8)
+    rgba = colormaps["RdBu"].resampled(2 * _LEVELS + 1)(level.numpy())
+    return torch.from_numpy((255 * rgba[..., :3]).round()).to(torch.uint8)
 
 
 def png(pixels: Tensor) -> str:
@@ -102,15 +102,15 @@ def write(
         title: Heading of the page.
         notes: What the figures depend on, and what failed.
     """
-    shown = pictures(images[list(numbers)])
-    styles = (f".i{i}{{background-image:url({png(image)})}}" for i, image in enumerate(shown))
+    colours = pictures(images[list(numbers)])
+    styles = (f".i{i}{{background-image:url({png(image)})}}" for i, image in enumerate(colours))
     template = resources.files("captum_mipin.comparison").joinpath("page.html").read_text("utf-8")
     text = Template(template).substitute(
         title=escape(title),
         images=len(images),
         pictures="\n".join(styles),
         table=_table(rows, columns),
-        small="pixel" if max(shown.shape[1:3]) < _SMALL else "",
+        small="pixel" if max(colours.shape[1:3]) < _SMALL else "",
         grid=_grid([row for row in rows if row.maps is not None], images, titles, numbers),
         notes="\n".join(f"<li>{escape(note)}</li>" for note in notes),
     )

@@ -92,13 +92,13 @@ class Row:
         if self.maps is None:
             return "failed"
         try:
-            warm = heat(self.maps[number : number + 1], images[:1])
-            (one,) = resized(warm, images.shape[2:]).cpu()
+            heats = heat(self.maps[number : number + 1], images[:1])
+            (heat_map,) = resized(heats, images.shape[2:]).cpu()
         except InputError:
             return "no image"
-        if not one.isfinite().all():
+        if not heat_map.isfinite().all():
             return "NaN"
-        return one / one.abs().max() if one.any() else "all 0"
+        return heat_map / heat_map.abs().max() if heat_map.any() else "all 0"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the maps, as JSON can hold it."""
@@ -113,7 +113,7 @@ class Row:
 
 def columns(rows: Sequence[Row], metrics: Sequence[str], parts: bool) -> list[Column]:
     """Return a column for each metric and, if asked for, for the parts of any of its results."""
-    found = []
+    chosen = []
     for metric in metrics:
         results = [row.results[metric] for row in rows if metric in row.results]
         # a part may be missing from some results, such as SSIM where maps are no images
@@ -121,5 +121,5 @@ def columns(rows: Sequence[Row], metrics: Sequence[str], parts: bool) -> list[Co
         for result in results if parts else ():
             for name, part in result.parts.items():
                 named.setdefault(name, part.better)
-        found += [Column(metric, name, better) for name, better in named.items()]
-    return found
+        chosen += [Column(metric, name, better) for name, better in named.items()]
+    return chosen

@@ -98,7 +98,7 @@ def compare(
     named = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
     functions = _metric_functions(metrics, x, boxes)
     _check_names(named)
-    shown = _titles(titles, case.examples)
+    image_titles = _titles(titles, case.examples)
     made, model = _made(named, case.user_model, inverse, layer)
     added = control_methods(made.values(), model) if controls else {}
     made |= {name: control for name, control in added.items() if name not in made}
@@ -109,12 +109,12 @@ def compare(
             rows.append(run.explained(name, method, name not in named, bar))
             for title, metric in functions.items():
                 rows[-1] = run.scored(rows[-1], method, title, metric, bar)
-    return Comparison(tuple(rows), tuple(functions), x.detach().cpu(), shown)
+    return Comparison(tuple(rows), tuple(functions), x.detach().cpu(), image_titles)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What all methods and metrics of a comparison have in common.
+    """The images and arguments that all methods and metrics of a comparison share.
 
     Attributes:
         case: The images, with no method yet.

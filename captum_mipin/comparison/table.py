@@ -62,9 +62,9 @@ class Comparison:
             return self._frame(parts)
         if form not in ("text", "markdown"):
             raise InputError(f"form={form!r} is not one of 'text', 'markdown', 'pandas'")
-        shown = columns(self.rows, self.metrics, parts)
-        header = ["method", *(column.heading for column in shown)]
-        cells = [[row.name, *map(row.cell, shown)] for row in self.rows]
+        chosen = columns(self.rows, self.metrics, parts)
+        header = ["method", *(column.heading for column in chosen)]
+        cells = [[row.name, *map(row.cell, chosen)] for row in self.rows]
         if form == "markdown":
             lines = [header, ["---"] * len(header), *cells]
             escaped = (

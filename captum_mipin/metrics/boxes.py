@@ -104,8 +104,8 @@ def bounding_box_accuracy(
     """
     check_choice("ties", ties, ("expected", "random", "first"))
     case = Case.of(method, inputs, target, **options)
-    warm, masks = _heat_and_masks(case, boxes, reduction)
-    flat, inside = warm.flatten(1).nan_to_num(), masks.flatten(1)
+    heats, masks = _heat_and_masks(case, boxes, reduction)
+    flat, inside = heats.flatten(1).nan_to_num(), masks.flatten(1)
     n = inside.sum(1)
     # box accuracy = |{n hottest pixels} ∩ box| / n, n = |box|
     values, tied = _expected_share(flat, inside, n)
@@ -115,7 +115,7 @@ def bounding_box_accuracy(
         hits = inside.gather(1, hottest_first(flat, order)).cumsum(1)
         values = hits.gather(1, (n - 1).clamp(min=0)[:, None])[:, 0].double() / n
     settings = case.settings(case.maps, reduction=reduction, ties=ties, largest=largest)
-    unscored = _unscored(warm, masks, largest)
+    unscored = _unscored(heats, masks, largest)
     parts = {"tied": Result.of("tied", tied, "neither", settings, unscored)}
     return Result.of("bounding box accuracy", values, "higher", settings, unscored, parts=parts)
 
@@ -153,8 +153,8 @@ def pointing_game(
     check_choice("average", average, ("samples", "classes"))
     check_at_least("tolerance", tolerance, 0)
     case = Case.of(method, inputs, target, **options)
-    warm, masks = _heat_and_masks(case, boxes, reduction)
-    hottest = warm == warm.amax((1, 2), keepdim=True)
+    heats, masks = _heat_and_masks(case, boxes, reduction)
+    hottest = heats == heats.amax((1, 2), keepdim=True)
     # pointing game = |{hottest pixels} ∩ {pixels near the box}| / |{hottest pixels}|
     values = (hottest & _near(masks, tolerance)).sum((1, 2)).double() / hottest.sum((1, 2))
     classes = None
@@ -165,7 +165,7 @@ def pointing_game(
     settings = case.settings(
         case.maps, reduction=reduction, tolerance=tolerance, average=average, ties="expected"
     )
-    unscored = _unscored(warm, masks)
+    unscored = _unscored(heats, masks)
     return Result.of("pointing game", values, "higher", settings, unscored, classes=classes)
 
 
@@ -207,8 +207,8 @@ def effective_heat_ratio(
     if not 0 <= threshold < 1:
         raise InputError(f"threshold={threshold!r} must be in [0, 1)")
     case = Case.of(method, inputs, target, **options)
-    warm, masks = _heat_and_masks(case, boxes, reduction)
-    flat = warm.flatten(1).nan_to_num()
+    heats, masks = _heat_and_masks(case, boxes, reduction)
+    flat = heats.flatten(1).nan_to_num()
     pairs = zip(flat, masks.flatten(1), strict=True)
     curves = torch.stack([_heat_ratios(heat, box, threshold, weighted) for heat, box in pairs])
     settings = case.settings(
@@ -219,7 +219,7 @@ def effective_heat_ratio(
         weighted=weighted,
         normalisation="by the maximum",
     )
-    unscored = {**_unscored(warm, masks, largest), "no heat": flat.amax(1) <= 0}
+    unscored = {**_unscored(heats, masks, largest), "no heat": flat.amax(1) <= 0}
     # EHR = ∫ ratio(q) dq over the quantiles q, by the trapezoidal rule
     values = (curves[:, 1:] + curves[:, :-1]).sum(1) / 20
     return Result.of("effective heat ratio", values, "higher", settings, unscored, curves=curves)
@@ -246,15 +246,15 @@ def _heat_and_masks(case: Case, boxes: Boxes, reduction: Reduction) -> tuple[Ten
     """
     x = case.examples.x
     masks = image_masks(boxes, x)
-    warm = resized(heat(image_map(case.maps), x, reduction), x.shape[2:])
-    return warm, masks.to(warm.device)
+    heats = resized(heat(image_map(case.maps), x, reduction), x.shape[2:])
+    return heats, masks.to(heats.device)
 
 
-def _unscored(warm: Tensor, masks: Tensor, largest: float = 1.0) -> dict[str, Tensor]:
+def _unscored(heats: Tensor, masks: Tensor, largest: float = 1.0) -> dict[str, Tensor]:
     """Return the reasons not to score examples; "large" boxes cover more than a share."""
     n = masks.flatten(1).sum(1)
     large = n > largest * masks[0].numel()
-    return {"empty": n == 0, "large": large, "NaN": ~finite_rows(warm)}
+    return {"empty": n == 0, "large": large, "NaN": ~finite_rows(heats)}
 
 
 def image_map(maps: tuple[Tensor, ...]) -> Tensor:

@@ -121,14 +121,14 @@ class Case:
 
     @property
     def rows_per_call(self) -> int:
-        """How many inputs the model gets in one call."""
+        """Number of inputs that the model gets in one call."""
         x = self.examples.inputs[0]
         elements = _CPU_ELEMENTS if x.device.type == "cpu" else _GPU_ELEMENTS
         return self.batch_size or max(_LEAST_EXAMPLES, elements // max(1, prod(x.shape[1:])))
 
     @property
     def examples_per_call(self) -> int:
-        """How many examples the method explains in one call."""
+        """Number of examples that the method explains in one call."""
         return self.batch_size or _EXPLAINED
 
     def batches(self) -> Iterator[tuple[Tensor, Examples]]:

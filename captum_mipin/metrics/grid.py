@@ -68,7 +68,7 @@ def mosaics(
     if len(by_class) < n * n or not to_find:
         raise InputError(
             f"{len(by_class)} classes have an image recognised with confidence {confidence:g}, "
-            f"{len(to_find)} of them to be found: one mosaic needs {n * n}, one of them to be found"
+            f"{len(to_find)} of them to be found: pass more images, a mosaic needs {n * n} classes"
         )
 
     def draw(high: int) -> int:
@@ -138,7 +138,7 @@ def grid_pointing_game(
         >>> grid_pointing_game(torch.arange(16.0).view(1, 1, 4, 4), grid).mean == (2+3+6+7) / 120
         True
     """
-    made = {} if isinstance(inputs, Mosaics) else {"confidence": confidence}
+    extra = {} if isinstance(inputs, Mosaics) else {"confidence": confidence}
     if not isinstance(inputs, Mosaics):
         if not isinstance(target, (Tensor, list)):
             raise InputError(
@@ -161,7 +161,7 @@ def grid_pointing_game(
     total = cells.sum(1)
     share = cells.gather(1, inputs.cells.to(cells.device)[:, None])[:, 0] / total
     values = torch.where(total == 0, 0.0, share)
-    settings = case.settings(case.maps, reduction=reduction, n=inputs.n, **made)
+    settings = case.settings(case.maps, reduction=reduction, n=inputs.n, **extra)
     unscored = {"NaN": ~finite_rows(positive)}
     name, nothing = "nothing positive", (total == 0).double()
     parts = {name: Result.of(name, nothing, "neither", settings, unscored)}

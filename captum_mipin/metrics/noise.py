@@ -72,8 +72,8 @@ def infidelity(
         )
         for index, batch in case.batches()
     ]
-    told: Any = {"perturb": perturb} if perturb else {"noise": noise}
-    settings = case.settings(case.maps, **told, samples=samples, normalize=normalize)
+    disturbance: Any = {"perturb": perturb} if perturb else {"noise": noise}
+    settings = case.settings(case.maps, **disturbance, samples=samples, normalize=normalize)
     unscored = {"NaN": ~finite_rows(*case.maps)}
     return Result.of("infidelity", torch.cat(values), "lower", settings, unscored)
 

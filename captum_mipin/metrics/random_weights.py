@@ -89,8 +89,8 @@ def randomization(
     for _ in _randomised(changed, stages, order, init, case.generator):
         anew = replace(case, method=refit(changed) if refit else twin)
         measured.append(_similarities(case.maps, anew.maps, case.examples))
-    told = {"order": order, "init": init, "fit": "made anew" if refit else "kept"}
-    return _result(measured, case.settings(case.maps, layers=list(stages), **told), case.maps)
+    choices = {"order": order, "init": init, "fit": "made anew" if refit else "kept"}
+    return _result(measured, case.settings(case.maps, layers=list(stages), **choices), case.maps)
 
 
 def _module(case: Case, refit: Refit | None) -> nn.Module:

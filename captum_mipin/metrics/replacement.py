@@ -197,20 +197,24 @@ class _Pixels:
         if len(case.maps) != 1:
             raise InputError(f"a metric of pixels needs one map an example, found {len(case.maps)}")
         (maps,) = case.maps
-        warm = heat(maps, x, reduction).to(x.device)
+        heats = heat(maps, x, reduction).to(x.device)
         # the sum over dimension 1 of maps (examples, tokens, features) is over tokens, not channels
         is_wrong_sum = maps.ndim > 2 and not callable(reduction)
-        if x.ndim == 2 and (is_wrong_sum or warm.shape != x.shape):
+        if x.ndim == 2 and (is_wrong_sum or heats.shape != x.shape):
             raise InputError(
                 f"inputs {tuple(x.shape)} need a map of shape {tuple(x.shape)}, found "
                 f"{tuple(maps.shape)}: pass a function as reduction="
             )
-        flat = resized(warm, x.shape[2:] or x.shape[1:]).flatten(1)
+        flat = resized(heats, x.shape[2:] or x.shape[1:]).flatten(1)
         # an expanded baseline is one for all; with one target its output is one for all, too
         is_shared = replacement.stride(0) == 0 and case.examples.is_uniform
         start, finish = (t.reshape(len(x), -1, flat.shape[1]) for t in (x, replacement))
-        told = f"tensor {tuple(baseline.shape)}" if isinstance(baseline, Tensor) else baseline
-        settings = case.settings(maps=case.maps, reduction=reduction, score=score, baseline=told)
+        baseline_name = (
+            f"tensor {tuple(baseline.shape)}" if isinstance(baseline, Tensor) else baseline
+        )
+        settings = case.settings(
+            maps=case.maps, reduction=reduction, score=score, baseline=baseline_name
+        )
         return cls(case, flat, start, finish, is_shared, score, settings)
 
     def scores(self, rows: Tensor, ranks: Tensor, orders: Tensor, counts: Tensor) -> Tensor:
