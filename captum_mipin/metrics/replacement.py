@@ -18,6 +18,7 @@ from captum_mipin.metrics.case import (
     Score,
     check_at_least,
     raw_outputs,
+    seeded,
     target_scores,
 )
 from captum_mipin.metrics.maps import Reduction, heat, hottest_first, positions, resized
@@ -148,9 +149,11 @@ def sensitivity_n(
     counts = torch.tensor(numbers, device=pixels.heat.device)
     sample = torch.arange(samples, device=counts.device).repeat(len(numbers))
     whole = case.scores(case.examples, score)
+    # sets follow the numbers that break ties in the user's generator; without one both start at 0
+    sets = replace(case, generator=options.get("generator") or seeded())
     correlations = []
     for row in range(len(whole)):
-        orders = case.uniform(samples, places).argsort(1)
+        orders = sets.uniform(samples, places).argsort(1)
         rows, ranks = torch.full_like(sample, row), positions(orders)
         without = pixels.scores(rows, ranks, sample, counts.repeat_interleave(samples))
         # r(n) = cor over sets of n pixels (Σ_{i in set} A_i, y(x) - y(x without the set))
@@ -169,6 +172,7 @@ class _Pixels:
     Attributes:
         case: The method and the examples.
         heat: Heat (examples, places), on the device of the inputs.
+        ties: Random numbers (examples, places) that break ties.
         start: Inputs (examples, channels, places) before anything is replaced.
         finish: Inputs (examples, channels, places) after everything is replaced.
         is_shared: All examples have the same baseline, and with it the same output.
@@ -178,6 +182,7 @@ class _Pixels:
 
     case: Case
     heat: Tensor
+    ties: Tensor
     start: Tensor
     finish: Tensor
     is_shared: bool
@@ -215,7 +220,8 @@ class _Pixels:
         settings = case.settings(
             maps=case.maps, reduction=reduction, score=score, baseline=baseline_name
         )
-        return cls(case, flat, start, finish, is_shared, score, settings)
+        ties = case.uniform(*flat.shape)
+        return cls(case, flat, ties, start, finish, is_shared, score, settings)
 
     def scores(self, rows: Tensor, ranks: Tensor, orders: Tensor, counts: Tensor) -> Tensor:
         """Return the scores (sets,) of examples some of whose places are replaced, in batches.
@@ -246,8 +252,7 @@ def _area(metric: str, better: Better, pixels: _Pixels, step: int | None) -> Res
     x = pixels.case.examples.x
     step = (x.shape[-1] if x.ndim > 2 else 1) if step is None else step
     check_at_least("step", step, 1)
-    ties = pixels.case.uniform(*pixels.heat.shape)
-    ranks = positions(hottest_first(pixels.heat.nan_to_num(), ties))
+    ranks = positions(hottest_first(pixels.heat.nan_to_num(), pixels.ties))
     points = -(-ranks.shape[1] // step) + 1
     # the point of the curve from which on a place has another value; 0 if it never has
     changes = (ranks // step + 1) * (pixels.start != pixels.finish).any(1)
