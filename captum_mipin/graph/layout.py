@@ -86,6 +86,7 @@ def folded_batch(value: Tensor, batch: str) -> tuple[int, int] | None:
     dims = [dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
     if len(dims) != 1:
         return None
+    # s0 · n with a whole n: n entries of other dimensions for each example.
     size: Any = value.shape[dims[0]]
     size = size.node.expr
     symbols = list(size.free_symbols)

@@ -101,7 +101,7 @@ def extract(
     """
     part = fx.Graph()
     copies = {node: part.placeholder(node.name) for node in inputs}
-    needed = ancestors(results, copies)
+    needed = ancestors(results, copies)  # in the order of the graph they can run
     for node in graph.nodes:
         if node in needed and node not in copies:
             copies[node] = part.node_copy(node, copies.__getitem__)
@@ -165,6 +165,7 @@ class Part:
                 f"tensor {last.name!r} does not depend on tensor {first.name!r}, so there is "
                 "nothing to explain"
             )
+        # What lies between both tensors, and what that takes from elsewhere.
         inner = ancestors([last]) & following - {first}
         outer = dict.fromkeys(
             n for node in graph.nodes if node in inner for n in node.all_input_nodes

@@ -72,6 +72,7 @@ def _averaged(node: fx.Node, starts: Sequence[fx.Node]) -> tuple[list[fx.Node], 
         dims = whole_dims(node)
         if dims:
             before, after = (value_of(n).ndim for n in (_source(node), node))
+            # Dimensions averaged further down have other numbers before this average.
             kept = [dim for dim in range(before) if before == after or dim not in dims]
             averaged = {kept[dim] for dim in averaged} | dims
         elif operation(node) not in _FLAT or averaged:
@@ -100,6 +101,7 @@ def whole_dims(node: fx.Node) -> set[int]:
             return set()
         kernel = per_dimension(argument(node, 1, "kernel_size"), count)
     sizes = list(enumerate(zip(before, after, kernel, strict=True), 2))
+    # A dimension is averaged whole (to 1, by a kernel of its size), or kept as it is.
     whole = {dim for dim, (n, m, k) in sizes if m == 1 and k == n}
     kept = {dim for dim, (n, m, _) in sizes if n == m}
     return whole if len(whole | kept) == count else set()

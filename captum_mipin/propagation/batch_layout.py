@@ -100,7 +100,7 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
                 "registered operations keep them"
             )
         layouts.add(layout)
-    if len(layouts) > 1:
+    if len(layouts) > 1:  # such as (examples, 2) and (2, examples) folded into one dimension
         return "it takes examples in different orders, so that they would depend on each other"
     return layouts.pop() if layouts else Layout(dim, 1, count)
 
@@ -119,7 +119,7 @@ def _works_along(node: fx.Node, source: fx.Node, layout: Layout) -> bool:
     """Return True if a node works along the dimension in which ``source`` holds the examples."""
     name, at = operation(node), marks(source).layout.dim
     ndim: int = _tensor(source).ndim
-    if name in _ALONG_DIMS:
+    if name in _ALONG_DIMS:  # no dims stands for all of them
         dims = argument(node, *_ALONG_DIMS[name])
         dims = [dims] if isinstance(dims, int) else dims or range(ndim)
         whole = name == "slice" and takes_all(node)

@@ -49,6 +49,7 @@ def canonicalise(draft: Draft) -> None:
         if same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
+    # W x P = (W x) P where P moves other dimensions than the last: take the left side's order.
     for node in list(graph.nodes):
         if operation(node) == "linear" and node not in starts:
             while node.args[0] not in starts and _swapped(graph, node, draft.batch):
@@ -129,8 +130,9 @@ def _picked(graph: fx.Graph, node: fx.Node, starts: Collection[fx.Node]) -> fx.N
     arguments: Any = node.args
     source, dim, index = arguments
     dim %= value_of(source).ndim
+    # Look through transpositions: they only rename the dimension that is selected.
     while source not in starts and (order := permutation(source)) is not None:
-        rest = order[:dim] + order[dim + 1 :]
+        rest = order[:dim] + order[dim + 1 :]  # the order of the dimensions that are kept
         if rest != sorted(rest):
             return node
         source, dim = source.all_input_nodes[0], order[dim]
@@ -144,6 +146,7 @@ def _picked(graph: fx.Graph, node: fx.Node, starts: Collection[fx.Node]) -> fx.N
     sizes = [1 if made == "stack" else value.shape[dim] for value in values]
     if not all(isinstance(n, int) for n in [index, *sizes]):
         return node
+    # Find the part that holds this index, and its own index in there.
     index, at = index % sum(sizes), 0
     while index >= sizes[at]:
         index, at = index - sizes[at], at + 1

@@ -46,6 +46,7 @@ def channels(node: fx.Node, batch: int | None = None) -> int | None:
     if value.ndim < 2:
         return None
     at = marks(node).layout.dim if batch is None else batch
+    # What takes the tensor tells first: an inverse regresses its channels.
     for downwards in (True, False):
         queue = [node]  # breadth first: the nearest operation decides
         for current in queue:
@@ -60,6 +61,7 @@ def channels(node: fx.Node, batch: int | None = None) -> int | None:
                 moves = downwards and operation(other) in _MOVES
                 if other not in queue and not moves and _same_shape(other, node):
                     queue.append(other)
+    # No operation near tells: channels come second, or last, or first.
     return next(dim for dim in (1, value.ndim - 1, 0) if dim != at)
 
 

@@ -64,6 +64,7 @@ class Draft:
         for source, node in copies.items():
             name = str(place(source))
             calls[name] += 1
+            # A module that is called twice has two operations of one name.
             key = name if calls[name] == 1 else f"{name}#{calls[name]}"
             mark(node, origin=source.name, key=key)  # a copy may be named differently
         named = {source.name: node for source, node in copies.items()}

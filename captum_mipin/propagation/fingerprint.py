@@ -92,6 +92,7 @@ def _lines(
             line += f" averages {sorted(whole_dims(node))}" if "avg_pool" in operation(node) else ""
             line += _described(rule) if rule is not None and name not in MIPIN else ""
             arguments = fx.map_arg((node.args, node.kwargs), names.__getitem__)
+            # Where a rule restores the scale (a share, a switch), window sizes do not matter.
             loose = arguments
             if rule is not None and rule.restores and not isinstance(rule, Learned):
                 loose = pytree.tree_map(lambda a: "size" if type(a) is int else a, arguments)
@@ -121,6 +122,7 @@ def _scaling_sizes(node: fx.Node) -> list[int]:
     if not isinstance(rule, Passes) or rule.restores or not isinstance(value, Tensor):
         return []
     factors = [n for n in node.all_input_nodes if batched(value_of(n))]
+    # Products of matrices sum over their last two dimensions.
     if operation(node) not in _SPREADING:
         return [n for factor in factors for n in value_of(factor).shape[-2:] if type(n) is int]
     spread = [n for n in factors if not _only_gate(n, node)]
@@ -129,6 +131,7 @@ def _scaling_sizes(node: fx.Node) -> list[int]:
         for n in factors
         if operation(node) == "mul" and "softmax" in operation(gate_source(n, _batched))
     ]
+    # A softmax over more entries has smaller weights: its sizes count, copied or not.
     copies = [size for n in spread for size in _copies(value_of(n), value)]
     return copies + [size for n in weights for size in value_of(n).shape if type(size) is int]
 

@@ -43,6 +43,7 @@ def mark_signal(draft: Draft) -> None:
         follows = not is_constant(node) and any(marks(n).depends for n in node.all_input_nodes)
         mark(node, depends=node in needed and (node in starts or follows))
     reached = {draft.output}
+    # Against the direction of execution, so that users of a node are known before it.
     for node in reversed(nodes):
         if node in reached and node not in starts:
             reached.update(n for n in draft.carried(node) if marks(n).depends)

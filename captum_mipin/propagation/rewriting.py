@@ -47,6 +47,7 @@ def cut_recordings(draft: Draft) -> None:
         ]
         if not steered:
             continue
+        # One detached copy serves all gates; what carries signal keeps the tensor itself.
         with graph.inserting_after(node):
             cut = graph.call_function(torch.ops.aten.detach.default, (node,))
         inherit(cut, node, signal=False)
@@ -93,6 +94,7 @@ def place_steps(draft: Draft) -> None:
     last = _last_constant(graph)
     with graph.inserting_before(next(iter(graph.nodes))):
         run = graph.placeholder("run")
+    # Without a learned inverse among the rules, no scale is ever learned.
     learns = any(isinstance(rule, Learned) for rule in draft.rules.values())
     unscaled = [node for node in starts if learns and _lacks_scale(draft, node)]
     if unscaled and not draft.calibrate:
@@ -105,6 +107,7 @@ def place_steps(draft: Draft) -> None:
         if node._erased or node.op == "output" or not marks(node).signal:
             continue
         if node in starts:
+            # The signal ends here: users take a leaf tensor, recordings keep the original.
             users = carrying_users(node)
             with graph.inserting_after(last if node.op == "placeholder" else node):
                 result = graph.call_function(source, (run, starts.index(node), node))
@@ -127,7 +130,7 @@ def _lacks_scale(draft: Draft, node: fx.Node) -> bool:
         rule = draft.rule(node)
         if isinstance(rule, Learned):
             return False
-        if rule is not None and not rule.restores:
+        if rule is not None and not rule.restores:  # such as a sum: each term gets all of S
             return True
 
 
@@ -136,6 +139,7 @@ def _replaced(draft: Draft, run: fx.Node, node: fx.Node) -> fx.Node:
     graph, rule, key = draft.graph, draft.rule(node), marks(node).key
     if node.target is operator.getitem:
         return node
+    # Autograd has a formula for every built-in operation; a registered one may lack it.
     if isinstance(rule, Passes) and str(node.target) in table().keys() - MIPIN.keys():
         target: Any = node.target
         node.target, node.args = passed, (run, key, target, *node.args)
@@ -186,8 +190,10 @@ def _fork(draft: Draft, run: fx.Node, node: fx.Node, unscaled: bool = False) -> 
         count - len(together),
         known.channels,
     )
+    # x ≈ g(S of the operations with weights) + Σ a ⊙ S of the plain branches
     key = f"{known.key}/fork"
     draft.steps[key] = Step(key, fork.rule, fork, known.layout)
+    # The fork runs the operations with weights itself; their users take its outputs.
     calls = [(user.args[1:], dict(user.kwargs)) for user in together]
     with graph.inserting_after(node):
         forked = graph.call_function(step, (run, key, node, *calls))
@@ -202,7 +208,7 @@ def _fork(draft: Draft, run: fx.Node, node: fx.Node, unscaled: bool = False) -> 
         inherit(part, user)
         user.replace_all_uses_with(part)
         graph.erase_node(user)
-        _fork(draft, run, part)
+        _fork(draft, run, part)  # what an operation gave may feed several branches itself
 
 
 def _together(node: fx.Node, users: Sequence[fx.Node]) -> list[fx.Node]:
@@ -219,7 +225,7 @@ def _together(node: fx.Node, users: Sequence[fx.Node]) -> list[fx.Node]:
             and not any(marks(n).depends for n in others)
         ):
             learned.append(user)
-    # Dense layers, or convolutions with as many groups: the kind that most of them are.
+    # One regression takes dense layers, or convolutions of as many groups: the commonest kind.
     kinds = [("conv" in operation(user), argument(user, 6, "groups", 1)) for user in learned]
     most = max(kinds, key=lambda kind: (kinds.count(kind), kind[0], -kind[1]), default=None)
     return [user for user, kind in zip(learned, kinds, strict=True) if kind == most]

@@ -109,6 +109,7 @@ class Run:
         parts: list[Tensor] = []
         several = len(self.groups) > 1
         for target, examples in self.groups:
+            # eqs. 6, 7: S_l = W S_{l+1} + b, with the W and b of the target
             inverse = self.inverses[target][step.key].to(signals[0])
             own = tuple(step.layout.part(s, examples) for s in signals) if several else signals
             family = inverter.part(examples) if several else inverter
@@ -182,7 +183,7 @@ class _Invert(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *signals: Tensor) -> Any:
         way = ctx.way if ctx.once else list(ctx.way)
-        while way:
+        while way:  # from the last step to the first
             key, expected, back = way.pop()
             sent = back(*signals)
             signals = _like(key, sent if isinstance(sent, tuple) else (sent,), expected)
@@ -309,6 +310,7 @@ def _cut(run: Run, call: Call, x: Tensor) -> Any:
             "rules.linear.dense"
         )
     several = isinstance(value, tuple)
+    # New leaves: the gradient that arrives there is the signal S at the outputs.
     outputs = tuple(y.detach().requires_grad_() for y in (value if several else (value,)))
     run.seen[key] = Seen(inverter, x, outputs)
     run.sizes[key] = x.nbytes
@@ -330,6 +332,7 @@ def seed(output: Tensor, targets: Sequence[Target], unit: bool = False) -> Tenso
         targets: One class for each example.
         unit: Return 1 at the target instead of the output there.
     """
+    # algorithm 1: S_L = Y_c at the target, 0 elsewhere
     result = torch.zeros_like(output)
     if len(set(targets)) == 1:
         index: tuple[Any, ...] = (slice(None), *targets[0])

@@ -211,6 +211,7 @@ class Surrogate:
         run, *placeholders = self.graph.find_nodes(op="placeholder")
         named = zip(placeholders, self._order, strict=True)
         weights = [node for node, name in named if name in self._constants]
+        # Below: what neither starts nor depends on one. Above: the rest, and what is fixed.
         fixed = {run, *weights}  # all that follows from the weights alone
         upper = dict.fromkeys(self.graph.find_nodes(op="call_function", target=source))
         ends = {node.args[2] for node in upper}
