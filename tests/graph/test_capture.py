@@ -1,4 +1,4 @@
-"""From a model to its graph, and the table of what is supported."""
+"""From a model to its graph."""
 
 import gc
 import warnings
@@ -10,13 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from captum_mipin import LRP, InverseNetwork, check
-from captum_mipin.errors import CaptureError, InputError, TrainingModeError
+from captum_mipin.errors import CaptureError
 from captum_mipin.graph import capture as capture_module
 from captum_mipin.graph.capture import capture
-from captum_mipin.graph.modules import tree
-from captum_mipin.graph.nodes import place
-from captum_mipin.graph.signature import Signature, first_example
-from captum_mipin.graph.subgraph import module_output
 
 #: What torch says of a model that sets an attribute: the newest, and torch 2.9.
 STATE = r"(seen.*assigned during export|attrs were created in the model.forward: \{'seen'\})"
@@ -110,31 +106,6 @@ def test_weights_are_read_as_they_are_at_each_call() -> None:
     )
 
 
-def test_signatures_tell_shapes_dtypes_and_further_arguments_apart_but_not_batches() -> None:
-    x = torch.ones(2, 3)
-    same = Signature.of((x,), ())
-    assert Signature.of((torch.zeros(5, 3),), ()) == same
-    assert Signature.from_json(same.to_json()) == same
-    others = [
-        ((torch.ones(2, 4),), ()),
-        ((x.double(),), ()),
-        ((x,), (1,)),
-        ((x,), (2,)),
-        ((x,), (None,)),
-        ((x, x), ()),
-        ((x,), (x,)),
-    ]
-    assert len({same, *(Signature.of(*other) for other in others)}) == len(others) + 1
-
-
-def test_the_first_example_is_zeros_and_its_own_further_arguments() -> None:
-    x, scale = torch.randn(4, 3), torch.arange(4.0)
-    (zeros,), (first, k) = first_example((x,), (scale, 7), False)
-    assert torch.equal(zeros, torch.zeros(1, 3))
-    assert torch.equal(first, torch.zeros(1))
-    assert k == 7
-
-
 class _Odd(nn.Module):
     """Models that cannot be captured, by name."""
 
@@ -196,103 +167,6 @@ def test_a_model_that_keeps_state_is_refused_also_where_warnings_are_silenced() 
             capture(_Odd("attribute").eval(), (torch.randn(4, 3),))
 
 
-def test_functions_and_training_models_are_refused() -> None:
-    with pytest.raises(
-        CaptureError, match=r"function, expected a torch\.nn\.Module.*Wrap a function"
-    ):
-        capture(lambda x: x, (torch.ones(1, 1),))  # type: ignore[arg-type]  # no module, on purpose
-    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout())).eval()
-    model[1][0].train()
-    with pytest.raises(
-        TrainingModeError, match=r"training mode \(1 modules, the first is '1.0'\).*model\.eval\(\)"
-    ):
-        capture(model, (torch.ones(1, 2),))
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ((), "no input tensor"),
-        (([1.0],), "input 0 is a list, expected a torch.Tensor"),
-        ((torch.ones(2, 2, dtype=torch.long),), "dtype torch.int64, expected a floating dtype"),
-        ((torch.ones(2, 2, dtype=torch.bool),), "dtype torch.bool, expected a floating dtype"),
-        ((torch.ones(2, 2).to_sparse(),), "torch.sparse_coo, expected a dense tensor.*to_dense"),
-        ((torch.tensor(1.0),), r"input 0 is empty: its shape is \(\)"),
-        ((torch.ones(0, 2),), r"input 0 is empty: its shape is \(0, 2\)"),
-        ((torch.ones(2, 0),), r"input 0 is empty: its shape is \(2, 0\)"),
-        ((torch.ones(2, 2), torch.ones(3, 2)), "input 1 has 3 examples, input 0 has 2"),
-    ],
-)
-def test_inputs_that_carry_no_signal_are_refused(inputs: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        capture(nn.Linear(2, 2).eval(), inputs)
-
-
-def test_module_output_finds_a_layer_and_says_why_not() -> None:
-    class Reuse(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.relu = nn.Linear(3, 3), nn.Linear(3, 2), nn.ReLU()
-            self.drop, self.idle = nn.Dropout(), nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.relu(self.a(self.drop(self.relu(x)))))
-
-    model = Reuse().eval()
-    graph = capture(model, (torch.randn(2, 3),))
-    names = {node.name: node for node in graph.graph.nodes}
-    assert str(place(names[module_output(graph, model, model.a)])) == "a/linear"
-    assert module_output(graph, model, model) == graph.output.name
-    with pytest.raises(CaptureError, match="Linear is not a module of this Reuse"):
-        module_output(graph, model, nn.Linear(3, 3))
-    with pytest.raises(
-        CaptureError,
-        match=r"layer .relu. \(ReLU\) is called 2 times and has 2 outputs in the graph",
-    ):
-        module_output(graph, model, model.relu)
-    for layer, name in ((model.drop, "drop"), (model.idle, "idle")):
-        with pytest.raises(
-            CaptureError,
-            match=rf"layer '{name}'.*not called, or does nothing.*Name the module before it",
-        ):
-            module_output(graph, model, layer)
-
-
-def test_check_lists_every_operation_with_what_becomes_of_it(untouched: Any) -> None:
-    model = nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2), nn.Softmax(1)
-    ).eval()
-    x = torch.randn(2, 1, 5, 5)
-    with untouched(model, x):
-        report = check(model, x)
-    assert [(row.path, row.status) for row in report.rows] == [
-        ("0", "supported"),
-        ("1", "supported"),
-        ("2", "passes"),
-        ("3", "supported"),
-        ("4", "refused"),
-    ]
-    assert not report.ok
-    assert [row.operation for row in report.refused] == ["aten.softmax.int"]
-    lines = str(report).splitlines()
-    assert len(lines) == 6
-    assert all(row.operation in line for row, line in zip(report.rows, lines[1:], strict=True))
-
-
-def test_check_may_begin_at_a_layer() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Softmax(1), nn.Linear(3, 2)).eval()
-    assert not check(model, torch.ones(1, 3)).ok
-    assert check(model, torch.ones(1, 3), layer=model[1]).ok
-
-
-def test_check_takes_several_inputs_and_further_arguments() -> None:
-    report = check(
-        Wants().eval(), (torch.ones(2, 4), torch.ones(2, 3)), (torch.ones(2, 5), None, 3.0)
-    )
-    assert report.ok
-    assert {"first", "second", "relu", "last", ""} == {row.path for row in report.rows}
-
-
 class Hides(nn.Module):
     """Holds modules and a tensor in plain containers."""
 
@@ -330,57 +204,6 @@ def test_a_tensor_in_a_list_that_changes_has_the_model_captured_again() -> None:
     before = lrp.attribute(x, 0)
     model.factors[0][1000] = -3
     torch.testing.assert_close(lrp.attribute(x, 0), -3 * before)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.nn.utils:FutureWarning")
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (nn.utils.weight_norm, "WeightNorm"),
-        (nn.utils.spectral_norm, "SpectralNorm"),
-        (lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5), "L1Unstructured"),
-    ],
-)
-def test_weights_that_hooks_make_are_told_by_their_name(make: Any, name: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), make(nn.Linear(3, 2))).eval()
-    with pytest.raises(
-        CaptureError,
-        match=rf"module '2' computes its weight anew each time in a hook, {name}, "
-        ".*parametrizations",
-    ):
-        check(model, torch.randn(2, 4))
-
-
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
-)
-def test_what_torchscript_compiled_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.Linear(3, 2))).eval()
-    with pytest.raises(CaptureError, match="module '1' is compiled by TorchScript"):
-        check(model, torch.randn(2, 4))
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors_are_refused() -> None:
-    nested = torch.nested.nested_tensor([torch.randn(4), torch.randn(4)])
-    with pytest.raises(InputError, match="input 0 is a nested tensor"):
-        check(nn.Linear(4, 3).eval(), nested)
-
-
-def test_the_tree_of_modules_is_torchs_and_keeps_none_of_them() -> None:
-    shared = nn.ReLU()
-    model = nn.Sequential(
-        nn.Sequential(nn.Linear(2, 2), shared), shared, nn.ModuleDict({"a": nn.Linear(2, 1)})
-    )
-    model.register_module("none", None)
-    assert tree(model) == list(model.named_modules(remove_duplicate=False))
-    gone = weakref.ref(model)
-    gc.disable()
-    try:
-        del model
-        assert gone() is None
-    finally:
-        gc.enable()
 
 
 def test_weights_are_the_models_own_memory_without_gradients() -> None:

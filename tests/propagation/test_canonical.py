@@ -17,7 +17,7 @@ from captum_mipin.rules import MIPIN
 
 
 def assert_alike_fitted_whole_and_alone(model, x, layer):
-    """Check that a layer has the same A from an inverse of the whole and from one that stops there."""
+    """Check that a layer has the same A from inverses of the whole and of what is above it."""
     found = [
         LayerMIPINAttribution(model, inverse.fit(x, 0, progress=False), layer).attribute(x[:3], 0)
         for inverse in (InverseNetwork(model), InverseNetwork(model, layer=layer))

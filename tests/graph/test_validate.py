@@ -1,0 +1,78 @@
+"""What users pass, and models that are refused before they are captured."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from captum_mipin import check
+from captum_mipin.errors import CaptureError, InputError, TrainingModeError
+from captum_mipin.graph.capture import capture
+
+
+def test_functions_and_training_models_are_refused() -> None:
+    with pytest.raises(
+        CaptureError, match=r"function, expected a torch\.nn\.Module.*Wrap a function"
+    ):
+        capture(lambda x: x, (torch.ones(1, 1),))  # type: ignore[arg-type]  # no module, on purpose
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout())).eval()
+    model[1][0].train()
+    with pytest.raises(
+        TrainingModeError, match=r"training mode \(1 modules, the first is '1.0'\).*model\.eval\(\)"
+    ):
+        capture(model, (torch.ones(1, 2),))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((), "no input tensor"),
+        (([1.0],), "input 0 is a list, expected a torch.Tensor"),
+        ((torch.ones(2, 2, dtype=torch.long),), "dtype torch.int64, expected a floating dtype"),
+        ((torch.ones(2, 2, dtype=torch.bool),), "dtype torch.bool, expected a floating dtype"),
+        ((torch.ones(2, 2).to_sparse(),), "torch.sparse_coo, expected a dense tensor.*to_dense"),
+        ((torch.tensor(1.0),), r"input 0 is empty: its shape is \(\)"),
+        ((torch.ones(0, 2),), r"input 0 is empty: its shape is \(0, 2\)"),
+        ((torch.ones(2, 0),), r"input 0 is empty: its shape is \(2, 0\)"),
+        ((torch.ones(2, 2), torch.ones(3, 2)), "input 1 has 3 examples, input 0 has 2"),
+    ],
+)
+def test_inputs_that_carry_no_signal_are_refused(inputs: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        capture(nn.Linear(2, 2).eval(), inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (nn.utils.weight_norm, "WeightNorm"),
+        (nn.utils.spectral_norm, "SpectralNorm"),
+        (lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5), "L1Unstructured"),
+    ],
+)
+def test_weights_that_hooks_make_are_told_by_their_name(make: Any, name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), make(nn.Linear(3, 2))).eval()
+    with pytest.raises(
+        CaptureError,
+        match=rf"module '2' computes its weight anew each time in a hook, {name}, "
+        ".*parametrizations",
+    ):
+        check(model, torch.randn(2, 4))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
+def test_what_torchscript_compiled_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.Linear(3, 2))).eval()
+    with pytest.raises(CaptureError, match="module '1' is compiled by TorchScript"):
+        check(model, torch.randn(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(4), torch.randn(4)])
+    with pytest.raises(InputError, match="input 0 is a nested tensor"):
+        check(nn.Linear(4, 3).eval(), nested)
