@@ -1,4 +1,4 @@
-"""The Captum contract: everything that Captum's own methods, tools and users expect of an attribution."""
+"""The Captum contract: all that Captum's methods, tools and users expect of an attribution."""
 
 import copy
 import inspect
@@ -139,7 +139,7 @@ def mixed_layers() -> tuple[nn.Sequential, InverseNetwork, Tensor]:
     return model, InverseNetwork(model, layer=model[1]).fit(x, progress=False), x
 
 
-# ------------------------------------------------------------------------------------------------- class and signature
+# ----------------------------------------------------------------------------- class and signature
 
 
 def test_is_a_gradient_attribution_and_not_a_perturbation_attribution(mlp: Any) -> None:
@@ -225,7 +225,7 @@ def test_constructors_refuse_what_does_not_belong_together(mlp: Any, make_mlp: A
         LayerMIPINAttribution(mlp.model, mlp.inverse)
 
 
-# ------------------------------------------------------------------------------------------------- inputs and outputs
+# ------------------------------------------------------------------------------ inputs and outputs
 
 
 def test_tensor_in_tensor_out_tuple_in_tuple_out(mlp: Any) -> None:
@@ -639,7 +639,7 @@ def test_options_are_what_they_say(cnn: Any) -> None:
     ), "no example in it"
 
 
-# ------------------------------------------------------------------------------------------------- targets
+# ----------------------------------------------------------------------------------------- targets
 
 
 @pytest.mark.parametrize(
@@ -744,7 +744,7 @@ def test_a_class_without_inverse_is_an_error_that_lists_those_with(mlp: Any) -> 
         MIPINAttribution(mlp.model, InverseNetwork(mlp.model)).attribute(mlp.x[:2], 0)
 
 
-# ------------------------------------------------------------------------------------------------- modes and arguments
+# ----------------------------------------------------------------------------- modes and arguments
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -847,7 +847,7 @@ def test_a_shared_tensor_argument_may_be_as_long_as_the_batch(batch: int) -> Non
     assert torch.allclose(mipin.attribute(x[:batch], 0, shared), each, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------- convergence delta
+# ------------------------------------------------------------------------------- convergence delta
 
 
 def test_convergence_delta_is_the_completeness_error_of_the_source_signal(cnn: Any) -> None:
@@ -875,7 +875,7 @@ def test_convergence_delta_of_outputs_of_more_dimensions() -> None:
     assert torch.allclose(delta, torch.stack([change[0, 0, 1], change[1, 1, 2]]), atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------- Captum's tools
+# ---------------------------------------------------------------------------------- Captum's tools
 
 
 @pytest.mark.parametrize("partial", [None, 1, 2, 3])
@@ -981,7 +981,7 @@ def test_visualize_image_attr_multiple(cnn: Any) -> None:
     assert len(figure.axes) >= 3
 
 
-# ------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------ layers
 
 
 def test_a_layer_has_the_attribution_of_its_own_output() -> None:
@@ -1071,11 +1071,11 @@ def test_layers_that_have_no_one_output_are_refused(untouched: Any) -> None:
         LayerMIPINAttribution(sequence, stops, sequence[2]).attribute(images[:2], 0)
 
 
-# ------------------------------------------------------------------------------------------------- nothing is touched
+# ------------------------------------------------------------------------------ nothing is touched
 
 
 def _used(fitted: Any) -> None:
-    """Give a model what users' models have: hooks of their own, gradients, frozen weights, attributes."""
+    """Give a model what users' models have: hooks, gradients, frozen weights, attributes."""
     model = fitted.model
     handles = [
         model[0].register_forward_hook(lambda *_: None),
@@ -1202,7 +1202,7 @@ def test_nothing_is_touched_by_failure(
         call(own_cnn, tmp_path / "file")
 
 
-# ------------------------------------------------------------------------------------------------- copies and threads
+# ------------------------------------------------------------------------------ copies and threads
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
@@ -1295,7 +1295,7 @@ def test_a_capture_in_another_thread_changes_no_bit(cnn: Any) -> None:
         thread.join()
 
 
-# ------------------------------------------------------------------------------------------------- warnings
+# ---------------------------------------------------------------------------------------- warnings
 
 
 def test_no_warnings_on_the_happy_path(
@@ -1321,7 +1321,7 @@ def test_no_warnings_on_the_happy_path(
     assert capfd.readouterr() == ("", "")
 
 
-# ------------------------------------------------------------------------------------------------- Captum's own table
+# ------------------------------------------------------------------------------ Captum's own table
 
 TABLE = [entry for entry in config if Saliency in entry["algorithms"]]
 
@@ -1395,7 +1395,7 @@ def test_an_unsupported_operation_is_refused_by_name(untouched: Any) -> None:
         InverseNetwork(model).fit(x, progress=False)
 
 
-# ------------------------------------------------------------------------------------------------- CUDA
+# -------------------------------------------------------------------------------------------- CUDA
 
 
 @needs_cuda

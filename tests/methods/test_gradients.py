@@ -1,4 +1,4 @@
-"""Deconvnet and Guided Backprop: equal to Captum's where those are right, and right for every spelling of a gate."""
+"""Deconvnet and Guided Backprop: Captum's where those are right, and every spelling of a gate."""
 
 import copy
 import pickle
@@ -34,8 +34,10 @@ def _plain(dtype=torch.float64):
     """Shared: not to be changed."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 8, 3, groups=2),
-        nn.ReLU(), nn.AvgPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3),
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(6, 8, 3, groups=2),
+        nn.ReLU(), nn.AvgPool2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 5), nn.ReLU(),
+        nn.Linear(5, 3),
     ).to(dtype).eval()  # fmt: skip
 
 
@@ -67,15 +69,20 @@ def test_spellings_of_a_residual_network_are_the_same():
 
 GATES = {
     "relu": (
-        torch.relu, nn.ReLU(), nn.ReLU(inplace=True), F.relu, lambda h: h.clamp(min=0), lambda h: h.clamp_min(0),
-        lambda h: torch.maximum(h, torch.zeros(())), lambda h: torch.max(torch.zeros_like(h), h), lambda h: h * (h > 0),
-        lambda h: torch.where(h > 0, h, 0.0), lambda h: h.masked_fill(h <= 0, 0), lambda h: (h > 0).to(h.dtype) * h,
+        torch.relu, nn.ReLU(), nn.ReLU(inplace=True), F.relu, lambda h: h.clamp(min=0),
+        lambda h: h.clamp_min(0),
+        lambda h: torch.maximum(h, torch.zeros(())), lambda h: torch.max(torch.zeros_like(h), h),
+        lambda h: h * (h > 0),
+        lambda h: torch.where(h > 0, h, 0.0), lambda h: h.masked_fill(h <= 0, 0),
+        lambda h: (h > 0).to(h.dtype) * h,
         lambda h: F.threshold(h, 0.0, 0.0), lambda h: F.leaky_relu(h, 0.0), lambda h: h.clip(0),
         lambda h: h.clamp(min=torch.zeros((), dtype=h.dtype)), lambda h: h.clone().relu_(),
     ),
     "relu6": (
-        nn.ReLU6(), F.relu6, lambda h: h.clamp(0, 6), lambda h: F.hardtanh(h, 0.0, 6.0), lambda h: h.clamp(min=0).clamp(max=6),
-        lambda h: torch.relu(h).clamp_max(6.0), lambda h: torch.minimum(torch.relu(h), torch.full((), 6.0)),
+        nn.ReLU6(), F.relu6, lambda h: h.clamp(0, 6), lambda h: F.hardtanh(h, 0.0, 6.0),
+        lambda h: h.clamp(min=0).clamp(max=6),
+        lambda h: torch.relu(h).clamp_max(6.0),
+        lambda h: torch.minimum(torch.relu(h), torch.full((), 6.0)),
     ),
     "silu": (nn.SiLU(), F.silu, lambda h: h * torch.sigmoid(h), lambda h: h.sigmoid() * h),
     "hardswish": (nn.Hardswish(), F.hardswish, lambda h: h * F.hardsigmoid(h)),
@@ -197,7 +204,8 @@ def test_operations_that_may_hide_a_rectifier_are_told():
 
 def test_a_maximum_of_two_branches_is_no_rectifier_seen_from_one_of_them():
     model = Function(lambda m, x: m["last"](torch.maximum(m["a"](x), m["b"](x))),
-                     a=nn.Linear(5, 6), b=nn.Linear(5, 6), last=nn.Linear(6, 2)).double().eval()  # fmt: skip
+                     a=nn.Linear(5, 6), b=nn.Linear(5, 6),
+                     last=nn.Linear(6, 2)).double().eval()  # fmt: skip
     x = normal(4, 5, dtype=torch.float64)
     a, b = model.layers["a"](x), model.layers["b"](x)
     found = LayerPropagation(GuidedBackprop(model), model.layers["a"]).attribute(x, 1)

@@ -1,4 +1,4 @@
-"""LRP and Deep Taylor against Captum and zennit where those are right, second derivations, and conservation."""
+"""LRP and Deep Taylor against Captum, zennit and second derivations, and what conserves."""
 
 import copy
 import gc
@@ -56,7 +56,8 @@ NETWORKS = {
     "MobileNet": (lambda: models.MobileNetV2(3, 0.5, [[1, 16, 1, 1], [6, 16, 2, 2]]), 32),
     "SqueezeNet": (
         lambda: nn.Sequential(
-            models.squeezenet1_1(num_classes=3).features[:6], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 3)
+            models.squeezenet1_1(num_classes=3).features[:6], nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(128, 3)
         ),
         32,
     ),
@@ -80,7 +81,7 @@ def _outputs(model, x, target=TARGET):
     return model(x).detach()[range(len(x)), target]
 
 
-# ------------------------------------------------------------------------------------------------- conservation
+# ------------------------------------------------------------------------------------ conservation
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -167,7 +168,7 @@ def test_what_a_rule_loses_is_told():
         assert bool(caveats) == bool(told)
 
 
-# ------------------------------------------------------------------------------------------------- identities
+# -------------------------------------------------------------------------------------- identities
 
 
 @pytest.mark.parametrize(
@@ -181,14 +182,16 @@ def test_lrp_0_is_input_times_gradient(name):
     torch.testing.assert_close(found, x * gradient, rtol=1e-6, atol=1e-6 * float(found.abs().max()))
 
 
-# ------------------------------------------------------------------------------------------------- other libraries
+# --------------------------------------------------------------------------------- other libraries
 
 
 def _plain():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1, stride=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1, bias=False),
-        nn.ReLU(), nn.AvgPool2d(2), nn.Dropout(), nn.Conv2d(8, 9, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), Columns(),
+        nn.Conv2d(3, 6, 3, padding=1, stride=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3, padding=1, bias=False),
+        nn.ReLU(), nn.AvgPool2d(2), nn.Dropout(), nn.Conv2d(8, 9, 2), nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1), Columns(),
         nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 3),
     ).double().eval()  # fmt: skip
 
@@ -245,8 +248,12 @@ def _zennits(model, x, rule, first=None):
     assert core
     tiny = 1e-30
     layers = [(types.Convolution, rule), (types.Linear, rule)]
-    others = [(types.Activation, rules.Pass()), (types.AvgPool, rules.Norm(tiny)), (Sum, rules.Norm(tiny)),
-              (types.BatchNorm, rules.Pass())]  # fmt: skip
+    others = [
+        (types.Activation, rules.Pass()),
+        (types.AvgPool, rules.Norm(tiny)),
+        (Sum, rules.Norm(tiny)),
+        (types.BatchNorm, rules.Pass()),
+    ]
     canonizers = [ResNetCanonizer() if isinstance(model, SmallResNet) else VGGCanonizer()]
     composite = LayerMapComposite(layers + others, canonizers)
     if first is not None:
@@ -315,7 +322,7 @@ def test_rules_of_inputs_in_every_layer_equal_zennits(rule):
     )
 
 
-# ------------------------------------------------------------------------------------------------- second derivations
+# ------------------------------------------------------------------------------ second derivations
 
 
 def _matrix(operation, x):
@@ -487,7 +494,7 @@ def test_what_overflows_is_refused():
         LRP(model).attribute(torch.ones(2, 1), 0)
 
 
-# ------------------------------------------------------------------------------------------------- what it costs
+# ----------------------------------------------------------------------------------- what it costs
 
 
 class _Counted(TorchDispatchMode):
@@ -571,7 +578,7 @@ def test_an_epsilon_too_small_for_the_dtype_is_none():
     assert LRP(model).attribute(torch.zeros(2, 3).half(), 0).tolist() == [[0.0] * 3] * 2
 
 
-# ------------------------------------------------------------------------------------------------- options
+# ----------------------------------------------------------------------------------------- options
 
 
 def test_composites_by_type_name_and_function():
@@ -632,7 +639,8 @@ def test_bad_options(options, message):
 def test_bad_rules():
     bounds = torch.zeros(3, 1, 1), torch.ones(2, 1, 1)
     for make in (
-        lambda: Epsilon(-1), lambda: Gamma(float("nan")), lambda: AlphaBeta(2, 2), lambda: ZBox(1, 0), lambda: Epsilon("0.1"),
+        lambda: Epsilon(-1), lambda: Gamma(float("nan")), lambda: AlphaBeta(2, 2),
+        lambda: ZBox(1, 0), lambda: Epsilon("0.1"),
         lambda: ZBox(*bounds),
     ):  # fmt: skip
         with pytest.raises(InputError):
@@ -640,7 +648,8 @@ def test_bad_rules():
     with pytest.raises(InputError, match=r"bounds of z\^B do not fit the inputs of 0/conv2d"):
         DeepTaylor(_plain(), low=-9, high=9 * bounds[1]).attribute(_images(16), 0)
     for options in (
-        {"low": 0}, {"preset": "x"}, {"preset": "innvestigate", "bias": "full"}, {"bias": "take"}, {"last": ZPlus},
+        {"low": 0}, {"preset": "x"}, {"preset": "innvestigate", "bias": "full"}, {"bias": "take"},
+        {"last": ZPlus},
         {"last": Changeable()},
     ):  # fmt: skip
         with pytest.raises(InputError):
@@ -748,7 +757,7 @@ def test_a_batch_norm_before_all_layers_hides_neither_first_nor_last():
     assert notes == ["its own layer, LRP-ε", "z^B", "passed on", "adjoint", "flat"]
 
 
-# ------------------------------------------------------------------------------------------------- Deep Taylor
+# ------------------------------------------------------------------------------------- Deep Taylor
 
 
 def test_deep_taylor_by_hand():
@@ -788,7 +797,9 @@ def test_the_innvestigate_preset_by_hand():
         nn.Linear(3, 2),
     )
     model = Function(
-        lambda m, x: m["last"](F.adaptive_avg_pool2d(F.relu(m["norm"](m["conv"](x)) + m["skip"](x)), 1).flatten(1)),
+        lambda m, x: m["last"](
+            F.adaptive_avg_pool2d(F.relu(m["norm"](m["conv"](x)) + m["skip"](x)), 1).flatten(1)
+        ),
         conv=conv, norm=norm, skip=skip, last=last,
     ).double()  # fmt: skip
     norm.running_mean.normal_()

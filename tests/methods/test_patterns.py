@@ -1,4 +1,4 @@
-"""PatternNet and PatternAttribution: closed forms, Haufe's example, second derivations, and fits that are kept."""
+"""PatternNet and PatternAttribution: closed forms, Haufe's example, second derivations, files."""
 
 import copy
 import pickle
@@ -256,8 +256,10 @@ def test_every_kind_of_data_in_any_chunks_gives_the_same():
     whole = Patterns(model).fit(x, progress=False)["0/linear"]
     labels = torch.zeros(40)
     for data, options in (
-        (x.flip(0), {"batch_size": 7}), (TensorDataset(x, labels), {}), (DataLoader(TensorDataset(x, labels), 9), {}),
-        ([x[:3], x[3:]], {}), ([{"image": x}], {"unpack": lambda batch: (batch["image"], None)}), (iter([x]), {}),
+        (x.flip(0), {"batch_size": 7}), (TensorDataset(x, labels), {}),
+        (DataLoader(TensorDataset(x, labels), 9), {}),
+        ([x[:3], x[3:]], {}), ([{"image": x}], {"unpack": lambda batch: (batch["image"], None)}),
+        (iter([x]), {}),
     ):  # fmt: skip
         torch.testing.assert_close(
             Patterns(model).fit(data, progress=False, **options)["0/linear"], whole
@@ -422,7 +424,7 @@ def test_recurrent_networks_have_patterns_step_by_step():
 
 
 def test_channels_of_a_sum_are_where_the_operations_beside_it_have_them():
-    """As in ConvNeXt, whose blocks compute with channels last, and are added with channels first."""
+    """As in ConvNeXt: blocks compute with channels last, and are added with channels first."""
 
     def run(m, x):
         h = m["a"](x)

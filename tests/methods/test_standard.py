@@ -67,7 +67,7 @@ def test_grad_cam_has_the_size_of_the_input():
 
 
 def test_which_methods_tell_classes_apart():
-    """On handwritten digits, explained for two classes: the same map for both, or not (Sixt et al., 2020)."""
+    """On handwritten digits: which maps differ between two classes (Sixt et al., 2020)."""
     datasets = pytest.importorskip(
         "sklearn.datasets", reason="the digits come with it; the package does not need it"
     )

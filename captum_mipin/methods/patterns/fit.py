@@ -192,12 +192,7 @@ class Patterns(Saved):
                     data, batch_size, unpack, device, explained=self.layer is None, shard=shard
                 ):
                     bar.update(fitting.observe(inputs, extras))
-            patterns, fits = {}, []
-            for key, sums in fitting.total(processes).items():
-                neurons, weight = fitting.weights[key]
-                pattern, dead = solve(sums, neurons, weight.double())
-                patterns[key] = pattern.to(weight)
-                fits.append(PatternFit(key, int(sums.rows), len(dead), int(dead.sum())))
+            patterns, fits = fitting.solve(processes)
         self.state = State(patterns, PatternReport(tuple(fits)), watch)
         return self
 
@@ -280,7 +275,17 @@ class _Fitting(Signal):
         self.count, self._batch = self.count + len(output), self._batch + 1
         return len(output)
 
-    def total(self, processes: Processes) -> dict[str, Sums]:
+    def solve(self, processes: Processes) -> tuple[dict[str, Tensor], list[PatternFit]]:
+        """Return the patterns of all operations, and how each was fitted."""
+        patterns, fits = {}, []
+        for key, sums in self._total(processes).items():
+            neurons, weight = self.weights[key]
+            pattern, dead = solve(sums, neurons, weight.double())
+            patterns[key] = pattern.to(weight)
+            fits.append(PatternFit(key, int(sums.rows), len(dead), int(dead.sum())))
+        return patterns, fits
+
+    def _total(self, processes: Processes) -> dict[str, Sums]:
         """Return the sums over the data of all processes.
 
         Raises:
