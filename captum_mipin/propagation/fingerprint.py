@@ -14,7 +14,7 @@ from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modules import tensor_bytes
-from captum_mipin.graph.nodes import operation, place
+from captum_mipin.graph.nodes import argument, operation, place
 from captum_mipin.propagation.averages import whole_dims
 from captum_mipin.propagation.treatments import SHAPE
 from captum_mipin.rules import MIPIN, Learned, Passes, Rule
@@ -88,15 +88,27 @@ def _lines(
             count += 1
             names[node] = f"%{count}"
             name, rule = str(node.target), rules.get(str(node.target))
-            line = f"{names[node]} {place(node)} {name} {_scaling_sizes(node)}"
+            call, args = f"{place(node)} {name}", node.args
+            if operation(node) == "chunk":
+                call, args = _as_split(node)
+            line = f"{names[node]} {call} {_scaling_sizes(node)}"
             line += f" averages {sorted(whole_dims(node))}" if "avg_pool" in operation(node) else ""
             line += _described(rule) if rule is not None and name not in MIPIN else ""
-            arguments = fx.map_arg((node.args, node.kwargs), names.__getitem__)
+            arguments = fx.map_arg((args, node.kwargs), names.__getitem__)
             # Where a rule restores the scale (a share, a switch), window sizes do not matter.
             loose = arguments
             if rule is not None and rule.restores and not isinstance(rule, Learned):
                 loose = pytree.tree_map(lambda a: "size" if type(a) is int else a, arguments)
             yield node, f"{line} {arguments} {_shape(node)}", f"{line} {loose}"
+
+
+def _as_split(node: fx.Node) -> tuple[str, tuple[Any, ...]]:
+    """Return a chunk as the split that computes the same, which is what saved files name."""
+    x: Any = node.args[0]
+    count, dim = argument(node, 1, "chunks"), argument(node, 2, "dim", 0)
+    size = value_of(x).shape[dim]
+    length = -(-size // count) if type(size) is int else size
+    return f"{place(node).path or '(model)'}/split aten.split.Tensor", (x, length, dim)
 
 
 def _placeholder(constant: str | Tensor) -> str:

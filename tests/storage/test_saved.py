@@ -16,6 +16,8 @@ from torch import nn
 from captum_mipin import IBA, InputIBA, InverseNetwork, NeighbourInverse
 from captum_mipin.errors import InverseFileError, ModelChangedError
 from captum_mipin.methods import PatternAttribution, Patterns
+from captum_mipin.propagation.fingerprint import structure
+from captum_mipin.rules import table
 from captum_mipin.storage import files
 
 SAVED = Path(__file__).parent / "saved"
@@ -91,3 +93,21 @@ def test_the_file_of_another_kind_or_model_is_refused(model: nn.Module, kind: st
         next(model.parameters()).add_(1)
     with pytest.raises(ModelChangedError, match="fitted to another model, or to other weights"):
         KINDS[kind].load(path_of(kind), model)
+
+
+class Halves(nn.Module):
+    """A network that works on the halves of its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        one, other = self.first(x).chunk(2, 1)
+        return self.last(torch.relu(one) + other)
+
+
+def test_a_chunk_has_the_structure_that_earlier_files_name() -> None:
+    captured = capture(Halves().eval(), (torch.zeros(2, 8),))
+    expected = "1e93a7a30a2d9f48bbf9f3adda5c41b1e7c789d95e07a4dd4d15382c60224074"
+    assert structure(captured, table()) == expected
