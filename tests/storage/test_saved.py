@@ -15,6 +15,7 @@ from torch import nn
 
 from captum_mipin import IBA, InputIBA, InverseNetwork, NeighbourInverse
 from captum_mipin.errors import InverseFileError, ModelChangedError
+from captum_mipin.graph.capture import capture
 from captum_mipin.methods import PatternAttribution, Patterns
 from captum_mipin.propagation.fingerprint import structure
 from captum_mipin.rules import table
