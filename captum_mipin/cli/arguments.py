@@ -90,8 +90,7 @@ def _add_inputs(add: Callable[..., None]) -> None:
     """Add the network and its images."""
     add("", "model", "torchvision:NAME, package.module:FACTORY or FILE.pt2", metavar="MODEL")
     add("", "--weights", 'file of a state dict; "torchvision" for the weights of torchvision')
-    add("check", "--layer", "module, such as layer4: check only what lies above it")
-    add("fit", "--layer", "module, such as layer4, where the inverse stops (default: the pixels)")
+    add("check fit", "--layer", "module, such as layer4, to stop at (default: the pixels)")
     add("explain", "--layer", "module to explain at (default: where the inverse stops)")
     add("compare", "--layer", "module, such as layer4, for Grad-CAM and Grad×Feature")
     reader = _numbers("pixels N, or HEIGHTxWIDTH, such as 240x320", int, (1, 2), above=0, by="x")

@@ -34,8 +34,7 @@ class ImageFolder(Dataset[Tensor]):
 
     def __init__(self, args: Namespace) -> None:
         self._image, self._operations = (
-            require_module(name, "pillow", "an image folder")
-            for name in ("PIL.Image", "PIL.ImageOps")
+            require_module(name, "pillow") for name in ("PIL.Image", "PIL.ImageOps")
         )
         self._size, self._device = args.size, args.device
         self._mean, self._std = (torch.tensor(v).view(-1, 1, 1) for v in (args.mean, args.std))

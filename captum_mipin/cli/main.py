@@ -23,9 +23,6 @@ from captum_mipin.comparison import Comparison, Row
 from captum_mipin.metrics.case import Case
 from captum_mipin.report import table
 
-#: Characters of an error message that are printed at most, half from its start, half from its end.
-_LONGEST_ERROR = 1000
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -210,8 +207,8 @@ def _write(comparison: Comparison, path: Path) -> None:
 def _fail(reason: str) -> int:
     """Print why a command failed as one line on stderr, and return its exit code."""
     line = " ".join(reason.split())
-    if len(line) > _LONGEST_ERROR:
-        line = f"{line[: _LONGEST_ERROR // 2]} … {line[-_LONGEST_ERROR // 2 :]}"
+    if len(line) > 1000:  # a capture that fails may quote the graph; what to do stands at the end
+        line = f"{line[:500]} … {line[-500:]}"
     _print(f"captum-mipin: {line}", sys.stderr)
     return 1
 

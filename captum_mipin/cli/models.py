@@ -91,7 +91,7 @@ def predict(args: Namespace, model: nn.Module, x: Tensor) -> tuple[list[int] | N
 
 def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
     """Return a network of torchvision."""
-    models = require_module("torchvision.models", "torchvision", "a network of torchvision")
+    models = require_module("torchvision.models", "torchvision")
     if name not in models.list_models():
         raise InputError(
             f"torchvision has no network {name!r}: torchvision.models.list_models() names them"
