@@ -124,7 +124,7 @@ def test_pretrained_weights_take_the_place_of_the_small_network(elsewhere):
     (output,) = code(run(nbformat.v4.new_notebook(cells=[cell]), elsewhere))[0].outputs
     assert output.output_type == "execute_result"
     # two photographs by image, MIP-IN and Grad-CAM, and the legend
-    assert re.fullmatch(r"<Figure size \d+x\d+ with 7 Axes>", text(output))
+    assert re.fullmatch(r"<Figure size [\d.]+x[\d.]+ with 7 Axes>", text(output))
 
 
 def test_the_first_holds_the_ten_lines_of_the_readme():
