@@ -203,6 +203,14 @@ class Part:
 
 
 def evaluate(expression: Any, symbol: str, rows: int) -> int | float:
-    """Return the value of a size that follows from the batch's, for a batch of ``rows``."""
+    """Return the value of a size that follows from the batch's, for a batch of ``rows``.
+
+    Examples:
+        >>> import sympy
+        >>> batch = sympy.Symbol("s0")
+        >>> evaluate(3 * batch, "s0", 4), evaluate(batch / 8, "s0", 4), evaluate(batch > 4, "s0", 4)
+        (12, 0.5, False)
+    """
     value = expression.subs({s: rows for s in expression.free_symbols if str(s) == symbol})
-    return int(value) if value.is_Integer else float(value)
+    kind = bool if value.is_Boolean else int if value.is_Integer else float
+    return kind(value)
