@@ -75,10 +75,18 @@ def test_dimensions_of_one_need_no_index_as_in_captum(target: Any) -> None:
 @pytest.mark.parametrize(
     "target",
     [
-        np.int64(2), np.int32(2), np.array(2), np.array([2]), np.array([2, 2]), [np.int64(2), np.int8(2)],
-        torch.tensor(2), torch.tensor([2]), torch.tensor([[2], [2]])[:, 0], [torch.tensor(2), torch.tensor([2])],
+        np.int64(2),
+        np.int32(2),
+        np.array(2),
+        np.array([2]),
+        np.array([2, 2]),
+        [np.int64(2), np.int8(2)],
+        torch.tensor(2),
+        torch.tensor([2]),
+        torch.tensor([[2], [2]])[:, 0],
+        [torch.tensor(2), torch.tensor([2])],
     ],
-)  # fmt: skip
+)
 def test_numpy_integers_and_integer_tensors_count_as_ints(target: Any) -> None:
     assert per_example(target, torch.zeros(2, 5)) == [(2,), (2,)]
 

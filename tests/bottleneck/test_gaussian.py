@@ -38,7 +38,7 @@ def double(value):
     return torch.tensor(value, dtype=DOUBLE)
 
 
-# ------------------------------------------------------------------------------------------------- information
+# ---------------------------------------------------------------------- information
 
 
 @pytest.mark.parametrize("prior", [0.0, 0.3, 0.9])
@@ -84,7 +84,7 @@ def test_its_gradient_is_finite_however_open_the_mask():
         assert torch.isfinite(gradient).all()
 
 
-# ------------------------------------------------------------------------------------------------- smoothing
+# ---------------------------------------------------------------------- smoothing
 
 
 def test_smoothing_is_a_two_dimensional_gaussian_of_five_by_five():
@@ -109,16 +109,19 @@ def test_a_map_too_small_to_smooth():
         smooth(normal(1, 2, 2, 2), 1.0, (2, 3))
 
 
-# ------------------------------------------------------------------------------------------------- optimisation
+# ---------------------------------------------------------------------- optimisation
 
 
 def linear(weight, bias=60.0):
-    """The cross entropy of logits (0, bias + w z) and class 0, which is bias + w z where that is large."""
+    """Return the cross entropy of logits (0, y) and class 0: about y = bias + w z if y is large."""
     return lambda z: F.softplus(bias + (z * weight).flatten(2).sum(2)).mean(0)
 
 
 def best(slope, r, beta):
-    """The λ where the derivative of slope · λ + β KL vanishes: slope + β (1/(1 − λ) − (1 − λ) + λ r²) = 0."""
+    """Return the λ that minimises slope · λ + β KL.
+
+    There, slope + β (1/(1 − λ) − (1 − λ) + λ r²) = 0.
+    """
 
     def derivative(passed):
         return slope + beta * (1 / (1 - passed) - (1 - passed) + passed * r**2)
@@ -127,7 +130,7 @@ def best(slope, r, beta):
 
 
 def test_the_mask_of_a_linear_model_with_gaussian_noise_is_the_best_one():
-    """There, the expected cross entropy is linear in λ, and each element has its own equation for it."""
+    """The expected cross entropy is linear in λ: each element has an equation of its own."""
     x = double([[1.5, -0.7, 2.0, 0.4, -1.2]])
     weight = double([-2.0, 3.0, 0.0, 5.0, 0.5])
     noise = replace(
@@ -288,15 +291,26 @@ def test_adam_is_the_published_one():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("beta", -1), ("beta", float("nan")), ("steps", -1), ("learning_rate", 0), ("copies", 0), ("sigma", -1),
-     ("start", float("inf")), ("start", 100), ("tolerance", 0), ("steps", 2.5), ("copies", 2.0)],
-)  # fmt: skip
+    [
+        ("beta", -1),
+        ("beta", float("nan")),
+        ("steps", -1),
+        ("learning_rate", 0),
+        ("copies", 0),
+        ("sigma", -1),
+        ("start", float("inf")),
+        ("start", 100),
+        ("tolerance", 0),
+        ("steps", 2.5),
+        ("copies", 2.0),
+    ],
+)
 def test_settings_out_of_range(name, value):
     with pytest.raises(InputError, match=rf"{name}=.* must be"):
         Bottleneck(**{name: value})
 
 
-# ------------------------------------------------------------------------------------------------- cross entropy
+# ---------------------------------------------------------------------- cross entropy
 
 
 def test_cross_entropy_is_torchs():
@@ -337,7 +351,7 @@ def test_a_dimension_that_holds_no_classes(classes):
         CrossEntropy(normal(2, 1, 5), [(0, 0), (0, 1)], classes)
 
 
-# ------------------------------------------------------------------------------------------------- statistics
+# ---------------------------------------------------------------------- statistics
 
 
 @pytest.mark.parametrize("across", [(), (1,), (2, 3)])

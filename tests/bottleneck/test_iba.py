@@ -22,10 +22,20 @@ SHORT = Bottleneck(steps=3, copies=4)
 
 def network(dtype=torch.float32):
     torch.manual_seed(5)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3, padding=1, stride=2), nn.BatchNorm2d(5),
-        nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(80, 3),
-    ).to(dtype).eval()  # fmt: skip
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 5, 3, padding=1, stride=2),
+            nn.BatchNorm2d(5),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Flatten(),
+            nn.Linear(80, 3),
+        )
+        .to(dtype)
+        .eval()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +60,11 @@ def own(model, x):
     return IBA(model, model[1], SHORT).estimate(x, progress=False)
 
 
-# ------------------------------------------------------------------------------------------------- the method
+# ---------------------------------------------------------------------- the method
 
 
 def published(model, layer, data, x, target, beta=10.0, steps=10, copies=10):
-    """One sample at a time with a hook, as the publication has it, up to where the noise comes from."""
+    """Run the published loop for one sample, with a hook; only the noise is drawn as ours is."""
     kept = []
     handle = layer.register_forward_hook(
         lambda module, inputs, output: kept.append(output.detach())
@@ -184,19 +194,23 @@ def test_features_that_nothing_reads_tell_nothing(x):
     assert (bits[:, 4:].sum(1) < 0.02 * bits[:, :4].sum(1)).all()
 
 
-# ------------------------------------------------------------------------------------------------- where
+# ---------------------------------------------------------------------- where
 
 
 def residual():
     torch.manual_seed(3)
     return Function(
-        lambda m, x: m["last"]((m["a"](x).relu() + x * m["gate"](x.mean((2, 3)))[:, :, None, None]).flatten(1)),
-        a=nn.Conv2d(3, 3, 3, padding=1), gate=nn.Linear(3, 3), last=nn.Linear(192, 3),
-    ).eval()  # fmt: skip
+        lambda m, x: m["last"](
+            (m["a"](x).relu() + x * m["gate"](x.mean((2, 3)))[:, :, None, None]).flatten(1)
+        ),
+        a=nn.Conv2d(3, 3, 3, padding=1),
+        gate=nn.Linear(3, 3),
+        last=nn.Linear(192, 3),
+    ).eval()
 
 
 def test_what_goes_round_the_layer_goes_with_each_copy(x):
-    """A branch beside the layer sees the example; by hand, the branch is an argument of what follows the layer."""
+    """A branch beside the layer sees the example; by hand it is an argument of what follows."""
     model = residual()
     iba = IBA(model, model.layers["a"], SHORT).estimate(x, progress=False)
     found = iba.explain((x[:3],), [0, 1, 2])
@@ -236,9 +250,11 @@ def test_the_input_itself_by_its_name(x):
 def test_tokens_at_their_embedding_and_at_a_recurrent_layer():
     torch.manual_seed(0)
     model = Function(
-        lambda m, x: m["last"](m["lstm"](m["words"](x))[0][:, -1]), words=nn.Embedding(20, 6),
-        lstm=nn.LSTM(6, 7, batch_first=True), last=nn.Linear(7, 2),
-    ).eval()  # fmt: skip
+        lambda m, x: m["last"](m["lstm"](m["words"](x))[0][:, -1]),
+        words=nn.Embedding(20, 6),
+        lstm=nn.LSTM(6, 7, batch_first=True),
+        last=nn.Linear(7, 2),
+    ).eval()
     tokens = torch.randint(20, (30, 9))
     for name, features in (("words", 6), ("lstm", 7)):
         how = Bottleneck(steps=3, sigma=0)
@@ -261,21 +277,26 @@ def test_a_dense_layer(mlp):
     before = generator.get_state()
     with pytest.raises(
         errors.InputError,
-        match=r"output of shape \(8,\).*no positions like those of inputs of shape \(6,\).*at='layer'",
+        match=r"output of shape \(8,\).*no positions like those of inputs of shape \(6,\)"
+        r".*at='layer'",
     ):
         iba.attribute(mlp.x[:4], 1, generator=generator)
     assert torch.equal(generator.get_state(), before), "refused before anything is optimised"
 
 
 def test_features_with_their_channels_last_under_images(x):
-    """What the input's channels are does not follow from the layer's, so it is asked for, not guessed."""
+    """The layer's channels do not tell the input's: these have to be given, and are not guessed."""
     torch.manual_seed(0)
     first, last = nn.Conv2d(3, 5, 2, stride=2), nn.Linear(80, 3)
     plain = nn.Sequential(first, nn.Flatten(), last).eval()
     moved = Function(
-        lambda m, x: m["last"](m["norm"](m["first"](x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).flatten(1)), first=first,
-        norm=nn.Hardtanh(-1e9, 1e9), last=last,
-    ).eval()  # fmt: skip
+        lambda m, x: m["last"](
+            m["norm"](m["first"](x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).flatten(1)
+        ),
+        first=first,
+        norm=nn.Hardtanh(-1e9, 1e9),
+        last=last,
+    ).eval()
     expected = IBA(plain, first, SHORT).estimate(x, progress=False).attribute(x[:2], 1)
     how = Bottleneck(steps=3, copies=4)
     unsaid = IBA(moved, moved.layers["norm"], how, channels=-1).estimate(x, progress=False)
@@ -332,7 +353,7 @@ def test_one_logit(x):
         assert (total > 0).all()
 
 
-# ------------------------------------------------------------------------------------------------- Captum's contract
+# ---------------------------------------------------------------------- Captum's contract
 
 
 def test_captums_contract(iba, model, x, untouched):
@@ -402,9 +423,12 @@ def test_the_generator_makes_the_noise(iba, x):
 def test_further_arguments(x, shared):
     torch.manual_seed(0)
     model = Function(
-        lambda m, x, s: m["last"]((m["first"](x) * (s if s.ndim == 0 else s[:, None, None, None])).relu().flatten(1)),
-        first=nn.Conv2d(3, 2, 3), last=nn.Linear(72, 3),
-    ).eval()  # fmt: skip
+        lambda m, x, s: m["last"](
+            (m["first"](x) * (s if s.ndim == 0 else s[:, None, None, None])).relu().flatten(1)
+        ),
+        first=nn.Conv2d(3, 2, 3),
+        last=nn.Linear(72, 3),
+    ).eval()
     scale = torch.tensor(0.5) if shared else torch.linspace(0.1, 2, 40)
     iba = IBA(model, model.layers["first"], SHORT)
     iba.estimate([(x, scale)], unpack=lambda batch: batch, progress=False)
@@ -501,7 +525,7 @@ def test_progress_and_losses(iba, x, capsys):
     assert capsys.readouterr().err == ""
 
 
-# ------------------------------------------------------------------------------------------------- estimates and files
+# ---------------------------------------------------------------------- estimates and files
 
 
 def test_any_kind_of_data(model, x, iba):
@@ -532,7 +556,8 @@ def test_constant_and_inactive_features_are_floored_and_counted(x):
     assert (iba.report.floored, iba.report.inactive) == (128, 64)
     assert (
         str(iba.report)
-        == "256 features of 40 values each: 128 with a standard deviation below the floor, 64 inactive"
+        == "256 features of 40 values each: 128 with a standard deviation below the floor, "
+        "64 inactive"
     )
     bits = iba.attribute(x[:2], 1, at="layer")
     assert torch.isfinite(bits).all()
@@ -583,7 +608,7 @@ def test_files_of_other_models_and_methods(iba, model, x, mlp, tmp_path):
         IBA.load(tmp_path / "file", model)
 
 
-# ------------------------------------------------------------------------------------------------- what cannot work
+# ---------------------------------------------------------------------- what cannot work
 
 
 def test_nothing_estimated_yet(model, x, tmp_path):
@@ -635,9 +660,12 @@ def test_a_layer_that_is_never_reached_or_twice(x):
 
 def test_a_layer_whose_output_is_thrown_away(x):
     model = Function(
-        lambda m, x: m["last"](x.flatten(1)) + 0 * m["a"](x.detach()).argmax(1).sum((1, 2))[:, None], a=nn.Conv2d(3, 3, 1),
+        lambda m, x: (
+            m["last"](x.flatten(1)) + 0 * m["a"](x.detach()).argmax(1).sum((1, 2))[:, None]
+        ),
+        a=nn.Conv2d(3, 3, 1),
         last=nn.Linear(192, 2),
-    ).eval()  # fmt: skip
+    ).eval()
     iba = IBA(model, model.layers["a"], SHORT).estimate(x, progress=False)
     with pytest.raises(
         errors.CaptureError, match="no gradient of the model's output reaches the layer"
@@ -709,7 +737,7 @@ def test_weights_changed_and_training_mode(own, x):
 
 
 def test_the_same_weights_in_another_network(x, tmp_path):
-    """Nothing of its weights says that an activation was exchanged; the statistics are of the features behind it."""
+    """An exchanged activation leaves the weights as they are, but changes the features."""
     model, other = network(), network()
     other[1] = nn.Tanh().eval()
     iba = IBA(model, model[4], SHORT).estimate(x, progress=False)
@@ -739,9 +767,10 @@ def test_the_same_weights_in_another_network(x, tmp_path):
 def test_a_model_that_overflows_under_noise_names_the_sample(x):
     """Sample 2 alone leaves float32's range when its features are noisy: its scale is huge."""
     model = Function(
-        lambda m, x, s: m["last"]((m["first"](x) * s[:, None, None, None]).flatten(1).exp()), first=nn.Conv2d(3, 2, 3),
+        lambda m, x, s: m["last"]((m["first"](x) * s[:, None, None, None]).flatten(1).exp()),
+        first=nn.Conv2d(3, 2, 3),
         last=nn.Linear(72, 3),
-    ).eval()  # fmt: skip
+    ).eval()
     with torch.no_grad():
         model.layers["first"].bias.zero_()
     quiet, huge = torch.zeros(4, 3, 8, 8), torch.tensor([1.0, 1.0, 500.0, 1.0])

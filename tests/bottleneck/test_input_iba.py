@@ -42,9 +42,14 @@ SHORT_TEXT = replace(
 def model():
     torch.manual_seed(5)
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(80, 3),
-    ).eval()  # fmt: skip
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 5, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(80, 3),
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +66,11 @@ def iba(model, x):
 def text():
     torch.manual_seed(0)
     model = Function(
-        lambda m, x: m["last"](m["lstm"](m["words"](x))[0][:, -1]), words=nn.Embedding(20, 6),
-        lstm=nn.LSTM(6, 7, batch_first=True), last=nn.Linear(7, 2),
-    ).eval()  # fmt: skip
+        lambda m, x: m["last"](m["lstm"](m["words"](x))[0][:, -1]),
+        words=nn.Embedding(20, 6),
+        lstm=nn.LSTM(6, 7, batch_first=True),
+        last=nn.Linear(7, 2),
+    ).eval()
     tokens = torch.randint(20, (30, 9))
     options = {"channels": -1, "input_channels": -1, "across": (1,)}
     iba = InputIBA(
@@ -72,7 +79,7 @@ def text():
     return iba.estimate(tokens, progress=False), model, tokens
 
 
-# ------------------------------------------------------------------------------------------------- the stages
+# ---------------------------------------------------------------------- the stages
 
 
 def test_the_defaults_are_the_published_ones():
@@ -141,8 +148,16 @@ def test_the_adversarial_mask_lets_through_what_the_bottleneck_does(maps):
         mask_rate=0.02,
     )
     passed, critic, generator = adversarial_mask(
-        x, x, weight, torch.zeros(shape), lambda z: z, settings=how, draw=torch.Generator().manual_seed(0), channels=1 if maps else -1, input_channels=1 if maps else -1
-    )  # fmt: skip
+        x,
+        x,
+        weight,
+        torch.zeros(shape),
+        lambda z: z,
+        settings=how,
+        draw=torch.Generator().manual_seed(0),
+        channels=1 if maps else -1,
+        input_channels=1 if maps else -1,
+    )
     real, other = passed[weight == 1], passed[weight == 0]
     assert float(real.mean() - other.mean()) > 0.1
     assert torch.isfinite(critic).all()
@@ -281,7 +296,7 @@ def test_losses_bars_and_stopping(iba, model, x, capsys):
     assert (~found.input.losses.isnan()).sum(0).tolist() == [6, 6]
 
 
-# ------------------------------------------------------------------------------------------------- Captum's contract
+# ---------------------------------------------------------------------- Captum's contract
 
 
 def test_captums_contract(iba, model, x, untouched):
@@ -393,9 +408,12 @@ def test_a_branch_beside_layer_and_input(x):
     """The second input goes round both bottlenecks."""
     torch.manual_seed(0)
     model = Function(
-        lambda m, x, s: m["last"]((m["first"](x) * s[:, None, None, None] + x.mean(1, keepdim=True)).flatten(1)),
-        first=nn.Conv2d(3, 2, 1), last=nn.Linear(128, 3),
-    ).eval()  # fmt: skip
+        lambda m, x, s: m["last"](
+            (m["first"](x) * s[:, None, None, None] + x.mean(1, keepdim=True)).flatten(1)
+        ),
+        first=nn.Conv2d(3, 2, 1),
+        last=nn.Linear(128, 3),
+    ).eval()
     scale = torch.linspace(0.1, 2, 40)
     iba = InputIBA(model, model.layers["first"], SHORT)
     iba.estimate([(x, scale)], unpack=lambda batch: batch, progress=False)
@@ -430,7 +448,7 @@ def test_saved_and_loaded(iba, model, x, text, tmp_path):
         InputIBA.load(tmp_path / "file", model)
 
 
-# ------------------------------------------------------------------------------------------------- what cannot work
+# ---------------------------------------------------------------------- what cannot work
 
 
 def test_nothing_estimated_yet(model, x):
@@ -517,9 +535,12 @@ def test_a_prior_that_overflows_names_the_sample(x):
     """Sample 1's own features are fine, but not those of noise in its place."""
     torch.manual_seed(0)
     model = Function(
-        lambda m, x, s: m["last"](m["first"](x * s[:, None, None, None]).clamp(max=1e30).square().flatten(1).tanh()),
-        first=nn.Conv2d(3, 4, 1, bias=False), last=nn.Linear(256, 3),
-    ).eval()  # fmt: skip
+        lambda m, x, s: m["last"](
+            m["first"](x * s[:, None, None, None]).clamp(max=1e30).square().flatten(1).tanh()
+        ),
+        first=nn.Conv2d(3, 4, 1, bias=False),
+        last=nn.Linear(256, 3),
+    ).eval()
     iba = InputIBA(model, "square", replace(SHORT, feature=Bottleneck(steps=0, sigma=0, start=-5)))
     iba.estimate([(x, torch.ones(40))], unpack=lambda batch: batch, progress=False)
     with pytest.raises(
@@ -566,7 +587,8 @@ def test_the_mask_in_place_of_the_capacity(model, x):
         replace(SHORT, prior=prior),
     )
     found, other = (
-        InputIBA(model, model[4], h).estimate(x, progress=False).explain((x[:2],), 1) for h in (how, capacity)
-    )  # fmt: skip
+        InputIBA(model, model[4], h).estimate(x, progress=False).explain((x[:2],), 1)
+        for h in (how, capacity)
+    )
     assert torch.equal(found.feature.information, other.feature.information)
     assert not torch.equal(found.prior, other.prior)

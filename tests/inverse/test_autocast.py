@@ -1,4 +1,4 @@
-"""Forward passes of a fit under autocast: what is rounded, what is not, and by how much the inverse differs."""
+"""Forward passes of a fit under autocast: what is rounded, and how much the inverse differs."""
 
 import pytest
 import torch

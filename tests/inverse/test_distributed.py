@@ -1,4 +1,4 @@
-"""Several processes that fit together end with the inverse that one alone finds, or all with a clear error."""
+"""Several processes that fit together end with the inverse of one alone, or all with an error."""
 
 import json
 import os
@@ -30,11 +30,13 @@ rank, folder = distributed.get_rank(), sys.argv[1]
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 40), nn.ReLU(), nn.Linear(40, 3)
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(36, 40), nn.ReLU(), nn.Linear(40, 3)
     ).double().eval()
 
 def data(count):
-    return torch.randn(count, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 2, 6, 6, dtype=torch.float64, generator=generator)
 
 class Fails:
     def __init__(self, x, at):
@@ -66,7 +68,8 @@ def scenario(name, data, count=40, change=lambda model: None, **options):
         x = globals()["data"](count)
         found[name] = [inverse.source_signal(x, target).flatten().tolist() for target in (0, 2)]
         found[name].append(inverse.information(2).flatten().tolist())
-        found[name].append([[layer.rows, layer.explained_variance] for layer in inverse.report.layers])
+        layers = inverse.report.layers
+        found[name].append([[layer.rows, layer.explained_variance] for layer in layers])
     except Exception as error:
         assert inverse.targets == []
         found[name] = f"{type(error).__name__}: {error}"
@@ -76,7 +79,8 @@ scenario("a tensor", x, batch_size=5)
 scenario("little memory", x, batch_size=5, memory=x.nbytes // 8)
 scenario("a dataset", TensorDataset(x), batch_size=7)
 scenario("a loader that shuffles", DataLoader(TensorDataset(x), batch_size=5, shuffle=True))
-scenario("a distributed sampler", DataLoader(TensorDataset(x), batch_size=5, sampler=DistributedSampler(x)))
+shared_out = DataLoader(TensorDataset(x), batch_size=5, sampler=DistributedSampler(x))
+scenario("a distributed sampler", shared_out)
 scenario("batches", list(x.split(5)))
 scenario("unequal", list(x.split(16)))
 scenario("an empty shard", [x])
@@ -89,7 +93,8 @@ scenario("raises in the first batch", Fails(x, 1))
 scenario("raises later", Fails(x, 10))
 scenario("raises in a later pass", Fails(x, 20), memory=x.nbytes // 8)
 scenario("other weights", x, change=lambda model: nn.init.constant_(model[0].bias, rank))
-scenario("not finite", [torch.full_like(x[:4], float("nan")) if rank == k % 2 == 1 else x[:4] for k in range(4)])
+nan = torch.full_like(x[:4], float("nan"))
+scenario("not finite", [nan if rank == k % 2 == 1 else x[:4] for k in range(4)])
 scenario("nothing", [])
 scenario("one example", [x[:1]])
 restore = only_in_the_second("solve", broken)
@@ -118,7 +123,9 @@ def patterns(name, data, change=lambda model: None, **options):
     fitted = Patterns(model)
     try:
         fitted.fit(data, progress=False, distributed=True, **options)
-        found[name] = [{fit.layer: fitted[fit.layer].flatten().tolist() for fit in fitted.report.layers}, str(fitted.report)]
+        layers = [fit.layer for fit in fitted.report.layers]
+        by_layer = {layer: fitted[layer].flatten().tolist() for layer in layers}
+        found[name] = [by_layer, str(fitted.report)]
     except Exception as error:
         assert fitted._state is None
         found[name] = f"{type(error).__name__}: {error}"
@@ -126,12 +133,15 @@ def patterns(name, data, change=lambda model: None, **options):
 patterns("patterns of a tensor", x, batch_size=5)
 patterns("patterns of batches", list(x.split(16)))
 patterns("patterns of an empty shard", [x])
-patterns("patterns of a loader that shuffles", DataLoader(TensorDataset(x), batch_size=5, shuffle=True))
+shuffled = DataLoader(TensorDataset(x), batch_size=5, shuffle=True)
+patterns("patterns of a loader that shuffles", shuffled)
 patterns("patterns where one raises", Fails(x, 3))
 patterns("patterns of nothing", [])
 patterns("patterns of one example", [x[:1]])
-patterns("patterns of other weights", x, change=lambda model: nn.init.constant_(model[0].bias, rank))
-patterns("patterns that are not finite", [torch.full_like(x[:4], 1e200 if rank == k % 2 == 1 else 1) for k in range(4)])
+biased = lambda model: nn.init.constant_(model[0].bias, rank)
+patterns("patterns of other weights", x, change=biased)
+huge = [torch.full_like(x[:4], 1e200 if rank == k % 2 == 1 else 1) for k in range(4)]
+patterns("patterns that are not finite", huge)
 patterns("patterns of other inputs", [x, torch.zeros(4, 2, 7, 7).double()])
 patterns("patterns in batches of none", x, batch_size=rank)
 with open(f"{folder}/{rank}.json", "w") as file:
@@ -143,7 +153,8 @@ class Gone:
             os._exit(3)
         return iter([x])
 
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the process that is left, which may be before it noticed
+# torchrun ends the process that is left, which may be before it has noticed
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 try:
     InverseNetwork(network()).fit(Gone(), 0, progress=False, distributed=True)
 except Exception as error:
@@ -194,9 +205,18 @@ def alone():
 
 @pytest.mark.parametrize(
     "name",
-    ["a tensor", "little memory", "a dataset", "a loader that shuffles", "a distributed sampler", "batches", "unequal",
-     "an empty shard", "resumed"],
-)  # fmt: skip
+    [
+        "a tensor",
+        "little memory",
+        "a dataset",
+        "a loader that shuffles",
+        "a distributed sampler",
+        "batches",
+        "unequal",
+        "an empty shard",
+        "resumed",
+    ],
+)
 def test_all_end_with_the_inverse_of_one_process(run, alone, name):
     (first, second), _ = run
     assert not isinstance(first[name], str), first[name]
@@ -216,20 +236,56 @@ def test_all_end_with_the_inverse_of_one_process(run, alone, name):
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
-        ("raises in the first batch", "FitError: the fit failed in process 1 of 2: OSError: no such image", "OSError"),
-        ("raises later", "FitError: the fit failed in process 1 of 2: OSError: no such image", "OSError: no such image"),
-        ("raises in a later pass", "FitError: the fit failed in process 1 of 2: OSError: no such image", "OSError"),
-        ("other weights", "FitError: the processes cannot fit together: their weights differ", "FitError"),
-        ("not finite", "FitError: the fit failed in process 1 of 2: FitError: batch 0: input", "FitError: batch 0"),
+        (
+            "raises in the first batch",
+            "FitError: the fit failed in process 1 of 2: OSError: no such image",
+            "OSError",
+        ),
+        (
+            "raises later",
+            "FitError: the fit failed in process 1 of 2: OSError: no such image",
+            "OSError: no such image",
+        ),
+        (
+            "raises in a later pass",
+            "FitError: the fit failed in process 1 of 2: OSError: no such image",
+            "OSError",
+        ),
+        (
+            "other weights",
+            "FitError: the processes cannot fit together: their weights differ",
+            "FitError",
+        ),
+        (
+            "not finite",
+            "FitError: the fit failed in process 1 of 2: FitError: batch 0: input",
+            "FitError: batch 0",
+        ),
         ("nothing", "FitError: the data yields no batch", "FitError: the data yields no batch"),
         ("one example", "FitError: the data has 1 example", "FitError: the data has 1 example"),
-        ("cannot solve", "FitError: the fit failed in process 1 of 2: MemoryError: too large", "MemoryError"),
-        ("a smaller machine", "FitError: the fit failed in process 1 of 2: FitError: the moments", "FitError: the moments"),
-        ("earlier classes", "FitError: the processes cannot fit together: their classes differ", "FitError"),
-        ("a sampler of its own", "FitError: the DataLoader draws by a BatchSampler", "FitError: the DataLoader"),
+        (
+            "cannot solve",
+            "FitError: the fit failed in process 1 of 2: MemoryError: too large",
+            "MemoryError",
+        ),
+        (
+            "a smaller machine",
+            "FitError: the fit failed in process 1 of 2: FitError: the moments",
+            "FitError: the moments",
+        ),
+        (
+            "earlier classes",
+            "FitError: the processes cannot fit together: their classes differ",
+            "FitError",
+        ),
+        (
+            "a sampler of its own",
+            "FitError: the DataLoader draws by a BatchSampler",
+            "FitError: the DataLoader",
+        ),
         ("sgd", 'InputError: solver="sgd" goes from batch to batch', "InputError"),
     ],
-)  # fmt: skip
+)
 def test_all_end_with_an_error(run, name, first, second):
     (one, other), _ = run
     assert one[name].startswith(first)
@@ -256,15 +312,35 @@ def test_all_end_with_the_patterns_of_one_process(run, alone, name):
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
-        ("where one raises", "FitError: the fit failed in process 1 of 2: OSError: no such image", "OSError: no such image"),
+        (
+            "where one raises",
+            "FitError: the fit failed in process 1 of 2: OSError: no such image",
+            "OSError: no such image",
+        ),
         ("of nothing", "FitError: the data yields no batch", "FitError: the data yields no batch"),
         ("of one example", "FitError: the data has 1 example", "FitError: the data has 1 example"),
-        ("of other weights", "FitError: the processes cannot fit together: their weights differ", "FitError: the processes"),
-        ("that are not finite", "FitError: the fit failed in process 1 of 2: FitError: batch 0: NaN", "FitError: batch 0: NaN"),
-        ("of other inputs", "FitError: the processes cannot fit together: their inputs differ", "FitError: the processes"),
-        ("in batches of none", "InputError: batch_size=0 must be", "FitError: the fit failed in process 0 of 2: InputError"),
+        (
+            "of other weights",
+            "FitError: the processes cannot fit together: their weights differ",
+            "FitError: the processes",
+        ),
+        (
+            "that are not finite",
+            "FitError: the fit failed in process 1 of 2: FitError: batch 0: NaN",
+            "FitError: batch 0: NaN",
+        ),
+        (
+            "of other inputs",
+            "FitError: the processes cannot fit together: their inputs differ",
+            "FitError: the processes",
+        ),
+        (
+            "in batches of none",
+            "InputError: batch_size=0 must be",
+            "FitError: the fit failed in process 0 of 2: InputError",
+        ),
     ],
-)  # fmt: skip
+)
 def test_no_process_ends_with_patterns_alone(run, name, first, second):
     (one, other), _ = run
     assert one[f"patterns {name}"].startswith(first)

@@ -1,4 +1,4 @@
-"""A fit keeps of the data what memory allows: less memory costs time, and changes nothing but rounding."""
+"""A fit keeps what memory allows: less memory costs time, and changes nothing but rounding."""
 
 import pytest
 import torch
@@ -101,9 +101,11 @@ def test_what_all_classes_have_passed_is_let_go():
 
 def wide(dtype=torch.float64):
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 3)
-    ).to(dtype).eval()  # fmt: skip
+    return (
+        nn.Sequential(nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 3))
+        .to(dtype)
+        .eval()
+    )
 
 
 @pytest.mark.parametrize("memory", [0, 5000, 4 << 30])
@@ -145,7 +147,7 @@ def test_wide_layers_are_inverted_row_by_row_and_the_inverse_is_the_same(
 
 
 def test_tokens_are_rows_whatever_dimension_the_batch_has():
-    """Rows are counted over all dimensions but the features': seven tokens of five examples are 35."""
+    """All dimensions but the features' count rows: seven tokens of five examples are 35 rows."""
 
     class Tokens(nn.Module):
         def __init__(self, transposed):
@@ -180,7 +182,7 @@ def test_tokens_are_rows_whatever_dimension_the_batch_has():
 
 
 def test_classes_that_share_are_one_regression_on_all_pairs(tmp_path):
-    """Against rows put together by hand: below the first step, every class's signals stand for the same features."""
+    """By hand: below the first step, the rows of all classes are one regression."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
     x = normal(50, 6, dtype=torch.float64)
