@@ -127,7 +127,7 @@ def patterns(name, data, change=lambda model: None, **options):
         by_layer = {layer: fitted[layer].flatten().tolist() for layer in layers}
         found[name] = [by_layer, str(fitted.report)]
     except Exception as error:
-        assert fitted._state is None
+        assert fitted.state is None
         found[name] = f"{type(error).__name__}: {error}"
 
 patterns("patterns of a tensor", x, batch_size=5)
