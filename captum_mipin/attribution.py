@@ -13,6 +13,7 @@ from captum_mipin.graph.signature import select
 from captum_mipin.graph.validate import as_extras, as_inputs, like
 from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.inverse.explain import Explanation
+from captum_mipin.methods.base import summed
 from captum_mipin.methods.gradients import Gradient
 from captum_mipin.propagation.runtime import seed
 from captum_mipin.targets import per_example
@@ -187,7 +188,7 @@ class MIPINAttribution(_MIPIN):
         with torch.no_grad():
             output = select(self.model(*inputs, *extras), self.inverse.output)
             explained = seed(output, per_example(target, output))
-        return explained.flatten(1).sum(1) if explained.ndim > 1 else explained
+        return summed(explained)
 
     @classmethod
     def get_name(cls) -> str:

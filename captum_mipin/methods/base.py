@@ -205,7 +205,7 @@ class Propagation(NoFuture, GradientAttribution):
             return Explanation(
                 tuple(x.detach() for x in sources),
                 tuple(s.detach().contiguous() for s in signals),
-                _summed(start),
+                summed(start),
             )
 
     def survey(self, captured: CapturedGraph, start: str | None = None) -> list[CheckRow]:
@@ -318,7 +318,7 @@ class Relevance(Propagation):
         Returns:
             (batch,)
         """
-        total = torch.stack([_summed(a) for a in as_inputs(attributions)]).sum(0)
+        total = torch.stack([summed(a) for a in as_inputs(attributions)]).sum(0)
         return output.flatten() - total
 
 
@@ -384,6 +384,6 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
         return "Layer propagation"
 
 
-def _summed(values: Tensor) -> Tensor:
+def summed(values: Tensor) -> Tensor:
     """Return the sum over each example: (batch,)."""
     return values.flatten(1).sum(1) if values.ndim > 1 else values

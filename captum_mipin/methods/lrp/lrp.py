@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from captum_mipin.errors import InputError
 from captum_mipin.graph.nodes import operation
+from captum_mipin.graph.validate import check_choice
 from captum_mipin.methods.base import Relevance, Table
 from captum_mipin.methods.layers import Layer, Scale, replace_layers
 from captum_mipin.methods.lrp.rules import (
@@ -98,7 +99,7 @@ class LRP(Relevance):
         output: Output = None,
     ) -> None:
         super().__init__(model, output=output)
-        _check_one_of("bias", bias, ("take", "none"))
+        check_choice("bias", bias, ("take", "none"))
         self.rule, self.input_rule, self.bias = rule or Epsilon(), input_rule, bias
         self.composite = tuple(composite)
         for which, _ in self.composite:
@@ -209,8 +210,8 @@ class DeepTaylor(LRP):
         preset: Literal["innvestigate"] | None = None,
         output: Output = None,
     ) -> None:
-        _check_one_of("bias", bias, ("none", "positive", "full"))
-        _check_one_of("preset", preset, (None, "innvestigate"))
+        check_choice("bias", bias, ("none", "positive", "full"))
+        check_choice("preset", preset, (None, "innvestigate"))
         if (low is None) != (high is None):
             raise InputError("low and high are both bounds of the input: pass both or none")
         if preset and (bias != "none" or last is not None):
@@ -258,12 +259,6 @@ def _check_rule(rule: Any) -> None:
             f"{rule!r} has no hash ({error}), by which rules are told apart: make it a frozen "
             "dataclass"
         ) from error
-
-
-def _check_one_of(name: str, value: Any, known: Sequence[Any]) -> None:
-    """Raise InputError if an option has none of the values that it may have."""
-    if value not in known:
-        raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
 
 
 def _matches(which: Which, path: str, module: nn.Module, layer: Layer) -> bool:

@@ -10,7 +10,14 @@ from tqdm.auto import tqdm
 from captum_mipin.errors import FitError, InputError, ModelChangedError, NotFittedError
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import Signature, first_example
-from captum_mipin.graph.validate import check_model, check_output, device_of, finite, generator_kept
+from captum_mipin.graph.validate import (
+    check_choice,
+    check_model,
+    check_output,
+    device_of,
+    finite,
+    generator_kept,
+)
 from captum_mipin.inverse.data import Batches, Unpack
 from captum_mipin.inverse.distributed import Processes
 from captum_mipin.methods.base import Signal, Table
@@ -107,8 +114,7 @@ class Patterns(Saved):
         layer: nn.Module | None = None,
         output: Output = None,
     ) -> None:
-        if estimator not in ("linear", "positive"):
-            raise InputError(f"estimator={estimator!r} is not one of 'linear', 'positive'")
+        check_choice("estimator", estimator, ("linear", "positive"))
         check_output(output)
         self.model, self.estimator, self.output = unwrapped(model), estimator, output
         self.layer = None if layer is None else unwrapped(layer)
