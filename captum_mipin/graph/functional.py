@@ -326,11 +326,22 @@ def _parts(node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]) -> f
 
 
 def _renamed(graph: fx.Graph) -> fx.Graph:
-    """Return a copy of a graph whose nodes are named after their operations."""
+    """Return a copy of a graph whose nodes are named after their operations.
+
+    Parts of a result are numbered as a second trace does, which names all parts of all results,
+    used or not: files and reports of fits hold such names.
+    """
     result, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    first: dict[fx.Node, int] = {}  # operation with several results -> number of its first part
+    parts = 0
     for node in graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
         name = operation(node) if node.op == "call_function" else ""
+        if isinstance(value_of(node), (tuple, list)):
+            first[node], parts = parts, parts + len(value_of(node))
+        elif node.target is operator.getitem and node.args[0] in first:
+            number = first[node.args[0]] + node.args[1]
+            name = f"getitem_{number}" if number else "getitem"
         copies[node] = result.create_node(node.op, node.target, args, kwargs, name or node.name)
         inherit(copies[node], node)
     result.lint()
