@@ -1,5 +1,7 @@
 """The pass that finds the dimension of each tensor's channels."""
 
+from typing import Any
+
 from torch import fx
 
 from captum_mipin.graph.marks import mark, marks, value_of
@@ -71,6 +73,7 @@ def _same_shape(one: fx.Node, other: fx.Node) -> bool:
 
 def _channels_of(user: fx.Node, node: fx.Node) -> int | None:
     """Return where an operation has the channels of ``node``, which it takes or is."""
-    if operation(user) == "pooled_linear":
-        return int(user.args[-1]) if user.args[0] is node else None  # type: ignore[arg-type]  # see PooledLinear
+    if operation(user) == "pooled_linear":  # its last argument says so, see PooledLinear
+        dim: Any = user.args[-1]
+        return int(dim) if user.args[0] is node else None
     return _CHANNELS.get(operation(user))
