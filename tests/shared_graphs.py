@@ -84,7 +84,7 @@ def _is_changed(entry: Shared) -> bool:
 
 
 def written(graph: fx.Graph) -> str:
-    """Return all that may not change in a graph: its operations and what each node is marked with."""
+    """Return all that may not change in a graph: its operations, and the marks of each node."""
     return "\n".join(f"{node.format_node()} {sorted(node.meta)}" for node in graph.nodes)
 
 
