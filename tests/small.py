@@ -17,6 +17,36 @@ class Function(nn.Module):
         return self.run(self.layers, *inputs)
 
 
+class Wants(nn.Module):
+    """A network of two inputs that takes a per-example tensor, a shared tensor and a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 5)
+        self.second = nn.Linear(3, 5)
+        self.relu = nn.ReLU()
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, a, b, scale=None, shared=None, k=1.0):
+        h = self.relu(self.first(a) + self.second(b))
+        if scale is not None:
+            h = h * scale
+        if shared is not None:
+            h = h * shared
+        return self.last(h * k)
+
+
+def text_classifier():
+    """Return a network for tokens below 20: an embedding, an LSTM, two classes."""
+    torch.manual_seed(0)
+    return Function(
+        lambda m, x: m["last"](m["lstm"](m["words"](x))[0][:, -1]),
+        words=nn.Embedding(20, 6),
+        lstm=nn.LSTM(6, 7, batch_first=True),
+        last=nn.Linear(7, 2),
+    ).eval()
+
+
 def normal(*shape, seed=0, dtype=torch.float32):
     """Return values of a normal distribution, always the same."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

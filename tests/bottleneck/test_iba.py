@@ -8,7 +8,7 @@ import pytest
 import torch
 from captum.attr import NoiseTunnel
 from captum.metrics import infidelity, sensitivity_max
-from small import Function, attributed_in_every_way, normal
+from small import Function, attributed_in_every_way, normal, text_classifier
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -248,13 +248,7 @@ def test_the_input_itself_by_its_name(x):
 
 
 def test_tokens_at_their_embedding_and_at_a_recurrent_layer():
-    torch.manual_seed(0)
-    model = Function(
-        lambda m, x: m["last"](m["lstm"](m["words"](x))[0][:, -1]),
-        words=nn.Embedding(20, 6),
-        lstm=nn.LSTM(6, 7, batch_first=True),
-        last=nn.Linear(7, 2),
-    ).eval()
+    model = text_classifier()
     tokens = torch.randint(20, (30, 9))
     for name, features in (("words", 6), ("lstm", 7)):
         how = Bottleneck(steps=3, sigma=0)

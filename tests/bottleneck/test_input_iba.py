@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from captum.attr import NoiseTunnel
-from small import Function, attributed_in_every_way, normal
+from small import Function, attributed_in_every_way, normal, text_classifier
 from torch import nn
 from torch.nn import functional as F
 
@@ -64,13 +64,7 @@ def iba(model, x):
 
 @pytest.fixture(scope="module")
 def text():
-    torch.manual_seed(0)
-    model = Function(
-        lambda m, x: m["last"](m["lstm"](m["words"](x))[0][:, -1]),
-        words=nn.Embedding(20, 6),
-        lstm=nn.LSTM(6, 7, batch_first=True),
-        last=nn.Linear(7, 2),
-    ).eval()
+    model = text_classifier()
     tokens = torch.randint(20, (30, 9))
     options = {"channels": -1, "input_channels": -1, "across": (1,)}
     iba = InputIBA(

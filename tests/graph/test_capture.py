@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import Wants
 from torch import Tensor, nn
 
 from captum_mipin import LRP, InverseNetwork, check
@@ -16,32 +17,6 @@ from captum_mipin.graph.capture import capture
 
 #: What torch says of a model that sets an attribute: the newest, and torch 2.9.
 STATE = r"(seen.*assigned during export|attrs were created in the model.forward: \{'seen'\})"
-
-
-class Wants(nn.Module):
-    """Two inputs, a per-example tensor, a shared tensor and a number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 5)
-        self.second = nn.Linear(3, 5)
-        self.relu = nn.ReLU()
-        self.last = nn.Linear(5, 2)
-
-    def forward(
-        self,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor | None = None,
-        shared: Tensor | None = None,
-        k: float = 1.0,
-    ) -> Tensor:
-        h = self.relu(self.first(a) + self.second(b))
-        if scale is not None:
-            h = h * scale
-        if shared is not None:
-            h = h * shared
-        return self.last(h * k)
 
 
 def _values(model: nn.Module, inputs: tuple[Tensor, ...], extras: tuple[Any, ...] = ()) -> Tensor:

@@ -3,35 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from small import Wants
+from torch import nn
 
 from captum_mipin import check
-
-
-class Wants(nn.Module):
-    """Two inputs, a per-example tensor, a shared tensor and a number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 5)
-        self.second = nn.Linear(3, 5)
-        self.relu = nn.ReLU()
-        self.last = nn.Linear(5, 2)
-
-    def forward(
-        self,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor | None = None,
-        shared: Tensor | None = None,
-        k: float = 1.0,
-    ) -> Tensor:
-        h = self.relu(self.first(a) + self.second(b))
-        if scale is not None:
-            h = h * scale
-        if shared is not None:
-            h = h * shared
-        return self.last(h * k)
 
 
 def test_check_lists_every_operation_with_what_becomes_of_it(untouched: Any) -> None:
