@@ -187,6 +187,7 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
             ]
         masks, critics, generators = zip(*games, strict=True)
         prior = torch.cat(masks)
+        # z = λ x + (1 − λ) n with n from N(0, 1); its bits count from KL against the prior's z
         one = torch.ones((), device=prior.device)
         place = Place(start, Noise(torch.zeros_like(one), one, one), settings.input, self._channels)
         found = self._optimised("input bottleneck", samples, place, run, prior)

@@ -67,6 +67,7 @@ class Fit:
         if self._passes.rows is None:
             self.scan()
         request, passes = self._request, self._passes
+        # algorithm 1: S_L = Y_c; for l = L … 1: fit g_l, then S_{l-1} = g_l(S_l) ⊙ 1[X_{l-1} ≠ 0]
         learned, groups = request.surrogate.learned, passes.groups(self._targets)
         progress = request.progress and request.processes.rank == 0 and request.activations is None
         with tqdm(unit="row", disable=not progress, unit_scale=True) as bar:
@@ -223,6 +224,7 @@ class Fit:
         settings = self._request.settings
         for index, group in enumerate(groups):
             part = moments.pop(index)
+            # eq. 6: W = cov(X, S) (cov(S, S) + λI)^-1, b = E X − W E S
             solution = solve(part, settings.ridge, settings.ridge_scale, inverter.tied)
             inverse = inverter.inverse(solution, x)
             for target in group:

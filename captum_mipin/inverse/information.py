@@ -54,6 +54,7 @@ class SharedInformation:
 
     def bits(self) -> dict[Target, Inputs]:
         """Return for each target the bits of each feature, in float32, like one example."""
+        # −½ log₂(1 − ρ²) bits, ρ being the correlation of a feature with the output
         maps = [gaussian_information(moments).float()[0] for moments in self._moments]
         parts = list(zip(maps, self._layouts, self._example, strict=True))
         return {
