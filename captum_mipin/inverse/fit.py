@@ -154,8 +154,6 @@ class Fit:
         ranges = [float(bound[target]) for target in self._targets for bound in (low, high)]
         return [float(rows), *ranges]
 
-    # ----------------------------------------------------------------------------- one step
-
     def _batches(self, key: str, fitted: Fitted, bar: "tqdm[Any]") -> Iterator[_Batch]:
         """Yield for each batch the features of a step, and the signals above it (algorithm 1)."""
         for trace in self._passes.traces(key, self._targets, fitted.inverses):
