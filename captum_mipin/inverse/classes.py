@@ -76,8 +76,10 @@ class ClassInverse(ModelInverse[State]):
             NotFittedError: The class was not fitted.
 
         Examples:
+            >>> import torch
+            >>> from captum_mipin import InverseNetwork
             >>> x = torch.randn(200, 2)
-            >>> model = nn.Linear(2, 1).eval()
+            >>> model = torch.nn.Linear(2, 1).eval()
             >>> _ = torch.nn.init.ones_(model.weight)
             >>> bits = InverseNetwork(model).fit(x, progress=False).information()
             >>> bool((bits > 0.2).all() and (bits < 0.9).all())  # 0.5 for independent features

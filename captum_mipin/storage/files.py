@@ -83,7 +83,8 @@ def load(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+            names = file.keys()  # the file is no mapping
+            tensors = {key: file.get_tensor(key) for key in names}
     except (SafetensorError, ValueError, OSError, MemoryError, RuntimeError) as error:
         raise InverseFileError(
             f"{name} is not a whole safetensors file ({error}): save it again"
