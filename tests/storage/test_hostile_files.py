@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -118,6 +119,8 @@ def test_any_other_tensors_are_refused_or_explain(files, data):
     else:
         other = data.draw(st.sampled_from(sorted(tensors)))
         tensors[name], tensors[other] = tensors[other], tensors[name]
+    complex_numbers = any(tensor.is_complex() for tensor in tensors.values())
+    assume(not complex_numbers or torch.complex64 in safetensors.torch._SIZE)  # not in 0.5
     stored.save(files / "changed", tensors, content)
     found = explained(files / "changed")
     assert isinstance(found, MIPINError) or (
