@@ -70,5 +70,9 @@ class ModelChangedWarning(UserWarning):
     """The model's weights have changed since the fit, which ``changed="warn"`` allows."""
 
 
+class ChanceWarning(UserWarning):
+    """A random map scores above 0.9, so that a score says little about a method."""
+
+
 class InverseFileError(MIPINError, ValueError):
     """A file is no saved inverse, or is damaged."""

@@ -39,6 +39,9 @@ def completeness(
     Returns:
         Percentages. Unscored: "zero output", "NaN".
 
+    Raises:
+        InputError: The source signal is that of a layer, not of the input.
+
     Source: Equations 10 and 11.
 
     Examples:
@@ -89,6 +92,7 @@ def _scores_after(case: Case, growth: Tensor | None) -> tuple[Tensor, Tensor]:
     after, shuffled = [], []
     for index, batch in case.batches():
         signal = explain(method.source_signal, batch)
+        _check_shapes(signal, batch.inputs)
         after.append(case.scores(replace(batch, inputs=signal)))
         if growth is not None:
             # S' = A y'/y + B = S + A (y'/y - 1): the inverse starts at y' instead of y
@@ -99,6 +103,27 @@ def _scores_after(case: Case, growth: Tensor | None) -> tuple[Tensor, Tensor]:
             moved = tuple(s + d for s, d in zip(signal, change, strict=True))
             shuffled.append(case.scores(replace(batch, inputs=moved)))
     return torch.cat(after), torch.cat(shuffled or after)
+
+
+def _check_shapes(signal: Inputs, inputs: Inputs) -> None:
+    """Raise InputError if a source signal is not shaped like the inputs: the model cannot take it.
+
+    Args:
+        signal: The source signal, tensors (examples, ...).
+        inputs: The inputs, tensors (examples, ...).
+    """
+    found, expected = ([tuple(t.shape[1:]) for t in tensors] for tensors in (signal, inputs))
+    if found != expected:
+        raise InputError(
+            "completeness asks the model for its output for the source signal. Found source "
+            f"signals of shape {_shapes(found)} for each example, expected {_shapes(expected)}, "
+            "the shape of its input: the inverse stops at a layer; pass a method whose inverse "
+            "goes back to the input"
+        )
+
+
+def _shapes(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _other_scores(case: Case, outputs: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Localization by boxes: the hottest pixels, the hottest pixel, or all heat in an object's box."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from captum_mipin.errors import InputError
+from captum_mipin.errors import ChanceWarning, InputError
 from captum_mipin.metrics.case import Case, Method, Options, check_at_least, check_choice
 from captum_mipin.metrics.maps import Reduction, heat, hottest_first, resized
 from captum_mipin.metrics.result import Result, class_numbers, finite_rows
@@ -17,6 +18,11 @@ from captum_mipin.metrics.result import Result, class_numbers, finite_rows
 #: Masks (examples, height, width); or for each example one or more boxes (left, top, right, bottom)
 #: in pixels, right and bottom excluded.
 Boxes = Tensor | Sequence[Any]
+
+#: The pointing game's protocol: 15 pixels around the box, on images whose shorter side has 224.
+_PROTOCOL_TOLERANCE, _PROTOCOL_SIDE = 15, 224
+#: Where random maps score more than this, ``pointing_game`` warns.
+_HIGHEST_CHANCE = 0.9
 
 
 def box_masks(boxes: Boxes, size: Sequence[int]) -> Tensor:
@@ -126,24 +132,31 @@ def pointing_game(
     target: Any = None,
     *,
     boxes: Boxes,
-    tolerance: float = 15,
+    tolerance: float | None = None,
     average: Literal["samples", "classes"] = "samples",
     reduction: Reduction = "sum",
     **options: Unpack[Options],
 ) -> Result:
     """Return 1 where the hottest pixel is at most ``tolerance`` pixels from the box, else 0.
 
-    Of several hottest pixels, the share counts. TorchRay's tolerance of 15 asks for less than 15.
+    Of several hottest pixels, the share counts. The protocol's tolerance is 15 pixels for images of
+    224 x 224; by default it is scaled with the image. TorchRay's tolerance of 15 asks for less than
+    15.
 
     Args:
         method, inputs, target, boxes, reduction, options: As for :func:`bounding_box_accuracy`.
-        tolerance: Euclidean distance, in pixels of the inputs.
+        tolerance: Euclidean distance, in pixels of the inputs; by default 15 / 224 of their shorter
+            side: 15 pixels for 224 x 224, one pixel for 16 x 16.
         average: Mean over "samples"; or per class of ``target``, then over "classes".
 
     Returns:
         Hits in [0, 1]. Unscored: "empty" boxes, "NaN".
 
-    Source: Zhang et al., ECCV 2016.
+    Warns:
+        ChanceWarning: A random map would score above 0.9: boxes and tolerance cover the images.
+
+    Source: Zhang et al., ECCV 2016: 15 pixels; Fong et al., ICCV 2019 (TorchRay): on images whose
+    shorter side has 224 pixels.
 
     Examples:
         >>> maps = torch.eye(4).view(1, 1, 4, 4) * torch.arange(4.0)
@@ -151,12 +164,16 @@ def pointing_game(
         [0.0, 1.0]
     """
     check_choice("average", average, ("samples", "classes"))
-    check_at_least("tolerance", tolerance, 0)
+    if tolerance is not None:
+        check_at_least("tolerance", tolerance, 0)
     case = Case.of(method, inputs, target, **options)
     heats, masks = _heat_and_masks(case, boxes, reduction)
-    hottest = heats == heats.amax((1, 2), keepdim=True)
+    if tolerance is None:
+        # tolerance = 15 pixels · shorter side / 224 pixels
+        tolerance = _PROTOCOL_TOLERANCE * min(masks.shape[1:]) / _PROTOCOL_SIDE
+    hottest, near = heats == heats.amax((1, 2), keepdim=True), _near(masks, tolerance)
     # pointing game = |{hottest pixels} ∩ {pixels near the box}| / |{hottest pixels}|
-    values = (hottest & _near(masks, tolerance)).sum((1, 2)).double() / hottest.sum((1, 2))
+    values = (hottest & near).sum((1, 2)).double() / hottest.sum((1, 2))
     classes = None
     if average == "classes":
         if not isinstance(case.examples.target, (Tensor, list)):
@@ -166,6 +183,17 @@ def pointing_game(
         case.maps, reduction=reduction, tolerance=tolerance, average=average, ties="expected"
     )
     unscored = _unscored(heats, masks)
+    # E[hit of a random map] = |{pixels near the box}| / |{pixels}|
+    share = near.flatten(1).double().mean(1)
+    chance = Result.of("chance", share, "neither", {}, unscored, classes=classes).mean
+    if chance > _HIGHEST_CHANCE:
+        warnings.warn(
+            f"a random map scores {chance:.3g} in this pointing game: the boxes with a tolerance "
+            f"of {tolerance:g} cover nearly all of images of {masks.shape[1]} x {masks.shape[2]} "
+            "pixels. Expected a score of at most 0.9: pass a smaller tolerance= or smaller boxes",
+            ChanceWarning,
+            stacklevel=2,
+        )
     return Result.of("pointing game", values, "higher", settings, unscored, classes=classes)
 
 

@@ -241,9 +241,10 @@ def raw_outputs(model: Model, examples: Examples) -> Tensor:
         return output
     is_tensor = isinstance(output, Tensor)
     returned = f"tensor of shape {tuple(output.shape)}" if is_tensor else type(output).__name__
+    count = f"a batch of {len(examples)} input{'s' * (len(examples) != 1)}"
     raise InputError(
-        f"the model gives a {returned}, expected one tensor (examples, ...): if it gives several, "
-        "pass a function as model= that selects one"
+        f"for {count} the model gives a {returned}, expected one tensor with a row for each input: "
+        "if it gives several tensors, pass a function as model= that selects one"
     )
 
 
@@ -260,7 +261,7 @@ def target_scores(output: Tensor, target: Any, score: Score = "logit") -> Tensor
         InputError: The score is not known, or the outputs have no classes for a softmax.
     """
     if callable(score):
-        output = score(output)
+        output = _user_scores(score, output)
         if output.ndim == 1:
             return output.double()
     elif score == "softmax":
@@ -278,6 +279,26 @@ def target_scores(output: Tensor, target: Any, score: Score = "logit") -> Tensor
     index = torch.tensor(per_example(target, output), device=output.device, dtype=torch.long)
     rows = torch.arange(len(output), device=output.device)
     return output[(rows, *index.T)].double()
+
+
+def _user_scores(score: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
+    """Return the scores by a user's function. Raise InputError if they are not one row per input.
+
+    Args:
+        score: The user's function.
+        output: Outputs of the model (inputs, ...); the inputs are batched, so that their number is
+            not the number of examples.
+    """
+    scores = score(output)
+    if isinstance(scores, Tensor) and scores.ndim and len(scores) == len(output):
+        return scores
+    is_tensor = isinstance(scores, Tensor)
+    returned = f"tensor of shape {tuple(scores.shape)}" if is_tensor else type(scores).__name__
+    raise InputError(
+        f"the function score= gives a {returned} for a batch of outputs of shape "
+        f"{tuple(output.shape)}, expected a tensor with a row for each output: reduce no dimension "
+        "0, which is the batch"
+    )
 
 
 def seeded() -> torch.Generator:

@@ -34,7 +34,8 @@ class Examples:
 
         Raises:
             InputError: The inputs are no tensors, hold no example, or differ in their number.
-            TargetError: There are several targets, but not one per example.
+            TargetError: The targets are a tensor of several dimensions; or there are several, but
+                not one per example.
         """
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         if not tensors or not all(isinstance(x, Tensor) for x in tensors):
@@ -49,6 +50,11 @@ class Examples:
             )
         if isinstance(target, np.ndarray):
             target = torch.from_numpy(target)
+        if isinstance(target, Tensor) and target.ndim > 1:
+            raise TargetError(
+                f"the target is a tensor of shape {tuple(target.shape)}, expected one dimension, "
+                f"with one index for each of {len(tensors[0])} examples: {_advice(target)}"
+            )
         # a tensor with one element is one target for all
         several = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() != 1)
         if several and len(target) != len(tensors[0]):
@@ -118,3 +124,10 @@ class Examples:
     def _has_rows(self, value: Any) -> bool:
         """Return True if the value is a tensor with one row per example."""
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self)
+
+
+def _advice(target: Tensor) -> str:
+    """Return what to do about a tensor of targets of several dimensions."""
+    if target.numel() == len(target):
+        return "pass target.flatten()"
+    return "for outputs of several dimensions, pass a list with a tuple for each example"

@@ -140,15 +140,16 @@ def grid_pointing_game(
     """
     extra = {} if isinstance(inputs, Mosaics) else {"confidence": confidence}
     if not isinstance(inputs, Mosaics):
-        if not isinstance(target, (Tensor, list)):
+        single = Case.of(method, inputs, target, **options)
+        labels = single.examples.target
+        if not isinstance(labels, (Tensor, list)):
             raise InputError(
                 f"target is {target!r}, expected the class of each image: an integer tensor or list"
             )
-        single = Case.of(method, inputs, target, **options)
         inputs = mosaics(
             single.model,
             inputs,
-            target,
+            labels,
             n,
             count,
             confidence=confidence,

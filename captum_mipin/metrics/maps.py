@@ -72,7 +72,10 @@ def resized(heat: Tensor, size: Sequence[int]) -> Tensor:
     if places == size:
         return heat
     if len(places) != len(size) or len(size) not in _INTERPOLATIONS:
-        raise InputError(f"maps with places {places} cannot be laid over inputs {size}")
+        raise InputError(
+            f"maps with places {places} cannot be laid over inputs with places {size}, expected "
+            f"{len(size)} dimensions: rearrange the maps, or pass a function as reduction="
+        )
     # a layer's map may be up to two places larger or smaller than the scale says: padding
     scale = places[0] / size[0]
     if any(abs(scale * whole - part) > 2 for whole, part in zip(size, places, strict=True)):

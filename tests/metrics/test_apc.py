@@ -1,9 +1,13 @@
 """Completeness by hand, against the benchmark, and its control."""
 
+import re
+
 import pytest
 import torch
 from small import normal
 
+from captum_mipin import InverseNetwork, LayerMIPINAttribution
+from captum_mipin.errors import InputError
 from captum_mipin.metrics import completeness
 
 
@@ -35,6 +39,21 @@ def test_apc_by_hand():
     assert completeness(
         Scaled(0.5, 2.0), x, [0, 0, 1, 1], model=lambda x: x, average="samples"
     ).mean == pytest.approx(40)
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_an_inverse_that_stops_at_a_layer_is_refused(cnn, layer):
+    model, x = cnn.model, cnn.x
+    inverse = InverseNetwork(model, layer=model[layer]).fit(x, progress=False)
+    shape = tuple(model[: layer + 1](x[:1]).shape[1:])
+    message = (
+        f"Found source signals of shape {shape} for each example, expected (3, 8, 8), the shape of "
+        "its input: the inverse stops at a layer; pass a method whose inverse goes back to the "
+        "input"
+    )
+    for control in (True, False):
+        with pytest.raises(InputError, match=re.escape(message)):
+            completeness(LayerMIPINAttribution(model, inverse), x[:5], 0, control=control)
 
 
 def test_perfect_and_empty_signals():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import normal
 
-from captum_mipin.errors import InputError
+from captum_mipin.errors import ChanceWarning, InputError
 from captum_mipin.metrics import (
     bounding_box_accuracy,
     box_masks,
@@ -118,6 +118,8 @@ def test_ties_broken_at_random_score_what_is_expected():
     assert abs(np.mean(draws) - expected) < 4 * spread
 
 
+# random boxes, with a pixel around them, can cover a small image
+@pytest.mark.filterwarnings("ignore::captum_mipin.errors.ChanceWarning")
 @given(
     count=st.integers(1, 4),
     size=st.tuples(st.integers(2, 6), st.integers(2, 6)),
@@ -176,19 +178,56 @@ def test_relevance_rank_accuracy_of_quantus():
 def test_pointing_game_by_hand():
     maps = torch.zeros(1, 1, 20, 20)
     maps[0, 0, 10, 12] = 1
-    for tolerance, hit in (
-        (4, 0),
-        (5, 1),
-        (4.9, 0),
-        (100, 1),
-    ):  # 3 and 4 pixels away from the box's corner (8, 7)
+    # 3 and 4 pixels away from the box's corner (8, 7)
+    for tolerance, hit in ((4, 0), (5, 1), (4.9, 0)):
         assert pointing_game(maps, maps, boxes=[(0, 0, 9, 8)], tolerance=tolerance).mean == hit
-    assert pointing_game(maps, maps, boxes=[(0, 0, 1, 1)], tolerance=math.inf).mean == 1
+    for box, tolerance in (((0, 0, 9, 8), 100), ((0, 0, 1, 1), math.inf)):
+        with pytest.warns(ChanceWarning, match="a random map scores 1 "):
+            assert pointing_game(maps, maps, boxes=[box], tolerance=tolerance).mean == 1
     both = maps.clone()
     both[0, 0, 0, 0] = 1
     assert pointing_game(both, both, boxes=[(0, 0, 9, 8)], tolerance=0).mean == 0.5
     with pytest.raises(InputError, match="tolerance=-1"):
         pointing_game(maps, maps, boxes=[(0, 0, 9, 8)], tolerance=-1)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tolerance"),
+    [(224, 224, 15), (224, 300, 15), (448, 448, 30), (16, 16, 15 / 14), (300, 28, 1.875)],
+)
+def test_the_tolerance_of_the_pointing_game_grows_with_the_image(height, width, tolerance):
+    """It is 15 pixels for a shorter side of 224; a hit is at most that far from the box."""
+    x, boxes = torch.zeros(1, 1, height, width), [(2, 3, 5, 6)]
+    for far, hit in ((math.floor(tolerance), 1), (math.floor(tolerance) + 1, 0)):
+        maps = x.clone()
+        maps[0, 0, 4, 4 + far] = 1  # the last column of the box is 4
+        result = pointing_game(maps, x, boxes=boxes)
+        assert (result.mean, result.settings["tolerance"]) == (hit, pytest.approx(tolerance))
+        assert result.mean == pointing_game(maps, x, boxes=boxes, tolerance=tolerance).mean
+    assert pointing_game(maps, x, boxes=boxes, tolerance=far).mean == 1
+
+
+def test_random_maps_do_not_win_the_pointing_game_on_small_images():
+    """On 16 x 16 pixels, a box of 6 x 6 with one pixel around it has 60 of 256 pixels."""
+    maps = torch.rand(2000, 1, 16, 16, generator=generator())
+    result = pointing_game(maps, maps, boxes=[(5, 5, 11, 11)] * 2000)
+    assert result.mean == pytest.approx((36 + 4 * 6) / 256, abs=4 * result.standard_error)
+
+
+def test_a_pointing_game_that_random_maps_win_is_warned_of():
+    x = torch.rand(4, 1, 20, 20, generator=generator())
+    empty, boxes = [(0, 0, 0, 0)], [(0, 0, 20, 18)] * 3
+    # 18 of 20 rows are a chance of 0.9, which is still allowed; empty boxes are not scored
+    assert pointing_game(x, x, boxes=boxes + empty, tolerance=0).n == 3
+    with pytest.warns(ChanceWarning) as caught:
+        pointing_game(x, x, boxes=boxes + empty, tolerance=1)
+    (warning,) = caught
+    assert str(warning.message) == (
+        "a random map scores 0.95 in this pointing game: the boxes with a tolerance of 1 cover "
+        "nearly all of images of 20 x 20 pixels. Expected a score of at most 0.9: pass a smaller "
+        "tolerance= or smaller boxes"
+    )
+    assert warning.filename == __file__
 
 
 def test_pointing_game_by_class():

@@ -2,13 +2,27 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from captum.attr import IntegratedGradients, Saliency
 from small import normal
 
 from captum_mipin.errors import InputError, TargetError, TrainingModeError
-from captum_mipin.metrics import completeness
+from captum_mipin.metrics import (
+    bounding_box_accuracy,
+    class_sensitivity,
+    completeness,
+    deletion,
+    effective_heat_ratio,
+    grid_pointing_game,
+    infidelity,
+    insertion,
+    pointing_game,
+    randomization,
+    sensitivity_max,
+    sensitivity_n,
+)
 from captum_mipin.metrics.case import Case
 from captum_mipin.metrics.examples import Examples
 from captum_mipin.metrics.maps import heat, resized
@@ -144,6 +158,47 @@ def test_what_cannot_be_a_question_is_refused(mlp):
     ):
         with pytest.raises(error, match=message):
             bad()
+
+
+def test_labels_of_two_dimensions_are_refused_in_the_users_words(cnn):
+    """Not in those of the metric's own batches, which have other shapes."""
+    x, grid = cnn.x[:5], {"n": 1}
+    boxes = {"boxes": [(0, 0, 4, 4)] * 5}
+    metrics = {
+        bounding_box_accuracy: boxes,
+        pointing_game: boxes,
+        effective_heat_ratio: boxes,
+        deletion: {},
+        insertion: {},
+        sensitivity_n: {},
+        infidelity: {},
+        sensitivity_max: {},
+        completeness: {},
+        class_sensitivity: {},
+        randomization: {},
+        grid_pointing_game: grid,
+    }
+    message = r"shape \(5, 1\), expected one .* each of 5 examples: pass target.flatten\(\)"
+    for metric, options in metrics.items():
+        for target in (torch.zeros(5, 1).long(), np.zeros((5, 1), int)):
+            with pytest.raises(TargetError, match=message):
+                metric(cnn.mipin, x, target, **options)
+    with pytest.raises(TargetError, match=r"shape \(5, 2\), .* a tuple for each example"):
+        deletion(cnn.mipin, x, torch.zeros(5, 2).long())
+
+
+def test_outputs_that_do_not_fit_a_batch_are_told_with_the_batch(mlp):
+    x = mlp.x[:4]
+    with pytest.raises(
+        InputError, match=r"for a batch of 4 inputs the model gives a tensor of shape \(1, 6\)"
+    ):
+        scores(lambda a: a[:1], x, 0)
+    for score, kind in ((lambda y: y.mean(0), r"\(6,\)"), (lambda y: y.sum(), r"\(\)")):
+        message = rf"function score= gives a tensor of shape {kind} .* shape \(4, 6\), expected"
+        with pytest.raises(InputError, match=message):
+            scores(lambda a: a, x, 0, score)
+    with pytest.raises(InputError, match="function score= gives a float"):
+        scores(lambda a: a, x, 0, lambda y: 1.0)
 
 
 def test_a_model_in_training_mode_is_refused(mlp, make_mlp):
