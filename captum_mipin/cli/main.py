@@ -180,7 +180,7 @@ def compare(args: Namespace) -> Outcome:
     comparison = replace(comparison, images=images.denormalise(x))
     for path in args.out:
         _write(comparison, path)
-    rows = [row for row in comparison.rows if row.name in methods]
+    rows = [row for row in comparison.rows if not row.control]
     failure = ""
     if not any(row.results for row in rows):
         metric, error = next(item for row in rows for item in row.errors.items())

@@ -1,7 +1,7 @@
 """Comparing: methods are made, explained and scored; what fails leaves its error."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -15,6 +15,13 @@ from typing_extensions import Unpack
 
 from captum_mipin import metrics as library
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.comparison.arguments import (
+    check_targets,
+    compared_model,
+    image_titles,
+    module_of,
+    named_methods,
+)
 from captum_mipin.comparison.methods import METHODS, Setup
 from captum_mipin.comparison.methods import controls as control_methods
 from captum_mipin.comparison.rows import Row
@@ -52,14 +59,14 @@ METRICS: dict[str, Metric] = {metric.__name__: metric for metric in _OF_MAPS + _
 
 @torch.inference_mode(False)  # weights copied in inference mode would have no gradients
 def compare(
-    methods: Mapping[str, Method | str] | Sequence[str],
+    methods: Mapping[str, Method | str] | Iterable[Method | str] | Method | str,
     images: Tensor,
     targets: Any = None,
     *,
     metrics: Sequence[str] | Mapping[str, Metric] | None = None,
     boxes: Boxes | None = None,
     inverse: ModelInverse[Any] | None = None,
-    layer: nn.Module | None = None,
+    layer: nn.Module | str | None = None,
     controls: bool = True,
     titles: Sequence[str] | None = None,
     progress: bool = True,
@@ -71,14 +78,15 @@ def compare(
     the controls shows nothing of the image.
 
     Args:
-        methods: Name -> method or name of one of :data:`METHODS`; or just such names, whose methods
-            work on a copy of the model.
+        methods: A method or the name of one of :data:`METHODS`, a list of these, or label -> one of
+            these. Methods by name work on a copy of the model. In a list, methods of one name get
+            the labels "LRP", "LRP (2)".
         images: (images, channels, height, width); tables can be made of other inputs too.
-        targets: What to explain, as Captum takes it.
+        targets: What to explain, as Captum takes it; None if the model has one output.
         metrics: Names of :data:`METRICS`, or name -> function; by default for images and boxes.
         boxes: See :func:`~captum_mipin.metrics.box_masks`.
         inverse: A fitted inverse for "MIP-IN" by name; the layer at which it stops is explained.
-        layer: For methods of a layer by name.
+        layer: For methods of a layer by name: a module, or its name in ``model.named_modules()``.
         controls: Add controls, see :func:`~captum_mipin.comparison.methods.controls`.
         titles: What to write beside each image; by default its target.
         progress: Show a progress bar.
@@ -86,6 +94,8 @@ def compare(
 
     Raises:
         InputError: Names are not known, or boxes or titles do not fit the images.
+        TargetError: The targets do not fit the images or the outputs.
+        TrainingModeError: The model is in training mode.
 
     Examples:
         >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), torch.rand(2, 1, 8, 8)
@@ -95,11 +105,13 @@ def compare(
     """
     x = Examples.of(images, targets).x
     case = Case.of((), x, targets, **options)
-    named = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+    named = named_methods(methods)
     functions = _metric_functions(metrics, x, boxes)
-    _check_names(named)
-    image_titles = _titles(titles, case.examples)
-    made, model = _made(named, case.user_model, inverse, layer)
+    written = image_titles(titles, case.examples)
+    model = compared_model(case.user_model, inverse, named.values())
+    module = module_of(layer, model)
+    check_targets(case, model, named.values())
+    made = _made(named, model, inverse, module)
     added = control_methods(made.values(), model) if controls else {}
     made |= {name: control for name, control in added.items() if name not in made}
     run = _Run(case, {**options, "boxes": boxes, "model": model}, _seed(case.generator))
@@ -109,7 +121,7 @@ def compare(
             rows.append(run.explained(name, method, name not in named, bar))
             for title, metric in functions.items():
                 rows[-1] = run.scored(rows[-1], method, title, metric, bar)
-    return Comparison(tuple(rows), tuple(functions), x.detach().cpu(), image_titles)
+    return Comparison(tuple(rows), tuple(functions), x.detach().cpu(), written)
 
 
 @dataclass(frozen=True)
@@ -192,46 +204,21 @@ def _metric_functions(metrics: Any, images: Tensor, boxes: Boxes | None) -> dict
         metrics = ["bounding_box_accuracy", "pointing_game"] * (boxes is not None)
         metrics += ["insertion", "deletion"] if images.ndim == 4 else ["deletion"]
     if not isinstance(metrics, Mapping):
-        if isinstance(metrics, str) or not METRICS.keys() >= set(metrics):
+        if isinstance(metrics, str) or any(name not in [*METRICS] for name in metrics):
             raise InputError(f"metrics {metrics!r} are not all among {', '.join(METRICS)}")
         metrics = {name: METRICS[name] for name in metrics}
     for title, metric in metrics.items():
         if not callable(metric):
             raise InputError(f"metric {title!r} is a {type(metric).__name__}, expected a function")
-    return dict(metrics)
-
-
-def _check_names(named: Mapping[str, Any]) -> None:
-    """Raise InputError if a method's name is not known."""
-    if not named:
-        raise InputError("there are no methods to compare: pass names or name -> method")
-    for method in named.values():
-        if isinstance(method, str) and method not in METHODS:
-            raise InputError(f"no method has the name {method!r}; known are {', '.join(METHODS)}")
-
-
-def _titles(titles: Sequence[str] | None, examples: Examples) -> tuple[str, ...]:
-    """Return a title per image: the user's, or its target."""
-    if titles is None:
-        return tuple("" if target is None else str(target) for target in examples.targets)
-    if len(titles) != len(examples):
-        raise InputError(f"there are {len(titles)} titles, but {len(examples)} images")
-    return tuple(map(str, titles))
+    return {str(title): metric for title, metric in metrics.items()}
 
 
 def _made(
     named: Mapping[str, Any], model: Any, inverse: ModelInverse[Any] | None, layer: nn.Module | None
-) -> tuple[dict[str, Any], Any]:
-    """Return methods by name, an error in the place of one that cannot be made; and the network."""
-    if model is None and inverse is not None:
-        model = inverse.model
-    owners = (attribution_of(method) for method in named.values())
-    if model is None:
-        model = next((owner.forward_func for owner in owners if owner is not None), None)
+) -> dict[str, Any]:
+    """Return label -> method; an error stands in the place of one that cannot be made."""
     if not any(isinstance(method, str) for method in named.values()):
-        return dict(named), model
-    if not isinstance(model, nn.Module):
-        raise InputError("methods by name need the network: pass model=")
+        return dict(named)
     mipin: Any = None
     if inverse is not None:
         kind = MIPINAttribution if inverse.layer is None else LayerMIPINAttribution
@@ -246,7 +233,7 @@ def _made(
         except Exception as error:  # whatever a method does, the others go on
             return error
 
-    return {name: made(method) for name, method in named.items()}, model
+    return {name: made(method) for name, method in named.items()}
 
 
 def _seed(generator: torch.Generator) -> int:

@@ -78,7 +78,7 @@ class Comparison:
 
     def figure(
         self,
-        methods: Sequence[str] | None = None,
+        methods: Sequence[str] | str | None = None,
         images: Sequence[int] | None = None,
         **options: Any,
     ) -> Any:
@@ -88,7 +88,7 @@ class Comparison:
         ``cmap`` and ``sign`` ask for, unless Captum draws its own.
 
         Args:
-            methods: Names of the rows to show, by default all that have maps.
+            methods: Names of the rows to show, or one name; by default all that have maps.
             images: Numbers of the images to show, by default the first eight.
             **options: Of ``visualize_image_attr``, by default ``method="heat_map"``,
                 ``sign="all"``, ``cmap="RdBu"``.
@@ -104,7 +104,8 @@ class Comparison:
         from captum_mipin.comparison.figure import draw
 
         rows = [row for row in self.rows if row.maps is not None]
-        rows = rows if methods is None else [self[name] for name in methods]
+        names = [methods] if isinstance(methods, str) else methods
+        rows = rows if names is None else [self[name] for name in names]
         numbers = range(min(8, len(self.images))) if images is None else images
         return draw(rows, self.images, self.titles, numbers, options)
 

@@ -159,7 +159,8 @@ def pointing_game(
     shorter side has 224 pixels.
 
     Examples:
-        >>> maps = torch.eye(4).view(1, 1, 4, 4) * torch.arange(4.0)
+        >>> maps = torch.zeros(1, 1, 8, 8)
+        >>> maps[0, 0, 3, 3] = 1
         >>> [pointing_game(maps, maps, boxes=[(0, 0, 2, 2)], tolerance=t).mean for t in (2, 3)]
         [0.0, 1.0]
     """

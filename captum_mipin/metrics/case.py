@@ -81,6 +81,11 @@ class Case:
         """Check what the user passed to a metric, and return it as a case."""
         if batch_size is not None:
             check_at_least("batch_size", batch_size, 1)
+        if model is not None and not callable(model):
+            raise InputError(
+                f"model is a {type(model).__name__}, expected a torch.nn.Module or a function "
+                "inputs -> outputs"
+            )
         examples = Examples.of(inputs, target, additional_forward_args)
         return cls(method, examples, model, generator or seeded(), batch_size)
 
@@ -110,7 +115,7 @@ class Case:
             attribution = attribution_of(self.method)
             if attribution is None:
                 raise InputError(
-                    f"{_name(self.method)} does not tell which model it explains: pass model="
+                    f"{method_name(self.method)} does not tell which model it explains: pass model="
                 )
             model = attribution.forward_func
         if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
@@ -157,13 +162,13 @@ class Case:
         """
         target = self.examples.target
         settings = {
-            "method": _name(self.method),
+            "method": method_name(self.method),
             "target": target.tolist() if isinstance(target, Tensor) else target,
         }
         if maps:
             settings["maps"] = ", ".join("x".join(map(str, m.shape[1:])) for m in maps)
         for key, value in options.items():
-            settings[key] = _name(value) if callable(value) else value
+            settings[key] = method_name(value) if callable(value) else value
         return settings
 
 
@@ -175,13 +180,15 @@ def attribution_of(method: Any) -> Attribution | None:
     return candidate if isinstance(candidate, Attribution) else None
 
 
-def _name(method: Any) -> str:
+def method_name(method: Any) -> str:
     """Return what results and errors call a method or another function."""
     attribution = attribution_of(method)
     if attribution is not None:
         return str(attribution.get_name())
     if isinstance(method, (Tensor, tuple)):
         return "maps"
+    while isinstance(method, partial):
+        method = method.func
     return getattr(method, "__name__", type(method).__name__)
 
 

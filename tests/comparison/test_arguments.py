@@ -1,0 +1,177 @@
+"""What users pass: methods in any form, layers by name, targets; all checked before any work."""
+
+import json
+import re
+from functools import partial
+
+import pytest
+import torch
+from captum.attr import IntegratedGradients, Saliency
+from small import Function
+
+from captum_mipin import LRP, compare
+from captum_mipin.errors import InputError, TargetError, TrainingModeError
+from captum_mipin.metrics import deletion
+
+ASK = {"metrics": ["deletion"], "controls": False, "progress": False}
+
+
+def half(inputs, target):
+    return inputs / 2
+
+
+@pytest.fixture
+def asked():
+    """Calls of a method that notes them: there are none if arguments are checked before."""
+    return []
+
+
+@pytest.fixture
+def noting(asked):
+    def method(inputs, target):
+        asked.append(len(inputs))
+        return inputs
+
+    return method
+
+
+def test_methods_in_any_form_are_told_apart_and_shown(cnn, tmp_path):
+    """Names, attributions, bound options, functions and maps, several of them of one name."""
+    x, model = cnn.x[:2], cnn.model
+    saliency, ig = Saliency(model), IntegratedGradients(model)
+    methods = [
+        *("Saliency", saliency, partial(saliency.attribute, abs=False), LRP(model), LRP(model)),
+        *(half, lambda x, target: x, partial(half), partial(ig.attribute, n_steps=2), x, "LRP"),
+    ]
+    labels = [
+        *("Saliency", "Saliency (2)", "Saliency (3)", "LRP", "LRP (2)"),
+        *("half", "lambda", "half (2)", "Integrated Gradients", "maps", "LRP (3)"),
+    ]
+    for form in (methods, tuple(methods), iter(methods)):
+        found = compare(form, x, [0, 1], model=model, **ASK)
+        assert [row.name for row in found.rows] == labels
+        assert not any(row.errors for row in found.rows)
+    assert torch.equal(found["Saliency"].maps, found["Saliency (2)"].maps)
+    assert not torch.equal(found["Saliency (2)"].maps, found["Saliency (3)"].maps)
+    assert torch.equal(found["half (2)"].maps, x / 2)
+    assert [line.split("  ")[0] for line in str(found).splitlines()[1:]] == labels
+    assert all(f"| {label} |" in found.table("markdown") for label in labels)
+    assert [row["name"] for row in json.loads(json.dumps(found.to_dict()))["rows"]] == labels
+    found.save_html(tmp_path / "page.html")
+    assert [axis.get_title() for axis in found.figure().axes[1 : len(labels) + 1]] == labels
+
+
+def test_one_method_needs_no_list(cnn):
+    x, model = cnn.x[:2], cnn.model
+    for method, label in (
+        *(("MIP-IN", "MIP-IN"), (cnn.mipin, "MIP-IN"), (LRP(model), "LRP"), (half, "half")),
+        *((Saliency(model).attribute, "Saliency"), (x, "maps")),
+    ):
+        found = compare(method, x, 0, inverse=cnn.inverse, **ASK)
+        assert [row.name for row in found.rows] == [label]
+        assert not found[label].errors
+    assert len(found.figure("maps").axes) == 2 * 2 + 1  # two images with maps, and the legend
+
+
+def test_labels_are_text(cnn, tmp_path):
+    found = compare({1: half, "1": half, 2: "Saliency"}, cnn.x[:2], 0, model=cnn.model, **ASK)
+    assert [row.name for row in found.rows] == ["1", "1 (2)", "2"]
+    found = compare(half, cnn.x[:2], 0, model=cnn.model, **{**ASK, "metrics": {7: deletion}})
+    assert str(found).splitlines()[0].split() == ["method", "7", "↓"]
+    found.save_html(tmp_path / "page.html")
+
+
+def test_what_is_no_method_is_refused_before_any_work(cnn, noting, asked):
+    x, model = cnn.x[:2], cnn.model
+    for methods, options, message in (
+        (5, {}, "methods is a int, expected methods or their names: pass a list"),
+        ([], {}, "no methods to compare"),
+        ([noting, "Saliencey"], {}, "no method has the name 'Saliencey'; known are MIP-IN,"),
+        ("Saliencey", {}, "no method has the name 'Saliencey'"),
+        ([noting, LRP], {}, r"method 'LRP' is the class LRP, .* pass for example LRP\(model\)"),
+        ({"a": noting, "b": 3}, {}, "method 'b' is a int, expected a name, a Captum Attribution"),
+        ([noting, None], {}, "method 'NoneType' is a NoneType, expected a name"),
+        (noting, {"model": "resnet"}, "model is a str, expected a torch.nn.Module or a function"),
+        (noting, {"inverse": model}, "inverse is a Sequential, expected an InverseNetwork"),
+        (noting, {"metrics": [deletion]}, "are not all among"),
+        (noting, {"metrics": [["deletion"]]}, "are not all among"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare(methods, x, 0, **{"model": model, **ASK, **options})
+    assert not asked
+
+
+def test_a_layer_goes_by_its_dotted_name(cnn):
+    parts = {"body": cnn.model[:4], "head": cnn.model[4:]}
+    model = Function(lambda layers, x: layers["head"](layers["body"](x)), **parts)
+    names = ["Grad-CAM", "Grad×Feature"]
+    ask = {"model": model.eval(), **ASK}
+    found = compare(names, cnn.x[:2], 0, layer="layers.body.3", **ask)
+    assert not any(row.errors for row in found.rows)
+    expected = compare(names, cnn.x[:2], 0, layer=model.layers["body"][3], **ask)
+    for name in names:
+        assert torch.equal(found[name].maps, expected[name].maps)
+    wrapped = {**ask, "model": torch.nn.DataParallel(cnn.model).eval()}
+    assert not compare("Grad-CAM", cnn.x[:2], 0, layer="3", **wrapped)["Grad-CAM"].errors
+
+
+def test_a_layer_that_is_not_of_the_model_is_refused_before_any_work(cnn, noting, asked):
+    for layer, message in (
+        ("layer4", "layer is 'layer4', expected a module of the Sequential that is explained, or"),
+        ("", "layer is '', expected a module"),
+        (3, "layer is a int, expected a module"),
+        (torch.nn.Linear(2, 2), r"layer is a Linear, expected .*model.named_modules\(\): pass"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare(["Grad-CAM", noting], cnn.x[:2], 0, model=cnn.model, layer=layer, **ASK)
+    with pytest.raises(InputError, match="layer='3' cannot be looked up without the network"):
+        compare(noting, cnn.x[:2], 0, layer="3", **ASK)
+    with pytest.raises(InputError, match="pass for example one of '3', "):
+        compare("Grad-CAM", cnn.x[:2], 0, model=cnn.model, layer="3.weight", **ASK)
+    assert not asked
+
+
+def test_targets_that_fit_no_output_are_refused_before_any_work(cnn, noting, asked):
+    x = cnn.x[:3]
+    missing = (
+        "no targets were given, but the model has outputs of shape (3,) for each image, expected "
+        "the one to explain: pass targets=, one class for all images or a list with one for each"
+    )
+    for methods in ("Saliency", [noting, Saliency(cnn.model)], {"a": noting, "b": cnn.mipin}):
+        model = {"model": cnn.model} if methods == "Saliency" else {}
+        with pytest.raises(TargetError, match=re.escape(missing)):
+            compare(methods, x, **model, **ASK)
+    for targets, message in (
+        (3, r"target 3 is outside the model's outputs of shape \(3,\)"),
+        ([0, 1, 7], "target 7 is outside"),
+        (torch.zeros(3, 1).long(), r"shape \(3, 1\), expected one dimension"),
+        ("cat", "target 'cat' of type str"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            compare([noting, "Saliency"], x, targets, model=cnn.model, **ASK)
+    assert not asked
+
+
+def test_no_target_is_needed_for_one_output(cnn):
+    """Nor where a method explains a network of its own that has one."""
+    one = torch.nn.Sequential(cnn.model, torch.nn.Linear(3, 1)).eval()
+    options = {**ASK, "metrics": {"deletion": partial(deletion, score="logit")}}
+    found = compare("Saliency", cnn.x[:2], model=one, **options)
+    assert not found["Saliency"].errors
+    methods = {"three": Saliency(cnn.model), "one": Saliency(one)}
+    for named in (methods, dict(reversed(methods.items()))):
+        found = compare(named, cnn.x[:2], **options)
+        assert not found["one"].errors
+        assert "Target not provided" in found["three"].error
+
+
+def test_a_model_in_training_mode_is_refused_and_left_alone(own_cnn, noting, asked, untouched):
+    own_cnn.model[1].train()
+    with untouched(own_cnn.model), pytest.raises(TrainingModeError, match=r"call eval\(\)"):
+        compare([noting, "Saliency"], own_cnn.x[:2], 0, model=own_cnn.model, **ASK)
+    assert not asked
+
+
+def test_a_model_that_cannot_be_asked_leaves_its_error_in_the_rows(cnn):
+    found = compare([half], cnn.x[:2], 0, model=lambda x: [x], **ASK)
+    assert "the model gives a list" in found["half"].errors["deletion"]
