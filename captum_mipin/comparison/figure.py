@@ -1,15 +1,18 @@
 """The figure of a comparison. Imported where one is drawn: matplotlib is optional."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from captum.attr import visualization
 from matplotlib import figure
 from torch import Tensor
 
 from captum_mipin.comparison.page import pictures
-from captum_mipin.comparison.rows import Row
+from captum_mipin.comparison.rows import ALL_ZERO, Row
+from captum_mipin.errors import InputError
 
 #: What the ends of a scale of colours mean, by the sign of what is drawn.
 _ENDS = {
@@ -17,6 +20,13 @@ _ENDS = {
     "positive": ("0", "for"),
     "negative": ("0", "against"),
     "absolute_value": ("0", "for or against"),
+}
+#: The part of a map that has a sign.
+_PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "all": lambda heat: heat,
+    "positive": lambda heat: heat.clamp(min=0),
+    "negative": lambda heat: heat.clamp(max=0),
+    "absolute_value": torch.abs,
 }
 
 
@@ -41,6 +51,9 @@ def draw(
         titles: One for each of all images.
         numbers: Of the images to show.
         options: Of ``visualize_image_attr``.
+
+    Raises:
+        InputError: The option ``sign`` is not known.
     """
     colours = pictures(images).numpy()
     size = 1.4 * (len(rows) + 1), 1.5 * len(numbers) + 0.4
@@ -48,6 +61,9 @@ def draw(
     axes = drawn.subplots(len(numbers), len(rows) + 1, squeeze=False)
     defaults = {"method": "heat_map", "sign": "all", "cmap": "RdBu"}
     settings = {**defaults, **options, "use_pyplot": False}
+    if settings["sign"] not in _ENDS:
+        known = ", ".join(map(repr, _ENDS))
+        raise InputError(f"sign={settings['sign']!r} is not known: pass one of {known}")
     for line, number in zip(axes, numbers, strict=True):
         line[0].imshow(colours[number])
         line[0].set_ylabel(titles[number], fontsize=8)
@@ -55,13 +71,10 @@ def draw(
             heat = row.heat(number, images)
             if isinstance(heat, str):
                 axis.text(0.5, 0.5, heat, ha="center", va="center", transform=axis.transAxes)
-            else:
-                visualization.visualize_image_attr(
-                    heat.unsqueeze(2).numpy(),
-                    colours[number],
-                    plt_fig_axis=(drawn, axis),
-                    **settings,
-                )
+            if heat == ALL_ZERO:
+                heat = torch.zeros(colours.shape[1:3], dtype=torch.float64)
+            if not isinstance(heat, str):
+                _draw_map(drawn, axis, heat, colours[number], settings)
         for axis in line:
             axis.set(xticks=[], yticks=[])
     for axis, title in zip(axes[0], ["image", *(row.name for row in rows)], strict=True):
@@ -69,6 +82,30 @@ def draw(
     if not settings.get("show_colorbar"):
         _add_legend(drawn, axes, settings["sign"])
     return drawn
+
+
+def _draw_map(drawn: Figure, axis: Any, heat: Tensor, image: Any, settings: Any) -> None:
+    """Draw the part of a map that has the sign asked for; an empty map where there is none.
+
+    Args:
+        drawn: The figure.
+        axis: The axis to draw on.
+        heat: The map (height, width).
+        image: The image (height, width, 3), uint8.
+        settings: Options of ``visualize_image_attr``.
+    """
+    part = _PARTS[settings["sign"]](heat)
+    largest = part.abs().max()
+    # Captum divides by a large value of this sign: it fails at 0, and warns below 1e-5
+    stand_in = torch.full_like(part, -1.0 if settings["sign"] == "negative" else 1.0)
+    values = part / largest if largest > 0 else stand_in
+    visualization.visualize_image_attr(
+        values.unsqueeze(2).numpy(), image, plt_fig_axis=(drawn, axis), **settings
+    )
+    if not largest > 0 and settings["method"] != "original_image":
+        # what Captum has drawn last is the map: 0 is its colour of nothing
+        picture = axis.images[-1]
+        picture.set_data(np.zeros_like(picture.get_array()))
 
 
 def _add_legend(drawn: Figure, axes: Any, sign: str) -> None:

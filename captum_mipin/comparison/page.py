@@ -55,13 +55,14 @@ def pictures(images: Tensor) -> Tensor:
 def strength(heat: Tensor, outliers: float = 2.0) -> Tensor:
     """Return a map scaled to [-1, 1] as in Captum's pictures.
 
-    The value reached at all but ``outliers`` percent of the sum of absolute values becomes 1.
+    The value reached at all but ``outliers`` percent of the sum of absolute values becomes 1. A map
+    of zeros stays as it is.
     """
     # the smallest value v with Σ_{|a| ≤ v} |a| ≥ 98 % of Σ |a|
     ordered = heat.abs().flatten().double().sort().values
     total = ordered.cumsum(0)
     top = ordered[total >= total[-1] * (1 - outliers / 100)][0]
-    return (heat.double() / top).clamp(-1, 1)
+    return (heat.double() / top.where(top > 0, 1.0)).clamp(-1, 1)
 
 
 def painted(heat: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from captum_mipin.metrics import Result
 from captum_mipin.metrics.maps import heat, resized
 from captum_mipin.metrics.result import Better
 
+#: What stands in the place of a map without information.
+ALL_ZERO = "all 0"
 _ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
 
 
@@ -98,7 +100,7 @@ class Row:
             return "no image"
         if not heat_map.isfinite().all():
             return "NaN"
-        return heat_map / heat_map.abs().max() if heat_map.any() else "all 0"
+        return heat_map / heat_map.abs().max() if heat_map.any() else ALL_ZERO
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the maps, as JSON can hold it."""

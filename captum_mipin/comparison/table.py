@@ -84,7 +84,8 @@ class Comparison:
     ) -> Any:
         """Return a figure of images x methods, drawn by Captum's ``visualize_image_attr``.
 
-        Blue speaks for the target, red against it. A legend below says so, of whatever colours
+        Blue speaks for the target, red against it. A map is empty where it has nothing of the
+        ``sign`` asked for. A legend below says so, of whatever colours
         ``cmap`` and ``sign`` ask for, unless Captum draws its own.
 
         Args:
@@ -98,7 +99,7 @@ class Comparison:
 
         Raises:
             ImportError: matplotlib is not installed.
-            InputError: There are no images, but other inputs.
+            InputError: There are no images, but other inputs; or ``sign`` is not known.
         """
         _require_matplotlib("a figure")
         from captum_mipin.comparison.figure import draw

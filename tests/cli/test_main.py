@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, compare
-from captum_mipin.cli.main import main
+from captum_mipin.cli.main import _write, main
+from captum_mipin.comparison import Comparison, Row
 
 MODEL = f"tiny_networks:build --weights weights.pt {FORM}"
 EXPLAIN = f"explain {MODEL} few --inverse inverse.safetensors"
@@ -213,6 +215,21 @@ def test_a_model_with_one_output_has_no_target(capsys):
 
 
 # ------------------------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0, math.nan])
+@pytest.mark.parametrize("suffix", ["png", "html", "md"])
+def test_maps_of_one_value_are_written(value, suffix, tmp_path):
+    row = Row("plain", control=False, maps=torch.full((2, 1, 8, 8), value))
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / f"maps.{suffix}"
+    _write(Comparison((row,), (), images, ("0", "1")), path)
+    if suffix == "png":
+        with Image.open(path) as picture:
+            colours = set(picture.convert("RGB").getdata())
+        end = {-1.0: (103, 0, 31), 1.0: (5, 48, 97)}.get(value)
+        assert end is None or end in colours
+    assert path.stat().st_size > 0
 
 
 def test_what_the_library_refuses_is_refused_in_one_line(folder, capsys):

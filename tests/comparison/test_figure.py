@@ -7,6 +7,7 @@ import torch
 from captum.attr import visualization as viz
 
 from captum_mipin import compare
+from captum_mipin.errors import InputError
 
 
 def test_a_figure_is_images_by_methods(found, tmp_path):
@@ -93,6 +94,65 @@ def test_a_legend_is_left_out_where_there_is_no_scale_or_captum_draws_one(cnn):
     assert (
         len(found.figure(["S"], show_colorbar=True).axes) == 3
     )  # the image, the map, and Captum's
+
+
+SIGNS = {"all": (-1, 1), "positive": (0, 1), "negative": (0, 1), "absolute_value": (0, 1)}
+#: Maps of one value, and by sign what is drawn of them if it is not 0.
+MAPS = {
+    "against": (-3.0, {"all": -1, "negative": 1, "absolute_value": 1}),
+    "for": (2.0, {"all": 1, "positive": 1, "absolute_value": 1}),
+    "zero": (0.0, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(cnn):
+    """Maps of one value, and one whose evidence for the target is nearly nothing."""
+    maps = {name: torch.full((2, 3, 8, 8), value) for name, (value, _) in MAPS.items()}
+    maps["nearly"] = torch.full((2, 3, 8, 8), -1.0).double()
+    maps["nearly"][:, :, 0, 0] = 1e-9
+    options = {"metrics": [], "controls": False, "progress": False}
+    return compare(maps, cnn.x[:2], 0, **options)
+
+
+@pytest.mark.parametrize("method", ["heat_map", "blended_heat_map"])
+@pytest.mark.parametrize("sign", SIGNS)
+def test_a_map_without_the_sign_asked_for_is_drawn_empty(plain, sign, method, tmp_path):
+    figure = plain.figure(sign=sign, method=method)
+    figure.savefig(tmp_path / "figure.png")
+    for start in (0, 5):  # the image and four maps, for each of two images
+        drawn = [axis.images[-1] for axis in figure.axes[start + 1 : start + 5]]
+        for picture, (_, expected) in zip(drawn, MAPS.values(), strict=False):
+            assert (picture.get_array() == expected.get(sign, 0)).all()
+            assert picture.get_clim() == SIGNS[sign]
+        # what is for the target is scaled to its own largest value
+        first = drawn[3].get_array()[0, 0]
+        assert first == pytest.approx(float(sign == "positive"), abs=1e-6)
+    texts = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert texts == ["all 0"] * 2
+    legend = figure.axes[-1]
+    assert legend.get_xlim() == SIGNS[sign]
+
+
+@pytest.mark.parametrize("method", ["masked_image", "alpha_scaling", "original_image"])
+@pytest.mark.parametrize("sign", [sign for sign in SIGNS if sign != "all"])
+def test_an_image_behind_an_empty_map_is_not_seen(plain, sign, method):
+    figure = plain.figure(sign=sign, method=method)
+    for axis, (_, expected) in zip(figure.axes[1:], MAPS.values(), strict=False):
+        seen = method == "original_image" or sign in expected
+        assert axis.images[-1].get_array().any() == seen
+
+
+def test_an_empty_map_is_drawn_where_all_are(plain):
+    """With its legend, or Captum's own."""
+    assert len(plain.figure(["against", "zero"], [0], sign="positive").axes) == 3 + 1
+    shown = plain.figure(["against", "zero"], [0], sign="positive", show_colorbar=True)
+    assert len(shown.axes) == 3 + 2
+
+
+def test_a_sign_that_is_none_is_refused(plain):
+    with pytest.raises(InputError, match="sign='plus' is not known: pass one of 'all', 'positive'"):
+        plain.figure(sign="plus")
 
 
 def test_small_maps_are_drawn_without_a_warning(cnn):

@@ -45,6 +45,23 @@ def test_maps_are_scaled_and_coloured_as_captums():
     ]
 
 
+def test_maps_of_one_value_have_the_colour_of_their_end(cnn, tmp_path):
+    """Also of numbers near the ends of what floats can be; a map of zeros is named."""
+    blue, white, red = [5, 48, 97], [247, 247, 247], [103, 0, 31]
+    for value, colour in ((1.0, blue), (0.0, white), (-1.0, red), (5e-324, blue), (-1e308, red)):
+        heat = torch.full((2, 3), value, dtype=torch.float64)
+        assert page.painted(heat).tolist() == [[colour] * 3] * 2
+    values = {"against": -2.0, "for": 1e-30, "zero": 0.0}
+    maps = {name: torch.full((1, 1, 8, 8), value) for name, value in values.items()}
+    found = compare(maps, cnn.x[:1], 0, metrics=[], controls=False, progress=False)
+    found.save_html(tmp_path / "page.html")
+    read = Reader((tmp_path / "page.html").read_text())
+    against, positive = (decoded(image["src"]) for image in read.all("img"))
+    assert against.tolist() == [[red] * 8] * 8
+    assert positive.tolist() == [[blue] * 8] * 8
+    assert read.text.count("all 0") == 1
+
+
 def test_images_of_any_kind_become_pictures():
     grey, colour = torch.tensor([0.0, 0.5, 1.0, 0.25]).view(1, 1, 2, 2), normal(2, 3, 4, 4)
     assert page.pictures(grey)[0, :, :, 1].tolist() == [[0, 128], [255, 64]]
