@@ -7,38 +7,33 @@ Every operation has its derivative, except rectifiers such as y = x⁺. There, w
     Guided Backprop   s⁺ · [x > 0]
 
 These are defined for ReLU. For its bounded and smooth relatives (ReLU6, SiLU, ...) the derivative
-stands for the mask [x > 0]. Sigmoid and tanh are no rectifiers, and keep their derivative.
+stands for the mask [x > 0]. Sigmoid and tanh are no rectifiers, and keep their derivative. So does
+a bound elsewhere than at 0, and one that guards a divisor, as in ``x / norm.clamp(min=0)``.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.graph.marks import mark, original, value_of
-from captum_mipin.graph.nodes import argument, operation
-from captum_mipin.methods.base import NamedOperation, Signal, Table
+from captum_mipin.graph.nodes import operation
+from captum_mipin.methods.base import Signal, Table
+from captum_mipin.methods.gates import is_floating, replace_gates
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
-from captum_mipin.rules.base import Back, depends, gate_source, value_and_adjoint, varies
+from captum_mipin.rules.base import Back, depends, value_and_adjoint
 
 #: Operations besides ReLU that are rectifiers with any arguments.
 _RECTIFIERS = (
-    "threshold", "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "mish",
+    "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "mish",
     "softplus", "_prelu_kernel", "prelu", "rrelu",
 )  # fmt: skip
 #: Activations that are no rectifiers.
 _OTHERS = ("tanh", "sigmoid", "hardsigmoid", "log_sigmoid", "glu")
-#: Operations that are rectifiers if their bounds are those of one.
-_CLAMPS = ("clamp", "clamp_min", "clip", "clamp_max", "hardtanh", "relu6")
-_COMPARISONS = ("gt", "ge", "lt", "le")
 #: Operations through which autograd sends nothing back.
 _NO_DERIVATIVE = ("heaviside", "nextafter")
-#: σ in x · σ(x) → the operation that the product is.
-_SMOOTH = {"sigmoid": torch.ops.aten.silu.default, "hardsigmoid": torch.ops.aten.hardswish.default}
 
 
 class _Derived(Signal):
@@ -93,6 +88,15 @@ class _Gated(_Derived):
             rules[f"aten.{name}.default"] = Recorded(run=run, note=part + slope, caveat=_relative)
         for name in _OTHERS:
             rules[f"aten.{name}.default"] = Passes(note="derivative", caveat=_no_rectifier)
+        rules["captum_mipin.choice"] = Recorded(
+            run=_chosen, note="derivative", carriers=_carrier, records=True, caveat=_no_gate
+        )
+        rules["captum_mipin.lower"] = Recorded(
+            run=partial(_lower, self._masked),
+            note=f"where the bound is 0: {part}{mask}; elsewhere the derivative",
+            carriers=_carrier,
+            records=True,
+        )
         for name, back_of in _GATES.items():
             rules[name] = Recorded(
                 run=partial(_rectifier, self._masked, back_of),
@@ -101,7 +105,9 @@ class _Gated(_Derived):
                 records=True,
                 caveat=_gate_caveat,
             )
-        return Table(rules, _rewrite, other=_derivative(refuse=_hides_rectifier, caveat=_unknown))
+        return Table(
+            rules, replace_gates, other=_derivative(refuse=_hides_rectifier, caveat=_unknown)
+        )
 
 
 class Deconvnet(_Gated):
@@ -109,9 +115,10 @@ class Deconvnet(_Gated):
 
     Maximum pooling sends it back to its switches; everything else has its derivative. Rectifiers
     are ReLU in any spelling (a module, in place, a function, ``clamp``, ``maximum`` with 0,
-    ``where`` and products with comparisons), ReLU6 and other ``clamp`` from 0, threshold, SiLU
+    ``where`` and products with x > 0, threshold at 0), ReLU6 and other ``clamp`` from 0, SiLU
     (also as ``x * sigmoid(x)``), GELU, Hardswish, LeakyReLU, PReLU, ELU, CELU, SELU, Mish and
-    softplus. Sigmoid, tanh and the like are none.
+    softplus. Sigmoid, tanh and the like are none. Bounds elsewhere than at 0, such as
+    ``clamp(min=1e-6)``, and bounds of what is only a divisor have their derivative.
 
     Args:
         model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
@@ -217,17 +224,35 @@ def _clip(operation: Any, x: Tensor, low: Any, high: Any) -> tuple[Tensor, Back]
     return operation(x, low, high), lambda s: s * inside
 
 
-def _bound(operation: Any, x: Tensor, bound: Tensor) -> tuple[Tensor, Back]:
-    """Return s where ``maximum`` or ``minimum`` of x and a constant is x alone."""
-    value = operation(x, bound)
-    chosen = (value == x) & (x != bound)
-    return value, lambda s: (s * chosen).sum_to_size(x.shape)
+def _upper(operation: Any, x: Tensor, bound: Tensor) -> tuple[Tensor, Back]:
+    """Return s · [x < bound] for a tensor of upper bounds."""
+    return operation(x, bound), lambda s: (s * (x < bound)).sum_to_size(x.shape)
 
 
-#: Name of the rule of a :class:`Gate` → its value and derivative. A switch is x where a comparison
-#: of the example holds, else a constant.
+def _lower(
+    masked: bool, options: Options, operation: Any, x: Tensor, bound: Tensor
+) -> tuple[Tensor, Back]:
+    """Run a maximum of x and a constant: a rectifier where the constant is 0, and only there."""
+    value, derivative_back = value_and_adjoint(lambda t: operation(t, bound), x)
+    zero = bound == 0
+    mask = zero & (x > bound) if masked else zero
+
+    def back(s: Tensor) -> Tensor:
+        rectified = (s.clamp(min=0) * mask).sum_to_size(x.shape)
+        return rectified + derivative_back(s.masked_fill(zero, 0))
+
+    return value, back
+
+
+def _chosen(options: Options, operation: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Back]:
+    """Run a choice by a comparison that is no rectifier, and send back s times the derivative."""
+    return _slope(operation, x, *arguments)
+
+
+#: Name of the rule of a :class:`Gate` → its value and derivative. A switch is x where x > 0, else
+#: 0, by a comparison.
 _GATES: dict[str, Callable[..., tuple[Tensor, Back]]] = {
-    "captum_mipin.clip": _clip, "captum_mipin.bound": _bound, "captum_mipin.switch": _slope
+    "captum_mipin.clip": _clip, "captum_mipin.upper": _upper, "captum_mipin.switch": _slope
 }  # fmt: skip
 
 
@@ -238,98 +263,13 @@ def _copied(
     return operation(x, over, *arguments), lambda s: s.sum_to_size(x.shape).to(x.dtype)
 
 
-# ------------------------------------------------------------- rectifiers in the graph's spellings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate(NamedOperation):
-    """A rectifier that the model spells with bounds, comparisons or masks.
-
-    Attributes:
-        at: Position of the argument that carries signal.
-    """
-
-    at: int = 0
-
-
-def _rewrite(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
-    """Make one operation of each rectifier that is spelled with bounds, comparisons or masks."""
-    node: Any
-    for node in list(graph.nodes):
-        if varies(node) and node.op == "call_function" and not replace_smooth_gate(node):
-            gate, args = _gate(node, operation(node))
-            if gate is not None:
-                mark(node, original=original(node))
-                node.target, node.args, node.kwargs = gate, args, {}
-
-
-def replace_smooth_gate(node: Any) -> bool:
-    """Make SiLU of x · sigmoid(x) and Hardswish of x · hardsigmoid(x); return True if it is one."""
-    if operation(node) == "mul":
-        for x, gate in (node.args, node.args[::-1]):
-            if operation(gate) in _SMOOTH and gate.args[0] is x:
-                mark(node, original=original(node))
-                node.target, node.args = _SMOOTH[operation(gate)], (x,)
-                return True
-    return False
-
-
-def _gate(node: Any, name: str) -> tuple[Gate | None, tuple[Any, ...]]:
-    """Return the gate that a node is, if it is one, and its arguments."""
-    args, rule, at = node.args, "", 0
-    if name in _CLAMPS:
-        return _clamp(node, name)
-    if name in ("maximum", "max", "minimum", "min"):
-        if len(args) == 2 and sum(map(varies, args)) == 1:  # one of them is a constant
-            rule, at = "captum_mipin.bound", 0 if varies(args[0]) else 1
-    elif name in ("where", "masked_fill"):
-        carriers = [i for i, n in enumerate(args) if varies(n) and _is_floating(n)]
-        if len(carriers) == 1 and varies(args[name == "masked_fill"]):  # the condition varies
-            rule, at = "captum_mipin.switch", carriers[0]
-    elif name == "mul" and len(node.all_input_nodes) == 2:
-        for i, (x, gate) in enumerate((args, args[::-1])):
-            compared = operation(gate_source(gate, varies)) in _COMPARISONS
-            if not rule and compared and varies(gate) and varies(x) and _is_floating(x):
-                rule, at = "captum_mipin.switch", i
-    return Gate(rule=rule, name=name, run=node.target, at=at) if rule else None, args
-
-
-def _clamp(node: Any, name: str) -> tuple[Gate | None, tuple[Any, ...]]:
-    """Return the gate that a clamp is, if it is one, and its arguments."""
-    low, high = _bounds(node, name)
-    if isinstance(low, fx.Node) or isinstance(high, fx.Node):
-        if varies(low) or varies(high) or (low is not None and high is not None):
-            return None, ()
-        extreme, bound = (torch.maximum, low) if high is None else (torch.minimum, high)
-        return Gate(rule="captum_mipin.bound", name=name, run=extreme), (node.args[0], bound)
-    if low is not None and low < 0 and high is not None:
-        return None, ()  # such as hardtanh, which is no rectifier
-    return Gate(rule="captum_mipin.clip", name=name, run=torch.clamp), (node.args[0], low, high)
-
-
-def _bounds(node: Any, name: str) -> tuple[Any, Any]:
-    if name == "relu6":
-        return 0.0, 6.0
-    if name == "clamp_max":
-        return None, argument(node, 1, "max")
-    if name == "hardtanh":
-        return argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
-    return argument(node, 1, "min"), argument(node, 2, "max")
-
-
 # ------------------------------------------------------------------------- derivatives and caveats
-
-
-def _is_floating(node: Any) -> bool:
-    value = value_of(node) if isinstance(node, fx.Node) else None
-    value = value[0] if isinstance(value, (tuple, list)) and value else value
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _floating(node: fx.Node) -> tuple[int, ...]:
     """Return the positions of arguments that have a derivative."""
     lists = [n if isinstance(n, (tuple, list)) else (n,) for n in node.args]
-    return tuple(i for i, nodes in enumerate(lists) if any(map(_is_floating, nodes)))
+    return tuple(i for i, nodes in enumerate(lists) if any(map(is_floating, nodes)))
 
 
 def _derivative(**options: Any) -> Passes:
@@ -340,12 +280,12 @@ def _hides_rectifier(node: fx.Node) -> str | None:
     """Return why an operation with its derivative may be part of a rectifier, or None."""
     if operation(node) in _NO_DERIVATIVE:
         return "it has no derivative, and may be part of a rectifier: use relu, clamp or maximum"
-    if any(depends(n) and not _is_floating(n) for n in node.all_input_nodes):
+    if any(depends(n) and not is_floating(n) for n in node.all_input_nodes):
         return (
             "it chooses by a comparison of values that depend on the input, as a rectifier does: "
             "use relu, clamp or maximum"
         )
-    if any(depends(n) and _is_floating(n) for n in node.kwargs.values()):
+    if any(depends(n) and is_floating(n) for n in node.kwargs.values()):
         return "an argument that it takes by name depends on the input as well"
     return None
 
@@ -356,6 +296,10 @@ def _relative(node: fx.Node) -> str:
 
 def _no_rectifier(node: fx.Node) -> str:
     return "outside of the definition: no rectifier, has its derivative"
+
+
+def _no_gate(node: fx.Node) -> str:
+    return "chooses by a comparison, but not as x⁺ does: no rectifier, has its derivative"
 
 
 def _unknown(node: fx.Node) -> str | None:
@@ -369,9 +313,10 @@ def _carrier(node: Any) -> tuple[int, ...]:
 
 
 def _gate_caveat(node: Any) -> str | None:
-    if node.target.rule != "captum_mipin.clip" or node.args[2] is None:
-        return None
-    return _relative(node)  # bounded from above, as ReLU6 is
+    rule = node.target.rule
+    if rule == "captum_mipin.upper" or (rule == "captum_mipin.clip" and node.args[2] is not None):
+        return _relative(node)  # bounded from above, as ReLU6 is
+    return None
 
 
 #: What the model detaches, and what it assigns to a part: not as autograd has it.

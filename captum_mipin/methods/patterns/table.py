@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from captum_mipin.graph.marks import mark, marks, original, value_of
 from captum_mipin.graph.nodes import operation
 from captum_mipin.methods.base import Table
-from captum_mipin.methods.gradients import replace_smooth_gate, run_operator
+from captum_mipin.methods.gates import replace_smooth_gate
+from captum_mipin.methods.gradients import run_operator
 from captum_mipin.methods.layers import Neurons, replace_layers
 from captum_mipin.methods.lrp.rules import quotient
 from captum_mipin.methods.lrp.table import PASS_ON, gated, outside, values, varying

@@ -1,0 +1,166 @@
+"""What is a rectifier and what is none, against autograd with the rectifiers' definition by hand.
+
+The reference is the same network, whose ReLU has the backward pass of the method; all else in it
+has the derivative of autograd.
+"""
+
+import pytest
+import torch
+from captum.attr import GuidedBackprop as CaptumsGuidedBackprop
+from small import Function, normal
+from torch import nn
+from torch.nn import functional as F
+
+from captum_mipin import check
+from captum_mipin.methods import Deconvnet, GuidedBackprop
+
+BOTH = pytest.mark.parametrize("method", [Deconvnet, GuidedBackprop])
+
+
+class _Rectifier(torch.autograd.Function):
+    """ReLU with the backward pass of a method, s⁺ or s⁺ · [x > 0]."""
+
+    @staticmethod
+    def forward(context, x, masked):
+        context.mask = (x > 0) if masked else torch.ones_like(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(context, s):
+        return s.clamp(min=0) * context.mask, None
+
+
+def _network(tail, relu=torch.relu):
+    torch.manual_seed(0)
+    layers = {"first": nn.Linear(6, 10), "middle": nn.Linear(10, 12), "last": nn.Linear(12, 3)}
+    layers = {name: layer.double() for name, layer in layers.items()}
+
+    def run(m, x):
+        h = tail(m["middle"](relu(m["first"](x))))
+        return h @ m["last"].weight.T[: h.shape[1]]
+
+    return Function(run, **layers).eval()
+
+
+def _difference(method, tail, rectified=None):
+    """Return the relative difference to the reference, with ``rectified`` in the place of tail."""
+    masked = method is GuidedBackprop
+    x = 2 * normal(5, 6, dtype=torch.float64)
+    reference = _network(rectified or tail, lambda h: _Rectifier.apply(h, masked))
+    probe = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(reference(probe)[:, 1].sum(), probe)
+    result = method(_network(tail)).attribute(x, 1)
+    return float((result - expected).norm() / expected.norm())
+
+
+def _norm(h):
+    return h.norm(dim=1, keepdim=True)
+
+
+def _variance(h):
+    return h.var(1, keepdim=True)
+
+
+GUARDS = {
+    "normalize": F.normalize,
+    "norm.clamp(min=eps)": lambda h: h / _norm(h).clamp(min=1e-6),
+    "norm.clamp(min=0)": lambda h: h / _norm(h).clamp(min=0),
+    "maximum(norm, eps)": lambda h: h / torch.maximum(_norm(h), torch.full((), 1e-6).to(h)),
+    "maximum(norm, 0)": lambda h: h / torch.maximum(_norm(h), torch.zeros_like(_norm(h))),
+    "where(norm > eps)": lambda h: h / torch.where(_norm(h) > 1e-6, _norm(h), 1e-6),
+    "where(norm > 0)": lambda h: h / torch.where(_norm(h) > 0, _norm(h), 0.0),
+    "std.clamp_min": lambda h: (h - h.mean(1, keepdim=True)) / h.std(1, keepdim=True).clamp_min(0),
+    "var.clamp().sqrt()": lambda h: h / (_variance(h).clamp(min=0).sqrt() + 0.1),
+    "rsqrt": lambda h: h * (_variance(h).clamp(min=0) + 0.1).rsqrt(),
+    "pow(-0.5)": lambda h: h * (_variance(h).clamp(min=0) + 0.1).pow(-0.5),
+    "masked_fill": lambda h: h / _norm(h).masked_fill(_norm(h) <= 0, 0.0),
+    "threshold": lambda h: h / F.threshold(_norm(h), 0.0, 0.0),
+    "a sum": lambda h: h / h.clamp(min=0).sum(1, keepdim=True),
+}
+ELSEWHERE = {
+    "clamp(min=1e-6)": lambda h: h.clamp(min=1e-6).pow(3),
+    "clamp(min=-0.3)": lambda h: h.clamp(min=-0.3),
+    "clamp(0.1, 0.4)": lambda h: h.clamp(0.1, 0.4),
+    "clamp(max=0.3)": lambda h: h.clamp(max=0.3),
+    "clamp_min": lambda h: h.clamp_min(0.2),
+    "clamp of a tensor": lambda h: h.clamp(min=torch.full((), 0.1, dtype=h.dtype)),
+    "maximum": lambda h: torch.maximum(h, torch.tensor(-0.1, dtype=h.dtype)),
+    "minimum": lambda h: torch.minimum(h, torch.full((), 0.3, dtype=h.dtype)),
+    "threshold": lambda h: F.threshold(h, 0.1, 0.0),
+    "where": lambda h: torch.where(h > 0.1, h, 0.0),
+    "where below": lambda h: torch.where(h < 0, h, 0.0),
+    "masked_fill": lambda h: h.masked_fill(h < -0.1, 0.0),
+    "product": lambda h: h * (h > 0.1),
+    "product below": lambda h: h * (1 - (h > 0).to(h.dtype)),
+    "another value": lambda h: h * (h.flip(1) > 0),
+}
+DIMENSIONS = {
+    "max(dim)": lambda h: h.unflatten(1, (4, 3)).max(2)[0],
+    "max(dim, keepdim)": lambda h: h.unflatten(1, (4, 3)).max(2, keepdim=True)[0].flatten(1),
+    "min(dim)": lambda h: torch.min(h.unflatten(1, (4, 3)), 1).values,
+    "max(dim) by name": lambda h: torch.max(h.unflatten(1, (4, 3)), dim=-1).values,
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", GUARDS)
+def test_a_guard_of_a_division_is_no_rectifier(method, name):
+    assert _difference(method, GUARDS[name]) < 1e-12
+
+
+@BOTH
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_bound_elsewhere_than_at_zero_is_no_rectifier(method, name):
+    assert _difference(method, ELSEWHERE[name]) < 1e-12
+
+
+@BOTH
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_extremes_over_a_dimension_have_their_derivative(method, name):
+    assert _difference(method, DIMENSIONS[name]) < 1e-12
+    rows = check(_network(DIMENSIONS[name]), normal(2, 6, dtype=torch.float64), method=method).rows
+    (row,) = [row for row in rows if row.operation.endswith(".dim")]
+    assert (row.status, row.note) == ("passes", "derivative")
+
+
+@BOTH
+def test_a_bound_of_zero_that_also_carries_the_signal_is_a_rectifier(method):
+    def share(r):
+        return r / (r.sum(1, keepdim=True) + 1)
+
+    def by_hand(h):
+        return share(_Rectifier.apply(h, method is GuidedBackprop))
+
+    assert _difference(method, lambda h: share(h.clamp(min=0)), by_hand) < 1e-12
+
+
+@BOTH
+def test_a_tensor_of_bounds_is_a_rectifier_where_it_is_zero(method):
+    masked = method is GuidedBackprop
+    bound = torch.tensor([0.0, -0.3, 0.2] * 4, dtype=torch.float64)
+
+    def by_hand(h):
+        return torch.where(bound == 0, _Rectifier.apply(h, masked), torch.maximum(h, bound))
+
+    assert _difference(method, lambda h: torch.maximum(h, bound), by_hand) < 1e-12
+    assert _difference(method, lambda h: h.clamp(min=bound), by_hand) < 1e-12
+
+
+def test_check_names_no_rectifier_where_there_is_none():
+    x = normal(2, 6, dtype=torch.float64)
+    for tail in (*GUARDS.values(), *ELSEWHERE.values()):
+        report = check(_network(tail), x, method=GuidedBackprop)
+        notes = [row.note for row in report.rows if row.operation != "aten.relu.default"]
+        rectifiers = [note for note in notes if "positive part" in note]
+        assert all(note.startswith("where the bound is 0") for note in rectifiers), report
+        assert any("elsewhere the derivative" in note or note == "derivative" for note in notes)
+
+
+def test_normalised_embeddings_equal_captums():
+    x = normal(4, 6)
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3))
+    model = Function(lambda m, x: F.normalize(m["body"](x)), body=body).eval()
+    with pytest.warns(UserWarning):
+        expected = CaptumsGuidedBackprop(model).attribute(x.clone(), target=1)
+    torch.testing.assert_close(GuidedBackprop(model).attribute(x, 1), expected)
