@@ -145,6 +145,18 @@ def test_mosaics_and_bound_metrics(cnn, side_by_side):
     assert found["MIP-IN"].results["mine"].settings["score"] == "logit"
 
 
+def test_random_maps_do_not_win_the_pointing_game_of_small_images():
+    """With boxes of 6 x 6 in 16 x 16 pixels, one pixel beside them counts as a hit: not 15."""
+    x = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    boxes = [(5, 5, 11, 11)] * 40
+    inside = torch.zeros_like(x)
+    inside[:, :, 5:11, 5:11] = 1
+    metrics = ["pointing_game"]
+    found = compare({"ours": inside}, x, 0, metrics=metrics, boxes=boxes, progress=False)
+    assert found["ours"].results["pointing_game"].mean == 1
+    assert found["random"].results["pointing_game"].mean < 0.5
+
+
 def test_controls_know_what_they_say(found, cnn):
     x = cnn.x[:3]
     assert found["random"].maps.shape == found["centre prior"].maps.shape == (3, 1, 8, 8)
