@@ -74,6 +74,20 @@ def ancestors(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[f
     return reached
 
 
+def is_random(node: fx.Node) -> bool:
+    """Return True if an operation draws random numbers; dropout that is switched off draws none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    for position, declared in enumerate(target._schema.arguments):
+        if declared.name in ("train", "training", "dropout_p"):
+            default = declared.default_value if declared.has_default_value() else None
+            return argument(node, position, declared.name, default) not in (False, 0.0)
+    return True
+
+
 def is_size(node: fx.Node) -> bool:
     """Return True if a node's value is a number that follows from the size of the batch."""
     return isinstance(value_of(node), (torch.SymInt, torch.SymFloat, torch.SymBool))

@@ -4,7 +4,8 @@ Every tensor that depends on the input holds its examples along one dimension: (
 (tokens, N, features), (N · windows, tokens, features). An operation that does anything else lets
 examples depend on each other. Of an operation that is not built in, only the shapes are known: it
 has to give the examples along the dimension where it takes them. That it keeps them apart is
-checked on the data of each fit.
+checked on the data of each fit. Gradients have no fit: there such an operation is tried on random
+numbers (:mod:`captum_mipin.propagation.trial`).
 """
 
 import operator
@@ -18,7 +19,10 @@ from captum_mipin.graph.layout import Layout, folded_batch
 from captum_mipin.graph.marks import mark, marks, original, value_of
 from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.propagation.draft import Draft
+from captum_mipin.propagation.trial import mixes_examples
 from captum_mipin.rules import MIPIN, RECORDABLE
+
+_ALONG = "it works along the batch, so examples would depend on each other"
 
 #: Matrix products, and the position of their first factor.
 _PRODUCTS = {"matmul": 0, "bmm": 0, "mm": 0, "linear": 0, "addmm": 1, "baddbmm": 1}
@@ -57,8 +61,13 @@ _FIRST = frozenset(
 def lay_out_batch(draft: Draft) -> None:
     """Mark where the examples lie in each value that depends on the starts."""
     for node in draft.graph.nodes:
-        if marks(node).depends:
-            lay_out(node, draft.batch, draft.starts)
+        if not marks(node).depends:
+            continue
+        lay_out(node, draft.batch, draft.starts)
+        # a rule for all other operations says nothing about the batch
+        untold = node not in draft.starts and not _is_known(node) and not marks(node).mixes
+        if untold and getattr(draft.rules, "other", None) and mixes_examples(node, draft.batch):
+            mark(node, mixes=_ALONG)
 
 
 def lay_out(node: fx.Node, batch: str, starts: Collection[fx.Node] = ()) -> None:
@@ -93,7 +102,7 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
             inner = _quotient(inner * prod(x.shape[at.dim + 1 :]), prod(value.shape[dim + 1 :]))
         layout = Layout(dim, outer, inner)
         if outer * inner != count or _works_along(node, source, layout):
-            return "it works along the batch, so examples would depend on each other"
+            return _ALONG
         if dim != at.dim and not _is_known(node):
             return (
                 f"it takes the examples along dimension {at.dim} and gives them along {dim}: "

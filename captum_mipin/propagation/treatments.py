@@ -7,7 +7,7 @@ from torch import fx
 
 from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.marks import marks, original, value_of
-from captum_mipin.graph.nodes import is_size, nodes_in, operation, place
+from captum_mipin.graph.nodes import is_random, is_size, nodes_in, operation, place
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.report import CheckRow
 from captum_mipin.rules import RECORDABLE, Passes, Recorded, Rule
@@ -29,6 +29,13 @@ _WAY_OUT = (
     "Start above it, with InverseNetwork(model, layer=...) at a module behind it, write that part "
     "of the model with supported operations, or give an operation without a rule one of your own "
     "with captum_mipin.register_rule; check(model, inputs) lists all."
+)
+
+#: Why random operations are refused, wherever the output needs them.
+_RANDOM = (
+    "it is random, so that each call would give another explanation: switch it off in evaluation "
+    "mode, as F.dropout(h, training=self.training), or pass the random values to the model as a "
+    "further argument"
 )
 
 #: Refused operations that an error names.
@@ -56,7 +63,14 @@ def refusal(refused: Sequence[CheckRow], rules: Mapping[str, Rule]) -> str:
 
 def treatments(draft: Draft) -> list[CheckRow]:
     """Return what becomes of every marked operation, in order of execution."""
-    return [_treatment(draft, node) for node in draft.graph.nodes if _is_treated(node)]
+    rows = []
+    for node in draft.graph.nodes:
+        if is_random(node):
+            path = place(node).path
+            rows.append(CheckRow(path, str(original(node)), "refused", _RANDOM))
+        elif _is_treated(node):
+            rows.append(_treatment(draft, node))
+    return rows
 
 
 def _is_treated(node: fx.Node) -> bool:
