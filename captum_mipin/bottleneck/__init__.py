@@ -1,4 +1,4 @@
-"""Information bottlenecks: IBA at a layer, InputIBA at the input."""
+"""Attributions by information bottlenecks: IBA at a layer, and InputIBA at the input."""
 
 from captum_mipin.bottleneck.adversary import Adversary
 from captum_mipin.bottleneck.features import EstimateReport

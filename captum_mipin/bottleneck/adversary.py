@@ -1,4 +1,7 @@
-"""The prior of InputIBA: a mask of the input, found in a game against a critic of features.
+"""The prior of InputIBA: a mask of the input that is trained against a critic of features.
+
+The training is that of a Wasserstein GAN. Its generator makes masked inputs. Its critic tries to
+distinguish their features from those behind the bottleneck at the layer.
 
 Source: Zhang et al., "Fine-Grained Neural Network Explanation by Identifying Input Features with
 Predictive Information", NeurIPS 2021, and the released code.
@@ -20,27 +23,29 @@ from captum_mipin.errors import InputError
 
 @dataclass(frozen=True)
 class Adversary:
-    """How the prior is found: a mask whose features a critic cannot tell from the bottleneck's.
+    """The settings of the adversarial training that gives the prior.
 
     Attributes:
-        samples: Features behind the bottleneck that the critic sees.
-        groups: Groups of them. Each has noise of its own mean, uniform in (−2, 2), and standard
-            deviation, uniform in (0, 5).
-        epochs: Passes over these features.
-        batch: Features in a batch.
+        samples: Number of noisy copies of the features behind the bottleneck, which are the
+            critic's real samples.
+        groups: Number of groups of these copies. Each group has noise with its own mean, uniform
+            in (−2, 2), and its own standard deviation, uniform in (0, 5).
+        epochs: Number of passes over these copies.
+        batch: Number of copies per batch.
         critic_rate: Learning rate of the critic (RMSprop).
-        clip: The critic's weights are clipped to ± ``clip``.
-        critic_steps: Steps of the critic for each step of the generator, which takes its first one
-            at once in each epoch.
-        mask_rate: Learning rate of the generator's mask.
-        mean_rate: Learning rate of the mean of its noise.
-        std_rate: Learning rate of the standard deviation of its noise.
-        noise: "channel" or "position": what has a mean and standard deviation of its own.
-        bottleneck: What weighs the features: "capacity" (nats, as in the released code) or
-            "passed" (the mask λ).
-        width: Size of the critic; 1 as published.
-        tolerance: Stop once the mean loss of three epochs differs from that of the three before by
-            at most this share; None for never.
+        clip: Bound c of the critic's weights, which are clipped to [−c, c] after each step.
+        critic_steps: Number of critic steps per generator step. In each epoch, the generator's
+            first step comes in the first batch.
+        mask_rate: Learning rate of the generator's mask (RMSprop).
+        mean_rate: Learning rate of the mean of the generator's noise (RMSprop).
+        std_rate: Learning rate of the standard deviation of the generator's noise (RMSprop).
+        noise: "channel": the generator's noise has one mean and standard deviation per channel.
+            "position": it has one per position.
+        bottleneck: The weights of the features behind the bottleneck: "capacity", their
+            information in nats, as in the released code; or "passed", the mask λ.
+        width: Factor of the critic's hidden sizes; 1 for the published critic.
+        tolerance: Largest relative change of the mean loss, from three epochs to the next three,
+            at which the training stops. None: it never stops early.
 
     Raises:
         InputError: A value is out of its range.
@@ -76,11 +81,14 @@ class Adversary:
         rules["bottleneck"] = self.bottleneck in passed, "is not one of 'capacity', 'passed'"
         check_settings(self, rules)
         if self.samples % self.groups:
-            raise InputError(f"samples={self.samples} must be a multiple of groups={self.groups}")
+            raise InputError(
+                f"samples={self.samples} must be a multiple of groups={self.groups}: change one "
+                "of them"
+            )
         if self.samples % self.batch == 1:
             raise InputError(
-                f"samples={self.samples} leave a batch={self.batch} of one, over which the critic "
-                "cannot normalise: take another batch="
+                f"samples={self.samples} with batch={self.batch} leaves a last batch of one "
+                "feature, over which the critic's batch norm is not defined: change batch="
             )
 
 
@@ -98,26 +106,28 @@ def adversarial_mask(
     first: int = 0,
     bar: "tqdm[Any] | None" = None,
 ) -> tuple[Tensor, ...]:
-    """Play a Wasserstein game with clipped weights: a mask of one input against a critic.
+    """Return a mask of one input, trained against a critic (Wasserstein GAN, clipped weights).
 
     Args:
         x: (1, ...) the input.
-        features: (1, ...) its features f.
-        weight: (1, ...) w: features behind the bottleneck are w f + (1 − w) · noise.
-        initial: (1, ...) the first α; the mask is sigmoid(α).
-        above: Masked inputs → features.
-        settings: How the game is played.
-        channels: The dimension of the features that holds the channels.
-        input_channels: That of the input.
-        draw: Draws all that is random.
+        features: (1, ...) f, the layer's features for ``x``.
+        weight: (1, ...) w, in the shape of ``features``. The features behind the bottleneck are
+            w f + (1 − w) · noise.
+        initial: (1, ...) the initial α, in the shape of ``x``; the mask is sigmoid(α).
+        above: Function that maps masked inputs (batch, ...) to the layer's features (batch, ...).
+        settings: The settings of the training.
+        channels: The dimension of ``features`` that holds the channels.
+        input_channels: The dimension of ``x`` that holds the channels.
+        draw: Generator of all random numbers.
         first: Number of the sample, for errors.
-        bar: A progress bar.
+        bar: Progress bar that is advanced by 1 after each epoch.
 
     Returns:
-        The mask (1, ...), and the losses (iterations,) of critic and generator; NaN for none.
+        The mask (1, ...), the losses of the critic (iterations,) and those of the generator
+        (iterations,). A loss is NaN in iterations that did not compute it.
 
     Raises:
-        InputError: A loss is NaN or Inf, or there is no critic for such features.
+        InputError: A loss is NaN or Inf, or no critic is defined for features of this shape.
     """
     real = _behind_bottleneck(features, weight, settings, draw)
     critic = Critic(features, channels, settings.width, draw)
@@ -149,7 +159,7 @@ def adversarial_mask(
 def _behind_bottleneck(
     features: Tensor, weight: Tensor, settings: Adversary, draw: torch.Generator
 ) -> Tensor:
-    """Return samples w f + (1 − w) · noise, with other noise in each group."""
+    """Return samples w f + (1 − w) · noise; the noise of each group has its own mean and scale."""
     groups, size = settings.groups, settings.samples // settings.groups
     shape = (2, groups, *(1,) * features.ndim)
     mean, std = torch.rand(shape, generator=draw, device=draw.device, dtype=torch.float32)
@@ -159,11 +169,20 @@ def _behind_bottleneck(
 
 
 def _descend(optimiser: torch.optim.Optimizer, loss: Tensor, where: str) -> Tensor:
-    """Take one step down, and return the loss before it; raise InputError if it is not finite."""
+    """Take one step of gradient descent, and return the loss before the step.
+
+    Args:
+        optimiser: The optimiser; it holds the parameters that are changed.
+        loss: The loss, a scalar.
+        where: Sample and iteration, for the error.
+
+    Raises:
+        InputError: The loss is NaN or Inf.
+    """
     if not bool(torch.isfinite(loss)):
         raise InputError(
-            f"the adversarial prior's loss {where}: the model overflows when noise replaces its "
-            "input. Standardise the inputs, or leave this sample out"
+            f"the adversarial prior's loss {where}: the model's values overflow when noise "
+            "replaces its input. Standardise the inputs, or remove this sample"
         )
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     gradients = torch.autograd.grad(loss, parameters)
@@ -174,7 +193,7 @@ def _descend(optimiser: torch.optim.Optimizer, loss: Tensor, where: str) -> Tens
 
 
 class _Generator:
-    """Masked inputs z = m x + (1 − m) (σ n + μ); the mask m = sigmoid(α), μ and σ are learned."""
+    """Masked inputs z = m x + (1 − m) (σ n + μ) with learned α, μ, σ, where m = sigmoid(α)."""
 
     def __init__(self, x: Tensor, initial: Tensor, channels: int, settings: Adversary) -> None:
         by_channel = settings.noise == "channel"
@@ -192,29 +211,29 @@ class _Generator:
 
     @property
     def mask(self) -> Tensor:
-        """M = sigmoid(α)."""
+        """Return the mask m = sigmoid(α)."""
         return self._alpha.sigmoid()
 
     def __call__(self, noise: Tensor) -> Tensor:
-        """Return masked inputs for standard normal noise n."""
+        """Return the masked inputs (batch, ...) for standard normal noise n (batch, ...)."""
         mask = self.mask
         return mask * self._x + (1 - mask) * (self._std * noise + self._mean)
 
 
 class Critic(nn.Module):
-    """A score of features, with the published layers.
+    """The critic: a network that gives each sample of features a score, as published.
 
-    Images have three convolutions and three dense layers, sequences an LSTM and two dense layers.
+    For images it has three convolutions and three dense layers, for sequences an LSTM and two dense
+    layers.
 
     Args:
-        features: (1, ...) such features.
-        channels: The dimension that holds the channels.
-        width: Factor of its hidden sizes.
-        draw: Draws its initial weights, uniformly as torch does.
+        features: (1, ...) an example of the features.
+        channels: The dimension of ``features`` that holds the channels.
+        width: Factor of the hidden sizes.
+        draw: Generator of the initial weights, which have torch's usual uniform distribution.
 
     Raises:
-        InputError: The features have neither one nor two dimensions of positions, or are maps
-            smaller than 4 x 4.
+        InputError: The features are neither maps of at least 4 x 4 positions nor sequences.
     """
 
     def __init__(
@@ -225,15 +244,15 @@ class Critic(nn.Module):
         count, shape = features.shape[self._channels], features.movedim(self._channels, 1).shape[2:]
         if len(shape) not in (1, 2) or (self._maps and min(shape) < 4):
             raise InputError(
-                f"the layer's output has shape {tuple(features.shape[1:])}, but the prior is known "
-                "for maps of at least 4 x 4 and for sequences: take another layer, or say where "
-                "the channels are with channels="
+                f"the layer's output has shape {tuple(features.shape[1:])}, but the prior is "
+                "defined only for maps of at least 4 x 4 and for sequences: use another layer, or "
+                "pass the dimension that holds the channels as channels="
             )
 
         def sized(size: float) -> int:
             return max(1, round(width * size))
 
-        # on the meta device, where torch's global generator is not drawn from
+        # On the meta device torch's global generator is not used: its state stays as it is.
         meta: Any = {"device": "meta"}
         if self._maps:
             sizes = (count, sized(2 * count), sized(4 * count), sized(count))
@@ -256,7 +275,7 @@ class Critic(nn.Module):
         self._initialise(draw)
 
     def _initialise(self, draw: torch.Generator) -> None:
-        """Draw weights from U(−1/√n, 1/√n), n being the inputs of a unit, or an LSTM's size."""
+        """Draw weights from U(−1/√n, 1/√n); n is a unit's number of inputs, or the LSTM's size."""
         for module in self.modules():
             own = list(module.parameters(recurse=False))
             if isinstance(module, nn.BatchNorm2d):

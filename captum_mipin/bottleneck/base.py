@@ -1,4 +1,4 @@
-"""The base of IBA and InputIBA: explaining samples with a bottleneck at a layer."""
+"""The base class of IBA and InputIBA, which explain samples with a bottleneck at a layer."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -40,11 +40,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Run:
-    """How one call optimises.
+    """The options of one optimisation.
 
     Attributes:
-        seed: Seed of all noise.
-        size: Samples optimised together; None for as many as memory and speed suggest.
+        seed: Seed of all random numbers.
+        size: Number of samples that are optimised together. None: chosen from their size.
         progress: True to show progress bars.
     """
 
@@ -54,7 +54,7 @@ class Run:
 
     @classmethod
     def of(cls, generator: torch.Generator | None, size: int | None, progress: bool) -> "Run":
-        """Draw the seed from a generator; it is 0 without one."""
+        """Return the options; the seed is drawn from ``generator``, or is 0 if that is None."""
         if generator is None:
             return cls(0, size, progress)
         draw = torch.randint(2**62, (1,), generator=generator, device=generator.device)
@@ -67,13 +67,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor that is masked, and how.
+    """A tensor of the graph that is masked, and the settings of its mask.
 
     Attributes:
-        name: Its name in the graph.
-        noise: What replaces it.
-        settings: How its mask is optimised.
-        channels: The dimension of its channels.
+        name: Name of the tensor in the graph.
+        noise: The noise that replaces masked elements.
+        settings: The settings of the mask's optimisation.
+        channels: The dimension of the tensor that holds the channels.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Place:
 
 
 class LayerBottleneck(LayerFeatures[Settings], Generic[Settings, Result]):
-    """The base of methods with an information bottleneck at a layer; arguments as for ``IBA``."""
+    """Base class of methods with a bottleneck at a layer; :class:`IBA` describes the arguments."""
 
     def explain(
         self,
@@ -95,18 +95,20 @@ class LayerBottleneck(LayerFeatures[Settings], Generic[Settings, Result]):
         internal_batch_size: int | None = None,
         progress: bool = False,
     ) -> Result:
-        """Return the optimised bottlenecks: bits of each element, masks, and losses.
+        """Return the optimised bottlenecks: the bits of each element, the masks and the losses.
 
         Args:
-            inputs: As for :meth:`attribute`.
-            target: As for :meth:`attribute`.
-            extras: Its ``additional_forward_args``.
-            generator: As for :meth:`attribute`.
-            internal_batch_size: As for :meth:`attribute`.
-            progress: As for :meth:`attribute`.
+            inputs: Tensor (batch, ...) or tuple of such tensors, the model's inputs.
+            target: The output to explain, in any form that Captum takes.
+            extras: Further arguments of the model: one object, or a tuple of several.
+            generator: Generator that the seed of the noise is drawn from. None: the seed is 0.
+            internal_batch_size: Number of samples that are optimised together. None: chosen from
+                their size.
+            progress: True to show progress bars.
 
         Raises:
-            As :meth:`attribute`.
+            InputError, TargetError, NotFittedError, ModelChangedError, CaptureError: In the same
+                cases as :meth:`attribute`.
         """
         with plain_modes(device_of(self.model)):
             samples = self._samples(inputs, target, extras, internal_batch_size)
@@ -114,10 +116,10 @@ class LayerBottleneck(LayerFeatures[Settings], Generic[Settings, Result]):
 
     @abstractmethod
     def _explain(self, samples: Samples, run: Run) -> Result:
-        """Return the optimised bottlenecks of some samples."""
+        """Return the optimised bottlenecks of these samples."""
 
     def _samples(self, inputs: Any, target: Any, extras: Any, size: int | None) -> Samples:
-        """Return the samples to explain; check them, the target, ``size`` and the model."""
+        """Return the samples to explain, after checks of inputs, target, ``size`` and model."""
         state, inputs, extras = self._estimated(), as_inputs(inputs), as_extras(extras)
         check_inputs(inputs, explained=False)
         if size is not None and not is_whole(size, 1):
@@ -126,32 +128,32 @@ class LayerBottleneck(LayerFeatures[Settings], Generic[Settings, Result]):
         check_model(self.model)
         if state.watch.changed(self.model):
             raise ModelChangedError(
-                "the model's weights have changed since the features were estimated: call estimate "
-                "again"
+                "the model's weights have changed since the features were estimated: call "
+                "estimate(data) again"
             )
         inputs, extras = plain((inputs, extras))
         parts = self._parts(inputs, extras)
         signature = Signature.of(inputs, extras, parts.captured.shared)
         if state.structures.get(signature, parts.structure) != parts.structure:
             raise ModelChangedError(
-                "the model computes something else than when its features were estimated: call "
-                "estimate again"
+                "the operations that the model runs have changed since the features were "
+                "estimated: call estimate(data) again"
             )
         dims = value_of(parts.captured.output).shape[1:]
         targets = per_example(target, torch.empty(len(inputs[0]), *dims, device="meta"))
         return Samples(self.model, parts, inputs, extras, targets)
 
     def _at_layer(self, samples: Samples, run: Run) -> Optimised:
-        """Return the bottlenecks at the layer."""
+        """Return the optimised bottlenecks at the layer."""
         name, noise = self._name(samples.parts), self.noise
         shape, known = samples.shape(name), noise.mean.shape
         if len(shape) != len(known) or any(
             n not in (1, m) for n, m in zip(known, shape, strict=True)
         ):
             raise InputError(
-                f"the layer's output has shape {shape} for these inputs, the statistics are of "
-                f"{tuple(known)}: resize the inputs, or share statistics between positions with "
-                "across="
+                f"for these inputs the layer's output has shape {shape}, but its statistics have "
+                f"shape {tuple(known)}: resize the inputs, or share statistics between positions "
+                "with across="
             )
         place = Place(name, noise, self._layer_settings, self.channels)
         return self._optimised("feature bottleneck", samples, place, run)
@@ -159,7 +161,15 @@ class LayerBottleneck(LayerFeatures[Settings], Generic[Settings, Result]):
     def _optimised(
         self, title: str, samples: Samples, place: Place, run: Run, prior: Tensor | None = None
     ) -> Optimised:
-        """Return the bottlenecks at a tensor, group by group; ``prior`` is known already."""
+        """Return the optimised bottlenecks at a tensor; groups of samples are optimised in turn.
+
+        Args:
+            title: Title of the progress bar.
+            samples: The samples.
+            place: The tensor that is masked.
+            run: The options of the optimisation.
+            prior: (batch, ...) mask of the information that is not counted; None to count all.
+        """
         settings, found = place.settings, []
         with run.bar(title, len(samples.targets) * settings.steps) as bar, TURNS.explaining():
             for group in samples.groups(place.name, settings.copies, run.size):

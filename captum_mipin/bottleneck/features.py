@@ -1,4 +1,4 @@
-"""The features of a layer: their statistics over data, as estimated, saved and loaded."""
+"""Statistics of a layer's features over data: estimate them, save them and load them."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -31,21 +31,22 @@ from captum_mipin.types import Extras, Inputs, Output
 Settings = TypeVar("Settings")
 _Self = TypeVar("_Self", bound="LayerFeatures[Any]")
 
-#: The options that files hold under "options".
+#: Names of the options that a file stores under "options".
 _OPTIONS = ("channels", "input_channels", "classes", "across", "min_std", "active")
 
 
 @dataclass(frozen=True)
 class EstimateReport:
-    """What the data says of a layer's features.
+    """Counts of a layer's features: all, with a small standard deviation, and inactive.
 
     Attributes:
-        values: Values that each mean and standard deviation is taken over: one for each example,
-            with ``across`` more.
-        features: Number of means.
-        floored: Features whose standard deviation is below the floor, which replaces it.
-        inactive: Features that are hardly ever other than 0. They are left out: their information
-            is 0, and so are they where features are masked.
+        values: Number of values from which each mean and standard deviation is computed: one per
+            example, or more with ``across``.
+        features: Number of features that have a mean of their own.
+        floored: Number of features whose standard deviation is below ``min_std``; ``min_std``
+            replaces it.
+        inactive: Number of features that are 0 in almost all examples. Masked tensors contain 0
+            for them, and their information is 0 bits.
 
     Examples:
         >>> print(EstimateReport(1000, 512, 3, 2))
@@ -70,8 +71,8 @@ class _State:
 
     Attributes:
         statistics: Mean and standard deviation of each feature.
-        structures: What the model computed for each kind of inputs in the data.
-        watch: Notices when the model's weights change.
+        structures: Signature of inputs in the data → text that describes the model's operations.
+        watch: Detects changes of the model's weights.
     """
 
     statistics: Statistics
@@ -80,9 +81,9 @@ class _State:
 
 
 class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
-    """A layer of a model and the statistics of its features; arguments as for ``IBA``."""
+    """A layer and the statistics of its features; :class:`IBA` describes the arguments."""
 
-    #: Named settings; the first is the default.
+    #: Name → settings; the first entry is the default.
     _named: ClassVar[Mapping[str, Any]]
 
     def __init__(
@@ -105,8 +106,9 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
             raise InputError(f"active={active!r} must be at least 0 and below 1")
         if 0 in (channels, input_channels, classes, *across):
             raise InputError(
-                "channels, input_channels, classes and across name dimensions other than the "
-                "first, the batch"
+                f"channels={channels}, input_channels={input_channels}, classes={classes} and "
+                f"across={tuple(across)} contain 0, which is the batch dimension: pass other "
+                "dimensions"
             )
         Attribution.__init__(self, model)
         self.model = unwrapped(model)
@@ -120,18 +122,18 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
 
     @classmethod
     def _resolved(cls, settings: Any) -> Any:
-        """Return settings by their name, or as they are."""
+        """Return the settings with this name; None is the default, and settings stay as is."""
         default = next(iter(cls._named))
         if isinstance(settings, str) and settings not in cls._named:
             names = ", ".join(map(repr, cls._named))
-            raise InputError(f"settings={settings!r} is not one of {names}")
+            raise InputError(f"settings={settings!r} is not one of {names}: pass one of them")
         if settings is None or isinstance(settings, str):
             return cls._named[settings or default]
         expected = type(cls._named[default])
         if not isinstance(settings, expected):
             raise InputError(
-                f"settings are a {type(settings).__name__}, expected a {expected.__name__} or a "
-                "name"
+                f"settings is a {type(settings).__name__}, expected a {expected.__name__} or one "
+                f"of the names {', '.join(map(repr, cls._named))}"
             )
         return settings
 
@@ -150,23 +152,25 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
         batch_size: int = 256,
         progress: bool = True,
     ) -> _Self:
-        """Gather mean and standard deviation of each feature over data, in one pass, in float64.
+        """Compute the mean and standard deviation of each feature over data, in float64.
 
-        If it fails, everything is as it was before. The publications take 1,000 to 10,000 images of
-        the training set.
+        The data is read once. If an error is raised, earlier statistics stay. The publications use
+        1,000 to 10,000 images of the training set.
 
         Args:
             data: A tensor or tuple of tensors (the model's inputs), a ``Dataset``, a ``DataLoader``
                 of (images, labels), or any iterable of batches, as for :meth:`InverseNetwork.fit`.
-            unpack: Batch → (inputs, additional_forward_args), where a batch is anything else.
-            batch_size: For data that does not come in batches.
+            unpack: Function batch → (inputs, additional_forward_args), for batches of any other
+                form.
+            batch_size: Number of examples per batch, for data that is not in batches already.
             progress: True to show a progress bar.
 
         Returns:
             self
 
         Raises:
-            FitError: The data is empty, not finite, changes its shape, or has one example only.
+            FitError: The data is empty, has only one example or contains NaN or Inf, or the shape
+                of the features differs between batches.
             CaptureError: The model cannot be captured, or has no such layer.
         """
         device = device_of(check_model(self.model))
@@ -190,42 +194,52 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
                 statistics = self._added(statistics, features, index)
                 bar.update(len(features))
         assert statistics is not None  # for mypy: Batches refuses data without any batch
-        _ = statistics.std  # one example is refused
+        _ = statistics.std  # raises FitError if there is only one example
         self._state = _State(statistics, structures, watch)
         return self
 
     def _outputs(
         self, parts: Parts, inputs: Inputs, extras: Extras, above: bool = True
     ) -> list[Tensor]:
-        """Return the features of a batch, and with ``above`` the model's output."""
+        """Return [features of a batch], or [features, model's output] if ``above`` is True."""
         part = parts(self._name(parts))
         features, others = part.below(parts.captured.values(self.model, inputs, extras))
         return [features, part.above(features, others)] if above else [features]
 
     def _added(self, before: Statistics | None, features: Tensor, index: int) -> Statistics:
-        """Return the statistics with those of one more batch."""
+        """Return the statistics of all batches before, together with those of one more batch.
+
+        Args:
+            before: The statistics of the batches before; None for the first batch.
+            features: (batch, ...) features of one more batch.
+            index: Number of this batch, for errors.
+        """
         if not finite(features):
-            raise FitError(f"batch {index}: the features contain NaN or Inf")
+            raise FitError(
+                f"batch {index}: the layer's features contain NaN or Inf, expected finite values: "
+                "remove the examples that cause it"
+            )
         dims = range(1 - features.ndim, features.ndim)
         if not {*self.across, self.channels}.issubset(dims):
             raise InputError(
-                f"the layer's output has shape {tuple(features.shape)}: channels={self.channels} "
-                f"and across={self.across} do not name dimensions of it"
+                f"the layer's output has shape {tuple(features.shape)}, so channels="
+                f"{self.channels} and across={self.across} are not all dimensions of it: pass "
+                f"numbers from 1 to {features.ndim - 1}, or negative ones"
             )
         chunk = Statistics.of(features, [dim % features.ndim for dim in self.across])
         if before is None:
             return chunk
         if before.mean.shape != chunk.mean.shape:
             raise FitError(
-                f"batch {index} has features of shape {tuple(features.shape[1:])}, those before "
-                f"had {tuple(before.mean.shape)}: give data of one size, or share statistics with "
-                "across="
+                f"batch {index}: the features have shape {tuple(features.shape[1:])}, but in "
+                f"earlier batches they had shape {tuple(before.mean.shape)}: pass data of one "
+                "size, or share statistics between positions with across="
             )
         return before.merged(chunk)
 
     @property
     def report(self) -> EstimateReport:
-        """How many features there are, and how many of them are constant or inactive."""
+        """Return the number of features, and how many are nearly constant or inactive."""
         statistics, noise = self._estimated().statistics, self.noise
         low = statistics.std < self.min_std
         inactive = int((~noise.active).sum())
@@ -233,7 +247,7 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
 
     @property
     def noise(self) -> Noise:
-        """What replaces masked features."""
+        """Return the noise that replaces masked features."""
         statistics = self._estimated().statistics
         active = statistics.nonzero > self.active * statistics.count
         return Noise(statistics.mean, statistics.std.clamp(min=self.min_std), active)
@@ -248,12 +262,12 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
     @property
     @abstractmethod
     def _layer_settings(self) -> Bottleneck:
-        """How the mask of the layer is optimised."""
+        """Return the settings of the bottleneck at the layer."""
 
     # ----------------------------------------------------------------------------- the graph
 
     def _parts(self, inputs: Inputs, extras: Extras) -> Parts:
-        """Return the graph for inputs of one kind."""
+        """Return the graph for inputs of these shapes and dtypes; it is captured if it is new."""
         known = next(iter(self._state.structures)) if self._state else None
 
         def make(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
@@ -265,10 +279,10 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
         return self._graphs.build(self.model, None, None, find, lambda graph, _: Parts(graph))[1]
 
     def _check_graph(self, parts: Parts) -> None:
-        """Raise CaptureError if a tensor that is needed later is not in the graph."""
+        """Raise CaptureError if a tensor that :meth:`attribute` needs is not in the graph."""
 
     def _name(self, parts: Parts) -> str:
-        """Return the name of the layer's tensor."""
+        """Return the name of the layer's output in the graph."""
         return tensor_name(parts.captured, self.model, self.layer)
 
     # ----------------------------------------------------------------------------- files
@@ -304,11 +318,11 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
 
     @classmethod
     def _own_arguments(cls, content: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-        """Return the arguments of a class that a file's content holds besides the common ones."""
+        """Return the arguments from a file that only this class has, such as ``settings``."""
         return {"settings": Bottleneck(**content["settings"])}
 
     def _where(self, layer: nn.Module | str | None) -> dict[str, str] | None:
-        """Return a layer as files name it."""
+        """Return a layer's entry in a file: its module path, or the name of a tensor."""
         if layer is None:
             return None
         if isinstance(layer, str):
@@ -318,5 +332,5 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
 
     @staticmethod
     def _find(where: dict[str, str], model: nn.Module) -> nn.Module | str:
-        """Return the layer that a file names."""
+        """Return the layer for its entry in a file, which :meth:`_where` made."""
         return where["tensor"] if "tensor" in where else model.get_submodule(where["module"])

@@ -1,10 +1,10 @@
-"""Gaussian information bottlenecks: noise replaces what a prediction can do without.
+"""Gaussian information bottlenecks: noise replaces features that a prediction does not need.
 
-A bottleneck passes z = λ x + (1 − λ) ε instead of x, where ε is normal with the mean μ and the
-standard deviation σ that each element has on data. What z tells of x is at most
-KL[p(z|x) ‖ q(z)], q being what passes without knowing x. The mask λ = sigmoid(α) is optimised for
-each sample by gradient descent on cross entropy + β · mean information. This module knows
-no networks.
+A bottleneck replaces x by z = λ x + (1 − λ) ε, where ε is normal noise with the mean μ and the
+standard deviation σ that each element has on data. The information of z about x is at most
+KL[p(z|x) ‖ q(z)], where q is the distribution of z without any information about x. The mask
+λ = sigmoid(α) is optimised for each sample by gradient descent on
+cross entropy + β · mean information. This module does not depend on networks or graphs.
 
 Source: Schulz et al., "Restricting the Flow: Information Bottlenecks for Attribution", ICLR 2020.
 """
@@ -22,19 +22,19 @@ from tqdm.auto import tqdm
 from captum_mipin.errors import CaptureError, InputError, TargetError
 from captum_mipin.types import Target
 
-#: A sample has settled if its mean loss over so many steps hardly differs from that before.
+#: Number of steps in each of the two windows whose mean losses decide if a sample has converged.
 _WINDOW = 3
 
-#: The largest parameter of a mask: with larger ones the logarithm of 1 − λ is not finite.
+#: The largest |α| of a mask. With larger values the logarithm of 1 − λ is not finite.
 _WIDEST = 80
 
 
 def check_settings(settings: object, rules: Mapping[str, tuple[bool, str]]) -> None:
-    """Raise InputError for the first setting out of its range.
+    """Raise InputError for the first setting that is out of its range.
 
     Args:
         settings: An object with settings as attributes.
-        rules: Name of a setting → whether its value is valid, and which values are.
+        rules: Name of a setting → (True if its value is valid, description of the valid values).
     """
     for name, (valid, expected) in rules.items():
         if not valid:
@@ -42,23 +42,24 @@ def check_settings(settings: object, rules: Mapping[str, tuple[bool, str]]) -> N
 
 
 def is_whole(value: object, least: int) -> bool:
-    """Return True if ``value`` is an int of at least ``least``; a bool is none."""
+    """Return True if ``value`` is an int of at least ``least``, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """How a mask is optimised; the defaults are those of Schulz et al.
+    """The settings of a mask's optimisation; the defaults are those of Schulz et al.
 
     Attributes:
-        beta: β, weight of the mean information (nats an element) against the cross entropy.
-        steps: Steps of Adam.
+        beta: β, the factor of the mean information (nats per element) in the loss.
+        steps: Number of steps of Adam.
         learning_rate: Learning rate of Adam.
-        copies: Noisy copies of each sample, drawn anew in each step.
-        sigma: Standard deviation, in positions, of the Gaussian that smooths the mask; 0 for none.
-        start: The first α, where λ = sigmoid(α).
-        tolerance: A sample stops once the mean loss of three steps differs from that of the three
-            before by at most this share; None to take all steps.
+        copies: Number of noisy copies of each sample; each step draws new noise.
+        sigma: Standard deviation, in positions, of the Gaussian that smooths the mask; 0 for no
+            smoothing.
+        start: The initial α of all elements, where λ = sigmoid(α).
+        tolerance: Largest relative change of a sample's mean loss, from three steps to the next
+            three, at which its optimisation stops. None: it takes all steps.
 
     Raises:
         InputError: A value is out of its range.
@@ -74,7 +75,7 @@ class Bottleneck:
 
     def __post_init__(self) -> None:
         number, whole = "must be a number of at least 0", "must be a whole number of at least"
-        between = f"must be between {-_WIDEST} and {_WIDEST}: no gradient moves others"
+        between = f"must be between {-_WIDEST} and {_WIDEST}: the gradient of others is 0"
         settles = self.tolerance is None or self.tolerance > 0
         rules = {
             "beta": (0 <= self.beta < math.inf, number),
@@ -90,12 +91,13 @@ class Bottleneck:
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise that replaces a tensor's elements where they are masked.
+    """The noise that replaces masked elements of a tensor.
 
     Attributes:
-        mean: μ of each element, or of several where it broadcasts.
-        std: σ, shaped like ``mean``.
-        active: 0 where an element is left out: it passes nothing, and tells nothing; else 1.
+        mean: μ, the mean of the noise; it broadcasts against one sample of the tensor.
+        std: σ, the standard deviation of the noise, shaped like ``mean``.
+        active: Mask of active elements, shaped like ``mean``. An inactive element is replaced by
+            0, and its information is 0.
     """
 
     mean: Tensor
@@ -108,10 +110,11 @@ class Optimised:
     """The optimised bottlenecks of some samples.
 
     Attributes:
-        information: (batch, ...) what each element tells, in bits.
-        alpha: (batch, ...) the masks' parameter α before smoothing, λ = sigmoid(α).
+        information: (batch, ...) the information of each element, in bits.
+        alpha: (batch, ...) the parameter α of the masks; the mask is λ = sigmoid(α), smoothed.
         losses: (steps, batch) the loss before each step; NaN after a sample has stopped.
-        cross_entropy: (steps, batch) the part of the loss that is not information.
+        cross_entropy: (steps, batch) the cross entropy in this loss; NaN after a sample has
+            stopped.
     """
 
     information: Tensor
@@ -121,7 +124,7 @@ class Optimised:
 
 
 def joined(groups: Sequence[Optimised]) -> Optimised:
-    """Return several groups of samples as one."""
+    """Return the bottlenecks of several groups of samples, concatenated along the batch."""
     alike = [(part.information, part.alpha) for part in groups]
     by_step = [(part.losses, part.cross_entropy) for part in groups]
     information, alpha = (torch.cat(parts) for parts in zip(*alike, strict=True))
@@ -130,14 +133,15 @@ def joined(groups: Sequence[Optimised]) -> Optimised:
 
 
 def information(r: Tensor, passed: Tensor, blocked: Tensor, prior: Tensor | float = 0.0) -> Tensor:
-    """Return KL[N(λ r, (1 − λ)²) ‖ N(m λ r, (1 − m λ)²)] in nats: what each element tells.
+    """Return each element's information KL[N(λ r, (1 − λ)²) ‖ N(m λ r, (1 − m λ)²)] in nats.
 
     Args:
-        r: The elements, standardised: (x − μ) / σ.
-        passed: λ.
-        blocked: 1 − λ. It is passed by itself, since floating-point numbers near 1 are too coarse
-            for 1 − λ.
-        prior: m, the mask of what is known already; with 0 the KL is against N(0, 1).
+        r: (batch, ...) the standardised elements, (x − μ) / σ.
+        passed: λ, shaped like ``r``.
+        blocked: 1 − λ, shaped like ``r``. It is an argument of its own, because 1 − λ loses its
+            digits to rounding when λ is near 1.
+        prior: m, the mask of a prior; information that passes the mask m λ is not counted. With
+            m = 0 all information is counted, and the second distribution is N(0, 1).
 
     Examples:
         >>> half = torch.tensor([0.5])
@@ -159,10 +163,16 @@ def mask(alpha: Tensor, sigma: float, positions: Sequence[int]) -> tuple[Tensor,
 
 
 def smooth(x: Tensor, sigma: float, positions: Sequence[int]) -> Tensor:
-    """Return a Gaussian mean over some dimensions, 2·round(2σ) + 1 wide, reflected at the borders.
+    """Smooth a tensor along some dimensions with a Gaussian kernel, and return the result.
+
+    Args:
+        x: The tensor. It is padded by reflection at its borders.
+        sigma: σ, the standard deviation of the kernel, in positions. The kernel has
+            2·round(2σ) + 1 positions.
+        positions: The dimensions along which to smooth.
 
     Raises:
-        InputError: A dimension is too small to be reflected.
+        InputError: A dimension has too few positions for the padding.
     """
     reach = round(2 * sigma)
     if not reach or not positions:
@@ -174,8 +184,8 @@ def smooth(x: Tensor, sigma: float, positions: Sequence[int]) -> Tensor:
         size = x.shape[dim]
         if size <= reach:
             raise InputError(
-                f"a map of {size} positions cannot be smoothed with sigma={sigma:g}, which reaches "
-                f"{reach} beyond its border: take a layer with a larger map, or sigma=0"
+                f"a map of {size} positions cannot be smoothed with sigma={sigma:g}, which needs "
+                f"more than {reach} positions: use a layer with a larger map, or sigma=0"
             )
         rows = x.movedim(dim, -1)
         padded = F.pad(rows.reshape(-1, 1, size), (reach, reach), mode="reflect")
@@ -184,12 +194,12 @@ def smooth(x: Tensor, sigma: float, positions: Sequence[int]) -> Tensor:
 
 
 class _Masked:
-    """A tensor behind a mask: what passes, and what it tells."""
+    """A tensor behind a mask: a function of α that returns its information and its values."""
 
     def __init__(
         self, x: Tensor, noise: Noise, sigma: float, positions: Sequence[int], prior: Tensor | float
     ) -> None:
-        # half precision is too coarse for the noise and its logarithms
+        # half precision has too few digits for the noise and its logarithms
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         parts = (noise.mean, noise.std, noise.active)
         self._mean, self._std, self._active = (part.to(x.device, self.dtype) for part in parts)
@@ -197,7 +207,12 @@ class _Masked:
         self._sigma, self._positions, self._prior = sigma, positions, prior
 
     def __call__(self, alpha: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the information of each element in nats, and z for standard normal noise."""
+        """Return the information of each element in nats, and the masked tensor z.
+
+        Args:
+            alpha: (batch, ...) the parameter α of the mask.
+            normal: (copies, 1, ...) standard normal noise n, the same for all samples.
+        """
         passed, blocked = mask(alpha, self._sigma, self._positions)
         # z = λ x + (1 − λ) ε with x = σ r + μ and ε = σ n + μ
         z = ((passed * self.r + blocked * normal) * self._std + self._mean) * self._active
@@ -216,18 +231,21 @@ def optimise(
     first: int = 0,
     bar: "tqdm[Any] | None" = None,
 ) -> Optimised:
-    """Optimise a mask for each sample, each as if it were alone: all meet the same noise.
+    """Optimise a mask for each sample; its result does not depend on the other samples.
+
+    All samples get the same noise.
 
     Args:
         x: (batch, ...) the tensor to be masked.
-        noise: What replaces it.
-        cross_entropy: Masked copies (copies, batch, ...) → (batch,), the mean over the copies.
-        settings: How to optimise.
-        positions: Dimensions of ``x`` over which the mask is smoothed.
-        prior: The mask of what is known already, see :func:`information`.
+        noise: The noise that replaces masked elements.
+        cross_entropy: Function that maps masked copies (copies, batch, ...) to the cross entropy
+            of each sample (batch,), the mean over the copies.
+        settings: The settings of the optimisation.
+        positions: Dimensions of ``x`` along which the mask is smoothed.
+        prior: (batch, ...) mask of a prior, or 0 for no prior; see :func:`information`.
         seed: Seed of the noise.
         first: Number of the first sample, for errors.
-        bar: A progress bar.
+        bar: Progress bar that is advanced by the number of samples after each step.
 
     Raises:
         InputError: A loss or gradient is NaN or Inf.
@@ -245,7 +263,8 @@ def optimise(
         entropy = cross_entropy(z.to(x.dtype)).to(masked.dtype)
         if not entropy.requires_grad:
             raise CaptureError(
-                "no gradient of the model's output reaches the layer: take another layer"
+                "no gradient of the model's output reaches the layer, expected an output that "
+                "depends on it: use another layer"
             )
         # L = L_CE + β L_I (Schulz et al.)
         loss = entropy + settings.beta * told.flatten(1).mean(1)
@@ -267,23 +286,32 @@ def optimise(
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
-    """Return standard normal noise in float32, so that it is the same for tensors of any dtype."""
+    """Return standard normal noise of this shape in float32: the same for masks of any dtype."""
     return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def _check_finite(loss: Tensor, gradient: Tensor, stopped: Tensor, step: int, first: int) -> None:
-    """Raise InputError if a sample that goes on has a loss or gradient that is NaN or Inf."""
+    """Raise InputError if the loss or gradient of a sample is NaN or Inf before it has stopped."""
     fine = torch.isfinite(loss.detach()) & torch.isfinite(gradient.flatten(1)).all(1) | stopped
     if not bool(fine.all()):
         raise InputError(
             f"the loss of sample {first + int((~fine).nonzero()[0])} or its gradient is NaN or Inf "
-            f"at step {step}: the model overflows when the noise of the bottleneck replaces "
-            "features. Look at their standard deviations, or leave this sample out"
+            f"at step {step}: the model's values overflow when the bottleneck's noise replaces "
+            "features. Check the features' standard deviations, or remove this sample"
         )
 
 
 def settled(losses: Tensor, tolerance: float | None) -> Tensor:
-    """Return for each sample (column) whether its loss has hardly changed in the last steps."""
+    """Return which samples have converged: their mean loss has hardly changed.
+
+    Args:
+        losses: (steps, batch) the losses up to now.
+        tolerance: Largest relative change of the mean loss, from three steps to the next three.
+            None: no sample has converged.
+
+    Returns:
+        (batch,) True for a sample that has converged.
+    """
     if tolerance is None or len(losses) < 2 * _WINDOW:
         return torch.zeros(losses.shape[1], dtype=torch.bool, device=losses.device)
     late, early = losses[-_WINDOW:].mean(0), losses[-2 * _WINDOW : -_WINDOW].mean(0)
@@ -291,34 +319,35 @@ def settled(losses: Tensor, tolerance: float | None) -> Tensor:
 
 
 class CrossEntropy:
-    """The cross entropy of each sample's target, from logits of several copies.
+    """The cross entropy of each sample's target, the mean over several copies of the logits.
 
-    A model with one logit an example decides by its sign; the target is then what it decides.
+    If the model has one logit per example, its sign is the predicted class. The target is then the
+    sign of the logit without noise.
 
     Args:
-        logits: (batch, *dims) the model's output without any noise.
-        targets: One class for each sample.
+        logits: (batch, *dims) the model's output without noise.
+        targets: The target of each sample.
         classes: The dimension of ``logits`` that holds the classes.
 
     Raises:
-        TargetError: The dimension holds one class only, or is not there.
+        TargetError: ``logits`` has no such dimension, or its size is 1.
     """
 
     def __init__(self, logits: Tensor, targets: Sequence[Target], classes: int = 1) -> None:
-        self._classes = classes if classes < 0 else classes + 1  # behind the copies
+        self._classes = classes if classes < 0 else classes + 1  # dimension 0 will be the copies
         self._sign: Tensor | None = None
         if logits.ndim == 1 or logits[0].numel() == 1:
             self._sign = torch.where(logits.flatten() > 0, 1.0, -1.0).to(logits.dtype)
         elif classes == 0 or not -logits.ndim < classes < logits.ndim or logits.shape[classes] == 1:
             raise TargetError(
                 f"the model's output has shape {tuple(logits.shape)}, so dimension {classes} "
-                "cannot hold the classes: say which one does with classes="
+                "cannot hold the classes: pass the dimension that does as classes="
             )
         index = torch.tensor(targets, device=logits.device).reshape(len(logits), -1)
         self._index = (torch.arange(len(logits), device=logits.device), *index.unbind(1))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Return (batch,) the mean over the copies of logits (copies · batch, *dims)."""
+        """Return the cross entropy (batch,) of logits (copies · batch, *dims)."""
         copies = logits.unflatten(0, (-1, len(self._index[0])))
         if self._sign is not None:
             # −log sigmoid(± y) = softplus(∓ y)

@@ -1,4 +1,4 @@
-"""IBA: how many bits of a layer's features a prediction needs, and where they are."""
+"""IBA: the number of bits of a layer's features that a prediction needs, at each position."""
 
 from typing import Any, Literal
 
@@ -15,37 +15,41 @@ from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.validate import as_inputs, device_of, like
 from captum_mipin.types import Inputs
 
-#: Named settings: as published, and a faster one; docs/bottlenecks.md compares the two.
+#: Name → settings: the published ones, and faster ones. docs/bottlenecks.md compares the two.
 IBA_SETTINGS = {"published": Bottleneck(), "fast": Bottleneck(copies=2)}
 
 
 class IBA(LayerBottleneck[Bottleneck, Optimised]):
     """Information-bottleneck attribution: the bits of a layer's features that a prediction needs.
 
-    Noise with the mean and standard deviation of the features replaces them, as much of it as the
-    prediction bears: for each sample, cross entropy + β · mean information is minimised over a
-    mask. What the masked features still tell of the real ones is counted in bits, an upper bound of
-    their mutual information. The model is not changed.
+    A mask replaces features by noise with their mean and standard deviation on data. For each
+    sample, the mask minimises cross entropy + β · mean information, so noise replaces the features
+    that the prediction does not need. The information that the masked features have about the real
+    ones is measured in bits; it is an upper bound of their mutual information. The model is not
+    changed.
 
     Args:
-        model: A module in evaluation mode that returns logits, itself or in ``nn.DataParallel`` or
-            ``torch.compile``.
+        model: A ``torch.nn.Module`` in evaluation mode that returns logits. If it is wrapped by
+            ``nn.DataParallel`` or ``torch.compile``, the module inside is used.
         layer: A module of the model with one output tensor, or the name of any tensor of the
             captured graph. The method is published for convolutional layers of medium depth:
             conv4_1 of VGG16, layer2 of ResNet50.
         settings: "published" (the default), "fast", or a
             :class:`~captum_mipin.bottleneck.Bottleneck`.
-        output: Which of several outputs, as for :class:`~captum_mipin.InverseNetwork`.
-        channels: The dimension of the layer's output that holds the channels; all others but the
-            first are positions. 1 for images (batch, channels, height, width), -1 for sequences
-            (batch, tokens, features).
-        input_channels: The dimension of the input that holds its channels. By default 1 if
-            ``channels`` is 1; otherwise it has to be given.
+        output: The output to explain if the model returns several tensors, as for
+            :class:`~captum_mipin.InverseNetwork`.
+        channels: The dimension of the layer's output that holds the channels: 1 for images (batch,
+            channels, height, width), -1 for sequences (batch, tokens, features). The other
+            dimensions, without the batch, are positions.
+        input_channels: The dimension of the input that holds the channels. The default is 1 if
+            ``channels`` is 1; otherwise there is no default.
         classes: The dimension of the model's output that holds the classes.
-        across: Dimensions of the layer's output across which elements share mean and standard
-            deviation, such as the tokens of a sequence; their sizes may then differ between calls.
-        min_std: Floor of the standard deviations.
-        active: Elements that are not zero in more than this share of the data take part.
+        across: Dimensions of the layer's output along which all elements share one mean and one
+            standard deviation, such as the tokens of a sequence. The sizes of these dimensions may
+            then differ between calls.
+        min_std: Smallest standard deviation of the noise, which replaces smaller ones.
+        active: Share of the data, from 0 to 1. A feature is active if it is not 0 in more than this
+            share; only active features are masked and have information.
 
     Raises:
         InputError: An option is out of its range.
@@ -81,38 +85,40 @@ class IBA(LayerBottleneck[Bottleneck, Optimised]):
         return_information: bool = False,
         progress: bool = False,
     ) -> Any:
-        """Return the bits of the layer's features that the target's cross entropy needs.
+        """Return the bits of the layer's features that the prediction of the target needs.
 
-        Samples are optimised together, and each as if it were alone: all meet the same noise. For a
-        model with one logit, the sign of the logit is explained.
+        Samples are optimised together, but the map of one does not depend on the others: all get
+        the same noise. For a model with one logit, the sign of the logit is explained.
 
         Args:
-            at: "input": bits of each position, summed over channels and interpolated to the
-                positions of the input. Each channel of the input has an equal share, so that the
-                map has the input's shape and sums to the total. For one input tensor with positions
-                like the layer's. "layer": bits of each feature, shaped like the layer's output.
+            at: "input": bits at the input, shaped like the input. The bits of the layer are summed
+                over channels and interpolated to the input's positions; each channel of the input
+                gets an equal share. The model must have one input tensor, with as many dimensions
+                of positions as the layer. "layer": bits of each feature, shaped like the layer's
+                output.
             per_position: True for maps without channels: (batch, height, width), (batch, tokens).
-            generator: Draws the seed of the noise. By default the noise is the same at each call.
-            internal_batch_size: Samples optimised together; results do not depend on it. By default
-                so many that memory stays bounded, and on a CPU few enough to be fast.
+            generator: Generator that the seed of the noise is drawn from. By default the noise is
+                the same in each call.
+            internal_batch_size: Number of samples that are optimised together; results do not
+                depend on it. By default it is chosen from the size of the samples.
             return_information: True to return also the total bits of each sample.
             progress: True to show a progress bar.
 
         Returns:
-            Bits, shaped as ``at`` and ``per_position`` say; with ``return_information`` a pair of
-            them and the total (batch,).
+            Maps in bits, shaped according to ``at`` and ``per_position``. With
+            ``return_information``, a pair of maps and total bits (batch,).
 
         Raises:
-            NotFittedError: Nothing was estimated yet.
-            ModelChangedError: The model's weights changed since the estimate, or what it computes
-                for inputs of a shape that was estimated on.
+            NotFittedError: :meth:`estimate` was not called yet.
+            ModelChangedError: The model's weights changed since the call of :meth:`estimate`, or
+                the model runs other operations for inputs of the same shape.
         """
         if at not in ("input", "layer"):
-            raise InputError(f"at={at!r} is not one of 'input', 'layer'")
+            raise InputError(f"at={at!r} is not one of 'input', 'layer': pass one of them")
         tensors = as_inputs(inputs)
         with plain_modes(device_of(self.model)):
             samples = self._samples(tensors, target, additional_forward_args, internal_batch_size)
-            if at == "input":  # refuse what has no such map before all the work
+            if at == "input":  # raise its InputError now, and not after the optimisation
                 shape = samples.shape(self._name(samples.parts))
                 self._grid(torch.empty(len(tensors[0]), *shape, device="meta"), tensors)
             run = Run.of(generator, internal_batch_size, progress)
@@ -127,7 +133,7 @@ class IBA(LayerBottleneck[Bottleneck, Optimised]):
         return (maps, total) if return_information else maps
 
     def _grid(self, bits: Tensor, inputs: Inputs) -> Tensor:
-        """Return bits of features as bits of the input's positions."""
+        """Return the bits of each input position, for the bits of each feature."""
         return at_input(bits, inputs, self.channels, self.input_channels)
 
     @property

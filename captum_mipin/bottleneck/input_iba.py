@@ -1,4 +1,4 @@
-"""InputIBA: the bits of the input itself that a prediction needs, given what a layer needs."""
+"""InputIBA: the bits of the input that a prediction needs, with a prior from a layer's bits."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -26,9 +26,9 @@ class ThreeStages:
     """The settings of InputIBA; the defaults are the published ones for images.
 
     Attributes:
-        feature: The bottleneck at the layer.
-        prior: The adversarial game.
-        input: The bottleneck at the input.
+        feature: The settings of the bottleneck at the layer.
+        prior: The settings of the adversarial training that gives the prior.
+        input: The settings of the bottleneck at the input.
     """
 
     feature: Bottleneck = field(default_factory=lambda: Bottleneck(beta=20, sigma=0))
@@ -36,8 +36,8 @@ class ThreeStages:
     input: Bottleneck = field(default_factory=lambda: Bottleneck(beta=20, steps=60))
 
 
-#: Named settings: as released for VGG16 on ImageNet and for an LSTM on IMDB, and one for images
-#: with a short game.
+#: Name → settings: "images" and "text" as released for VGG16 on ImageNet and an LSTM on IMDB, and
+#: "fast" for images, with a short adversarial training.
 INPUT_IBA_SETTINGS = {
     "images": ThreeStages(),
     "text": ThreeStages(
@@ -54,11 +54,12 @@ class Stages:
     """The results of the three stages.
 
     Attributes:
-        feature: The bottlenecks at the layer.
-        prior: (batch, ...) the mask m of the input at the end of the adversarial game.
+        feature: The optimised bottlenecks at the layer.
+        prior: (batch, ...) the mask m of the input at the end of the adversarial training.
         critic: (iterations, batch) the losses of the critic; NaN where none was computed.
         generator: (iterations, batch) the losses of the generator; NaN where none was computed.
-        input: The bottlenecks at the input; their bits are counted beyond the prior.
+        input: The optimised bottlenecks at the input. Information that the prior passes is not
+            counted in their bits.
     """
 
     feature: Optimised
@@ -69,20 +70,23 @@ class Stages:
 
 
 class InputIBA(LayerBottleneck[ThreeStages, Stages]):
-    """Input information-bottleneck attribution, fine-grained at the input: images, embedded texts.
+    """InputIBA, an information bottleneck at the input: maps with fine details.
 
-    There are three stages for each sample: a bottleneck at a layer, as :class:`~captum_mipin.IBA`;
-    a mask of the input whose features look to a critic like those behind that bottleneck; and a
-    bottleneck at the input, which counts what it tells beyond that mask. Inputs should be
-    standardised: the noise is N(0, 1), as published. The model is not changed.
+    There are three stages for each sample. First, a bottleneck at a layer is optimised, as for
+    :class:`~captum_mipin.IBA`. Second, a mask of the input, the prior, is trained until a critic
+    cannot distinguish its features from those behind that bottleneck. Third, a bottleneck at the
+    input is optimised; information that the prior passes is not counted. Inputs should be
+    standardised, because the noise at the input is N(0, 1), as published. The model is not changed.
 
     Args:
-        model: As for :class:`~captum_mipin.IBA`.
-        layer: As for :class:`~captum_mipin.IBA`.
+        model: A ``torch.nn.Module`` in evaluation mode that returns logits, as for
+            :class:`~captum_mipin.IBA`.
+        layer: A module of the model with one output tensor, or the name of a tensor of the
+            captured graph, as for :class:`~captum_mipin.IBA`.
         settings: "images" (the default), "text", "fast" (images), or a
             :class:`~captum_mipin.bottleneck.ThreeStages`.
-        input_layer: A module, or the name of a tensor, whose output is explained instead of the
-            input: the embedding of tokens.
+        input_layer: A module whose output is explained instead of the input, such as the embedding
+            of tokens; or the name of a tensor of the captured graph.
         options: ``output``, ``channels``, ``input_channels``, ``classes``, ``across``, ``min_std``
             and ``active``, as for :class:`~captum_mipin.IBA`. If there is an ``input_layer``,
             ``input_channels`` is the dimension of its output that holds the channels.
@@ -118,7 +122,8 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
         super().__init__(model, layer, settings, **options)
         if self.input_channels is None:
             raise InputError(
-                "which dimension of the input holds its channels? Say it with input_channels="
+                f"channels={self.channels} does not determine which dimension of the input holds "
+                "its channels: pass that dimension as input_channels="
             )
         self._channels: int = self.input_channels
         if isinstance(input_layer, nn.Module):
@@ -137,30 +142,30 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
         per_position: bool = False,
         **run: Any,
     ) -> Any:
-        """Return what of the input the target's cross entropy needs.
+        """Return the optimised masks of the input, or the bits that pass them.
 
-        There must be one input tensor, unless there is an ``input_layer``.
+        The model must have one input tensor, unless there is an ``input_layer``.
 
         Args:
-            kind: "mask": sigmoid(α) of each element, whose mean over channels is the released map;
-                "information": bits of each element beyond the prior.
+            kind: "mask": sigmoid(α) of each element; the map of the released code is its mean over
+                channels. "information": bits of each element, without those of the prior.
             return_information: True to return also the total bits of each sample.
-            per_position: True for maps without channels, the mean of masks or the sum of bits:
-                (batch, height, width), (batch, tokens). Token ids, which have no channels, get one
-                value a token in any case.
+            per_position: True for maps without channels: (batch, height, width), (batch, tokens).
+                Masks are averaged over channels, and bits are summed. Token ids have no channels,
+                so their maps have one value per token in any case.
             run: ``generator``, ``internal_batch_size`` and ``progress``, as for
                 :meth:`IBA.attribute`.
 
         Returns:
-            A map shaped like ``inputs``, or like the output of ``input_layer``; with
-            ``return_information`` a pair of it and the total (batch,).
+            Maps shaped like ``inputs``, or like the output of ``input_layer``. With
+            ``return_information``, a pair of maps and total bits (batch,).
 
         Raises:
-            NotFittedError: Nothing was estimated yet.
-            ModelChangedError: As for :meth:`IBA.attribute`.
+            NotFittedError: :meth:`estimate` was not called yet.
+            ModelChangedError: The model has changed, as for :meth:`IBA.attribute`.
         """
         if kind not in ("mask", "information"):
-            raise InputError(f"kind={kind!r} is not one of 'mask', 'information'")
+            raise InputError(f"kind={kind!r} is not one of 'mask', 'information': pass one of them")
         tensors, masks = as_inputs(inputs), kind == "mask"
         found = self.explain(tensors, target, additional_forward_args, **run).input
         x, total = tensors[0], found.information.flatten(1).sum(1)
@@ -187,7 +192,7 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
             ]
         masks, critics, generators = zip(*games, strict=True)
         prior = torch.cat(masks)
-        # z = λ x + (1 − λ) n with n from N(0, 1); its bits count from KL against the prior's z
+        # z = λ x + (1 − λ) n with n ~ N(0, 1); its information is the KL against the z of mask m λ
         one = torch.ones((), device=prior.device)
         place = Place(start, Noise(torch.zeros_like(one), one, one), settings.input, self._channels)
         found = self._optimised("input bottleneck", samples, place, run, prior)
@@ -202,15 +207,26 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
         if count > 1 or not dtype.is_floating_point:
             problem = f"{count} inputs" if count > 1 else f"inputs of dtype {dtype}"
             raise InputError(
-                f"{problem} cannot be masked with noise: pass input_layer=, such as the embedding "
-                "of tokens"
+                f"{problem} cannot be masked with noise, expected one floating-point tensor: pass "
+                "input_layer=, such as the embedding of tokens"
             )
         return captured.inputs[0]
 
     def _game(
         self, sample: Samples, start: str, feature: Optimised, seed: int, bar: Any
     ) -> tuple[Tensor, ...]:
-        """Return for one sample the mask at the end of the game, and the losses of both sides."""
+        """Return the mask of one sample after the adversarial training, and the losses.
+
+        Args:
+            sample: The sample.
+            start: Name of the tensor that is masked as the input.
+            feature: The optimised bottlenecks of all samples at the layer.
+            seed: Seed of all random numbers.
+            bar: Progress bar of the epochs.
+
+        Returns:
+            The mask, the critic's losses and the generator's losses, see :func:`adversarial_mask`.
+        """
         part = sample.parts(start, self._name(sample.parts))
         with torch.no_grad():
             x, others = sample.below(part)
@@ -221,7 +237,7 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
         if self.settings.prior.bottleneck == "passed":
             over = positions(alpha, self.channels)
             weight = mask(alpha, self.settings.feature.sigma, over)[0]
-        beside: dict[int, Any] = {}  # by the number of copies
+        beside: dict[int, Any] = {}  # number of copies → the other arguments of the part
 
         def above(masked: Tensor) -> Tensor:
             rows = len(masked)
@@ -239,7 +255,12 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
             )  # fmt: skip
 
     def _initial(self, bits: Tensor, x: Tensor) -> Tensor:
-        """Return the layer's bits at the input's positions; zeros where it has no such."""
+        """Return the initial α: the layer's bits at the input's positions, or 0 without positions.
+
+        Args:
+            bits: (1, ...) bits of the layer's features.
+            x: (1, ...) the tensor that is masked as the input.
+        """
         if bits.ndim != x.ndim or bits.ndim < 3:
             return torch.zeros_like(x)
         grid = at_input(bits, (x,), self.channels, self._channels)

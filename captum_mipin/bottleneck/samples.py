@@ -1,4 +1,4 @@
-"""The samples that a bottleneck explains, in groups, and the graph that they run through."""
+"""Samples that a bottleneck explains, and the parts of the model's graph that run on them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,13 @@ from captum_mipin.propagation.fingerprint import structure
 from captum_mipin.rules import MIPIN
 from captum_mipin.types import Extras, Inputs, Target
 
-#: Masked values that are optimised at a time: few on a CPU, whose cache should hold them.
+#: Number of masked values that are optimised at a time, on a CPU and on any other device. It is
+#: smaller on a CPU, so that the values fit into the cache.
 CPU_VALUES, OTHER_VALUES = 1 << 21, 1 << 26
 
 
 class Parts:
-    """A captured graph and the parts of it that were asked for.
+    """A captured graph, and its parts, which are made at their first use.
 
     Args:
         captured: The graph.
@@ -37,11 +38,16 @@ class Parts:
 
     @cached_property
     def structure(self) -> str:
-        """What the graph computes, see :func:`captum_mipin.propagation.fingerprint.structure`."""
+        """Return a text that describes the graph's operations, see ``fingerprint.structure``."""
         return structure(self.captured, MIPIN)
 
     def __call__(self, start: str, end: str | None = None) -> Part:
-        """Return the part from one tensor to another, by default to the output."""
+        """Return the part of the graph between two tensors.
+
+        Args:
+            start: Name of the tensor at which the part starts.
+            end: Name of the tensor at which it ends; None for the model's output.
+        """
         if (start, end) not in self._parts:
             self._parts[start, end] = Part(self.captured, start, end)
         return self._parts[start, end]
@@ -53,11 +59,11 @@ class Samples:
 
     Attributes:
         model: The model.
-        parts: Its graph for them.
-        inputs: The inputs of the model.
-        extras: Its further arguments.
-        targets: One class for each sample.
-        first: The number of the first sample among all.
+        parts: The model's graph for these inputs, and its parts.
+        inputs: The inputs of the model, each (batch, ...).
+        extras: The further arguments of the model.
+        targets: The target of each sample.
+        first: Index of the first of these samples in the user's batch.
     """
 
     model: nn.Module
@@ -69,7 +75,7 @@ class Samples:
 
     @property
     def rows(self) -> slice:
-        """The place of these samples among all."""
+        """Return the slice of these samples in the user's batch."""
         return slice(self.first, self.first + len(self.targets))
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -79,12 +85,13 @@ class Samples:
         return tuple(map(int, value.shape[1:]))
 
     def groups(self, name: str, copies: int, size: int | None) -> list["Samples"]:
-        """Return the samples in groups to be optimised together.
+        """Return the samples in groups; the samples of a group are optimised together.
 
         Args:
-            name: The tensor that is masked.
-            copies: Masked copies of each sample.
-            size: Samples in a group; None for as many as memory and speed suggest.
+            name: Name of the tensor that is masked.
+            copies: Number of masked copies of each sample.
+            size: Number of samples per group. None: as many as :data:`CPU_VALUES` or
+                :data:`OTHER_VALUES` allow.
         """
         index = torch.arange(len(self.targets), device=self.inputs[0].device)
         if size is None:
@@ -93,17 +100,23 @@ class Samples:
         return [self.pick(some) for some in index.split(size)] if len(index) > size else [self]
 
     def pick(self, index: Tensor) -> "Samples":
-        """Return some of the samples, each as often as ``index`` names it."""
+        """Return the samples at the positions in ``index``, which may contain repetitions."""
         inputs, extras = pick(self.inputs, self.extras, index, self.parts.captured.shared)
         targets = [self.targets[i] for i in index.tolist()]
         return Samples(self.model, self.parts, inputs, extras, targets, self.first + int(index[0]))
 
     def below(self, part: Part) -> tuple[Tensor, Sequence[Any]]:
-        """Return the tensor at which a part starts, and all else that it takes."""
+        """Return the tensor at which a part starts, and the part's other arguments."""
         return part.below(self.parts.captured.values(self.model, self.inputs, self.extras))
 
     def beside(self, part: Part, copies: int, others: Sequence[Any]) -> Sequence[Any]:
-        """Return what a part takes besides its tensor, for several copies of each sample."""
+        """Return the other arguments of a part, for several copies of each sample.
+
+        Args:
+            part: The part.
+            copies: Number of copies of each sample.
+            others: The other arguments for one copy, which :meth:`below` returned.
+        """
         if not part.bypassed:
             return others
         index = torch.arange(len(self.targets), device=self.inputs[0].device).repeat(copies)
@@ -113,15 +126,19 @@ class Samples:
     def objective(
         self, name: str, copies: int, classes: int
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return a tensor, and the cross entropy of masked copies of it.
+        """Return a tensor, and the cross entropy as a function of masked copies of this tensor.
 
         Args:
-            name: The tensor.
-            copies: Masked copies of each sample.
-            classes: The dimension of the output that holds the classes.
+            name: Name of the tensor.
+            copies: Number of masked copies of each sample.
+            classes: The dimension of the model's output that holds the classes.
+
+        Returns:
+            The tensor (batch, ...), and a function that maps copies (copies, batch, ...) to the
+            cross entropy of each sample (batch,).
 
         Raises:
-            InputError: The output is not finite.
+            InputError: The model's output contains NaN or Inf.
         """
         part = self.parts(name)
         with torch.no_grad():
@@ -130,7 +147,8 @@ class Samples:
             others = self.beside(part, copies, others)
         if not finite(logits):
             raise InputError(
-                "the model's output overflows for these inputs: it contains NaN or Inf"
+                "the model's output for these inputs contains NaN or Inf, expected finite values: "
+                "scale the inputs, or use a wider dtype"
             )
         entropy = CrossEntropy(logits, self.targets, classes)
         return x, lambda z: entropy(part.above(z.flatten(0, 1), others))

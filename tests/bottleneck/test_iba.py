@@ -271,7 +271,7 @@ def test_a_dense_layer(mlp):
     before = generator.get_state()
     with pytest.raises(
         errors.InputError,
-        match=r"output of shape \(8,\).*no positions like those of inputs of shape \(6,\)"
+        match=r"output of shape \(8,\).*no positions that match those of inputs of shape \(6,\)"
         r".*at='layer'",
     ):
         iba.attribute(mlp.x[:4], 1, generator=generator)
@@ -460,7 +460,7 @@ def test_several_inputs(x):
     ).eval()
     iba = IBA(model, model.layers["first"], SHORT).estimate((x, x.flip(0)), progress=False)
     assert iba.attribute((x[:2], x[2:4]), 0, at="layer").shape == (2, 2, 6, 6)
-    with pytest.raises(errors.InputError, match="no positions like those of inputs"):
+    with pytest.raises(errors.InputError, match="no positions that match those of inputs"):
         iba.attribute((x[:2], x[2:4]), 0)
 
 
@@ -692,7 +692,7 @@ def test_features_of_another_size_than_estimated(x):
     iba = IBA(model, model[0], SHORT).estimate(x, progress=False)
     with pytest.raises(
         errors.InputError,
-        match=r"shape \(4, 6, 6\) for these inputs, the statistics are of \(4, 8, 8\): resize",
+        match=r"shape \(4, 6, 6\), but its statistics have shape \(4, 8, 8\): resize",
     ):
         iba.attribute(x[:2, :, :6, :6], 0)
     shared = IBA(model, model[0], SHORT, across=(2, 3)).estimate(x, progress=False)
@@ -739,7 +739,7 @@ def test_the_same_weights_in_another_network(x, tmp_path):
     expected = iba.attribute(x[:2], 1)
     with pytest.raises(
         errors.ModelChangedError,
-        match="computes something else than when its features were estimated",
+        match="operations that the model runs have changed since the features were estimated",
     ):
         IBA.load(tmp_path / "file", other).attribute(x[:2], 1)
 
@@ -750,7 +750,9 @@ def test_the_same_weights_in_another_network(x, tmp_path):
         return None
 
     handle = model[1].register_forward_hook(doubles)
-    with pytest.raises(errors.ModelChangedError, match="computes something else"):
+    with pytest.raises(
+        errors.ModelChangedError, match="operations that the model runs have changed"
+    ):
         iba.attribute(x[:2], 1)
     handle.remove()
     handle = model[1].register_forward_hook(looks)
@@ -830,7 +832,7 @@ def test_options_out_of_range(model, options, message):
 
 def test_dimensions_that_are_not_there(model, x):
     with pytest.raises(
-        errors.InputError, match=r"channels=7 and across=\(\) do not name dimensions"
+        errors.InputError, match=r"channels=7 and across=\(\) are not all dimensions"
     ):
         IBA(model, model[1], channels=7).estimate(x, progress=False)
 
