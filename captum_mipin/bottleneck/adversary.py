@@ -111,20 +111,18 @@ def adversarial_mask(
     Args:
         x: (1, ...) the input.
         features: (1, ...) f, the layer's features for ``x``.
-        weight: (1, ...) w, in the shape of ``features``. The features behind the bottleneck are
-            w f + (1 − w) · noise.
-        initial: (1, ...) the initial α, in the shape of ``x``; the mask is sigmoid(α).
+        weight: w, shaped like ``features``; those behind the bottleneck are w f + (1 − w) · noise.
+        initial: The initial α, shaped like ``x``; the mask is sigmoid(α).
         above: Function that maps masked inputs (batch, ...) to the layer's features (batch, ...).
         settings: The settings of the training.
         channels: The dimension of ``features`` that holds the channels.
         input_channels: The dimension of ``x`` that holds the channels.
         draw: Generator of all random numbers.
         first: Number of the sample, for errors.
-        bar: Progress bar that is advanced by 1 after each epoch.
+        bar: Progress bar, advanced by 1 after each epoch.
 
     Returns:
-        The mask (1, ...), the losses of the critic (iterations,) and those of the generator
-        (iterations,). A loss is NaN in iterations that did not compute it.
+        The mask (1, ...), and the losses of critic and generator (iterations,); NaN: not computed.
 
     Raises:
         InputError: A loss is NaN or Inf, or no critic is defined for features of this shape.

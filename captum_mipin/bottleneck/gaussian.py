@@ -231,21 +231,18 @@ def optimise(
     first: int = 0,
     bar: "tqdm[Any] | None" = None,
 ) -> Optimised:
-    """Optimise a mask for each sample; its result does not depend on the other samples.
-
-    All samples get the same noise.
+    """Optimise a mask for each sample; all get the same noise, so they do not affect each other.
 
     Args:
         x: (batch, ...) the tensor to be masked.
         noise: The noise that replaces masked elements.
-        cross_entropy: Function that maps masked copies (copies, batch, ...) to the cross entropy
-            of each sample (batch,), the mean over the copies.
+        cross_entropy: Masked copies (copies, batch, ...) → their mean cross entropy (batch,).
         settings: The settings of the optimisation.
         positions: Dimensions of ``x`` along which the mask is smoothed.
         prior: (batch, ...) mask of a prior, or 0 for no prior; see :func:`information`.
         seed: Seed of the noise.
         first: Number of the first sample, for errors.
-        bar: Progress bar that is advanced by the number of samples after each step.
+        bar: Progress bar, advanced by the batch size after each step.
 
     Raises:
         InputError: A loss or gradient is NaN or Inf.
@@ -263,8 +260,7 @@ def optimise(
         entropy = cross_entropy(z.to(x.dtype)).to(masked.dtype)
         if not entropy.requires_grad:
             raise CaptureError(
-                "no gradient of the model's output reaches the layer, expected an output that "
-                "depends on it: use another layer"
+                "no gradient of the model's output reaches the layer: use a layer that affects it"
             )
         # L = L_CE + β L_I (Schulz et al.)
         loss = entropy + settings.beta * told.flatten(1).mean(1)

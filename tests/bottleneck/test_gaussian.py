@@ -270,7 +270,10 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_the_step():
         bad = torch.tensor([1.0, 1.0, float("nan") if len(calls) == 3 else 1.0, 1.0])
         return z.sum(2).mean(0) * bad
 
-    message = r"loss of sample 12 or its gradient is NaN or Inf at step 2.*overflows when the noise"
+    message = (
+        r"loss of sample 12 or its gradient is NaN or Inf at step 2.*overflow when the "
+        "bottleneck's noise"
+    )
     with pytest.raises(InputError, match=message):
         optimise(x, standard(6, dtype=torch.float32), cross_entropy, Bottleneck(sigma=0), first=10)
 

@@ -724,7 +724,7 @@ def test_weights_changed_and_training_mode(own, x):
         own.model[7].bias[0] += 1
     with pytest.raises(
         errors.ModelChangedError,
-        match="weights have changed since the features were estimated: call estimate again",
+        match="weights have changed since the features were estimated: call estimate",
     ):
         own.attribute(x[:1], 0)
     own.estimate(x, progress=False).attribute(x[:1], 0)
@@ -818,11 +818,11 @@ def test_examples_that_depend_on_each_other(x):
     ("options", "message"),
     [
         ({"settings": "best"}, "settings='best' is not one of 'published', 'fast'"),
-        ({"settings": 10}, "settings are a int"),
+        ({"settings": 10}, "settings is a int, expected a Bottleneck"),
         ({"min_std": 0}, "min_std=0 must be above 0"),
         ({"active": 1}, "active=1 must be"),
-        ({"channels": 0}, "other than the first"),
-        ({"across": (0,)}, "other than the first"),
+        ({"channels": 0}, "contain 0, which is the batch"),
+        ({"across": (0,)}, "contain 0, which is the batch"),
     ],
 )
 def test_options_out_of_range(model, options, message):

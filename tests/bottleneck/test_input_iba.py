@@ -554,7 +554,7 @@ def test_a_prior_that_overflows_names_the_sample(x):
         ({"batch": 1}, "batch=1 must be a whole number of at least 2"),
         (
             {"samples": 10, "batch": 3},
-            "samples=10 leave a batch=3 of one, over which the critic cannot normalise",
+            "samples=10 with batch=3 leaves a last batch of one feature, over which the critic",
         ),
         ({"clip": 0}, "clip=0 must be above 0"),
         ({"width": float("inf")}, "width=inf must be above 0"),
