@@ -1,6 +1,6 @@
 """Explain predictions with MIP-IN, inside Captum.
 
-This module has the names that most users need. The rest lives in the subpackages ``methods``,
+This module has the names that most users need. Further names are in ``captum_mipin.methods``,
 ``bottleneck``, ``metrics``, ``rules`` and ``errors``.
 """
 

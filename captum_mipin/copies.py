@@ -6,9 +6,10 @@ from torch import fx, nn
 
 
 def copy_memo(model: nn.Module) -> dict[int, Any]:
-    """Return the memo with which ``copy.deepcopy`` can copy a model that holds exported programs.
+    """Return a memo for ``copy.deepcopy``, with which it can copy models with exported programs.
 
-    It leaves out the traced values of their graphs, which torch cannot copy.
+    torch cannot copy the traced values in the graphs of exported programs. With this memo, the
+    copy uses the same traced values as the original.
     """
     parts = (part for module in model.modules() for part in vars(module).values())
     graphs = (

@@ -4,23 +4,23 @@ Every error is a :class:`MIPINError`, and also the built-in error that a user of
 
     MIPINError
     ├── CaptureError (RuntimeError)                           the model has no usable graph
-    │   ├── TrainingModeError                                 it is in training mode
-    │   └── UnsupportedOperationError (NotImplementedError)   it has an operation without a rule
+    │   ├── TrainingModeError                                 the model is in training mode
+    │   └── UnsupportedOperationError (NotImplementedError)   an operation has no rule
     ├── RuleError (ValueError)                                a rule cannot be registered
     ├── InputError (AssertionError, ValueError)               inputs or options are wrong
     ├── TargetError (AssertionError, ValueError)              a target does not fit the output
-    │   └── TargetRangeError (IndexError)                     its index is out of range
+    │   └── TargetRangeError (IndexError)                     a target's index is out of range
     ├── NotFittedError (ValueError)                           fit has to be called first
     ├── FitError (ValueError)                                 the data for fit is wrong
     ├── ModelChangedError (RuntimeError)                      the model is not the one fitted to
-    └── InverseFileError (ValueError)                         a file is no saved inverse
+    └── InverseFileError (ValueError)                         a file is not a saved inverse
 
-A message says what was found, what was expected, and what to do.
+Each message has three parts: what was found, what was expected, and what to do.
 """
 
 
 class MIPINError(Exception):
-    """Base of every error of this package."""
+    """Base class of every error of this package."""
 
 
 class CaptureError(MIPINError, RuntimeError):
@@ -28,21 +28,21 @@ class CaptureError(MIPINError, RuntimeError):
 
 
 class TrainingModeError(CaptureError):
-    """The model, or a part of it, is in training mode: call ``model.eval()``."""
+    """The model or one of its modules is in training mode: call ``model.eval()``."""
 
 
 class UnsupportedOperationError(CaptureError, NotImplementedError):
-    """The model uses an operation that no rule covers: see :func:`captum_mipin.register_rule`."""
+    """The model uses an operation without a rule: see :func:`captum_mipin.register_rule`."""
 
 
 class RuleError(MIPINError, ValueError):
-    """A rule cannot be registered, or computes something else than its operation."""
+    """A rule cannot be registered, or its result differs from that of its operation."""
 
 
 class InputError(MIPINError, AssertionError, ValueError):
-    """Inputs have the wrong type, shape, dtype or device, are empty or not finite.
+    """Inputs have the wrong type, shape, dtype or device, are empty, or contain NaN or Inf.
 
-    Also raised for options that do not exist, or do not go together.
+    Also raised for options that do not exist, or that cannot be combined.
     """
 
 
@@ -51,11 +51,11 @@ class TargetError(MIPINError, AssertionError, ValueError):
 
 
 class TargetRangeError(TargetError, IndexError):
-    """A target is an index outside the model's output."""
+    """The index of a target is outside the model's output."""
 
 
 class NotFittedError(MIPINError, ValueError):
-    """No inverse has been fitted, or none for this class or layer: call ``fit`` first."""
+    """No inverse has been fitted for this class or layer: call ``fit`` first."""
 
 
 class FitError(MIPINError, ValueError):
@@ -63,16 +63,16 @@ class FitError(MIPINError, ValueError):
 
 
 class ModelChangedError(MIPINError, RuntimeError):
-    """The model is another than the inverse was fitted to, or its weights have changed since."""
+    """The model is not the one the inverse was fitted to, or its weights have changed since."""
 
 
 class ModelChangedWarning(UserWarning):
-    """The model's weights have changed since the fit, which ``changed="warn"`` allows."""
+    """The model's weights have changed since the fit, and ``changed="warn"`` was chosen."""
 
 
 class ChanceWarning(UserWarning):
-    """A random map scores above 0.9, so that a score says little about a method."""
+    """A random map scores above 0.9, so a high score is no evidence of a good method."""
 
 
 class InverseFileError(MIPINError, ValueError):
-    """A file is no saved inverse, or is damaged."""
+    """A file is not a saved inverse, or it is damaged."""

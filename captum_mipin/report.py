@@ -7,18 +7,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How well one operation was inverted for one target.
+    """The quality of the inverse of one operation for one target.
 
     Attributes:
-        target: The class, as users write it.
-        layer: Module path and operation.
-        rows: Rows of the regression: the examples, for a convolution times the positions, or times
-            the tiles where its windows tile the input.
-        features: How many features are regressed, each with coefficients of its own.
-        signals: How many signals each feature is regressed on.
-        explained_variance: The share of the features' variance that the inverse explains on the
+        target: The class, in the form of Captum's ``target``.
+        layer: Module path and name of the operation.
+        rows: Number of rows of the regression. This is the number of examples; for a convolution,
+            it is multiplied by the number of positions, or by the number of tiles if the windows
+            tile the input.
+        features: Number of regressed features; each has its own coefficients.
+        signals: Number of signals that each feature is regressed on.
+        explained_variance: Share of the features' variance that the inverse explains on the
             fitting data, before the forward mask; at most 1.
-        dead: How many signals never vary.
+        dead: Number of signals that never vary.
         condition: 1-norm condition number of the regularised Gram matrix; None for SGD.
         solver: "exact" or "sgd".
     """
@@ -36,7 +37,7 @@ class LayerFit:
 
 @dataclass(frozen=True)
 class FitReport:
-    """The fit of every layer for every target.
+    """The quality of the inverse of every layer for every target.
 
     Examples:
         >>> print(FitReport((LayerFit(3, "0/linear", 100, 784, 512, 0.81, 12, 5.2e3, "exact"),)))
@@ -70,20 +71,21 @@ class FitReport:
         return table(header, rows)
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """Return one dictionary for each layer and target."""
+        """Return one dictionary per layer and target."""
         return [asdict(fit) for fit in self.layers]
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One operation of a model.
+    """The result of ``check`` for one operation of a model.
 
     Attributes:
-        path: The path of its module.
-        operation: Its name.
-        status: "supported" by a rule, "passes" if its adjoint is right, or "refused".
-        note: What happens to the signal there.
-        caveat: In what respect the method does not hold there; empty for none.
+        path: Path of the module that contains the operation.
+        operation: Name of the operation.
+        status: "supported" if a rule inverts the operation, "passes" if its adjoint is the correct
+            inverse, "refused" if it cannot be inverted.
+        note: The effect of the operation on the signal.
+        caveat: The property of the method that does not hold at this operation; empty if all hold.
     """
 
     path: str
@@ -95,18 +97,18 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Every operation between input and output of a model."""
+    """The results of ``check`` for every operation between input and output of a model."""
 
     rows: tuple[CheckRow, ...]
 
     @property
     def refused(self) -> tuple[CheckRow, ...]:
-        """The operations that no signal can be sent back through."""
+        """The operations that cannot send a signal back."""
         return tuple(row for row in self.rows if row.status == "refused")
 
     @property
     def caveats(self) -> tuple[CheckRow, ...]:
-        """The operations that do not conserve the signal, or that the method does not define."""
+        """The operations that do not conserve the signal, or that the paper does not define."""
         return tuple(row for row in self.rows if row.caveat)
 
     @property
@@ -125,7 +127,7 @@ class CheckReport:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return columns of text, of which the first ``left`` are aligned left, the others right."""
+    """Return a table as text; its first ``left`` columns are aligned left, the others right."""
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [
@@ -139,6 +141,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def _span(values: Sequence[float], form: str) -> str:
-    """Return the range of some values, or the one value that they have."""
+    """Return the range of the values as text, such as "2-5", or "2" if all are equal."""
     low, high = format(min(values), form), format(max(values), form)
     return low if low == high else f"{low}-{high}"

@@ -1,4 +1,4 @@
-"""Targets: everything Captum takes, as one class an example."""
+"""Targets in every form that Captum accepts, converted to one class per example."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -16,13 +16,13 @@ def per_example(target: Any, output: Tensor) -> list[Target]:
     """Return the class of each example of a batch.
 
     Args:
-        target: The class or classes, as Captum takes them: an int; a tuple of ints for outputs of
-            more dimensions; an integer tensor or array with no or one dimension; a list of ints or
-            of tuples, one for each example; None for outputs (batch,) and (batch, 1).
-        output: (batch, *dims) the model's output, of which only the shape is read.
+        target: The class or classes, in a form that Captum accepts: an int; a tuple of ints for
+            outputs with several dimensions; an integer tensor or array with 0 or 1 dimensions; a
+            list with one int or tuple per example; None for outputs (batch,) and (batch, 1).
+        output: Tensor (batch, *dims), the model's output; only its shape is used.
 
     Returns:
-        For each example the index of its class among ``dims``, without negative numbers.
+        One tuple per example: the index of its class among ``dims``, without negative numbers.
 
     Raises:
         TargetError: The target does not fit the output.
@@ -36,7 +36,7 @@ def per_example(target: Any, output: Tensor) -> list[Target]:
     """
     if output.ndim == 0:
         raise TargetError(
-            "the model returns one number for the whole batch, expected a row of outputs for each "
+            "the model returns one number for the whole batch, expected one row of outputs per "
             "example: let it return shape (batch,) or (batch, classes)"
         )
     batch, dims = len(output), tuple(output.shape[1:])
@@ -44,18 +44,21 @@ def per_example(target: Any, output: Tensor) -> list[Target]:
         target = torch.from_numpy(target) if target.dtype.kind in "iufb" else target.tolist()
     if isinstance(target, Tensor):
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise TargetError(f"the target is a tensor of dtype {target.dtype}, expected integers")
+            raise TargetError(
+                f"the target is a tensor of dtype {target.dtype}, expected integers: convert it, "
+                "for example with target.long()"
+            )
         if target.ndim > 1:
             raise TargetError(
-                f"the target is a tensor of shape {tuple(target.shape)}, expected one index for "
-                "each example: one dimension"
+                f"the target is a tensor of shape {tuple(target.shape)}, expected one dimension "
+                "with one index per example: pass targets of several indices as a list of tuples"
             )
         target = target.item() if target.numel() == 1 else target.tolist()
     if not isinstance(target, list):
         return [target_index(target, dims)] * batch
     if len(target) != batch:
         raise TargetError(
-            f"{len(target)} targets were given for {batch} examples: pass one for each example, "
+            f"{len(target)} targets were given for {batch} examples: pass one target per example, "
             "or one for all"
         )
     return [target_index(label, dims) for label in target]
@@ -65,9 +68,9 @@ def target_index(target: Any, dims: Sequence[int]) -> Target:
     """Return the index of one class among the outputs of a model.
 
     Args:
-        target: An int, a tuple of ints, or None where there is only one output.
-        dims: The shape of the model's output without the batch. A target need not index the last
-            dimensions if they have size 1.
+        target: An int, a tuple of ints, or None if there is only one output.
+        dims: Shape of the model's output without the batch dimension. A target may leave out the
+            indices of last dimensions of size 1.
 
     Raises:
         TargetError: The target does not fit ``dims``.
@@ -91,19 +94,22 @@ def target_index(target: Any, dims: Sequence[int]) -> Target:
             f"outputs of shape {shape}; pass several classes as a list"
         )
     if not all(-size <= i < size for i, size in zip(index, shape, strict=True)):
-        raise TargetRangeError(f"target {target!r} is outside the model's outputs of shape {shape}")
+        raise TargetRangeError(
+            f"target {target!r} is outside the model's outputs of shape {shape}: expected each "
+            "index to be smaller than the size of its dimension"
+        )
     return tuple(i % size for i, size in zip(index, shape, strict=True))
 
 
 def target_indices(targets: Any, dims: Sequence[int]) -> list[Target]:
-    """Return the classes to fit, each once, in the order given.
+    """Return the classes to fit without duplicates, in the order of ``targets``.
 
     Args:
-        targets: One class, several in any iterable, or None for all outputs.
-        dims: The shape of the model's output without the batch.
+        targets: One class, an iterable of classes, or None for all outputs.
+        dims: Shape of the model's output without the batch dimension.
 
     Raises:
-        TargetError: A target does not fit ``dims``, or there is none.
+        TargetError: A target does not fit ``dims``, or ``targets`` is empty.
         TargetRangeError: An index lies outside ``dims``.
     """
     if targets is None:
@@ -119,16 +125,17 @@ def target_indices(targets: Any, dims: Sequence[int]) -> list[Target]:
 
 
 def target_label(target: Target) -> int | tuple[int, ...] | None:
-    """Return a class as users write it: an int, a tuple, or None for the only output."""
+    """Return a class in the form of Captum's ``target``: an int, a tuple, or None."""
     return target[0] if len(target) == 1 else (target or None)
 
 
 def _integer(value: Any, target: Any) -> int:
-    """Return one index of ``target`` as an int; Captum refuses bool, and so does this."""
+    """Return one index of ``target`` as an int; raise TargetError for a bool, as Captum does."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TargetError(
-            f"target {target!r} of type {type(target).__name__} is not valid: expected integers"
+            f"target {target!r} of type {type(target).__name__} is not valid: expected integers, "
+            "such as target=3"
         )
     return operator.index(value)

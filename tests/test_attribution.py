@@ -1025,7 +1025,7 @@ def test_a_layer_above_the_one_that_the_inverse_stops_at() -> None:
     model, inverse, x = mixed_layers()
     assert LayerMIPINAttribution(model, inverse, model[5]).attribute(x[:3], 1).shape == (3, 4, 2, 2)
     higher = InverseNetwork(model, layer=model[5]).fit(x, targets=1, progress=False)
-    with pytest.raises(NotFittedError, match=r"stops at layer '5', and has nothing for 4/conv2d"):
+    with pytest.raises(NotFittedError, match=r"stops at layer '5', and did not learn 4/conv2d"):
         LayerMIPINAttribution(model, higher, model[1]).attribute(x[:3], 1)
     with pytest.raises(NotFittedError, match="stops at layer '1', it does not reach the input"):
         MIPINAttribution(model, inverse).attribute(x[:3], 1)

@@ -228,9 +228,9 @@ def test_what_an_inverse_does_not_lead_to() -> None:
     model, x = Residual().eval(), torch.randn(40, 4)
     inverse = InverseNetwork(model, layer=model.inner).fit(x, progress=False)
     message = (
-        r"this inverse stops at layer 'inner', and has nothing for act/relu/fork on the way to "
-        r"layer 'act'. "
-        r"Explain a layer above, or fit another inverse with layer= at layer 'act'"
+        r"this inverse stops at layer 'inner', and did not learn act/relu/fork, which it needs to "
+        r"reach layer 'act': explain a layer closer to the output, or fit another inverse that "
+        r"stops at layer 'act'"
     )
     with pytest.raises(NotFittedError, match=message):
         LayerMIPINAttribution(model, inverse, model.act).attribute(x[:2], 0)
@@ -536,8 +536,8 @@ def test_a_result_is_finite_or_an_error(mlp: Any, scale: float) -> None:
             r"a batch is a ndarray, expected a tensor or a tuple .*unpack=lambda batch",
         ),
         (lambda x: x[:0], "input 0 is empty: its shape is .0, 6."),
-        (lambda x: [], "yields no batch: nothing to fit on"),
-        (lambda x: (), "yields no batch: nothing to fit on"),
+        (lambda x: [], "yields no batch, expected at least one: pass more data"),
+        (lambda x: (), "yields no batch, expected at least one: pass more data"),
         (lambda x: [x[:0]], r"batch 0: input 0 is empty: its shape is \(0, 6\)"),
         (lambda x: x[0, 0], r"input 0 is empty: its shape is \(\)"),
         (lambda x: [x[0, 0]], r"batch 0: input 0 is empty: its shape is \(\)"),
@@ -553,11 +553,12 @@ def test_a_result_is_finite_or_an_error(mlp: Any, scale: float) -> None:
         (lambda x: [x[:1]], "the data has 1 example, expected at least two"),
         (
             lambda x: [x[:16], x[16:32, :5]],
-            r"batch 1 has inputs of shape and dtype \[\(\(5,\).*the first batch had \[\(\(6,\)",
+            r"batch 1 has inputs of shape and dtype \[\(\(5,\).*expected \[\(\(6,\).*in the first "
+            r"batch: convert",
         ),
         (
             lambda x: [x[:16], x[16:32].double()],
-            r"batch 1 has .*float64.*the first batch had .*float32",
+            r"batch 1 has .*float64.*expected .*float32.* in the first batch",
         ),
         (lambda x: [x[:16], (x[:16], x[:16])[0] / 0], "batch 1: input 0 contains NaN or Inf"),
         (
@@ -591,8 +592,8 @@ def test_data_of_another_shape_than_that_of_earlier_fits(own_cnn: Any, survives:
     with (
         pytest.raises(
             InputError,
-            match=r"the data has inputs .*\(3, 9, 9\) torch.float32, that of earlier "
-            r"fits \(3, 8, 8\)",
+            match=r"the data has inputs .*\(3, 9, 9\) torch.float32, expected \(3, 8, 8\) "
+            r"torch.float32 as in earlier fits",
         ),
         survives(own_cnn),
     ):
@@ -609,7 +610,8 @@ def test_a_used_up_generator(mlp: Any, survives: Any) -> None:
         mlp,
         survives,
         FitError,
-        r"yields no batch: nothing to fit on\. An iterator that is used up has to be made anew",
+        r"yields no batch, expected at least one: pass more data\. An iterator that was used up "
+        r"yields nothing: pass a new one",
         used,
     )
 
@@ -823,9 +825,9 @@ def test_unknown_classes_to_fit(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ridge": -1.0}, r"ridge=-1\.0 must be a number of at least 0"),
-        ({"ridge": float("nan")}, "ridge=nan must be a number of at least 0"),
-        ({"ridge": float("inf")}, "ridge=inf must be a number"),
+        ({"ridge": -1.0}, r"ridge=-1\.0 must be a finite number of at least 0"),
+        ({"ridge": float("nan")}, "ridge=nan must be a finite number of at least 0"),
+        ({"ridge": float("inf")}, "ridge=inf must be a finite number"),
         ({"ridge_scale": "max"}, "ridge_scale='max' is not one of 'relative', 'mean', 'sum'"),
         ({"pooling": "max"}, "pooling='max' is not one of 'shares', 'even'"),
         ({"solver": "adam"}, "solver='adam' is not one of 'exact', 'sgd'"),
@@ -839,7 +841,9 @@ def test_options_out_of_range(mlp: Any, options: Any, message: str) -> None:
 
 def test_a_diverging_descent(cnn: Any) -> None:
     inverse = InverseNetwork(cnn.model, solver="sgd", epochs=3, learning_rate=1e30)
-    with pytest.raises(FitError, match=r"SGD diverged at 0/conv2d, target 0: lower learning_rate="):
+    with pytest.raises(
+        FitError, match=r"SGD diverged at 0/conv2d, target 0, to NaN or Inf: lower learning_rate="
+    ):
         inverse.fit(cnn.x, targets=0, progress=False)
     assert inverse.targets == []
 

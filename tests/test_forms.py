@@ -230,7 +230,7 @@ def test_a_dense_layer_of_another_width_is_named_with_the_way_out(untouched):
     message = (
         r"(?s)cannot capture Sequential for inputs \(2, 1, 9, 9\).*F\.linear.*"
         r"in module '3' \(Linear\).*"
-        r"was fitted on \(1, 8, 8\) torch\.float32\. Pass such inputs, resized if need be.*"
+        r"was fitted on \(1, 8, 8\) torch\.float32\. Resize the inputs to these shapes.*"
         r"nn\.AdaptiveAvgPool2d"
     )
     for call in (inverse.source_signal, MIPINAttribution(model, inverse).attribute):
@@ -326,7 +326,7 @@ def test_another_model_is_noticed_at_another_size_too(tmp_path):
         InverseNetwork.load(tmp_path / "file", model(2)).source_signal(y[:2], 0)
     ).all()
     for size in (x, y):
-        with pytest.raises(errors.ModelChangedError, match="computes something else"):
+        with pytest.raises(errors.ModelChangedError, match="operations differ from those of"):
             InverseNetwork.load(tmp_path / "file", model(3)).source_signal(size[:2], 0)
 
 
@@ -338,7 +338,9 @@ def test_sizes_do_not_mix_in_one_fit():
     ):
         fitted(model, [x, y])
     inverse = fitted(model, x)
-    with pytest.raises(errors.InputError, match=r"the data has inputs .* that of earlier fits "):
+    with pytest.raises(
+        errors.InputError, match=r"the data has inputs .* expected .* as in earlier fits"
+    ):
         inverse.fit(y, 0, progress=False)
 
 
@@ -387,7 +389,7 @@ def test_a_loaded_inverse_with_further_arguments_takes_another_size_of_the_same_
     if window == 2:
         assert loaded.source_signal(normal(3, 2, 16, 16), 0, scale[:3]).shape == (3, 2, 16, 16)
     else:
-        with pytest.raises(errors.ModelChangedError, match="computes something else"):
+        with pytest.raises(errors.ModelChangedError, match="operations differ from those of"):
             loaded.source_signal(normal(3, 2, 16, 16), 0, scale[:3])
 
 
@@ -927,7 +929,7 @@ def test_what_would_go_another_way_at_another_size_is_refused_there(name):
     torch.manual_seed(0)
     inverse = fitted(model, torch.randn(60, *size))
     assert inverse.source_signal(torch.randn(3, *size), 0).isfinite().all()
-    with pytest.raises(errors.CaptureError, match="computes something else than for those"):
+    with pytest.raises(errors.CaptureError, match="operations differ from those for the inputs"):
         inverse.source_signal(torch.randn(3, *other), 0)
 
 

@@ -105,7 +105,7 @@ def test_numpy_integers_and_integer_tensors_count_as_ints(target: Any) -> None:
         (torch.tensor([True, False]), "dtype torch.bool, expected integers"),
         (
             torch.zeros(2, 1, dtype=torch.long),
-            r"shape \(2, 1\), expected one index for each example",
+            r"shape \(2, 1\), expected one dimension with one index per example",
         ),
         ([0], "1 targets were given for 2 examples"),
         ([0, 1, 2], "3 targets were given for 2 examples"),

@@ -1,4 +1,4 @@
-"""The base class of inverses: one pass forward, and passes back to the input or to a layer."""
+"""The base class of inverses: one forward pass, then backward passes to the input or a layer."""
 
 import sys
 import warnings
@@ -48,32 +48,32 @@ from captum_mipin.version import __version__
 
 
 class FittedState(Protocol):
-    """What a fit leaves behind: what it was fitted on, and the classes that can be explained."""
+    """The result of a fit: its model and kind of inputs, and the classes that can be explained."""
 
     @property
     def origin(self) -> Origin:
-        """The model and the kind of inputs."""
+        """The model and the kind of inputs of the fit."""
 
     @property
     def targets(self) -> Sequence[Target]:
-        """The classes."""
+        """The classes that can be explained."""
 
 
 S = TypeVar("S", bound=FittedState)
 _Self = TypeVar("_Self", bound="ModelInverse[Any]")
 
-#: (class, its examples) for each run of equal classes in a batch.
+#: One pair (class, slice of its examples) per run of equal classes in a batch.
 Groups = Sequence[tuple[Target, slice]]
 
 
 class ModelInverse(Saved, Generic[S]):
     """An inverse of a trained model: it sends the logit of a class back to the input or a layer.
 
-    The model is never changed; its parameters are read as they are at each call. A subclass says
-    which inverses the examples of a batch have. The arguments are those of :class:`InverseNetwork`.
+    The model is never changed; each call reads its current parameters. Subclasses choose the
+    inverse of each example. The arguments are those of :class:`InverseNetwork`.
 
     Raises:
-        InputError: An option is out of its range.
+        InputError: An option has a value that is not allowed.
     """
 
     def __init__(
@@ -100,21 +100,23 @@ class ModelInverse(Saved, Generic[S]):
 
     @property
     def targets(self) -> list[int | tuple[int, ...] | None]:
-        """The classes that can be explained, as ``target`` takes them; empty before a fit."""
+        """The classes that can be explained, in the form of ``target``; empty before a fit."""
         return [] if self._state is None else [target_label(t) for t in self._state.targets]
 
     def source_signal(
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
         local: bool = True, mask_input: bool = False,
     ) -> Any:  # fmt: skip
-        """Return S, what the logit of a class carries of the input (equation 5).
+        """Return the source signal S: the input's part related to a class's logit (equation 5).
 
         Args:
             inputs: Tensor (batch, ...) or tuple of tensors.
-            target: The class, as Captum's ``target``; examples may have different ones.
+            target: The class, in any form of Captum's ``target``; it may differ between examples.
             additional_forward_args: Further arguments of the model.
-            local: Use the forward masks of each example (equation 9); False for the global view.
-            mask_input: Apply equation 9 also to the input. The paper does so only at a layer.
+            local: True to use the forward masks of each example (equation 9), False for the global
+                view.
+            mask_input: True to apply equation 9 to the input as well. The paper applies it only at
+                a layer.
 
         Returns:
             The signal, with the shape, dtype and device of ``inputs``.
@@ -128,32 +130,33 @@ class ModelInverse(Saved, Generic[S]):
         return like(inputs, self.explain(as_inputs(inputs), target, extras, **options).signals[0])
 
     def distractor(self, inputs: Tensor | Inputs, *args: Any, **options: Any) -> Any:
-        """Return X − S, what the logit does not carry; arguments as in :meth:`source_signal`."""
+        """Return the distractor X − S; the arguments are those of :meth:`source_signal`."""
         signals = as_inputs(self.source_signal(inputs, *args, **options))
         pairs = zip(as_inputs(inputs), signals, strict=True)
         return like(inputs, tuple(x.detach() - s for x, s in pairs))
 
     @abstractmethod
     def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
-        """Return the global map of a class, if there is one."""
+        """Return the global map of a class, or raise NotFittedError if the inverse has none."""
 
     def explain(
         self, inputs: Inputs, target: Any, extras: Extras = (), **options: Any
     ) -> Explanation:
-        """Send the logits of the target back, once for each entry of ``biases``.
+        """Send the logits of the target back, once per entry of ``biases``.
 
         Args:
             inputs: Tensors (batch, ...).
-            target: The class, as Captum's ``target``; examples may have different ones.
+            target: The class, in any form of Captum's ``target``; it may differ between examples.
             extras: Further arguments of the model.
             options: ``biases``, ``local``, ``mask``, ``layer`` and ``evidence``, see
                 :class:`~captum_mipin.inverse.explain.Request`.
 
         Raises:
-            NotFittedError: The class was not fitted, or the inverse does not reach so far.
-            InputError: The inputs have the wrong type, shape or dtype, or hold NaN or Inf.
+            NotFittedError: The class was not fitted, or the inverse does not reach the input or
+                the layer.
+            InputError: The inputs have the wrong type, shape or dtype, or contain NaN or Inf.
             TargetError: The model has no such class.
-            CaptureError: The model computes something else for inputs of this size.
+            CaptureError: The model's operations differ for inputs of this size.
             ModelChangedError: The model has changed since the fit.
         """
         request = Request(inputs=inputs, target=target, extras=extras, **options)
@@ -166,12 +169,15 @@ class ModelInverse(Saved, Generic[S]):
                 "LayerMIPINAttribution, or fit InverseNetwork(model) without layer="
             )
         if request.evidence and not (request.local and self.settings.shares):
-            raise InputError('evidence=True needs local=True and pooling="shares"')
+            raise InputError(
+                'evidence=True needs local=True and pooling="shares": change these options, or '
+                "leave out evidence=True"
+            )
         mask = request.local and (request.mask or request.layer is not None)
         return self._back(state, replace(request, mask=mask))
 
     def _back(self, state: S, request: Request) -> Explanation:
-        """Run the passes of a checked request."""
+        """Run the forward pass and the backward passes of a checked request."""
         check_model(self.model)
         self._check_weights(state)
         with plain_modes(request.inputs[0].device):
@@ -183,7 +189,7 @@ class ModelInverse(Saved, Generic[S]):
             targets = per_example(request.target, outputs)
             self._check_targets(state, targets)
             request = replace(request, inputs=inputs, extras=extras, target=targets)
-            # the examples of a class stand together, so that its inverse is applied to all at once
+            # sorted by class, so that the inverse of a class is applied to all its examples at once
             order = sorted(range(len(targets)), key=targets.__getitem__)
             if order == list(range(len(targets))):
                 return self._passes(state, request, surrogate)
@@ -192,7 +198,7 @@ class ModelInverse(Saved, Generic[S]):
             return self._passes(state, request, surrogate).pick(rows.argsort())
 
     def _passes(self, state: S, request: Request, surrogate: Surrogate) -> Explanation:
-        """Run one pass forward, and one back for each entry of ``request.biases``."""
+        """Run one forward pass, and one backward pass per entry of ``request.biases``."""
         options = Options(local=request.local, shares=self.settings.shares)
         evidence = surrogate.average() if request.evidence else None
         run = Run(surrogate.steps, options, evidence=evidence)
@@ -218,7 +224,8 @@ class ModelInverse(Saved, Generic[S]):
                 if not all(map(finite, signal)):
                     raise InputError(
                         "the model's output or the signal overflows for these inputs: it contains "
-                        "NaN or Inf. Scale the inputs as in training, or use a wider dtype"
+                        "NaN or Inf, expected finite numbers. Scale the inputs as in training, or "
+                        "use a wider dtype"
                     )
                 signals.append(tuple(s.detach().contiguous() for s in signal))
         explained = logits.flatten(1).sum(1) if logits.ndim > 1 else logits
@@ -228,7 +235,7 @@ class ModelInverse(Saved, Generic[S]):
     def _inverses(
         self, state: S, request: Request, surrogate: Surrogate, features: Inputs
     ) -> tuple[Mapping[Target, Inverses], Groups]:
-        """Return the inverses that a batch needs, and which examples have which of them."""
+        """Return the inverses that a batch needs, and the examples that belong to each inverse."""
 
     def _check_targets(self, state: S, targets: Sequence[Target]) -> None:
         """Raise NotFittedError if a class was not fitted."""
@@ -248,9 +255,10 @@ class ModelInverse(Saved, Generic[S]):
         missing = [key for key in surrogate.learned if key not in keys]
         if missing:
             raise NotFittedError(
-                f"this inverse stops at {self._name(self.layer)}, and has nothing for "
-                f"{', '.join(missing[:4])} on the way to {self._name(layer)}. Explain a layer "
-                f"above, or fit another inverse with layer= at {self._name(layer)}"
+                f"this inverse stops at {self._name(self.layer)}, and did not learn "
+                f"{', '.join(missing[:4])}, which it needs to reach {self._name(layer)}: explain a "
+                "layer closer to the output, or fit another inverse that stops at "
+                f"{self._name(layer)}"
             )
 
     def _fitted(self) -> S:
@@ -261,12 +269,12 @@ class ModelInverse(Saved, Generic[S]):
         return self._state
 
     def _check_weights(self, state: S) -> None:
-        """Refuse or report weights that have changed since the fit, as ``changed`` says."""
+        """Warn or raise if the weights have changed since the fit, depending on ``changed``."""
         if self.changed == "warn" and state.origin.watch.newly_changed(self.model):
             warnings.warn(
-                "the model's weights have changed since the inverse was fitted, so that it "
-                "explains a mixture of both models; their fingerprint is "
-                f"{fingerprint(self.model)[:12]} now",
+                "the model's weights have changed since the inverse was fitted: explanations mix "
+                "the old model with the new one. Fit a new InverseNetwork to explain the new "
+                f"weights, whose fingerprint is {fingerprint(self.model)[:12]}",
                 ModelChangedWarning,
                 stacklevel=_level_of_caller(),
             )
@@ -278,11 +286,11 @@ class ModelInverse(Saved, Generic[S]):
         if state.origin.watch.changed(self.model):
             raise ModelChangedError(
                 "the model's weights have changed since the inverse was fitted: fit a new "
-                "InverseNetwork, or keep the old one with changed='ignore'"
+                "InverseNetwork, or use the old one with changed='ignore'"
             )
 
     def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> Surrogate:
-        """Return the surrogate for inputs of this kind, which is kept for the next call."""
+        """Return the surrogate for inputs of this kind, which is stored for the next call."""
         origin = None if self._state is None else self._state.origin
         calibrate, joint = layer is self.layer, self.settings.joint
         return self._surrogates.of(
@@ -293,7 +301,7 @@ class ModelInverse(Saved, Generic[S]):
     def _rebuild(
         cls: type[_Self], content: dict[str, Any], model: nn.Module, **options: Any
     ) -> _Self:
-        """Return an inverse with the layer, output and settings of a file."""
+        """Return an unfitted inverse with the layer, output and settings of a file."""
         path = content["layer"]
         layer = None if path is None else model.get_submodule(path)
         inverse = cls(model, layer=layer, output=content["output"], **options)
@@ -301,15 +309,15 @@ class ModelInverse(Saved, Generic[S]):
         return inverse
 
     def _path(self, module: nn.Module | None) -> str:
-        """Return the path of a module; "" for the model itself and for what is no part of it."""
+        """Return the path of a module; "" for the model itself or a module outside the model."""
         return next((path for path, part in self.model.named_modules() if part is module), "")
 
     def _name(self, layer: nn.Module | None) -> str:
-        """Return how errors name the place where passes end."""
+        """Return the name of a layer, or of the input for None, for error messages."""
         return "the input" if layer is None else f"layer {self._path(layer)!r}"
 
     def _head(self, origin: Origin) -> dict[str, Any]:
-        """Return what a file says of the package, the model and the options."""
+        """Return a file's metadata of the package, the model, the fitted inputs and the options."""
         return {
             **origin.content(),
             "version": __version__,

@@ -1,4 +1,4 @@
-"""The options of a fit, and the file that keeps what an unfinished fit has done."""
+"""The options of a fit, and the file that stores the results of an unfinished fit."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from captum_mipin.storage import files
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """How a fit goes through its data, see :meth:`InverseNetwork.fit`."""
+    """The options of :meth:`InverseNetwork.fit`."""
 
     unpack: Unpack | None
     batch_size: int
@@ -31,13 +31,15 @@ class FitOptions:
     cache: int
 
     def check(self, settings: Settings) -> None:
-        """Raise InputError if an option is out of its range or excludes another one."""
+        """Raise InputError if an option is not allowed, or excludes another one."""
         if self.batch_size < 1:
             raise InputError(f"batch_size={self.batch_size!r} must be at least 1")
         if self.cache < 0:
             raise InputError(f"cache={self.cache!r} must be at least 0")
         if self.keep is not None and not self.lazy:
-            raise InputError("keep= needs lazy=True: it is the folder of the kept activations")
+            raise InputError(
+                "keep= needs lazy=True, which stores activations in this folder: pass both or none"
+            )
         if self.lazy and (self.distributed or self.checkpoint is not None or settings.sharing):
             raise InputError(
                 "lazy=True fits one class at a time, when it is explained: use it without "
@@ -45,16 +47,17 @@ class FitOptions:
             )
         if self.distributed and settings.solver == "sgd":
             raise InputError(
-                'solver="sgd" goes from batch to batch in one process: fit without distributed=True'
+                'solver="sgd" runs in a single process: fit without distributed=True, or with '
+                'solver="exact"'
             )
 
 
 class Checkpoint:
-    """The file that keeps what an unfinished fit has done; the first process writes it.
+    """The file that stores the results of an unfinished fit; the first process writes it.
 
     Args:
-        path: The file; None for none.
-        head: What a file says of the model and the options.
+        path: Path of the file; None to store nothing.
+        head: The file's metadata of the model and the options.
         unfinished: The classes to fit, and the range of their outputs, which identifies the data.
         processes: The processes that fit together.
     """
@@ -70,7 +73,7 @@ class Checkpoint:
         self._head, self._unfinished, self._processes = head, unfinished, processes
 
     def read(self, fitted: Fitted, device: torch.device) -> Fitted:
-        """Return what the interrupted fit had done, in each process; ``fitted`` without a file.
+        """Return the results in the file, in each process; return ``fitted`` if there is no file.
 
         Raises:
             InverseFileError: The file is damaged, or belongs to another fit.
@@ -84,7 +87,7 @@ class Checkpoint:
         return first
 
     def write(self, fitted: Fitted) -> None:
-        """Write what is done."""
+        """Write the results of the fit so far to the file."""
         with self._processes.fail_together():
             if self._path is not None:
                 tensors, content = packed(fitted)
@@ -97,7 +100,7 @@ class Checkpoint:
             self._path.unlink(missing_ok=True)
 
     def _check_same_fit(self, content: dict[str, Any]) -> None:
-        """Raise InverseFileError if the file was written by a fit with other options or data."""
+        """Raise InverseFileError if the options or data of the file's fit differ from these."""
         expected = json.loads(json.dumps({**self._head, **self._unfinished}))
         actual = {**content, **(content.get("unfinished") or {})}
         different = [
@@ -108,5 +111,5 @@ class Checkpoint:
         if different:
             raise InverseFileError(
                 f"the checkpoint {os.fspath(self._path or '')!r} is of another fit: its "
-                f"{', '.join(different)} differ. Continue that fit, or choose another file"
+                f"{', '.join(different)} differ. Continue that fit, or pass another file"
             )

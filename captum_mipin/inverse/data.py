@@ -1,4 +1,4 @@
-"""The data of a fit: in batches, shared out between processes, or kept for classes fitted later."""
+"""The data of a fit: batches, divided between processes, or stored for classes fitted later."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,29 +25,30 @@ from captum_mipin.graph.validate import check_inputs, finite
 from captum_mipin.storage import files
 from captum_mipin.types import Extras, Inputs
 
-#: Batch → (inputs, additional_forward_args).
+#: A function batch → (inputs, additional_forward_args).
 Unpack = Callable[[Any], tuple[Any, Any]]
-#: What the inverted part of a model starts from, for one batch: tensors and sizes by name.
+#: The values at the start of a model's inverted part, for one batch: tensors and sizes by name.
 Values = Mapping[str, Any]
 
 
 class Batches:
-    """Data of any kind as batches of inputs and extra arguments, for as many passes as wanted.
+    """Data of any kind as batches of inputs and further arguments, for any number of passes.
 
     Args:
         data: A tensor or a tuple of tensors (the inputs of the model), a ``Dataset``, a
             ``DataLoader`` or any iterable of batches. A batch is a tensor, or a tuple or list whose
             first element is the input or a tuple of inputs.
-        batch_size: Examples in a batch, for tensors and a ``Dataset``.
-        unpack: Batch → (inputs, additional_forward_args), for batches of any other kind.
+        batch_size: Number of examples per batch, for tensors and a ``Dataset``.
+        unpack: Function batch → (inputs, additional_forward_args), for other kinds of batches;
+            None for the kinds listed for ``data``.
         device: The device of the model.
-        explained: False if inputs may be integers, since the explanation stops at a layer.
-        shard: Rank of this process, and number of processes. Each process takes every so many
-            batches, or every so many examples of a ``DataLoader``, unless that has a
+        explained: False if inputs may be integers, because a layer is explained instead of them.
+        shard: Pair (rank r, number n) of the processes. Process r takes the batches r, r + n,
+            r + 2n, ..., or these examples of a ``DataLoader``, unless the ``DataLoader`` has a
             ``DistributedSampler``. A shard may be empty.
 
     Raises:
-        FitError: The data is of no known kind or empty, or a batch differs from those before it.
+        FitError: The data is empty or not of a supported kind, or a batch differs from the first.
     """
 
     def __init__(
@@ -71,14 +72,14 @@ class Batches:
                 None,
             )
         elif isinstance(data, Dataset):
-            # a generator of its own, so that torch's global one is not drawn from
+            # with its own generator, because the default would change torch's global random state
             data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
         elif isinstance(data, Iterator):
-            data = list(data)  # each layer takes a pass of its own
+            data = list(data)  # an iterator yields its items once, but each layer needs them
         if not isinstance(data, Iterable) or isinstance(data, (str, dict)):
             raise FitError(
                 f"cannot fit on a {type(data).__name__}: expected a tensor, a tuple of tensors, a "
-                "Dataset, a DataLoader or an iterable of batches"
+                "Dataset, a DataLoader or an iterable of batches. Convert the data to one of these"
             )
         if (
             self._shared_out
@@ -102,56 +103,62 @@ class Batches:
             empty = False
         if empty and not self._shared_out:
             raise FitError(
-                "the data yields no batch: nothing to fit on. An iterator that is used up has to "
-                "be made anew"
+                "the data yields no batch, expected at least one: pass more data. An iterator that "
+                "was used up yields nothing: pass a new one"
             )
 
     def _moved(self, x: Tensor) -> Tensor:
-        """Return ``x`` on the model's device; a GPU copies from pinned memory without waiting."""
+        """Return ``x`` on the model's device.
+
+        Copies to a GPU use pinned memory, so that the CPU does not wait for them.
+        """
         if self._device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
             x = x.pin_memory()
         return x.to(self._device, non_blocking=True)
 
     def _check_kind(self, inputs: Inputs, where: str) -> None:
-        """Raise FitError, which says ``where``, unless ``inputs`` are tensors of a usable kind."""
+        """Raise FitError unless ``inputs`` are valid tensors; its text begins with ``where``."""
         try:
             check_inputs(inputs, self._explained)
         except InputError as error:
             raise FitError(f"{where}: {error}") from error
 
     def _check(self, inputs: Inputs, index: int) -> None:
-        """Raise FitError unless a batch is finite, and like the first one."""
+        """Raise FitError unless a batch is finite and has the shapes and dtypes of the first."""
         self._check_kind(inputs, f"batch {index}")
         kind = [(tuple(x.shape[1:]), x.dtype) for x in inputs]
         self._kind = self._kind or kind
         if kind != self._kind:
             raise FitError(
-                f"batch {index} has inputs of shape and dtype {kind}, the first batch had "
-                f"{self._kind}"
+                f"batch {index} has inputs of shape and dtype {kind}, expected {self._kind} as in "
+                "the first batch: convert the batches, or fit on them separately"
             )
         for number, x in enumerate(inputs):
             if not finite(x):
-                raise FitError(f"batch {index}: input {number} contains NaN or Inf")
+                raise FitError(
+                    f"batch {index}: input {number} contains NaN or Inf, expected finite numbers: "
+                    "remove or repair these examples"
+                )
 
 
 class Activations:
-    """What the inverted part of a model starts from, for every batch, in memory or in a folder.
+    """A store of the values at the start of a model's inverted part, in memory or in a folder.
 
     Args:
-        folder: An empty folder, or one to be made; None for memory.
-        room: Bytes that may be taken in memory.
+        folder: Path of an empty folder, or of a folder to create; None to store in memory.
+        room: Maximum number of bytes to store in memory.
 
     Attributes:
-        count: Number of batches.
-        bytes: Bytes of their tensors.
+        count: Number of stored batches.
+        bytes: Number of bytes of their tensors.
 
     Raises:
-        InputError: The folder is not empty, or is no folder.
+        InputError: The path is not a folder, or the folder is not empty.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, room: int) -> None:
         if not isinstance(folder, str | os.PathLike | None) or (folder and Path(folder).is_file()):
-            raise InputError(f"keep={folder!r} is no folder: pass the path of an empty folder")
+            raise InputError(f"keep={folder!r} is not a folder: pass the path of an empty folder")
         self._folder, self._room = None if folder is None else Path(folder).absolute(), room
         self._batches: list[Values] = []
         self._digests: list[str] = []
@@ -167,10 +174,10 @@ class Activations:
                 )
 
     def add(self, values: Values) -> Values:
-        """Keep a copy of the values of one batch, and return it.
+        """Store a copy of the values of one batch, and return the copy.
 
         Raises:
-            FitError: There is no room.
+            FitError: The tensors take more bytes than ``room``.
         """
         tensors = {name: value.clone() for name, value in values.items() if _is_tensor(value)}
         sizes = {name: value for name, value in values.items() if not _is_tensor(value)}
@@ -181,8 +188,9 @@ class Activations:
             self._digests.append(files.save(self._file(self.count), tensors, content))
         elif self.bytes > self._room:
             raise FitError(
-                "the activations that classes are to be fitted from take more than "
-                f"memory={self._room:,} bytes: raise it, or keep them on disk, with keep=folder"
+                "the activations that lazy=True stores take more than "
+                f"memory={self._room:,} bytes: raise memory=, or store them on disk with "
+                "keep=folder"
             )
         else:
             self._batches.append({**sizes, **tensors})
@@ -197,11 +205,11 @@ class Activations:
             yield {**content["sizes"], **moved}
 
     def clear(self) -> None:
-        """Remove the files, and the folder if it was made for them."""
+        """Remove the files, and also the folder if this object created it."""
         for index in range(len(self._digests)):
             self._file(index).unlink(missing_ok=True)
         if self._folder is not None and self._made:
-            with suppress(OSError):  # other files lie there
+            with suppress(OSError):  # the folder is not empty: it contains files of the user
                 self._folder.rmdir()
 
     def _file(self, index: int) -> Path:
@@ -214,13 +222,14 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _shard(loader: "DataLoader[Any]", rank: int, count: int) -> "DataLoader[Any]":
-    """Return a loader of the examples that belong to one of several processes."""
+    """Return a loader of the examples of one process among several."""
     if loader.batch_size is None or not isinstance(
         loader.sampler, (SequentialSampler, RandomSampler)
     ):
         raise FitError(
             f"the DataLoader draws by a {type(loader.batch_sampler or loader.sampler).__name__}, "
-            "and each process would draw for itself: give it a torch.utils.data.DistributedSampler"
+            "and each process would draw for itself, expected a sampler that divides the examples: "
+            "give it a torch.utils.data.DistributedSampler"
         )
     size = len(loader.dataset)  # type: ignore[arg-type]  # these samplers know it
     own = Subset(loader.dataset, range(rank, size, count))
@@ -231,7 +240,7 @@ def _shard(loader: "DataLoader[Any]", rank: int, count: int) -> "DataLoader[Any]
 
 
 def _unpack(batch: Any) -> tuple[Any, Any]:
-    """Return the inputs of a batch, without extra arguments."""
+    """Return (inputs of a batch, None), that is without further arguments."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     parts = first if isinstance(first, (tuple, list)) else (first,)
     if all(map(_is_tensor, parts)):
@@ -251,19 +260,20 @@ def check_independent(
 ) -> None:
     """Raise FitError if the model mixes the examples of a batch, or is random.
 
-    Half of the examples are run again, in another order. Rules are checked for the same when the
-    graph is made; this finds what they cannot see.
+    This runs half of the examples again, in another order, and compares the outputs. The check of
+    the rules, which reads only the graph, misses cases that this check finds.
 
     Args:
-        outputs: What a batch gave, each (batch, ...).
+        outputs: Results of ``run`` for the batch: tensors (batch, ...).
         inputs: The inputs of the batch.
-        extras: Its further arguments.
-        shared: True if a further tensor as long as the batch is shared by all examples.
-        run: (inputs, extras) → the same for other examples.
+        extras: The further arguments of the batch.
+        shared: True if all examples share the tensors among ``extras``, even a tensor whose length
+            is that of the batch.
+        run: Function (inputs, extras) → outputs of the model.
     """
     rows = len(inputs[0])
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    # a single example is put beside itself
+    # a single example is doubled: half of it would be an empty batch
     index = (order[: rows // 2] if rows > 1 else order.repeat(2)).to(inputs[0].device)
     for before, after in zip(outputs, run(*pick(inputs, extras, index, shared)), strict=True):
         tolerance = float(before.abs().max()) * torch.finfo(before.dtype).eps ** 0.5
@@ -271,6 +281,6 @@ def check_independent(
         if after.shape != expected.shape or float((after - expected).abs().max()) > tolerance:
             raise FitError(
                 "the model's output for an example changes with the other examples of its batch, "
-                "or at random, and so would its explanation: remove what reads or mixes the batch, "
-                "or what is random"
+                "or at random, expected an output that depends on the example alone: remove "
+                "operations that mix the batch or draw random numbers"
             )

@@ -1,6 +1,6 @@
 """Several processes that fit together over ``torch.distributed``.
 
-If one process fails, all of them end with an error, so that none waits for one that is gone.
+If one process fails, all processes raise an error, so that none waits forever for the failed one.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from captum_mipin.errors import FitError, InputError
 class Processes:
     """The processes of torch's default group, or this process alone.
 
-    All of them have to make the same calls in the same order.
+    All processes have to make the same calls in the same order.
 
     Args:
         together: True if this process is one of a group.
@@ -40,10 +40,10 @@ class Processes:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """Run a block that each process runs on its own; if one fails, raise in all of them.
+        """Run a block of code in each process; if it fails in one process, raise in all.
 
         Raises:
-            FitError: Another process failed; an error of this process is raised as it is.
+            FitError: Another process failed. An error of this process is raised unchanged.
         """
         failure: BaseException | None = None
         try:
@@ -62,11 +62,11 @@ class Processes:
         """Return the value of each process, in the order of their ranks.
 
         Args:
-            value: That of this process; anything that pickle can hold.
-            failure: What to raise instead of a FitError if another process is gone.
+            value: The value of this process; any object that can be pickled.
+            failure: Exception to raise instead of FitError if another process has ended.
 
         Raises:
-            FitError: Another process is gone.
+            FitError: Another process has ended.
         """
         values = [value] * self.count
         self._call(distributed.all_gather_object, values, value, failure=failure)
@@ -76,31 +76,33 @@ class Processes:
         """Return the sum of a tensor over all processes.
 
         Raises:
-            FitError: Another process is gone.
+            FitError: Another process has ended.
         """
         tensor = tensor.contiguous()
         self._call(distributed.all_reduce, tensor)
         return tensor
 
     def first(self, value: Any) -> Any:
-        """Return the first value that is not None, in order of rank; None if all are."""
+        """Return the first value, in order of rank, that is not None; None if all are None."""
         return next((known for known in self.gather(value) if known is not None), None)
 
     def check_same(self, name: str, value: Any) -> None:
-        """Raise FitError unless all processes have the same value; ``name`` says what it is."""
+        """Raise FitError unless all processes have the same value; ``name`` describes it."""
         if any(other != value for other in self.gather(value)):
             raise FitError(
-                f"the processes cannot fit together: their {name} differ. Start all of them alike"
+                f"the processes cannot fit together: their {name} differ, expected the same in "
+                "all. Start all processes with the same arguments"
             )
 
     def _call(
         self, collective: Callable[..., Any], *args: Any, failure: BaseException | None = None
     ) -> None:
-        """Call a function of torch.distributed, which raises RuntimeError if a process is gone."""
+        """Call a function of torch.distributed, which raises RuntimeError if a process ended."""
         if self.count > 1:
             try:
                 collective(*args)
             except RuntimeError as error:
                 raise (
-                    failure or FitError(f"another process of the fit is gone: {error}")
+                    failure
+                    or FitError(f"another process has ended, start all processes again: {error}")
                 ) from error

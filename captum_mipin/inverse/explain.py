@@ -1,4 +1,4 @@
-"""What an inverse is asked to explain, and what it answers."""
+"""The request for an explanation by an inverse, and the explanation."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,22 +13,23 @@ from captum_mipin.types import Extras, Inputs
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be explained, and how.
+    """A request for the signals or attributions of a batch.
 
     Attributes:
         inputs: Tensors (batch, ...).
-        target: The class, as Captum's ``target``; examples may have different ones.
+        target: The class, in any form of Captum's ``target``; it may differ between examples.
         extras: Further arguments of the model.
-        biases: One pass back for each entry: True for the source signal S, False for the
-            attribution A. All share one pass forward.
-        local: Use masks, switches and shares of each example (equation 9). Gates that multiply,
-            attention weights, and the switches of ``where`` and ``maximum`` are used in any case.
-        mask: Apply equation 9 also to the inputs. To the output of ``layer`` it is always applied
-            if ``local``.
-        layer: The module at whose output the passes end; None for the inputs.
-        evidence: Send back only what speaks for the target at each place, if the model's output is
-            an average over places.
-        unit: Send back 1 instead of the logit.
+        biases: One backward pass per entry: True for the source signal S, False for the
+            attribution A. All backward passes share one forward pass.
+        local: True to use masks, switches and shares of each example (equation 9). Gates that
+            multiply, attention weights, and the switches of ``where`` and ``maximum`` are used in
+            any case.
+        mask: True to apply equation 9 to the inputs as well. With ``local``, it always applies to
+            the output of ``layer``.
+        layer: The module at whose output the backward passes stop; None for the inputs.
+        evidence: True to send back only the evidence for the target at each position. This needs a
+            model whose output is an average over positions.
+        unit: True to send back 1 instead of the logit.
     """
 
     inputs: Inputs
@@ -45,8 +46,9 @@ class Request:
         """Return the same request for some of the examples.
 
         Args:
-            rows: (examples,) their indices. ``target`` must hold one class an example.
-            shared: True if no tensor among ``extras`` is per example.
+            rows: Integer tensor (examples,), indices of the examples. ``target`` must be a list
+                with one class per example.
+            shared: True if no tensor among ``extras`` has one row per example.
         """
         inputs, extras = pick(self.inputs, self.extras, rows, shared)
         target = [self.target[row] for row in rows.tolist()]
@@ -55,12 +57,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The result of one pass forward and of some passes back.
+    """The result of one forward pass and one or more backward passes.
 
     Attributes:
-        features: Values where the passes end, at the inputs or at a layer, each (batch, ...).
-        signals: For each pass back, what came to the features; shaped like them.
-        output: (batch,) the explained output Φ_c(x) of each example.
+        features: Values of the inputs or of the layer where the backward passes stop: tensors
+            (batch, ...).
+        signals: Result of each backward pass: tensors with the shapes of ``features``.
+        output: Tensor (batch,), the explained output Φ_c(x) of each example.
     """
 
     features: Inputs
@@ -75,7 +78,7 @@ class Explanation:
 
     @classmethod
     def join(cls, parts: Sequence["Explanation"]) -> "Explanation":
-        """Return the explanation of the examples of all parts, one part after the other."""
+        """Return the explanations of all parts as one, with the examples in the same order."""
         passes = zip(*(part.signals for part in parts), strict=True)
         return cls(
             _joined(part.features for part in parts),

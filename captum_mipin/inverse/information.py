@@ -14,10 +14,10 @@ from captum_mipin.types import Inputs, Target
 
 
 class SharedInformation:
-    """Moments of the features where the way back ends, with the outputs of some targets.
+    """Moments of the features at the stop layer or input, together with the targets' outputs.
 
     Args:
-        surrogate: Says where the examples lie in these features.
+        surrogate: The surrogate of the model, which gives the batch dimension of these features.
         targets: The classes.
     """
 
@@ -32,7 +32,7 @@ class SharedInformation:
         return not self._moments
 
     def add(self, trace: Trace, counted: bool = True) -> None:
-        """Add a batch; without ``counted`` only its shapes are noted."""
+        """Add a batch; if ``counted`` is False, store only its shapes."""
         every: tuple[Any, ...] = (slice(None),)
         output = trace.output.detach()
         y = torch.stack([output[every + target] for target in self._targets], 1)[None]
@@ -49,12 +49,12 @@ class SharedInformation:
                 moments.update(x.reshape(1, len(x), -1), y.to(x.dtype))
 
     def pool(self, processes: Processes) -> None:
-        """Add up the moments of all processes."""
+        """Replace the moments by those of the data of all processes."""
         self._moments = [moments.pooled(processes.sum) for moments in self._moments]
 
     def bits(self) -> dict[Target, Inputs]:
-        """Return for each target the bits of each feature, in float32, like one example."""
-        # −½ log₂(1 − ρ²) bits, ρ being the correlation of a feature with the output
+        """Return the bits of each feature for each target, as float32 tensors (1, ...)."""
+        # section 3.2: −½ log₂(1 − ρ²) bits, where ρ is the correlation of feature and output
         maps = [gaussian_information(moments).float()[0] for moments in self._moments]
         parts = list(zip(maps, self._layouts, self._example, strict=True))
         return {

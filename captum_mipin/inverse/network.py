@@ -1,4 +1,4 @@
-"""The inverse network: fitted to a model and data, layer by layer from a class's logit back."""
+"""The inverse network, fitted to a model and data layer by layer, from the output to the input."""
 
 import os
 from collections.abc import Sequence
@@ -35,52 +35,55 @@ from captum_mipin.types import Extras, Inputs, Output, Target
 
 
 class InverseNetwork(ClassInverse):
-    """MIP-IN: an inverse of a trained network, learned layer by layer from a class's logit back.
+    """MIP-IN: the inverse of a trained network, learned layer by layer, starting at the logit.
 
-    The model is never changed; its parameters are read as they are at each call. An inverse that
-    was fitted on inputs of one size explains inputs of another, such as larger images, if the
-    network takes them and only sizes of pooling windows, slices and paddings differ. The inverse
-    has the dtype of the model, which may be half precision; sums are gathered in float64.
+    The model is never changed; each call reads its current parameters. An inverse that was fitted
+    on inputs of one size also explains inputs of other sizes, such as larger images, if the network
+    accepts them and only the sizes of pooling windows, slices and paddings differ. The inverse has
+    the dtype of the model, which may be half precision; sums are accumulated in float64.
 
     Args:
         model: A ``torch.nn.Module`` in evaluation mode that returns logits (batch, classes) or
             (batch,). It may be in ``nn.DataParallel`` or ``torch.compile``; nothing is compiled.
-        layer: Stop at the output of this module instead of the input (the paper's setting on
-            ImageNet). Only the part above is inverted, and the forward mask applies to the output
-            of the module as well. The inputs may then be integers, as the tokens of a text that is
-            explained at its embedding.
-        output: Which output, if the model returns several tensors: index, key or field of a tuple,
-            list, dictionary, named tuple or dataclass, or a tuple of these for nested ones.
+        layer: The module at whose output the backward pass stops, instead of at the input (the
+            paper's setting on ImageNet). Only the part of the model after this module is inverted,
+            and the forward mask also applies to the module's output. The inputs may then be
+            integers, for example the tokens of a text that is explained at its embedding.
+        output: The output to explain, if the model returns several tensors: index, key or field of
+            a tuple, list, dictionary, named tuple or dataclass; a tuple of these for nested ones.
         ridge: λ of equation 6.
-        ridge_scale: The unit of λ: the mean variance of the signals ("relative"), or the "mean" or
-            the "sum" of their Gram matrix. The paper does not say which.
-        pooling: Average pooling sends the signal back by recorded "shares" of the average, or
-            spreads it "even".
-        forks: What comes back to a tensor from several branches, as of a residual connection, is
-            learned in one "joint" regression, or is the "sum" of the branches.
-        precision: Products of moments are taken in the dtype of the "model", after centring, or in
-            "double". With float32, second moments are exact to a millionth of the variances.
+        ridge_scale: The unit of λ. "relative": the mean variance of the signals; "mean": λ is added
+            to their covariance; "sum": λ is added to their Gram matrix. The paper does not
+            specify it.
+        pooling: "shares": average pooling sends the signal back to each element by its recorded
+            share of the average. "even": it sends the same signal to all elements.
+        forks: The signal of a tensor that several branches use, such as the input of a residual
+            block. "joint": one regression on the signals of all branches. "sum": their sum.
+        precision: The dtype of products of moments. "model": the model's dtype, after centring;
+            with float32, second moments are exact to a millionth of the variances. "double":
+            float64.
         autocast: ``torch.bfloat16`` or ``torch.float16`` for the forward passes of a fit: products
-            with weights, and everything below ``layer``, are computed as in ``torch.autocast``.
+            with weights, and everything before ``layer``, are computed as in ``torch.autocast``.
             Features, signals and inverses keep the model's dtype.
-        positions: Fit convolutions on this number of positions of their maps, or on this share of
-            them (a float such as 0.1); None for all. They are drawn for each batch and layer, for
-            all classes alike. The report tells the number of rows.
-        generator: Draws the positions; without it, they are always the same.
-        sharing: "nothing": each class has an inverse of its own. "classes": all classes share one
-            below the first step, fitted on all pairs of example and class. A class that is fitted
-            later then takes one regression.
-        solver: "exact" least squares, or the paper's "sgd" for convolutions.
-        epochs: Passes of the SGD solver over the data.
-        learning_rate: Of the SGD solver; None for the inverse of the largest curvature on the first
-            batch.
-        changed: If the model's weights have changed since the fit: "refuse" to explain, "warn"
-            once a change by a :class:`~captum_mipin.errors.ModelChangedWarning`, or "ignore" it, as
-            tests with random weights need. Also an attribute; files do not keep it. Classes are
-            always fitted to the weights of the first fit.
+        positions: Number of positions (int) of their maps that convolutions are fitted on, or the
+            share of them (a float such as 0.1); None for all. They are drawn per batch and layer,
+            and are the same for all classes. The report contains the number of rows.
+        generator: Random generator that draws the positions; None to draw the same ones each time.
+        sharing: "nothing": each class has its own inverse. "classes": all classes share the
+            inverses of all steps but the first one (closest to the output), fitted on all pairs of
+            example and class. A class that is fitted later then needs only one regression.
+        solver: "exact" for least squares, "sgd" for the paper's gradient descent on convolutions.
+        epochs: Number of passes of the SGD solver over the data.
+        learning_rate: Learning rate of the SGD solver; None for 1 / L, where L is the largest
+            curvature on the first batch.
+        changed: The reaction if the model's weights have changed since the fit: "refuse" to
+            explain, "warn" once per change by a
+            :class:`~captum_mipin.errors.ModelChangedWarning`, or "ignore" the change, as tests with
+            random weights need. Also an attribute, which files do not contain. :meth:`fit` refuses
+            changed weights in any case.
 
     Raises:
-        InputError: An option is out of its range.
+        InputError: An option has a value that is not allowed.
 
     Source: Deng et al., KDD 2021, section 4 and algorithm 1.
 
@@ -130,7 +133,7 @@ class InverseNetwork(ClassInverse):
             raise InputError(f"learning_rate={learning_rate!r} must be above 0")
         if solver == "sgd" and (sharing == "classes" or positions is not None):
             option = "positions=" if sharing == "nothing" else 'sharing="classes"'
-            raise InputError(f'{option} needs solver="exact"')
+            raise InputError(f'{option} needs solver="exact", got solver="sgd": change one of them')
         _check_positions(positions)
         self.settings = replace(
             self.settings,
@@ -145,7 +148,7 @@ class InverseNetwork(ClassInverse):
 
     @property
     def report(self) -> FitReport:
-        """How well each layer was inverted for each fitted target; prints as a table."""
+        """The quality of the inverse of each layer for each fitted target; prints as a table."""
         if self._state is None:
             return FitReport(())
         lazy = dict.fromkeys(self._state.lazy.values())
@@ -153,8 +156,12 @@ class InverseNetwork(ClassInverse):
         return FitReport(tuple(row for fitted in fits for row in fitted.layers))
 
     def to(self, device: torch.device | str) -> "InverseNetwork":
-        """Move the fitted inverses to a device and return self; else each call moves them."""
-        moved: dict[int, tuple[Tensor, Tensor]] = {}  # tensors that classes share stay shared
+        """Move the fitted inverses to a device and return self.
+
+        Without this, each call copies the inverses that it needs to the device of the model.
+        """
+        # id → (original, copy): a tensor that several classes share is copied only once
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
 
         def move(tensor: Tensor) -> Tensor:
             if id(tensor) not in moved:
@@ -183,31 +190,31 @@ class InverseNetwork(ClassInverse):
         keep: str | os.PathLike[str] | None = None,
         cache: int = 1 << 30,
     ) -> "InverseNetwork":
-        """Learn the inverse for some classes (algorithm 1); classes fitted before are kept.
+        """Fit the inverses of classes (algorithm 1); classes that are fitted already stay fitted.
 
-        All examples are used for every class. If the fit fails, everything is as it was before.
+        Every class is fitted on all examples. If the fit fails, this object does not change.
 
         Args:
             data: A tensor or tuple of tensors (the model's inputs), a ``Dataset``, a ``DataLoader``
-                of (images, labels), or any iterable of batches, with the input first.
-            targets: The class or classes, as Captum's ``target``; None for all outputs.
-            unpack: Batch → (inputs, additional_forward_args), for batches of any other kind.
-            batch_size: Examples in a batch, for data that does not come in batches.
-            memory: Bytes for what is kept of the data between layers, and as many for moments. What
-                does not fit is computed again, by one more pass over the data a layer.
-            progress: Show a progress bar.
-            checkpoint: A file for what is done after each layer. If it exists, that fit is
-                continued: give the same data in the same batches. It is removed at the end.
-            distributed: Fit together with the other processes of ``torch.distributed``; each goes
-                through a share of the data, unless a ``DistributedSampler`` shares it out.
-            lazy: Keep the data's activations, and fit a class when it is first explained, with the
-                same result. Such an inverse cannot be saved or copied.
-            keep: With ``lazy``, an empty folder for the activations; by default they are in memory.
-            cache: With ``lazy``, bytes for fitted classes: the least recently used are dropped.
+                of (images, labels), or any iterable of batches with the input first.
+            targets: One class or several, in the form of Captum's ``target``; None for all outputs.
+            unpack: Function batch → (inputs, additional_forward_args), for other kinds of batches.
+            batch_size: Number of examples per batch, for data that does not come in batches.
+            memory: Bytes for activations stored between layers, and as many again for moments. If
+                they do not suffice, each layer takes one more pass over the data.
+            progress: True to show a progress bar.
+            checkpoint: File that stores the finished layers; it is removed at the end. If it
+                exists, its fit is continued: pass the same data in the same batches.
+            distributed: True to fit together with the other processes of ``torch.distributed``.
+                Each uses a part of the data, chosen by a ``DistributedSampler`` if there is one.
+            lazy: True to store the data's activations and fit a class when it is first explained,
+                with the same result. Such an inverse cannot be saved or copied.
+            keep: With ``lazy``, an empty folder for the activations; None for memory.
+            cache: With ``lazy``, bytes for fitted classes; the least recently used are dropped.
 
         Raises:
-            FitError: The data is empty, not finite, changes its shape, or has a class with constant
-                output; or a regression is larger than the machine's memory.
+            FitError: The data is empty or not finite, its shape changes, the output of a class is
+                constant, or a regression needs more than the machine's memory.
             CaptureError: The model cannot be captured, or uses an operation without a rule.
             TargetError: The model has no such class.
             ModelChangedError: The model has changed since earlier classes were fitted.
@@ -223,7 +230,7 @@ class InverseNetwork(ClassInverse):
         return self
 
     def _fit(self, data: Any, targets: Any, options: FitOptions) -> tuple[State, Checkpoint]:
-        """Return the state after a fit, and its checkpoint, which is to be removed."""
+        """Return the state after a fit, and its checkpoint, which the caller has to remove."""
         before, processes = self._state, Processes(options.distributed)
         with processes.fail_together():
             model = check_model(self.model)
@@ -239,8 +246,8 @@ class InverseNetwork(ClassInverse):
                 if before is not None and before.origin.signature != origin.signature:
                     raise InputError(
                         f"the data has inputs and further arguments {shapes(origin.signature)}, "
-                        f"that of earlier fits {shapes(before.origin.signature)}: fit a new "
-                        "InverseNetwork on it"
+                        f"expected {shapes(before.origin.signature)} as in earlier fits: fit a new "
+                        "InverseNetwork on this data"
                     )
                 chosen = target_indices(targets, origin.dims)
             processes.check_same("classes", (chosen, self.targets))
@@ -277,9 +284,9 @@ class InverseNetwork(ClassInverse):
     def _batches(
         self, data: Any, options: FitOptions, processes: Processes
     ) -> tuple[Batches, tuple[Inputs, Extras]]:
-        """Return the batches of this process, and the first one.
+        """Return the batches of this process, and the first of them.
 
-        A process without data takes the first batch of another one, to learn the shapes.
+        A process without data returns the first batch of another process, for its shapes.
         """
         with processes.fail_together():
             batches = Batches(
@@ -295,11 +302,11 @@ class InverseNetwork(ClassInverse):
             first = processes.first(first)
         with processes.fail_together():
             if first is None:
-                raise FitError("the data yields no batch: nothing to fit on")
+                raise FitError("the data yields no batch, expected at least one: pass more data")
         return batches, first
 
     def _shared_inverses(self, surrogate: Surrogate, chosen: Sequence[Target]) -> Fitted:
-        """Return the inverses below the first step that new classes share with earlier ones."""
+        """Return the inverses that new classes share with earlier ones: all but the first step."""
         if not self.settings.sharing or self._state is None:
             return Fitted()
         earlier = next(iter(self._state.fitted.inverses.values()))
@@ -316,7 +323,7 @@ class InverseNetwork(ClassInverse):
         if state.lazy:
             raise NotFittedError(
                 f"the {len(state.lazy)} classes of fit(..., lazy=True) are fitted only when they "
-                "are explained: fit those to save without lazy=True"
+                "are explained, and cannot be saved: fit the classes to save without lazy=True"
             )
         tensors, content = packed(state.fitted)
         return tensors, {**self._head(state.origin), **content, "unfinished": None}
@@ -328,7 +335,7 @@ class InverseNetwork(ClassInverse):
         if content["unfinished"] is not None:
             raise InverseFileError(
                 "the file is the checkpoint of an unfinished fit: continue it with "
-                "fit(checkpoint=...)"
+                "fit(checkpoint=...), then save the result"
             )
         inverse = cls._rebuild(content, model)
         inverse._state = State(Origin.from_content(content, model), unpacked(tensors, content))
@@ -336,19 +343,22 @@ class InverseNetwork(ClassInverse):
 
 
 def _check_positions(positions: float | None) -> None:
-    """Raise InputError unless positions are a number, a share or None."""
+    """Raise InputError unless ``positions`` is a positive int, a share in (0, 1] or None."""
     share = isinstance(positions, float) and 0 < positions <= 1
     if positions is not None and not share and (type(positions) is not int or positions < 1):
         raise InputError(
-            f"positions={positions!r} must be a number of at least 1, or a share above 0 and up "
-            "to 1"
+            f"positions={positions!r} must be an int of at least 1, a float above 0 and at most "
+            "1, or None"
         )
 
 
 def _seed(generator: torch.Generator | None) -> int:
-    """Return a random seed from a generator; 0 without one."""
+    """Return a random seed drawn from ``generator``; 0 if it is None."""
     if generator is None:
         return 0
     if not isinstance(generator, torch.Generator):
-        raise InputError(f"generator is a {type(generator).__name__}, expected a torch.Generator")
+        raise InputError(
+            f"generator is a {type(generator).__name__}, expected a torch.Generator: pass "
+            "torch.Generator().manual_seed(0)"
+        )
     return int(torch.randint(2**62, (), generator=generator))

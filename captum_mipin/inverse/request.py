@@ -1,4 +1,4 @@
-"""What a fit is asked for, and what it returns."""
+"""The settings, the request and the result of a fit."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,28 +21,30 @@ Solver = Literal["exact", "sgd"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How the regressions are solved.
+    """The settings of a fit and its regressions.
 
     Attributes:
         ridge: λ of equation 6.
         ridge_scale: The unit of λ, see :func:`captum_mipin.regression.ridge.solve`.
-        shares: True for average pooling by recorded shares, False for an even spread.
-        solver: "exact", or the paper's "sgd" for convolutions.
-        epochs: Passes over the data of the SGD solver.
-        learning_rate: Of the SGD solver; None for 1 / L, L being the largest curvature on the
-            first batch.
-        joint: True if what comes back to a tensor from several branches is learned together,
-            False if it is summed up.
-        double: True if products of moments are taken in float64, False for the model's dtype.
-        sharing: True if all targets have one inverse below the first step.
+        shares: True if average pooling sends the signal back by recorded shares, False if it
+            spreads the signal evenly.
+        solver: "exact" for least squares, "sgd" for the paper's gradient descent on convolutions.
+        epochs: Number of passes of the SGD solver over the data.
+        learning_rate: Learning rate of the SGD solver; None for 1 / L, where L is the largest
+            curvature on the first batch.
+        joint: True to regress a tensor that several branches use on the signals of all branches
+            together, False to sum up the signals of the branches.
+        double: True to compute products of moments in float64, False for the model's dtype.
+        sharing: True if all targets share the inverses of all steps but the first one, which is
+            closest to the output.
         autocast: Name of the dtype in which forward passes compute products with weights; None for
             the model's dtype.
-        positions: How many positions of each batch's maps convolutions are fitted on (int), or
-            which share of them (float); None for all.
-        seed: Draws these positions.
+        positions: Number (int) or share (float) of the positions of each batch's maps that
+            convolutions are fitted on; None for all.
+        seed: Random seed for the choice of these positions.
 
     Raises:
-        InputError: λ or its unit is out of its range.
+        InputError: ``ridge`` or ``ridge_scale`` has a value that is not allowed.
     """
 
     ridge: float = 1e-3
@@ -61,7 +63,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_choice("ridge_scale", self.ridge_scale, ("relative", "mean", "sum"))
         if not 0 <= self.ridge < float("inf"):
-            raise InputError(f"ridge={self.ridge!r} must be a number of at least 0")
+            raise InputError(f"ridge={self.ridge!r} must be a finite number of at least 0")
 
 
 @dataclass
@@ -69,9 +71,9 @@ class Fitted:
     """The result of a fit.
 
     Attributes:
-        inverses: The inverses by target and by the key of the step.
-        layers: How well each of them was fitted.
-        information: For each target the bits that each feature shares with the target's output.
+        inverses: The inverses, by target and then by the key of the step.
+        layers: The quality of each inverse.
+        information: For each target, the bits that each feature shares with the target's output.
     """
 
     inverses: dict[Target, dict[str, Inverse]] = field(default_factory=dict)
@@ -85,20 +87,20 @@ class Fitted:
 
 @dataclass(frozen=True, kw_only=True)
 class FitRequest:
-    """Everything that a fit needs.
+    """The model, the data and the options of one fit.
 
     Attributes:
-        model: The model, whose parameters are used as they are.
-        surrogate: The module whose backward pass is the method.
-        batches: The data; each pass goes through it once.
+        model: The model; its parameters are not changed.
+        surrogate: The module whose backward pass computes source signals.
+        batches: The data; each pass iterates over it once.
         targets: The classes to fit.
-        settings: How the regressions are solved.
-        memory: Bytes for what is kept of the data between layers, and as many for moments.
+        settings: The settings of the fit and its regressions.
+        memory: Bytes for data stored between layers, and as many again for moments.
         progress: True to show a progress bar.
         processes: The processes that fit together, each with its own batches.
-        example: A batch of one example, from which a process without data learns the shapes.
-        activations: Where the start of the inverted part is kept, for classes fitted later; None
-            if there are none.
+        example: A batch of one example, which shows the shapes to a process without data.
+        activations: Store for the values where the inverted part of the model starts, from which
+            classes are fitted later; None if all classes are fitted at once.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""The paper's way to invert a convolution, for comparison: gradient descent on equation 7."""
+"""Gradient descent on equation 7: the paper's way to invert a convolution, for comparison."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -25,18 +25,18 @@ def descend(
     """Learn the inverses of one convolution, batch by batch.
 
     Args:
-        key: The step of the convolution, for errors.
+        key: The key of the convolution's step, for error messages.
         targets: The classes.
-        epochs: For each pass over the data its batches.
+        epochs: One iterable of batches per pass over the data.
         rate: The learning rate, as for :class:`Descent`.
 
     Raises:
-        FitError: The weights are no longer finite.
+        FitError: The descent diverged: weights are NaN or Inf.
     """
     states: dict[Target, Descent] = {}
     for epoch, batches in enumerate(epochs):
         for inverter, x, signals in batches:
-            assert isinstance(inverter, Convolution)  # for mypy: only these are descended for
+            assert isinstance(inverter, Convolution)  # for mypy: the caller passes no other kind
             for target in targets:
                 (s,) = signals(target)
                 if target not in states:
@@ -45,7 +45,7 @@ def descend(
     for target, state in states.items():
         if not finite(state.inverse.weight):
             raise FitError(
-                f"SGD diverged at {key}, target {target_label(target)}: lower "
+                f"SGD diverged at {key}, target {target_label(target)}, to NaN or Inf: lower "
                 f"learning_rate={state.rate:g}"
             )
     return states
@@ -57,17 +57,17 @@ class Descent:
     It minimises ½ mean ‖X − g(S)‖² over the kernel and the bias of g, with momentum 0.9.
 
     Args:
-        inverter: The family of inverses, of a convolution that shares its input with no other.
-        x: (batch, channels, *size) the features of the first batch.
-        s: The signals at the convolution's output for this batch.
-        rate: Learning rate; None for 1 / L, L being the largest curvature on this batch.
+        inverter: The family of inverses of a convolution. No other operation may use its input.
+        x: Tensor (batch, channels, *size), the features of the first batch.
+        s: Tensor (batch, channels, *size), the signals at the convolution's output.
+        rate: Learning rate; None for 1 / L, where L is the largest curvature on this batch.
 
     Attributes:
-        rows: Rows of the regression in the current epoch.
-        inverse: What has been learned so far.
+        rows: Number of rows of the regression in the current epoch.
+        inverse: The inverse after the last step.
     """
 
-    #: Neither is known of a descent.
+    #: Fields of the fit's report that gradient descent does not compute.
     dead, condition = 0, None
 
     def __init__(self, inverter: Convolution, x: Tensor, s: Tensor, rate: float | None) -> None:
@@ -80,19 +80,25 @@ class Descent:
 
     @property
     def inverse(self) -> Inverse:
-        """What has been learned so far."""
+        """The inverse after the last step."""
         return Inverse(self._weight.flatten(), self._bias)
 
     def _curvature(self, x: Tensor, s: Tensor) -> float:
-        """Return a bound of the largest eigenvalue of the loss's Hessian."""
+        """Return an upper bound of the largest eigenvalue of the loss's Hessian."""
         moments = self.inverter.moments(x, (s,))
         mean = moments.mean_s
-        # E[ssᵀ] = cov(s, s) + E[s] E[s]ᵀ; the constant 1, whose coefficient is the bias, adds 1
+        # E[ssᵀ] = cov(s, s) + E[s] E[s]ᵀ; the bias has curvature E[1²] = 1, which is added
         gram = moments.ss / moments.count + mean.unsqueeze(2) * mean.unsqueeze(1)
         return float(torch.linalg.matrix_norm(gram, 2).max()) / self.inverter.tied + 1
 
     def step(self, epoch: int, x: Tensor, s: Tensor) -> None:
-        """Descend by one batch: features ``x`` and signals ``s``, as at the start."""
+        """Take one step of descent on a batch.
+
+        Args:
+            epoch: Number of the pass over the data, from 0.
+            x: Tensor (batch, channels, *size), the features.
+            s: Tensor (batch, channels, *size), the signals at the convolution's output.
+        """
         if epoch != self._epoch:
             self._epoch, self._residual, self._variance, self.rows = epoch, 0.0, 0.0, 0
         over, elements = (0, *range(2, x.ndim)), x.numel() // x.shape[1]
@@ -110,5 +116,5 @@ class Descent:
 
     @property
     def explained_variance(self) -> float:
-        """1 − residual / variance over the last epoch, each batch before its own step."""
+        """1 − residual / variance over the last epoch; each residual is taken before its step."""
         return 1 - self._residual / self._variance if self._variance else 1.0

@@ -1,7 +1,7 @@
-"""The surrogates of a model, for each kind of inputs that it is called with.
+"""The surrogates of a model, one per kind of inputs that the model is called with.
 
-An inverse that was fitted on inputs of one size explains inputs of another, if the model computes
-the same for them.
+An inverse that was fitted on inputs of one size also explains inputs of another size, if the
+model's operations are the same for both.
 """
 
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ Call = tuple[Inputs, Extras]
 
 
 class Surrogates:
-    """The graphs of a model and the surrogates made from them, kept for the next call.
+    """A store of the graphs of a model and of the surrogates made from them.
 
     Args:
         model: The model.
-        output: Which of its outputs is explained.
+        output: The choice of the explained output, if the model has several.
     """
 
     def __init__(self, model: nn.Module, output: Output) -> None:
@@ -48,13 +48,15 @@ class Surrogates:
 
         Args:
             call: Inputs and further arguments.
-            layer: The module at whose output passes back end; None for the inputs.
-            origin: What the inverse was fitted on; None before the first fit.
-            calibrate: Learn the scale of the signal there, since the inverse stops there.
-            joint: Learn what comes back to a tensor from all its branches together.
+            layer: The module at whose output backward passes stop; None for the inputs.
+            origin: The model and inputs of the fit; None before the first fit.
+            calibrate: True to learn the scale of the signal at ``layer``, because the inverse
+                stops there.
+            joint: True to learn the signal of a tensor with several branches in one regression.
 
         Raises:
-            CaptureError: The model cannot be captured, or differs for inputs of this size.
+            CaptureError: The model cannot be captured, or its operations differ for inputs of this
+                size.
             ModelChangedError: The model is not the one of the fit.
         """
         rules = table()
@@ -84,13 +86,14 @@ class Surrogates:
         call: Call,
         rules: Mapping[str, Rule],
     ) -> None:
-        """Raise an error unless only the size of the inputs makes the graph differ.
+        """Raise an error unless two graphs differ only in sizes.
 
-        The graph for inputs like those of the fit tells whether the model itself has changed.
+        To find out if the model itself has changed, it is captured with inputs like those of the
+        fit.
 
         Raises:
-            ModelChangedError: The model, or a rule, is not the one of the fit.
-            CaptureError: The model computes something else for inputs of this size.
+            ModelChangedError: The model or a rule is not the one of the fit.
+            CaptureError: The model's operations differ for inputs of this size.
         """
         fitted = None
         if signature != origin.signature:
@@ -103,27 +106,27 @@ class Surrogates:
                     fitted = self._capture(origin.example, extras, shared)
         if fitted is None or structure(fitted, rules) != origin.structure:
             raise ModelChangedError(
-                "the model computes something else than the one the inverse was fitted to, or a "
-                "registered rule has changed: fit a new InverseNetwork"
+                "the model's operations differ from those of the model that the inverse was fitted "
+                "to, or a registered rule has changed: fit a new InverseNetwork"
             )
         place = difference(fitted, graph, rules)
         if place is not None:
             raise CaptureError(
-                f"for inputs and further arguments {shapes(signature)} the model computes "
-                "something else than for those that the inverse was fitted on, first at "
+                f"for inputs and further arguments {shapes(signature)} the model's operations "
+                "differ from those for the inputs that the inverse was fitted on, first at "
                 f"{place}.\n{size_hint(origin)}"
             )
 
 
 def size_hint(origin: Origin) -> str:
-    """Return what to do about inputs of another kind than those of the fit."""
+    """Return advice, for error messages, about inputs that differ in kind from those of the fit."""
     return (
-        f"The inverse was fitted on {shapes(origin.signature)}. Pass such inputs, resized if need "
-        "be, or fit another InverseNetwork on the others. A network takes any size if it pools to "
-        "a fixed one (nn.AdaptiveAvgPool2d) before its dense layers."
+        f"The inverse was fitted on {shapes(origin.signature)}. Resize the inputs to these shapes, "
+        "or fit another InverseNetwork on inputs of the new size. A network accepts any size if it "
+        "pools to a fixed size (nn.AdaptiveAvgPool2d) before its dense layers."
     )
 
 
 def shapes(signature: Signature) -> str:
-    """Return shapes and dtypes of inputs and further arguments, as errors show them."""
+    """Return shapes and dtypes of inputs and further arguments, as text for error messages."""
     return ", ".join(" ".join(leaf[1:3]) for leaf in signature.leaves)

@@ -283,7 +283,7 @@ def test_all_end_with_the_inverse_of_one_process(run, alone, name):
             "FitError: the DataLoader draws by a BatchSampler",
             "FitError: the DataLoader",
         ),
-        ("sgd", 'InputError: solver="sgd" goes from batch to batch', "InputError"),
+        ("sgd", 'InputError: solver="sgd" runs in a single process', "InputError"),
     ],
 )
 def test_all_end_with_an_error(run, name, first, second):
@@ -348,7 +348,11 @@ def test_no_process_ends_with_patterns_alone(run, name, first, second):
 
 
 def test_a_process_that_is_gone_is_noticed(run):
-    assert (run[1] / "gone").read_text().startswith("FitError: another process of the fit is gone")
+    assert (
+        (run[1] / "gone")
+        .read_text()
+        .startswith("FitError: another process has ended, start all processes again")
+    )
 
 
 def test_without_a_process_group():

@@ -183,7 +183,7 @@ def test_at_a_layer_and_above_it():
         inverse.source_signal(q, 0)
     inverse = NeighbourInverse(model, layer=model[4], neighbours=12).fit(x, progress=False)
     with pytest.raises(
-        errors.NotFittedError, match=r"stops at layer '\d', and has nothing for 3/conv2d"
+        errors.NotFittedError, match=r"stops at layer '\d', and did not learn 3/conv2d"
     ):
         LayerMIPINAttribution(model, inverse, model[1]).attribute(q, 0)
 
