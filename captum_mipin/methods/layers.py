@@ -58,10 +58,12 @@ class Neurons(NamedOperation):
     Attributes:
         key: Name of the operation in fits and errors: module path and operation.
         dim: The dimension of the output along which neurons lie; all other dimensions are rows.
+        last: Whether the model's output is made of its outputs by no further neurons.
     """
 
     key: str
     dim: int = 1
+    last: bool = False
 
     def products(self, x: Tensor, s: Tensor, weight: Tensor) -> Tensor:
         """Return Σ x_i s_j over samples and positions, for each weight w_ij: shaped like W."""

@@ -29,6 +29,13 @@ from captum_mipin.storage import files
 ESTIMATORS = pytest.mark.parametrize("estimator", ["linear", "positive"])
 
 
+def _centre(model, x):
+    """Shift the last bias, so that each class has logits of both signs."""
+    *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        last.bias -= model(x).mean(0)
+
+
 def _expected(x, w, b, estimator):
     """The definition, neuron by neuron; x (rows, inputs), w (neurons, inputs)."""
     patterns = []
@@ -168,6 +175,7 @@ def test_sums_have_a_pattern_a_channel_and_averages_are_even(estimator):
         .eval()
     )
     x = normal(40, 2, 3, 3, dtype=torch.float64)
+    _centre(model, x)
     patterns = Patterns(model, estimator=estimator).fit(x, progress=False)
     h = F.relu(model.layers["a"](x)).detach()
     g = model.layers["b"](h).detach()
@@ -388,6 +396,7 @@ def test_networks_with_norms_of_the_sample(make):
     for p in model.parameters():
         if not p.any():
             nn.init.normal_(p, 0, 0.3)
+    _centre(model, x)
     patterns = Patterns(model).fit(x, progress=False)
     for method in (PatternNet(model, patterns), PatternAttribution(model, patterns)):
         found = method.attribute(x[:3], [0, 1, 2])
@@ -486,8 +495,11 @@ def test_differences_from_constants_are_scales(shift, factor):
     )
     model = model.double().eval()
     x = normal(40, 5, dtype=torch.float64)
+    _centre(model, x)
     patterns = Patterns(model).fit(x, progress=False)
-    s = model(x)[:, :1].detach() * patterns["layers.last/linear"][0]
+    last = patterns["layers.last/linear"]
+    last[~last.any(1)] = 1.0  # behind h - 1e20 all logits are constant, and have no pattern
+    s = model(x)[:, :1].detach() * last[0]
     mask, a = model.layers["a"](x).detach() > 0, patterns["layers.a/linear"]
     torch.testing.assert_close(PatternNet(model, patterns).attribute(x, 0), (s / factor * mask) @ a)
     r = s * model.layers["last"].weight[0].detach() * mask
@@ -551,3 +563,40 @@ def test_a_file_whose_content_lacks_something_is_told_as_such(tmp_path):
             InverseFileError, match=rf"is not that of patterns \(KeyError\('{missing}'\)\)"
         ):
             Patterns.load(path, model)
+
+
+def _never_positive(head):
+    """Return a network whose class 0 has a logit that is never positive, and its images."""
+    torch.manual_seed(0)
+    if head == "dense":
+        layers = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    else:
+        layers = [nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *layers).double().eval()
+    x, last = normal(24, 3, 9, 9, dtype=torch.float64), model[4 if head == "dense" else 2]
+    with torch.no_grad():
+        last.bias -= model(x).mean(0)
+        last.bias[0] = -50.0
+    return model, x
+
+
+@pytest.mark.parametrize("head", ["dense", "convolution"])
+def test_a_class_whose_logit_was_never_positive_is_an_error(head):
+    model, x = _never_positive(head)
+    positive = Patterns(model).fit(x, progress=False)
+    linear = Patterns(model, estimator="linear").fit(x, progress=False)
+    for method in (PatternNet, PatternAttribution):
+        with pytest.raises(
+            NotFittedError, match=r"nothing for class 0, output of .*never positive.*linear"
+        ):
+            method(model, positive).attribute(x[:3], [1, 0, 2])
+        assert method(model, positive).attribute(x[:3], 1).any()
+        assert method(model, linear).attribute(x[:3], 0).any()  # the way out
+
+
+def test_a_class_that_reads_nothing_has_a_map_of_zeros():
+    model, x = _never_positive("dense")
+    with torch.no_grad():
+        model[4].weight[0] = 0
+    found = PatternAttribution(model, Patterns(model).fit(x, progress=False))
+    assert not found.attribute(x[:3], 0).any()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from captum_mipin.errors import InputError, NotFittedError
 from captum_mipin.methods.base import Explanation, Propagation, Relevance, Signal, Table
-from captum_mipin.methods.layers import Layer, Scale
+from captum_mipin.methods.layers import Layer, Neurons, Scale
 from captum_mipin.methods.patterns.fit import Patterns
 from captum_mipin.methods.patterns.table import Merge, pattern_rules, reciprocal
 from captum_mipin.rules import Options
@@ -39,7 +39,8 @@ class _WithPatterns(Propagation):
         """Run one pass forward and one pass back, see :meth:`Propagation.explain`.
 
         Raises:
-            NotFittedError: The patterns are not fitted.
+            NotFittedError: The patterns are not fitted, or have nothing for the target, whose logit
+                was never positive in the data of the fit.
             ModelChangedError: The model's weights changed since the fit.
         """
         self.patterns.fitted()
@@ -72,7 +73,12 @@ class _WithPatterns(Propagation):
                 f"{tuple(w.shape)}: fit the patterns again"
             )
         factor = layer.made(Tensor.mul, a, w) if self._attribution else a
-        return value, lambda s: layer.adjoint(s, x, factor)
+
+        def back(s: Tensor) -> Tensor:
+            self._check_live(layer, s, a, w)
+            return layer.adjoint(s, x, factor)
+
+        return value, back
 
     def _merge(self, options: Options, operation: Any, x: tuple[Tensor, ...], **named: Any) -> Any:
         """Run a sum of two signals, and send s to each term by its patterns."""
@@ -80,9 +86,38 @@ class _WithPatterns(Propagation):
         a = self._pattern(merge.key).to(value)
         weights = a * merge.coefficients(value, named) if self._attribution else a
         parts = [merge.channelwise(weight, value) for weight in weights.unbind(1)]
-        return value, lambda s: tuple(
-            (s * weight).sum_to_size(t.shape) for weight, t in zip(parts, x, strict=True)
-        )
+
+        def back(s: Tensor) -> tuple[Tensor, ...]:
+            self._check_live(merge, s, a, merge.coefficients(value, named))
+            return tuple(
+                (s * weight).sum_to_size(t.shape) for weight, t in zip(parts, x, strict=True)
+            )
+
+        return value, back
+
+    def _check_live(self, neurons: Neurons, s: Tensor, pattern: Tensor, weight: Tensor) -> None:
+        """Raise NotFittedError if the target's own neuron has no pattern, so that s would be lost.
+
+        Args:
+            neurons: The operation.
+            s: The signal at its outputs.
+            pattern: Its patterns.
+            weight: Its weights: a neuron without weights reads nothing, and has no pattern.
+        """
+        if not neurons.last:
+            return
+        dead, idle = (~neurons.by_neuron(t).any(1) for t in (pattern, weight))
+        lost = (neurons.outputs(s).any(0) & dead & ~idle).nonzero().flatten().tolist()
+        if lost:
+            cause = "never positive, or constant"
+            way_out = ', or use Patterns(model, estimator="linear")'
+            if self.patterns.estimator == "linear":
+                cause, way_out = "constant", ""
+            raise NotFittedError(
+                f"the patterns have nothing for class {', '.join(map(str, lost))}, output of "
+                f"{neurons.key}: in the data of the fit its logit is {cause}. Fit on data in which "
+                f"it varies and is positive{way_out}"
+            )
 
 
 class PatternNet(_WithPatterns, Signal):

@@ -18,7 +18,7 @@ from captum_mipin.graph.nodes import operation
 from captum_mipin.methods.base import Table
 from captum_mipin.methods.gates import replace_smooth_gate
 from captum_mipin.methods.gradients import run_operator
-from captum_mipin.methods.layers import Neurons, replace_layers
+from captum_mipin.methods.layers import Neurons, Scale, replace_layers
 from captum_mipin.methods.lrp.rules import quotient
 from captum_mipin.methods.lrp.table import PASS_ON, gated, outside, values, varying
 from captum_mipin.propagation.channels import channels
@@ -117,6 +117,19 @@ def _rewrite(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
             )
         else:
             replace_smooth_gate(node)
+    _mark_last(graph)
+
+
+def _mark_last(graph: fx.Graph) -> None:
+    """Tell the neurons whose outputs make the model's output."""
+    waiting, seen = list(graph.output_node().all_input_nodes), set[Any]()
+    while waiting:
+        node: Any = waiting.pop()
+        if isinstance(node.target, Neurons) and not isinstance(node.target, Scale):
+            node.target = replace(node.target, last=True)
+        elif node not in seen:
+            seen.add(node)
+            waiting.extend(node.all_input_nodes)
 
 
 def _scaled(
