@@ -184,7 +184,7 @@ def test_float32_holds_for_images_far_from_zero(level, padding):
 
 
 def test_half_precision_sums_do_not_overflow():
-    model = mlp(dtype=torch.float16)
+    model = mlp().half()
     inverse = InverseNetwork(model).fit(
         normal(20_000, 6, dtype=torch.float16), 0, progress=False, batch_size=20_000
     )
