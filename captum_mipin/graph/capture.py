@@ -10,12 +10,10 @@ import linecache
 import traceback
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from threading import Lock
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,8 +25,8 @@ from captum_mipin.copies import copy_memo
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.functional import NotRewritableError, functional
 from captum_mipin.graph.marks import inherit, mark, value_of
-from captum_mipin.graph.modules import OWN, named_tensors, snapshot, tree
-from captum_mipin.graph.signature import Signature, per_example, plain, select
+from captum_mipin.graph.modules import OWN, named_tensors, tree
+from captum_mipin.graph.signature import per_example, plain, select
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import check_exportable, check_inputs, check_model, described
 from captum_mipin.types import Extras, Inputs, Output
@@ -45,9 +43,6 @@ _RECURRENT = (
     r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, )?)+ (was|were) assigned during "
     "export"
 )
-
-#: Graphs kept of one model, for different inputs, outputs and kinds of method.
-_GRAPHS = 8
 
 
 @dataclass(frozen=True)
@@ -93,25 +88,6 @@ class CapturedGraph:
         return values
 
 
-@dataclass
-class _Kept:
-    """The graphs of one model: all that they depend on, and each by its key, oldest first."""
-
-    state: list[Any]
-    graphs: dict[Any, CapturedGraph] = field(default_factory=dict)
-
-
-#: What was captured of each model that is still in use, for all methods that explain it.
-_KEPT: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
-_LOCK = Lock()
-
-
-def _form(named: tuple[str, Tensor]) -> tuple[Any, ...]:
-    """Return all that a graph depends on of a parameter or buffer: not its values."""
-    name, tensor = named
-    return name, tensor.shape, tensor.dtype, tensor.device
-
-
 def capture(
     model: nn.Module,
     inputs: Inputs,
@@ -123,9 +99,6 @@ def capture(
     detached: bool = False,
 ) -> CapturedGraph:
     """Capture ``model`` as a graph for inputs of these shapes and any batch size.
-
-    A graph is kept as long as the model is in use and, but for its weights, unchanged; the next
-    call for the same kind of inputs returns it again.
 
     Args:
         model: Module in evaluation mode.
@@ -150,20 +123,7 @@ def capture(
     check_model(model)
     check_exportable(model)
     check_inputs(inputs, explained)
-    state = [*snapshot(model), *map(_form, named_tensors(model)), torch.get_default_dtype()]
-    key = Signature.of(inputs, extras, shared), repr(output), detached
-    with _LOCK:
-        kept = _KEPT.get(model)
-        if kept is None or kept.state != state:
-            kept = _KEPT[model] = _Kept(state)
-        graph = kept.graphs.get(key)
-    if graph is None:
-        graph = trace(model, inputs, extras, shared, output=output, detached=detached)
-        with _LOCK:
-            kept.graphs[key] = graph
-            if len(kept.graphs) > _GRAPHS:
-                del kept.graphs[next(iter(kept.graphs))]
-    return graph
+    return trace(model, inputs, extras, shared, output=output, detached=detached)
 
 
 def trace(

@@ -47,6 +47,12 @@ _FRESH = frozenset(
 #: Composite operations with a rule of their own: they stay whole.
 _WHOLE = _FRESH | {"chunk", "contiguous", "flatten", "reshape", "unflatten"}
 
+#: Composite operations that only a second trace takes apart as the rules expect.
+_TRACED = frozenset(
+    {"alpha_dropout", "feature_alpha_dropout", "atleast_1d", "atleast_2d", "atleast_3d",
+     "cartesian_prod", "conj_physical"}
+)  # fmt: skip
+
 _DROPOUTS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default)
 
 
@@ -74,6 +80,8 @@ def functional(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]
             node.target, torch._ops.HigherOrderOperator
         ):
             raise NotRewritableError(f"{node} has a graph inside")
+        if operation(node).removesuffix("_") in _TRACED:
+            raise NotRewritableError(f"{node} is taken apart by a second trace")
     known: dict[str, fx.Graph] = {}
     for node in list(result.nodes):
         if node.target in decompositions:
@@ -165,7 +173,7 @@ def _remove_write(
     def later(n: fx.Node) -> list[fx.Node]:
         return [user for user in n.users if order[user] > order[node]]
 
-    if base.op != "call_function":
+    if any(member.op == "placeholder" for member in family):
         raise NotRewritableError(f"{node} writes to an input, a parameter or a buffer")
     if node.args[0] is not x or any(later(view) for view in views[1:]):
         raise NotRewritableError(f"{node} writes to what other views show")
@@ -209,6 +217,9 @@ def _functional_form(node: fx.Node) -> Any:
     form: Any = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
     if not name.endswith("_") or node.target.namespace != "aten" or form is None:
         raise NotRewritableError(f"{node.target} has no functional form")
+    # A composite has parts that have rules; a form of other arguments is another function.
+    if form._can_decompose() or _arguments(form) != _arguments(node.target):
+        raise NotRewritableError(f"{node.target} has no functional form of its own")
     x = value_of(node)
     values = [value_of(n) for n in node.all_input_nodes]
     if x.is_floating_point() and all(
@@ -221,6 +232,11 @@ def _functional_form(node: fx.Node) -> Any:
     if (y.dtype, str(y.shape)) != (x.dtype, str(x.shape)):
         raise NotRewritableError(f"{node.target} casts or broadcasts what it writes")
     return form
+
+
+def _arguments(target: OpOverload) -> list[tuple[str, str]]:
+    """Return names and types of the arguments of an operation."""
+    return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
 
 
 def _remove_dropout(graph: fx.Graph, node: fx.Node) -> None:

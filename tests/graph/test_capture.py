@@ -10,9 +10,8 @@ import torch
 from small import Wants
 from torch import Tensor, nn
 
-from captum_mipin import LRP, InverseNetwork, check
+from captum_mipin import LRP, check
 from captum_mipin.errors import CaptureError
-from captum_mipin.graph import capture as capture_module
 from captum_mipin.graph.capture import capture
 
 #: What torch says of a model that sets an attribute: the newest, and torch 2.9.
@@ -191,31 +190,6 @@ def test_weights_are_the_models_own_memory_without_gradients() -> None:
         <= {t.data_ptr() for t in model.state_dict().values()}
     )
     assert not any(value.requires_grad for value in values.values())
-
-
-@pytest.mark.captured_anew
-def test_all_methods_of_a_model_share_its_graph(monkeypatch):
-    traced = []
-    trace = capture_module.trace
-    monkeypatch.setattr(
-        capture_module, "trace", lambda *args, **named: traced.append(1) or trace(*args, **named)
-    )
-    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), torch.randn(8, 4)
-    check(model, x)
-    InverseNetwork(model).fit(x, progress=False).source_signal(x, target=1)
-    for _ in range(2):
-        LRP(model).attribute(x[:3], target=0)
-    assert len(traced) == 1
-    model[0].weight.data.mul_(2)  # a graph holds no weights
-    check(model, x)
-    assert len(traced) == 1
-    model[2] = nn.Linear(3, 5).eval()
-    assert check(model, x).ok
-    assert len(traced) == 2
-    model[2].weight = nn.Parameter(torch.ones(7, 3))
-    model[2].bias = nn.Parameter(torch.ones(7))
-    assert LRP(model).attribute(x[:3], target=6).shape == (3, 4)
-    assert len(traced) == 3
 
 
 @pytest.mark.captured_anew

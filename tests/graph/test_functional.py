@@ -75,6 +75,35 @@ def an_input(x: Tensor) -> Tensor:
     return x.relu_()
 
 
+def an_input_through_a_view(x: Tensor) -> Tensor:
+    return torch.relu_(x.flatten(1)) + 1
+
+
+def an_input_through_dropout(x: Tensor) -> Tensor:
+    return torch.relu_(F.dropout(x, 0.5, False))
+
+
+def a_slice_of_a_slice(x: Tensor) -> Tensor:
+    h = (x * 2).unflatten(1, (5, 1)).expand(-1, 5, 3).clone()
+    part = h[:, 0]
+    part[:, 1:3].mul_(3)
+    return torch.cat([part, h[:, 1]], 1)
+
+
+def a_composite(x: Tensor) -> Tensor:
+    return (x * 2).clip_(0)
+
+
+def a_power(x: Tensor) -> Tensor:
+    y = x + 1
+    y **= 2  # pow_.Scalar writes to a tensor, pow.Scalar is a number to the power of a tensor
+    return y
+
+
+def alpha(x: Tensor) -> Tensor:
+    return torch.atleast_2d(F.alpha_dropout(x, 0.5, False))
+
+
 def smaller(x: Tensor) -> Tensor:
     return (x > 0).float().add_(x.double())
 
@@ -95,13 +124,41 @@ def test_writes_become_values(function: Callable[[Tensor], Tensor]) -> None:
     assert [str(node) for node in before.nodes] == names, "the exported graph stays as it is"
 
 
-@pytest.mark.parametrize("function", [shared, transposed, an_input, smaller])
+@pytest.mark.parametrize(
+    "function",
+    [
+        shared,
+        transposed,
+        an_input,
+        an_input_through_a_view,
+        an_input_through_dropout,
+        smaller,
+        a_slice_of_a_slice,
+        a_composite,
+        a_power,
+        alpha,
+    ],
+)
 def test_what_is_in_doubt_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(NotRewritableError):
         functional(exported(function, torch.randn(3, 5)), {})
 
 
-@pytest.mark.parametrize("function", [chain, slices, whole, shared, transposed, smaller])
+@pytest.mark.parametrize(
+    "function",
+    [
+        chain,
+        slices,
+        whole,
+        shared,
+        transposed,
+        smaller,
+        a_slice_of_a_slice,
+        a_composite,
+        a_power,
+        alpha,
+    ],
+)
 def test_captured_graphs_have_the_values_of_the_model(function: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(4, 5)
     model = Model(function).eval()
@@ -114,9 +171,26 @@ def test_captured_graphs_have_the_values_of_the_model(function: Callable[[Tensor
     assert torch.equal(run(graph.graph, x.clone()), function(x.clone()))
 
 
-def test_a_model_that_writes_to_its_input_is_refused_as_before() -> None:
+@pytest.mark.parametrize("function", [an_input, an_input_through_a_view, an_input_through_dropout])
+def test_a_model_that_writes_to_its_input_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(CaptureError, match="the model writes to"):
-        capture(Model(an_input).eval(), (torch.randn(4, 5),))
+        capture(Model(function).eval(), (torch.randn(4, 5),))
+
+
+@pytest.mark.parametrize("view", [lambda n: n.view(-1), lambda n: n.detach(), lambda n: n[1:]])
+def test_a_model_that_writes_to_a_buffer_is_refused(view: Callable[[Tensor], Tensor]) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("n", torch.ones(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * self.n
+            view(self.n).add_(1)
+            return y
+
+    with pytest.raises(CaptureError, match="the model writes to"):
+        capture(Counts().eval(), (torch.randn(4, 5),))
 
 
 class Net(nn.Module):
