@@ -51,6 +51,12 @@ def test_insertion_and_deletion_are_the_protocol_of_rise(cnn, size):
         torch.testing.assert_close(result.values, area, rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_is_one_row_of_an_image_that_is_not_square():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 6, 2)).eval()
+    x, maps = normal(2, 3, 4, 6), normal(2, 4, 6)
+    assert deletion(maps, x, 1, model=model).settings["step"] == 6
+
+
 def test_one_input_may_come_as_a_tuple(cnn):
     x, maps = cnn.x[:2], normal(2, 8, 8)
     for metric in (deletion, insertion, sensitivity_n, infidelity):

@@ -77,6 +77,7 @@ WEIGHTS = {
     "transposed": torch.randn(3, 4).t(),
     "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     "a number": torch.tensor(3.0),
+    "behind four bytes of others": torch.randn(9)[1:],
 }
 
 
