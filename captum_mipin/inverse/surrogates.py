@@ -107,8 +107,8 @@ class Surrogates:
         if fitted is None or structure(fitted, rules) != origin.structure:
             raise ModelChangedError(
                 "the model's operations differ from those of the model that the inverse was fitted "
-                "to, or a registered rule has changed, or an older captum-mipin wrote the file: fit a "
-                "new InverseNetwork"
+                "to, or a registered rule has changed, or an older captum-mipin wrote the file: "
+                "fit a new InverseNetwork"
             )
         place = difference(fitted, graph, rules)
         if place is not None:

@@ -313,9 +313,7 @@ def test_an_inverse_goes_only_with_the_rules_it_was_fitted_with(
     for other in (HALF, Passes(note="my gate")):
         register("own::swish", other, replace=True)
         for network in kept_and_loaded():
-            with pytest.raises(
-                ModelChangedError, match="a registered rule has changed, or an older .* fit a new"
-            ):
+            with pytest.raises(ModelChangedError, match="a registered rule has changed, or an"):
                 network.source_signal(x, 1)
     unregister_rule("own::swish")
     for network in kept_and_loaded():
