@@ -1,4 +1,4 @@
-"""Inverses by class: which one an example has, and the global maps of a class."""
+"""Inverses that all examples of a class share, and the global maps of a class."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -20,20 +20,20 @@ class ClassInverse(ModelInverse[State]):
     """An inverse that all examples of a class share."""
 
     def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
-        """Return the global, unmasked map of a class (figure 3), for one unit of its logit.
+        """Return the global, unmasked map of a class (figure 3): the map for a logit of 1.
 
-        No example enters: there are no masks, and pooling spreads evenly. Gates that multiply,
-        attention weights, and the switches of ``where`` and ``maximum`` are those of an input of
-        zeros.
+        The map does not depend on an example: no mask is applied, and pooling spreads evenly. Gates
+        that multiply, attention weights, and the switches of ``where`` and ``maximum`` have their
+        values for an input of zeros.
 
         Args:
-            target: The class.
-            additional_forward_args: Further arguments of the model; by default those of the data
-                that was fitted on.
+            target: The class, as an int or a tuple; None for the only output.
+            additional_forward_args: Further arguments of the model; None for those of the data
+                of the fit.
 
         Returns:
-            (1, ...) like one example of the input, or of the layer where the inverse stops; a tuple
-            for several inputs.
+            Tensor (1, ...) with the shape of one example's input, or of one example's output of the
+            layer where the inverse stops; a tuple of tensors for several inputs.
 
         Raises:
             NotFittedError: The class was not fitted.
@@ -44,7 +44,7 @@ class ClassInverse(ModelInverse[State]):
             extras = as_extras(additional_forward_args)
         if extras is None:
             raise InputError(
-                "the model takes further arguments, which files do not hold: pass "
+                "the model takes further arguments, which files do not contain: pass "
                 "additional_forward_args"
             )
         request = Request(
@@ -61,16 +61,16 @@ class ClassInverse(ModelInverse[State]):
     def information(self, target: Any = None, additional_forward_args: Any = None) -> Any:
         """Return the bits that each feature shares with its source signal (section 3.2).
 
-        Without masks, the source signal S = g(Y) is linear in the logit, so both carry the same
-        information. Feature and signal are taken as jointly Gaussian over the data of the fit, as
-        in the paper. Where the signal is constant, they share nothing.
+        Without masks, the source signal S = g(Y) is linear in the logit Y, so feature and signal
+        share as many bits as feature and logit. As in the paper, feature and logit are assumed to
+        be jointly Gaussian over the data of the fit. Where the signal is constant, the result is 0.
 
         Args:
             target, additional_forward_args: As for :meth:`class_attribution`.
 
         Returns:
-            (1, ...) bits, like one example of the input, or of the layer where the inverse stops; a
-            tuple for several inputs.
+            Tensor (1, ...) of bits, with the shape of one example's input, or of one example's
+            output of the layer where the inverse stops; a tuple of tensors for several inputs.
 
         Raises:
             NotFittedError: The class was not fitted.
@@ -82,7 +82,7 @@ class ClassInverse(ModelInverse[State]):
             >>> model = torch.nn.Linear(2, 1).eval()
             >>> _ = torch.nn.init.ones_(model.weight)
             >>> bits = InverseNetwork(model).fit(x, progress=False).information()
-            >>> bool((bits > 0.2).all() and (bits < 0.9).all())  # 0.5 for independent features
+            >>> bool((bits > 0.2).all() and (bits < 0.9).all())  # 0.5 up to sampling noise
             True
         """
         state = self._fitted()
@@ -91,11 +91,12 @@ class ClassInverse(ModelInverse[State]):
         bits = state.fitted.information.get(chosen)
         if bits is None:
             with plain_modes(device_of(self.model)):
-                # -1/2 log2(1 - ρ²), ρ being the correlation of feature and logit
+                # section 3.2: −½ log₂(1 − ρ²) bits, where ρ is the correlation of feature and logit
                 bits = state.lazy[chosen].information(chosen, self._unchanged_marks(state))
         if [b.shape for b in bits] != [a.shape for a in slopes]:
             raise InverseFileError(
-                "the information in the file has another shape than the features: save it again"
+                "the information in the file has a shape that differs from that of the features: "
+                "save the inverse again"
             )
         maps = tuple(b * (a != 0).to(b) for a, b in zip(slopes, bits, strict=True))
         return maps if len(maps) > 1 else maps[0]
@@ -116,7 +117,7 @@ class ClassInverse(ModelInverse[State]):
         return classes, groups
 
     def _classes(self, state: State, targets: Sequence[Target]) -> dict[Target, Inverses]:
-        """Return the inverses of classes; lazy ones may have to be fitted first."""
+        """Return the inverses of classes; classes of a lazy fit are fitted if necessary."""
         targets = list(dict.fromkeys(targets))
         classes: dict[Target, Inverses] = {
             target: state.fitted.inverses[target] for target in targets if target not in state.lazy
@@ -130,11 +131,11 @@ class ClassInverse(ModelInverse[State]):
         """Return the version marks of the weights.
 
         Raises:
-            ModelChangedError: The weights have changed since the activations were kept.
+            ModelChangedError: The weights have changed since the activations were stored.
         """
         if state.origin.watch.changed(self.model):
             raise ModelChangedError(
-                "the model's weights have changed since its activations were kept, so that no "
-                "class can be fitted to them any more: call fit again"
+                "the model's weights have changed since fit(..., lazy=True) stored its "
+                "activations, so no class can be fitted from them: call fit again"
             )
         return state.origin.watch.marks

@@ -1,4 +1,4 @@
-"""The examples that neighbours are chosen from, and what is kept of them."""
+"""The stored examples that neighbours are chosen from."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +16,13 @@ Metric = Literal["cosine", "euclidean"]
 
 @dataclass
 class Examples:
-    """What is kept of the data; the examples lie along the first dimension of each tensor.
+    """The stored activations of the data.
 
     Attributes:
-        sources: The features where passes back end.
-        outputs: The outputs of the operation of each learned step, by the step's key.
-        features: What examples are compared by, if it is not the sources.
+        sources: Tensors (examples, ...), the features where backward passes stop.
+        outputs: Tensors (examples, ...), the outputs of each learned step, by the step's key.
+        features: Tensors (examples, ...) by which examples are compared; empty to compare them by
+            ``sources``.
     """
 
     sources: list[Tensor]
@@ -40,12 +41,12 @@ class Examples:
 
     @property
     def example_bytes(self) -> int:
-        """Bytes that one example takes."""
+        """Number of bytes per example."""
         return sum(t[:1].nbytes for t in self.tensors)
 
     @property
     def layout(self) -> dict[str, Any]:
-        """How many tensors there are of each kind."""
+        """The number of tensors of each kind, as JSON data for a file."""
         return {
             "sources": len(self.sources),
             "features": len(self.features),
@@ -54,7 +55,7 @@ class Examples:
 
     @classmethod
     def of(cls, layout: Mapping[str, Any], tensors: Sequence[Tensor]) -> "Examples":
-        """Return examples made of tensors in the order of :attr:`tensors`."""
+        """Return the examples of a layout, from tensors in the order of :attr:`tensors`."""
         remaining = iter(tensors)
 
         def some(count: int) -> list[Tensor]:
@@ -65,10 +66,10 @@ class Examples:
 
     @classmethod
     def load(cls, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Examples":
-        """Return the examples of a file.
+        """Return the examples that a file contains.
 
         Raises:
-            InverseFileError: The tensors are not those of a file of examples.
+            InverseFileError: The number, shape or dtype of the tensors does not fit the layout.
         """
         count = layout["sources"] + layout["features"] + sum(n for _, n in layout["outputs"])
         if len(tensors) != count:
@@ -80,25 +81,25 @@ class Examples:
             if t.shape[:1] != (len(kept),) or not t.is_floating_point() or not finite(t):
                 raise InverseFileError(
                     f"the file has a tensor of shape {tuple(t.shape)}, {t.dtype}, expected finite "
-                    f"floating numbers of {len(kept)} examples: save it again"
+                    f"floating-point numbers of {len(kept)} examples: save it again"
                 )
         return kept
 
     def map(self, change: Callable[..., Tensor], *others: "Examples") -> "Examples":
-        """Return the results of a function of each tensor and of its counterparts in others."""
+        """Return examples whose tensors are ``change(tensor, *the same tensor of others)``."""
         counterparts = zip(self.tensors, *(other.tensors for other in others), strict=True)
         return Examples.of(self.layout, [change(*tensors) for tensors in counterparts])
 
     def nearest(self, queries: Sequence[Tensor], count: int, metric: Metric) -> Tensor:
-        """Return the kept examples that are most similar to each query.
+        """Return the stored examples that are most similar to each query.
 
         Args:
-            queries: (queries, features) for each tensor that examples are compared by.
-            count: How many.
-            metric: The largest cosine, or the smallest euclidean distance.
+            queries: Tensors (queries, features), one per tensor that examples are compared by.
+            count: Number of examples per query.
+            metric: "cosine" for the largest cosine, "euclidean" for the smallest distance.
 
         Returns:
-            (queries, count) indices.
+            Integer tensor (queries, count), indices of examples.
 
         Raises:
             InputError: Squares of the features overflow.
@@ -110,29 +111,29 @@ class Examples:
             self._statistics[metric] = _statistics(features, metric)
         means, squares = self._statistics[metric]
         pairs = zip(queries, means, features, strict=True)
-        # q·x, for the euclidean distance (q − m)·x: without m, the mean, differences of large
-        # numbers would lose digits
+        # q·x for the cosine; for the euclidean distance (q − m)·x with the mean m of the examples:
+        # without m, differences of large numbers would lose digits
         products = torch.stack([(q.to(x) - mean) @ x.mT for q, mean, x in pairs]).sum(0)
         if metric == "euclidean":
             # |q − x|² is smallest where 2 (q − m)·x − |x − m|² is largest, up to a constant of q
             scores = 2 * products - squares
         else:
-            # cos(q, x) = q·x / (|q| |x|); a feature of zeros is similar to nothing
+            # cos(q, x) = q·x / (|q| |x|), 0 for x = 0; |q| does not change the order
             scores = products * squares.rsqrt().nan_to_num(posinf=0.0)
         return scores.topk(count, 1).indices
 
     @property
     def _compared(self) -> list[Tensor]:
-        """What examples are compared by, (examples, features); half precision cannot hold sums."""
+        """The compared tensors (examples, features), with at least float32, to hold sums."""
         flat = [x.flatten(1) for x in self.features or self.sources]
         return [x.float() if x.element_size() < 4 else x for x in flat]
 
 
 def _statistics(features: Sequence[Tensor], metric: Metric) -> tuple[list[Tensor], Tensor]:
-    """Return the means m (zeros for the cosine) and |x − m|² of each example."""
+    """Return the means m of the features (zeros for the cosine), and |x − m|² per example."""
     means = [x.mean(0) if metric == "euclidean" else torch.zeros_like(x[0]) for x in features]
     squares = [
-        # parts of the data, since float64 takes twice the memory
+        # 256 examples at a time: float64 copies of all of them would take too much memory
         torch.cat([(part - mean).double().square().sum(1) for part in x.split(256)])
         for x, mean in zip(features, means, strict=True)
     ]
@@ -140,19 +141,20 @@ def _statistics(features: Sequence[Tensor], metric: Metric) -> tuple[list[Tensor
     if not finite(sums):
         raise InputError(
             f"the features that neighbours are compared by are too large for {sums.dtype}: "
-            "scale them down"
+            "their squares overflow, expected finite ones. Scale the features down"
         )
     return means, sums
 
 
 @contextmanager
 def belonging() -> Iterator[None]:
-    """Raise InverseFileError if what is kept, which a file may hold, does not fit the model."""
+    """Turn an error that is caused by stored examples of another model into InverseFileError."""
     try:
         yield
     except (MIPINError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, IndexError, TypeError) as error:
         raise InverseFileError(
-            f"what is kept of the data does not belong to this model: {error}"
+            "the stored examples do not fit this model, expected those of its own fit: fit a new "
+            f"NeighbourInverse. {type(error).__name__}: {error}"
         ) from error

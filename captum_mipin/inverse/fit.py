@@ -1,4 +1,4 @@
-"""Algorithm 1: from the output down, one regression for each learned step and target."""
+"""Algorithm 1: one regression per learned step and target, in order from output to input."""
 
 import hashlib
 import logging
@@ -32,12 +32,12 @@ from captum_mipin.types import Inputs, Target
 
 logger = logging.getLogger(__name__)
 
-#: The inverses of one step, and how well they were fitted.
+#: For each target, the inverse of one step and the report of its regression.
 _Solved = dict[Target, tuple[Inverse, LayerFit]]
 
 
 class _Batch(NamedTuple):
-    """One batch of a regression: the family of inverses, the features, and target → signals."""
+    """One batch of a regression: inverter, features, and the function target → signals."""
 
     inverter: Inverter
     x: Tensor
@@ -45,24 +45,24 @@ class _Batch(NamedTuple):
 
 
 class Fit:
-    """One fit: it goes through the data with :class:`Passes`, and solves step after step."""
+    """One fit, which solves the regressions step after step on the data of :class:`Passes`."""
 
     def __init__(self, request: FitRequest) -> None:
         self._request, self._targets = request, list(request.targets)
         self._passes = Passes(request)
         self._information = SharedInformation(request.surrogate, self._targets)
-        self._rows: dict[str, Rows] = {}  # of steps solved row by row, for classes fitted later
+        self._rows: dict[str, Rows] = {}  # features of steps solved by the dual, for later classes
 
     def run(self, fitted: Fitted, done: Callable[[Fitted], None] = lambda fitted: None) -> Fitted:
-        """Fit what ``fitted`` lacks.
+        """Fit all classes and steps that are not in ``fitted``, and return ``fitted``.
 
         Args:
-            fitted: What is fitted already; it is added to.
-            done: Called with ``fitted`` after each regression.
+            fitted: The results so far; new results are added to this object.
+            done: Function that is called with ``fitted`` after each regression.
 
         Raises:
             FitError: There are fewer than two examples, the output of a class is constant, or
-                values are not finite.
+                values are NaN or Inf.
         """
         if self._passes.rows is None:
             self.scan()
@@ -89,7 +89,7 @@ class Fit:
         return fitted
 
     def later(self, target: Target) -> Fitted:
-        """Return the fit of one more class, from what was kept of the data."""
+        """Return the fit of one more class, from the stored activations of the data."""
         self._targets = [target]
         try:
             self._passes.resume()
@@ -99,7 +99,7 @@ class Fit:
             raise
 
     def information(self, target: Target) -> Inputs:
-        """Return the bits of each feature for one class, from what was kept of the data."""
+        """Return the bits of each feature for one class, from the stored activations."""
         self._passes.resume()
         information = SharedInformation(self._request.surrogate, [target])
         for trace in self._passes.traces(self._request.surrogate.learned[0], [target], {}):
@@ -107,23 +107,23 @@ class Fit:
         return information.bits()[target]
 
     def restart(self) -> None:
-        """Drop everything that can be computed again."""
+        """Drop all values that can be computed again from the stored activations."""
         self._passes.discard()
         self._rows.clear()
 
     def scan(self) -> list[float]:
-        """Go through the data once.
+        """Make the first pass over the data.
 
         Returns:
-            The number of examples and the range of each target's output, by which a fit that is
-            resumed knows its data.
+            The number of examples, then the minimum and the maximum of each target's output. A
+            resumed fit identifies its data by these numbers.
 
         Raises:
             FitError: There are fewer than two examples, the output of a class is constant, or
-                values are not finite.
+                values are NaN or Inf.
         """
         processes = self._request.processes
-        bounds: Tensor | None = None  # of the output and of its negative
+        bounds: Tensor | None = None  # maximum of the output, and of the negative output
         with processes.fail_together():
             for trace in self._passes.first():
                 output = trace.output.detach()
@@ -133,9 +133,7 @@ class Fit:
                     self._information.add(trace)
         rows = self._passes.agree()
         if rows < 2:
-            raise FitError(
-                f"the data has {rows} example, expected at least two: a regression needs variance"
-            )
+            raise FitError(f"the data has {rows} example, expected at least two: pass more data")
         known = processes.gather(None if bounds is None else bounds.cpu())
         extremes = torch.stack([part for part in known if part is not None]).amax(0)
         high, low = extremes[0], -extremes[1]
@@ -143,8 +141,8 @@ class Fit:
             if high[target] == low[target]:
                 raise FitError(
                     f"the output for target {target_label(target)} is {low[target]:g} for each of "
-                    f"the {rows} examples: nothing can be regressed on a constant. Fit it on data "
-                    "it responds to, or leave it out."
+                    f"the {rows} examples, expected different values, which a regression needs: "
+                    "pass other data, or leave this target out"
                 )
         if processes.count > 1:
             with processes.fail_together():
@@ -155,7 +153,7 @@ class Fit:
         return [float(rows), *ranges]
 
     def _batches(self, key: str, fitted: Fitted, bar: "tqdm[Any]") -> Iterator[_Batch]:
-        """Yield for each batch the features of a step, and the signals above it (algorithm 1)."""
+        """Yield for each batch the features X_{l-1} and signals S_l of a step l (algorithm 1)."""
         for trace in self._passes.traces(key, self._targets, fitted.inverses):
             seen = trace.seen(key)
 
@@ -171,7 +169,7 @@ class Fit:
     def _solve(
         self, key: str, targets: Sequence[Target], fitted: Fitted, bar: "tqdm[Any]"
     ) -> _Solved:
-        """Return the inverses of one step for the first targets, as many as memory allows."""
+        """Return the inverses of one step for as many of the first targets as memory allows."""
         request, batches = self._request, self._batches(key, fitted, bar)
         shared = request.settings.sharing and key != request.surrogate.learned[0]
         with request.processes.fail_together():
@@ -183,7 +181,7 @@ class Fit:
                 inverter, x, _ = first
             rows = self._regressed_rows(key, inverter, x)
             signals = inverter.size[2]
-            # The Gram matrix of the rows is smaller than that of the signals: eq. 6 by its dual.
+            # With fewer rows than signals, the Gram matrix of the rows is smaller: dual of eq. 6.
             by_rows = (
                 request.processes.count == 1
                 and not shared
@@ -216,13 +214,13 @@ class Fit:
     ) -> _Solved:
         """Return the inverses of one step from the moments of each group of targets.
 
-        The moments are dropped one by one; ``x`` has the dtype and the device of the inverses.
+        This empties ``moments``. The inverses have the dtype and the device of ``x``.
         """
         solved: _Solved = {}
         settings = self._request.settings
         for index, group in enumerate(groups):
             part = moments.pop(index)
-            # eq. 6: W = cov(X, S) (cov(S, S) + λI)^-1, b = E X − W E S
+            # eq. 6: W = cov(X, S) (cov(S, S) + λI)^-1, b = E[X] − W E[S]
             solution = solve(part, settings.ridge, settings.ridge_scale, inverter.tied)
             inverse = inverter.inverse(solution, x)
             for target in group:
@@ -254,7 +252,7 @@ class Fit:
         return moments
 
     def _merged(self, key: str, batches: Iterable[_Batch]) -> Iterator[_Batch]:
-        """Yield the batches, small ones put together where they are kept: moments cost less so."""
+        """Yield the batches, with small stored ones joined, so that moments take fewer calls."""
         waiting: list[_Batch] = []
         join = self._request.surrogate.steps[key].layout.join
         for batch in batches:
@@ -268,7 +266,7 @@ class Fit:
             yield _merge(waiting, join)
 
     def _positions(self, key: str, index: int, inverter: Inverter, x: Tensor) -> Tensor | None:
-        """Return the positions of x that a convolution is fitted on in a batch; None for all."""
+        """Return the positions of ``x`` that a convolution is fitted on; None for all."""
         settings, count = self._request.settings, prod(x.shape[2:])
         if settings.positions is None or not isinstance(inverter, Convolution) or inverter.tied > 1:
             return None
@@ -283,16 +281,16 @@ class Fit:
         return order[:chosen].sort().values.to(x.device)
 
     def _pooled(self, moments: Moments | None, inverter: Inverter, x: Tensor) -> Moments:
-        """Return the moments of all processes' data; None stands for no data."""
+        """Return the moments of all processes' data; ``moments`` is None in one without data."""
         live = moments.live[0].tolist() if moments is not None and moments.live else None
         moments = moments or Moments.zeros(*inverter.size, x.device)
-        # Moments of some signals alone can only be added if they are of the same signals.
+        # Moments with fields for live signals only can be added only if these are the same signals.
         if any(other != live for other in self._request.processes.gather(live)):
             moments = moments.whole()
         return moments.pooled(self._request.processes.sum)
 
     def _regressed_rows(self, key: str, inverter: Inverter, x: Tensor) -> int:
-        """Return the rows of a step's regression over all data, given the features of a batch."""
+        """Return the number of rows of a step's regression; ``x`` has the features of a batch."""
         layout = self._request.surrogate.steps[key].layout
         groups, features, *_ = inverter.size
         examples = max(1, x.shape[layout.dim] // (layout.outer * layout.inner))
@@ -301,7 +299,7 @@ class Fit:
     def _solve_by_rows(
         self, key: str, inverter: Dense, targets: Sequence[Target], batches: Iterable[_Batch]
     ) -> _Solved:
-        """Return the inverses of a dense layer with fewer rows than signals."""
+        """Return the inverses of a dense layer with fewer rows than signals, by the dual."""
         xs: list[Tensor] = []
         parts: dict[Target, list[Tensor]] = {target: [] for target in targets}
         for index, (_, x, signals) in enumerate(batches):
@@ -333,7 +331,7 @@ class Fit:
         batches: Iterable[_Batch],
         bar: "tqdm[Any]",
     ) -> _Solved:
-        """Return the inverses of a convolution as the paper finds them, batch by batch (eq. 7)."""
+        """Return the inverses of a convolution, fitted by the paper's SGD on equation 7."""
         settings = self._request.settings
         later = (self._batches(key, fitted, bar) for _ in range(settings.epochs - 1))
         states = descend(key, targets, chain([batches], later), settings.learning_rate)
@@ -352,7 +350,7 @@ def _layer_fit(
     *,
     silent: int = 0,
 ) -> LayerFit:
-    """Return the report of one regression; ``silent`` signals that are 0 were left out of it."""
+    """Return the report of one regression, which left out ``silent`` signals that are always 0."""
     label, (groups, features, signals, own) = target_label(target), inverter.size
     explained = solution.explained_variance
     logger.debug("%s, target %s: explained variance %.3f", key, label, explained)
@@ -362,7 +360,7 @@ def _layer_fit(
 
 
 def _merge(batches: Sequence[_Batch], join: Callable[[list[Tensor]], Tensor]) -> _Batch:
-    """Return several batches as one."""
+    """Return several batches joined to one."""
     if len(batches) == 1:
         return batches[0]
 
@@ -376,23 +374,23 @@ def _merge(batches: Sequence[_Batch], join: Callable[[list[Tensor]], Tensor]) ->
 def _not_finite(index: int, key: str, target: Target) -> FitError:
     return FitError(
         f"batch {index}: NaN or Inf in the features or the signal of {key}, target "
-        f"{target_label(target)}"
+        f"{target_label(target)}: scale the inputs as in training, or use a wider dtype"
     )
 
 
 def _check_memory(key: str, needed: int, signals: int, device: torch.device) -> None:
-    """Raise FitError if a regression needs more bytes than the machine has."""
+    """Raise FitError if a regression needs more bytes than the device has."""
     available = _memory_of(device)
     if needed > available:
         raise FitError(
             f"the moments of {key} take {needed / 2**30:,.0f} GiB, this machine has "
-            f"{available / 2**30:,.0f}: there are {signals:,} signals in one regression. Start "
-            "above it, with InverseNetwork(model, layer=...)"
+            f"{available / 2**30:,.0f}: one regression has {signals:,} signals. Stop at a layer "
+            "closer to the output, with InverseNetwork(model, layer=...)"
         )
 
 
 def _memory_of(device: torch.device) -> int:
-    """Return the bytes of memory of a device; of the machine for the CPU."""
+    """Return the bytes of memory of a GPU, or of the machine if the device is the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     known = hasattr(os, "sysconf")  # not on Windows

@@ -1,4 +1,4 @@
-"""Classes that are fitted when they are first explained, and dropped when memory runs short."""
+"""Classes that are fitted when they are first explained, and dropped to save memory."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ from captum_mipin.types import Inputs, Target
 
 
 class Lazy:
-    """The classes of a fit that has kept the activations of its data.
+    """The classes of a fit that has stored the activations of its data.
 
-    Calls from several threads take turns, so that no class is fitted twice; a class that is fitted
-    already is returned at once.
+    Only one thread fits at a time, so that no class is fitted twice. Classes that are fitted
+    already are returned without waiting.
 
     Args:
-        fit: A fit that has gone through its data.
-        memory: Bytes for fitted classes. The least recently explained are dropped first; those of
-            one call stay together.
-        marks: Version marks of the model's weights when the data was gone through.
+        fit: A fit that has finished its first pass over the data.
+        memory: Bytes for fitted classes. If they need more, the least recently explained ones are
+            dropped, but none of the current call.
+        marks: Version marks of the model's weights during the first pass.
     """
 
     def __init__(self, fit: Fit, memory: int, marks: list[Any]) -> None:
@@ -42,17 +42,18 @@ class Lazy:
     def get(
         self, targets: Sequence[Target], marks: Callable[[], list[Any]]
     ) -> dict[Target, dict[str, Inverse]]:
-        """Return the inverses of classes; those that are missing are fitted.
+        """Return the inverses of classes, after fitting the classes that are not fitted yet.
 
         Args:
             targets: The classes.
-            marks: Checks that the weights are unchanged, and returns their version marks.
+            marks: Function that checks that the weights are unchanged, and returns their version
+                marks.
         """
         classes: dict[Target, Fitted] = {}
         for target in targets:
             fitted = self._known(target)
             if fitted is None:
-                with self._fitting:  # another thread may have fitted it meanwhile
+                with self._fitting:  # while waiting here, another thread may have fitted the class
                     fitted = self._known(target) or self._fit_class(target, marks())
             classes[target] = fitted
         with self._access:
@@ -81,20 +82,20 @@ class Lazy:
         return fitted
 
     def _renew(self, marks: list[Any]) -> None:
-        """Run the model anew if its weights were moved, or changed and changed back."""
+        """Drop computed values if the weights were moved, or changed and changed back."""
         if self._marks != marks:
             self._fit.restart()
         self._marks = marks
 
     def __reduce__(self) -> NoReturn:
         raise NotFittedError(
-            "classes of fit(..., lazy=True) cannot be copied or pickled, since they are fitted "
-            "when they are explained: fit those that are needed without lazy=True"
+            "classes of fit(..., lazy=True) cannot be copied or pickled, because they are fitted "
+            "only when they are explained: fit the classes that are needed without lazy=True"
         )
 
 
 def _bytes(ready: OrderedDict[Target, Fitted]) -> int:
-    """Return the bytes of fitted classes; tensors that they share count once."""
+    """Return the number of bytes of fitted classes; tensors that they share count once."""
     tensors = {
         id(part): part.nbytes
         for fitted in ready.values()

@@ -1,8 +1,8 @@
-"""Neighbourhood fits: each example is explained by an inverse fitted on the data most like it.
+"""Neighbourhood fits: the inverse for an example is fitted on the data most similar to it.
 
-Section 4.2 of the paper calls this the intuitive way to make an inverse local, and drops it because
-each example would need a training of its own. In closed form it does not: a regression on k rows is
-small, and the network is not run again for them (see :mod:`captum_mipin.inverse.replay`).
+Section 4.2 of the paper calls this the intuitive way to make an inverse local, but rejects it
+because each example would need its own training. Here regressions are solved in closed form: on k
+neighbours they are small, and :mod:`captum_mipin.inverse.replay` avoids running the network again.
 """
 
 import operator
@@ -41,18 +41,18 @@ from captum_mipin.storage.watch import Watch
 from captum_mipin.targets import per_example, target_indices
 from captum_mipin.types import Extras, Inputs, Target
 
-#: Bytes that the inverses of examples explained at once may take, unless it is one example alone.
+#: Maximum bytes of the inverses of examples explained at once; a single example may take more.
 _TOGETHER = 1 << 29
 
 
 @dataclass(frozen=True)
 class NeighbourState:
-    """What a fit leaves behind.
+    """The result of :meth:`NeighbourInverse.fit`.
 
     Attributes:
-        origin: What was fitted on.
+        origin: The model and the kind of inputs of the fit.
         targets: The classes that can be explained.
-        kept: What is kept of the data.
+        kept: The stored activations of the data.
     """
 
     origin: Origin
@@ -61,27 +61,28 @@ class NeighbourState:
 
 
 class NeighbourInverse(ModelInverse[NeighbourState]):
-    """MIP-IN by neighbourhood fits: an inverse for each example, fitted on the examples like it.
+    """MIP-IN by neighbourhood fits: one inverse per example, fitted on the most similar data.
 
-    It takes the place of an :class:`InverseNetwork` in ``MIPINAttribution`` and
-    ``LayerMIPINAttribution``. :meth:`fit` learns nothing; it keeps what later fits need of the
-    data, for any class. The part above the start layer should be small, such as dense layers. With
-    as many neighbours as data, the result is that of :class:`InverseNetwork`. An example of the
-    data is a neighbour of itself.
+    Use it like an :class:`InverseNetwork` in ``MIPINAttribution`` and ``LayerMIPINAttribution``.
+    :meth:`fit` only stores activations of the data; each explanation fits its inverses from them.
+    The part of the model after ``layer`` should be small, such as dense layers. If all data are
+    neighbours, the result equals that of :class:`InverseNetwork`. An example that is part of the
+    data is one of its own neighbours.
 
     Args:
-        model: As for :class:`InverseNetwork`.
+        model: The model, as for :class:`InverseNetwork`.
         neighbours: Number of examples that each inverse is fitted on, at least 2. Also an
             attribute, which may be changed at any time.
-        metric: Neighbours have the largest "cosine", or the smallest "euclidean" distance. Among
-            equal distances, but for rounding, any may be chosen. Also an attribute.
-        feature: What is compared: another module's output, or the "input". By default the output of
-            ``layer``, or the input if there is no layer.
+        metric: "cosine" to choose the neighbours of largest cosine, "euclidean" for those of
+            smallest distance. The choice among equally similar ones is not defined. Also an
+            attribute, which may be changed at any time.
+        feature: The module whose outputs are compared, or "input" to compare the inputs. None for
+            ``layer``, or for the inputs if ``layer`` is None.
         options: ``layer``, ``output``, ``ridge``, ``ridge_scale``, ``pooling``, ``forks`` and
             ``precision``, as for :class:`InverseNetwork`.
 
     Raises:
-        InputError: An option is out of its range.
+        InputError: An option has a value that is not allowed.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -106,7 +107,10 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         super().__init__(model, **options)
         _check_search(neighbours, metric)
         if not (feature is None or feature == "input" or isinstance(feature, nn.Module)):
-            raise InputError(f"feature={feature!r} is neither a module of the model nor 'input'")
+            raise InputError(
+                f"feature={feature!r} is neither a module nor 'input': pass a module of the model, "
+                "'input' or None"
+            )
         self.neighbours, self.metric = operator.index(neighbours), metric
         self.feature = unwrapped(feature) if isinstance(feature, nn.Module) else feature
         self._replays = WeakKeyDictionary[Surrogate, Replay]()
@@ -119,7 +123,10 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         self._replays = WeakKeyDictionary()
 
     def to(self, device: torch.device | str) -> "NeighbourInverse":
-        """Move what is kept to a device and return self; else each call moves what it needs."""
+        """Move the stored examples to a device and return self.
+
+        Without this, each call copies the neighbours to the device of the model.
+        """
         state = self._fitted()
         self._state = replace(state, kept=state.kept.map(lambda t: t.to(device)))
         return self
@@ -135,27 +142,29 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         batch_size: int = 256,
         **unsupported: Any,
     ) -> "NeighbourInverse":
-        """Run the data through the model once and keep what fits need; earlier data is dropped.
+        """Run the model on the data once and store activations; earlier data is dropped.
 
         Args:
             data, unpack, batch_size: As for :meth:`InverseNetwork.fit`.
-            targets: The classes that may be explained, as Captum's ``target``; None for all.
-            memory: Bytes for what is kept.
-            progress: Show a progress bar.
-            unsupported: The other options of :meth:`InverseNetwork.fit` are refused.
+            targets: One class or several that may be explained, in the form of Captum's
+                ``target``; None for all outputs.
+            memory: Maximum bytes of the stored activations.
+            progress: True to show a progress bar.
+            unsupported: Other options of :meth:`InverseNetwork.fit`, which raise InputError.
 
         Raises:
-            FitError: The data is empty, has fewer examples than neighbours, is not finite, changes
-                its shape, or takes more than ``memory``.
-            CaptureError: The model cannot be captured, uses an operation without a rule, or has a
-                way around the layer.
+            FitError: The data is empty, has fewer examples than ``neighbours``, contains NaN or
+                Inf, changes its shape, or needs more than ``memory``.
+            CaptureError: The model cannot be captured, uses an operation without a rule, or uses
+                inputs in operations after ``layer`` that bypass ``layer``.
             InputError: An option is not supported.
             TargetError, ModelChangedError, RuleError: As for :meth:`InverseNetwork.fit`.
         """
         if unsupported:
             raise InputError(
-                f"a neighbourhood fit has no option {', '.join(unsupported)}: it is one pass over "
-                "the data in one process, which stays in memory. Leave it out"
+                f"a neighbourhood fit has no option {', '.join(unsupported)}: it makes one pass "
+                "over the data in one process, and stores activations in memory. Leave this option "
+                "out"
             )
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size!r} must be at least 1")
@@ -168,7 +177,7 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
             )
             call = next(iter(batches))
             surrogate = self._surrogate(*call, self.layer)
-            self._replay(surrogate)  # whether there is a way around the layer
+            self._replay(surrogate)  # raises CaptureError now if an operation bypasses the layer
             origin = Origin.of(surrogate.captured, *call, Watch(model))
             chosen = target_indices(targets, origin.dims)
             bar = tqdm(batches, unit="batch", disable=not progress)
@@ -179,7 +188,7 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
     def _keep(
         self, batches: "tqdm[Any]", surrogate: Surrogate, signature: Signature, memory: int
     ) -> Examples:
-        """Return what is kept of the data, after one pass over it."""
+        """Return the stored activations of the data, from one pass over the batches."""
         parts: list[Examples] = []
         rows, shared = 0, surrogate.captured.shared
 
@@ -190,13 +199,14 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
             actual = Signature.of(inputs, extras, shared)
             if actual != signature:
                 raise FitError(
-                    f"batch {index} has further arguments {shapes(actual)}, the first had "
-                    f"{shapes(signature)}"
+                    f"batch {index} has further arguments {shapes(actual)}, expected "
+                    f"{shapes(signature)} as in the first batch: pass the same kinds in all batches"
                 )
             output, part = run(inputs, extras, proving=index == 0)
             if not all(finite(t) for t in (output, *part.tensors)):
                 raise FitError(
-                    f"batch {index}: the model's output, or what is kept of it, contains NaN or Inf"
+                    f"batch {index}: the model's output or activations contain NaN or Inf, "
+                    "expected finite numbers: scale the inputs as in training"
                 )
             if index == 0:
                 check_independent((output,), inputs, extras, shared, lambda *call: run(*call)[:1])
@@ -204,26 +214,26 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
             rows += len(part)
             if (needed := rows * part.example_bytes) > memory:
                 raise FitError(
-                    f"what is kept of {rows} examples takes {needed / 2**30:.2g} GiB, more than "
-                    f"memory={memory}: start further up, with layer=, give fewer examples, or "
-                    "allow more memory"
+                    f"the stored activations of {rows} examples take {needed / 2**30:.2g} GiB, "
+                    f"more than memory={memory}: choose a layer= closer to the output, pass fewer "
+                    "examples, or raise memory="
                 )
         if rows < self.neighbours:
             raise FitError(
-                f"the data has {rows} examples, fewer than neighbours={self.neighbours}: give more "
-                "data, or take fewer neighbours"
+                f"the data has {rows} examples, fewer than neighbours={self.neighbours}: pass more "
+                "data, or lower neighbours="
             )
         return parts[0].map(lambda *batches: torch.cat(batches), *parts[1:])
 
     def _run(
         self, surrogate: Surrogate, call: tuple[Inputs, Extras], proving: bool
     ) -> tuple[Tensor, Examples]:
-        """Return the model's output for a batch, and what is kept of the batch.
+        """Return the model's output for a batch, and the activations to store.
 
         Args:
             surrogate: The surrogate of the model.
             call: Inputs and further arguments.
-            proving: True to check that rules compute what their operations do.
+            proving: True to check that the results of rules agree with those of their operations.
         """
         steps, values = surrogate.steps, surrogate.captured.values(self.model, *call)
         options = Options(shares=self.settings.shares)
@@ -242,22 +252,22 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         return output, Examples(sources, outputs, features)
 
     def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
-        """Raise NotFittedError: a class has no inverse of its own, and so no map."""
+        """Raise NotFittedError: inverses belong to single examples, so a class has no map."""
         raise NotFittedError(
-            "each example has an inverse of its own, a class has none: fit an InverseNetwork, the "
-            "same for all examples"
+            "a NeighbourInverse has one inverse per example, and none for a whole class: fit an "
+            "InverseNetwork, whose inverse is the same for all examples of a class"
         )
 
     information = class_attribution
 
     def _back(self, state: NeighbourState, request: Request) -> Explanation:
-        """Run the passes of a request for as many examples at once as there is memory for."""
+        """Run the passes of a request, for as many examples at once as ``_TOGETHER`` allows."""
         kept = state.kept
         _check_search(self.neighbours, self.metric)
         if self.neighbours > len(kept):
             raise InputError(
-                f"neighbours={self.neighbours} are more than the {len(kept)} examples that were "
-                "fitted on: take fewer"
+                f"neighbours={self.neighbours} are more than the {len(kept)} examples of the fit: "
+                "lower neighbours=, or fit on more data"
             )
         count = len(request.inputs[0])
         most = max(1, _TOGETHER // (self.neighbours * kept.example_bytes))
@@ -274,22 +284,23 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
     def _check_unchanged(self, state: NeighbourState) -> None:
         if state.origin.watch.changed(self.model):
             raise ModelChangedError(
-                "the model's weights have changed since the data was kept, and neighbours would be "
-                "fitted on with the new ones: fit a new NeighbourInverse, whatever changed= says"
+                "the model's weights have changed since fit stored the activations of its data, "
+                "which a NeighbourInverse does not allow for any value of changed=: fit a new "
+                "NeighbourInverse"
             )
 
     def _inverses(
         self, state: NeighbourState, request: Request, surrogate: Surrogate, features: Inputs
     ) -> tuple[Mapping[Target, Inverses], Groups]:
-        """Return the inverse of each example, with the example's number in place of a class."""
+        """Return one inverse per example; ``Groups`` has the example's number as the class."""
         kept, origin, call = state.kept, state.origin, (request.inputs, request.extras)
         self._check_reaches(surrogate, kept.outputs, request.layer)
         captured = surrogate.captured
         signature = Signature.of(*call, captured.shared)
         if signature != origin.signature:
             raise InputError(
-                f"These inputs are {shapes(signature)}; the inverse was fitted on "
-                f"{shapes(origin.signature)}. Pass inputs of that kind, resized if need be"
+                f"the inputs are {shapes(signature)}, expected {shapes(origin.signature)} as in "
+                "the data that the inverse was fitted on: resize or convert the inputs"
             )
         if self.changed != "refuse":
             self._check_unchanged(state)
@@ -317,7 +328,7 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         return inverses, [(number, slice(number[0], number[0] + 1)) for number in inverses]
 
     def _replay(self, surrogate: Surrogate) -> Replay:
-        """Return the replay of a surrogate, which is built once."""
+        """Return the replay of a surrogate; build it in the first call."""
         if surrogate not in self._replays:
             module = self.layer if self.feature is None else self.feature
             feature = None
@@ -363,10 +374,10 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
 
 
 def _check_search(neighbours: Any, metric: Any) -> None:
-    """Raise InputError unless neighbours can be chosen."""
+    """Raise InputError unless the number of neighbours and the metric are valid."""
     if isinstance(neighbours, bool) or not hasattr(neighbours, "__index__") or neighbours < 2:
         raise InputError(
-            f"neighbours={neighbours!r} must be an integer of at least 2: a regression needs "
-            "variance"
+            f"neighbours={neighbours!r} must be an integer of at least 2, because a regression "
+            "needs variance"
         )
     check_choice("metric", metric, ("cosine", "euclidean"))

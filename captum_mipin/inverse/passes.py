@@ -1,4 +1,4 @@
-"""Passes over the data of a fit: batches run forward, and kept as far as memory allows."""
+"""Passes over the data of a fit: forward passes of batches, stored as far as memory allows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -18,17 +18,18 @@ from captum_mipin.types import Extras, Inputs, Target
 
 
 class Passes:
-    """The batches of a fit, each run forward down to the step that is being fitted.
+    """The forward passes of the batches of a fit, with the values at the learned steps.
 
-    If memory allows, the first pass is the only one: all batches are kept. If not, a later pass
-    starts at the step being fitted and keeps what the next steps need, as many as fit into memory.
+    If memory allows, all values are stored in the first pass, and no other pass is needed. If not,
+    later passes run the batches again. Each stores values for the step that is being fitted and for
+    as many of the next steps as fit into memory.
 
     Args:
-        request: The fit.
+        request: The request for the fit.
 
     Attributes:
-        rows: Examples of this process; None before the first pass.
-        most: Examples of the process that has most of them.
+        rows: Number of examples of this process; None before the first pass.
+        most: Number of examples of the process that has the most.
     """
 
     def __init__(self, request: FitRequest) -> None:
@@ -40,17 +41,18 @@ class Passes:
         self.most = 0
         self._kept: list[Trace] = []
         self._kept_steps: Sequence[str] = self._learned
-        self._sizes: Mapping[str, float] = {}  # of what is kept for each step, bytes an example
-        self._widest = 0.0  # of the signals of one class, bytes an example
+        self._sizes: Mapping[str, float] = {}  # bytes per example of the values stored for a step
+        self._widest = 0.0  # bytes per example of the signals of one class
         self._all_kept = False
 
     # ------------------------------------------------------------------------------- first pass
 
     def first(self) -> Iterator[Trace]:
-        """Yield every batch for the first time, and keep it if there is room.
+        """Yield the forward pass of every batch, and store it if memory allows.
 
         Raises:
-            FitError: The batches are not alike, an output is not finite, or examples are mixed.
+            FitError: The kinds of further arguments differ between batches, an output contains NaN
+                or Inf, or the model mixes the examples of a batch.
         """
         request, rows = self._request, 0
         signature: Signature | None = None
@@ -59,8 +61,8 @@ class Passes:
             signature = signature or found
             if found != signature:
                 raise FitError(
-                    f"batch {index} has further arguments {found.leaves}, the first had "
-                    f"{signature.leaves}: give all batches the same"
+                    f"batch {index} has further arguments {found.leaves}, expected "
+                    f"{signature.leaves} as in the first batch: pass the same kinds in all batches"
                 )
             values = self._below(inputs, extras)
             if request.activations is not None:
@@ -69,7 +71,10 @@ class Passes:
             output = trace.output.detach()
             rows += len(output)
             if not finite(output):
-                raise FitError(f"batch {index}: the model's output contains NaN or Inf")
+                raise FitError(
+                    f"batch {index}: the model's output contains NaN or Inf, expected finite "
+                    "numbers: scale the inputs as in training, or use a wider dtype"
+                )
             if index == 0:
                 self._measure(trace, inputs, extras)
             if rows * (sum(self._sizes.values()) + self._widest) <= request.memory:
@@ -80,13 +85,13 @@ class Passes:
         self.rows = rows
         if request.activations is not None:
             self._all_kept = bool(self._kept_steps)
-            self._batches = ()  # what comes later needs no data
+            self._batches = ()  # later fits use the stored activations instead of the data
 
     def _measure(self, trace: Trace, inputs: Inputs, extras: Extras) -> None:
-        """Check on the first batch that examples stand alone, and note what keeping one costs."""
+        """Check on the first batch that examples are independent, and measure bytes per example."""
 
         def run(inputs: Inputs, extras: Extras) -> Sequence[Tensor]:
-            # without autocast, which rounds an example differently in other batches
+            # without autocast, whose rounding of an example depends on the rest of the batch
             values = self._below(inputs, extras, exact=True)
             return (self._trace(values, exact=True).output,)
 
@@ -97,7 +102,7 @@ class Passes:
         self._widest = trace.widest / len(output)
 
     def agree(self) -> int:
-        """Let all processes keep the same, and return the number of examples of all."""
+        """Make all processes store the same steps, and return the number of all examples."""
         processes = self._request.processes
         counts, kept = zip(*processes.gather((self.rows or 0, bool(self._kept_steps))), strict=True)
         if not all(kept):
@@ -108,7 +113,7 @@ class Passes:
         return sum(counts)
 
     def example(self, keys: Sequence[str] = ()) -> Trace:
-        """Return a batch of one example, for a process without data."""
+        """Return the forward pass of one example, for a process without data."""
         return self._trace(self._below(*self._request.example), keys)
 
     # ----------------------------------------------------------------------------- later passes
@@ -116,12 +121,12 @@ class Passes:
     def traces(
         self, key: str, targets: Sequence[Target], inverses: Mapping[Target, Inverses]
     ) -> Iterator[Trace]:
-        """Yield every batch, as far down as a step: as it was kept, or run forward once more.
+        """Yield the forward pass of every batch, from memory or run again.
 
         Args:
-            key: The step.
+            key: The step that is being fitted.
             targets: All targets of the fit.
-            inverses: Their inverses of the steps above.
+            inverses: For each target, the inverses of the steps between ``key`` and the output.
         """
         if self.keeps(key):
             yield from self._kept
@@ -141,32 +146,33 @@ class Passes:
             rows += len(trace.output)
         if rows != self.rows:
             raise FitError(
-                f"the data had {self.rows} examples in the first pass and {rows} in a later one: "
-                "give data that can be gone through several times"
+                f"the data had {self.rows} examples in the first pass and {rows} in a later one, "
+                "expected the same number: pass data that yields all examples in every pass"
             )
         self._kept, self._kept_steps = kept, below[:count]
 
     def keeps(self, key: str) -> bool:
-        """Return True if every batch is kept for a step."""
+        """Return True if the values of a step are stored for every batch."""
         return key in self._kept_steps
 
     def groups(self, targets: Sequence[Target]) -> list[list[Target]]:
-        """Return the targets in groups whose signals come down together.
+        """Return the targets in groups that are fitted together, step by step.
 
-        If all batches are kept, a group is as large as the remaining memory allows.
+        If the values of all batches are stored, memory limits the size of a group.
         """
         count = len(targets)
         if self._kept_steps:
             free = self._request.memory - self.most * sum(self._sizes.values())
             room = max(1, int(free // max(self.most * self._widest, 1)))
-            if self._request.settings.sharing and room < count:  # these have to come down together
+            if self._request.settings.sharing and room < count:
+                # targets that share inverses cannot be split into groups
                 self.discard()
             else:
                 count = min(count, room)
         return [list(targets[i : i + count]) for i in range(0, len(targets), count)]
 
     def forget(self, trace: Trace, targets: Sequence[Target]) -> None:
-        """Drop what no target needs any more, unless classes may be fitted later."""
+        """Drop values that no target needs any more, unless classes may be fitted later."""
         if self._request.activations is None:
             trace.forget(targets)
 
@@ -176,11 +182,11 @@ class Passes:
             trace.drop(targets)
 
     def discard(self) -> None:
-        """Drop all batches that are kept."""
+        """Drop the stored values of all batches."""
         self._kept, self._kept_steps = [], ()
 
     def resume(self) -> None:
-        """Start again at the first step, with all batches kept if there is memory for them."""
+        """Prepare a fit from the first step on; store all batches' values if memory allows."""
         if not self._all_kept:
             self.discard()
         elif not self._kept:
@@ -188,20 +194,20 @@ class Passes:
             self._kept_steps = self._learned
 
     def _affordable(self, keys: Sequence[str], targets: int) -> int:
-        """Return for how many of the steps ``keys``, from the first, all batches can be kept."""
+        """Return the number of first steps in ``keys`` whose values fit into memory together."""
         signals = targets * self._widest
         totals = list(accumulate((self._sizes[key] for key in keys), initial=signals))[1:]
         return sum(self.most * total <= self._request.memory for total in totals)
 
     def _values(self) -> Iterator[Values]:
-        """Yield what the inverted part starts from: as it was kept, or run forward once more."""
+        """Yield the values at the start of the inverted part, from the store or computed again."""
         if self._request.activations is not None:
             yield from self._request.activations
         else:
             yield from (self._below(inputs, extras) for inputs, extras in self._batches)
 
     def _below(self, inputs: Inputs, extras: Extras, exact: bool = False) -> Values:
-        """Run the part of the model below the inverted one."""
+        """Return the values at the start of the inverted part, from a run of the part before it."""
         values = self._request.surrogate.captured.values(self._request.model, inputs, extras)
         return self._request.surrogate.below(values, None if exact else self._autocast)
 
@@ -211,10 +217,10 @@ class Passes:
         """Run the inverted part of the model, and record the steps ``keys``.
 
         Args:
-            values: What it starts from.
-            keys: The steps, from the output down.
-            proving: True to check that rules compute what their operations do.
-            exact: True for the model's dtype in place of autocast.
+            values: The values at the start of the inverted part.
+            keys: The keys of the steps, in order from the output to the input.
+            proving: True to check that the results of rules agree with those of their operations.
+            exact: True to compute in the model's dtype even if autocast is set.
         """
         request = self._request
         options = Options(shares=request.settings.shares, packed=request.activations is not None)

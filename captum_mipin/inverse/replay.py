@@ -1,7 +1,7 @@
-"""Algorithm 1 on a few examples of the data, without running the network for them again.
+"""Algorithm 1 on a few stored examples of the data, without a new run of the network.
 
-Where passes back end, and at the outputs of operations with weights, the values of all examples are
-kept. What lies between is computed anew for the chosen examples.
+For all examples, two kinds of values are stored: the features where backward passes stop, and the
+outputs of operations with weights. Other operations run again on the chosen examples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,24 +32,24 @@ from captum_mipin.types import Target
 
 
 class Replay:
-    """The part of a surrogate that a fit on kept examples needs.
+    """The part of a surrogate that a fit on stored examples runs.
 
-    Operations with weights are not run: their outputs are known.
+    Operations with weights are not run, because their outputs are stored.
 
     Args:
-        surrogate: The surrogate.
-        feature: Name of the tensor that examples are compared by; None for the inputs.
+        surrogate: The surrogate of the model.
+        feature: Name of the node whose tensor examples are compared by; None for the inputs.
 
     Raises:
-        CaptureError: A fit needs more of the examples than what is kept, or the feature has integer
-            values or no batch dimension.
+        CaptureError: A fit needs values of the examples that are not stored, or the compared tensor
+            has integer values or no batch dimension.
     """
 
     def __init__(self, surrogate: Surrogate, feature: str | None) -> None:
         captured = surrogate.captured
         _check_feature(captured, feature)
         self._inputs, self._batch = captured.inputs, captured.batch
-        # not the surrogate itself: replays are kept as long as their surrogates are
+        # A reference to the surrogate would keep it in the WeakKeyDictionary of replays forever.
         self._steps, self._layouts = surrogate.steps, surrogate.layouts
         placeholders = captured.graph.find_nodes(op="placeholder")
         self._arguments = [node.name for node in placeholders]
@@ -59,7 +59,7 @@ class Replay:
         graph = surrogate.graph
         run, (result,) = next(iter(graph.nodes)), graph.output_node().all_input_nodes
         ends = sorted(graph.find_nodes(op="call_function", target=source), key=_index)
-        # the tensor where a pass ends, which may also be recorded elsewhere
+        # x of each source(run, index, x): other nodes may use x directly, for example to record it
         tensors = [node.args[2] for node in ends]
         known = {run, *ends, *tensors, *filter(is_size, graph.nodes)}
         needed = ancestors([result], known)
@@ -74,10 +74,10 @@ class Replay:
         self._module = extract(graph, [run, *constants, *sizes, *ends, *tensors], [result])
 
     def features(self, values: Mapping[str, Any]) -> list[Tensor]:
-        """Return what the examples of a batch are compared by, each (batch, features).
+        """Return the tensors (batch, features) that the examples of a batch are compared by.
 
         Args:
-            values: The values of the placeholders of the model's graph.
+            values: Values of the placeholders of the model's graph, by name.
         """
         if self._feature is None:
             return [values[name].flatten(1) for name in self._inputs]
@@ -97,14 +97,15 @@ class Replay:
         """Return the inverses of a class, fitted on some examples (algorithm 1).
 
         Args:
-            examples: What is kept of the examples, on the device of the model.
+            examples: The chosen stored examples, on the device of the model.
             target: The class.
-            values: The values of the placeholders of the model's graph; its parameters are used.
-            keys: The learned steps, from the output down.
-            settings: How regressions are solved.
+            values: Values of the placeholders of the model's graph, by name; only those of
+                parameters are used.
+            keys: Keys of the learned steps, in order from the output to the input.
+            settings: The settings of the regressions.
 
         Raises:
-            FitError: The output is the same for all of the examples.
+            FitError: The output for the class is the same for all examples.
         """
         outputs = examples.outputs.items()
         known = {key: _known(self._steps[key], tensors) for key, tensors in outputs}
@@ -126,7 +127,7 @@ class Replay:
 
 
 def _check_feature(captured: CapturedGraph, feature: str | None) -> None:
-    """Raise CaptureError unless the feature has floating numbers and the batch comes first."""
+    """Raise CaptureError unless compared tensors are floating and have the batch first."""
     names = captured.inputs if feature is None else (feature,)
     for node in captured.graph.nodes:
         value = value_of(node)
@@ -135,29 +136,29 @@ def _check_feature(captured: CapturedGraph, feature: str | None) -> None:
         ):
             raise CaptureError(
                 f"neighbours cannot be compared by {place(node)}, of dtype {value.dtype} and shape "
-                f"{tuple(map(str, value.shape))}: expected floating numbers with the batch first. "
-                "Name another feature="
+                f"{tuple(map(str, value.shape))}, expected floating-point numbers with the batch "
+                "as the first dimension: pass another feature="
             )
 
 
 def _index(node: fx.Node) -> int:
-    """Return which of the features it is whose node ends a pass back."""
+    """Return the index of the feature that a node marks as the end of the backward pass."""
     index: Any = node.args[1]
     return int(index)
 
 
 def _other_way(node: fx.Node, needed: set[fx.Node]) -> CaptureError:
-    """Return the error about an input that goes around the layer where the inverse stops."""
+    """Return the error about an operation that uses an input and bypasses the stop layer."""
     user = next(user for user in node.users if user in needed and not is_size(user))
     return CaptureError(
-        f"{place(user)} takes {place(node).path} by another way than through the layer where the "
-        "inverse stops, and neighbours are fitted from that layer alone. Choose a layer= that "
-        "everything goes through, or fit an InverseNetwork"
+        f"{place(user)} takes {place(node).path} on a path that bypasses the layer where the "
+        "inverse stops, but a NeighbourInverse stores only the output of this layer. Choose a "
+        "layer= that no path bypasses, or fit an InverseNetwork"
     )
 
 
 def _known(step: Step, outputs: Sequence[Tensor]) -> Step:
-    """Return a step that gives known outputs instead of running its operation."""
+    """Return a step that returns stored outputs instead of running its operation."""
     tensors = tuple(step.layout.restored(output) for output in outputs)
     several = len(tensors) > 1 or isinstance(step.operation, Fork)
     value = tensors if several else tensors[0]
@@ -171,22 +172,22 @@ def _check_varies(output: Tensor, target: Target) -> None:
     if bool((values == values[0]).all()):
         raise FitError(
             f"the output for target {target_label(target)} is {float(values[0]):g} for each of the "
-            f"{len(values)} neighbours of an example: nothing can be regressed on a constant. Take "
-            "more neighbours."
+            f"{len(values)} neighbours of an example, expected different values, which a "
+            "regression needs: raise neighbours="
         )
 
 
 def _solve(seen: Seen, signals: tuple[Tensor, ...], settings: Settings, last: bool) -> Inverse:
-    """Return the inverse of one step, solved in the way that takes less time.
+    """Return the inverse of one step, solved by the dual or the primal, whichever is faster.
 
     Args:
-        seen: What the fit sees of the step.
-        signals: S at its outputs.
-        settings: How the regression is solved.
+        seen: The recorded inverter, input and outputs of the step.
+        signals: Source signals at the outputs of the step.
+        settings: The settings of the regression.
         last: True for the last step, whose inverse is applied to one example only.
     """
     x, inverter = seen.x.detach(), seen.inverter
-    # half precision cannot hold sums
+    # at least float32: half precision has too few digits for sums
     dtype = torch.float64 if settings.double else torch.promote_types(x.dtype, torch.float32)
     if isinstance(inverter, Dense) and not inverter.own:
         s = torch.cat(signals, -1)
@@ -200,7 +201,7 @@ def _solve(seen: Seen, signals: tuple[Tensor, ...], settings: Settings, last: bo
             solution = solve_rows(
                 rows, s[:, live], settings.ridge, settings.ridge_scale, measure=False
             )
-            if last:  # two small products cost less than to form the weight
+            if last:  # for one example, two small products cost less than forming the weight
                 weight, bias = solution.coefficients.to(x), solution.bias.to(x)
                 return Inverse(weight, bias, live, rows=rows.x.to(x))
             return inverter.inverse_of_rows(solution, live, rows).to(x)

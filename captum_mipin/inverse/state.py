@@ -1,4 +1,4 @@
-"""What a fit leaves behind, and how a file holds it."""
+"""The result of a fit, and its conversion to and from the content of a file."""
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
@@ -20,21 +20,22 @@ from captum_mipin.storage.watch import Watch
 from captum_mipin.targets import target_label
 from captum_mipin.types import Extras, Inputs, Target
 
-#: The tensors of an inverse, as files name them.
+#: The names of an inverse's tensors, as attributes and in files.
 PARTS = ("weight", "bias", "live", "own", "rows")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What an inverse was fitted on: a model, and inputs of one kind.
+    """The model and the kind of inputs that an inverse was fitted on.
 
     Attributes:
-        dims: Shape of the model's output without the batch.
-        signature: Shapes and dtypes of the inputs, and the further arguments.
+        dims: Shape of the model's output without the batch dimension.
+        signature: Shapes and dtypes of the inputs, and the kinds of the further arguments.
         structure: SHA-256 of the model's operations.
-        example: Zeros (1, ...) shaped like the inputs of one example.
-        extras: Further arguments of the first example; None if a file does not hold them.
-        watch: Notices changes of the model's weights.
+        example: Tensors (1, ...) of zeros, with the shapes and dtypes of one example's inputs.
+        extras: Further arguments of the first example; None if the inverse was loaded from a file,
+            which does not contain them.
+        watch: Detector of changes of the model's weights.
     """
 
     dims: tuple[int, ...]
@@ -53,7 +54,7 @@ class Origin:
         return cls(dims, signature, structure(graph, table()), *example, watch)
 
     def content(self) -> dict[str, Any]:
-        """Return what a file says of it."""
+        """Return this object's metadata for a file."""
         return {
             "fingerprint": self.watch.fingerprint,
             "signature": self.signature.to_json(),
@@ -75,9 +76,13 @@ class Origin:
         signature, dims = Signature.from_json(content["signature"]), tuple(content["dims"])
         inputs = [(str(tuple(shape)), f"torch.{dtype}") for shape, dtype in content["inputs"]]
         if not inputs or [leaf[1:3] for leaf in signature.leaves[: len(inputs)]] != inputs:
-            raise ValueError(f"inputs {inputs} are not those of the signature")
+            raise ValueError(
+                f"the file has inputs {inputs}, expected those of its signature: save it again"
+            )
         if not all(type(n) is int and n > 0 for n in dims):
-            raise ValueError(f"outputs cannot have shape {dims}")
+            raise ValueError(
+                f"the file has outputs of shape {dims}, expected positive sizes: save it again"
+            )
         example = tuple(
             torch.zeros(1, *shape, dtype=getattr(torch, dtype), device=device_of(model))
             for shape, dtype in content["inputs"]
@@ -89,12 +94,13 @@ class Origin:
 
 @dataclass
 class State:
-    """What the fits of an InverseNetwork leave behind.
+    """The results of the fits of an InverseNetwork.
 
     Attributes:
-        origin: What was fitted on.
-        fitted: The inverses.
-        lazy: For each class of ``fit(..., lazy=True)``, what fits it when it is explained.
+        origin: The model and the kind of inputs of the fits.
+        fitted: The fitted inverses.
+        lazy: For each class of ``fit(..., lazy=True)``, the object that fits the class when it is
+            explained.
     """
 
     origin: Origin
@@ -107,7 +113,7 @@ class State:
         return [*self.fitted.inverses, *self.lazy]
 
     def join(self, before: "State", chosen: Collection[Target]) -> None:
-        """Add the classes of an earlier state, except those that were chosen to be fitted again."""
+        """Add the classes of an earlier state, except the ``chosen`` ones, fitted again since."""
         labels = {target_label(target) for target in chosen}
         old, new = before.fitted, self.fitted
         old_inverses = {
@@ -125,7 +131,7 @@ class State:
         self.lazy = {**kept, **self.lazy}
 
     def share_rows(self) -> None:
-        """Let classes that were fitted on the same data share the tensors ``Inverse.rows``."""
+        """Replace equal tensors ``Inverse.rows`` of several classes by one, which saves memory."""
         first: dict[str, Tensor] = {}
         for inverses in self.fitted.inverses.values():
             for key, inverse in inverses.items():
@@ -136,7 +142,7 @@ class State:
 
 
 def packed(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return fitted inverses as a file's tensors and content; shared tensors come once."""
+    """Return fitted inverses as a file's tensors and content; a shared tensor is stored once."""
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     names: dict[int, str] = {}
@@ -161,7 +167,7 @@ def packed(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpacked(tensors: dict[str, Tensor], content: dict[str, Any]) -> Fitted:
-    """Return the fitted inverses of a file, see :func:`packed`."""
+    """Return the fitted inverses from a file's tensors and content, as :func:`packed` made them."""
     tensors = {**tensors, **{name: tensors[first] for name, first in content["same"].items()}}
     fitted = Fitted()
     for number, entry in enumerate(content["targets"]):
@@ -187,16 +193,24 @@ def _inverse(
     own: Tensor | None,
     rows: Tensor | None,
 ) -> Inverse:
-    """Return the inverse with the tensors of a file.
+    """Return the inverse that is made of tensors from a file.
 
     Raises:
-        ValueError: A tensor is missing, or has another dtype.
+        ValueError: A tensor is missing or has a wrong dtype.
     """
     if weight is None or bias is None:
-        raise ValueError("an inverse lacks its weight or its bias")
+        raise ValueError(
+            "an inverse in the file has no weight or no bias, expected both: save it again"
+        )
     dtypes = {part.dtype for part in (weight, bias, own, rows) if part is not None}
     if len(dtypes) > 1 or not weight.is_floating_point():
-        raise ValueError(f"an inverse has tensors of dtypes {dtypes}")
+        raise ValueError(
+            f"an inverse in the file has tensors of dtypes {dtypes}, expected one floating dtype: "
+            "save it again"
+        )
     if live is not None and (live.dtype, live.ndim) != (torch.int64, 1):
-        raise ValueError(f"an inverse has indices of shape {tuple(live.shape)}, {live.dtype}")
+        raise ValueError(
+            f"an inverse in the file has indices of shape {tuple(live.shape)} and dtype "
+            f"{live.dtype}, expected one dimension and torch.int64: save it again"
+        )
     return Inverse(weight, bias, live, own, rows)

@@ -1,1 +1,1 @@
-"""Ridge regression from moments or from rows. This package knows no networks."""
+"""Ridge regression from moments or from rows. This package does not depend on networks."""

@@ -1,12 +1,13 @@
 """The regression behind the inverse of a convolution (equation 7), in closed form.
 
-The inverse is linear in its kernel, so the best kernel solves normal equations. Their rows are the
-elements of X; the signals of an element are the patch of S that reaches it, see
-:mod:`captum_mipin.regression.geometry`. Correlating X with S is the convolution's own gradient with
-respect to its weight; the Gram matrix comes from :mod:`captum_mipin.regression.lag_gram`.
+The inverse is linear in its kernel, so the best kernel solves a linear regression. It has one row
+per element of X, and the signals of a row are the element's patch of S, which
+:mod:`captum_mipin.regression.geometry` defines. The products of X and S are computed as the
+gradient of the convolution with respect to its weight. The Gram matrix of S is computed in
+:mod:`captum_mipin.regression.lag_gram`.
 
-Where the kernel is the stride, each element of y reaches a tile of x of its own. The convolution is
-a dense layer on tiles then, and so is its inverse.
+If kernel and stride are equal, the windows tile x: each element of y depends on its own tile. The
+convolution is then a dense layer applied to each tile, and so is its inverse.
 """
 
 from collections.abc import Sequence
@@ -22,12 +23,12 @@ from captum_mipin.regression.moments import Moments, gram_of_each, summable
 
 
 def moments_of_tiles(conv: Geometry, x: Tensor, s: Tensor) -> Moments:
-    """Return the moments of the regression of the tiles of ``x``, channel by channel, on ``s``.
+    """Return the moments of the regression of the tiles of ``x`` on ``s``.
 
     Args:
         conv: A convolution whose windows tile x, see :meth:`Geometry.tiles`.
-        x: (n, channels of x, *size of x) features.
-        s: (n, channels of y, *size of y) signals.
+        x: Tensor (n, channels of x, *size of x), the features.
+        s: Tensor (n, channels of y, *size of y), the signals.
     """
     g, (channels, signals), taps = conv.groups, conv.channels, prod(conv.kernel)
     for dim, k in enumerate(conv.kernel):
@@ -52,14 +53,14 @@ def moments_of_patches(
 
     Args:
         conv: The convolution.
-        x: (n, channels of x, *size of x) features.
-        s: (n, channels of y, *size of y) signals.
-        own: Each feature's own signals, each like ``x``.
-        pointwise: Further signals (n, channels, *size of x) that all features share. Of these, only
-            the values at its own place reach an element.
+        x: Tensor (n, channels of x, *size of x), the features.
+        s: Tensor (n, channels of y, *size of y), the signals.
+        own: Tensors shaped like ``x``, the features' own signals.
+        pointwise: Tensors (n, channels, *size of x), signals that the features of all channels
+            share. A feature is regressed only on their values at its own position.
     """
     g, branches, features = conv.groups, 1 + len(own), conv.channels[0]
-    # z: of each group the channels of x, then of each own signal, then of each pointwise one
+    # z: for each group, the channels of x, then of the own signals, then of the pointwise ones
     z = x
     if own or pointwise:
         z = torch.cat([t.unflatten(1, (g, -1)) for t in (x, *own, *pointwise)], 2).flatten(1, 2)
@@ -70,7 +71,7 @@ def moments_of_patches(
     z, mean_z = z.unflatten(1, (g, -1)), mean_z.view(g, -1)
     n = branches * features
     if pointwise:
-        # Signals are the patches P and, behind them, the pointwise ones Q, which are part of z.
+        # The signals are the patches P, followed by the pointwise signals Q, a part of z.
         maps = z.movedim(0, 2).flatten(2)  # (g, channels of z, rows)
         zq, qp = (maps @ maps[:, n:].mT).double(), zs[:, n:]
         ss = torch.cat([torch.cat([ss, qp.mT], 2), torch.cat([qp, zq[:, n:]], 2)], 1)
@@ -90,17 +91,17 @@ def moments_of_patches(
 def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean of the patches P of ``s``, Σ z Pᵀ, and Σ (P − mean)(P − mean)ᵀ.
 
-    The signals are taken as S = V + level on the grid of y and 0 outside, where level is the mean
-    of each channel. Without that, a large mean would eat up the digits of float32 sums. What
-    concerns all examples alike is taken from their sums, in float64.
+    The signals are split into S = V + level, where level is the mean of each channel; outside of
+    the grid of y they are 0. Otherwise a large mean would cost digits of float32 sums. Terms with
+    the level need only the sums of z and V over the examples, and are computed in float64.
 
     Args:
-        conv: The convolution.
-        z: (n, groups · channels, *size of x), centred.
-        s: (n, channels of y, *size of y) signals.
+        conv: The convolution, with g groups.
+        z: Centred tensor (n, g · channels, *size of x).
+        s: Tensor (n, channels of y, *size of y), the signals.
 
     Returns:
-        (g, signals), (g, channels, signals) and (g, signals, signals) float64.
+        Float64 tensors (g, signals), (g, channels, signals) and (g, signals, signals).
     """
     g, rows, over = conv.groups, z.numel() // z.shape[1], (0, *range(2, s.ndim))
     level = s.mean(over).view(-1, *(1,) * conv.dims)
@@ -109,10 +110,10 @@ def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Ten
     v_sum, z_sum = v.double().sum(0, keepdim=True), z.double().sum(0, keepdim=True)
     ground = level.expand_as(v_sum)
     z_ones = torch.ones_like(z_sum[:, :g])
-    # Σ z Pᵀ, with P from V and from the level
+    # Σ z Pᵀ = Σ z P(V)ᵀ + Σ z P(level)ᵀ
     zs = _correlate(conv, v, z) + _correlate(conv, ground, z_sum)
     sums = _correlate(conv, v_sum + len(s) * ground, z_ones)[:, 0]
-    # Σ P Pᵀ = Σ over V + L Rᵀ + R Lᵀ, and centred: less (Σ P)(Σ P)ᵀ / rows
+    # Σ (P − mean)(P − mean)ᵀ = Σ P(V) P(V)ᵀ + L Rᵀ + R Lᵀ − (Σ P)(Σ P)ᵀ / rows
     left, right = _level_factors(conv, v_sum, level, len(s), z.shape)
     mean = sums / rows
     ss = gram_of_patches(conv, v, z.shape)
@@ -120,7 +121,7 @@ def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Ten
         torch.cat([left, right, -sums.unsqueeze(2)], 2),
         torch.cat([right, left, mean.unsqueeze(2)], 2).mT,
     )
-    # A tap that never sees a signal gets exact zeros; the sums above leave rounding there.
+    # Entries of a tap that has no nonzero signal are set to exact zeros instead of rounding errors.
     sizes = _correlate(conv, s.abs().sum(0, keepdim=True).double(), z_ones)[:, 0]
     unseen = sizes == 0
     if unseen.any():
@@ -129,7 +130,7 @@ def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _correlate(conv: Geometry, s: Tensor, x: Tensor) -> Tensor:
-    """Return Σ x Pᵀ over the patches P of ``s``: (groups, channels of x, signals) float64."""
+    """Return Σ x Pᵀ for the patches P of ``s``: float64 (groups, channels of x, signals)."""
     first, second, *kernel = conv.weight_shape
     channels = (x.shape[1], second) if conv.transposed else (first, x.shape[1] // conv.groups)
     wide = replace(conv, weight_shape=(*channels, *kernel))
@@ -139,29 +140,30 @@ def _correlate(conv: Geometry, s: Tensor, x: Tensor) -> Tensor:
 def _level_factors(
     conv: Geometry, v_sum: Tensor, level: Tensor, examples: int, x_size: torch.Size
 ) -> tuple[Tensor, Tensor]:
-    """Return L and R such that S = V + level adds L Rᵀ + R Lᵀ to the Gram matrix of V.
+    """Return factors L, R: the Gram matrix of S = V + level is that of V, plus L Rᵀ + R Lᵀ.
 
-    Their rank is the number of taps, so they take one map of sums and one of ones.
+    The rank of L and R is the number of taps. They are computed from the sum of V over the examples
+    and from a map of ones, so their cost does not depend on the number of examples.
 
     Args:
         conv: The convolution.
-        v_sum: (1, channels of y, *size of y), V summed over the examples.
-        level: (channels of y, 1, ...).
+        v_sum: Tensor (1, channels of y, *size of y), the sum of V over the examples.
+        level: Tensor (channels of y, 1, ...), the mean of each channel.
         examples: Number of examples.
         x_size: Size of x.
 
     Returns:
-        L and R, (groups, channels of s · taps, taps) float64.
+        L and R, float64 tensors (groups, channels of s · taps, taps).
     """
     g, c, k = conv.groups, conv.channels[1], prod(conv.kernel)
     ones = torch.ones_like(v_sum[:, :1])
     single = replace(conv, weight_shape=(1, 1, *conv.kernel), groups=1)
-    # 1 where the tap sees y at all, else 0: (1, taps, *size of x)
+    # (1, taps, *size of x): 1 where the tap of the patch lies inside of y, else 0
     seen = single.patches(ones, x_size)[0].mT.reshape(1, k, *x_size[2:])
 
     def across(s: Tensor) -> Tensor:
-        """Return Σ P over where each tap sees y: (channels of s · taps, taps)."""
-        channels = (s.shape[1],) * 2  # of s; those of x follow from what s is correlated with
+        """Return Σ P seenᵀ for the patches P of ``s``: (channels of s · taps, taps)."""
+        channels = (s.shape[1],) * 2  # _correlate replaces the number of channels of x
         return _correlate(replace(single, weight_shape=(*channels, *conv.kernel)), s, seen)[0].mT
 
     level = level.view(g, c, 1, 1)

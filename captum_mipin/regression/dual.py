@@ -1,4 +1,4 @@
-"""Ridge regression by its dual, for fewer rows than signals."""
+"""Ridge regression by its dual, which is faster for fewer rows than signals."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,20 +10,20 @@ from captum_mipin.regression.ridge import RidgeScale, penalties, share, solve_sy
 
 
 class Rows:
-    """Features of few examples, row by row, centred.
+    """The centred features of a regression with few rows.
 
     Args:
-        x: (rows, features).
+        x: Tensor (rows, features).
 
     Attributes:
-        x: (rows, features) centred, in the dtype of the argument.
-        mean: (features,) float64.
+        x: Tensor (rows, features), the features less their mean, in the dtype of the argument.
+        mean: Float64 tensor (features,), the mean.
     """
 
     def __init__(self, x: Tensor) -> None:
         mean = x.mean(0)
         self.x = x - mean
-        # What rounding left of the mean: centring in float64 would take twice the memory.
+        # Rounding leaves a small mean, which is subtracted too. Float64 would take more memory.
         rest = self.x.mean(0)
         self.x -= rest
         self.mean = mean.double() + rest.double()
@@ -39,12 +39,12 @@ class RowSolution:
     """A solved regression x ≈ Xᵀ coefficients · s + bias, where X are the centred :class:`Rows`.
 
     Attributes:
-        coefficients: (rows, ds) float64.
-        bias: (dx,) float64.
+        coefficients: Float64 tensor (rows, signals).
+        bias: Float64 tensor (features,).
         explained_variance: As for :class:`~captum_mipin.regression.ridge.Solution`; NaN if it was
             not measured.
         dead: Number of signals that never vary; their coefficients are zero.
-        condition: As for :class:`~captum_mipin.regression.ridge.Solution`.
+        condition: Condition number, as for :class:`~captum_mipin.regression.ridge.Solution`.
     """
 
     coefficients: Tensor
@@ -64,15 +64,15 @@ def solve_rows(
 ) -> RowSolution:
     """Solve the regression of :func:`~captum_mipin.regression.ridge.solve` by its dual.
 
-    The matrix to solve with has a row for each row of the data, instead of one for each signal.
+    The matrix of the linear system has size (rows, rows) instead of (signals, signals).
 
     Args:
-        rows: The features.
-        s: (rows, ds) signals.
+        rows: The centred features.
+        s: Tensor (rows, signals), the signals.
         ridge: λ, as for :func:`~captum_mipin.regression.ridge.solve`.
-        scale: What λ is measured in, as for :func:`~captum_mipin.regression.ridge.solve`.
-        measure: Whether to measure the explained variance, which takes the product of all rows of
-            features with each other.
+        scale: The unit of λ, as for :func:`~captum_mipin.regression.ridge.solve`.
+        measure: True to measure the explained variance. This needs the Gram matrix of the rows of
+            features.
 
     Examples:
         >>> x, s = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 30, dtype=torch.float64)
@@ -88,15 +88,15 @@ def solve_rows(
     gram = s @ s.mT
     added = torch.full_like(gram[0], n * float(penalty.max()))  # λ is the same for all signals
     none = torch.zeros_like(added, dtype=torch.bool)
-    # eq. 6: cov(X, S) (cov(S, S) + λI)^-1 = Xᵀ K S with K = (S Sᵀ + nλI)^-1
+    # eq. 6 for n centred rows: cov(X, S) (cov(S, S) + λI)^-1 = Xᵀ K S, K = (S Sᵀ + nλI)^-1
     right = torch.cat([s, gram], 1) if measure else s
     solved, condition = solve_symmetric(gram, right, added, none, ridge)  # K S, and K S Sᵀ
     coefficients = solved[:, : s.shape[1]]
-    # eq. 6: b = E X − Xᵀ K S E S
+    # eq. 6: b = E[X] − Xᵀ K S E[S]
     bias = rows.mean - (rows.x.mT @ (coefficients @ mean).to(rows.x.dtype)).double()
     explained = float("nan")
     if measure:
-        # S Sᵀ K X is predicted. The residual is R X with R = I − S Sᵀ K, its square tr(R X Xᵀ R).
+        # prediction S Sᵀ K X, residual R X with R = I − S Sᵀ K, squared residual tr(R X Xᵀ R)
         residual = torch.eye(n).to(gram) - solved[:, s.shape[1] :]
         total = rows.gram.diagonal().sum()
         explained = share(total - (residual @ rows.gram * residual).sum(), total)

@@ -1,12 +1,13 @@
-"""What a convolution connects: its geometry, its gradients, and the patches of S that reach each x.
+"""The geometry of a convolution: its gradients, and the patches of S that each element of X needs.
 
 The inverse g of a convolution is its transpose with a new kernel, and the inverse of a transposed
-convolution is a convolution. Either is linear in the kernel W, with one tap j for each place in it:
+convolution is a convolution. Both are linear in the kernel W, whose positions j are called taps:
 
     X[p] ≈ Σ_j W_j S[(p + padding − dilation·j) / stride] + b     (inverse of a convolution)
     X[p] ≈ Σ_j W_j S[stride·p − padding + dilation·j] + b         (inverse of a transposed one)
 
-The patch of p is what stands beside W: the values of S at all taps, 0 where there is none.
+The patch of a position p contains the values of S that the formula multiplies with W: one per tap
+and channel, or 0 if the index of S is outside of S or not an integer.
 """
 
 from collections.abc import Sequence
@@ -21,19 +22,22 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Geometry:
-    """A (transposed) convolution without its weights, from x to y; signals s lie on y.
+    """A (transposed) convolution from x to y without its weights; signals s have the shape of y.
+
+    Each tuple except ``weight_shape`` has one number per spatial dimension.
 
     Attributes:
         weight_shape: Shape of the forward weight: (out, in / groups, *kernel), or, if transposed,
             (in, out / groups, *kernel).
-        stride: One number a spatial dimension.
-        padding: Zeros before and behind the input, one number a spatial dimension.
-        dilation: Distance between taps, one number a spatial dimension.
+        stride: Distance between windows.
+        padding: Number of zeros before and after the input.
+        dilation: Distance between taps.
         groups: Number of independent groups of channels.
-        transposed: Whether the forward operation is a transposed convolution.
-        output_padding: Of a transposed convolution, one number a spatial dimension; empty for 0.
-        skip: How many first outputs the operation drops, one number a spatial dimension; empty for
-            none. ``padding="same"`` with an even kernel pads one zero less in front.
+        transposed: True if the forward operation is a transposed convolution.
+        output_padding: Output padding of a transposed convolution; empty for 0.
+        skip: Number of first outputs that the operation drops; empty for 0. With an even kernel,
+            ``padding="same"`` needs this, because it adds one zero less before the input than
+            after it.
     """
 
     weight_shape: tuple[int, ...]
@@ -68,33 +72,33 @@ class Geometry:
 
     @property
     def features(self) -> tuple[int, int]:
-        """Return how many features and signals each group regresses.
+        """Return the numbers of features and of signals of the regression in each group.
 
-        These are the channels of x, and the channels of s times the taps.
+        These are the channels of x, and the channels of s times the number of taps.
         """
         x, s = self.channels
         return x, s * prod(self.kernel)
 
     def full(self, s: Tensor) -> Tensor:
-        """Return ``s`` with zeros for the first outputs that the operation drops."""
+        """Return ``s`` with zeros added for the first outputs, which the operation drops."""
         if not any(self.skip):
             return s
         return F.pad(s, [n for skip in reversed(self.skip) for n in (skip, 0)])
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return y, the operation itself at ``x``."""
+        """Return y, the result of the convolution of ``x``."""
         y = torch.convolution(x, weight, bias, *self._arguments())
         for dim, n in enumerate(self.skip, 2):
             y = y.narrow(dim, n, y.shape[dim] - n)
         return y
 
     def gradient(self, s: Tensor, x: Tensor, weight: Tensor, of: int) -> Tensor:
-        """Return the convolution's gradient at ``s``.
+        """Return the gradient of Σ s · y with respect to x or to the weight.
 
         Args:
-            s: (n, channels of y, *size of y).
-            x: (n, channels of x, *size of x), the input; only its size counts for ``of=0``.
-            weight: The weight; only its shape counts for ``of=1``.
+            s: Tensor (n, channels of y, *size of y).
+            x: Tensor (n, channels of x, *size of x), the input; for ``of=0`` only its size is used.
+            weight: The forward weight; for ``of=1`` only its shape is used.
             of: 0 for the gradient with respect to x, 1 for that with respect to the weight.
         """
         result: Tensor = torch.ops.aten.convolution_backward(
@@ -103,51 +107,51 @@ class Geometry:
         return result
 
     def apply(self, s: Tensor, weight: Tensor, x_size: torch.Size) -> Tensor:
-        """Return g(S) without bias, of size ``x_size``, for S (n, channels of y, *size of y)."""
+        """Return g(S) − b, of size ``x_size``; ``s`` is S (n, channels of y, *size of y)."""
         return self.gradient(s, s.new_empty(x_size), weight, of=0)
 
     def to_rows(self, weight: Tensor) -> Tensor:
-        """Return a weight as coefficients (groups, channels of x, channels of s · taps)."""
+        """Reshape a weight to coefficients (groups, channels of x, channels of s · taps)."""
         g, (x, s) = self.groups, self.channels
         if self.transposed:
             return weight.reshape(g, x, -1)
         return weight.reshape(g, s, x, -1).transpose(1, 2).reshape(g, x, -1)
 
     def to_weight(self, rows: Tensor) -> Tensor:
-        """Return coefficients as a weight: the inverse of :meth:`to_rows`."""
+        """Reshape coefficients to a weight; this is the inverse of :meth:`to_rows`."""
         g, (x, s) = self.groups, self.channels
         if not self.transposed:
             rows = rows.reshape(g, x, s, -1).transpose(1, 2)
         return rows.reshape(self.weight_shape)
 
     def patches(self, s: Tensor, x_size: torch.Size, places: Tensor | None = None) -> Tensor:
-        """Return the patch of ``s`` that reaches each element of x.
+        """Return the patches of ``s`` for the positions of x.
 
         Args:
-            s: (n, channels of y, *size of y) signals.
-            x_size: Size of x, of which the spatial part counts.
-            places: Positions of x to return the patches of, counted row by row; None for all.
+            s: Tensor (n, channels of y, *size of y), the signals.
+            x_size: Size of x; only its spatial part is used.
+            places: Indices of the flattened spatial positions of x; None for all positions.
 
         Returns:
-            (groups, n · positions, channels of s · taps), taps in the order of the weight.
+            Tensor (groups, n · positions, channels of s · taps), taps in the order of the weight.
         """
         s, step, before = self.full(s), self.stride, self.padding
-        if not self.transposed:  # every position of x looks at y spread out by the stride
+        if not self.transposed:  # division by the stride: insert zeros between the values of s
             step = (1,) * self.dims
             s = _spread(s, self.stride)
             before = tuple(r - p for r, p in zip(self.reach, before, strict=True))
         size = [t * (z - 1) + r + 1 for t, z, r in zip(step, x_size[2:], self.reach, strict=True)]
         pads = [(b, z - b - n) for b, z, n in zip(before, size, s.shape[2:], strict=True)]
-        s = F.pad(s, [n for pair in reversed(pads) for n in pair])  # a negative number cuts
+        s = F.pad(s, [n for pair in reversed(pads) for n in pair])  # negative numbers remove values
         return self.windows(s, step, places)
 
     def windows(self, s: Tensor, step: Sequence[int], places: Tensor | None = None) -> Tensor:
-        """Return the windows of ``s``, shaped as :meth:`patches` returns them.
+        """Return the windows of ``s``, with the shape that :meth:`patches` returns.
 
         Args:
-            s: (n, channels of y, *size), padded so that every window lies inside.
-            step: Distance between windows, one number a spatial dimension.
-            places: Which windows, counted row by row; None for all.
+            s: Tensor (n, channels of y, *size), padded so that every window lies inside.
+            step: Distance between windows, one number per spatial dimension.
+            places: Flattened indices of the windows to return; None for all windows.
         """
         dims = tuple(range(-self.dims, 0))
         for dim, (reach, dilation, stride) in enumerate(
@@ -157,13 +161,13 @@ class Geometry:
         if places is not None:
             index: Any = torch.unravel_index(places, s.shape[2 : 2 + self.dims])
             s = s[(slice(None), slice(None), *index)]
-        if not self.transposed:  # tap j lies dilation·j before p: the window has the last tap first
+        if not self.transposed:  # p − dilation·j falls with j: the windows have the last tap first
             s = s.flip(dims)
         s = s.unflatten(1, (self.groups, -1)).flatten(-self.dims)
         return s.flatten(3, -2).permute(1, 0, 3, 2, 4).flatten(1, 2).flatten(2)
 
     def tiles(self, x_size: torch.Size) -> bool:
-        """Return True if the windows tile x: several taps, the stride apart, nothing left over."""
+        """Return True if the windows of several taps cover each element of x exactly once."""
         if self.stride != self.kernel or self.transposed or any(self.skip):
             return False
         sizes = zip(self.kernel, self.dilation, self.padding, x_size[2:], strict=True)
@@ -171,7 +175,7 @@ class Geometry:
         return whole and prod(self.kernel) > 1
 
     def _arguments(self) -> tuple[Any, ...]:
-        """Return the arguments of ``torch.convolution`` behind the bias."""
+        """Return the arguments of ``torch.convolution`` that follow the bias."""
         output_padding = self.output_padding or (0,) * self.dims
         return (
             self.stride, self.padding, self.dilation, self.transposed, output_padding, self.groups,
@@ -179,7 +183,7 @@ class Geometry:
 
 
 def _spread(s: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Return ``s`` with stride − 1 zeros between neighbours."""
+    """Return ``s`` with stride − 1 zeros inserted between neighbouring values."""
     if all(step == 1 for step in stride):
         return s
     size = [(z - 1) * step + 1 for z, step in zip(s.shape[2:], stride, strict=True)]

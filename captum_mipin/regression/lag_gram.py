@@ -1,15 +1,16 @@
-"""The Gram matrix of the patches of a convolution, from correlations of S with itself.
+"""The Gram matrix of the patches of a convolution, from the autocorrelation of S.
 
-Patches of neighbours overlap. With stride 1, taps j and j' meet at the lag dilation·(j − j'), so of
-the taps² blocks of the matrix only (2k − 1)^d differ, but for the positions that padding cuts away:
+P_j[p] is the value of S at tap j of the patch of position p. For stride 1, the product of taps j
+and j' depends only on their lag dilation·(j − j'):
 
-    Σ_p P_j[p] P_j'[p]ᵀ = Σ_q s[q] s[q + dilation·(j − j')]ᵀ − Σ over the positions p outside x
+    Σ_p P_j[p] P_j'[p]ᵀ = Σ_q s[q] s[q + dilation·(j − j')]ᵀ − (terms of positions p outside of x)
 
-The correlations are taken by fast Fourier transform. A convolution of another stride is several of
-stride 1, one for the elements of x at each offset from the grid of y. Patches are multiplied as
-they are for transposed convolutions, whose patches overlap less, and for kernels of one tap.
+With k taps along each of d dimensions, the matrix has k^(2d) blocks, but only (2k − 1)^d lags. The
+sum for each lag is computed by a fast Fourier transform (FFT). A convolution with a larger stride
+is split into several of stride 1, see :func:`_phases`. For transposed convolutions, whose patches
+overlap less, and for kernels of one tap, the patches are multiplied directly.
 
-Symbols: g groups, c channels of s in each group, k taps, n examples.
+Other symbols: g groups, c channels of s in each group, n examples.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from captum_mipin.regression.geometry import Geometry
 
-#: Largest buffer of patches or of padded signals, in elements.
+#: Maximum number of elements of a buffer of patches or padded signals.
 CHUNK = 1 << 24
 
 
@@ -32,11 +33,11 @@ def gram_of_patches(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
 
     Args:
         conv: The convolution.
-        s: (n, channels of y, *size of y) signals.
-        x_size: Size of x, of which the spatial part counts.
+        s: Tensor (n, channels of y, *size of y), the signals.
+        x_size: Size of x; only its spatial part is used.
 
     Returns:
-        (groups, channels of s · taps, channels of s · taps) float64.
+        Float64 tensor (groups, channels of s · taps, channels of s · taps).
     """
     s, conv = conv.full(s), replace(conv, skip=())
     if conv.transposed or all(step == 1 for step in conv.stride):
@@ -49,13 +50,14 @@ def gram_of_patches(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
 
 
 def _phases(conv: Geometry, x_size: torch.Size) -> Iterator[tuple[Geometry, Tensor, torch.Size]]:
-    """Yield a strided convolution as convolutions of stride 1, one for each offset from the grid.
+    """Split a strided convolution into convolutions of stride 1.
 
-    The values of y lie on every stride-th position of x. So the elements of x at one offset from
-    that grid are reached by some of the taps only, and these form a convolution of stride 1.
+    The positions p of x are split by their offset p mod stride. All positions of one offset need
+    the same taps, those for which (p + padding − dilation·j) / stride is an integer. Together with
+    these taps they form a convolution of stride 1.
 
     Yields:
-        That convolution, the numbers of its taps, and the size of its part of x.
+        The convolution of one offset, the indices of its taps, and the size of its part of x.
     """
     along: list[list[tuple[list[int], int, int, int]]] = []
     shape = conv.kernel, conv.stride, conv.padding, conv.dilation, x_size[2:]
@@ -77,7 +79,7 @@ def _phases(conv: Geometry, x_size: torch.Size) -> Iterator[tuple[Geometry, Tens
 
 
 def _gram_of_phase(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
-    """Return the Gram matrix for stride 1, or if transposed, from a few examples at a time."""
+    """Return the Gram matrix of a transposed convolution or one of stride 1, in small chunks."""
     by: Callable[[Geometry, Tensor, torch.Size], Tensor] = _gram_by_lags
     width = prod(z + r for z, r in zip(s.shape[2:], conv.reach, strict=True))
     if conv.transposed or prod(conv.kernel) == 1:
@@ -94,10 +96,10 @@ def _gram_by_patches(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
 
 
 def _gram_by_lags(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
-    """Return the Gram matrix from correlations, less the positions outside x."""
+    """Return the Gram matrix from correlations, less the terms of positions outside of x."""
     places = map(torch.arange, conv.kernel)
     taps = torch.stack(torch.meshgrid(*places, indexing="ij"), -1).flatten(0, -2)
-    # (taps, taps, dims): the lag of each pair of taps, counted from the smallest one, 1 − k
+    # (taps, taps, dims): the index of each pair's lag, where index 0 is the smallest lag, 1 − k
     pairs = taps.unsqueeze(1) - taps + torch.tensor(conv.kernel) - 1
     blocks = _correlations(conv, s)[pairs.unbind(-1)].double()
     for windows, seeing in _cut_away(conv, s, x_size):
@@ -108,14 +110,15 @@ def _gram_by_lags(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
 def _correlations(conv: Geometry, s: Tensor) -> Tensor:
     """Return Σ_q s_c[q] s_c'[q + dilation·lag] for every lag in [1 − k, k − 1]^d.
 
-    Correlation theorem: the sum over q is the inverse Fourier transform of conj(ŝ_c) ŝ_c'. Examples
-    are summed up before it, and only these few lags are transformed back.
+    Correlation theorem: the sum over q is the inverse Fourier transform of conj(ŝ_c) ŝ_c', where ŝ
+    is the Fourier transform of s. To save time, the products are summed over the examples before
+    the inverse transform, which computes only the lags that are needed.
 
     Returns:
-        (2k − 1 for each dimension, groups, channels, channels).
+        Tensor (2k − 1 per dimension, groups, channels, channels).
     """
     g, c, dims = conv.groups, conv.channels[1], conv.dims
-    # On a grid narrower than this, lags would wrap around and meet the other end of s.
+    # The FFT is periodic: on a smaller grid, s[q + lag] would wrap around to the other end of s.
     size = [_fast(z + reach) for z, reach in zip(s.shape[2:], conv.reach, strict=True)]
     spectrum = torch.fft.rfftn(s, size, tuple(range(-dims, 0)))
     waves = spectrum.shape[2:]
@@ -133,41 +136,41 @@ def _correlations(conv: Geometry, s: Tensor) -> Tensor:
 
 
 def _inverse_transform(size: int, lags: Tensor, half: bool) -> Tensor:
-    """Return the matrix (lags, waves) of an inverse Fourier transform at these lags alone.
+    """Return the matrix (lags, waves) of an inverse Fourier transform for the given lags only.
 
-    The product with it takes a third of the time of a whole ``irfft``.
+    Multiplying by this matrix takes a third of the time of ``irfft``, which computes all lags.
 
     Args:
         size: Length of the transformed axis.
-        lags: Where the result is wanted.
-        half: Whether the waves are those of ``rfft``, without the mirrored half.
+        lags: Integer tensor (lags,), the lags of the result.
+        half: True if the waves are those of ``rfft``, which omits the mirrored half.
     """
     waves = torch.arange(size // 2 + 1 if half else size, dtype=torch.float64)
-    # A wave with a mirror image that the half leaves out counts twice.
+    # A wave whose mirror image is omitted counts twice.
     mirrored = half & (waves > 0) & (2 * waves < size)
     angle = lags.unsqueeze(1) * waves * (2 * torch.pi / size)
     return torch.polar(((1 + mirrored.to(waves)) / size).expand_as(angle).contiguous(), angle)
 
 
 def _cut_away(conv: Geometry, s: Tensor, x_size: torch.Size) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the windows of ``s`` at the positions outside x, each position once.
+    """Yield the windows of ``s`` at the positions outside of x, each position once.
 
-    They lie in strips along the sides of x, and only some taps see ``s`` from there.
+    These positions form strips along the sides of x. In a strip, only some taps lie inside of s.
 
     Yields:
-        Windows (groups, n · positions, channels of s · taps) of the taps that see ``s``, and the
-        numbers of these taps.
+        Tensor (groups, n · positions, channels of s · taps), the windows of a strip with the taps
+        that lie inside of s, and the indices of these taps.
     """
     kernel, reach, ones = conv.kernel, conv.reach, (1,) * conv.dims
     size = s.shape[2:]
     s = F.pad(s, [n for r in reversed(reach) for n in (r, r)])
-    # The positions not yet cut away; at first all from which some tap may see s.
+    # The range of positions not yet yielded; at first all positions with any tap inside of s.
     low, high = [0] * conv.dims, [z + r for z, r in zip(size, reach, strict=True)]
     for dim, (padding, z) in enumerate(zip(conv.padding, x_size[2:], strict=True)):
         k, d, r = kernel[dim], conv.dilation[dim], reach[dim]
         first, last = min(max(padding, 0), high[dim]), max(min(padding + z, high[dim]), 0)
         for start, stop in ((0, first), (max(first, last), high[dim])):
-            # The t-th value of the window at p lies at p + d·t, and s from r to r + size.
+            # The t-th value of the window at p is at p + d·t; s begins at r and ends at r + size.
             seeing = [t for t in range(k) if start < r - d * t + size[dim] and stop > r - d * t]
             if start == stop or not seeing:
                 continue
@@ -177,24 +180,24 @@ def _cut_away(conv: Geometry, s: Tensor, x_size: torch.Size) -> Iterator[tuple[T
             for i, (begin, end, more) in enumerate(box, 2):
                 strip = strip.narrow(i, begin, end - begin + more)
             taps: list[Sequence[int]] = [range(n) for n in kernel]
-            taps[dim] = [k - 1 - t for t in reversed(seeing)]  # windows begin with the last tap
+            taps[dim] = [k - 1 - t for t in reversed(seeing)]  # windows have the last tap first
             part, numbers = _of_taps(conv, taps)
             yield part.windows(strip, ones), numbers
         low[dim], high[dim] = first, max(first, last)
 
 
 def _blocks(gram: Tensor, channels: int) -> Tensor:
-    """Return a Gram matrix (g, c · k, c · k) as its blocks (k, k, g, c, c)."""
+    """Return a Gram matrix (g, c · taps, c · taps) split into blocks (taps, taps, g, c, c)."""
     taps = gram.shape[1] // channels
     return gram.view(-1, channels, taps, channels, taps).permute(2, 4, 0, 1, 3)
 
 
 def _of_taps(conv: Geometry, taps: Sequence[Sequence[int]]) -> tuple[Geometry, Tensor]:
-    """Return the convolution of some taps alone, and their numbers among all, row by row.
+    """Return the convolution with a part of the taps, and the flattened indices of these taps.
 
     Args:
         conv: The convolution.
-        taps: The taps along each dimension.
+        taps: Indices of the chosen taps along each dimension.
     """
     grid = torch.meshgrid(*map(torch.tensor, taps), indexing="ij")
     numbers: Tensor = torch.arange(prod(conv.kernel)).view(conv.kernel)[grid].flatten()
@@ -202,6 +205,6 @@ def _of_taps(conv: Geometry, taps: Sequence[Sequence[int]]) -> tuple[Geometry, T
 
 
 def _fast(size: int) -> int:
-    """Return the smallest length from ``size`` on that Fourier transforms are fast for."""
-    # Its prime factors are 2, 3 and 5: these numbers, and no others, divide a high power of 30.
+    """Return the smallest length that is at least ``size`` and has a fast Fourier transform."""
+    # n has only the prime factors 2, 3 and 5 if, and only if, it divides a high power of 30
     return next(n for n in itertools.count(size) if pow(30, n.bit_length(), n) == 0)

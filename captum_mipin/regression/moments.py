@@ -1,13 +1,14 @@
-"""Moments: the sums that a ridge regression is solved from; update and merge.
+"""Moments: the sums from which a ridge regression is solved.
 
 Every inverse of the paper is one regression of features x on signals s (equations 5-7). Its
-sufficient statistics are kept centred and in float64, so that the data may come in any chunks and
-any order, from one process or several. A leading group dimension carries independent regressions
-side by side, as grouped convolutions need them.
+sufficient statistics are centred float64 sums, which may be updated with chunks of data in any
+order and merged between processes. The first dimension, groups, is for independent regressions, as
+grouped convolutions need them.
 
-Besides the signals that all features share, each feature may have signals of its own, as it has
-where one branch of a fork is the identity: x_i ≈ Σ_j W_ij s_j + Σ_k a_ik o_ik + b_i, fitted
-together.
+All features share the signals s. In addition, feature i may have its own signals o_i, for example
+if one branch of a fork is the identity. Both are fitted together:
+
+    x_i ≈ Σ_j W_ij s_j + Σ_k a_ik o_ik + b_i
 """
 
 from collections.abc import Callable, Sequence
@@ -16,29 +17,31 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-#: Share of a signal's mean square below which its variance is rounding.
+#: A variance below this share of the signal's mean square is considered to be rounding.
 CONSTANT = 1e-13
 
-#: Elements that are taken in float64 at once, so that they stay in the processor's cache.
+#: Number of elements that are converted to float64 at once, so that they fit into the CPU cache.
 _CACHED = 1 << 17
 
 
 @dataclass
 class Moments:
-    """Centred first and second moments of rows (z, s), for ``g`` groups side by side.
+    """Means and centred second moments of rows (z, s), for several independent groups.
 
-    Of z, the first of ``k`` entries is the feature x, the others are its own signals. Symbols: dx
-    features and ds shared signals in each group, k = 1 + signals of each feature's own.
+    Sizes: g groups; in each group dx features and ds shared signals; k = 1 + number of own signals
+    per feature. Of the k entries of z, the first is the feature x, the others are its own signals.
 
     Attributes:
-        count: Number of rows seen.
-        mean_z: (g, k, dx) float64.
-        mean_s: (g, ds) float64.
-        zz: (g, dx, k, k) float64, the centred Gram matrix of each feature and its own signals.
-        zs: (g, k, dx, ds) float64, the centred cross products.
-        ss: (g, ds, ds) float64, the centred Gram matrix of s.
-        live: Indices of the signals that have ever been other than zero, and the number of all
-            signals; the other fields are of the live ones alone. None where they are of all.
+        count: Number of rows.
+        mean_z: Float64 tensor (g, k, dx), the means of features and own signals.
+        mean_s: Float64 tensor (g, ds), the means of shared signals.
+        zz: Float64 tensor (g, dx, k, k), the centred Gram matrix of each feature with its own
+            signals.
+        zs: Float64 tensor (g, k, dx, ds), the centred products of z with s.
+        ss: Float64 tensor (g, ds, ds), the centred Gram matrix of s.
+        live: Pair (indices of the shared signals that are not always zero, number of all shared
+            signals): ``mean_s``, ``zs`` and ``ss`` then have entries for these indices only. None
+            if they have entries for all signals.
 
     Examples:
         >>> x, s = torch.randn(1, 50, 3), torch.randn(1, 50, 2)
@@ -67,14 +70,14 @@ class Moments:
         own: int = 0,
         device: torch.device | str = "cpu",
     ) -> "Moments":
-        """Return the moments of no rows.
+        """Return moments of zero rows, to be updated.
 
         Args:
-            groups: Number of regressions side by side.
-            features: Features of each.
-            signals: Signals that the features of each share.
-            own: Signals that each feature has of its own.
-            device: Where the sums are kept.
+            groups: Number of groups, each an independent regression.
+            features: Number of features per group.
+            signals: Number of shared signals per group.
+            own: Number of own signals per feature.
+            device: Device of the sums.
         """
         k = 1 + own
 
@@ -86,7 +89,7 @@ class Moments:
 
     @staticmethod
     def bytes_needed(groups: int, features: int, signals: int, own: int = 0) -> int:
-        """Return the memory, in bytes, of what :meth:`zeros` makes of the same arguments."""
+        """Return the number of bytes of the moments that :meth:`zeros` returns for these sizes."""
         moments = Moments.zeros(groups, features, signals, own, "meta")
         return sum(part.nbytes for part in vars(moments).values() if isinstance(part, Tensor))
 
@@ -94,9 +97,10 @@ class Moments:
         """Add rows.
 
         Args:
-            x: (g, rows, dx) features.
-            s: (g, rows, ds) signals. Products are taken in this dtype, and summed in float64.
-            own: Each feature's own signals, each like ``x``.
+            x: Tensor (g, rows, dx), the features.
+            s: Tensor (g, rows, ds), the shared signals. Products are computed in the dtype of x
+                and s, or in float32 for half precision; they are added up in float64.
+            own: Tensors (g, rows, dx), the features' own signals.
         """
         rows = x.shape[1]
         if rows == 0:
@@ -104,13 +108,13 @@ class Moments:
         z = summable(torch.stack([x, *own], 1) if own else x.unsqueeze(1))
         s = summable(s)
         mean_z, mean_s = z.mean(2, dtype=torch.float64), s.mean(1, dtype=torch.float64)
-        # Centred before the product: else a large mean would eat up the digits of the covariance.
+        # Centre before the product: otherwise a large mean would cost digits of the covariance.
         z, s = z - mean_z.to(z.dtype).unsqueeze(2), s - mean_s.to(s.dtype).unsqueeze(1)
         zz, zs, ss = gram_of_each(z, (2,)), z.mT @ s.unsqueeze(1), s.mT @ s
         self.add(Moments(rows, mean_z, mean_s, zz, zs, ss))
 
     def add(self, other: "Moments") -> None:
-        """Merge ``other`` in; its second moments may be of any floating dtype."""
+        """Add the rows of ``other``; its second moments may have any floating dtype."""
         if not _same_signals(self.live, other.live):
             vars(self).update(vars(self.whole()))
             other = other.whole()
@@ -122,7 +126,7 @@ class Moments:
         self.zz += other.zz
         self.zs += other.zs
         self.ss += other.ss
-        # Chan et al.: the sums of both, and n₁ n₂ / n times the product of the differing means
+        # Chan et al., 1983: sums = sums₁ + sums₂ + n₁ n₂ / n d dᵀ, d the difference of the means
         self._add_products(dz, ds, self.count * share)
         self.mean_z += share * dz
         self.mean_s += share * ds
@@ -132,7 +136,7 @@ class Moments:
         """Return the moments of the rows of several processes.
 
         Args:
-            total: Returns the sum of a tensor over all processes.
+            total: Function that returns the sum of a tensor over all processes.
         """
         count = int(total(torch.tensor([self.count], device=self.ss.device)))
         mean_z, mean_s = (
@@ -151,7 +155,7 @@ class Moments:
             products.baddbmm_(left.unsqueeze(2), ds.unsqueeze(1), alpha=weight)
 
     def whole(self) -> "Moments":
-        """Return the moments of all signals, those included that have always been zero."""
+        """Return the moments with entries for all signals, also for those that are always zero."""
         if self.live is None:
             return self
         index, signals = self.live
@@ -162,12 +166,12 @@ class Moments:
         return replace(result, count=self.count, mean_z=self.mean_z, zz=self.zz)
 
     def among(self, index: Tensor) -> "Moments":
-        """Return the moments of the shared signals ``index`` alone, in this order."""
+        """Return the moments with the shared signals of the indices ``index`` only."""
         ss = self.ss[:, index.unsqueeze(1), index]
         return replace(self, mean_s=self.mean_s[:, index], zs=self.zs[..., index], ss=ss)
 
     def finite(self) -> bool:
-        """Return True if no NaN or Inf has come in."""
+        """Return True if the sums contain no NaN or Inf."""
         sums = self.zz.sum() + self.mean_s.sum() + self.ss.diagonal(dim1=1, dim2=2).sum()
         return bool(sums.isfinite())
 
@@ -179,7 +183,7 @@ def _same_signals(live: tuple[Tensor, int] | None, other: tuple[Tensor, int] | N
 
 
 def summable(x: Tensor) -> Tensor:
-    """Return ``x`` in a dtype that can hold sums: half precision becomes float32."""
+    """Return ``x``, in float32 if it has half precision, which has too few digits for sums."""
     return x.float() if x.element_size() < 4 else x
 
 
@@ -187,12 +191,12 @@ def gram_of_each(z: Tensor, over: tuple[int, ...]) -> Tensor:
     """Return the Gram matrix of each feature and its own signals.
 
     Args:
-        z: (g, k, rows, dx) or (g, k, n, dx, ...), centred. Squares of a single entry, k = 1, are
-            taken in float64, products in the dtype of ``z``.
-        over: The dimensions to sum over; ``dx`` is left.
+        z: Centred tensor (g, k, rows, dx) or (g, k, n, dx, ...). For k = 1, squares are computed in
+            float64; for k > 1, products are computed in the dtype of ``z``.
+        over: The dimensions to sum over: all but g, k and dx.
 
     Returns:
-        (g, dx, k, k) float64.
+        Float64 tensor (g, dx, k, k).
     """
     if z.shape[1] == 1:
         step = max(1, _CACHED * z.shape[2] // max(z.numel(), 1))
@@ -204,20 +208,21 @@ def gram_of_each(z: Tensor, over: tuple[int, ...]) -> Tensor:
 
 
 def constant(variance: Tensor, mean: Tensor) -> Tensor:
-    """Return True for each variable that never varies: its variance is rounding of its mean."""
+    """Return True for each variable that never varies, up to the rounding of its mean."""
     return variance <= CONSTANT * (variance + mean.square())
 
 
 def gaussian_information(moments: Moments) -> Tensor:
-    """Return the mutual information of each feature and each signal, were they jointly Gaussian.
+    """Return the mutual information of each feature and signal, assumed to be jointly Gaussian.
 
-    −½ log₂(1 − ρ²), with their correlation ρ. With ρ = 1 it has no bound; float64 can tell 26 bits.
+    It is −½ log₂(1 − ρ²) bits, where ρ is their correlation. For ρ = 1 it is infinite; the result
+    is then 26 bits, the largest value that float64 can distinguish.
 
     Args:
-        moments: Of features and shared signals.
+        moments: The moments of features and shared signals.
 
     Returns:
-        (g, dx, ds) bits, float64; 0 where either never varies.
+        Float64 tensor (g, dx, ds) of bits; 0 if the feature or the signal never varies.
 
     Examples:
         >>> s = torch.randn(1, 1000, 1)
@@ -228,7 +233,7 @@ def gaussian_information(moments: Moments) -> Tensor:
     """
     rows, number = max(moments.count, 1), torch.finfo(torch.float64)
     x, s = moments.zz[..., 0, 0] / rows, moments.ss.diagonal(dim1=1, dim2=2) / rows
-    # ρ² = cov(x, s)² / (var(x) var(s)), kept off 0 / 0 and, where rounding exceeds it, at most 1
+    # ρ² = cov(x, s)² / (var(x) var(s)), clamped: 0 / 0 would give NaN, rounding a ρ² above 1
     variances = (x.unsqueeze(2) * s.unsqueeze(1)).clamp(min=number.tiny)
     correlation = ((moments.zs[:, 0] / rows).square() / variances).clamp(max=1)
     bits = -0.5 * (1 - correlation).clamp(min=number.eps).log2()

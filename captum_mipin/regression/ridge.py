@@ -15,16 +15,20 @@ RidgeScale = Literal["relative", "mean", "sum"]
 class Solution:
     """A solved regression x ≈ weight · s + own · o + bias.
 
+    Here x are features, s the signals that all features share, and o each feature's own signals.
+    For the sizes g, dx, ds and k see :class:`~captum_mipin.regression.moments.Moments`.
+
     Attributes:
-        weight: (g, dx, ds) float64, of the ``live`` signals.
-        own: (g, dx, k − 1) float64.
-        bias: (g, dx) float64.
-        explained_variance: 1 − residual / variance of x over all features, on the rows fitted; 1
-            where x never varies.
+        weight: Float64 tensor (g, dx, ds), coefficients of the ``live`` shared signals.
+        own: Float64 tensor (g, dx, k − 1), coefficients of each feature's own signals.
+        bias: Float64 tensor (g, dx).
+        explained_variance: 1 − residual / variance of x over all features, on the fitted rows; 1
+            if x never varies.
         dead: Number of signals that never vary; their coefficients are zero.
-        condition: 1-norm condition number of the matrices that were solved with, the largest of
-            them. An estimate from below: it is hardly ever less than a third of the number itself.
-        live: Indices of the signals that ``weight`` has columns for; None for all.
+        condition: The largest 1-norm condition number of the matrices of the linear systems. It is
+            an estimate from below, and rarely less than a third of the exact number.
+        live: Integer tensor (ds,), indices of the shared signals that ``weight`` is for; None for
+            all.
     """
 
     weight: Tensor
@@ -42,17 +46,18 @@ def solve(
     """Solve the ridge regression of x on s and o from their moments (equation 6).
 
     Args:
-        moments: What :class:`Moments` has gathered.
+        moments: The moments of x, s and o.
         ridge: λ, at least 0. With 0, directions without variance get zero coefficients.
-        scale: What λ is measured in. ``"relative"``: the mean variance of the signals that vary at
-            all, shared and own ones apart. ``"mean"``: the covariance, that is the Gram matrix
-            divided by the rows. ``"sum"``: the Gram matrix itself.
-        tied: How many features in a row are one feature at different places, with one bias. Such
-            features have no signals of their own. It is a regression with this many times the rows;
-            in each row only the signals of its own place are other than zero.
+        scale: The unit of λ. ``"relative"``: the mean variance of the signals that vary, computed
+            separately for shared and own signals. ``"mean"``: λ is added to the covariance, which
+            is the Gram matrix divided by the number of rows. ``"sum"``: λ is added to the Gram
+            matrix.
+        tied: Number t of consecutive features that are one feature at t positions, with one bias.
+            They have no own signals. This equals a regression with t times the rows, one per
+            position, where the signals of all other positions are zero.
 
     Returns:
-        The coefficients, and figures that tell how good the fit is.
+        The coefficients and the quality of the fit.
 
     Examples:
         >>> s = torch.randn(1, 100, 1, dtype=torch.float64)
@@ -68,10 +73,11 @@ def solve(
 
 
 def _solve_with_own(moments: Moments, ridge: float, scale: RidgeScale) -> Solution:
-    """Solve for the shared signals first, then for what each feature's own signals add.
+    """Solve for the shared signals first, then for each feature's own signals.
 
-    Frisch and Waugh: regress x and o on s; what is left of x, regressed on what is left of o, has
-    the same coefficients as one regression on all, at the cost of the shared one.
+    Theorem of Frisch and Waugh: regress x and o on s, then regress the residual of x on the
+    residual of o. The coefficients equal those of one regression on s and o together. The matrix
+    of s, which all features share, is factored only once.
     """
     rows = max(moments.count, 1)
     gram, cross, of_feature = moments.ss / rows, moments.zs / rows, moments.zz / rows
@@ -79,23 +85,24 @@ def _solve_with_own(moments: Moments, ridge: float, scale: RidgeScale) -> Soluti
     # eq. 6, for x and each o: W = cov(Z, S) (cov(S, S) + λI)^-1
     weights, condition = solve_symmetric(gram, cross.flatten(1, 2).mT, penalty, dead, ridge)
     weights = weights.mT.view_as(cross)
-    # what s leaves unexplained: cov(Z, Z) − W cov(S, Z)
+    # covariance of the residuals, which s does not explain: cov(Z, Z) − W cov(S, Z)
     rest = of_feature - torch.einsum("gixs,gjxs->gxij", weights, cross)
     variance = _diagonal(of_feature)[..., 1:]
     own_penalty, own_dead = penalties(variance, moments.mean_z[:, 1:].mT, ridge, scale, rows)
     unused = own_dead
-    if ridge == 0:  # a rest that is rounding alone would be divided by itself
+    if ridge == 0:  # without λ, a residual that is only rounding would give random coefficients
         unused = own_dead | (variance * CONSTANT**0.5 > _diagonal(rest)[..., 1:])
-    # the same for each feature alone: a = cov(O, O)^-1 cov(O, x), of the rests
+    # for each feature, with covariances of the residuals: a = (cov(O, O) + λI)^-1 cov(O, x)
     own, own_condition = solve_symmetric(
         rest[..., 1:, 1:], rest[..., 1:, :1], own_penalty, unused, ridge
     )
     own = own.squeeze(3)
     weight = weights[:, 0] - torch.einsum("gxj,gjxs->gxs", own, weights[:, 1:])
-    # eq. 6: b = E X − W E S − a E O
+    # eq. 6: b = E[X] − W E[S] − a E[O]
     bias = moments.mean_z[:, 0] - (weight @ moments.mean_s.unsqueeze(2)).squeeze(2)
     bias -= torch.einsum("gxj,gjx->gx", own, moments.mean_z[:, 1:])
-    # G θ = c − Λ θ for all coefficients θ: the explained variance 2 θ·c − θ·G θ is θ·c + θ·Λ θ
+    # coefficients θ solve (G + Λ) θ = c with G = cov of (S, O), c = cov with x, Λ the penalties:
+    # the explained variance 2 θ·c − θ·G θ equals θ·c + θ·Λ θ
     explained = (weight * (cross[:, 0] + penalty.unsqueeze(1) * weight)).sum()
     explained += (own * (of_feature[..., 0, 1:] + own_penalty * own)).sum()
     live, signals = moments.live or (None, gram.shape[1])
@@ -111,31 +118,31 @@ def _solve_with_own(moments: Moments, ridge: float, scale: RidgeScale) -> Soluti
 
 
 def _solve_tied(moments: Moments, ridge: float, scale: RidgeScale, tied: int) -> Solution:
-    """Solve for features that share their bias, place by place.
+    """Solve for features at several positions that share one bias.
 
-    With a bias for all places, their Gram matrix has E s sᵀ for each place, less the one mean that
-    they have in common. So there are two regressions: of the mean of x over the places, with a
-    bias, by the covariance of s; and of what each place differs by from that mean, without a bias,
-    by E s sᵀ.
+    The regression splits into two. The mean of x over the positions is regressed with a bias, which
+    needs the covariance of s. The difference of x from this mean at each position is regressed
+    without a bias, which needs E[s sᵀ].
     """
     rows = max(moments.count, 1)
     gram, cross, variance = moments.ss / rows, moments.zs[:, 0] / rows, moments.zz[..., 0, 0] / rows
     level, x = moments.mean_s.unsqueeze(1), moments.mean_z[:, 0].unflatten(1, (-1, tied))
     mean = x.mean(2)
     differs = (x - mean.unsqueeze(2)).flatten(1)
-    # the variance of a signal over the rows of all places, of which it has its own alone
+    # the variance of a signal over the rows of all positions; it is zero at all but its own
     over_places = (_diagonal(gram) + moments.mean_s.square() * (1 - 1 / tied)) / tied
     penalty, dead = penalties(over_places, moments.mean_s / tied, ridge, scale, rows * tied)
     penalty = tied * penalty
     together = cross.unflatten(1, (-1, tied)).mean(2)
     apart = cross - together.repeat_interleave(tied, 1) + differs.unsqueeze(2) * level
-    # W = cov(mean X, S) (cov(S, S) + λI)^-1 for all places, + E (X − mean X) Sᵀ (E S Sᵀ + λI)^-1
+    # eq. 6, M the mean of X over positions:
+    # W = cov(M, S) (cov(S, S) + λI)^-1 + E[(X − M) Sᵀ] (E[S Sᵀ] + λI)^-1
     common, condition = solve_symmetric(gram, together.mT, penalty, dead, ridge)
     further, further_condition = solve_symmetric(
         gram + level.mT @ level, apart.mT, penalty, dead, ridge
     )
     weight = common.mT.repeat_interleave(tied, 1) + further.mT
-    # as in _solve_with_own, with c about the mean of all places
+    # θ·c + θ·Λ θ as in _solve_with_own, where c has deviations of X from its mean over positions
     about_mean = cross + differs.unsqueeze(2) * level
     explained = (weight * (about_mean + penalty.unsqueeze(1) * weight)).sum()
     return Solution(
@@ -149,14 +156,25 @@ def _solve_tied(moments: Moments, ridge: float, scale: RidgeScale, tied: int) ->
 
 
 def share(explained: Tensor, total: Tensor) -> float:
-    """Return explained / total variance; 1 where nothing varies."""
+    """Return explained / total variance; 1 if the total is 0."""
     return float(explained / total) if total > 0 else 1.0
 
 
 def penalties(
     variance: Tensor, mean: Tensor, ridge: float, scale: RidgeScale, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Return λ for each signal (the last dimension), and which signals never vary."""
+    """Return the penalties of the signals, and a mask of the signals that never vary.
+
+    Args:
+        variance: Tensor (..., signals), their variances.
+        mean: Tensor (..., signals), their means.
+        ridge: λ.
+        scale: The unit of λ, as for :func:`solve`.
+        rows: Number of rows of the regression.
+
+    Returns:
+        Two tensors (..., signals): the penalty added to each variance, and the bool mask.
+    """
     dead = constant(variance, mean)
     unit = torch.ones_like(variance)
     if scale == "relative":
@@ -168,14 +186,15 @@ def penalties(
 def solve_symmetric(
     gram: Tensor, cross: Tensor, penalty: Tensor, dead: Tensor, ridge: float
 ) -> tuple[Tensor, float]:
-    """Return (gram + diag(penalty))^-1 cross, and the condition number of what was inverted.
+    """Return (gram + diag(penalty))^-1 cross, and the condition number of the inverted matrix.
 
     Args:
-        gram: (..., n, n), positive semidefinite.
-        cross: (..., n, m).
-        penalty: (..., n), what is added to the diagonal.
-        dead: (..., n), the signals that never vary; their rows of the result are zero.
-        ridge: λ. With 0, the pseudo-inverse is taken.
+        gram: Tensor (..., n, n), positive semidefinite.
+        cross: Tensor (..., n, m), the right-hand side.
+        penalty: Tensor (..., n), added to the diagonal of ``gram``.
+        dead: Bool tensor (..., n), True for signals that never vary; their rows of the result are
+            zero.
+        ridge: λ. For 0, the pseudo-inverse replaces the inverse.
     """
     if gram.shape[-1] == 0:
         return torch.zeros_like(cross), 1.0
@@ -190,25 +209,26 @@ def solve_symmetric(
     else:
         inverse = torch.linalg.pinv(ridged, hermitian=True)
         result, norm = inverse @ cross, torch.linalg.matrix_norm(inverse, 1)
-    # ‖A‖₁ ‖A^-1‖₁; the rows of a symmetric matrix have the norms of its columns, without a copy
+    # condition = ‖A‖₁ ‖A^-1‖₁; A is symmetric: norms of rows equal those of columns, without a copy
     condition = torch.linalg.vector_norm(ridged, 1, -1).amax(-1) * norm
     return result.masked_fill(dead.unsqueeze(-1), 0.0), float(condition.max())
 
 
 def _norm_of_inverse(factor: Tensor) -> Tensor:
-    """Estimate the 1-norm of A^-1, A = factor factorᵀ, from below: Hager's algorithm.
+    """Estimate ‖A^-1‖₁ from below for A = factor factorᵀ, by Hager's algorithm.
 
-    Higham, Accuracy and Stability of Numerical Algorithms, 2002, algorithm 15.1. The largest and
-    the smallest number on the factor's diagonal are no substitute: for the Gram matrices of a
-    ResNet-18 the square of their ratio is 1e3 where the condition number is 1e6. The inverse itself
-    takes n³.
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, 2002, algorithm 15.1.
+
+    A cheaper estimate of the condition number, the squared ratio of the largest to the smallest
+    number on the factor's diagonal, is too small: for the Gram matrices of a ResNet-18 it is 1e3
+    where the condition number is 1e6. Computing the inverse would take n³ operations.
     """
     x = torch.full_like(factor[..., :1], 1 / factor.shape[-1])
     norm = torch.zeros_like(x[..., 0, 0])
     for _ in range(5):
         y = torch.cholesky_solve(x, factor)
         norm = torch.maximum(norm, y.abs().sum((-2, -1)))
-        # the gradient of ‖A^-1 x‖₁; where no unit vector lies higher along it, x is a maximum
+        # gradient of ‖A^-1 x‖₁: if no unit vector increases the norm to first order, stop at x
         slope = torch.cholesky_solve(y.sign(), factor)
         if (slope.abs().amax((-2, -1)) <= (slope * x).sum((-2, -1))).all():
             break

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of each element of a tensor over data, in one pass and in float64."""
+"""Mean and standard deviation per element of a tensor over the data, in one pass, in float64."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from captum_mipin.errors import FitError
 
 @dataclass(frozen=True)
 class Statistics:
-    """First and second moments of each element, over any chunks of data in any order.
+    """First and second moments of each element; chunks of data may be merged in any order.
 
     Attributes:
-        count: Values of each element.
-        mean: Their mean.
-        squares: Sum of their squared deviations from it.
-        nonzero: How many of the values are not zero.
+        count: Number of values per element.
+        mean: Float64 tensor (...), the mean of each element's values.
+        squares: Float64 tensor (...), the sum of squared deviations from the mean.
+        nonzero: Integer tensor (...), the number of values that are not zero.
 
     Examples:
         >>> x = torch.randn(100, 4, dtype=torch.float64)
@@ -36,8 +36,9 @@ class Statistics:
         """Return the statistics of one chunk.
 
         Args:
-            x: (examples, ...).
-            across: Dimensions along which elements share their moments; they keep size 1.
+            x: Tensor (examples, ...), the values.
+            across: Dimensions of ``x`` whose elements share their moments; they get size 1 in the
+                result.
         """
         x = x.detach().to(torch.float64)
         dims = [0, *across]
@@ -50,7 +51,7 @@ class Statistics:
         """Return the statistics of both chunks together."""
         count = self.count + other.count
         step, share = other.mean - self.mean, other.count / count
-        # Chan et al.: the squares of both, and n₁ n₂ / n (mean₂ − mean₁)²
+        # Chan et al., 1983: squares = squares₁ + squares₂ + n₁ n₂ / n (mean₂ − mean₁)²
         squares = self.squares + other.squares + step.square() * (self.count * share)
         return Statistics(count, self.mean + step * share, squares, self.nonzero + other.nonzero)
 
@@ -63,7 +64,7 @@ class Statistics:
         """
         if self.count < 2:
             raise FitError(
-                f"the data has {self.count} example, expected at least two: a standard deviation "
-                "needs them. Pass more data."
+                f"the data has {self.count} example, expected at least two, which a standard "
+                "deviation needs. Pass more data."
             )
         return (self.squares / (self.count - 1)).sqrt()

@@ -171,7 +171,7 @@ def test_changed_weights_are_refused_and_restored_ones_taken(eager):
     with torch.no_grad():
         model[4].weight += 0.1
     lazy.source_signal(X, 0)
-    with pytest.raises(ModelChangedError, match="no class can be fitted"):
+    with pytest.raises(ModelChangedError, match="so no class can be fitted from them"):
         lazy.source_signal(X, 1)
     model.load_state_dict(state)
     assert torch.equal(lazy.source_signal(X, 1), eager.source_signal(X, 1))
