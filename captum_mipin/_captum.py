@@ -1,4 +1,4 @@
-"""Captum's contract: what its tools expect of ``attribute``, and the arguments that all share."""
+"""Helpers for Captum's interface, and the description of the arguments of all ``attribute``."""
 
 import re
 from collections.abc import Callable
@@ -11,36 +11,36 @@ R = TypeVar("R")
 
 
 def common(inputs: Any, target: Any = None, additional_forward_args: Any = None) -> NoReturn:
-    """Document what every ``attribute`` has; :func:`describe_common` copies the entries below.
+    """Describe the common arguments and errors; :func:`describe_common` copies these entries.
 
     Args:
         inputs: Tensor (batch, ...) or tuple of such tensors, with floating-point values.
         target: The output to explain, in any form that Captum takes: an int, a tuple, a list (one
-            target for each example) or an integer tensor. None for a model with one output.
+            target per example) or an integer tensor. None for a model with one output.
         additional_forward_args: Further arguments of the model: one object, or a tuple of several.
 
     Raises:
-        InputError: ``inputs`` are no tensor or tuple of tensors, are empty, or contain integers or
-            NaN. It is also an AssertionError and a ValueError.
-        TargetError: The model has no such target. It is also an AssertionError; if the target is
-            out of range, it is also an IndexError.
+        InputError: ``inputs`` is not a tensor or tuple of tensors, is empty, or contains integers
+            or NaN. The class is a subclass of AssertionError and ValueError.
+        TargetError: The model has no such target. The class is a subclass of AssertionError; for a
+            target out of range, a subclass of it and of IndexError is raised.
         CaptureError: The model cannot be captured, or cannot run on inputs of this shape, dtype or
             device.
     """
     raise NotImplementedError
 
 
-#: Heading of a section, "Args:" or "Raises:" → the common entries below it.
+#: Heading of a section, "Args:" or "Raises:" → the common entries of this section.
 COMMON_ENTRIES: dict[str, str] = dict(
     re.findall(r"\n(Args:|Raises:)\n((?: .*\n)+)", f"{cleandoc(common.__doc__ or '')}\n")
 )
 
 
 def describe_common(method: Callable[P, R]) -> Callable[P, R]:
-    """Insert :data:`COMMON_ENTRIES` into a method's docstring, where ``help`` shows them.
+    """Insert :data:`COMMON_ENTRIES` into a method's docstring, so that ``help`` shows them.
 
-    The ``Args`` section is made if it is missing; it then stands before ``Returns``. The ``Raises``
-    section is completed only if the method has one.
+    If there is no ``Args`` section, it is added before ``Returns``. Common errors are inserted only
+    if there is a ``Raises`` section.
     """
     doc = cleandoc(method.__doc__ or "")
     if "\nArgs:\n" not in doc:
@@ -52,10 +52,10 @@ def describe_common(method: Callable[P, R]) -> Callable[P, R]:
 
 
 def captum_entry(method: Callable[P, R]) -> Callable[P, R]:
-    """Mark an ``attribute`` method for Captum, and describe its common arguments.
+    """Add ``__wrapped__`` to an ``attribute`` method for Captum, and describe common arguments.
 
     Captum's ``NoiseTunnel`` and ``TCAV`` call ``attribute.__wrapped__``, which ``functools.wraps``
-    sets. They thereby skip what a decorator does, so this one changes no value.
+    sets. Such a call skips the code of a decorator. Therefore this decorator only calls the method.
     """
 
     @wraps(describe_common(method))
@@ -66,7 +66,7 @@ def captum_entry(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class NoFuture:
-    """Base of methods without ``attribute_future``; it comes before Captum's base class."""
+    """A class without ``attribute_future``; list it as a base before Captum's base class."""
 
     def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise NotImplementedError, as Captum's gradient methods do."""

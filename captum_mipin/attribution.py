@@ -1,4 +1,4 @@
-"""MIP-IN as Captum attributions: the call contract, and nothing else."""
+"""MIP-IN as Captum attributions, at the input and at a layer."""
 
 from typing import Any
 
@@ -19,20 +19,23 @@ from captum_mipin.propagation.runtime import seed
 from captum_mipin.targets import per_example
 from captum_mipin.types import Extras, Inputs
 
-#: Inputs, target and further arguments of one call, as ``explain`` takes them.
+#: Inputs, target and further arguments of one call, in the order of the parameters of ``explain``.
 Call = tuple[Inputs, Any, Extras]
 
 
 class _MIPIN(NoFuture, GradientAttribution):
-    """Base of the attributions at the input and at a layer."""
+    """Base class of the attributions at the input and at a layer."""
 
     def __init__(self, model: nn.Module, inverse: ModelInverse[Any]) -> None:
         if not isinstance(inverse, ModelInverse):
-            raise InputError(f"inverse is a {type(inverse).__name__}, expected an InverseNetwork")
+            raise InputError(
+                f"inverse is a {type(inverse).__name__}, expected an InverseNetwork: pass "
+                "InverseNetwork(model).fit(data)"
+            )
         if inverse.model is not unwrapped(model):
             raise InputError(
-                "the inverse belongs to another model object: pass that object, or bind the "
-                "inverse to this model with InverseNetwork.load(path, model)"
+                "the inverse was made for another model object than this model: pass that object "
+                "as model, or load the inverse for this model with InverseNetwork.load(path, model)"
             )
         GradientAttribution.__init__(self, model)
         self.model = unwrapped(model)
@@ -48,7 +51,15 @@ class _MIPIN(NoFuture, GradientAttribution):
         gradients: bool,
         layer: nn.Module | None = None,
     ) -> Inputs:
-        """Return A, multiplied by the features and by the gradients there if asked for."""
+        """Return the attribution A, multiplied by features or gradients according to the options.
+
+        Args:
+            explanation: The explanation, whose first signal is A.
+            call: The call that is explained.
+            features: True to multiply by the values at the inputs or at the layer's output.
+            gradients: True to multiply by the gradient of the target's logit with respect to them.
+            layer: The layer; None for the inputs.
+        """
         maps = explanation.signals[0]
         if features:
             maps = tuple(a * x for a, x in zip(maps, explanation.features, strict=True))
@@ -59,20 +70,20 @@ class _MIPIN(NoFuture, GradientAttribution):
 
 
 class MIPINAttribution(_MIPIN):
-    """MIP-IN attributions at the input: how each input feature carries the logit of a class.
+    """MIP-IN attributions at the input: the part of the logit that each input feature carries.
 
-    The inverse network sends the logit back. With its biases it yields the source signal S, without
-    them the attribution A, which is linear in the logit (algorithm 1). Each takes one pass forward
-    and one pass back, like a gradient.
+    The inverse network maps the target's logit to the input. With its biases the result is the
+    source signal S; without them it is the attribution A, which is linear in the logit (algorithm
+    1). Each of the two takes one forward and one backward pass, like a gradient.
 
     Args:
-        model: The network that ``inverse`` was fitted to, bare or behind ``nn.DataParallel`` or
+        model: The network that ``inverse`` was fitted to, or this network in ``nn.DataParallel`` or
             ``torch.compile``.
-        inverse: Its fitted :class:`~captum_mipin.InverseNetwork`. If the model has several outputs,
-            the inverse also says which of them is explained.
+        inverse: The fitted :class:`~captum_mipin.InverseNetwork` of ``model``. If the model has
+            several outputs, the one that ``inverse`` was fitted for is explained.
 
     Raises:
-        InputError: ``inverse`` belongs to another model object.
+        InputError: ``inverse`` was made for another model object.
 
     Source: Deng et al., KDD 2021, sections 4.2, 4.3 and algorithm 1.
 
@@ -96,25 +107,23 @@ class MIPINAttribution(_MIPIN):
         """Return A, the attribution of the target's logit to the input (algorithm 1).
 
         Args:
-            local: Adapt the inverse to each example by its forward masks and switches (equation 9).
-                If False, return the global view, which has no masks.
-            mask_input: Apply the forward mask of equation 9 to the input as well.
-            multiply_by_inputs: Return A ⊙ x.
-            multiply_by_gradients: Return A ⊙ ∂Φ_c/∂x, which is a relevance in units of the output;
-                for a linear Φ_c it adds up to Φ_c. Takes one more pass forward and back. The
-                derivative is that of the operations that the model runs: the ``backward`` of an
-                ``autograd.Function`` is not used, and nothing comes back through ``detach()`` or
-                from under ``torch.no_grad()``.
-            evidence: Explain only what speaks for the target, if its logit is an average over
-                positions, or a dense layer on one. The average of the positive parts of all
-                positions is then explained, instead of a logit that may be negative. Where the
-                logit is positive, the map is the same up to its scale.
-            return_convergence_delta: Return also the completeness error of the source signal,
-                Φ_c(S) − Φ_c(x).
+            local: True to adapt the inverse to each example by its forward masks and switches
+                (equation 9). False for the global view, without masks.
+            mask_input: True to apply the forward mask of equation 9 to the input as well.
+            multiply_by_inputs: True to return A ⊙ x.
+            multiply_by_gradients: True to return A ⊙ ∂Φ_c/∂x, a relevance in units of the output;
+                for a linear Φ_c it sums to Φ_c. It takes one more forward and backward pass. The
+                gradient is that of :class:`~captum_mipin.methods.gradients.Gradient`.
+            evidence: True to explain only the evidence for the target, if its logit is an average
+                over positions, or a dense layer on such an average. The average of the positive
+                parts of all positions is explained then, because the logit may be negative. If the
+                logit is positive, the map only differs by a factor.
+            return_convergence_delta: True to return also the completeness error of the source
+                signal, Φ_c(S) − Φ_c(x).
 
         Returns:
             Attributions with the shape, dtype and device of ``inputs``. With
-            ``return_convergence_delta``, a pair of them and a tensor (batch,).
+            ``return_convergence_delta``, a pair of attributions and a tensor (batch,).
 
         Raises:
             NotFittedError: The inverse was not fitted for this target.
@@ -122,8 +131,8 @@ class MIPINAttribution(_MIPIN):
         """
         if evidence and return_convergence_delta:
             raise InputError(
-                "return_convergence_delta=True measures the whole output, and evidence=True "
-                "explains only a part of it: pass one of them"
+                "return_convergence_delta=True is the error of the whole output, but evidence=True "
+                "explains only a part of the output: pass only one of them"
             )
         call = as_inputs(inputs), target, as_extras(additional_forward_args)
         biases = (False, True) if return_convergence_delta else (False,)
@@ -135,7 +144,7 @@ class MIPINAttribution(_MIPIN):
         )
         if not return_convergence_delta:
             return like(inputs, maps)
-        # completeness error: Φ_c(S) − Φ_c(x), with Φ_c(x) from the pass that is already made
+        # completeness error Φ_c(S) − Φ_c(x); Φ_c(x) is known from the pass of the explanation
         delta = self._output(explanation.signals[1], *call[1:]) - explanation.output
         return like(inputs, maps), delta
 
@@ -143,14 +152,14 @@ class MIPINAttribution(_MIPIN):
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
         **options: bool,
     ) -> Any:  # fmt: skip
-        """Return S; see :meth:`InverseNetwork.source_signal`, also for ``options``."""
+        """Return the source signal S; :meth:`InverseNetwork.source_signal` has the same options."""
         return self.inverse.source_signal(inputs, target, additional_forward_args, **options)
 
     def distractor(
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
         **options: bool,
     ) -> Any:  # fmt: skip
-        """Return X − S; see :meth:`InverseNetwork.distractor`, also for ``options``."""
+        """Return the distractor X − S; :meth:`InverseNetwork.distractor` has the same options."""
         return self.inverse.distractor(inputs, target, additional_forward_args, **options)
 
     def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
@@ -172,10 +181,10 @@ class MIPINAttribution(_MIPIN):
         """Return the completeness error of a source signal, Φ_c(S) − Φ_c(x) (section 5).
 
         Args:
-            source_signal: S, as :meth:`source_signal` returns it for ``inputs``.
+            source_signal: S, the result of :meth:`source_signal` for ``inputs``.
 
         Returns:
-            (batch,)
+            Tensor (batch,), in units of the output.
         """
         extras = as_extras(additional_forward_args)
         explained, original = (
@@ -184,7 +193,7 @@ class MIPINAttribution(_MIPIN):
         return explained - original
 
     def _output(self, inputs: Inputs, target: Any, extras: Extras) -> Tensor:
-        """Return Φ_c of each example: (batch,)."""
+        """Return the target's output Φ_c of each example, a tensor (batch,)."""
         with torch.no_grad():
             output = select(self.model(*inputs, *extras), self.inverse.output)
             explained = seed(output, per_example(target, output))
@@ -200,17 +209,17 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
     """MIP-IN attributions at the output of a layer.
 
     Args:
-        model: The network that ``inverse`` was fitted to, bare or behind ``nn.DataParallel`` or
+        model: The network that ``inverse`` was fitted to, or this network in ``nn.DataParallel`` or
             ``torch.compile``.
-        inverse: Its fitted :class:`~captum_mipin.InverseNetwork`. If it stops at a layer itself,
-            the model's inputs may be integers, such as the tokens of a text.
+        inverse: The fitted :class:`~captum_mipin.InverseNetwork` of ``model``. If it was made with
+            ``layer=``, the model's inputs may be integers, such as the tokens of a text.
         layer: A module of the model with one output tensor, in the part that ``inverse`` inverts.
-            By default the layer that ``inverse`` stops at. The forward mask (equation 9) applies to
-            its output. Between a convolution and its batch norm, the signal is in units of the
-            batch norm's output.
+            By default the layer with which ``inverse`` was made. The forward mask (equation 9)
+            applies to the layer's output. If ``layer`` is a convolution before a batch norm, the
+            signal is in units of the batch norm's output.
 
     Raises:
-        InputError: ``inverse`` belongs to another model object, or no layer is known.
+        InputError: ``inverse`` was made for another model object, or there is no layer.
 
     Examples:
         >>> from captum_mipin import InverseNetwork
@@ -231,7 +240,8 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
         layer = inverse.layer if layer is None else layer
         if layer is None:
             raise InputError(
-                "no layer was given, and this inverse does not stop at one: pass layer="
+                "layer is None and the inverse was made without layer=, expected a module of the "
+                "model: pass layer="
             )
         LayerAttribution.__init__(self, model, unwrapped(layer))
 
@@ -241,17 +251,17 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
         local: bool = True, multiply_by_features: bool = False, multiply_by_gradients: bool = False,
         evidence: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Return A at the layer: how each feature of its output carries the target's logit.
+        """Return A, the attribution of the target's logit to the layer's output (algorithm 1).
 
         Args:
-            local: Adapt the inverse to each example. If False, return the global view.
-            multiply_by_features: Return A ⊙ features.
-            multiply_by_gradients: Return A ⊙ the gradient at the layer.
-            evidence: Explain only what speaks for the target, as for
+            local: True to adapt the inverse to each example. False for the global view.
+            multiply_by_features: True to return A ⊙ features, with the layer's output as features.
+            multiply_by_gradients: True to return A ⊙ the gradient at the layer.
+            evidence: True to explain only the evidence for the target, as for
                 :meth:`MIPINAttribution.attribute`.
 
         Returns:
-            Shaped like the layer's output.
+            Tensor shaped like the layer's output.
 
         Raises:
             CaptureError: The layer has not exactly one output tensor.
@@ -269,7 +279,7 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
         local: bool = True,
     ) -> Tensor:  # fmt: skip
-        """Return S at the layer: what of its output the target's logit carries, shaped like it."""
+        """Return the source signal S of the target's logit, shaped like the layer's output."""
         call = as_inputs(inputs), target, as_extras(additional_forward_args)
         explanation = self.inverse.explain(*call, biases=(True,), local=local, layer=self.layer)
         return explanation.signals[0][0]

@@ -216,7 +216,7 @@ def test_attribute_future_is_not_implemented(mlp: Any) -> None:
 
 
 def test_constructors_refuse_what_does_not_belong_together(mlp: Any, make_mlp: Any) -> None:
-    with pytest.raises(InputError, match=r"another model object.*InverseNetwork\.load"):
+    with pytest.raises(InputError, match=r"made for another model object.*InverseNetwork\.load"):
         MIPINAttribution(make_mlp(), mlp.inverse)
     with pytest.raises(InputError, match="inverse is a Sequential, expected an InverseNetwork"):
         MIPINAttribution(mlp.model, mlp.model)

@@ -464,7 +464,7 @@ def test_a_wrapped_model_is_watched_and_must_not_train(own_mlp):
         wrapped.module[0].bias += 1
     with pytest.raises(errors.ModelChangedError, match="weights have changed"):
         inverse.source_signal(own_mlp.x[:2], 0)
-    with pytest.raises(errors.InputError, match="belongs to another model object"):
+    with pytest.raises(errors.InputError, match="made for another model object"):
         MIPINAttribution(nn.DataParallel(copy.deepcopy(own_mlp.model)), inverse)
 
 

@@ -1,4 +1,4 @@
-"""Further methods on the same mechanism: each a table of rules, and a Captum attribution."""
+"""Further attribution methods for Captum; most of them are tables of rules, like MIP-IN."""
 
 from captum_mipin.methods.base import LayerPropagation
 from captum_mipin.methods.excitation import ExcitationBackprop

@@ -1,8 +1,8 @@
-"""The base of all methods that are a table of rules, and their Captum contract.
+"""Base classes of the methods that consist of a table of rules.
 
 A method supplies a :class:`Table` of rules. :class:`Propagation` captures the model, makes a
 surrogate whose backward pass follows the table, and runs it once. :class:`Signal` and
-:class:`Relevance` are its two kinds; :class:`LayerPropagation` stops either of them at a layer.
+:class:`Relevance` are its two subclasses. :class:`LayerPropagation` applies a method at a layer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ from captum_mipin.types import Extras, Inputs, Output, Target
 
 @dataclass(frozen=True, eq=False)
 class _ByIdentity:
-    """An option that equals only itself, since ``==`` between tensors is no single truth value."""
+    """An option that is compared by identity, because ``==`` between tensors returns a tensor."""
 
     value: Any
 
@@ -51,27 +51,27 @@ class _ByIdentity:
 
 
 def _unchanged(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
-    """Rewrite nothing."""
+    """Leave the graph as it is."""
 
 
 @dataclass(frozen=True)
 class Table(Mapping[str, Rule]):
-    """A method: the rule of each operation, and how the graph is rewritten first.
+    """The rules of a method, and a function that rewrites the graph before they are applied.
 
     Attributes:
-        rules: Operation → rule.
-        rewrite: Called with a marked copy of the graph, the symbol of the batch size, and the nodes
-            where the way back ends. It may change the copy.
-        other: The rule of all other operations. None: they are refused.
+        rules: Name of an operation → its rule.
+        rewrite: Function that may change a marked copy of the graph. Its arguments are the copy,
+            the symbol of the batch size, and the nodes of the explained tensors.
+        other: The rule of all other operations. None: models with other operations are refused.
     """
 
     rules: Mapping[str, Rule]
     rewrite: Callable[[fx.Graph, str, Sequence[fx.Node]], None] = _unchanged
     other: Rule | None = None
     way_out = (
-        "The method is not defined there. Use LayerPropagation(method, layer) at a module behind "
-        "it, or write that part of the model with supported operations; "
-        "check(model, inputs, method=...) lists all."
+        "The method is not defined for them. Use LayerPropagation(method, layer) at a module after "
+        "them, or rewrite that part of the model with supported operations; "
+        "check(model, inputs, method=...) lists all such operations."
     )
 
     def __getitem__(self, operation: str) -> Rule:
@@ -89,12 +89,12 @@ class Table(Mapping[str, Rule]):
 
 @dataclass(frozen=True, kw_only=True)
 class NamedOperation:
-    """An operation that a method puts into the graph, under the name of its rule.
+    """An operation that a method inserts into the graph, together with the name of its rule.
 
     Attributes:
-        rule: Name of its rule in the method's :class:`Table`.
-        name: Name of the operation that it was made of.
-        run: What it computes.
+        rule: Name of the operation's rule in the method's :class:`Table`.
+        name: Name of the operation that this one replaces.
+        run: The function that computes the operation.
     """
 
     rule: str = ""
@@ -110,19 +110,19 @@ class NamedOperation:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Run the operation."""
-        assert self.run is not None  # for mypy: a subclass without it has a __call__ of its own
+        assert self.run is not None  # for mypy: subclasses without ``run`` override ``__call__``
         return self.run(*arguments, **named)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The results of one pass forward and one pass back.
+    """The results of one forward pass and one backward pass.
 
     Attributes:
-        features: Values where the way back ends, at the inputs or at a layer's output, each
+        features: Values of the explained tensors (the inputs, or a layer's output), each
             (batch, ...).
-        signals: What arrived there, shaped like ``features``.
-        output: (batch,) what was sent back from the output, summed over each example.
+        signals: Result of the backward pass for each explained tensor, shaped like ``features``.
+        output: (batch,) the start of the backward pass at the output, summed over each example.
     """
 
     features: Inputs
@@ -131,25 +131,26 @@ class Explanation:
 
 
 class Propagation(NoFuture, GradientAttribution):
-    """The base of all methods that send something back from the output in one pass.
+    """Base class of all methods that run one backward pass from the output by a table of rules.
 
-    What is said here holds for every method. The model is captured as a graph, once for each shape
+    This description holds for every method. The model is captured as a graph, once for each shape
     and dtype of inputs, so different spellings of one operation give the same result. The model is
-    not changed. Operations without a rule are refused by name; :func:`~captum_mipin.check` with
-    ``method=`` lists them beforehand.
+    not changed. A model with an operation that has no rule is refused, and the error names the
+    operation; :func:`~captum_mipin.check` with ``method=`` lists all such operations beforehand.
 
     Args:
         model: A ``torch.nn.Module`` in evaluation mode that returns logits (batch, classes), or
-            (batch,). Behind ``nn.DataParallel`` or ``torch.compile``, the module itself is used.
-        output: Which output to explain if the model returns several tensors, as for
+            (batch,). If it is in ``nn.DataParallel`` or ``torch.compile``, the module itself is
+            used.
+        output: The output to explain if the model returns several tensors, as for
             :class:`~captum_mipin.InverseNetwork`.
     """
 
-    #: The method's name, as Captum's tools show it.
+    #: The method's name in Captum's tools.
     _name = "Propagation"
-    #: Whether 1 is sent back from the target, instead of its output.
+    #: Whether the backward pass starts with 1 at the target, instead of the target's output.
     _unit = False
-    #: Whether ``detach()`` is followed, so that nothing is sent back through it.
+    #: Whether the derivative of ``detach()`` is 0, as in autograd.
     _detached = False
 
     def __init__(self, model: nn.Module, *, output: Output = None) -> None:
@@ -162,19 +163,19 @@ class Propagation(NoFuture, GradientAttribution):
     def explain(
         self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None
     ) -> Explanation:
-        """Run one pass forward and one pass back, to the inputs or to the output of ``layer``.
+        """Run one forward and one backward pass, to the inputs or to the output of ``layer``.
 
         Args:
-            inputs: Tensors (batch, ...).
-            target: The output to explain, as Captum's ``target``.
+            inputs: Tensors (batch, ...), the model's inputs.
+            target: The output to explain, in any form that Captum takes.
             extras: Further arguments of the model.
-            layer: A module of the model with one output tensor.
+            layer: A module of the model with one output tensor; None to explain the inputs.
 
         Returns:
-            The values there, what arrived, and what the method started with.
+            The explained tensors, the results of the backward pass, and its start.
 
         Raises:
-            InputError: An input is unusable, or the output or what is sent back overflows.
+            InputError: An input is invalid, or the output or the backward pass overflows.
             TargetError: The model has no such target.
             CaptureError: The model cannot be captured.
             UnsupportedOperationError: The method has no rule for an operation of the model.
@@ -199,8 +200,8 @@ class Propagation(NoFuture, GradientAttribution):
                 signals = torch.autograd.grad(output, sources, start)
             if not all(finite(s) for s in signals):
                 raise InputError(
-                    "the model's output, or what is sent back, overflows for these inputs: it "
-                    "contains NaN or Inf. Scale the inputs, or use a wider dtype"
+                    "the model's output or the backward pass overflows for these inputs (NaN or "
+                    "Inf), expected finite values: scale the inputs, or use a wider dtype"
                 )
             return Explanation(
                 tuple(x.detach() for x in sources),
@@ -209,7 +210,7 @@ class Propagation(NoFuture, GradientAttribution):
             )
 
     def survey(self, captured: CapturedGraph, start: str | None = None) -> list[CheckRow]:
-        """Return how the method treats each operation of a graph."""
+        """Return one row per operation of a graph, with the method's rule for this operation."""
         return survey(captured, self._table(), start)
 
     def _table(self) -> Table:
@@ -217,7 +218,7 @@ class Propagation(NoFuture, GradientAttribution):
         raise NotImplementedError
 
     def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
-        """Return what is sent back, shaped like the output: 0 everywhere but at the targets."""
+        """Return the start of the backward pass, shaped like the output; 0 except at targets."""
         return seed(output, targets, unit=self._unit)
 
     def _surrogate(
@@ -235,7 +236,7 @@ class Propagation(NoFuture, GradientAttribution):
         def find() -> Signature:
             return self._graphs.find(inputs, extras, graph_of)
 
-        # A changed option makes another table: the surrogate is then built anew.
+        # The table depends on the options: if one has changed, a new surrogate is built.
         options = [_ByIdentity(v) for name, v in vars(self).items() if not name.startswith("_")]
         return self._graphs.build(self.model, layer, options, find, build)
 
@@ -246,17 +247,17 @@ class Propagation(NoFuture, GradientAttribution):
 
 
 class Signal(Propagation):
-    """The base of methods that send back a signal or a gradient, not shares of the output."""
+    """Base class of methods that compute a signal or a gradient, and not shares of the output."""
 
     @captum_entry
     def attribute(
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
         multiply_by_inputs: bool = False,
     ) -> Any:  # fmt: skip
-        """Return what arrives at the input from the target's output.
+        """Return the method's map: its signal or gradient at the input, for the target's output.
 
         Args:
-            multiply_by_inputs: Return the result ⊙ x.
+            multiply_by_inputs: True to return the map ⊙ x.
 
         Returns:
             Attributions with the shape, dtype and device of ``inputs``.
@@ -272,7 +273,7 @@ class Signal(Propagation):
 
 
 class Relevance(Propagation):
-    """The base of methods that distribute the output over the input as relevance."""
+    """Base class of methods that distribute the output over the input as relevance."""
 
     @captum_entry
     def attribute(
@@ -282,13 +283,13 @@ class Relevance(Propagation):
         """Return the relevance of each input feature for the target's output.
 
         Args:
-            return_convergence_delta: Return also the relevance that is lost on the way, R − Σ A for
-                each example, where R is what the method starts with. The share that arrives is
-                1 − delta / R.
+            return_convergence_delta: True to return also the relevance that is lost between output
+                and input: delta = R − Σ A per example, where R is the relevance at the output. The
+                input gets the share 1 − delta / R of it.
 
         Returns:
             Attributions with the shape, dtype and device of ``inputs``. With
-            ``return_convergence_delta``, a pair of them and a tensor (batch,).
+            ``return_convergence_delta``, a pair of attributions and a tensor delta (batch,).
 
         Raises:
             UnsupportedOperationError: The method has no rule for an operation of the model.
@@ -301,7 +302,7 @@ class Relevance(Propagation):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """Return True: attributions are contributions, which Captum's tools ask for."""
+        """Return True: attributions are contributions to the output, in the sense of Captum."""
         return True
 
     def has_convergence_delta(self) -> bool:
@@ -309,14 +310,14 @@ class Relevance(Propagation):
         return True
 
     def compute_convergence_delta(self, attributions: Tensor | Inputs, output: Tensor) -> Tensor:
-        """Return output − Σ A for each example, as for Captum's LRP.
+        """Return output − Σ A per example, like Captum's LRP.
 
         Args:
-            attributions: A, as :meth:`attribute` returns them.
-            output: (batch,) what the method started with; for most methods the target's output.
+            attributions: A, the result of :meth:`attribute`.
+            output: (batch,) the relevance at the output; for most methods the target's output.
 
         Returns:
-            (batch,)
+            Tensor (batch,).
         """
         total = torch.stack([summed(a) for a in as_inputs(attributions)]).sum(0)
         return output.flatten() - total
@@ -326,12 +327,12 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
     """A method of this package at the output of a layer.
 
     Args:
-        method: The method at the input, such as ``LRP(model)``.
-        layer: A module of the model with one output tensor. A batch norm right behind it is then
-            not folded into it. The model's inputs may be integers, such as the tokens of a text.
+        method: A method at the input, such as ``LRP(model)``.
+        layer: A module of the model with one output tensor. A batch norm that follows it is not
+            folded into it. The model's inputs may be integers, such as the tokens of a text.
 
     Raises:
-        InputError: ``method`` is no method of this package.
+        InputError: ``method`` is not a :class:`Propagation`.
 
     Examples:
         >>> from captum_mipin.methods import GuidedBackprop
@@ -356,22 +357,25 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False, *, multiply_by_features: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Return what the method sends back to the layer's output.
+        """Return the method's map at the layer's output.
 
         Args:
-            attribute_to_layer_input: Only False is supported: pass the layer before it instead.
-            multiply_by_features: Return the result ⊙ features.
+            attribute_to_layer_input: Only False is supported. For the input of a layer, use the
+                layer before it.
+            multiply_by_features: True to return the map ⊙ features, with the layer's output as
+                features.
 
         Returns:
-            Shaped like the layer's output.
+            Tensor shaped like the layer's output.
 
         Raises:
             CaptureError: The layer has not exactly one output tensor.
-            UnsupportedOperationError: The method has no rule for an operation behind the layer.
+            UnsupportedOperationError: The method has no rule for an operation after the layer.
         """
         if attribute_to_layer_input:
             raise InputError(
-                "attribute_to_layer_input=True is not supported: pass the layer before it instead"
+                "attribute_to_layer_input=True is not supported, expected False: pass the layer "
+                "before this one as layer instead"
             )
         call = as_inputs(inputs), target, as_extras(additional_forward_args)
         explanation = self.method.explain(*call, self.layer)
