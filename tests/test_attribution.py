@@ -220,7 +220,9 @@ def test_constructors_refuse_what_does_not_belong_together(mlp: Any, make_mlp: A
         MIPINAttribution(make_mlp(), mlp.inverse)
     with pytest.raises(InputError, match="inverse is a Sequential, expected an InverseNetwork"):
         MIPINAttribution(mlp.model, mlp.model)
-    with pytest.raises(InputError, match=r"no layer was given.*pass layer="):
+    with pytest.raises(
+        InputError, match=r"layer is None and the inverse was made without layer=.*pass layer="
+    ):
         LayerMIPINAttribution(mlp.model, mlp.inverse)
 
 
@@ -536,7 +538,7 @@ def test_evidence_is_refused_where_there_are_no_places(mlp: Any, cnn: Any) -> No
     mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, 0, progress=False))
     with pytest.raises(InputError, match='evidence=True needs local=True and pooling="shares"'):
         mipin.attribute(x[:2], 0, evidence=True, local=False)
-    with pytest.raises(InputError, match="pass one of them"):
+    with pytest.raises(InputError, match="only a part of the output: pass only one"):
         mipin.attribute(x[:2], 0, evidence=True, return_convergence_delta=True)
     even = MIPINAttribution(model, InverseNetwork(model, pooling="even").fit(x, 0, progress=False))
     with pytest.raises(InputError, match='evidence=True needs local=True and pooling="shares"'):

@@ -1,4 +1,4 @@
-"""Excitation backprop: probabilities of winning, from the output down, along excitatory weights."""
+"""Excitation backprop: winning probabilities of neurons, computed from the output to the input."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,10 +20,13 @@ from captum_mipin.types import Output
 
 @dataclass(frozen=True)
 class Excitation(LayerRule):
-    """The rule of layers: P_i = Σ_j x_i⁺ w_ij⁺ / Σ_i' x_i'⁺ w_i'j⁺ P_j.
+    """The rule of layers with weights: P_i = Σ_j x_i⁺ w_ij⁺ / (Σ_i' x_i'⁺ w_i'j⁺) P_j.
+
+    Here P_i and P_j are the winning probabilities of input i and output j, x_i is the value of
+    input i, w_ij its weight, and ⁺ the positive part.
 
     Args:
-        contrast: Subtract the same for −w, whose positive part is |w⁻|.
+        contrast: True to subtract the result of the same rule for the weights −w.
     """
 
     contrast: bool = False
@@ -31,11 +34,11 @@ class Excitation(LayerRule):
 
     @property
     def contrasted(self) -> str:
-        """Return what ``contrast`` adds to the note."""
+        """Return the text that the note has in addition if ``contrast`` is True."""
         return ", minus those for the negated weights" if self.contrast else ""
 
     def back(self, call: LayerCall) -> Back:
-        """Return the way back, see :class:`LayerRule`."""
+        """Return the backward function of one call, see :class:`LayerRule`."""
         excited = call if call.positive else replace(call, x=call.x.clamp(min=0))
 
         def won(p: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
@@ -50,21 +53,22 @@ class Excitation(LayerRule):
 
 
 class ExcitationBackprop(LRP):
-    """Excitation backprop: how probable it is that a winner among neurons won by each input.
+    """Excitation backprop: the winning probability of each input, from a winner at the output.
 
-    It starts with probability 1 at the target. Through a layer with weights, batch norm folded in,
-    each neuron chooses among its inputs with probabilities in proportion to their excitation,
-    x⁺ w⁺. Sums choose by the positive parts of their terms, averages by shares; everything else is
-    as for :class:`LRP`. The method is defined for values of at least 0, as ReLU gives them. A
-    negative value excites nothing, so images that are normalised to both signs are best explained
-    at a layer, with :class:`LayerPropagation`.
+    The target wins with probability 1. In a layer with weights (with a folded batch norm), each
+    winning neuron selects one of its inputs as a winner, with a probability in proportion to the
+    excitation x⁺ w⁺. Sums select by the positive parts of their terms, and averages by shares. All
+    other operations have the rules of :class:`LRP`. The method is defined for values of at least 0,
+    such as the outputs of ReLU: a negative value is never selected. Explain images that are
+    normalised to both signs at a layer, with :class:`LayerPropagation`.
 
     Args:
-        model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
-        contrastive: Subtract, at the layer that makes the output, what it would send back with
-            negated weights: what remains speaks for the class more than against it. The
-                attributions
-            then add up to about 0; usually only their positive part is shown.
+        model: The network, see :class:`~captum_mipin.methods.base.Propagation`.
+        contrastive: True to subtract, at the last layer, the result for negated weights. The
+            positive part of the attributions is then the evidence that the target has beyond that
+            of other classes. The attributions sum to about 0; usually only their positive part is
+            shown.
+        output: The output to explain if the model returns several tensors.
 
     Source: Zhang et al., ECCV 2016 and IJCV 2018.
 
@@ -101,14 +105,32 @@ class ExcitationBackprop(LRP):
 
 
 def _averaged(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
-    """Send P back through a linear operator with weights a ≥ 0, by the shares of x⁺."""
+    """Distribute P through a linear operator with weights a ≥ 0, by the shares of x⁺.
+
+    Args:
+        operator: The linear operator.
+        x: All of its arguments that get probability.
+
+    Returns:
+        The operator's value, and the backward function.
+    """
     # P_i = x_i⁺ Σ_j a_ij P_j / Σ_i' a_i'j x_i'⁺
     excited = tuple(part.clamp(min=0) for part in x)
     return operator(x), share(False, operator, excited)[1]
 
 
 def _combined(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
-    """Send P back element by element, by the positive part of what each argument adds."""
+    """Distribute P over the arguments of an elementwise operation, by their terms' positive parts.
+
+    The term of an argument is the operator's value if all other arguments are 0, without constants.
+
+    Args:
+        operator: The operation, as a function of ``x``.
+        x: All arguments that get probability.
+
+    Returns:
+        The operator's value, and the backward function.
+    """
 
     def back(p: Tensor) -> tuple[Tensor, ...]:
         zeros = tuple(part.new_zeros(()) for part in x)

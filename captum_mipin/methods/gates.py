@@ -1,8 +1,8 @@
-"""Rectifiers that a model spells with bounds, comparisons, masks or smooth gates.
+"""Rectifiers that a model computes with bounds, comparisons, masks or smooth gates.
 
-A spelling is a rectifier where it is x⁺ and carries the signal on: a lower bound of 0, or x where
-x > 0 and else 0. A bound elsewhere is none, and neither is a lower bound of what is only divided
-by: in x / norm.clamp(min=0) it only scales.
+Such an operation is a rectifier if its value is x⁺: a lower bound of 0, or x if x > 0, else 0. A
+bound other than 0 is not a rectifier. A lower bound of a value that is only a divisor is not one
+either: in x / norm.clamp(min=0) it only scales the signal.
 """
 
 from collections.abc import Sequence
@@ -20,27 +20,28 @@ from captum_mipin.rules.base import gate_source, varies
 #: Operations that are rectifiers if their lower bound is 0.
 _CLAMPS = ("clamp", "clamp_min", "clip", "clamp_max", "hardtanh", "relu6")
 _COMPARISONS = ("gt", "ge", "lt", "le")
-#: Comparison → what it is after its sides are exchanged.
+#: Comparison → the equivalent comparison with exchanged sides.
 _EXCHANGED = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
-#: Divisions: their second argument only scales.
+#: Divisions, whose second argument is a divisor.
 _DIVISIONS = ("div", "divide", "true_divide")
-#: Operations whose result leads only to a divisor if all its users do.
+#: Operations whose argument counts as a divisor if the operation's result is only used in divisors.
 _TOWARDS_DIVISORS = frozenset(
     {"sqrt", "square", "pow", "abs", "add", "sub", "mul", "neg", "sum", "mean", "expand",
      "expand_as", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten",
      "permute", "transpose", "select", "slice", "clone", "contiguous", "alias", "_to_copy"}
     | {*_CLAMPS, *_DIVISIONS, "maximum", "minimum", "where", "masked_fill"}
 )  # fmt: skip
-#: Operations that make a tensor of zeros, and of one number: the position of the number.
+#: Operations that make a tensor of zeros. Operations that make a tensor of one number → the
+#: position of the number in their arguments.
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
 _FILLED = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
-#: σ in x · σ(x) → the operation that the product is.
+#: Name of σ → the operation that computes x · σ(x).
 _SMOOTH = {"sigmoid": torch.ops.aten.silu.default, "hardsigmoid": torch.ops.aten.hardswish.default}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate(NamedOperation):
-    """A rectifier that the model spells with bounds, comparisons or masks.
+    """A rectifier that the model computes with bounds, comparisons or masks.
 
     Attributes:
         at: Position of the argument that carries signal.
@@ -50,7 +51,7 @@ class Gate(NamedOperation):
 
 
 def replace_gates(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
-    """Make one operation of each rectifier that is spelled with bounds, comparisons or masks."""
+    """Replace each rectifier made of bounds, comparisons or masks by one operation."""
     node: Any
     for node in list(graph.nodes):
         if varies(node) and node.op == "call_function" and not replace_smooth_gate(node):
@@ -61,7 +62,7 @@ def replace_gates(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
 
 
 def replace_smooth_gate(node: Any) -> bool:
-    """Make SiLU of x · sigmoid(x) and Hardswish of x · hardsigmoid(x); return True if it is one."""
+    """Replace x · sigmoid(x) by SiLU, x · hardsigmoid(x) by Hardswish; return True if replaced."""
     if operation(node) == "mul":
         for x, gate in (node.args, node.args[::-1]):
             if operation(gate) in _SMOOTH and gate.args[0] is x:
@@ -72,13 +73,13 @@ def replace_smooth_gate(node: Any) -> bool:
 
 
 def _gate(node: Any, name: str) -> tuple[Gate | None, tuple[Any, ...]]:
-    """Return the gate that a node is, if it is one, and its arguments."""
+    """Return the gate that replaces a node, or None, and the gate's arguments."""
     args, scales = node.args, _leads_to_divisors(node)
     if name in _CLAMPS:
         return (None, ()) if scales else _clamp(node, name)
     rule, at = "", 0
     if name in ("maximum", "max", "minimum", "min"):
-        # max(dim) has a number as its second argument
+        # this excludes max(x, dim), whose second argument is a number
         if all(isinstance(n, fx.Node) for n in args) and list(map(varies, args)).count(False) == 1:
             at = 0 if varies(args[0]) else 1
             rule = _bound_rule(args[at], upper=name.startswith("min"))
@@ -104,7 +105,7 @@ def _gate(node: Any, name: str) -> tuple[Gate | None, tuple[Any, ...]]:
 
 
 def _clamp(node: Any, name: str) -> tuple[Gate | None, tuple[Any, ...]]:
-    """Return the gate that a clamp is, if it is one, and its arguments."""
+    """Return the gate that replaces a clamp, or None, and the gate's arguments."""
     x, (low, high) = node.args[0], _bounds(node, name)
     if not isinstance(low, fx.Node) and not isinstance(high, fx.Node):
         if low == 0 or (low is None and _is_rectified(x)):
@@ -119,14 +120,14 @@ def _clamp(node: Any, name: str) -> tuple[Gate | None, tuple[Any, ...]]:
 
 
 def _bound_rule(x: Any, upper: bool) -> str:
-    """Return the rule of a bound that is a tensor; "" if it is no part of a rectifier."""
+    """Return the rule of a bound that is a tensor; "" if it is not part of a rectifier."""
     if not upper:
         return "captum_mipin.lower"
     return "captum_mipin.upper" if _is_rectified(x) else ""
 
 
 def _is_rectified(node: Any) -> bool:
-    """Return True if a node is x⁺, so that an upper bound behind it makes it a ReLU6."""
+    """Return True if the value of a node is x⁺; with an upper bound it is then a ReLU6."""
     if not isinstance(node.target, Gate):
         return operation(node) == "relu"
     rule = node.target.rule
@@ -136,7 +137,14 @@ def _is_rectified(node: Any) -> bool:
 
 
 def _is_positive(condition: Any, x: Any, kept: bool) -> bool:
-    """Return True if a condition is x > 0 or x ≥ 0; x ≤ 0 or x < 0 where x is not ``kept``."""
+    """Return True if a condition selects the positive x.
+
+    Args:
+        condition: The node of the condition.
+        x: The node whose sign is compared.
+        kept: True if the operation keeps x where the condition holds, so that it must be x > 0 or
+            x ≥ 0. False if the operation replaces x there, so that it must be x < 0 or x ≤ 0.
+    """
     while operation(condition) in ("_to_copy", "alias", "clone"):
         condition = condition.args[0]
     name = operation(condition)
@@ -149,7 +157,7 @@ def _is_positive(condition: Any, x: Any, kept: bool) -> bool:
 
 
 def _is_zero(value: Any) -> bool:
-    """Return True if an argument is the number 0, or a tensor that the model fills with it."""
+    """Return True if an argument is the number 0, or a tensor that the model fills with 0."""
     if not isinstance(value, fx.Node):
         return isinstance(value, (int, float)) and value == 0
     name = operation(value)
@@ -159,7 +167,7 @@ def _is_zero(value: Any) -> bool:
 
 
 def _leads_to_divisors(node: fx.Node) -> bool:
-    """Return True if a value is only divided by, so that it scales and carries no signal on."""
+    """Return True if all paths from a node lead to divisors, so that its value only scales."""
     waiting, seen = [node], {node}
     while waiting:
         source = waiting.pop()
@@ -176,7 +184,7 @@ def _leads_to_divisors(node: fx.Node) -> bool:
 
 
 def _divides_by(user: Any, source: fx.Node) -> bool:
-    """Return True if an operation divides by a value."""
+    """Return True if the operation ``user`` divides by the value of ``source``."""
     name = operation(user)
     if name == "pow":
         exponent = user.args[1]
@@ -197,7 +205,7 @@ def _bounds(node: Any, name: str) -> tuple[Any, Any]:
 
 
 def is_floating(node: Any) -> bool:
-    """Return True if an argument is a floating or complex tensor, or several of them."""
+    """Return True if an argument is a floating-point or complex tensor, or a list of them."""
     value = value_of(node) if isinstance(node, fx.Node) else None
     value = value[0] if isinstance(value, (tuple, list)) and value else value
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -6,9 +6,10 @@ Every operation has its derivative, except rectifiers such as y = x⁺. There, w
     Deconvnet         s⁺
     Guided Backprop   s⁺ · [x > 0]
 
-These are defined for ReLU. For its bounded and smooth relatives (ReLU6, SiLU, ...) the derivative
-stands for the mask [x > 0]. Sigmoid and tanh are no rectifiers, and keep their derivative. So does
-a bound elsewhere than at 0, and one that guards a divisor, as in ``x / norm.clamp(min=0)``.
+The two methods are defined for ReLU. For its bounded and smooth variants (ReLU6, SiLU, ...) the
+mask [x > 0] is replaced by the derivative. Sigmoid and tanh are not rectifiers, and have their
+derivative. The same holds for bounds other than 0, and for bounds of a divisor, as in
+``x / norm.clamp(min=0)``.
 """
 
 from collections.abc import Callable
@@ -25,32 +26,34 @@ from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.base import Back, depends, value_and_adjoint
 
-#: Operations besides ReLU that are rectifiers with any arguments.
+#: Operations other than ReLU that are rectifiers for all values of their options.
 _RECTIFIERS = (
     "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "mish",
     "softplus", "_prelu_kernel", "prelu", "rrelu",
 )  # fmt: skip
-#: Activations that are no rectifiers.
+#: Activations that are not rectifiers.
 _OTHERS = ("tanh", "sigmoid", "hardsigmoid", "log_sigmoid", "glu")
-#: Operations through which autograd sends nothing back.
+#: Operations without a derivative in autograd.
 _NO_DERIVATIVE = ("heaviside", "nextafter")
 
 
 class _Derived(Signal):
-    """The base of gradients and their variants, which start with 1 and follow ``detach()``."""
+    """Base class of gradients and their variants, which start with 1 and respect ``detach()``."""
 
     _unit = True
     _detached = True
 
 
 class Gradient(_Derived):
-    """The gradient ∂Φ_c/∂x; with :class:`LayerPropagation`, that at a layer.
+    """The gradient ∂Φ_c/∂x, or at a layer with :class:`LayerPropagation`.
 
-    It is the gradient of the operations that the model runs: the ``backward`` of an
-    ``autograd.Function`` is not used.
+    It is the gradient of the operations that the model runs. The ``backward`` of an
+    ``autograd.Function`` is not used, and the gradient of ``detach()`` and of operations under
+    ``torch.no_grad()`` is 0.
 
     Args:
-        model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
+        model: The network, see :class:`~captum_mipin.methods.base.Propagation`.
+        output: The output to explain if the model returns several tensors.
 
     Source: Simonyan et al., ICLR 2014 (workshop), with its sign.
 
@@ -68,7 +71,7 @@ class Gradient(_Derived):
 
 
 class _Gated(_Derived):
-    """The base of methods that pass s⁺ at rectifiers, where s is the signal."""
+    """Base class of methods whose rectifiers pass only s⁺, where s is the signal."""
 
     #: Whether the forward mask [x > 0] applies as well.
     _masked = False
@@ -113,15 +116,16 @@ class _Gated(_Derived):
 class Deconvnet(_Gated):
     """Deconvnet: a gradient that passes only the positive part s⁺ of the signal at rectifiers.
 
-    Maximum pooling sends it back to its switches; everything else has its derivative. Rectifiers
-    are ReLU in any spelling (a module, in place, a function, ``clamp``, ``maximum`` with 0,
-    ``where`` and products with x > 0, threshold at 0), ReLU6 and other ``clamp`` from 0, SiLU
-    (also as ``x * sigmoid(x)``), GELU, Hardswish, LeakyReLU, PReLU, ELU, CELU, SELU, Mish and
-    softplus. Sigmoid, tanh and the like are none. Bounds elsewhere than at 0, such as
-    ``clamp(min=1e-6)``, and bounds of what is only a divisor have their derivative.
+    All other operations have their derivative. Rectifiers are ReLU in any form (a module, in place,
+    a function, ``clamp``, ``maximum`` with 0, ``where`` and products with x > 0, threshold at 0),
+    ReLU6 and other ``clamp`` with the lower bound 0, SiLU (also as ``x * sigmoid(x)``), GELU,
+    Hardswish, LeakyReLU, PReLU, ELU, CELU, SELU, Mish and softplus. Activations such as sigmoid and
+    tanh are not rectifiers, nor are bounds other than 0, such as ``clamp(min=1e-6)``, and bounds of
+    a value that is only a divisor.
 
     Args:
-        model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
+        model: The network, see :class:`~captum_mipin.methods.base.Propagation`.
+        output: The output to explain if the model returns several tensors.
 
     Source: Zeiler and Fergus, ECCV 2014.
 
@@ -138,11 +142,12 @@ class Deconvnet(_Gated):
 class GuidedBackprop(_Gated):
     """Guided Backprop: a gradient that passes only s⁺ · [x > 0] at rectifiers.
 
-    Rectifiers are those of :class:`Deconvnet`. For ReLU6, SiLU, GELU and their like, the derivative
-    stands for the mask.
+    Rectifiers are those of :class:`Deconvnet`. For bounded and smooth ones, such as ReLU6, SiLU and
+    GELU, the mask [x > 0] is replaced by the derivative.
 
     Args:
-        model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
+        model: The network, see :class:`~captum_mipin.methods.base.Propagation`.
+        output: The output to explain if the model returns several tensors.
 
     Source: Springenberg et al., ICLR 2015 (workshop).
 
@@ -157,7 +162,7 @@ class GuidedBackprop(_Gated):
     _masked = True
 
 
-# ------------------------------------------------------------------------------------- the way back
+# ------------------------------------------------------------------------------ backward functions
 
 
 def run_operator(
@@ -168,22 +173,25 @@ def run_operator(
     *arguments: Any,
     **named: Any,
 ) -> Any:
-    """Run a rule, bound to it by ``partial``, that is a function of an operator and x.
+    """Run an operation by a rule that is a function of an operator and x.
+
+    With ``back_of`` bound by ``partial``, it is the ``run`` of a
+    :class:`~captum_mipin.rules.Recorded`.
 
     Args:
-        back_of: (operator, x) → the operator's value at x, and how a signal comes back. x is a
-            tensor, or a tuple if several arguments carry signal.
-        options: Not used: these rules have none.
-        operation: The operation; with all arguments but x as they are, it is the operator.
-        x: What carries signal.
-        arguments: The other arguments.
-        named: Arguments by name.
+        back_of: (operator, x) → (the operator's value at x, the backward function). The operator
+            is the operation as a function of x alone.
+        options: Not used, because these rules have no options.
+        operation: The operation, a function of x and the other arguments.
+        x: The argument that carries signal: a tensor, or a tuple of several such arguments.
+        arguments: The other positional arguments.
+        named: The keyword arguments.
     """
     return back_of(lambda t: operation(t, *arguments, **named), x)
 
 
 def derivative(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
-    """Return an operator's value, and what autograd sends back: one tensor for each of ``x``."""
+    """Return an operator's value, and autograd's backward function: s → one tensor per ``x``."""
     with torch.enable_grad():
         probes = tuple(part.detach().requires_grad_() for part in x)
         value = operator(probes)
@@ -199,7 +207,7 @@ def _rectifier(
     *arguments: Any,
     **named: Any,
 ) -> tuple[Tensor, Back]:
-    """Run a rectifier, and send back s⁺, times its mask or derivative if ``masked``."""
+    """Run a rectifier; the backward function returns s⁺, times mask or derivative if ``masked``."""
     if not masked:
         value = operation(x, *arguments, **named)
         return value, lambda s: s.clamp(min=0).sum_to_size(x.shape)
@@ -208,31 +216,34 @@ def _rectifier(
 
 
 def _relu(operation: Any, x: Tensor) -> tuple[Tensor, Back]:
-    """Return s · [x > 0]."""
+    """Run ReLU; the backward function returns s · [x > 0]."""
     value = operation(x).detach()
     return value, lambda s: torch.ops.aten.threshold_backward(s, value, 0)
 
 
 def _slope(operation: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Back]:
-    """Return s times the derivative."""
+    """Run an operation; the backward function returns s times the derivative."""
     return value_and_adjoint(lambda t: operation(t, *arguments, **named), x)
 
 
 def _clip(operation: Any, x: Tensor, low: Any, high: Any) -> tuple[Tensor, Back]:
-    """Return s · [low < x < high] for bounds that are numbers or None."""
+    """Run a clamp; the backward function returns s · [low < x < high], without bounds of None."""
     inside = x < high if low is None else x > low if high is None else (x > low) & (x < high)
     return operation(x, low, high), lambda s: s * inside
 
 
 def _upper(operation: Any, x: Tensor, bound: Tensor) -> tuple[Tensor, Back]:
-    """Return s · [x < bound] for a tensor of upper bounds."""
+    """Run a minimum of x and a tensor; the backward function returns s · [x < bound]."""
     return operation(x, bound), lambda s: (s * (x < bound)).sum_to_size(x.shape)
 
 
 def _lower(
     masked: bool, options: Options, operation: Any, x: Tensor, bound: Tensor
 ) -> tuple[Tensor, Back]:
-    """Run a maximum of x and a constant: a rectifier where the constant is 0, and only there."""
+    """Run a maximum of x and a constant tensor: elements with the constant 0 are rectifiers.
+
+    All other elements have their derivative.
+    """
     value, derivative_back = value_and_adjoint(lambda t: operation(t, bound), x)
     zero = bound == 0
     mask = zero & (x > bound) if masked else zero
@@ -245,12 +256,12 @@ def _lower(
 
 
 def _chosen(options: Options, operation: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Back]:
-    """Run a choice by a comparison that is no rectifier, and send back s times the derivative."""
+    """Run a selection by a comparison, not a rectifier; the backward function is the derivative."""
     return _slope(operation, x, *arguments)
 
 
-#: Name of the rule of a :class:`Gate` → its value and derivative. A switch is x where x > 0, else
-#: 0, by a comparison.
+#: Name of the rule of a :class:`Gate` → function that runs it, and returns its value and backward
+#: function. A switch is x if x > 0, else 0, by a comparison.
 _GATES: dict[str, Callable[..., tuple[Tensor, Back]]] = {
     "captum_mipin.clip": _clip, "captum_mipin.upper": _upper, "captum_mipin.switch": _slope
 }  # fmt: skip
@@ -259,7 +270,7 @@ _GATES: dict[str, Callable[..., tuple[Tensor, Back]]] = {
 def _copied(
     options: Options, operation: Any, x: Tensor, over: Tensor, *arguments: Any
 ) -> tuple[Tensor, Back]:
-    """Put x into the place, shape and dtype of another tensor."""
+    """Copy x over another tensor; the backward function returns s in the shape and dtype of x."""
     return operation(x, over, *arguments), lambda s: s.sum_to_size(x.shape).to(x.dtype)
 
 
@@ -277,7 +288,7 @@ def _derivative(**options: Any) -> Passes:
 
 
 def _hides_rectifier(node: fx.Node) -> str | None:
-    """Return why an operation with its derivative may be part of a rectifier, or None."""
+    """Return the reason why an operation may be part of a rectifier; None if it is not."""
     if operation(node) in _NO_DERIVATIVE:
         return "it has no derivative, and may be part of a rectifier: use relu, clamp or maximum"
     if any(depends(n) and not is_floating(n) for n in node.all_input_nodes):
@@ -286,7 +297,7 @@ def _hides_rectifier(node: fx.Node) -> str | None:
             "use relu, clamp or maximum"
         )
     if any(depends(n) and is_floating(n) for n in node.kwargs.values()):
-        return "an argument that it takes by name depends on the input as well"
+        return "a keyword argument also depends on the input, expected a positional one"
     return None
 
 
@@ -315,11 +326,11 @@ def _carrier(node: Any) -> tuple[int, ...]:
 def _gate_caveat(node: Any) -> str | None:
     rule = node.target.rule
     if rule == "captum_mipin.upper" or (rule == "captum_mipin.clip" and node.args[2] is not None):
-        return _relative(node)  # bounded from above, as ReLU6 is
+        return _relative(node)  # it has an upper bound, like ReLU6
     return None
 
 
-#: What the model detaches, and what it assigns to a part: not as autograd has it.
+#: Rules of ``detach``, which has no derivative, and of assignments to a part of a tensor.
 _OWN: dict[str, Rule] = {
     "aten.detach.default": Passes(
         note="no derivative", carriers=lambda node: (), records=True, exact=True

@@ -1,9 +1,9 @@
-"""Operations with weights in one form, y = A(x; W) + b, for methods that treat x and W apart.
+"""Operations with weights in one form, y = A(x; W) + b, for rules that need x and W separately.
 
-Dense layers, convolutions and transposed convolutions, in any spelling, become one :class:`Layer`
-each. A batch norm right behind one is folded into its weights, because the two are one linear map;
-any other batch norm becomes a :class:`Scale`. The graph is rewritten, never the model: weights are
-read and folded at each call.
+Every dense layer, convolution and transposed convolution is replaced by a :class:`Layer`. A batch
+norm that directly follows such a layer is folded into its weights, because the two are one linear
+map. Any other batch norm becomes a :class:`Scale`. Only the graph is rewritten, and the model is
+not changed: weights are read and folded in each call.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,14 +29,14 @@ _ENTRIES = 1 << 19
 
 @dataclass(frozen=True)
 class Made:
-    """Dense weights that are computed from others entry by entry, such as their positive parts.
+    """Dense weights that are an elementwise function of others, such as their positive parts.
 
-    All of them at once may take more memory than everything else, so each use computes them some
-    rows at a time.
+    All of these weights at once may take more memory than the rest of the method. Therefore they
+    are computed a few rows at a time, each time they are used.
 
     Attributes:
-        of: The function that computes them.
-        weights: Its arguments, each (outputs, inputs).
+        of: The elementwise function.
+        weights: The arguments of the function, each (outputs, inputs).
     """
 
     of: Callable[..., Tensor]
@@ -53,12 +53,12 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True)
 class Neurons(NamedOperation):
-    """An operation whose outputs are neurons: each reads its inputs with weights of its own.
+    """An operation whose outputs are neurons, each with its own weights.
 
     Attributes:
         key: Name of the operation in fits and errors: module path and operation.
-        dim: The dimension of the output along which neurons lie; all other dimensions are rows.
-        last: Whether the model's output is made of its outputs by no further neurons.
+        dim: The dimension of the output that holds the neurons; all other dimensions are rows.
+        last: Whether no further neurons follow between this operation and the model's output.
     """
 
     key: str
@@ -66,29 +66,29 @@ class Neurons(NamedOperation):
     last: bool = False
 
     def products(self, x: Tensor, s: Tensor, weight: Tensor) -> Tensor:
-        """Return Σ x_i s_j over samples and positions, for each weight w_ij: shaped like W."""
+        """Return Σ x_i s_j over samples and positions for each weight w_ij, shaped like W."""
         raise NotImplementedError
 
     def channelwise(self, values: Tensor, like: Tensor) -> Tensor:
-        """Return one value for each neuron, shaped to broadcast with ``like``."""
+        """Return ``values``, one per neuron, with a shape that broadcasts with ``like``."""
         shape = [1] * like.ndim
         shape[self.dim] = -1
         return values.view(shape)
 
     def shifted(self, value: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``value`` + b."""
+        """Return ``value`` + b, or ``value`` if b is None."""
         return value if bias is None else value + self.channelwise(bias, value)
 
     def outputs(self, value: Tensor) -> Tensor:
-        """Return ``value`` as (rows, neurons); each sample and position is a row."""
+        """Return ``value`` in the shape (rows, neurons), with one row per sample and position."""
         return value.movedim(self.dim, 0).flatten(1).mT
 
     def by_neuron(self, weights: Tensor) -> Tensor:
-        """Return a tensor shaped like W as (neurons, weights of each neuron)."""
+        """Return a tensor shaped like W in the shape (neurons, weights per neuron)."""
         return weights.reshape(len(weights), -1)
 
     def spread(self, values: Tensor, weight: Tensor) -> Tensor:
-        """Return one value for each neuron, shaped to broadcast with W."""
+        """Return ``values``, one per neuron, with a shape that broadcasts with W."""
         return values.view(-1, *(1,) * (weight.ndim - 1))
 
 
@@ -96,11 +96,11 @@ class Neurons(NamedOperation):
 class Layer(Neurons):
     """A linear map with weights, y = A(x; W) + b.
 
-    As an operation of the graph it takes x, its weight and bias, and a batch norm.
+    In the graph, the arguments of the operation are x, weight, bias and the batch norm to fold.
     """
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Return y for x, weight, bias and batch norm."""
+        """Return y for the arguments x, weight, bias and batch norm."""
         x, *parameters = arguments
         return self.apply(x, *self.parameters(*parameters))
 
@@ -109,7 +109,7 @@ class Layer(Neurons):
     ) -> tuple[Tensor, Tensor | None]:
         """Return W and b, with the batch norm folded in."""
         if norm is None:
-            assert weight is not None  # for mypy: only a batch norm of its own has no weight
+            assert weight is not None  # for mypy: an operation without a batch norm has a weight
             return weight, bias
         scale, shift, mean, variance, eps = norm
         # g = γ / √(σ² + ε): the batch norm is z ↦ g (z − μ) + β
@@ -131,7 +131,7 @@ class Layer(Neurons):
         raise NotImplementedError
 
     def adjoint(self, s: Tensor, x: Tensor, weight: Any) -> Tensor:
-        """Return Σ_j w_ij s_j for each element i of x; only the shape of ``x`` counts."""
+        """Return Σ_j w_ij s_j for each element i of x; of ``x``, only the shape is used."""
         raise NotImplementedError
 
 
@@ -140,9 +140,9 @@ class Dense(Layer):
     """A dense layer, y = x Wᵀ + b with W (outputs, inputs).
 
     Attributes:
-        transposed: Whether the graph passes the weight as (inputs, outputs).
-        alpha: Factor of the weight, as ``addmm`` has it.
-        beta: Factor of the bias, as ``addmm`` has it.
+        transposed: Whether the weight in the graph has the shape (inputs, outputs).
+        alpha: Factor of the weight, an argument of ``addmm``.
+        beta: Factor of the bias, an argument of ``addmm``.
     """
 
     transposed: bool = False
@@ -160,7 +160,7 @@ class Dense(Layer):
         return super().parameters(weight, bias, norm)
 
     def made(self, of: Callable[..., Tensor], *weights: Tensor) -> Made:
-        """Return of(*weights), computed some rows at a time."""
+        """Return of(*weights), whose rows are computed at each use."""
         return Made(of, weights)
 
     def apply(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
@@ -179,7 +179,7 @@ class Dense(Layer):
         return total
 
     def products(self, x: Tensor, s: Tensor, weight: Tensor) -> Tensor:
-        """Return sᵀ x: (outputs, inputs)."""
+        """Return sᵀ x, a tensor (outputs, inputs)."""
         return self.outputs(s).mT @ self.outputs(x)
 
 
@@ -188,7 +188,7 @@ class Convolution(Layer):
     """A convolution or transposed convolution of any number of spatial dimensions.
 
     Attributes:
-        geometry: Its arguments besides weight and bias.
+        geometry: The arguments of the convolution other than weight and bias: stride, padding, ...
     """
 
     geometry: Geometry
@@ -206,14 +206,14 @@ class Convolution(Layer):
         return self.geometry.gradient(s, x, weight, of=1)
 
     def by_neuron(self, weights: Tensor) -> Tensor:
-        """Return a tensor shaped like W as (neurons, weights of each neuron)."""
+        """Return a tensor shaped like W in the shape (neurons, weights per neuron)."""
         if self.geometry.transposed:  # (in, out / groups, *kernel) → (out, in / groups, *kernel)
             groups = weights.unflatten(0, (self.geometry.groups, -1))
             weights = groups.transpose(1, 2).flatten(0, 1)
         return weights.flatten(1)
 
     def spread(self, values: Tensor, weight: Tensor) -> Tensor:
-        """Return one value for each neuron, shaped to broadcast with W."""
+        """Return ``values``, one per neuron, with a shape that broadcasts with W."""
         if not self.geometry.transposed:
             return super().spread(values, weight)
         groups = self.geometry.groups
@@ -223,7 +223,7 @@ class Convolution(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class Scale(Layer):
-    """A batch norm of its own, y = w ⊙ x + b with one weight w for each channel."""
+    """A batch norm that is not folded, y = w ⊙ x + b, with one weight w per channel."""
 
     def apply(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """Return w ⊙ x + b."""
@@ -234,8 +234,8 @@ class Scale(Layer):
         return s * self.channelwise(weight, s)
 
 
-#: (layer, whether it is a first layer after the inputs, whether a last one before the output) →
-#: name of its rule.
+#: Function that returns the name of a layer's rule. Its arguments are the layer, whether no other
+#: layer comes before it, and whether no other layer comes after it.
 Choose = Callable[[Layer, bool, bool], str]
 
 #: Name of a convolution → its number of spatial dimensions.
@@ -249,12 +249,12 @@ def replace_layers(
     """Rewrite a marked copy of a graph, so that every operation with weights is a :class:`Layer`.
 
     Args:
-        graph: See :class:`captum_mipin.propagation.draft.Draft`.
+        graph: The copy, with the marks of :class:`captum_mipin.propagation.draft.Draft`.
         batch: The symbol of the batch size.
-        starts: The nodes where the way back ends; no batch norm is folded across them.
-        choose: Returns the name of a layer's rule.
-        fold: Whether to fold batch norms into the layer before, and to make the others a
-            :class:`Scale`. If False, batch norms are not changed.
+        starts: The nodes of the explained tensors. A batch norm is not folded into one of them.
+        choose: Function that returns the name of a layer's rule.
+        fold: True to fold each batch norm into the layer before it, or else to replace it by a
+            :class:`Scale`. False to leave batch norms as they are.
     """
     layers: dict[Any, Layer] = {}
     node: Any
@@ -279,7 +279,7 @@ def replace_layers(
 
 
 def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
-    """Return the layer that an operation is and its new arguments, or None if it has no weights."""
+    """Return the layer and arguments that replace an operation; None if it has no weights."""
     name = operation(node)
     if node.op != "call_function":
         return None
@@ -304,10 +304,10 @@ def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
 def _replace_norm(
     graph: fx.Graph, node: Any, starts: Sequence[fx.Node], layers: dict[Any, Layer]
 ) -> tuple[Any, Layer]:
-    """Fold a batch norm into the layer before it, or make it a scale.
+    """Fold a batch norm into the layer before it, or replace it by a scale.
 
     Returns:
-        The node of the batch norm's value, which takes its place, and the layer that it becomes.
+        The node of the batch norm's value, and the layer that this node computes now.
     """
     x, scale, shift, mean, variance, _, eps = node.args
     norm = scale, shift, mean, variance, eps
@@ -317,9 +317,9 @@ def _replace_norm(
     if (
         before is None
         or x in starts
-        or x.args[3] is not None  # it has a batch norm already
+        or x.args[3] is not None  # a batch norm is folded into this layer already
         or len(x.users) > 1  # another node needs the value without the batch norm
-        or (isinstance(before, Dense) and value_of(x).ndim != 2)  # dimension 1 is not its outputs
+        or (isinstance(before, Dense) and value_of(x).ndim != 2)  # dim 1 does not hold the neurons
     ):
         layer, args = Scale(key=marks(node).key, name=_BATCH_NORM), (x, None, None, norm)
         mark(value, key=layer.key, original=node.target)
@@ -340,7 +340,7 @@ def _replace_norm(
 def _nearest(
     nodes: list[Any], goals: Collection[Any], neighbours: Callable[[Any], list[Any]]
 ) -> set[Any]:
-    """Return the goals that are reached from ``nodes`` with no other goal in between."""
+    """Return the first goals on all paths from ``nodes``, where ``neighbours`` gives the steps."""
     reached, seen = set[Any](), set[Any](nodes)
     while nodes:
         for node in neighbours(nodes.pop()):

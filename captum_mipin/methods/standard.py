@@ -1,4 +1,4 @@
-"""SmoothGrad and Grad-CAM with the usual settings of the field, made of Captum's methods."""
+"""SmoothGrad and Grad-CAM with their usual settings, made from Captum's methods."""
 
 from typing import Any
 
@@ -16,14 +16,16 @@ from captum_mipin.types import Inputs
 class SmoothGrad(NoFuture, GradientAttribution):
     """The mean gradient over noisy copies of each example.
 
-    A = 1/n Σ_k ∂Φ_c/∂x (x + ν_k) with ν_k ~ N(0, σ²). Every example has its own σ, a share of its
-    range. Captum's ``NoiseTunnel`` has one σ for all examples.
+    A = 1/n Σ_k ∂Φ_c/∂x (x + ν_k) with ν_k ~ N(0, σ²). Each example has its own σ, in proportion to
+    the range of its values. Captum's ``NoiseTunnel`` has one σ for all examples.
 
     Args:
-        model: The network.
+        model: The network, a ``torch.nn.Module``.
         samples: n, the number of noisy copies of each example.
-        noise: σ ÷ (maximum − minimum of the example), for each input tensor.
-        seed: Seed of the noise, which is the same at each call. The global generator is not used.
+        noise: σ / (maximum − minimum), where maximum and minimum are those of one example in one
+            input tensor.
+        seed: Seed of the noise, which is the same in each call. torch's global generator is not
+            used.
 
     Raises:
         InputError: ``samples`` or ``noise`` is out of range.
@@ -41,8 +43,8 @@ class SmoothGrad(NoFuture, GradientAttribution):
     ) -> None:
         if not isinstance(samples, int) or samples < 1 or not 0 <= noise < float("inf"):
             raise InputError(
-                f"samples={samples!r} must be an integer of at least 1, and noise={noise!r} a "
-                "finite number of at least 0"
+                f"samples={samples!r} must be an integer of at least 1, and noise={noise!r} must "
+                "be a finite number of at least 0"
             )
         GradientAttribution.__init__(self, model)
         self.samples, self.noise, self.seed = samples, noise, seed
@@ -54,7 +56,7 @@ class SmoothGrad(NoFuture, GradientAttribution):
         """Return the mean gradient, with its sign.
 
         Returns:
-            Shaped like ``inputs``.
+            Tensors shaped like ``inputs``.
         """
         tensors = tuple(x.detach() for x in as_inputs(inputs))
         check_inputs(tensors)
@@ -70,7 +72,7 @@ class SmoothGrad(NoFuture, GradientAttribution):
         ]
 
         def noisy(x: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-            # All examples share one draw, so a map does not depend on the rest of its batch.
+            # All examples get the same draw, so a map does not depend on the rest of its batch.
             draw = torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype)
             return (x + sigma * draw).requires_grad_()
 
@@ -91,8 +93,9 @@ class GradCAM(NoFuture, Attribution):
     """Captum's Grad-CAM with its ReLU, interpolated bilinearly to the size of the input.
 
     Args:
-        model: The network.
-        layer: A module with output (batch, channels, height, width), such as the last convolution.
+        model: The network, a ``torch.nn.Module``.
+        layer: A module of the model with output (batch, channels, height, width), such as the last
+            convolution.
 
     Source: Selvaraju et al., ICCV 2017.
     """
@@ -108,10 +111,14 @@ class GradCAM(NoFuture, Attribution):
         """Return the map of one input tensor (batch, channels, height, width).
 
         Returns:
-            (batch, 1, height, width), at least 0.
+            Tensor (batch, 1, height, width) with values of at least 0.
         """
         if not isinstance(inputs, Tensor) or inputs.ndim != 4:
-            raise InputError("Grad-CAM is for one input of shape (batch, channels, height, width)")
+            shape = f" of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else ""
+            raise InputError(
+                f"inputs is a {type(inputs).__name__}{shape}, expected one tensor (batch, "
+                "channels, height, width): use Grad-CAM only for images"
+            )
         cam = LayerGradCam(self.forward_func, self.layer)
         maps = cam.attribute(
             inputs.detach(), target, additional_forward_args, relu_attributions=True

@@ -138,7 +138,7 @@ def test_biases_without_their_share_take_nothing():
         if "its bias takes relevance" in row.caveat
     ]
     assert taking == ["features.0", "features.4", "classifier.0", "classifier.3"]
-    losing = "loses what reaches outputs to which nothing contributes in one direction"
+    losing = "loses the relevance of outputs without contributions of one of the two signs"
     report = check(model, x, method=DeepTaylor)  # active neurons may be so by their bias alone
     assert [(row.path, row.caveat) for row in report.caveats] == [
         (path, losing) for path in ("features.4", "classifier.0", "classifier.3")
@@ -621,13 +621,13 @@ class Changeable(LayerRule):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": Epsilon}, "is no rule"),
-        ({"composite": [(3, ZPlus())]}, "no type of modules"),
-        ({"composite": [("0", "z+")]}, "is no rule"),
+        ({"rule": Epsilon}, "is not a rule of layers"),
+        ({"composite": [(3, ZPlus())]}, "pass a type of modules"),
+        ({"composite": [("0", "z+")]}, "is not a rule of layers"),
         ({"bias": "zero"}, "bias='zero' is not one of 'take', 'none'"),
         (
             {"input_rule": Changeable()},
-            "has no hash .*unhashable.*told apart.*frozen dataclass",
+            "has no hash .*unhashable.*expected a hashable rule.*frozen dataclass",
         ),
     ],
 )
@@ -645,7 +645,9 @@ def test_bad_rules():
     ):  # fmt: skip
         with pytest.raises(InputError):
             make()
-    with pytest.raises(InputError, match=r"bounds of z\^B do not fit the inputs of 0/conv2d"):
+    with pytest.raises(
+        InputError, match=r"bounds of z\^B do not broadcast against the inputs of 0/conv2d"
+    ):
         DeepTaylor(_plain(), low=-9, high=9 * bounds[1]).attribute(_images(16), 0)
     for options in (
         {"low": 0}, {"preset": "x"}, {"preset": "innvestigate", "bias": "full"}, {"bias": "take"},

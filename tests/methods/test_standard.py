@@ -62,7 +62,9 @@ def test_grad_cam_has_the_size_of_the_input():
     inner = LayerGradCam(model, model[3]).attribute(x, target=[1, 2], relu_attributions=True)
     torch.testing.assert_close(found, F.interpolate(inner, (8, 8), mode="bilinear").detach())
     assert GradCAM.get_name() == "Grad-CAM"
-    with pytest.raises(InputError, match="one input of shape"):
+    with pytest.raises(
+        InputError, match=r"inputs is a tuple, expected one tensor \(batch, channels"
+    ):
         GradCAM(model, model[3]).attribute((x,), 1)
 
 

@@ -1,1 +1,1 @@
-"""Layer-wise relevance propagation: rules of layers, the table of all other operations, methods."""
+"""Layer-wise relevance propagation: rules of layers, rules of all other operations, methods."""

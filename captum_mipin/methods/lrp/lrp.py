@@ -1,4 +1,4 @@
-"""LRP and Deep Taylor as Captum attributions: which rule each layer has."""
+"""LRP and Deep Taylor as Captum attributions, with the choice of each layer's rule."""
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -27,7 +27,7 @@ from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.base import Back
 from captum_mipin.types import Output, Target
 
-#: Which layers: a type of modules, a pattern of module paths ("features.*"), or a function
+#: A selection of layers: a type of modules, a pattern of module paths ("features.*"), or a function
 #: (path, module) → bool.
 Which = type[nn.Module] | str | Callable[[str, nn.Module], bool]
 
@@ -39,35 +39,38 @@ _TYPES: Mapping[str, type[nn.Module]] = {
     "conv_transpose2d": nn.ConvTranspose2d,
     "conv_transpose3d": nn.ConvTranspose3d,
 }
-#: Name of the rule of batch norms that are layers of their own, and its ε.
+#: Name of the rule of batch norms that are not folded, and the ε of this rule.
 _SCALE, _SCALE_EPSILON = "captum_mipin.scale", 1e-9
 
 
 class LRP(Relevance):
     """Layer-wise relevance propagation: distribute the target's output over the input.
 
-    A batch norm right behind a layer with weights is folded into it, without changing the model;
-    any other batch norm is a layer of its own with LRP-ε. The relevance of a sum goes to its terms
-    by their shares, x / Σ. Averages work in the same way. Maximum pooling sends it to its switches,
-    ``cat`` and other moves to where each value came from. Activations, and layer, group, instance
-    and RMS norms, pass it on. In a product with a gate (squeeze-and-excite, ``x * sigmoid(x)``) and
-    in attention, the value gets all relevance, gate and weights nothing.
+    A batch norm that directly follows a layer with weights is folded into it, without changing the
+    model. Any other batch norm has the rule LRP-ε. Sums and averages distribute relevance over
+    their terms in proportion to the terms. Maximum pooling gives it to the maxima, and ``cat`` and
+    other rearrangements to the original positions. Activations, and layer, group, instance and RMS
+    norms, give the relevance of each output to the input at the same position. In a product with a
+    gate (squeeze-and-excite, ``x * sigmoid(x)``) and in attention, the values get all relevance,
+    and the gate or the attention weights get none.
 
     Args:
-        model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
+        model: The network, see :class:`~captum_mipin.methods.base.Propagation`.
         rule: The rule of layers with weights: :class:`Epsilon`, :class:`Gamma`, :class:`AlphaBeta`,
             :class:`ZPlus`, :class:`Flat`, :class:`WSquare` or :class:`ZBox`.
-        composite: Pairs (which layers, rule); the first pair that matches counts. The first part is
-            a type of modules (dense layers and convolutions also match as functions), a pattern of
-            module paths such as "features.*", or a function of path and module.
-        input_rule: The rule of the layers that the input goes to first; it counts before
-            ``composite``.
-        bias: "take": biases take relevance, as the rules define it; for z⁺ and αβ, the part of a
-            bias with their sign. "none": biases are left out of all denominators.
+        composite: Pairs (selection of layers, rule). A layer has the rule of the first pair whose
+            selection contains it. A selection is a type of modules (dense layers and convolutions
+            called as functions belong to their module's type), a pattern of module paths such as
+            "features.*", or a function (path, module) → bool.
+        input_rule: The rule of first layers, which have no other layer before them; it has priority
+            over ``composite``.
+        bias: "take": biases take relevance as defined by the rules; in z⁺ and αβ, only the part of
+            a bias with the sign of the contributions. "none": no denominator contains a bias.
+        output: The output to explain if the model returns several tensors.
 
     Raises:
-        InputError: An option is of the wrong kind. When it explains: a ``composite`` pair matches
-            no layer.
+        InputError: An option is not of the expected kind. In :meth:`attribute`: the selection of a
+            ``composite`` pair contains no layer of the model.
 
     Source: Bach et al., PLOS ONE 2015; Montavon et al., 2019 (γ, composites); Binder et al., 2016
     (batch norm).
@@ -75,7 +78,7 @@ class LRP(Relevance):
     Examples:
         >>> import torch
         >>> from captum_mipin.methods import Gamma
-        >>> _ = torch.manual_seed(0)  # ε takes more where a denominator happens to be small
+        >>> _ = torch.manual_seed(0)  # without small denominators, where ε takes more relevance
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
         >>> lrp = LRP(model, composite=[("0", Gamma(0.25))], bias="none")
         >>> x = torch.randn(2, 4)
@@ -105,7 +108,9 @@ class LRP(Relevance):
         for which, _ in self.composite:
             if not isinstance(which, str) and not callable(which):
                 raise InputError(
-                    f"composite: {which!r} is no type of modules, pattern of paths or function"
+                    f"composite contains {which!r}, which is a {type(which).__name__}: pass a "
+                    "type of modules, a pattern of module paths, or a function (path, module) → "
+                    "bool"
                 )
         for checked in (self.rule, input_rule or self.rule, *(rule for _, rule in self.composite)):
             _check_rule(checked)
@@ -129,15 +134,15 @@ class LRP(Relevance):
         return Table(table, partial(self._rewrite, names))
 
     def _rules(self) -> tuple[LayerRule | None, ...]:
-        """Return all rules of layers with weights."""
+        """Return all rules that layers with weights may have."""
         return (self.rule, self.input_rule, *(rule for _, rule in self.composite))
 
     def _others(self) -> Mapping[str, Rule]:
-        """Return the rules of everything without weights."""
+        """Return the rules of all operations without weights."""
         return relevance(self.bias == "take")
 
     def _chosen(self, layer: Layer, first: bool, last: bool) -> LayerRule | None:
-        """Return the rule that a layer has whatever ``composite`` says, or None."""
+        """Return the rule of a layer that has priority over ``composite``, or None."""
         return self.input_rule if first else None
 
     def _rewrite(
@@ -162,31 +167,34 @@ class LRP(Relevance):
         if unmatched:
             raise InputError(
                 f"composite: {', '.join(map(repr, unmatched.values()))} matches no layer with "
-                "weights of the model"
+                "weights of the model: compare with the paths of model.named_modules()"
             )
 
 
 class DeepTaylor(LRP):
-    """Deep Taylor decomposition: z⁺ in all layers but the first.
+    """Deep Taylor decomposition: LRP with the rule z⁺ in all layers except the first.
 
-    R_i = Σ_j (x_i w_ij)⁺ / Σ_i' (x_i' w_i'j)⁺ R_j in hidden layers. In the first layer the rule is
-    z^B if the inputs have bounds, else w². Everything else is as for :class:`LRP`. Hidden values
-    below 0, which networks with ReLU do not have, count with the weights below 0, as in LRP-α1β0.
+    In hidden layers, R_i = Σ_j (x_i w_ij)⁺ / Σ_i' (x_i' w_i'j)⁺ R_j (see :class:`ZPlus`), also for
+    hidden values below 0, which networks with ReLU do not have. In the first layer the rule is
+    :class:`ZBox` if the inputs have bounds, else :class:`WSquare`. All other operations have the
+    rules of :class:`LRP`.
 
     Args:
-        model, output: As for all methods, see :class:`~captum_mipin.methods.base.Propagation`.
-        low: Lower bound of the input for z^B, as the first layer sees it; see :class:`ZBox`. None:
-            w².
-        high: Upper bound, likewise.
-        bias: Which part of a bias is in the denominators of z⁺, and so takes relevance: "none", the
-            "positive" part, or the "full" bias.
-        last: The rule of the layer that makes the output; z⁺ by default.
-        preset: "innvestigate" for what iNNvestigate 1.0 runs under this name. α1β0 with full biases
-            is the rule of every layer, also of the first one unless there are bounds. Batch norms
-            pass relevance on; sums copy it to each term; activations, maximum and average pooling
-            send back their gradient. It starts with the positive part of the output, so a class
-            with a negative output gets nothing. It does not conserve relevance. Operations that
-            iNNvestigate does not know are refused.
+        model: The network, see :class:`~captum_mipin.methods.base.Propagation`.
+        low: Lower bound of the first layer's input, after normalisation: a number, or a tensor that
+            broadcasts against one example. None: the first layer has the rule :class:`WSquare`.
+        high: Upper bound of the first layer's input, in the same form as ``low``.
+        bias: The part of each bias that the denominators of z⁺ contain, so that it takes relevance:
+            "none", the "positive" part, or the "full" bias.
+        last: The rule of the last layer; :class:`ZPlus` by default.
+        preset: "innvestigate" to compute the same as Deep Taylor of iNNvestigate 1.0. Every layer
+            has the rule α1β0 with full biases, also the first one if there are no bounds. Batch
+            norms give the relevance of each output to the input at the same position. Sums give all
+            relevance to each term, so it is not conserved. Activations, maximum and average pooling
+            multiply by their derivative. The relevance at the output is the positive part of the
+            target's output, so the map of a negative output is 0. Models with operations that
+            iNNvestigate does not support are refused.
+        output: The output to explain if the model returns several tensors.
 
     Source: Montavon et al., Pattern Recognition 2017; Alber et al., JMLR 2019 (iNNvestigate).
 
@@ -213,11 +221,14 @@ class DeepTaylor(LRP):
         check_choice("bias", bias, ("none", "positive", "full"))
         check_choice("preset", preset, (None, "innvestigate"))
         if (low is None) != (high is None):
-            raise InputError("low and high are both bounds of the input: pass both or none")
+            raise InputError(
+                f"low={low!r} and high={high!r}, expected two bounds or two None: pass both "
+                "bounds of the input, or neither"
+            )
         if preset and (bias != "none" or last is not None):
             raise InputError(
-                "preset='innvestigate' defines the treatment of biases and of the last layer: "
-                "leave out bias and last"
+                f"bias={bias!r} and last={last!r} cannot be combined with preset='innvestigate', "
+                "which defines the rules of biases and of the last layer: omit bias and last"
             )
         if last is not None:
             _check_rule(last)
@@ -246,17 +257,17 @@ class DeepTaylor(LRP):
 
 
 def _check_rule(rule: Any) -> None:
-    """Raise InputError if a value is no rule of layers."""
+    """Raise InputError if a value is not a rule of layers with a hash."""
     if not isinstance(rule, LayerRule):
         raise InputError(
-            f"{rule!r} is no rule of layers: expected Epsilon(), Gamma(), ZPlus() or another "
-            "LayerRule of captum_mipin.methods.lrp"
+            f"{rule!r} is not a rule of layers: pass an instance of a LayerRule, such as "
+            "Epsilon(), Gamma() or ZPlus() of captum_mipin.methods"
         )
     try:
         hash(rule)
     except TypeError as error:
         raise InputError(
-            f"{rule!r} has no hash ({error}), by which rules are told apart: make it a frozen "
+            f"{rule!r} has no hash ({error}), expected a hashable rule: make its class a frozen "
             "dataclass"
         ) from error
 
@@ -272,9 +283,10 @@ def _matches(which: Which, path: str, module: nn.Module, layer: Layer) -> bool:
 def _run(
     rule: LayerRule, takes: bool, options: Options, layer: Layer, x: Tensor, *parameters: Any
 ) -> tuple[Tensor, Back]:
-    """Run a layer, and send relevance back by a rule.
+    """Run a layer, and return its value and the backward function of a rule.
 
-    Everything that the rule needs is computed on the way back: not all layers have it at once.
+    The backward function computes all tensors that the rule needs, and frees them at its end, so
+    that memory never holds those of all layers at once.
     """
     value = layer(x, *parameters)
     recorded = value.detach()
@@ -295,18 +307,18 @@ def _bias_caveat(node: Any) -> str | None:
 
 
 def _caveat(rule: LayerRule, takes: bool, node: fx.Node) -> str | None:
-    """Return what a layer with this rule loses."""
+    """Return the causes by which a layer with this rule loses relevance, or None."""
     biased, epsilon = _bias_caveat(node), getattr(rule, "epsilon", 0)
     caveats = [
         biased if takes and rule.takes else None,
         f"ε = {epsilon:g} takes relevance" if epsilon else None,
     ]
     if isinstance(rule, AlphaBeta):
-        # below ReLU an output with relevance is positive, so something contributes to it: inputs,
-        # or the bias alone, which counts only if it takes relevance
+        # An output before a ReLU that has relevance is positive, so it has a positive contribution:
+        # from an input, or from the bias alone, to which relevance goes only if biases take it.
         rectified = all(operation(user) in ("relu", "relu6") for user in node.users)
         if rule.beta or not rectified or (biased and not takes):
             caveats.append(
-                "loses what reaches outputs to which nothing contributes in one direction"
+                "loses the relevance of outputs without contributions of one of the two signs"
             )
     return "; ".join(filter(None, caveats)) or None

@@ -1,8 +1,8 @@
-"""How relevance goes back through a layer with weights: one class for each rule.
+"""Rules of LRP for layers with weights, one class per rule.
 
-Symbols in all formulas: i an input and j an output of the layer, x_i its input, w_ij its weight,
-b_j its bias, z_j = Σ_i x_i w_ij (+ b_j), R_j the relevance of output j, R_i that of input i; v⁺ =
-max(v, 0) and v⁻ = min(v, 0). x_i w_ij is the contribution of i to j.
+Symbols in all formulas: i is an input and j an output of the layer; x_i is the value of input i,
+w_ij a weight and b_j a bias; z_j = Σ_i x_i w_ij, plus b_j if biases take relevance; R_i and R_j are
+relevances. v⁺ = max(v, 0) and v⁻ = min(v, 0). x_i w_ij is the contribution of input i to output j.
 """
 
 from collections.abc import Callable
@@ -20,26 +20,26 @@ from captum_mipin.rules.base import Back
 
 
 def quotient(r: Tensor, z: Tensor, epsilon: float = 0.0) -> Tensor:
-    """Return R / (z + ε s(z)), s the sign with s(0) = 1, and 0 where the denominator is 0."""
+    """Return R / (z + ε s(z)), or 0 where this denominator is 0; s is the sign, with s(0) = 1."""
     info = torch.finfo(z.dtype)
     if epsilon > info.tiny * info.eps / 2:  # a smaller ε is 0 in this dtype
-        # z + 0 turns −0 into 0: copysign would take −0 as negative
+        # z + 0 replaces −0 by 0; without it, copysign would return −ε for −0
         return r / torch.copysign(z.new_tensor(epsilon), z + 0.0).add_(z)
-    # threshold_backward(a, b, 0) is a where b > 0, else 0; it is much faster than a mask
+    # threshold_backward(a, b, 0) is a where b > 0, else 0; it is much faster than torch.where
     shares: Tensor = torch.ops.aten.threshold_backward(r / z, z.abs(), 0)
     return shares
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer, y = A(x; W) + b, as a rule sees it.
+    """One call of a layer, y = A(x; W) + b: all tensors that a rule may use.
 
     Attributes:
-        layer: The linear map A.
-        x: (batch, ...) its input.
-        weight: W.
-        bias: b, zeros if the layer has none; None if biases take no relevance.
-        value: y, which contains b whether or not biases take relevance.
+        layer: The layer, whose linear map is A.
+        x: (batch, ...) the layer's input.
+        weight: W, with folded batch norm.
+        bias: (outputs,) b; zeros if the layer has no bias; None if biases take no relevance.
+        value: (batch, ...) y, which always contains b, even if biases take no relevance.
     """
 
     layer: Layer
@@ -59,7 +59,7 @@ class LayerCall:
         return bool(self.x.min() >= 0)
 
     def made(self, of: Callable[[Tensor], Tensor]) -> Any:
-        """Return of(W), for :meth:`Layer.apply` and :meth:`adjoint`."""
+        """Return of(W) in the form that :meth:`Layer.apply` and :meth:`adjoint` take."""
         return self.layer.made(of, self.weight)
 
     def adjoint(self, s: Tensor, weight: Any) -> Tensor:
@@ -72,11 +72,12 @@ class LayerCall:
 
 
 class LayerRule:
-    """How relevance goes back through a layer with weights: a frozen dataclass with :meth:`back`.
+    """Base class of rules for layers with weights: frozen dataclasses with the method ``back``.
 
     Attributes:
-        label: The rule in a few words; ``{0.epsilon}`` stands for an attribute.
-        takes: Whether the bias is part of the denominators, and so takes relevance.
+        label: Short name of the rule, a format string such as "LRP-ε, ε = {0.epsilon:g}", where 0
+            is the rule.
+        takes: Whether the denominators contain the bias, so that it takes relevance.
     """
 
     label: ClassVar[str]
@@ -90,21 +91,20 @@ class LayerRule:
 
     @property
     def note(self) -> str:
-        """Return the rule in a few words."""
+        """Return the short name of the rule, with the values of its attributes."""
         return self.label.format(self)
 
     def back(self, call: LayerCall) -> Back:
-        """Return the function that sends relevance at the layer's output back to x."""
+        """Return the backward function of one call: relevance of the output → relevance of x."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Epsilon(LayerRule):
-    """LRP-ε: R_i = Σ_j x_i w_ij / (z_j + ε s(z_j)) R_j with s the sign, s(0) = 1.
+    """LRP-ε: R_i = Σ_j x_i w_ij / (z_j + ε s(z_j)) R_j, where s is the sign, with s(0) = 1.
 
     Args:
-        epsilon: ε, at least 0. With 0 (LRP-0), nothing comes back from outputs where z_j is exactly
-            0.
+        epsilon: ε, at least 0. With ε = 0 (LRP-0), the relevance of an output with z_j = 0 is lost.
     """
 
     epsilon: float = 1e-6
@@ -112,7 +112,7 @@ class Epsilon(LayerRule):
     takes = True
 
     def back(self, call: LayerCall) -> Back:
-        """Return the way back, see :class:`LayerRule`."""
+        """Return the backward function of one call, see :class:`LayerRule`."""
         z = call.z
         return lambda r: call.shares(r, z, call.weight, self.epsilon)
 
@@ -121,12 +121,13 @@ class Epsilon(LayerRule):
 class AlphaBeta(LayerRule):
     """LRP-αβ: R_i = Σ_j (α (x_i w_ij)⁺ / z_j⁺ − β (x_i w_ij)⁻ / z_j⁻) R_j.
 
-    Here z_j⁺ = Σ_i (x_i w_ij)⁺ + b_j⁺ sums the positive contributions, and z_j⁻ the negative ones.
+    Here z_j⁺ = Σ_i (x_i w_ij)⁺ + b_j⁺ is the sum of the positive contributions, and
+    z_j⁻ = Σ_i (x_i w_ij)⁻ + b_j⁻ that of the negative ones.
 
     Args:
         alpha: α, at least 1.
-        beta: β = α − 1. α = 1, β = 0 is :class:`ZPlus`.
-        epsilon: ε, added to the denominators with their sign.
+        beta: β, which must be α − 1. With α = 1 and β = 0 the rule is :class:`ZPlus`.
+        epsilon: ε, at least 0; ε is added to z_j⁺ and subtracted from z_j⁻.
     """
 
     alpha: float = 1.0
@@ -139,12 +140,12 @@ class AlphaBeta(LayerRule):
         super().__post_init__()
         if abs(self.alpha - self.beta - 1) > 1e-9:
             raise InputError(
-                f"alpha={self.alpha!r} and beta={self.beta!r}: alpha − beta must be 1, or "
-                "relevance is not conserved"
+                f"alpha={self.alpha!r} and beta={self.beta!r}, expected alpha − beta = 1, which "
+                "conserves relevance: change one of them"
             )
 
     def back(self, call: LayerCall) -> Back:
-        """Return the way back, see :class:`LayerRule`."""
+        """Return the backward function of one call, see :class:`LayerRule`."""
         up = _one_sign(call, _positive, _negative, self.epsilon)
         if not self.beta:
             return up
@@ -157,7 +158,7 @@ class ZPlus(AlphaBeta):
     """The z⁺ rule: R_i = Σ_j (x_i w_ij)⁺ / z_j⁺ R_j with z_j⁺ = Σ_i (x_i w_ij)⁺ + b_j⁺.
 
     Args:
-        epsilon: ε, added to the denominators.
+        epsilon: ε, at least 0, which is added to z_j⁺.
     """
 
     label = "z⁺"
@@ -168,7 +169,7 @@ class ZPlus(AlphaBeta):
 
 @dataclass(frozen=True)
 class FullBias(ZPlus):
-    """The z⁺ rule with the whole bias in the denominator: z_j = Σ_i (x_i w_ij)⁺ + b_j."""
+    """The z⁺ rule with the full bias: z_j⁺ is replaced by Σ_i (x_i w_ij)⁺ + b_j."""
 
     label = "z⁺, the full bias in the denominator"
 
@@ -176,7 +177,7 @@ class FullBias(ZPlus):
         super().__init__(epsilon)
 
     def back(self, call: LayerCall) -> Back:
-        """Return the way back, see :class:`LayerRule`."""
+        """Return the backward function of one call, see :class:`LayerRule`."""
         return _one_sign(call, _positive, _negative, self.epsilon, full_bias=True)
 
 
@@ -184,13 +185,13 @@ class FullBias(ZPlus):
 class Gamma(LayerRule):
     """LRP-γ: R_i = Σ_j x_i (w_ij + γ w_ij⁺) / Σ_i' x_i' (w_i'j + γ w_i'j⁺) R_j, for x_i, z_j ≥ 0.
 
-    For any sign: c_ij + γ (c_ij + σ_j |c_ij|) / 2 stands for x_i (w_ij + γ w_ij⁺), where
-    c_ij = x_i w_ij and σ_j is the sign of z_j. Contributions that agree with z_j in sign weigh
-    more.
+    For x_i and z_j of any sign, x_i (w_ij + γ w_ij⁺) is replaced by
+    c_ij + γ (c_ij + σ_j |c_ij|) / 2 in numerator and denominator, where c_ij = x_i w_ij and σ_j is
+    the sign of z_j. Contributions with the sign of z_j get a greater share.
 
     Args:
         gamma: γ, at least 0.
-        epsilon: ε, added to the denominators with their sign.
+        epsilon: ε, at least 0, which is added to each denominator with the denominator's sign.
     """
 
     gamma: float = 0.25
@@ -199,11 +200,11 @@ class Gamma(LayerRule):
     takes = True
 
     def back(self, call: LayerCall) -> Back:
-        """Return the way back, see :class:`LayerRule`."""
+        """Return the backward function of one call, see :class:`LayerRule`."""
 
         def back(r: Tensor) -> Tensor:
             if call.positive:
-                # r where y > 0, else 0: equal to r if outputs of at most 0 have no relevance
+                # r where y > 0, else 0: equal to r if no output y ≤ 0 has relevance
                 above: Tensor = torch.ops.aten.threshold_backward(r, call.value, 0)
                 if torch.equal(above, r):
                     return self._nonnegative(call, r)
@@ -212,8 +213,8 @@ class Gamma(LayerRule):
         return back
 
     def _nonnegative(self, call: LayerCall, r: Tensor) -> Tensor:
-        """Return R_i where all x_i ≥ 0, and all z_j > 0 that have relevance."""
-        # w + γ w⁺ = (1 + γ) (w⁺ + w⁻ / (1 + γ)): 1 + γ cancels, so one convolution is enough
+        """Return R_i if all x_i are ≥ 0, and all outputs with relevance are > 0."""
+        # w + γ w⁺ = (1 + γ) (w⁺ + w⁻ / (1 + γ)); 1 + γ cancels, so one pass per layer is enough
         slope = 1 / (1 + self.gamma)
         weight = call.made(lambda w: F.leaky_relu(w, slope))
         bias = None if call.bias is None else F.leaky_relu(call.bias, slope)
@@ -222,11 +223,11 @@ class Gamma(LayerRule):
 
     def _any_sign(self, call: LayerCall, r: Tensor) -> Tensor:
         """Return R_i for x_i and z_j of any sign."""
-        # c + γ (c + σ |c|) / 2 = (1 + γ/2) (c + κ σ |c|) with κ = γ / (2 + γ): 1 + γ/2 cancels
+        # c + γ (c + σ |c|) / 2 = (1 + γ/2) (c + κ σ |c|) with κ = γ / (2 + γ); 1 + γ/2 cancels
         kappa = self.gamma / (2 + self.gamma)
         sign, size = call.value.sign(), call.x if call.positive else call.x.abs()
         weight = call.made(lambda w: w.abs().mul_(kappa))
-        # σ z' = κ Σ_i |c_ij| + σ z ≥ 0, the denominator z' times σ
+        # with the denominator z' = Σ_i (c_ij + κ σ |c_ij|): σ z' = κ Σ_i |c_ij| + σ z ≥ 0
         z = call.layer.apply(size, weight, None if call.bias is None else call.bias.abs() * kappa)
         z.add_(call.z * sign)
         q = quotient(r * sign, z, self.epsilon * (1 - kappa))
@@ -237,26 +238,26 @@ class Gamma(LayerRule):
 
 @dataclass(frozen=True)
 class Flat(LayerRule):
-    """The flat rule: R_i = Σ_j 1 / n_j R_j, n_j the number of inputs of output j.
+    """The flat rule: R_i = Σ_j 1 / n_j R_j, where n_j is the number of inputs of output j.
 
-    It treats all weights and inputs as 1.
+    All weights and inputs are replaced by 1.
     """
 
     label = "flat"
 
     def back(self, call: LayerCall) -> Back:
-        """Return the way back, see :class:`LayerRule`."""
+        """Return the backward function of one call, see :class:`LayerRule`."""
         return _by_weights(call, torch.ones_like(call.weight))
 
 
 @dataclass(frozen=True)
 class WSquare(LayerRule):
-    """The w² rule: R_i = Σ_j w_ij² / Σ_i' w_i'j² R_j, for inputs of any value."""
+    """The w² rule: R_i = Σ_j w_ij² / (Σ_i' w_i'j²) R_j, for inputs without bounds."""
 
     label = "w²"
 
     def back(self, call: LayerCall) -> Back:
-        """Return the way back, see :class:`LayerRule`."""
+        """Return the backward function of one call, see :class:`LayerRule`."""
         return _by_weights(call, call.weight.square())
 
 
@@ -264,13 +265,13 @@ class WSquare(LayerRule):
 class ZBox(LayerRule):
     """The z^B rule: R_i = Σ_j z_ij / Σ_i' z_i'j R_j with z_ij = x_i w_ij − l_i w_ij⁺ − h_i w_ij⁻.
 
-    It is for inputs between bounds, l_i ≤ x_i ≤ h_i, as pixels are.
+    It is for inputs with bounds, l_i ≤ x_i ≤ h_i, such as pixels.
 
     Args:
-        low: l as the layer sees it, normalised as its input is: a number, or a tensor that
-            broadcasts against one example, such as (3, 1, 1).
-        high: h, likewise.
-        epsilon: ε, added to the denominators with their sign.
+        low: l, the lower bound of the layer's input, after normalisation: a number, or a tensor
+            that broadcasts against one example, such as (3, 1, 1).
+        high: h, the upper bound of the layer's input, in the same form as ``low``.
+        epsilon: ε, at least 0, which is added to each denominator with the denominator's sign.
     """
 
     low: float | Tensor
@@ -283,25 +284,29 @@ class ZBox(LayerRule):
         try:
             crossed = bool((torch.as_tensor(self.low) > torch.as_tensor(self.high)).any())
         except RuntimeError as error:
-            raise InputError(f"low and high do not fit each other: {error}") from error
+            raise InputError(
+                f"low and high have shapes that do not broadcast ({error}): pass numbers, or "
+                "tensors such as (channels, 1, 1)"
+            ) from error
         if crossed:
-            raise InputError("low is above high: swap them")
+            raise InputError("low is greater than high, expected low ≤ high: exchange them")
 
     def back(self, call: LayerCall) -> Back:
-        """Return the way back, see :class:`LayerRule`."""
+        """Return the backward function of one call, see :class:`LayerRule`."""
         x, layer = call.x, call.layer
         bounds = (torch.as_tensor(bound).to(x) for bound in (self.low, self.high))
         try:
             low, high = (bound.expand_as(x[:1]) for bound in bounds)
         except RuntimeError as error:
             raise InputError(
-                f"the bounds of z^B do not fit the inputs of {layer.key}: {error}"
+                f"the bounds of z^B do not broadcast against the inputs of {layer.key} ({error}): "
+                "pass numbers, or tensors that broadcast against one example"
             ) from error
         outside = int(((x < low) | (x > high)).sum())
         if outside:
             raise InputError(
                 f"z^B at {layer.key} is for inputs between low and high, but {outside} of its "
-                "inputs are outside: pass bounds as the layer sees them, after normalisation"
+                "inputs are outside: pass bounds of the layer's input, after normalisation"
             )
         up, down = _positive(call.weight), _negative(call.weight)
         z = layer.apply(x, call.weight) - layer.apply(low, up) - layer.apply(high, down)
@@ -331,14 +336,14 @@ def _one_sign(
     *,
     full_bias: bool = False,
 ) -> Back:
-    """Return the way back by the contributions of one sign.
+    """Return the backward function that distributes relevance by contributions of one sign.
 
     Args:
-        call: The call.
+        call: The call of the layer.
         part: v ↦ v⁺ for positive contributions, v ↦ v⁻ for negative ones.
-        opposite: The other of the two.
-        epsilon: ε.
-        full_bias: Whether the denominators contain the whole bias, and not only its ``part``.
+        opposite: v ↦ v⁻ for positive contributions, v ↦ v⁺ for negative ones.
+        epsilon: ε, which is added to each denominator with the denominator's sign.
+        full_bias: True if the denominators contain the full bias; False if only part(bias).
     """
     apply, bias = call.layer.apply, call.bias
     bias = bias if bias is None or full_bias else part(bias)
@@ -358,6 +363,6 @@ def _one_sign(
 
 
 def _by_weights(call: LayerCall, weight: Tensor) -> Back:
-    """Return the way back by shares of weights ≥ 0: R_i = Σ_j w_ij / Σ_i' w_i'j R_j."""
+    """Return the backward function R_i = Σ_j w_ij / (Σ_i' w_i'j) R_j for weights w ≥ 0."""
     z = call.layer.apply(torch.ones_like(call.x[:1]), weight)
     return lambda r: call.adjoint(quotient(r, z), weight)

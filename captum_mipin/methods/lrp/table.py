@@ -1,9 +1,11 @@
-"""How relevance goes back through everything without weights.
+"""Rules of LRP for all operations without weights.
 
 Sums, averages and other linear operations distribute relevance by contribution,
-R_i = x_i Σ_j a_ij R_j / z_j with z_j = Σ_i a_ij x_i. Activations, and normalisations by the
-sample's own deviation, pass it on. Maximum pooling and other switches send it to where each value
-came from. A product with a gate, or with attention weights, sends all of it to the value.
+R_i = x_i Σ_j a_ij R_j / z_j with z_j = Σ_i a_ij x_i, where a_ij is the operation's coefficient of
+input i in output j. Activations, and normalisations by the sample's own deviation, give the
+relevance of an output to the input at the same position. Maximum pooling and rearrangements give it
+to the input that was copied. In a product with a gate or with attention weights, the value gets all
+relevance.
 """
 
 from collections.abc import Callable
@@ -27,10 +29,10 @@ _BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
 
 
 def relevance(takes: bool) -> dict[str, Rule]:
-    """Return the rules of LRP for everything without weights.
+    """Return the rules of LRP for all operations without weights.
 
     Args:
-        takes: Whether constants that are added take relevance, as biases do.
+        takes: True if constants in sums take relevance, like biases.
     """
     moves = {name: rule for name, rule in MIPIN.items() if isinstance(rule, Passes)}
     table: dict[str, Rule] = dict(moves)
@@ -39,7 +41,7 @@ def relevance(takes: bool) -> dict[str, Rule]:
         table[name] = Recorded(run=PASS_ON, note="passed on", refuse=rule.refuse)
     for name, rule in NORMALIZATION.items():
         table[name] = Recorded(run=PASS_ON, note="passed on", refuse=rule.refuse, caveat=outside)
-    del table[_BATCH_NORM]  # it is a layer
+    del table[_BATCH_NORM]  # a layer with weights replaces it, see methods/layers.py
     table["aten.glu.default"] = Recorded(
         run=_glu, note="to the value, not the gate", caveat=outside
     )
@@ -65,7 +67,7 @@ def relevance(takes: bool) -> dict[str, Rule]:
 
 
 def innvestigate() -> dict[str, Rule]:
-    """Return the rules of iNNvestigate's Deep Taylor for everything without weights."""
+    """Return the rules of iNNvestigate's Deep Taylor for all operations without weights."""
     exact = {name: rule for name, rule in MIPIN.items() if isinstance(rule, Passes) and rule.exact}
     gradient = {
         name: Passes(note="gradient", refuse=rule.refuse)
@@ -79,16 +81,20 @@ def innvestigate() -> dict[str, Rule]:
     }
 
 
-# ------------------------------------------------------------------------------------- the way back
+# ------------------------------------------------------------------------------ backward functions
 
 
 def share(without_constants: bool, operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
     """Distribute relevance by contribution through a linear operator.
 
     Args:
-        without_constants: Whether the denominators leave out what constants add to the value.
-        operator: The operator.
-        x: All terms that get relevance.
+        without_constants: True to subtract the operator's value at 0, which is the part of its
+            constants, from the denominators.
+        operator: The operator, a function of the tuple ``x``.
+        x: All arguments that get relevance.
+
+    Returns:
+        The operator's value, and the backward function: relevance → one tensor per argument.
     """
     value, back = derivative(operator, x)
     z = value - operator(tuple(map(torch.zeros_like, x))) if without_constants else value
@@ -97,7 +103,7 @@ def share(without_constants: bool, operator: Callable[..., Tensor], x: tuple[Ten
 
 
 def hand_on(operator: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Back]:
-    """Give the input what the output has: R_i = R_j."""
+    """Return an operator's value, and the backward function R_i = R_j at the same position."""
     value = operator(x)
     return value[0] if isinstance(value, tuple) else value, lambda r: r
 
@@ -119,7 +125,7 @@ def _by_contribution(
     )
 
 
-#: Runs an operation whose input gets what its output has.
+#: Function of :class:`Recorded` for operations whose input gets the relevance of the output.
 PASS_ON = partial(run_operator, hand_on)
 
 
@@ -127,9 +133,9 @@ PASS_ON = partial(run_operator, hand_on)
 
 
 def varying(node: fx.Node) -> tuple[int, ...]:
-    """Return the positions of arguments that are no constants.
+    """Return the positions of arguments that are not constants.
 
-    A term of a sum gets its share even if it does not depend on what is explained.
+    A term of a sum gets its share even if it does not depend on the explained tensors.
     """
     return tuple(i for i, n in enumerate(node.args) if varies(n))
 
@@ -143,7 +149,7 @@ def values(node: fx.Node) -> tuple[int, ...]:
 
 
 def no_caveat(node: fx.Node) -> str | None:
-    """Return None."""
+    """Return None: the operation has no caveat."""
     return None
 
 

@@ -1,1 +1,1 @@
-"""PatternNet and PatternAttribution: patterns fitted to data stand in the place of weights."""
+"""PatternNet and PatternAttribution: patterns that are fitted to data replace weights."""

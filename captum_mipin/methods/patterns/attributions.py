@@ -15,7 +15,7 @@ from captum_mipin.types import Extras, Inputs
 
 
 class _WithPatterns(Propagation):
-    """The base of both methods: send s back by patterns a, or by a ⊙ w."""
+    """Base class of both methods: the backward pass uses patterns a, or a ⊙ w, as weights."""
 
     #: Whether patterns are multiplied by weights.
     _attribution: ClassVar[bool]
@@ -23,24 +23,26 @@ class _WithPatterns(Propagation):
     def __init__(self, model: nn.Module, patterns: Patterns) -> None:
         if not isinstance(patterns, Patterns):
             raise InputError(
-                f"patterns is a {type(patterns).__name__}, expected Patterns(model).fit(data)"
+                f"patterns is a {type(patterns).__name__}, expected Patterns: pass "
+                "Patterns(model).fit(data)"
             )
         super().__init__(model, output=patterns.output)
         if patterns.model is not self.model:
             raise InputError(
-                "the patterns belong to another model object: pass that object, or bind the "
-                "patterns to this model with Patterns.load(path, model)"
+                "the patterns were made for another model object than this model: pass that "
+                "object as model, or load the patterns for this model with Patterns.load(path, "
+                "model)"
             )
         self.patterns = patterns
 
     def explain(
         self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None
     ) -> Explanation:
-        """Run one pass forward and one pass back, see :meth:`Propagation.explain`.
+        """Run one forward and one backward pass, see :meth:`Propagation.explain`.
 
         Raises:
-            NotFittedError: The patterns are not fitted, or have nothing for the target, whose logit
-                was never positive in the data of the fit.
+            NotFittedError: The patterns are not fitted, or the target has no pattern, because its
+                logit was never positive in the data of the fit.
             ModelChangedError: The model's weights changed since the fit.
         """
         self.patterns.fitted()
@@ -53,14 +55,15 @@ class _WithPatterns(Propagation):
         state = self.patterns.state
         if state is None or key not in state.patterns:
             raise NotFittedError(
-                f"the patterns have nothing for {key}: fit them on this model and this output="
+                f"no pattern was fitted for {key}: call fit(data) of Patterns that were made with "
+                "the same output= and layer="
             )
         return state.patterns[key]
 
     def _layer(
         self, options: Options, layer: Layer, x: Tensor, *parameters: Any
     ) -> tuple[Tensor, Back]:
-        """Run a layer, and send s back by its patterns."""
+        """Run a layer; return its value and the backward function with its patterns."""
         w, b = layer.parameters(*parameters)
         value = layer.apply(x, w, b)
         if isinstance(layer, Scale):  # a = 1 / w, a w = 1
@@ -69,8 +72,8 @@ class _WithPatterns(Propagation):
         a = self._pattern(layer.key).to(w)
         if a.shape != w.shape:
             raise InputError(
-                f"the pattern of {layer.key} has shape {tuple(a.shape)}, its weights "
-                f"{tuple(w.shape)}: fit the patterns again"
+                f"the pattern of {layer.key} has shape {tuple(a.shape)}, expected the shape of "
+                f"its weights, {tuple(w.shape)}: fit the patterns again"
             )
         factor = layer.made(Tensor.mul, a, w) if self._attribution else a
 
@@ -81,7 +84,7 @@ class _WithPatterns(Propagation):
         return value, back
 
     def _merge(self, options: Options, operation: Any, x: tuple[Tensor, ...], **named: Any) -> Any:
-        """Run a sum of two signals, and send s to each term by its patterns."""
+        """Run a sum of two signals; return its value and the backward function with patterns."""
         value, merge = operation(x, **named), Merge.of(operation)
         a = self._pattern(merge.key).to(value)
         weights = a * merge.coefficients(value, named) if self._attribution else a
@@ -96,13 +99,13 @@ class _WithPatterns(Propagation):
         return value, back
 
     def _check_live(self, neurons: Neurons, s: Tensor, pattern: Tensor, weight: Tensor) -> None:
-        """Raise NotFittedError if the target's own neuron has no pattern, so that s would be lost.
+        """Raise NotFittedError if the target's neuron has no pattern: its map would be 0.
 
         Args:
-            neurons: The operation.
-            s: The signal at its outputs.
-            pattern: Its patterns.
-            weight: Its weights: a neuron without weights reads nothing, and has no pattern.
+            neurons: The operation. The check is made only if it is the last one with neurons.
+            s: The signal at the operation's output.
+            pattern: The patterns, shaped like the weights.
+            weight: The weights. A neuron whose weights are all 0 needs no pattern.
         """
         if not neurons.last:
             return
@@ -114,24 +117,26 @@ class _WithPatterns(Propagation):
             if self.patterns.estimator == "linear":
                 cause, way_out = "constant", ""
             raise NotFittedError(
-                f"the patterns have nothing for class {', '.join(map(str, lost))}, output of "
-                f"{neurons.key}: in the data of the fit its logit is {cause}. Fit on data in which "
-                f"it varies and is positive{way_out}"
+                f"no pattern was fitted for class {', '.join(map(str, lost))}, an output of "
+                f"{neurons.key}, because its logit is {cause} in the data of the fit: fit on data "
+                f"in which this logit varies and is positive{way_out}"
             )
 
 
 class PatternNet(_WithPatterns, Signal):
     """PatternNet: the signal that the target's output reads out of the input.
 
-    It is a gradient with patterns a for the weights w, and starts with the output itself. Layers
-    with weights and sums have fitted patterns. Batch norms of their own, and products with
-    constants and gates, divide; so do layer, group, instance and RMS norms, which are scales once
-    the sample's mean and deviation are recorded. Averages give their signal to each element.
-    Activations have their derivative, maximum pooling its switches, attention its recorded weights.
+    It is a backward pass that starts with the target's output and uses patterns a instead of
+    weights w. Layers with weights, and sums, have fitted patterns. Operations y = g x with a known
+    factor g divide the signal by g: batch norms that are not folded, products with constants and
+    gates, and layer, group, instance and RMS norms, with the mean and deviation of the sample as
+    constants. Averages give their signal to each of their elements. Activations multiply by their
+    derivative, maximum pooling gives the signal to the maxima, and attention uses the weights that
+    it has for the example.
 
     Args:
         model: The network that ``patterns`` were fitted to.
-        patterns: Its :class:`Patterns`.
+        patterns: The fitted :class:`Patterns` of ``model``.
 
     Source: Kindermans et al., ICLR 2018.
     """
@@ -143,13 +148,13 @@ class PatternNet(_WithPatterns, Signal):
 class PatternAttribution(_WithPatterns, Relevance):
     """PatternAttribution: how much each input's signal contributes to the target's output.
 
-    It is :class:`PatternNet` with a ⊙ w in the place of a. Relevance is not conserved: wᵀa = 1
-    holds for each neuron, but an active neuron sends its whole signal to inputs that may be
-    inactive.
+    It is :class:`PatternNet` with a ⊙ w instead of a. Relevance is not conserved: wᵀa = 1 holds for
+    each neuron, so the inputs of a neuron get all of its relevance, but it is lost at inputs that
+    are inactive neurons.
 
     Args:
         model: The network that ``patterns`` were fitted to.
-        patterns: Its :class:`Patterns`.
+        patterns: The fitted :class:`Patterns` of ``model``.
 
     Source: Kindermans et al., ICLR 2018.
     """

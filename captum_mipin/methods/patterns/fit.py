@@ -37,13 +37,13 @@ Estimator = Literal["linear", "positive"]
 
 @dataclass(frozen=True)
 class PatternFit:
-    """How one operation was fitted.
+    """The fit of one operation: counts of rows and neurons.
 
     Attributes:
         layer: Module path and operation.
-        rows: Number of rows: samples, times positions for a convolution.
+        rows: Number of rows: samples × positions.
         neurons: Number of neurons (outputs or channels), each with a pattern.
-        dead: Number of neurons without variance, or never active: their patterns are 0.
+        dead: Number of neurons without variance or never active, whose patterns are 0.
     """
 
     layer: str
@@ -54,7 +54,7 @@ class PatternFit:
 
 @dataclass(frozen=True)
 class PatternReport:
-    """The fit of every operation; prints as a table."""
+    """The fits of all operations; ``print`` shows them as a table."""
 
     layers: tuple[PatternFit, ...]
 
@@ -65,7 +65,13 @@ class PatternReport:
 
 @dataclass
 class State:
-    """The result of a fit: the patterns of each layer, their report, and the model's watch."""
+    """The result of a fit.
+
+    Attributes:
+        patterns: Module path and operation → the operation's patterns, shaped like its weights.
+        report: The fits of all operations.
+        watch: Detects changes of the model's weights.
+    """
 
     patterns: dict[str, Tensor]
     report: PatternReport
@@ -73,22 +79,23 @@ class State:
 
 
 class Patterns(Saved):
-    """The patterns of a network's neurons, fitted in one pass over data like those to explain.
+    """The patterns of a network's neurons, fitted in one pass over data.
 
-    Layers with weights are fitted, with the batch norms behind them folded in, and sums of two
-    signals, one neuron for each channel. For a convolution each position of each sample is a row,
-    padding included. No labels are needed, and all classes are fitted at once.
+    Patterns are fitted for layers with weights (with folded batch norms), and for sums of two
+    signals, with one neuron per channel. In a convolution each position of each sample is a row,
+    also positions at the padding. No labels are needed, and one fit is for all classes. The data
+    should be similar to the examples to explain.
 
     Args:
-        model: A ``torch.nn.Module`` in evaluation mode. Behind ``nn.DataParallel`` or
+        model: A ``torch.nn.Module`` in evaluation mode. If it is in ``nn.DataParallel`` or
             ``torch.compile``, the module itself is used.
         estimator: "linear": a = cov(x, y) / var(y). "positive": the estimator S_a+ of the paper,
-            a = (E₊[x y] − E₊[x] E[y]) / wᵀ(E₊[x y] − E₊[x] E[y]), where E₊ is the mean over rows at
-            which the neuron's own output, bias and batch norm included, is above 0.
-        layer: The layer where the way back ends, for :class:`LayerPropagation` there; what comes
-            before it is not fitted. By default the way back ends at the inputs. If the inputs are
-            integers, such as the tokens of a text, pass their embedding.
-        output: Which output to explain if the model returns several tensors, as for
+            a = (E₊[x y] − E₊[x] E[y]) / wᵀ(E₊[x y] − E₊[x] E[y]). E is the mean over all rows, and
+            E₊ that over the rows in which the neuron's output, with bias and batch norm, is > 0.
+        layer: A module of the model that :class:`LayerPropagation` will explain: only operations
+            after it are fitted. By default all operations after the inputs are fitted. If the
+            inputs are integers, such as the tokens of a text, pass their embedding.
+        output: The output to explain if the model returns several tensors, as for
             :class:`~captum_mipin.InverseNetwork`.
 
     Source: Kindermans et al., ICLR 2018, equations 5, 7 and appendix.
@@ -121,10 +128,10 @@ class Patterns(Saved):
         self.state: State | None = None
 
     def __getitem__(self, layer: str) -> Tensor:
-        """Return the pattern of a layer, shaped like its weights: (outputs, inputs) if dense.
+        """Return the patterns of a layer, shaped like its weights: (outputs, inputs) if dense.
 
         Args:
-            layer: Module path and operation, as the report has it.
+            layer: Module path and operation, such as "0/linear", from the table of the report.
 
         Raises:
             NotFittedError: No pattern was fitted for this layer.
@@ -132,13 +139,13 @@ class Patterns(Saved):
         patterns = self.fitted().patterns
         if layer not in patterns:
             raise NotFittedError(
-                f"no pattern was fitted for {layer!r}; fitted are {', '.join(patterns)}"
+                f"no pattern was fitted for {layer!r}: use one of {', '.join(patterns)}"
             )
         return patterns[layer]
 
     @property
     def report(self) -> PatternReport:
-        """Return rows, neurons and dead neurons of every layer; prints as a table."""
+        """Return the counts of rows, neurons and dead neurons of each layer, printed as a table."""
         return self.fitted().report
 
     def fit(
@@ -152,26 +159,26 @@ class Patterns(Saved):
     ) -> "Patterns":
         """Estimate all patterns in one pass over the data, in batches of any size and order.
 
-        If the fit fails, everything is as it was before.
+        If an error is raised, earlier patterns stay.
 
         Args:
             data: A tensor or tuple of tensors (the model's inputs), a ``Dataset``, a ``DataLoader``
                 of (images, labels), or any iterable of batches. If a batch is a tuple, its first
                 element is the input.
-            unpack: Function batch → (inputs, additional_forward_args), for other batches.
-            batch_size: Examples in a batch, for data that does not come in batches.
-            progress: Show a progress bar.
-            distributed: Fit together with the other processes of ``torch.distributed``'s default
-                group, which all make this call. They divide the data as for
-                :meth:`InverseNetwork.fit <captum_mipin.InverseNetwork.fit>`, and all end with the
-                same patterns.
+            unpack: Function batch → (inputs, additional_forward_args), for any other batches.
+            batch_size: Number of examples per batch, for data that is not in batches already.
+            progress: True to show a progress bar.
+            distributed: True to fit together with all other processes of ``torch.distributed``'s
+                default group; each of them must make this call. The data is divided as for
+                :meth:`InverseNetwork.fit <captum_mipin.InverseNetwork.fit>`, and all processes get
+                the same patterns.
 
         Returns:
             self
 
         Raises:
-            FitError: The data cannot be used: it is empty or a single example, not finite, or
-                changes its shape. Or another process failed.
+            FitError: The data is empty, has one example only, has NaN or Inf, or features whose
+                shape differs between batches; or another process failed.
             CaptureError: The model cannot be captured, or uses an operation without a rule.
         """
         processes = Processes(distributed)
@@ -203,17 +210,18 @@ class Patterns(Saved):
         return self
 
     def fitted(self) -> State:
-        """Return what was fitted, for a model that has not changed since.
+        """Return the result of the fit, after a check that the model has not changed.
 
         Raises:
-            NotFittedError: Nothing was fitted.
+            NotFittedError: :meth:`fit` was not called yet.
             ModelChangedError: The model's weights changed since the fit.
         """
         if self.state is None:
             raise NotFittedError("these Patterns are not fitted yet: call fit(data) first")
         if self.state.watch.changed(self.model):
             raise ModelChangedError(
-                "the model's weights have changed since the patterns were fitted: fit them again"
+                "the model's weights have changed since the patterns were fitted: call fit(data) "
+                "again"
             )
         return self.state
 
@@ -242,14 +250,14 @@ class Patterns(Saved):
 
 
 class _Fitting(Signal):
-    """Runs the model and adds up the sums that patterns are estimated from.
+    """The sums over all batches from which patterns are estimated.
 
     Attributes:
         sums: Name of an operation → its sums, in order of execution.
         weights: Name of an operation → the operation and its weights.
-        count: Number of examples so far.
-        example: The first example; None before it.
-        signature: The kind of inputs.
+        count: Number of examples in all batches up to now.
+        example: Inputs and further arguments of the first example; None before the first batch.
+        signature: Shapes and dtypes of the inputs; None before the first batch.
     """
 
     def __init__(self, patterns: Patterns) -> None:
@@ -262,7 +270,7 @@ class _Fitting(Signal):
         self._layer_at, self._positive = patterns.layer, patterns.estimator == "positive"
 
     def observe(self, inputs: Inputs, extras: Extras) -> int:
-        """Add the sums of one batch, and return the number of its examples.
+        """Run the model on one batch, add the batch's sums, and return its number of examples.
 
         Raises:
             FitError: An output or a feature is not finite.
@@ -273,8 +281,8 @@ class _Fitting(Signal):
         )
         if not finite(output) or not all(finite(sums.xy) for sums in self.sums.values()):
             raise FitError(
-                f"batch {self._batch}: NaN or Inf in the model's output or features. Remove the "
-                "examples that cause it"
+                f"batch {self._batch}: the model's output or features contain NaN or Inf, "
+                "expected finite values: remove the examples that cause it"
             )
         self.example = self.example or first_example(inputs, extras, captured.shared)
         self.signature = self.signature or Signature.of(inputs, extras, captured.shared)
@@ -282,7 +290,7 @@ class _Fitting(Signal):
         return len(output)
 
     def solve(self, processes: Processes) -> tuple[dict[str, Tensor], list[PatternFit]]:
-        """Return the patterns of all operations, and how each was fitted."""
+        """Return the patterns of all operations, and the counts of each operation's fit."""
         patterns, fits = {}, []
         for key, sums in self._total(processes).items():
             neurons, weight = self.weights[key]
@@ -295,16 +303,17 @@ class _Fitting(Signal):
         """Return the sums over the data of all processes.
 
         Raises:
-            FitError: There are fewer than two examples, or the processes saw different inputs.
+            FitError: There are fewer than two examples, or the inputs have different shapes or
+                dtypes in different processes.
         """
         count = sum(processes.gather(self.count))
         if count < 2:
-            empty = "the data yields no batch: nothing to fit on"
-            single = "the data has 1 example, expected at least two: a pattern needs variance"
+            empty = "the data has no batch, expected at least two examples: pass more data"
+            single = "the data has 1 example, expected at least two: pass more data"
             raise FitError(single if count else empty)
         example = processes.first(self.example)
         with processes.fail_together():
-            if not self.count:  # a process without data learns the layers from another's example
+            if not self.count:  # run another process's example, to have sums of the same shapes
                 self.observe(*example)
                 self.sums = {key: sums.mapped(torch.zeros_like) for key, sums in self.sums.items()}
         shapes = [(key, sums.xy.shape) for key, sums in self.sums.items()]

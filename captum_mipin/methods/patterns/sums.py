@@ -1,12 +1,12 @@
-"""The estimators of patterns: sums over the rows of each batch, and what follows from them.
+"""The estimators of patterns: sums over the rows of each batch, and the patterns from these sums.
 
-A neuron y = wᵀx + b reads a signal out of x; its pattern a satisfies wᵀa = 1. With E₊ the mean over
-the rows that count, and E the mean over all rows (Kindermans et al., equations 5 and 7):
+A row is one sample at one position. The pattern a of a neuron y = wᵀx + b satisfies wᵀa = 1. With
+E₊ the mean over selected rows, and E the mean over all rows (Kindermans et al., equations 5 and 7):
 
     a = (E₊[x y] − E₊[x] E[y]) / wᵀ(E₊[x y] − E₊[x] E[y])
 
-If all rows count, that is a = cov(x, y) / var(y), the linear estimator. For the estimator S_a+ a
-row counts for the neurons that are active there.
+The linear estimator selects all rows; then a = cov(x, y) / var(y). The estimator S_a+ selects for
+each neuron the rows in which it is active.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from captum_mipin.methods.layers import Neurons
 
-#: Share of a variance below which it is rounding error.
+#: A variance is taken as rounding error if it is below this share of the terms that it is made of.
 _CONSTANT = 1e-12
 
 
 class Sums(NamedTuple):
-    """Sums over the rows that count for each neuron, in float64.
+    """Sums over rows, in float64; without a note, over the rows selected for each neuron.
 
     Attributes:
-        number: (neurons,) the number of these rows.
+        number: (neurons,) the number of selected rows.
         x: Σ x_i for each weight, shaped like the weights.
         xy: Σ x_i y_j for each weight, shaped like the weights.
         rows: (1,) the number of all rows.
@@ -39,7 +39,7 @@ class Sums(NamedTuple):
     y: Tensor
 
     def mapped(self, function: Callable[..., Tensor], *others: "Sums") -> "Sums":
-        """Return function(part, *parts of others) for each part."""
+        """Return new sums: for each attribute, ``function`` of self's and of others' attribute."""
         return Sums(*map(function, self, *others))
 
 
@@ -49,11 +49,12 @@ def sums_of(
     """Return the sums over one batch.
 
     Args:
-        neurons: The operation.
-        x: Its input.
-        weight: W.
-        linear: y without its bias.
-        active: Shaped like y, True where a row counts for a neuron; None if all rows count.
+        neurons: The operation with neurons.
+        x: The operation's input.
+        weight: W, the operation's weights.
+        linear: y without the bias.
+        active: Bool tensor shaped like y, True if the row is selected for the neuron. None to
+            select all rows.
     """
     if x.element_size() < 4:  # half precision has too few digits for products
         x, weight, linear = x.float(), weight.float(), linear.float()
@@ -74,12 +75,12 @@ def solve(sums: Sums, neurons: Neurons, weight: Tensor) -> tuple[Tensor, Tensor]
 
     Args:
         sums: Sums over all batches.
-        neurons: The operation.
-        weight: W, in float64.
+        neurons: The operation with neurons.
+        weight: W, the operation's weights, in float64.
 
     Returns:
-        Patterns, shaped like the weights, and (neurons,) True for a dead neuron: one without
-        variance or one that is never active, whose pattern is 0.
+        The patterns, shaped like the weights, and a bool tensor (neurons,), True for dead neurons:
+        those without variance or never active. Their patterns are 0.
     """
     count, mean = sums.number.clamp(min=1), sums.y / sums.rows.clamp(min=1)
 
@@ -89,7 +90,7 @@ def solve(sums: Sums, neurons: Neurons, weight: Tensor) -> tuple[Tensor, Tensor]
     # a = c / wᵀc with c = E₊[x y] − E₊[x] E[y]
     c = (sums.xy - sums.x * neurons.spread(mean, weight)) / neurons.spread(count, weight)
     scale = total(weight * c)
-    # wᵀc is rounding error if it is far below the size of the terms that it is the difference of
+    # wᵀc is a difference of terms: if it is far smaller than they are, it is rounding error
     terms = total((weight * sums.xy).abs()) + total((weight * sums.x).abs()) * mean.abs()
     dead = scale.abs() <= _CONSTANT * terms / count
     return c / neurons.spread(scale.masked_fill(dead, torch.inf), weight), dead

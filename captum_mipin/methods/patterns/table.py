@@ -1,8 +1,8 @@
-"""How a signal goes back by patterns: through layers and sums, and through everything else.
+"""Rules of PatternNet and PatternAttribution for all operations.
 
 Layers with weights, and sums of two signals, have fitted patterns. All other patterns are known: an
-operation y = g x has a = 1 / g, because a g = 1; averages give their signal to each element. Where
-PatternNet sends s back by a, PatternAttribution sends it by a ⊙ w.
+operation y = g x has the pattern a = 1 / g, because a g = 1; averages give their signal to each
+element. The backward pass of PatternNet uses a as weights, and that of PatternAttribution a ⊙ w.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,20 +35,20 @@ _LAYER, _MERGE = "captum_mipin.layer", "captum_mipin.merge"
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Neurons):
-    """A sum or difference of two signals: one neuron a channel, with the weights 1 and ±1."""
+    """A sum or difference of two signals: one neuron per channel, with the weights 1 and ±1."""
 
     def products(self, x: Tensor, s: Tensor, weight: Tensor) -> Tensor:
-        """Return Σ x_i s for both terms x: (channels, 2), for x (2, *shape of s)."""
+        """Return Σ x_i s for both terms x_i, a tensor (channels, 2); x has shape (2, *s.shape)."""
         return torch.stack([self.outputs(term * s).sum(0) for term in x], 1)
 
     def coefficients(self, value: Tensor, named: Mapping[str, Any]) -> Tensor:
-        """Return what each term is multiplied by: (channels, 2)."""
+        """Return the coefficients of both terms, a tensor (channels, 2)."""
         alpha = named.get("alpha", 1) * (-1 if self.name == "sub" else 1)
         return value.new_tensor([1.0, float(alpha)]).expand(value.shape[self.dim], 2)
 
     @staticmethod
     def of(operation: Any) -> "Merge":
-        """Return the merge in a rule's operation, which takes both terms in their places."""
+        """Return the merge from the operation that a rule gets, a ``partial`` with the merge."""
         merge: Merge = operation.args[0]
         return merge
 
@@ -59,9 +59,10 @@ def pattern_rules(
     """Return the table of a method with patterns.
 
     Args:
-        layer: Runs layers with weights, see :class:`~captum_mipin.rules.Recorded`.
-        merge: Runs sums of two signals.
-        attribution: Whether patterns are multiplied by weights.
+        layer: Function that runs a layer with weights, the ``run`` of its
+            :class:`~captum_mipin.rules.Recorded`.
+        merge: Function that runs a sum of two signals, in the same form.
+        attribution: True to multiply patterns by weights, for PatternAttribution.
     """
     rules: dict[str, Rule] = {
         **{name: rule for name, rule in MIPIN.items() if isinstance(rule, Passes)},
@@ -103,7 +104,7 @@ def pattern_rules(
 
 
 def _rewrite(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
-    """Make operations of their own of layers with weights and of sums of two signals."""
+    """Replace layers with weights by :class:`Layer`, and sums of two signals by :class:`Merge`."""
     replace_layers(graph, batch, starts, lambda layer, first, last: _LAYER)
     node: Any
     for node in graph.nodes:
@@ -121,7 +122,7 @@ def _rewrite(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
 
 
 def _mark_last(graph: fx.Graph) -> None:
-    """Tell the neurons whose outputs make the model's output."""
+    """Set ``last`` of the operations with neurons that no further neurons follow."""
     waiting, seen = list(graph.output_node().all_input_nodes), set[Any]()
     while waiting:
         node: Any = waiting.pop()
@@ -135,9 +136,9 @@ def _mark_last(graph: fx.Graph) -> None:
 def _scaled(
     attribution: bool, operator: Callable[[Tensor], Tensor], x: Tensor
 ) -> tuple[Tensor, Back]:
-    """Send s / g back through y = g ⊙ x, or s for attributions; nothing where g = 0."""
+    """Run y = g ⊙ x; the backward function returns s / g, or s for attributions, and 0 if g = 0."""
     g = operator(torch.ones_like(x))
-    # a = 1 / g, a g = 1
+    # pattern a = 1 / g; for attributions a g = 1
     factor = (g != 0).to(g) if attribution else reciprocal(g)
     return operator(x), lambda s: (s * factor).sum_to_size(x.shape)
 
@@ -145,7 +146,7 @@ def _scaled(
 def _shifted(
     attribution: bool, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
 ) -> tuple[Tensor, Back]:
-    """Send s back through y = g x + c with a constant c, such as 1 − x, as :func:`_scaled` does."""
+    """Run y = g x + c with a constant c, such as 1 − x; see :func:`_scaled`, which has c = 0."""
     constant, *others = arguments
     zero = torch.zeros_like(constant) if isinstance(constant, Tensor) else 0
     _, back = _scaled(attribution, lambda t: operation(t, zero, *others, **named), x)
@@ -155,18 +156,22 @@ def _shifted(
 def _normalised(
     scale: Callable[..., Tensor], options: Options, operation: Any, x: Tensor, *arguments: Any
 ) -> tuple[Tensor, Back]:
-    """Send s / g back through a normalisation, g = γ / σ, with the sample's μ, σ as constants."""
+    """Run a normalisation; the backward function returns s / g, with g = γ / σ of the sample."""
     return operation(x, *arguments), lambda s: quotient(s, scale(x, *arguments).expand_as(x))
 
 
 def _averaged(
     attribution: bool, average: Callable[[Tensor], Tensor], x: Tensor
 ) -> tuple[Tensor, Back]:
-    """Give each element the signal of its average, or the mean of several where windows overlap."""
+    """Run an average; the backward function gives its signal to each of its elements.
+
+    If windows overlap, an element gets the mean of the signals of its windows in PatternNet, and
+    the weighted sum of these signals in PatternAttribution.
+    """
     if not attribution:
         return shared_out(average, x, recorded=False)
     value, back = value_and_adjoint(average, x)
-    weights = average(torch.ones_like(x))  # Σ_i p_i, which is 1 for an average and not for a sum
+    weights = average(torch.ones_like(x))  # Σ_i p_i, the sum of the weights; 1 for an average
     return value, lambda s: back(s / weights)
 
 
