@@ -156,7 +156,7 @@ def test_what_a_rule_loses_is_told():
     for p, value in ((first.weight, -1.0), (first.bias, 3.0), (last.weight, 2.0)):
         nn.init.constant_(p, value)
     for method, lost, told in (
-        (LRP(model, rule=ZPlus(), bias="none"), 2, ["loses what"]),
+        (LRP(model, rule=ZPlus(), bias="none"), 2, ["loses the relevance of outputs without"]),
         (LRP(model, rule=ZPlus()), 2, ["bias takes"]),
         (LRP(model, rule=Epsilon(0.5), bias="none"), 0.72, ["ε = 0.5 takes", "ε = 0.5 takes"]),
         (LRP(model, rule=Epsilon(0), bias="none"), 0, []),
