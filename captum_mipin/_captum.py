@@ -21,9 +21,9 @@ def common(inputs: Any, target: Any = None, additional_forward_args: Any = None)
 
     Raises:
         InputError: ``inputs`` is not a tensor or tuple of tensors, is empty, or contains integers
-            or NaN. The class is a subclass of AssertionError and ValueError.
-        TargetError: The model has no such target. The class is a subclass of AssertionError; for a
-            target out of range, a subclass of it and of IndexError is raised.
+            or NaN. InputError is a subclass of AssertionError and ValueError.
+        TargetError: The model has no such target. TargetError is a subclass of AssertionError. Its
+            subclass TargetRangeError, for a target out of range, is also an IndexError.
         CaptureError: The model cannot be captured, or cannot run on inputs of this shape, dtype or
             device.
     """

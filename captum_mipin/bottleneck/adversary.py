@@ -26,8 +26,8 @@ class Adversary:
     """The settings of the adversarial training that gives the prior.
 
     Attributes:
-        samples: Number of noisy copies of the features behind the bottleneck, which are the
-            critic's real samples.
+        samples: Number of noisy copies of the layer's features, made by the bottleneck at the
+            layer. They are the critic's real samples.
         groups: Number of groups of these copies. Each group has noise with its own mean, uniform
             in (−2, 2), and its own standard deviation, uniform in (0, 5).
         epochs: Number of passes over these copies.
@@ -41,8 +41,8 @@ class Adversary:
         std_rate: Learning rate of the standard deviation of the generator's noise (RMSprop).
         noise: "channel": the generator's noise has one mean and standard deviation per channel.
             "position": it has one per position.
-        bottleneck: The weights of the features behind the bottleneck: "capacity", their
-            information in nats, as in the released code; or "passed", the mask λ.
+        bottleneck: The weight w of a feature f in w f + (1 − w) · noise: "capacity", the feature's
+            information in nats, as in the released code; or "passed", its mask λ.
         width: Factor of the critic's hidden sizes; 1 for the published critic.
         tolerance: Largest relative change of the mean loss, from three epochs to the next three,
             at which the training stops. None: it never stops early.
@@ -111,7 +111,7 @@ def adversarial_mask(
     Args:
         x: (1, ...) the input.
         features: (1, ...) f, the layer's features for ``x``.
-        weight: w, shaped like ``features``; those behind the bottleneck are w f + (1 − w) · noise.
+        weight: (1, ...) w; the features behind the bottleneck are w f + (1 − w) · noise.
         initial: The initial α, shaped like ``x``; the mask is sigmoid(α).
         above: Function that maps masked inputs (batch, ...) to the layer's features (batch, ...).
         settings: The settings of the training.

@@ -122,7 +122,7 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
 
     @classmethod
     def _resolved(cls, settings: Any) -> Any:
-        """Return the settings with this name; None is the default, and settings stay as is."""
+        """Return the settings for a name, or the default for None; return settings unchanged."""
         default = next(iter(cls._named))
         if isinstance(settings, str) and settings not in cls._named:
             names = ", ".join(map(repr, cls._named))

@@ -587,7 +587,8 @@ def test_a_class_whose_logit_was_never_positive_is_an_error(head):
     linear = Patterns(model, estimator="linear").fit(x, progress=False)
     for method in (PatternNet, PatternAttribution):
         with pytest.raises(
-            NotFittedError, match=r"nothing for class 0, output of .*never positive.*linear"
+            NotFittedError,
+            match=r"no pattern was fitted for class 0, an output of .*never positive.*linear",
         ):
             method(model, positive).attribute(x[:3], [1, 0, 2])
         assert method(model, positive).attribute(x[:3], 1).any()

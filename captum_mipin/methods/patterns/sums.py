@@ -17,7 +17,7 @@ from torch import Tensor
 
 from captum_mipin.methods.layers import Neurons
 
-#: A variance is taken as rounding error if it is below this share of the terms that it is made of.
+#: A variance counts as rounding error if its ratio to the sum of its terms' sizes is not greater.
 _CONSTANT = 1e-12
 
 
@@ -39,7 +39,7 @@ class Sums(NamedTuple):
     y: Tensor
 
     def mapped(self, function: Callable[..., Tensor], *others: "Sums") -> "Sums":
-        """Return new sums: for each attribute, ``function`` of self's and of others' attribute."""
+        """Apply a function to each attribute, together with the same attribute of ``others``."""
         return Sums(*map(function, self, *others))
 
 
