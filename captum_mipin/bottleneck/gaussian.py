@@ -298,7 +298,7 @@ def _check_finite(loss: Tensor, gradient: Tensor, stopped: Tensor, step: int, fi
 
 
 def settled(losses: Tensor, tolerance: float | None) -> Tensor:
-    """Return which samples have converged: their mean loss has hardly changed.
+    """Return a mask of the samples that have converged: their mean loss has hardly changed.
 
     Args:
         losses: (steps, batch) the losses up to now.

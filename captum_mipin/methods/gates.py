@@ -24,7 +24,7 @@ _COMPARISONS = ("gt", "ge", "lt", "le")
 _EXCHANGED = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
 #: Divisions, whose second argument is a divisor.
 _DIVISIONS = ("div", "divide", "true_divide")
-#: Operations whose argument counts as a divisor if the operation's result is only used in divisors.
+#: Operations f for which a value x is only a divisor if all their results f(x) are only divisors.
 _TOWARDS_DIVISORS = frozenset(
     {"sqrt", "square", "pow", "abs", "add", "sub", "mul", "neg", "sum", "mean", "expand",
      "expand_as", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten",

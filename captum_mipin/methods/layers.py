@@ -340,13 +340,19 @@ def _replace_norm(
 def _nearest(
     nodes: list[Any], goals: Collection[Any], neighbours: Callable[[Any], list[Any]]
 ) -> set[Any]:
-    """Return the first goals on all paths from ``nodes``, where ``neighbours`` gives the steps."""
+    """Return the first goals on all paths from ``nodes`` through tensors.
+
+    Args:
+        nodes: The nodes at which the paths start.
+        goals: The nodes at which the paths end.
+        neighbours: Function that returns the next nodes of a node: its users, or its inputs.
+    """
     reached, seen = set[Any](), set[Any](nodes)
     while nodes:
         for node in neighbours(nodes.pop()):
             if node in goals:
                 reached.add(node)
-            elif node not in seen and isinstance(value_of(node), (Tensor, tuple, list)):  # no sizes
+            elif node not in seen and isinstance(value_of(node), (Tensor, tuple, list)):
                 seen.add(node)
                 nodes.append(node)
     return reached

@@ -66,7 +66,7 @@ class _WithPatterns(Propagation):
         """Run a layer; return its value and the backward function with its patterns."""
         w, b = layer.parameters(*parameters)
         value = layer.apply(x, w, b)
-        if isinstance(layer, Scale):  # a = 1 / w, a w = 1
+        if isinstance(layer, Scale):  # pattern a = 1 / w; for attributions a w = 1
             factor = (w != 0).to(w) if self._attribution else reciprocal(w)
             return value, lambda s: layer.adjoint(s, x, factor)
         a = self._pattern(layer.key).to(w)
@@ -124,7 +124,7 @@ class _WithPatterns(Propagation):
 
 
 class PatternNet(_WithPatterns, Signal):
-    """PatternNet: the signal that the target's output reads out of the input.
+    """PatternNet: the signal in the input that determines the target's output.
 
     It is a backward pass that starts with the target's output and uses patterns a instead of
     weights w. Layers with weights, and sums, have fitted patterns. Operations y = g x with a known

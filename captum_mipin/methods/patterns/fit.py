@@ -102,6 +102,7 @@ class Patterns(Saved):
 
     Examples:
         >>> from captum_mipin.methods import PatternAttribution
+        >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
         >>> patterns = Patterns(model).fit(torch.randn(100, 4), progress=False)
         >>> PatternAttribution(model, patterns).attribute(torch.randn(2, 4), target=[0, 2]).shape

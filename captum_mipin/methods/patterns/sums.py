@@ -17,12 +17,12 @@ from torch import Tensor
 
 from captum_mipin.methods.layers import Neurons
 
-#: A variance counts as rounding error if its ratio to the sum of its terms' sizes is not greater.
+#: Largest ratio of |wᵀc| to the sizes of its terms at which wᵀc counts as rounding error.
 _CONSTANT = 1e-12
 
 
 class Sums(NamedTuple):
-    """Sums over rows, in float64; without a note, over the rows selected for each neuron.
+    """Sums over rows in float64, for each neuron over its selected rows, except ``rows`` and ``y``.
 
     Attributes:
         number: (neurons,) the number of selected rows.
@@ -71,7 +71,7 @@ def sums_of(
 
 
 def solve(sums: Sums, neurons: Neurons, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the pattern of each neuron, and which neurons are dead.
+    """Return the patterns of all neurons, and a mask of the dead neurons.
 
     Args:
         sums: Sums over all batches.
