@@ -1,12 +1,12 @@
-"""Metrics of attributions, whatever method they come from.
+"""Metrics of attributions by any method.
 
-All are called alike, ``metric(method, inputs, target, *, ..., **options)``, and return a
-:class:`Result`. The options that all of them take are those of :class:`Options`. The method is a
-Captum ``Attribution``, a callable, or maps made before, see ``Method``. Random numbers come from
-the option ``generator`` alone, and the model stays as it is.
+Every metric has the same call, ``metric(method, inputs, target, *, ..., **options)``, and returns a
+:class:`Result`. The options that every metric takes are those of :class:`Options`. The method is a
+Captum ``Attribution``, a callable, or maps computed before, see ``Method``. All random numbers come
+from the option ``generator``. No metric changes the model.
 
-All can raise :class:`~captum_mipin.errors.InputError` for arguments that do not fit each other,
-:class:`~captum_mipin.errors.TargetError` for targets that do not fit the outputs, and
+Every metric can raise :class:`~captum_mipin.errors.InputError` for arguments that do not fit each
+other, :class:`~captum_mipin.errors.TargetError` for targets that do not fit the outputs, and
 :class:`~captum_mipin.errors.TrainingModeError` for a model in training mode.
 """
 

@@ -23,26 +23,24 @@ def completeness(
     control: bool = True,
     **options: Unpack[Options],
 ) -> Result:
-    """Return the APC: by how many percent the output for the source signal differs.
+    """Return the APC: the change of the output, in percent, if the source signal is the input.
 
-    The part "positive APC" counts losses alone. The parts "shuffled output" are the control: each
-    example keeps its masks and switches, but the inverse starts at another example's output for
-    this target. The masks carried what is complete even then.
+    The part "positive APC" counts only outputs that become smaller. The parts "shuffled output" are
+    a control: the inverse uses each example's own masks, but starts at another example's output. If
+    its APC is low too, completeness is due to the masks.
 
     Args:
-        method: Has ``source_signal``, and for the control ``attribute``.
+        method: Object with ``source_signal``, and for the control also with ``attribute``.
         inputs, target: Tensor (examples, ...) or tuple of such; classes, as Captum takes them.
-        average: Mean over "samples"; or per class of ``target``, then over "classes" (the paper's).
-        control: Measure the control as well.
+        average: Mean over "samples", or over the means of "classes" as in the paper.
+        control: Whether to compute the control.
         **options: See :class:`~captum_mipin.metrics.case.Options`.
 
     Returns:
-        Percentages. Unscored: "zero output", "NaN".
+        Percentages (source: equations 10 and 11). Reasons for no score: "zero output", "NaN".
 
     Raises:
-        InputError: The source signal is that of a layer, not of the input.
-
-    Source: Equations 10 and 11.
+        InputError: The method gives the source signal of a layer, not of the input.
 
     Examples:
         >>> class Half:
@@ -53,9 +51,7 @@ def completeness(
         [50.0, 50.0]
     """
     check_choice("average", average, ("classes", "samples"))
-    for name, advice in {"source_signal": "", "attribute": ": pass control=False"}.items():
-        if not hasattr(method, name) and (control or not advice):
-            raise InputError(f"completeness needs a method that has {name}{advice}")
+    _check_method(method, control)
     case = Case.of(method, inputs, target, **options)
     outputs, target = case.outputs(case.examples), case.examples.target
     before = target_scores(outputs, target)
@@ -79,14 +75,36 @@ def completeness(
     return replace(result("APC", change.abs()), parts=parts)
 
 
-def _scores_after(case: Case, growth: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the scores (examples,) for the source signal S, and for that of another output.
-
-    The latter assumes S = A + B: A (``attribute``) is proportional to the output, B constant.
+def _check_method(method: Any, control: bool) -> None:
+    """Raise InputError if a method does not have the functions that completeness calls.
 
     Args:
-        case: Its method has ``source_signal`` and ``attribute``.
-        growth: Other output / own output (examples,); None to measure no control.
+        method: The method to measure.
+        control: Whether the control is computed, which calls ``attribute``.
+    """
+    for name, advice in {
+        "source_signal": ", as MIPINAttribution has",
+        "attribute": ": pass control=False",
+    }.items():
+        if not hasattr(method, name) and (control or name == "source_signal"):
+            raise InputError(
+                f"the method is a {type(method).__name__}; completeness needs a method that has "
+                f"{name}{advice}"
+            )
+
+
+def _scores_after(case: Case, growth: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the scores (examples,) for the source signal S, and for the control's signal S'.
+
+    The control assumes S = A + B, where A (``attribute``) is proportional to the output and B does
+    not depend on the output.
+
+    Args:
+        case: Case whose method has ``source_signal`` and ``attribute``.
+        growth: Another example's output / own output (examples,); None for no control.
+
+    Returns:
+        Scores for S, and scores for S'; without a control both are the scores for S.
     """
     method: Any = case.method
     after, shuffled = [], []
@@ -95,7 +113,7 @@ def _scores_after(case: Case, growth: Tensor | None) -> tuple[Tensor, Tensor]:
         _check_shapes(signal, batch.inputs)
         after.append(case.scores(replace(batch, inputs=signal)))
         if growth is not None:
-            # S' = A y'/y + B = S + A (y'/y - 1): the inverse starts at y' instead of y
+            # S' = A y'/y + B = S + A (y'/y - 1): y is the own output, y' another example's output
             change = [
                 a * (growth[index] - 1).to(a).view(-1, *(1,) * (a.ndim - 1))
                 for a in explain(method.attribute, batch)
@@ -106,7 +124,7 @@ def _scores_after(case: Case, growth: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _check_shapes(signal: Inputs, inputs: Inputs) -> None:
-    """Raise InputError if a source signal is not shaped like the inputs: the model cannot take it.
+    """Raise InputError if a source signal does not have the shape of the model's inputs.
 
     Args:
         signal: The source signal, tensors (examples, ...).
@@ -115,10 +133,10 @@ def _check_shapes(signal: Inputs, inputs: Inputs) -> None:
     found, expected = ([tuple(t.shape[1:]) for t in tensors] for tensors in (signal, inputs))
     if found != expected:
         raise InputError(
-            "completeness asks the model for its output for the source signal. Found source "
-            f"signals of shape {_shapes(found)} for each example, expected {_shapes(expected)}, "
-            "the shape of its input: the inverse stops at a layer; pass a method whose inverse "
-            "goes back to the input"
+            f"the source signal has shape {_shapes(found)} per example, expected the shape of the "
+            f"model's input, {_shapes(expected)}, because completeness applies the model to the "
+            "source signal. The inverse stops at a layer: pass a method whose inverse reaches the "
+            "input"
         )
 
 
@@ -127,14 +145,14 @@ def _shapes(shapes: list[tuple[int, ...]]) -> str:
 
 
 def _other_scores(case: Case, outputs: Tensor) -> Tensor:
-    """Return for each example's target the output (examples,) of another example, at random.
+    """Return, for each example, a random other example's output (examples,) for the same target.
 
-    It is NaN where there is no other example.
+    With one example alone, the output is NaN.
     """
     n = len(outputs)
     if n == 1:
         return torch.full((1,), torch.nan, dtype=torch.float64, device=outputs.device)
-    # a ring of all examples in random order: the successor of an example is never itself
+    # put all examples in a ring, in random order: the next example is never the same one
     order = torch.randperm(n, generator=case.generator, device=case.generator.device)
     other = torch.empty_like(order)
     other[order] = order.roll(1)

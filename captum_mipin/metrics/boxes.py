@@ -1,4 +1,4 @@
-"""Localization by boxes: the hottest pixels, the hottest pixel, or all heat in an object's box."""
+"""Localization by boxes: how much of a map's heat lies in the box around an object."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,27 +15,29 @@ from captum_mipin.metrics.case import Case, Method, Options, check_at_least, che
 from captum_mipin.metrics.maps import Reduction, heat, hottest_first, resized
 from captum_mipin.metrics.result import Result, class_numbers, finite_rows
 
-#: Masks (examples, height, width); or for each example one or more boxes (left, top, right, bottom)
-#: in pixels, right and bottom excluded.
+#: Masks (examples, height, width); or per example one or more boxes (left, top, right, bottom) in
+#: pixels, where right and bottom are the first pixels outside the box.
 Boxes = Tensor | Sequence[Any]
 
-#: The pointing game's protocol: 15 pixels around the box, on images whose shorter side has 224.
+#: The published pointing game: a tolerance of 15 pixels if the image's shorter side has 224 pixels.
 _PROTOCOL_TOLERANCE, _PROTOCOL_SIDE = 15, 224
-#: Where random maps score more than this, ``pointing_game`` warns.
+#: ``pointing_game`` warns if the expected score of random maps is above this number.
 _HIGHEST_CHANCE = 0.9
 
 
 def box_masks(boxes: Boxes, size: Sequence[int]) -> Tensor:
-    """Return booleans (examples, height, width): the pixels in the union of an example's boxes.
+    """Return booleans (examples, height, width), True for pixels in one of the example's boxes.
 
     Args:
-        boxes: Masks (examples, height, width) or (examples, 1, height, width), boolean or above 0
-            inside; or for each example one box, or a list of boxes, (left, top, right, bottom) in
-            pixels, which are rounded. An empty list gives an empty mask.
-        size: Height and width.
+        boxes: Masks (examples, height, width) or (examples, 1, height, width), boolean, or numbers
+            that are positive inside the object; or per example one box (left, top, right, bottom)
+            in pixels, or a list of such boxes. Positions in boxes are rounded. An empty list gives
+            an empty mask.
+        size: Height and width of the images, in pixels.
 
     Raises:
-        InputError: The boxes are neither; masks have another size; or a box is not finite.
+        InputError: The boxes have no such form, masks do not have the size of the images, or a
+            position in a box is not finite.
 
     Examples:
         >>> box_masks([(0, 0, 2, 1), [(1, 1, 3, 2), (0, 0, 1, 1)], []], (2, 3)).long().tolist()
@@ -51,7 +53,8 @@ def box_masks(boxes: Boxes, size: Sequence[int]) -> Tensor:
         masks = boxes.squeeze(1) if boxes.ndim == 4 else boxes
         if tuple(masks.shape[1:]) != (height, width):
             raise InputError(
-                f"the masks have shape {tuple(boxes.shape)}, expected (examples, {height}, {width})"
+                f"the masks have shape {tuple(boxes.shape)}, expected (examples, {height}, "
+                f"{width}): resize the masks to the images"
             )
         return masks > 0
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
@@ -62,8 +65,8 @@ def box_masks(boxes: Boxes, size: Sequence[int]) -> Tensor:
             rows = rows.reshape(-1, 4)
         if rows.ndim != 2 or rows.shape[1] != 4 or not rows.isfinite().all():
             raise InputError(
-                f"a box is {example_boxes!r}, expected finite numbers (left, top, right, bottom), "
-                "or a list of such"
+                f"the box of an example is {example_boxes!r}, expected four finite numbers (left, "
+                "top, right, bottom), or a list of such boxes: pass boxes in pixels"
             )
         for left, top, right, bottom in rows.round().long().clamp(min=0).tolist():
             mask[top:bottom, left:right] = True
@@ -81,25 +84,26 @@ def bounding_box_accuracy(
     reduction: Reduction = "sum",
     **options: Unpack[Options],
 ) -> Result:
-    """Return the share of the n hottest pixels that lies in the box of n pixels.
+    """Return the share of the n hottest pixels that lie in the box, which has n pixels.
 
-    Maps of another size, such as a layer's, are interpolated to that of the inputs. The part "tied"
-    is the share of the n pixels that ties decided on.
+    Maps whose size differs from the inputs, such as maps of a layer, are interpolated. The part
+    "tied" is the share of the n pixels that are chosen among pixels of equal heat.
 
     Args:
         method: Any method.
         inputs: Images (examples, channels, height, width).
         target: The class, as Captum takes it.
-        boxes: See :func:`box_masks`.
-        largest: Boxes that cover more than this share of the image are not scored.
-        ties: Among pixels of the same heat at the threshold: the "expected" score of a random
-            choice, a "random" choice, or the "first" ones, row by row.
-        reduction: See :func:`~captum_mipin.metrics.maps.heat`.
+        boxes: Masks or boxes, see :func:`box_masks`.
+        largest: Largest share of the image that a box may cover; larger boxes get no score.
+        ties: Choice among pixels of equal heat if not all of them are among the n hottest:
+            "expected" for the expected score of a random choice, "random" for a random choice,
+            "first" for the first pixels, row by row.
+        reduction: Reduction over channels, see :func:`~captum_mipin.metrics.maps.heat`.
         **options: See :class:`~captum_mipin.metrics.case.Options`.
 
     Returns:
-        Shares in [0, 1]; a map without information scores the area of the box. Unscored: "empty"
-        boxes, "large" boxes, "NaN".
+        Shares in [0, 1]; the expected score of a random map is the share of the image that the box
+        covers. Reasons for no score: "empty" boxes, "large" boxes, "NaN".
 
     Source: Section 6.3; Schulz et al., ICLR 2020.
 
@@ -117,7 +121,7 @@ def bounding_box_accuracy(
     values, tied = _expected_share(flat, inside, n)
     if ties != "expected":
         order = case.uniform(*flat.shape).to(flat) if ties == "random" else torch.zeros_like(flat)
-        # hits among the 1, 2, ... hottest pixels; at n they are the score
+        # hits[k - 1] = number of the k hottest pixels that lie in the box; k = n gives the score
         hits = inside.gather(1, hottest_first(flat, order)).cumsum(1)
         values = hits.gather(1, (n - 1).clamp(min=0)[:, None])[:, 0].double() / n
     settings = case.settings(case.maps, reduction=reduction, ties=ties, largest=largest)
@@ -137,26 +141,25 @@ def pointing_game(
     reduction: Reduction = "sum",
     **options: Unpack[Options],
 ) -> Result:
-    """Return 1 where the hottest pixel is at most ``tolerance`` pixels from the box, else 0.
+    """Return 1 for a map whose hottest pixel is at most ``tolerance`` pixels from the box, else 0.
 
-    Of several hottest pixels, the share counts. The protocol's tolerance is 15 pixels for images of
-    224 x 224; by default it is scaled with the image. TorchRay's tolerance of 15 asks for less than
-    15.
+    If several pixels have the largest heat, the score is the share of them that are near the box.
 
     Args:
         method, inputs, target, boxes, reduction, options: As for :func:`bounding_box_accuracy`.
-        tolerance: Euclidean distance, in pixels of the inputs; by default 15 / 224 of their shorter
-            side: 15 pixels for 224 x 224, one pixel for 16 x 16.
-        average: Mean over "samples"; or per class of ``target``, then over "classes".
+        tolerance: Largest distance of a hit from the box, in pixels of the inputs; by default
+            15 / 224 of the inputs' shorter side: 15 pixels for images of 224 x 224, the published
+            tolerance. TorchRay counts only distances less than the tolerance.
+        average: "samples", the mean over examples; or "classes", the mean over the means of the
+            classes of ``target``.
 
     Returns:
-        Hits in [0, 1]. Unscored: "empty" boxes, "NaN".
+        Hits in [0, 1]. Reasons for no score: "empty" boxes, "NaN".
 
     Warns:
-        ChanceWarning: A random map would score above 0.9: boxes and tolerance cover the images.
+        ChanceWarning: The expected score of a random map is above 0.9.
 
-    Source: Zhang et al., ECCV 2016: 15 pixels; Fong et al., ICCV 2019 (TorchRay): on images whose
-    shorter side has 224 pixels.
+    Source: Zhang et al., ECCV 2016; Fong et al., ICCV 2019 (TorchRay).
 
     Examples:
         >>> maps = torch.zeros(1, 1, 8, 8)
@@ -175,11 +178,7 @@ def pointing_game(
     hottest, near = heats == heats.amax((1, 2), keepdim=True), _near(masks, tolerance)
     # pointing game = |{hottest pixels} ∩ {pixels near the box}| / |{hottest pixels}|
     values = (hottest & near).sum((1, 2)).double() / hottest.sum((1, 2))
-    classes = None
-    if average == "classes":
-        if not isinstance(case.examples.target, (Tensor, list)):
-            raise InputError("average='classes' needs a target for each example: pass a list")
-        classes = class_numbers(case.examples.targets)
+    classes = _classes_of(case) if average == "classes" else None
     settings = case.settings(
         case.maps, reduction=reduction, tolerance=tolerance, average=average, ties="expected"
     )
@@ -188,14 +187,33 @@ def pointing_game(
     share = near.flatten(1).double().mean(1)
     chance = Result.of("chance", share, "neither", {}, unscored, classes=classes).mean
     if chance > _HIGHEST_CHANCE:
-        warnings.warn(
-            f"a random map scores {chance:.3g} in this pointing game: the boxes with a tolerance "
-            f"of {tolerance:g} cover nearly all of images of {masks.shape[1]} x {masks.shape[2]} "
-            "pixels. Expected a score of at most 0.9: pass a smaller tolerance= or smaller boxes",
-            ChanceWarning,
-            stacklevel=2,
-        )
+        warnings.warn(_chance_text(chance, tolerance, masks), ChanceWarning, stacklevel=2)
     return Result.of("pointing game", values, "higher", settings, unscored, classes=classes)
+
+
+def _classes_of(case: Case) -> Tensor:
+    """Return integers (examples,), the class of each example. Raise InputError without a list."""
+    if not isinstance(case.examples.target, (Tensor, list)):
+        raise InputError(
+            f"target is {case.examples.target!r}, but average='classes' needs a target for each "
+            "example: pass a list"
+        )
+    return class_numbers(case.examples.targets)
+
+
+def _chance_text(chance: float, tolerance: float, masks: Tensor) -> str:
+    """Return the text of a ChanceWarning.
+
+    Args:
+        chance: Expected score of a random map.
+        tolerance: Tolerance of the pointing game, in pixels.
+        masks: Masks of the boxes (examples, height, width).
+    """
+    return (
+        f"a random map scores {chance:.3g} in this pointing game: the boxes with a tolerance of "
+        f"{tolerance:g} cover nearly all of images of {masks.shape[1]} x {masks.shape[2]} pixels. "
+        "Expected a score of at most 0.9: pass a smaller tolerance= or smaller boxes"
+    )
 
 
 def effective_heat_ratio(
@@ -210,21 +228,22 @@ def effective_heat_ratio(
     reduction: Reduction = "sum",
     **options: Unpack[Options],
 ) -> Result:
-    """Return the effective heat ratio (EHR): heat inside the box / hot pixels, over all thresholds.
+    """Return the effective heat ratio (EHR): heat of hot pixels in the box / number of hot pixels.
 
-    Heat is divided by its maximum, and heat below ``threshold`` dropped. For each quantile q = 0,
-    0.1, ..., 1 of the rest, hot pixels have at least min(q-quantile, 0.99). The score is the area
-    under the ratios, which are the ``curves``.
+    Heat is divided by its maximum, and heat below ``threshold`` is ignored. For each quantile q of
+    the remaining heat, q = 0, 0.1, ..., 1, a pixel is hot if its heat is at least
+    min(q-quantile, 0.99). This gives one ratio per q, stored in ``curves``. The score is the area
+    under this curve.
 
     Args:
         method, inputs, target, boxes, largest, reduction, options: As for
             :func:`bounding_box_accuracy`.
-        threshold: Least heat that counts, relative to the hottest pixel.
-        weighted: Sum the heat inside the box, as published; or count the hot pixels there.
+        threshold: Least heat that counts, as a share of the maximum, in [0, 1).
+        weighted: True to sum the heat in the box, as published; False to count the hot pixels.
 
     Returns:
-        Areas in [0, 1]. Unscored: "empty" boxes, "large" boxes, "no heat" where nothing is
-        positive, "NaN".
+        Areas in [0, 1]. Reasons for no score: "empty" boxes, "large" boxes, "no heat" for maps
+        without positive values, "NaN".
 
     Source: Zhang et al., NeurIPS 2021.
 
@@ -234,7 +253,9 @@ def effective_heat_ratio(
         0.5
     """
     if not 0 <= threshold < 1:
-        raise InputError(f"threshold={threshold!r} must be in [0, 1)")
+        raise InputError(
+            f"threshold={threshold!r}, expected a number in [0, 1): pass for example 0.1"
+        )
     case = Case.of(method, inputs, target, **options)
     heats, masks = _heat_and_masks(case, boxes, reduction)
     flat = heats.flatten(1).nan_to_num()
@@ -255,15 +276,22 @@ def effective_heat_ratio(
 
 
 def image_masks(boxes: Boxes, x: Tensor) -> Tensor:
-    """Return the masks of boxes for images. Raise InputError if they do not fit each other."""
+    """Return the masks of boxes for images ``x``.
+
+    Raises:
+        InputError: ``x`` does not contain images, or the boxes do not fit the images.
+    """
     if x.ndim != 4:
         raise InputError(
-            "boxes need images (images, channels, height, width), found inputs of shape "
-            f"{tuple(x.shape)}"
+            f"inputs have shape {tuple(x.shape)}, but boxes need images (images, channels, height, "
+            "width): pass images, or a metric without boxes"
         )
     masks = box_masks(boxes, x.shape[2:])
     if len(masks) != len(x):
-        raise InputError(f"there are boxes for {len(masks)} images, but {len(x)} images")
+        raise InputError(
+            f"there are boxes for {len(masks)} images, but {len(x)} images: pass one entry of "
+            "boxes= per image"
+        )
     return masks
 
 
@@ -280,58 +308,76 @@ def _heat_and_masks(case: Case, boxes: Boxes, reduction: Reduction) -> tuple[Ten
 
 
 def _unscored(heats: Tensor, masks: Tensor, largest: float = 1.0) -> dict[str, Tensor]:
-    """Return the reasons not to score examples; "large" boxes cover more than a share."""
+    """Return reason -> booleans (examples,), True for examples that get no score for this reason.
+
+    Args:
+        heats: Heat (examples, height, width).
+        masks: Masks of the boxes (examples, height, width).
+        largest: Largest share of the image that a box may cover.
+    """
     n = masks.flatten(1).sum(1)
     large = n > largest * masks[0].numel()
     return {"empty": n == 0, "large": large, "NaN": ~finite_rows(heats)}
 
 
 def image_map(maps: tuple[Tensor, ...]) -> Tensor:
-    """Return the only tensor of maps. Raise InputError if they are not one map per image."""
+    """Return the only tensor of maps. Raise InputError if the maps are not one map per image."""
     if len(maps) != 1 or not 3 <= maps[0].ndim <= 4:
         raise InputError(
-            "the metric needs one map an image, (examples, channels, height, width) or without "
-            f"channels; found shapes {', '.join(str(tuple(m.shape)) for m in maps)}"
+            f"the maps have shape {', '.join(str(tuple(m.shape)) for m in maps)}, but this metric "
+            "needs one map per image, (examples, channels, height, width) or (examples, height, "
+            "width): pass a method that gives such maps"
         )
     return maps[0]
 
 
 def _expected_share(flat: Tensor, inside: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two shares (examples,) of the n hottest pixels.
-
-    The first lies in the box, in expectation over ties broken at random; on the second ties decide.
+    """Return the expected share of the n hottest pixels in the box, and the share of tied pixels.
 
     Args:
         flat: Heat (examples, pixels).
-        inside: Booleans (examples, pixels).
-        n: Pixels to choose (examples,).
+        inside: Booleans (examples, pixels), True in the box.
+        n: Number of hottest pixels (examples,).
+
+    Returns:
+        Expected share (examples,) of the n pixels that lie in the box, if the choice among pixels
+        of equal heat is random; share (examples,) of the n pixels that are chosen at random.
     """
     threshold = flat.sort(1, descending=True).values.gather(1, (n - 1).clamp(min=0)[:, None])
     above, tied = flat > threshold, flat == threshold
-    free = (n - above.sum(1)).double()  # places among the n hottest for the tied pixels
+    # free = number of tied pixels that belong to the n hottest
+    free = (n - above.sum(1)).double()
     # E|hits| = |above ∩ box| + free / |tied| · |tied ∩ box|
     hits = (above & inside).sum(1) + free / tied.sum(1) * (tied & inside).sum(1)
     return hits / n, torch.where(tied.sum(1) > free, free, 0.0) / n
 
 
 def _near(masks: Tensor, tolerance: float) -> Tensor:
-    """Return booleans (examples, height, width): the mask is within ``tolerance`` pixels."""
-    # dilate the mask by a disk of radius ``tolerance``: a pixel is near if its disk meets the mask
-    reach = int(min(tolerance, max(masks.shape[1:]) * 1.5))  # enough to reach any pixel
+    """Return booleans (examples, height, width), True within ``tolerance`` pixels of the mask."""
+    # dilate the mask by a disk of radius ``tolerance``: a pixel is near if a disk around it
+    # overlaps the mask. No distance exceeds 1.5 · the longer side, so that the disk needs no more.
+    reach = int(min(tolerance, max(masks.shape[1:]) * 1.5))
     offset = torch.arange(-reach, reach + 1)
     disk = (offset[:, None] ** 2 + offset**2 <= tolerance**2).float()
     return F.conv2d(masks[:, None].float(), disk[None, None], padding=reach)[:, 0] > 0.5
 
 
 def _heat_ratios(heat: Tensor, inside: Tensor, threshold: float, weighted: bool) -> Tensor:
-    """Return the ratios (11,) of one map (pixels,): heat inside the box / hot pixels."""
+    """Return the ratios (11,) of one map: heat of hot pixels in the box / number of hot pixels.
+
+    Args:
+        heat: Heat (pixels,) of one map.
+        inside: Booleans (pixels,), True in the box.
+        threshold: Least heat that counts, as a share of the maximum.
+        weighted: True to sum heat, False to count pixels.
+    """
     quantiles = torch.linspace(0, 1, 11, dtype=torch.float64, device=heat.device)
-    # heat in units of its maximum; what is below the threshold counts nowhere
+    # divide heat by its maximum; pixels below the threshold are ignored
     heat = heat / heat.max()
     counted = heat >= threshold
     if not counted.any() or not heat.isfinite().all():
         return torch.full_like(quantiles, torch.nan)
-    # by NumPy: torch.quantile refuses more than 2^24 numbers
+    # use NumPy, because torch.quantile refuses more than 2^24 numbers
     levels = np.quantile(heat[counted].numpy(force=True), quantiles.numpy(force=True))
     hot = (heat >= torch.from_numpy(levels).to(heat).clamp(max=0.99)[:, None]) & counted
     # ratio(q) = Σ_{hot(q) ∩ box} heat / |hot(q)|

@@ -1,4 +1,4 @@
-"""Class sensitivity: by how much a map changes with the class asked for."""
+"""Class sensitivity: the distance between the maps for two classes."""
 
 from typing import Any
 
@@ -24,21 +24,21 @@ def class_sensitivity(
 ) -> Result:
     """Return the distance between the maps for two classes.
 
-    The score is the paper's: the L2 norm of the difference of the raw maps; maps that are twice as
-    large have twice the distance. The parts can be compared across methods: "normalised L2" of maps
-    divided by the sum of their absolute values, "cosine", and "SSIM" of the maps' sums over
-    channels, if these are images of at least 3 x 3.
+    The score is the L2 norm of the difference of the maps, as in the paper; it depends on the scale
+    of the maps. The parts can be compared across methods: "normalised L2" of maps divided by the
+    sum of their absolute values, "cosine", and "SSIM" of maps summed over channels, if these are
+    images of at least 3 x 3.
 
     Args:
         method: Any method, but not maps.
         inputs: Tensor (examples, ...) or tuple of such.
         target: The class, as Captum takes it.
-        other: Another class, or one per example; by default drawn at random for each example.
+        other: A second class, or one per example; by default a random one per example.
         **options: See :class:`~captum_mipin.metrics.case.Options`.
 
     Returns:
-        Distances. Unscored: "same class" where ``other`` is ``target``; "NaN"; in all parts but
-        SSIM "zero map" where a map is 0.
+        Distances. Reasons for no score: "same class" if ``other`` equals ``target``, "NaN"; in all
+        parts but SSIM also "zero map".
 
     Source: Section 6.4 and appendix B, which compare classes 981 and 589 of ImageNet.
 
@@ -51,7 +51,8 @@ def class_sensitivity(
     """
     if isinstance(method, (Tensor, tuple)):
         raise InputError(
-            "class_sensitivity needs a method that can be asked for two classes, not maps"
+            "the method is a tensor of maps, but class_sensitivity needs the maps of two classes: "
+            "pass an Attribution or a function (inputs, target) -> maps"
         )
     case = Case.of(method, inputs, target, **options)
     other_case = Case.of(method, inputs, _drawn(case) if other is None else other, **options)
@@ -77,15 +78,16 @@ def class_sensitivity(
 
 
 def _drawn(case: Case) -> list[int]:
-    """Return for each example a class other than its target, all with the same chance."""
+    """Return one random class per example, each class but the target with equal probability."""
     outputs = raw_outputs(case.model, case.examples.select(torch.arange(1)))
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise InputError(
-            f"outputs of shape {tuple(outputs.shape)} have no other class to draw: pass other="
+            f"the model's outputs have shape {tuple(outputs.shape)}, expected (examples, classes) "
+            "with at least two classes, to draw a second class: pass other="
         )
     n, classes = len(case.examples), outputs.shape[1]
     own = per_example(case.examples.target, outputs.expand(n, -1))
-    # (own class + 1 ... C - 1) mod C is never the own class
+    # (target + d) mod C with d = 1 ... C - 1, C the number of classes, is never the target
     random = case.generator
     ahead = torch.randint(1, classes, (n,), generator=random, device=random.device).tolist()
     return [(label + by) % classes for (label,), by in zip(own, ahead, strict=True)]

@@ -1,4 +1,4 @@
-"""Examples: what a metric is measured on."""
+"""The examples on which a metric is measured."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,11 @@ Inputs = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Examples:
-    """Inputs, with the target and the further arguments of each.
+    """Inputs, each with its target and the further arguments of the model.
 
     Attributes:
         inputs: Tensors (examples, ...).
-        is_tuple: The user passed a tuple of tensors, not one tensor.
+        is_tuple: True if the user passed a tuple of tensors, False for one tensor.
         target: One target for all examples, or a list or integer tensor with one per example.
         extras: ``additional_forward_args``. A tensor as long as the batch has one row per example.
     """
@@ -30,32 +30,33 @@ class Examples:
 
     @classmethod
     def of(cls, inputs: Inputs, target: Any, additional_forward_args: Any = None) -> "Examples":
-        """Check what the user passed, and return it as examples.
+        """Return examples made from the arguments of a metric.
 
         Raises:
-            InputError: The inputs are no tensors, hold no example, or differ in their number.
-            TargetError: The targets are a tensor of several dimensions; or there are several, but
-                not one per example.
+            InputError: The inputs are not tensors, are empty, or differ in length.
+            TargetError: The targets are a tensor of several dimensions, or their number is neither
+                1 nor the number of examples.
         """
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         if not tensors or not all(isinstance(x, Tensor) for x in tensors):
             raise InputError(
-                f"inputs are a {type(inputs).__name__}, expected a torch.Tensor or a tuple of them"
+                f"inputs are a {type(inputs).__name__}, expected a torch.Tensor or a tuple of "
+                "tensors: convert them with torch.as_tensor"
             )
         lengths = {len(x) if x.ndim else 0 for x in tensors}
         if len(lengths) != 1 or 0 in lengths:
             raise InputError(
                 f"inputs hold {sorted(lengths)} examples, expected the same number in each tensor, "
-                "and at least one"
+                "and at least one: pass tensors of equal length"
             )
         if isinstance(target, np.ndarray):
             target = torch.from_numpy(target)
         if isinstance(target, Tensor) and target.ndim > 1:
             raise TargetError(
                 f"the target is a tensor of shape {tuple(target.shape)}, expected one dimension, "
-                f"with one index for each of {len(tensors[0])} examples: {_advice(target)}"
+                f"with one index for each of the {len(tensors[0])} examples: {_advice(target)}"
             )
-        # a tensor with one element is one target for all
+        # a tensor with one element is one target for all examples
         several = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() != 1)
         if several and len(target) != len(tensors[0]):
             raise TargetError(
@@ -71,12 +72,12 @@ class Examples:
         return len(self.inputs[0])
 
     def as_passed(self, tensors: tuple[Tensor, ...]) -> Inputs:
-        """Return tensors in the form that the user passed: a tuple, or the only tensor."""
+        """Return tensors as a tuple if the user passed a tuple, else the only tensor."""
         return tensors if self.is_tuple else tensors[0]
 
     @property
     def targets(self) -> list[Any]:
-        """One target per example, as the user wrote it."""
+        """List of one target per example, in the form that the user passed."""
         target = self.target.tolist() if isinstance(self.target, Tensor) else self.target
         return (
             target
@@ -94,20 +95,20 @@ class Examples:
 
     @property
     def x(self) -> Tensor:
-        """The only input tensor. Raises InputError if there are several."""
+        """The only input tensor. Raises InputError if there are several input tensors."""
         if len(self.inputs) != 1:
             raise InputError(
-                f"this needs one input tensor, but there are {len(self.inputs)}: pass a "
-                "function of one of them, as model and method"
+                f"the metric needs one input tensor, but there are {len(self.inputs)}: pass as "
+                "model and as method functions of one tensor"
             )
         return self.inputs[0]
 
     def select(self, index: Tensor, inputs: tuple[Tensor, ...] | None = None) -> "Examples":
-        """Return the examples at ``index`` (selected,), in that order; repetitions are allowed.
+        """Return the examples at ``index``, in this order.
 
         Args:
-            index: Which examples.
-            inputs: Tensors (selected, ...) to take instead of the examples' own inputs.
+            index: Indices of examples (selected,); an index may occur several times.
+            inputs: Tensors (selected, ...) that replace the inputs of these examples.
         """
         if inputs is None:
             inputs = tuple(x[index.to(x.device)] for x in self.inputs)
@@ -127,7 +128,7 @@ class Examples:
 
 
 def _advice(target: Tensor) -> str:
-    """Return what to do about a tensor of targets of several dimensions."""
+    """Return advice for the error about a tensor of targets of several dimensions."""
     if target.numel() == len(target):
         return "pass target.flatten()"
     return "for outputs of several dimensions, pass a list with a tuple for each example"

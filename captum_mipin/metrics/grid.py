@@ -1,4 +1,4 @@
-"""Localization by mosaics: the attribution in the cell of the class asked for."""
+"""Localization by mosaics: the share of the attribution in the cell of the target's image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from captum_mipin.metrics.result import Result, finite_rows
 
 @dataclass(frozen=True)
 class Mosaics:
-    """Mosaics of n x n images of different classes.
+    """Mosaics of n x n images of different classes; one image of each mosaic is to be found.
 
     Attributes:
-        n: Images along each side.
+        n: Number of images along each side.
         x: Mosaics (mosaics, channels, n * height, n * width).
-        cells: The cell (mosaics,) of the image to find, counted row by row.
-        targets: The class (mosaics,) of that image.
+        cells: Integers (mosaics,): the cell of the image to find, counted row by row from 0.
+        targets: Integers (mosaics,): the class of the image to find.
     """
 
     n: int
@@ -49,26 +49,27 @@ def mosaics(
     """Return mosaics of images that the model recognises with ``confidence``.
 
     Args:
-        model: Returns logits (examples, classes).
+        model: Function or module that returns logits (examples, classes).
         images: Images (examples, channels, height, width).
-        labels: Class (examples,) of each image.
-        n: Images along each side.
+        labels: Classes (examples,) of the images.
+        n: Number of images along each side of a mosaic.
         count: Number of mosaics.
-        confidence: Least softmax probability of an image's label.
-        classes: Classes to find, each in turn; by default all.
-        generator: Chooses images and cells; by default one with seed 0.
-        batch_size: Images per call of the model.
+        confidence: Least softmax probability of the label; other images are not used.
+        classes: Classes to find, used one after the other; by default all classes.
+        generator: Random numbers that choose images and cells; by default a generator with seed 0.
+        batch_size: Number of images per call of the model.
 
     Raises:
-        InputError: Too few classes, or none of ``classes``, have an image that is recognised.
+        InputError: Fewer than n² classes, or none of ``classes``, have a recognised image.
     """
     generator = generator or seeded()
     by_class = _recognised(model, images, labels, confidence, batch_size)
     to_find = [label for label in (by_class if classes is None else classes) if label in by_class]
     if len(by_class) < n * n or not to_find:
         raise InputError(
-            f"{len(by_class)} classes have an image recognised with confidence {confidence:g}, "
-            f"{len(to_find)} of them to be found: pass more images, a mosaic needs {n * n} classes"
+            f"{len(by_class)} classes have an image recognised with confidence {confidence:g}, and "
+            f"{len(to_find)} of these are classes to find; expected at least {n * n} classes, one "
+            "per cell, and at least one to find: pass more images, or a lower confidence="
         )
 
     def draw(high: int) -> int:
@@ -77,7 +78,7 @@ def mosaics(
     fields, cells, targets = [], [], []
     for number in range(count):
         target = to_find[number % len(to_find)]
-        # n² - 1 other classes in random cells, the target in a random cell of its own
+        # the target goes into a random cell, n² - 1 other random classes into the other cells
         others = [label for label in by_class if label != target]
         order = torch.randperm(len(others), generator=generator, device=generator.device)
         cell = draw(n * n)
@@ -94,7 +95,7 @@ def mosaics(
 def _recognised(
     model: Model, images: Tensor, labels: Any, confidence: float, batch_size: int
 ) -> dict[int, list[int]]:
-    """Return class -> indices of its images that the model recognises; arguments as above."""
+    """Return class -> indices of recognised images; the arguments are those of `mosaics`."""
     examples = Examples.of(images, torch.as_tensor(labels).long().cpu())
     by_class: dict[int, list[int]] = {int(label): [] for label in examples.target.unique()}
     for index in torch.arange(len(images)).split(batch_size):
@@ -117,19 +118,20 @@ def grid_pointing_game(
     reduction: Reduction = "relu_of_sum",
     **options: Unpack[Options],
 ) -> Result:
-    """Return the share of positive attribution that lies in the cell of the class asked for.
+    """Return the share of the positive attribution that lies in the cell of the target's image.
 
-    Chance is 1 / n². The model has to take images n times as large. A row or column of the map that
-    two cells share counts for both (adaptive pooling).
+    The expected score of a random map is 1 / n². The model must accept images n times as high and
+    wide. If the cells do not divide the map evenly, neighbours share a row or column of the map.
 
     Args:
-        method: Any method. Ask every method at the same layer.
-        inputs, target: Single images and their classes; or :func:`mosaics` made before.
+        method: Any method. Compare only methods that explain the same layer.
+        inputs, target: Single images and their classes; or :class:`Mosaics` alone.
         n, count, confidence: As for :func:`mosaics`.
         reduction, options: As for :func:`~captum_mipin.metrics.bounding_box_accuracy`.
 
     Returns:
-        Shares in [0, 1], 0 where "nothing positive" is (a part counts it). Unscored: "NaN".
+        Shares in [0, 1]; 0 for a map without positive values, which the part "nothing positive"
+        counts. Reason for no score: "NaN".
 
     Source: Rao et al., CVPR 2022.
 
@@ -141,23 +143,11 @@ def grid_pointing_game(
     extra = {} if isinstance(inputs, Mosaics) else {"confidence": confidence}
     if not isinstance(inputs, Mosaics):
         single = Case.of(method, inputs, target, **options)
-        labels = single.examples.target
-        if not isinstance(labels, (Tensor, list)):
-            raise InputError(
-                f"target is {target!r}, expected the class of each image: an integer tensor or list"
-            )
-        inputs = mosaics(
-            single.model,
-            inputs,
-            labels,
-            n,
-            count,
-            confidence=confidence,
-            generator=single.generator,
-        )
+        inputs = _mosaics_of(single, n, count, confidence)
     case = Case.of(method, inputs.x, inputs.targets.tolist(), **options)
     positive = heat(image_map(case.maps), inputs.x, reduction).clamp(min=0)
-    # GridPG = Σ_{target cell} relu(A) / Σ_{all cells} relu(A); cells of one size: their means do
+    # GridPG = Σ_{target cell} relu(A) / Σ_{all cells} relu(A), A the heat. All cells have the same
+    # size, so that means over cells give the same ratio as sums.
     cells = F.adaptive_avg_pool2d(positive.unsqueeze(1), inputs.n).flatten(1)
     total = cells.sum(1)
     share = cells.gather(1, inputs.cells.to(cells.device)[:, None])[:, 0] / total
@@ -167,3 +157,19 @@ def grid_pointing_game(
     name, nothing = "nothing positive", (total == 0).double()
     parts = {name: Result.of(name, nothing, "neither", settings, unscored)}
     return Result.of("grid pointing game", values, "higher", settings, unscored, parts=parts)
+
+
+def _mosaics_of(case: Case, n: int, count: int, confidence: float) -> Mosaics:
+    """Return mosaics of the images of a case; the further arguments are those of `mosaics`.
+
+    Raises:
+        InputError: There is not one class per image, or too few classes are recognised.
+    """
+    labels = case.examples.target
+    if not isinstance(labels, (Tensor, list)):
+        raise InputError(
+            f"target is {labels!r}, expected the class of each image: pass an integer tensor or "
+            "list with one class per image"
+        )
+    images, model, random = case.examples.x, case.model, case.generator
+    return mosaics(model, images, labels, n, count, confidence=confidence, generator=random)

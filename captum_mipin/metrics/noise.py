@@ -1,4 +1,4 @@
-"""Captum's metrics of small disturbances of the input: infidelity and max-sensitivity."""
+"""Captum's metrics of small perturbations of the input: infidelity and max-sensitivity."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,18 +28,18 @@ def infidelity(
     normalize: bool = False,
     **options: Unpack[Options],
 ) -> Result:
-    """Return the squared error of the attribution as a forecast of what a disturbance costs.
+    """Return the error with which the attribution predicts the loss of output under perturbations.
 
     Args:
-        method, inputs, target: As for :func:`sensitivity_max`; maps are shaped like the inputs.
-        perturb: Captum's ``perturb_func``: inputs -> (what is taken away, what remains).
-        noise: Standard deviation of the Gaussian noise that is taken away by default.
-        samples: Disturbances per example.
-        normalize: Scale the attribution to fit best, as Captum's option of this name.
+        method, inputs, target: As for :func:`sensitivity_max`. Maps have the shape of the inputs.
+        perturb: Captum's ``perturb_func``: inputs -> (subtracted noise, perturbed inputs).
+        noise: Standard deviation of the Gaussian noise that is subtracted by default.
+        samples: Number of perturbations per example.
+        normalize: True to scale each map by the factor of least error, as Captum's ``normalize``.
         **options: As for :func:`sensitivity_max`. The generator draws the noise.
 
     Returns:
-        Mean squared errors. Unscored: "NaN".
+        Mean squared errors. Reason for no score: "NaN".
 
     Source: Yeh et al., NeurIPS 2019; computed by ``captum.metrics.infidelity``.
 
@@ -51,14 +51,10 @@ def infidelity(
     check_at_least("samples", samples, 1)
     case = Case.of(method, inputs, target, **options)
     model, random, x = case.model, case.generator, case.examples.inputs
-    expected, shapes = ([tuple(t.shape) for t in tensors] for tensors in (x, case.maps))
-    if shapes != expected:
-        needed = f"infidelity needs maps shaped like the inputs, {expected}"
-        raise InputError(f"{needed}; found {shapes}: explain the inputs, not a layer")
-
+    _check_shapes(case.maps, x)
     draw = partial(torch.randn, generator=random, device=random.device)
     values = [
-        # infidelity = E_I [(I·A - (y(x) - y(x - I)))²], I what is taken away
+        # infidelity = E_I [(I·A - (y(x) - y(x - I)))²]: I noise, A attribution, y output
         captum_infidelity(
             model,
             perturb or _Noise(batch, samples, draw, noise).taken_away,
@@ -78,6 +74,16 @@ def infidelity(
     return Result.of("infidelity", torch.cat(values), "lower", settings, unscored)
 
 
+def _check_shapes(maps: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
+    """Raise InputError if maps do not have the shapes of the inputs."""
+    found, expected = ([tuple(t.shape) for t in tensors] for tensors in (maps, inputs))
+    if found != expected:
+        raise InputError(
+            f"the maps have shapes {found}, but infidelity needs maps shaped like the inputs, "
+            f"{expected}: pass a method that explains the inputs, not a layer"
+        )
+
+
 def sensitivity_max(
     method: Method,
     inputs: Inputs,
@@ -93,12 +99,12 @@ def sensitivity_max(
         method: Any method, but not maps.
         inputs: Tensor (examples, ...) or tuple of such.
         target: The class, as Captum takes it.
-        radius: Half the side of the cube around the input that changed inputs are drawn from.
-        samples: Changed inputs per example.
-        **options: See :class:`~captum_mipin.metrics.case.Options`. The generator draws the inputs.
+        radius: Largest change of each input element; changes are uniform in [-radius, radius].
+        samples: Number of changed inputs per example.
+        **options: See :class:`~captum_mipin.metrics.case.Options`. The generator draws changes.
 
     Returns:
-        ‖change of the map‖ / ‖map‖. Unscored: "zero map", "NaN".
+        Largest ‖change of the map‖ / ‖map‖. Reasons for no score: "zero map", "NaN".
 
     Source: Yeh et al., NeurIPS 2019; computed by ``captum.metrics.sensitivity_max``.
 
@@ -110,7 +116,8 @@ def sensitivity_max(
     check_at_least("radius", radius, 0)
     if isinstance(method, (Tensor, tuple)):
         raise InputError(
-            "sensitivity_max needs a method that can be asked for changed inputs, not maps"
+            "the method is a tensor of maps, but sensitivity_max needs maps of changed inputs: "
+            "pass an Attribution or a function (inputs, target) -> maps"
         )
     case = Case.of(method, inputs, target, **options)
     random = case.generator
@@ -140,7 +147,13 @@ def sensitivity_max(
 
 
 def _explanation(method: Method, batch: Examples, maps: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """Return what Captum asks for maps; ``maps`` are those of the batch itself, which it has."""
+    """Return the ``explanation_func`` that Captum calls for the maps of a batch or changed inputs.
+
+    Args:
+        method: Method that computes the maps of changed inputs.
+        batch: Unchanged examples.
+        maps: Maps of the unchanged examples, which are not computed a second time.
+    """
 
     def explanation(x: Any, target: Any, additional_forward_args: Any) -> tuple[Tensor, ...]:
         if x is batch.inputs:
@@ -152,29 +165,35 @@ def _explanation(method: Method, batch: Examples, maps: tuple[Tensor, ...]) -> C
 
 
 def _double(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return maps in float64: squares of small float32 numbers would vanish in Captum's norms."""
+    """Return maps in float64; squares of small float32 numbers would underflow in norms."""
     return tuple(m.double() for m in maps)
 
 
 def _per_call(batch: Examples, rows: int, samples: int) -> int:
-    """Return how many disturbed inputs Captum takes per call: at most ``rows`` if that is possible.
+    """Return the number of perturbed inputs per call of the model, Captum's option.
 
-    Captum takes at least one of each example, and warns if it could take more than there are.
+    It is a multiple of the batch's length, because Captum perturbs all examples equally often in a
+    call. A number above ``samples`` per example would cause a warning by Captum.
+
+    Args:
+        batch: The examples.
+        rows: Wanted largest number of inputs per call; a longer batch exceeds it.
+        samples: Number of perturbations per example.
     """
     return len(batch) * min(max(1, rows // len(batch)), samples)
 
 
 class _Noise:
-    """Noise for a batch of inputs, which Captum's calls use up one after the other.
+    """Noise for a batch of inputs, drawn before Captum's first call.
 
-    It is drawn example by example before the first call: Captum takes as many samples per call as
-    fit, so that numbers drawn at each call would depend on ``batch_size``.
+    Each call of Captum uses the next samples of the noise. Noise drawn during the calls would
+    depend on ``batch_size``, which determines the number of samples per call.
 
     Args:
         batch: The examples.
-        samples: Samples per example.
-        draw: Shape -> random numbers.
-        scale: What they are multiplied by.
+        samples: Number of noise samples per example.
+        draw: Function shape -> random numbers of this shape.
+        scale: Factor that multiplies the random numbers.
     """
 
     def __init__(
@@ -186,18 +205,19 @@ class _Noise:
         self._examples, self._used = len(batch), 0
 
     def added(self, x: Inputs) -> tuple[Tensor, ...]:
-        """Return inputs (examples * samples, ...), each example repeated, plus the next noise."""
+        """Return inputs plus the next noise; ``x`` (examples * samples, ...) repeats examples."""
         tensors = x if isinstance(x, tuple) else (x,)
         return tuple(t + n for t, n in zip(tensors, self._next(len(tensors[0])), strict=True))
 
     def taken_away(self, x: Inputs) -> tuple[Inputs, Inputs]:
-        """Return the next noise, and inputs (examples * samples, ...) without it."""
+        """Return the next noise, and inputs ``x`` (examples * samples, ...) minus this noise."""
         tensors = x if isinstance(x, tuple) else (x,)
         noise = self._next(len(tensors[0]))
         remaining = tuple(t - n for t, n in zip(tensors, noise, strict=True))
         return (noise, remaining) if isinstance(x, tuple) else (noise[0], remaining[0])
 
     def _next(self, rows: int) -> tuple[Tensor, ...]:
-        # Captum repeats each example as often in a row: samples start ... used of every example
+        # Captum's rows are example 1 repeated, example 2 repeated, ...: for each example, return
+        # the samples from ``start`` to ``used``
         start, self._used = self._used, self._used + rows // self._examples
         return tuple(n[:, start : self._used].flatten(0, 1) for n in self._noise)

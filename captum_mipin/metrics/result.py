@@ -1,4 +1,4 @@
-"""The result of a metric: a score per example, and the examples that were not scored."""
+"""The result of a metric: one score per example, and the examples without a score."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,20 @@ Better = Literal["higher", "lower", "neither"]
 class Result:
     """The scores of one method by one metric.
 
-    An example that could not be scored has NaN among ``values``, stands in ``unscored`` with the
-    reason, and enters no mean.
+    An example without a score has NaN in ``values``. Means leave it out, and ``unscored`` gives the
+    reason.
 
     Attributes:
         metric: Name of the metric.
-        values: Scores (examples,), float64, on the CPU.
-        better: The better score: "higher", "lower", or "neither".
-        settings: What the scores depend on: method, target, shapes of the maps, and options.
-        unscored: Reason -> indices of examples. "NaN" stands for maps or outputs that are not
-            finite, "empty" for empty masks; metrics have further reasons.
-        classes: Class of each example (examples,), integers. If there, means are taken over each
-            class first, then over classes.
-        curves: Values (examples, steps) that the scores were made from.
-        parts: Further results that belong beside this one: variants and controls.
+        values: Scores (examples,), float64, on the CPU; NaN for examples without a score.
+        better: "higher" or "lower" for the direction of better scores, or "neither".
+        settings: Method, target, shapes of the maps, and options of the metric.
+        unscored: Reason -> indices of the examples without a score. The reason "NaN" means that
+            maps or outputs are not finite, "empty" that masks are empty; metrics add reasons.
+        classes: Integers (examples,), the class of each example, or None. With classes, ``mean`` is
+            the mean over the means of the classes.
+        curves: Values (examples, steps) from which the scores were computed, or None.
+        parts: Name -> result of a variant or control of this metric.
 
     Examples:
         >>> scores = torch.tensor([1.0, 0.5, float("nan"), 0.0])
@@ -61,21 +61,18 @@ class Result:
         curves: Tensor | None = None,
         parts: Mapping[str, "Result"] | None = None,
     ) -> "Result":
-        """Return a result of raw scores.
+        """Return a result made from the output of a metric.
 
         Args:
-            metric: As the attribute.
-            values: Raw scores (examples,) of any dtype, on any device.
-            better: As the attribute.
-            settings: As the attribute.
-            unscored: Reason -> examples not to score: booleans (examples,), or indices. An example
-                has the first reason that applies; other scores that are not finite have "NaN".
-            classes: As the attribute.
-            curves: As the attribute.
-            parts: As the attribute.
+            metric, better, settings, classes, curves, parts: As the attributes.
+            values: Scores (examples,) of any dtype, on any device; scores of examples in
+                ``unscored`` are ignored.
+            unscored: Reason -> examples without a score, as booleans (examples,) or indices. If
+                several reasons apply to an example, the first counts. All further examples whose
+                score is not finite have the reason "NaN".
         """
         values = values.detach().to("cpu", torch.float64)
-        # an example has the first reason that applies to it
+        # if several reasons apply to an example, the first counts
         remaining = torch.ones(len(values), dtype=torch.bool)
         reasons: dict[str, tuple[int, ...]] = {}
         for reason, which in (*(unscored or {}).items(), ("NaN", ~values.isfinite())):
@@ -102,32 +99,32 @@ class Result:
 
     @property
     def scored(self) -> Tensor:
-        """Booleans (examples,): the example has a score."""
+        """Booleans (examples,), True for examples that have a score."""
         return ~self.values.isnan()
 
     @property
     def n(self) -> int:
-        """Number of examples with a score."""
+        """Number of examples that have a score."""
         return int(self.scored.sum())
 
     @property
     def mean(self) -> float:
-        """Mean score; NaN if there is none."""
+        """Mean score; NaN if no example has a score."""
         groups = self._groups()
         return sum(float(group.mean()) for group in groups) / len(groups) if groups else math.nan
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the mean; NaN if there, or in a class, is only one score."""
+        """Standard error of the mean; NaN if there is only one score, in all or in a class."""
         groups = self._groups()
         if not groups or min(map(len, groups)) < 2:
             return math.nan
-        # SE of the mean over K groups: sqrt(Σ var(group) / n(group)) / K
+        # SE of the mean over K groups = sqrt(Σ_k var_k / n_k) / K, n_k scores in group k
         return math.sqrt(sum(float(group.var()) / len(group) for group in groups)) / len(groups)
 
     @property
     def median(self) -> float:
-        """Median score of all classes together; NaN if there is none."""
+        """Median of all scores, without regard to classes; NaN if no example has a score."""
         values = self.values[self.scored]
         return float(values.quantile(0.5)) if len(values) else math.nan
 
@@ -144,7 +141,7 @@ class Result:
         return f"{self.mean:.4g} ± {self.standard_error:.2g}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it, with None for NaN."""
+        """Return the result as values that JSON supports, with None for NaN and infinities."""
         return {
             "metric": self.metric,
             "mean": _plain(self.mean),
@@ -160,7 +157,7 @@ class Result:
         }
 
     def _groups(self) -> list[Tensor]:
-        """Return the scores that are there: one tensor per class, or one of all."""
+        """Return the scores without NaN: one tensor per class, or one tensor without classes."""
         values = self.values[self.scored]
         if not len(values):
             return []
@@ -171,7 +168,7 @@ class Result:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON can hold it."""
+    """Return a value as types that JSON supports, with None for NaN and infinities."""
     if isinstance(value, Tensor):
         return _plain(value.tolist())
     if isinstance(value, Mapping):
@@ -190,11 +187,15 @@ def _short(value: Any) -> str:
 
 
 def finite_rows(*tensors: Tensor) -> Tensor:
-    """Return booleans (examples,) on the CPU: all entries of the example are finite."""
+    """Return booleans (examples,) on the CPU, True if all entries of the example are finite.
+
+    Args:
+        *tensors: Tensors (examples, ...); an example's entries in all of them count.
+    """
     return torch.stack([t.reshape(len(t), -1).isfinite().all(1).cpu() for t in tensors]).all(0)
 
 
 def class_numbers(targets: Sequence[Any]) -> Tensor:
-    """Return a number (examples,) for each example's target, in order of appearance."""
+    """Return integers (examples,): equal targets have equal numbers, counted from 0."""
     numbers = {target: number for number, target in enumerate(dict.fromkeys(targets))}
     return torch.tensor([numbers[target] for target in targets])

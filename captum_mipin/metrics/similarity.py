@@ -11,14 +11,14 @@ from captum_mipin.metrics.maps import heat
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosine (examples,) of the angle between maps (examples, ...).
 
-    It is NaN where a map is zero.
+    The cosine is NaN if a map is zero.
 
     Examples:
         >>> a, b = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
         >>> cosine(a, b).tolist()
         [0.7071067811865475, nan]
     """
-    # without this, squares of maps near 1e-200 or 1e200 become 0 or infinite
+    # scale to maximum 1: squares of values near 1e-200 or 1e200 would become 0 or infinite
     a, b = _unit_maximum(a), _unit_maximum(b)
     # cos(a, b) = a·b / (‖a‖ ‖b‖)
     angle: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
@@ -26,9 +26,10 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Return Pearson's correlation (rows,) of rows (rows, ...).
+    """Return Pearson's correlation (rows,) between the rows of two tensors (rows, ...).
 
-    It is NaN where a row varies by less than 1e-7 of its largest value: that is rounding alone.
+    The correlation is NaN if all entries of a row are within 1e-7 of the row's mean, relative to
+    its largest absolute value: such differences can be rounding errors.
     """
     # cor(a, b) = cos(a - mean a, b - mean b)
     a, b = (x - x.mean(1, keepdim=True) for x in (_unit_maximum(a), _unit_maximum(b)))
@@ -39,27 +40,28 @@ def pearson(a: Tensor, b: Tensor) -> Tensor:
 def spearman(a: Tensor, b: Tensor) -> Tensor:
     """Return Spearman's rank correlation (examples,) of maps (examples, ...).
 
-    Equal entries have the mean of their ranks. It is NaN where a map is constant.
+    Equal entries have the mean of their ranks. The correlation is NaN if a map is constant.
 
     Examples:
         >>> a, b = torch.tensor([[1.0, 2.0, 2.0, 9.0]]), torch.tensor([[10.0, 30.0, 20.0, 40.0]])
         >>> round(float(spearman(a, b)), 12)
         0.948683298051
     """
-    # Spearman's correlation is Pearson's of the ranks
+    # Spearman's correlation = Pearson's correlation of the ranks
     return pearson(_ranks(a.double().flatten(1)), _ranks(b.double().flatten(1)))
 
 
 def ssim(a: Tensor, b: Tensor, window: int = 5) -> Tensor:
     """Return the structural similarity (examples,) of maps (examples, height, width), 1 if equal.
 
-    Each map is cut at its percentiles 1 and 99 and scaled to [0, 1], as in Sixt et al. (ICML 2020);
-    a constant map becomes 0. Windows are uniform; variances are unbiased, as in scikit-image.
+    Each map is clipped at its percentiles 1 and 99 and scaled to [0, 1], as in Sixt et al. (ICML
+    2020); a constant map becomes 0. All pixels of a window have equal weight, and variances are
+    unbiased, as in scikit-image.
 
     Args:
-        a: Maps.
-        b: Other maps of the same shape.
-        window: Pixels along each side, odd, from 3 to the shorter side of the maps.
+        a: Maps (examples, height, width).
+        b: Maps of the same shape, to compare with ``a``.
+        window: Pixels along each side of a window; odd, from 3 to the shorter side of the maps.
 
     Source: Wang et al., IEEE TIP 2004, with K1 = 0.01, K2 = 0.03.
 
@@ -73,12 +75,12 @@ def ssim(a: Tensor, b: Tensor, window: int = 5) -> Tensor:
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, window, stride=1)
 
-    # means μ, variances and covariance σ over each window, the latter unbiased
+    # means μ, and unbiased variances σ² and covariance σab, over each window
     unbiased = window**2 / (window**2 - 1)
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b = unbiased * (mean(a * a) - mean_a**2), unbiased * (mean(b * b) - mean_b**2)
     both = unbiased * (mean(a * b) - mean_a * mean_b)
-    # SSIM = (2 μa μb + C1)(2 σab + C2) / ((μa² + μb² + C1)(σa² + σb² + C2)), C = K² for range 1
+    # SSIM = (2 μa μb + C1)(2 σab + C2) / ((μa² + μb² + C1)(σa² + σb² + C2)), C1 = K1², C2 = K2²
     luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
     structure = (2 * both + 9e-4) / (var_a + var_b + 9e-4)
     return (luminance * structure).flatten(1).mean(1)
@@ -87,9 +89,16 @@ def ssim(a: Tensor, b: Tensor, window: int = 5) -> Tensor:
 def ssim_inputs(
     one: tuple[Tensor, ...], two: tuple[Tensor, ...], inputs: Tensor
 ) -> tuple[Tensor, Tensor, int] | None:
-    """Return the arguments of :func:`ssim` for two methods' maps; None if they are no images.
+    """Return the arguments of :func:`ssim` for the maps of two methods.
 
-    Maps are summed over channels. The window is 5 pixels wide, or 3 where only that fits.
+    Args:
+        one: Maps (examples, ...) of the first method.
+        two: Maps of the second method, of the same shapes.
+        inputs: The explained inputs (examples, ...).
+
+    Returns:
+        Two maps (examples, height, width), summed over channels, and the window's side: 5 pixels,
+        or 3 for smaller maps. None if the maps are not images of at least 3 x 3 pixels.
     """
     a, b = (heat(maps[0], inputs) for maps in (one, two))
     if len(one) != 1 or a.ndim != 3 or min(a.shape[1:]) < 3:
@@ -98,15 +107,15 @@ def ssim_inputs(
 
 
 def _unit_maximum(x: Tensor) -> Tensor:
-    """Return rows (rows, entries) whose largest absolute value is 1: squares cannot overflow."""
+    """Return rows (rows, entries) scaled to a largest absolute value of 1."""
     flat = x.double().flatten(1)
     return flat / flat.abs().amax(1, keepdim=True)
 
 
 def _ranks(x: Tensor) -> Tensor:
-    """Return the rank of each row's entries, equal ones with their mean; NaN for rows with NaN."""
+    """Return the ranks (rows, entries) of entries in their row; NaN for a row that contains NaN."""
     ordered = x.sort(1).values
-    # rank = (entries below x + entries up to x - 1) / 2, the mean rank of entries equal to x
+    # rank of x = (|{entries < x}| + |{entries ≤ x}| - 1) / 2, the mean rank of equal entries
     below = torch.searchsorted(ordered, x.contiguous())
     up_to = torch.searchsorted(ordered, x.contiguous(), right=True)
     ranks = (below + up_to - 1).double() / 2
@@ -114,11 +123,11 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor) -> Tensor:
-    """Return maps (examples, height, width) cut at percentiles 1 and 99, in [0, 1]."""
-    # by NumPy: torch.quantile refuses more than 2^24 numbers
+    """Return maps (examples, height, width) clipped at percentiles 1 and 99, scaled to [0, 1]."""
+    # use NumPy, because torch.quantile refuses more than 2^24 numbers
     edges = np.percentile(x.flatten(1).numpy(force=True), (1, 99), axis=1)
     low, high = torch.from_numpy(edges).to(x)[..., None, None]
     span = high - low
-    # x -> (clip(x, p1, p99) - p1) / (p99 - p1)
-    # a constant map becomes 0, one with NaN becomes NaN
+    # x -> (clip(x, p1, p99) - p1) / (p99 - p1), where p1 and p99 are the percentiles;
+    # a constant map becomes 0, and a map that contains NaN becomes NaN
     return torch.where(span == 0, 0.0, (x.clamp(low, high) - low) / span)

@@ -47,9 +47,9 @@ def test_an_inverse_that_stops_at_a_layer_is_refused(cnn, layer):
     inverse = InverseNetwork(model, layer=model[layer]).fit(x, progress=False)
     shape = tuple(model[: layer + 1](x[:1]).shape[1:])
     message = (
-        f"Found source signals of shape {shape} for each example, expected (3, 8, 8), the shape of "
-        "its input: the inverse stops at a layer; pass a method whose inverse goes back to the "
-        "input"
+        f"the source signal has shape {shape} per example, expected the shape of the model's "
+        "input, (3, 8, 8), because completeness applies the model to the source signal. The "
+        "inverse stops at a layer: pass a method whose inverse reaches the input"
     )
     for control in (True, False):
         with pytest.raises(InputError, match=re.escape(message)):

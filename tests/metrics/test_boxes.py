@@ -51,7 +51,7 @@ def test_boxes_that_are_none_are_refused():
         bounding_box_accuracy(torch.ones(2, 8, 8), torch.ones(2, 1, 8, 8), boxes=[(0, 0, 1, 1)])
     with pytest.raises(InputError, match="boxes need images"):
         pointing_game(torch.ones(2, 8), torch.ones(2, 8), boxes=[(0, 0, 1, 1)] * 2)
-    with pytest.raises(InputError, match="needs one map an image"):
+    with pytest.raises(InputError, match="needs one map per image"):
         pointing_game(torch.ones(2, 8), torch.ones(2, 1, 8, 8), boxes=[(0, 0, 1, 1)] * 2)
 
 

@@ -154,7 +154,7 @@ def test_what_cannot_be_a_question_is_refused(mlp):
             InputError,
             "reduction='median'",
         ),
-        (lambda: resized(normal(2, 4), (4, 4)), InputError, "cannot be laid over"),
+        (lambda: resized(normal(2, 4), (4, 4)), InputError, "cannot be resized to inputs"),
     ):
         with pytest.raises(error, match=message):
             bad()

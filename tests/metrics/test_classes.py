@@ -114,7 +114,7 @@ def test_class_sensitivity_of_a_layer_and_of_mip_in(cnn, untouched):
 def test_what_has_no_other_class_is_refused(mlp):
     x = mlp.x[:2]
     for bad, error, message in (
-        (lambda: class_sensitivity(x, x, 0, 1), InputError, "not maps"),
+        (lambda: class_sensitivity(x, x, 0, 1), InputError, "needs the maps of two"),
         (lambda: class_sensitivity(lambda a, b: a, x, 0), InputError, "pass model="),
         (
             lambda: class_sensitivity(lambda a, b: a, x, 0, model=lambda a: a[:, 0]),
@@ -123,7 +123,7 @@ def test_what_has_no_other_class_is_refused(mlp):
         ),
         (lambda: class_sensitivity(Saliency(mlp.model), x, [0]), TargetError, "1 targets"),
         (lambda: class_sensitivity(Saliency(mlp.model), x, 0, [1, 2, 0]), TargetError, "3 targets"),
-        (lambda: sensitivity_max(x, x, 0), InputError, "not maps"),
+        (lambda: sensitivity_max(x, x, 0), InputError, "needs maps of changed"),
         (lambda: sensitivity_max(Saliency(mlp.model), x, 0, radius=-1), InputError, "radius=-1"),
         (lambda: sensitivity_max(Saliency(mlp.model), x, 0, samples=0), InputError, "samples=0"),
         (

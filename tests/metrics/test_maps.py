@@ -39,7 +39,7 @@ def test_reductions_by_hand():
 def test_tokens_are_not_taken_for_pixels():
     """A transformer's layer gives (examples, tokens, features), like maps without channels."""
     x = torch.zeros(2, 3, 32, 32)
-    with pytest.raises(InputError, match="other proportions"):
+    with pytest.raises(InputError, match="do not have the proportions"):
         bounding_box_accuracy(normal(2, 17, 64), x, boxes=[(0, 0, 8, 8)] * 2)
     for places in ((4, 4), (3, 4), (13, 13), (40, 40)):
         assert bounding_box_accuracy(normal(2, *places), x, boxes=[(0, 0, 8, 8)] * 2).n == 2
