@@ -1,4 +1,4 @@
-"""A case: a method with the examples to explain, asked for maps, and its model for outputs."""
+"""A case: a method and examples; computes the method's maps and the model's outputs for them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ Method = Attribution | Callable[..., Any] | Tensor | tuple[Tensor, ...]
 Model = Callable[..., Any]
 Score = Literal["logit", "softmax"] | Callable[[Tensor], Tensor]
 
-#: Examples that a method explains in one call where the user passes no ``batch_size``.
+#: Number of examples per call of a method if the user passes no ``batch_size``.
 _EXPLAINED = 32
-#: Input elements per call of the model where the user passes no ``batch_size``. On the CPU a larger
-#: batch does not fit the processor's caches, and convolutions get slower.
+#: Number of input elements per call of the model if the user passes no ``batch_size``. On the CPU a
+#: larger batch does not fit the processor's caches, and convolutions get slower.
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 17, 1 << 25
-#: Examples per call of the model at least, however large each one is.
+#: Least number of examples per call of the model, even if an example has many elements.
 _LEAST_EXAMPLES = 4
 
 
@@ -34,12 +34,12 @@ class Options(TypedDict, total=False):
     """Keyword arguments that every metric takes.
 
     Attributes:
-        model: The model that is explained; by default the method's ``forward_func``.
+        model: The explained model; by default the method's ``forward_func``.
         additional_forward_args: Further arguments of the model; a tensor as long as the batch has
             one row per example.
-        generator: The only source of random numbers; by default one with seed 0.
-        batch_size: Examples per call of the method, and inputs per call of the model; by default
-            32, and what fits the processor's caches.
+        generator: The only source of random numbers; by default a generator with seed 0.
+        batch_size: Number of examples per call of the method, and of inputs per call of the model;
+            by default 32 examples, and as many inputs as the processor's caches hold.
     """
 
     model: Model | None
@@ -50,14 +50,14 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A method with the examples that it explains.
+    """A method and the examples that it explains.
 
     Attributes:
         method: The method.
         examples: The examples.
-        user_model: The model that the user passed, if any.
+        user_model: The model that the user passed, or None.
         generator: The only source of random numbers.
-        batch_size: As the user passed it.
+        batch_size: The option ``batch_size`` that the user passed, or None.
     """
 
     method: Method
@@ -78,13 +78,19 @@ class Case:
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
     ) -> "Case":
-        """Check what the user passed to a metric, and return it as a case."""
+        """Return a case made from the arguments of a metric.
+
+        Raises:
+            InputError: The model is not callable, ``batch_size`` is below 1, or the inputs are not
+                tensors of equal length.
+            TargetError: The number or shape of the targets does not fit the examples.
+        """
         if batch_size is not None:
             check_at_least("batch_size", batch_size, 1)
         if model is not None and not callable(model):
             raise InputError(
                 f"model is a {type(model).__name__}, expected a torch.nn.Module or a function "
-                "inputs -> outputs"
+                "inputs -> outputs: pass the network"
             )
         examples = Examples.of(inputs, target, additional_forward_args)
         return cls(method, examples, model, generator or seeded(), batch_size)
@@ -94,9 +100,9 @@ class Case:
         """The maps, detached: one tensor (examples, ...) per input.
 
         Raises:
-            InputError: The method is none, or its maps do not belong to the examples.
+            InputError: The method is not callable, or it does not give one map per example.
         """
-        # maps made before are taken as they are
+        # the user passed maps instead of a method
         if isinstance(self.method, (Tensor, tuple)):
             return _checked(self.method, self.examples)
         maps = [explain(self.method, batch) for _, batch in self.batches()]
@@ -107,58 +113,63 @@ class Case:
         """The model that the method explains.
 
         Raises:
-            InputError: The user passed no model, and the method does not know its model.
-            TrainingModeError: The model is in training mode: its outputs differ at each call.
+            InputError: The user passed no model, and the method has no ``forward_func``.
+            TrainingModeError: The model is in training mode, in which its outputs may be random.
         """
         model = self.user_model
         if model is None:
             attribution = attribution_of(self.method)
             if attribution is None:
                 raise InputError(
-                    f"{method_name(self.method)} does not tell which model it explains: pass model="
+                    f"the method {method_name(self.method)} does not contain its model, expected "
+                    "a Captum Attribution or the argument model: pass model="
                 )
             model = attribution.forward_func
         if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
             raise TrainingModeError(
-                f"{type(model).__name__} is in training mode: call eval() on it first"
+                f"{type(model).__name__} is in training mode, expected evaluation mode: call "
+                "eval() on it first"
             )
         return model
 
     @property
     def rows_per_call(self) -> int:
-        """Number of inputs that the model gets in one call."""
+        """Number of inputs per call of the model."""
         x = self.examples.inputs[0]
         elements = _CPU_ELEMENTS if x.device.type == "cpu" else _GPU_ELEMENTS
         return self.batch_size or max(_LEAST_EXAMPLES, elements // max(1, prod(x.shape[1:])))
 
     @property
     def examples_per_call(self) -> int:
-        """Number of examples that the method explains in one call."""
+        """Number of examples per call of the method."""
         return self.batch_size or _EXPLAINED
 
     def batches(self) -> Iterator[tuple[Tensor, Examples]]:
-        """Yield the examples in batches for the method, with their indices."""
+        """Yield the examples in batches for the method, each with the indices of its examples."""
         for index in torch.arange(len(self.examples)).split(self.examples_per_call):
             yield index, self.examples.select(index)
 
     def outputs(self, examples: Examples) -> Tensor:
-        """Return all outputs (examples, ...) of the model, in batches."""
+        """Return the model's outputs (examples, ...), computed in batches."""
         index = torch.arange(len(examples)).split(self.rows_per_call)
         return torch.cat([raw_outputs(self.model, examples.select(part)) for part in index])
 
     def scores(self, examples: Examples, score: Score = "logit") -> Tensor:
-        """Return the score (examples,), float64, of each example's target, in batches."""
+        """Return the scores (examples,), float64, of the targets, computed in batches."""
         return target_scores(self.outputs(examples), examples.target, score)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Draw numbers in [0, 1), the same on every device, and move them to the inputs' device."""
+        """Return uniform random numbers in [0, 1) on the inputs' device.
+
+        They are drawn on the generator's device: they do not depend on the inputs' device.
+        """
         drawn = torch.rand(shape, generator=self.generator, device=self.generator.device)
         return drawn.to(self.examples.inputs[0].device)
 
     def settings(self, maps: Sequence[Tensor] = (), **options: Any) -> dict[str, Any]:
         """Return the settings of a result: method, target, shapes of the maps, and options.
 
-        A function stands by its name: its address would differ from run to run.
+        Functions are replaced by their names, because their addresses differ from run to run.
         """
         target = self.examples.target
         settings = {
@@ -173,7 +184,11 @@ class Case:
 
 
 def attribution_of(method: Any) -> Attribution | None:
-    """Return the ``Attribution`` that the method is, or whose bound method it is; else None."""
+    """Return the ``Attribution`` of a method: the method itself, or the owner of a bound method.
+
+    Returns:
+        None if the method does not belong to an ``Attribution``.
+    """
     while isinstance(method, partial):
         method = method.func
     candidate = method if isinstance(method, Attribution) else getattr(method, "__self__", None)
@@ -181,7 +196,7 @@ def attribution_of(method: Any) -> Attribution | None:
 
 
 def method_name(method: Any) -> str:
-    """Return what results and errors call a method or another function."""
+    """Return the name of a method, or of a function, for results and errors."""
     attribution = attribution_of(method)
     if attribution is not None:
         return str(attribution.get_name())
@@ -193,26 +208,26 @@ def method_name(method: Any) -> str:
 
 
 def explain(method: Any, examples: Examples) -> tuple[Tensor, ...]:
-    """Return the maps of a method, detached, in one call: one tensor (examples, ...) per input.
+    """Return the maps of a method, detached, by one call: one tensor (examples, ...) per input.
 
     Raises:
-        InputError: The method is none, or its maps do not belong to the examples.
+        InputError: The method is not callable, or it does not give one map per example.
     """
     call = method.attribute if isinstance(method, Attribution) else method
     if not callable(call):
         raise InputError(
             f"the method is a {type(method).__name__}, expected a Captum Attribution, a callable, "
-            "or maps"
+            "or maps: pass for example captum.attr.Saliency(model)"
         )
     with torch.inference_mode(False), torch.enable_grad():
-        # the method gets copies: one that writes on its inputs must not change the user's
+        # copy the inputs: a method that writes to them would change the user's tensors
         inputs = tuple(x.detach().clone() for x in examples.inputs)
         if attribution_of(method) is None:
             extras = (examples.extras,) if examples.extras else ()
             maps = call(examples.as_passed(inputs), examples.target, *extras)
         else:
-            # Captum's gradient methods warn of inputs that require no gradient, and its methods
-            # differ in the order of their parameters
+            # Captum's gradient methods warn about inputs without requires_grad; the parameters of
+            # Captum's methods have no common order, so that they are passed by name
             inputs = tuple(x.requires_grad_(x.is_floating_point()) for x in inputs)
             named = {"additional_forward_args": examples.extras} if examples.extras else {}
             maps = call(examples.as_passed(inputs), target=examples.target, **named)
@@ -220,27 +235,31 @@ def explain(method: Any, examples: Examples) -> tuple[Tensor, ...]:
 
 
 def _checked(maps: Any, examples: Examples) -> tuple[Tensor, ...]:
-    """Return maps as a tuple of detached tensors. Raise InputError if they are none."""
+    """Return maps as a tuple of detached tensors.
+
+    Raises:
+        InputError: The maps are not tensors with one map per example.
+    """
     maps = maps if isinstance(maps, tuple) else (maps,)
     for tensor in maps:
         if not isinstance(tensor, Tensor):
             raise InputError(
                 f"the method gave a {type(tensor).__name__}, expected a tensor of maps, or a tuple "
-                "of them"
+                "of tensors: return one map per example"
             )
         if tensor.ndim < 2 or len(tensor) != len(examples):
             raise InputError(
                 f"the maps have shape {tuple(tensor.shape)}, expected one map for each of "
-                f"{len(examples)} examples"
+                f"{len(examples)} examples: pass maps (examples, ...)"
             )
     return tuple(tensor.detach() for tensor in maps)
 
 
 def raw_outputs(model: Model, examples: Examples) -> Tensor:
-    """Return all outputs (examples, ...) of the model, in one call.
+    """Return the model's outputs (examples, ...), computed in one call.
 
     Raises:
-        InputError: The model returns something else than one tensor with a row per example.
+        InputError: The model does not return one tensor with a row per example.
     """
     with torch.no_grad():
         output = model(*examples.inputs, *examples.extras)
@@ -251,18 +270,18 @@ def raw_outputs(model: Model, examples: Examples) -> Tensor:
     count = f"a batch of {len(examples)} input{'s' * (len(examples) != 1)}"
     raise InputError(
         f"for {count} the model gives a {returned}, expected one tensor with a row for each input: "
-        "if it gives several tensors, pass a function as model= that selects one"
+        "pass as model= a function that returns such a tensor"
     )
 
 
 def target_scores(output: Tensor, target: Any, score: Score = "logit") -> Tensor:
-    """Return the score (examples,), float64, of each example's target.
+    """Return the scores (examples,), float64, of the targets.
 
     Args:
         output: Outputs of the model (examples, ...).
         target: The targets, as Captum takes them.
-        score: "logit"; "softmax" over dimension 1; or a function of all outputs that returns
-            a score per class, or one per example.
+        score: "logit"; "softmax" over dimension 1; or a function outputs -> scores, either one
+            per class or one per example.
 
     Raises:
         InputError: The score is not known, or the outputs have no classes for a softmax.
@@ -274,27 +293,29 @@ def target_scores(output: Tensor, target: Any, score: Score = "logit") -> Tensor
     elif score == "softmax":
         if output.ndim < 2 or output.shape[1] < 2:
             raise InputError(
-                f"outputs of shape {tuple(output.shape)} have no classes to take a softmax over: "
-                "use score='logit'"
+                f"outputs have shape {tuple(output.shape)}, but a softmax needs (examples, "
+                "classes): use score='logit'"
             )
         output = output.softmax(1)
     elif score != "logit":
         raise InputError(
-            f"score={score!r} is not one of 'logit', 'softmax', or a function of the outputs"
+            f"score={score!r} is not known: pass 'logit', 'softmax', or a function of the outputs"
         )
-    # y[i, c_i] for the target c_i of each example i
+    # score_i = y[i, c_i], c_i the target of example i
     index = torch.tensor(per_example(target, output), device=output.device, dtype=torch.long)
     rows = torch.arange(len(output), device=output.device)
     return output[(rows, *index.T)].double()
 
 
 def _user_scores(score: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
-    """Return the scores by a user's function. Raise InputError if they are not one row per input.
+    """Return the scores that a user's function gives for outputs.
 
     Args:
-        score: The user's function.
-        output: Outputs of the model (inputs, ...); the inputs are batched, so that their number is
-            not the number of examples.
+        score: The user's function outputs -> scores.
+        output: Outputs (inputs, ...) of the model for one batch of inputs.
+
+    Raises:
+        InputError: The function does not give a tensor with one row per input.
     """
     scores = score(output)
     if isinstance(scores, Tensor) and scores.ndim and len(scores) == len(output):
@@ -303,23 +324,24 @@ def _user_scores(score: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
     returned = f"tensor of shape {tuple(scores.shape)}" if is_tensor else type(scores).__name__
     raise InputError(
         f"the function score= gives a {returned} for a batch of outputs of shape "
-        f"{tuple(output.shape)}, expected a tensor with a row for each output: reduce no dimension "
-        "0, which is the batch"
+        f"{tuple(output.shape)}, expected a tensor with a row for each row of outputs: do not "
+        "reduce dimension 0, the batch"
     )
 
 
 def seeded() -> torch.Generator:
-    """Return the generator of metrics that the user passes none: a new one with seed 0."""
+    """Return the default generator of metrics, a new one with seed 0."""
     return torch.Generator().manual_seed(0)
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
     """Raise InputError if an option is below its least value."""
     if not value >= least:
-        raise InputError(f"{name}={value!r} must be at least {least}")
+        raise InputError(f"{name}={value!r} must be at least {least}: pass a larger number")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raise InputError if an option has none of its values."""
+    """Raise InputError if the value of an option is not among its choices."""
     if value not in choices:
-        raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        known = ", ".join(map(repr, choices))
+        raise InputError(f"{name}={value!r} is not known: pass one of {known}")

@@ -1,9 +1,10 @@
-"""Does the attribution depend on what the network has learned? Its weights are made random.
+"""Randomisation: similarity of the maps of the trained network and of networks with random weights.
 
-Everything is done to a deep copy of the model, and of the method with it. A method that was fitted
-to the network can be asked two questions. Without ``refit`` it keeps its fit: the result says how
-much the maps owe to the rest of the network, such as its masks. (An ``InverseNetwork`` needs
-``changed="ignore"`` for that.) With ``refit`` it is made anew for each random network.
+All changes are made to a deep copy of the model and the method. For a method that is fitted to the
+network, such as MIP-IN, there are two tests. Without ``refit`` the method keeps its fit, so that
+the result shows how far the maps depend on the rest of the network, such as its masks. (An
+``InverseNetwork`` needs ``changed="ignore"`` for this.) With ``refit`` the method is fitted again
+to each random network.
 """
 
 import copy
@@ -23,6 +24,7 @@ from captum_mipin.metrics.case import (
     Options,
     attribution_of,
     check_choice,
+    method_name,
     raw_outputs,
 )
 from captum_mipin.metrics.examples import Examples, Inputs
@@ -31,7 +33,7 @@ from captum_mipin.metrics.result import Result, finite_rows
 from captum_mipin.metrics.similarity import spearman, ssim, ssim_inputs
 
 Refit = Callable[[nn.Module], Method]
-#: A parameter and a generator -> the parameter's random values.
+#: Function (parameter, generator) -> random values of the parameter's shape.
 Redraw = Callable[[Tensor, torch.Generator], Tensor]
 #: Name of a layer -> its parameters.
 Stages = dict[str, list[nn.Parameter]]
@@ -49,25 +51,27 @@ def randomization(
     init: Literal["normal", "permuted"] | Redraw = "normal",
     **options: Unpack[Options],
 ) -> Result:
-    """Return how similar maps stay when the network's weights are made random.
+    """Return the similarity of maps before and after the network's weights are made random.
 
     Args:
         method: Any method; a callable or maps only with ``refit``.
         inputs: Tensor (examples, ...) or tuple of such.
         target: The class, as Captum takes it.
-        refit: Model -> method; makes the method anew, as this module's text says.
-        order: "cascading", all layers from the output down to one; or "independent", one alone.
-        layers: Names or modules in the order to randomise, each with all inside; by default every
-            module with parameters of its own, the one that ran last first.
-        init: "normal" with a parameter's own mean and standard deviation; "permuted", its values
-            shuffled; or a function. Buffers stay.
+        refit: Function model -> method that fits the method again to each random network.
+        order: "cascading" to randomise layer after layer, from the output to the input, and keep
+            earlier layers random; "independent" to randomise one layer at a time.
+        layers: Names or modules in the order of randomisation, each with its submodules; by default
+            all modules with own parameters, in the reverse order of execution.
+        init: "normal" for normal values with the parameter's mean and standard deviation,
+            "permuted" for the parameter's values in random order, or a function (parameter,
+            generator) -> values. Buffers do not change.
         **options: See :class:`~captum_mipin.metrics.case.Options`. The generator draws weights.
 
     Returns:
-        Spearman's correlation with the maps of the trained network, mean over layers: near 0 is
-        best; at 1 the network does not matter. ``curves`` have one value per layer, see
-        ``settings["layers"]``. Parts: the same of absolute values, and SSIM. Unscored: "constant"
-        maps, "NaN".
+        Spearman's correlation with the maps of the trained network, mean over layers; 0 is best,
+        and 1 means that the weights do not affect the maps. ``curves`` have one value per layer of
+        ``settings["layers"]``. Parts: the correlation of absolute values, and SSIM. Reasons for no
+        score: "constant" maps, "NaN".
 
     Source: Adebayo et al., NeurIPS 2018.
 
@@ -82,7 +86,7 @@ def randomization(
         check_choice("init", init, ("normal", "permuted"))
     case = Case.of(method, inputs, target, **options)
     trained = _module(case, refit)
-    # the copied method explains the copied model
+    # model and method are copied together, so that the copied method explains the copied model
     changed, twin = copy.deepcopy((trained, () if refit else method), copy_memo(trained))
     stages = _stages(changed, _paths(trained, layers), case.examples)
     measured = []
@@ -94,18 +98,23 @@ def randomization(
 
 
 def _module(case: Case, refit: Refit | None) -> nn.Module:
-    """Return the network to copy. Raise InputError if there is none, or the method stays behind."""
+    """Return the network to copy.
+
+    Raises:
+        InputError: The model is not a module, or without ``refit`` the method does not contain the
+            model, so that a copy of the method would explain the wrong network.
+    """
     trained = case.model
     if not isinstance(trained, nn.Module):
         raise InputError(
-            f"the model is a {type(trained).__name__}, expected a torch.nn.Module, whose weights "
-            "can be made random"
+            f"the model is a {type(trained).__name__}, expected a torch.nn.Module with weights to "
+            "make random: pass the network as model="
         )
     attribution = attribution_of(case.method)
     if refit is None and (attribution is None or attribution.forward_func is not trained):
         raise InputError(
-            "a method that does not know its model cannot be moved to another: pass refit=, a "
-            "function model -> method"
+            f"the method {method_name(case.method)} is not an Attribution of the model, so that it "
+            "cannot explain a copy with random weights: pass refit=, a function model -> method"
         )
     return trained
 
@@ -113,7 +122,13 @@ def _module(case: Case, refit: Refit | None) -> nn.Module:
 def _result(
     measured: list[dict[str, Tensor]], settings: dict[str, Any], before: tuple[Tensor, ...]
 ) -> Result:
-    """Return the result: one dictionary of similarities (examples,) per layer goes in."""
+    """Return the result of all layers.
+
+    Args:
+        measured: Per layer, measure -> similarities (examples,).
+        settings: Settings of the result.
+        before: Maps (examples, ...) of the trained network.
+    """
     results = {}
     for name in measured[0]:
         curves = torch.stack([similarities[name] for similarities in measured], 1)
@@ -125,7 +140,7 @@ def _result(
 def _similarities(
     before: tuple[Tensor, ...], after: tuple[Tensor, ...], examples: Examples
 ) -> dict[str, Tensor]:
-    """Return each measure (examples,) of how similar two methods' maps are."""
+    """Return measure -> similarities (examples,) of the maps before and after randomisation."""
     a, b = flattened(before), flattened(after)
     measures = {
         "Spearman": spearman(a, b),
@@ -134,13 +149,17 @@ def _similarities(
     images = ssim_inputs(before, after, examples.inputs[0])
     if images is not None:
         a, b, window = images
-        # random weights may turn the sign of a whole map: the larger SSIM of both signs counts
+        # max(SSIM(a, b), SSIM(a, -b)), because random weights can flip the sign of a whole map
         measures["SSIM"] = torch.maximum(ssim(a, b, window), ssim(a, -b, window))
     return measures
 
 
 def _paths(model: nn.Module, layers: Sequence[str | nn.Module] | None) -> list[str] | None:
-    """Return the names of the user's layers. Raise InputError if one is not of the model."""
+    """Return the names of the user's layers, None for the default.
+
+    Raises:
+        InputError: A layer is not a module of the model.
+    """
     if layers is None:
         return None
     modules, paths = dict(model.named_modules()), []
@@ -148,20 +167,20 @@ def _paths(model: nn.Module, layers: Sequence[str | nn.Module] | None) -> list[s
         path = next((path for path, module in modules.items() if layer in (path, module)), None)
         if path is None:
             raise InputError(
-                f"layers has {layer!r}, which is no module of the model: pass modules of the model "
-                "or their names, as in model.named_modules()"
+                f"layers contains {layer!r}, which is not a module of the model: pass modules of "
+                "the model, or their names as in model.named_modules()"
             )
         paths.append(path)
     return paths
 
 
 def _stages(model: nn.Module, paths: list[str] | None, examples: Examples) -> Stages:
-    """Return the parameters of each layer; parameters that layers share are in the first of them.
+    """Return layer -> parameters; a parameter of several layers belongs to the first of them.
 
     Args:
-        model: The copy.
-        paths: Layers, each with all inside; None for all modules with own parameters.
-        examples: Tell which module runs last: it is the first layer.
+        model: The copy of the network.
+        paths: Names of layers, each with its submodules; None for all modules with own parameters.
+        examples: Examples to run the model on, which gives the order of modules.
     """
     names = paths
     if names is None:
@@ -173,7 +192,7 @@ def _stages(model: nn.Module, paths: list[str] | None, examples: Examples) -> St
         parameters = [
             p
             for p in model.get_submodule(path).parameters(recurse=paths is not None)
-            # a constant parameter has no spread to draw with
+            # a constant parameter has standard deviation 0: its random values would not change
             if p not in seen and p.is_floating_point() and (p != p.flatten()[:1]).any()
         ]
         seen.update(parameters)
@@ -181,18 +200,23 @@ def _stages(model: nn.Module, paths: list[str] | None, examples: Examples) -> St
             stages[path or "(model)"] = parameters
         elif paths is not None:
             raise InputError(
-                f"layer {path!r} has nothing to make random: no parameter that varies and that no "
-                "layer before it holds. Leave it out of layers="
+                f"layer {path!r} has nothing to make random: all its parameters are constant or "
+                "belong to an earlier layer of layers=. Expected a parameter with varying values: "
+                "remove this layer from layers="
             )
     if not stages:
-        raise InputError("the model has no parameter that varies: nothing to make random")
+        raise InputError(
+            f"{type(model).__name__} has nothing to make random: it has no parameter with varying "
+            "values, expected at least one. Pass a trained network"
+        )
     return stages
 
 
 def _execution_order(model: nn.Module, examples: Examples) -> dict[str, int]:
-    """Return when each module ran last, from hooks on the copy.
+    """Return module name -> number of its last call, recorded by hooks on the copy.
 
-    A module that is not called, but whose parameters others use, ran with the module that holds it.
+    A module that is never called itself, because only its parameters are used, gets the number of
+    its parent module.
     """
     calls: list[str] = []
     handles = [
@@ -204,9 +228,10 @@ def _execution_order(model: nn.Module, examples: Examples) -> dict[str, int]:
     finally:
         for handle in handles:
             handle.remove()
-    # a module that is called twice counts at its last call
+    # for a module that is called twice, the later call replaces the earlier
     order = {path: number for number, path in enumerate(calls)}
-    for path, _ in model.named_modules():  # modules come before what they hold
+    # named_modules gives a parent before its submodules
+    for path, _ in model.named_modules():
         order.setdefault(path, order.get(path.rpartition(".")[0], -1))
     return order
 
@@ -218,7 +243,10 @@ def _randomised(
     init: Literal["normal", "permuted"] | Redraw,
     generator: torch.Generator,
 ) -> Iterator[str]:
-    """Make layer after layer random, in place, and yield its name while it is so."""
+    """Make one layer after the other random, in place, and yield the name of each.
+
+    With the order "independent", a layer gets its trained weights again after the yield.
+    """
     for name, parameters in stages.items():
         trained = [p.detach().clone() for p in parameters]
         with torch.no_grad():
@@ -234,7 +262,7 @@ def _randomised(
 def _redrawn(
     p: Tensor, init: Literal["normal", "permuted"] | Redraw, generator: torch.Generator
 ) -> Tensor:
-    """Return random values for a parameter."""
+    """Return random values of the shape of a parameter ``p``, see ``init`` of `randomization`."""
     if callable(init):
         return init(p, generator)
     if init == "permuted":
@@ -243,5 +271,5 @@ def _redrawn(
     noise = torch.randn(
         p.shape, generator=generator, device=generator.device, dtype=torch.float64
     ).to(p.device)
-    # normal: mean(p) + std(p) · N(0, 1)
+    # random values = mean(p) + std(p) · N(0, 1)
     return p.double().mean() + p.double().std(correction=0) * noise

@@ -1,4 +1,4 @@
-"""Does the output change where the attribution says? Pixels are replaced, and the model asked."""
+"""Metrics that replace pixels and compare the change of the output with the attribution."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,8 @@ from captum_mipin.metrics.maps import Reduction, heat, hottest_first, positions,
 from captum_mipin.metrics.result import Better, Result, finite_rows
 from captum_mipin.metrics.similarity import pearson
 
-#: What replaces pixels: a number, a tensor that fits the inputs, a function of them, or "blur".
+#: Values that replace pixels: a number, a tensor that can be expanded to the inputs, a function
+#: inputs -> such a tensor, or "blur".
 Baseline = float | Tensor | Callable[[Tensor], Tensor] | Literal["blur"]
 
 
@@ -40,26 +41,28 @@ def deletion(
     reduction: Reduction = "sum",
     **options: Unpack[Options],
 ) -> Result:
-    """Return the area under the output while pixels are replaced, the hottest first.
+    """Return the area under the curve of the score as pixels are replaced, the hottest first.
 
-    A place of the map stands for a pixel with all its channels, or for a feature.
+    A pixel is replaced in all channels. For inputs (examples, features), features are replaced.
 
     Args:
         method: Any method.
         inputs: Tensor (examples, channels, *places) or (examples, features).
-        target: The class, as Captum takes it; RISE explains the most probable one.
-        baseline: Replaces pixels: a number (0 is the mean image if inputs are normalised), a tensor
-            that fits the inputs, a function of them, or "blur", a Gaussian of σ = 5 on 11 pixels.
-        step: Pixels replaced at a time; by default the width of the image, as in RISE, and 1 for
+        target: The class, as Captum takes it; in RISE it is the most probable class.
+        baseline: Values that replace pixels: a number (0 is the mean image if inputs are
+            normalised), a tensor that can be expanded to the inputs, a function inputs -> such a
+            tensor, or "blur" for the images under a Gaussian blur of σ = 5 on 11 pixels.
+        step: Number of pixels per step; by default the width of the image, as in RISE, or 1 for
             features.
-        score: "softmax" probability, "logit", or a function of all outputs that returns a score
-            per class, or one per example.
-        reduction: See :func:`~captum_mipin.metrics.maps.heat`.
-        **options: See :class:`~captum_mipin.metrics.case.Options`. The generator breaks ties
-            between places of the same heat.
+        score: "softmax" for the target's probability, "logit", or a function outputs -> scores,
+            either one per class or one per example.
+        reduction: Reduction over channels, see :func:`~captum_mipin.metrics.maps.heat`.
+        **options: See :class:`~captum_mipin.metrics.case.Options`. The generator gives the order of
+            places with equal heat.
 
     Returns:
-        Areas of width 1; the outputs (examples, steps + 1) are the ``curves``. Unscored: "NaN".
+        Areas under the scores (examples, steps + 1) in ``curves``, over the share of steps from 0
+        to 1. Reason for no score: "NaN".
 
     Source: RISE; Petsiuk et al., BMVC 2018.
 
@@ -84,14 +87,15 @@ def insertion(
     reduction: Reduction = "sum",
     **options: Unpack[Options],
 ) -> Result:
-    """Return the area under the output while the image is built from its hottest pixels.
+    """Return the area under the curve of the score as pixels are added, the hottest first.
 
     Args:
         method, inputs, target, step, score, reduction, options: As for :func:`deletion`.
-        baseline: The start, as for :func:`deletion`.
+        baseline: Values of the pixels before they are added, as for :func:`deletion`.
 
     Returns:
-        Areas of width 1; the outputs (examples, steps + 1) are the ``curves``. Unscored: "NaN".
+        Areas under the scores (examples, steps + 1) in ``curves``, over the share of steps from 0
+        to 1. Reason for no score: "NaN".
 
     Source: RISE; Petsiuk et al., BMVC 2018.
 
@@ -117,19 +121,20 @@ def sensitivity_n(
     reduction: Reduction = "sum",
     **options: Unpack[Options],
 ) -> Result:
-    """Return the correlation between the attribution of n random pixels and the loss without them.
+    """Return the correlation of the attribution of n pixels with the loss of score without them.
 
-    Pearson's correlation over the random sets of one example and one n, averaged over n.
+    For each example and n, this is Pearson's correlation over random sets of n pixels. The score
+    is the mean of the correlations over n.
 
     Args:
         method, inputs, target, baseline, score, reduction: As for :func:`deletion`.
-        n: Numbers of pixels; by default up to 16 from 1 to 0.8 of all, on a logarithmic scale.
-        samples: Random sets per example and n; those of an example are nested in n.
+        n: Sizes of sets; by default up to 16 from 1 to 0.8 of all pixels, on a logarithmic scale.
+        samples: Number of random sets per example and n; smaller sets are subsets of larger ones.
         **options: As for :func:`deletion`. The generator draws the sets.
 
     Returns:
-        Correlations; those of each n are the ``curves``. Unscored: "NaN"; "constant", if
-        attributions or losses do not vary.
+        Mean correlations; ``curves`` have one correlation per n. Reasons for no score: "NaN", and
+        "constant" if attributions or losses do not vary.
 
     Source: Ancona et al., ICLR 2018.
 
@@ -145,18 +150,19 @@ def sensitivity_n(
     places = pixels.heat.shape[1]
     numbers = _log_spaced(places) if n is None else list(n)
     if not numbers or not all(1 <= number <= places for number in numbers):
-        raise InputError(f"n={n!r} must be numbers of pixels from 1 to {places}")
+        raise InputError(f"n={n!r}, expected sizes of sets from 1 to {places}: pass a list")
     counts = torch.tensor(numbers, device=pixels.heat.device)
     sample = torch.arange(samples, device=counts.device).repeat(len(numbers))
     whole = case.scores(case.examples, score)
-    # sets follow the numbers that break ties in the user's generator; without one both start at 0
+    # the user's generator has already drawn the numbers that break ties, and goes on from there;
+    # without it a new generator with seed 0 draws the sets
     sets = replace(case, generator=options.get("generator") or seeded())
     correlations = []
     for row in range(len(whole)):
         orders = sets.uniform(samples, places).argsort(1)
         rows, ranks = torch.full_like(sample, row), positions(orders)
         without = pixels.scores(rows, ranks, sample, counts.repeat_interleave(samples))
-        # r(n) = cor over sets of n pixels (Σ_{i in set} A_i, y(x) - y(x without the set))
+        # r(n) = cor(Σ_{i in set} A_i, y(x) - y(x without set)) over sets of n pixels, y the score
         sums = pixels.heat[row][orders].cumsum(1).T[counts - 1]
         correlations.append(pearson(sums, whole[row] - without.view_as(sums)))
     curves = torch.stack(correlations)
@@ -167,15 +173,15 @@ def sensitivity_n(
 
 @dataclass(frozen=True)
 class _Pixels:
-    """Examples whose places (pixels or features) can be replaced, and their heat.
+    """Examples and their heat; places (pixels or features) of the examples can be replaced.
 
     Attributes:
         case: The method and the examples.
         heat: Heat (examples, places), on the device of the inputs.
-        ties: Random numbers (examples, places) that break ties.
-        start: Inputs (examples, channels, places) before anything is replaced.
-        finish: Inputs (examples, channels, places) after everything is replaced.
-        is_shared: All examples have the same baseline, and with it the same output.
+        ties: Random numbers (examples, places) that give the order of places with equal heat.
+        start: Inputs (examples, channels, places) with no place replaced.
+        finish: Inputs (examples, channels, places) with all places replaced.
+        is_shared: True if the model's output for the baseline is the same for all examples.
         score: The score of a target, as users pass it.
         settings: Settings of the result.
     """
@@ -191,19 +197,26 @@ class _Pixels:
 
     @classmethod
     def of(cls, case: Case, baseline: Baseline, score: Score, reduction: Reduction) -> "_Pixels":
-        """Explain examples. Raise InputError if inputs, maps and baseline do not fit each other."""
+        """Return the examples of a case with their heat.
+
+        Raises:
+            InputError: The shapes of inputs, maps and baseline do not fit each other.
+        """
         x, _ = case.examples.x.detach(), case.model
         if x.ndim < 2:
             raise InputError(
-                "a metric of pixels needs inputs (examples, features) or (examples, channels, "
-                f"*places), found {tuple(x.shape)}"
+                f"inputs have shape {tuple(x.shape)}, but this metric needs inputs (examples, "
+                "features) or (examples, channels, *places): add the missing dimensions"
             )
         replacement = _baseline(baseline, x)
         if len(case.maps) != 1:
-            raise InputError(f"a metric of pixels needs one map an example, found {len(case.maps)}")
+            raise InputError(
+                f"the method gives {len(case.maps)} tensors of maps, but this metric needs one: "
+                "pass a method that gives one tensor"
+            )
         (maps,) = case.maps
         heats = heat(maps, x, reduction).to(x.device)
-        # the sum over dimension 1 of maps (examples, tokens, features) is over tokens, not channels
+        # dimension 1 of maps (examples, tokens, features) is not channels: its sum would be wrong
         is_wrong_sum = maps.ndim > 2 and not callable(reduction)
         if x.ndim == 2 and (is_wrong_sum or heats.shape != x.shape):
             raise InputError(
@@ -211,7 +224,8 @@ class _Pixels:
                 f"{tuple(maps.shape)}: pass a function as reduction="
             )
         flat = resized(heats, x.shape[2:] or x.shape[1:]).flatten(1)
-        # an expanded baseline is one for all; with one target its output is one for all, too
+        # stride 0: the baseline is the same for all examples. If the targets are the same too,
+        # the model's output for the baseline is computed once.
         is_shared = replacement.stride(0) == 0 and case.examples.is_uniform
         start, finish = (t.reshape(len(x), -1, flat.shape[1]) for t in (x, replacement))
         baseline_name = (
@@ -224,13 +238,13 @@ class _Pixels:
         return cls(case, flat, ties, start, finish, is_shared, score, settings)
 
     def scores(self, rows: Tensor, ranks: Tensor, orders: Tensor, counts: Tensor) -> Tensor:
-        """Return the scores (sets,) of examples some of whose places are replaced, in batches.
+        """Return the scores (sets,) of examples with sets of places replaced, in batches.
 
         Args:
-            rows: The example (sets,) of each set.
-            ranks: The position (orders, places) of each place in some orders.
-            orders: The order (sets,) in which places are replaced.
-            counts: How many are replaced (sets,).
+            rows: Indices (sets,) of examples, one per set.
+            ranks: Positions (orders, places) of each place in each order of places.
+            orders: Indices (sets,) of orders; a set contains the first places of its order.
+            counts: Numbers (sets,) of places in each set.
         """
         examples, scores = self.case.examples, []
         for part in torch.arange(len(rows)).tensor_split(-(-len(rows) // self.case.rows_per_call)):
@@ -245,21 +259,29 @@ class _Pixels:
 
 
 def _area(metric: str, better: Better, pixels: _Pixels, step: int | None) -> Result:
-    """Return the result of replacing places of the start by those of the finish, hottest first.
+    """Return the result of `deletion` or `insertion`: places are replaced, hottest first.
 
-    All steps of all examples go through the model in batches; no input goes through it twice.
+    The inputs of all steps and examples go through the model in batches, and equal inputs only
+    once.
+
+    Args:
+        metric: "deletion" or "insertion".
+        better: Direction of better scores.
+        pixels: Examples; places of ``start`` are replaced by places of ``finish``.
+        step: Number of places per step; None for the default of `deletion`.
     """
     x = pixels.case.examples.x
     step = (x.shape[-1] if x.ndim > 2 else 1) if step is None else step
     check_at_least("step", step, 1)
     ranks = positions(hottest_first(pixels.heat.nan_to_num(), pixels.ties))
     points = -(-ranks.shape[1] // step) + 1
-    # the point of the curve from which on a place has another value; 0 if it never has
+    # number of the curve's first point at which a place is changed; 0 for a place that keeps its
+    # value, because ``start`` and ``finish`` are equal there
     changes = (ranks // step + 1) * (pixels.start != pixels.finish).any(1)
     baseline = 0 if metric == "insertion" else points - 1
     rows, point, number = _distinct_inputs(changes, points, baseline if pixels.is_shared else None)
     curves = pixels.scores(rows, ranks, rows, point * step)[number]
-    # area = mean over steps k of (y_k + y_{k+1}) / 2, y_k the softmax (or other score) after k
+    # area = mean over k of (y_k + y_{k+1}) / 2, y_k the score after k steps
     values = (curves[:, 1:] + curves[:, :-1]).sum(1) / (2 * (points - 1))
     settings = {**pixels.settings, "step": step, "ties": "random"}
     unscored = {"NaN": ~finite_rows(pixels.heat)}
@@ -269,22 +291,24 @@ def _area(metric: str, better: Better, pixels: _Pixels, step: int | None) -> Res
 def _distinct_inputs(
     changes: Tensor, points: int, shared: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which inputs of all curves differ from each other.
+    """Return the distinct inputs of the curves of all examples.
 
     Args:
-        changes: The point (examples, places) from which on a place has another value; 0 if never.
-        points: Points of a curve.
-        shared: The point at which all examples have the same input, if there is one.
+        changes: The first point (examples, places) of the curve at which a place is changed; 0 for
+            a place that never changes.
+        points: Number of points of a curve.
+        shared: Index of the point at which all examples have the same input, or None.
 
     Returns:
-        Example (inputs,) and point (inputs,) of each distinct input, and the number
-        (examples, points) of the input of each point.
+        Example (inputs,) and point (inputs,) of each distinct input; and for each point of each
+        curve (examples, points) the index of its input among the distinct inputs.
     """
+    # a point at which no place changes has the same input as the point before
     new = torch.zeros(len(changes), points, dtype=torch.bool, device=changes.device)
-    new.scatter_(1, changes, True)[:, 0] = True  # a point where nothing changes repeats its input
-    # number the inputs through: equal numbers, equal inputs
+    new.scatter_(1, changes, True)[:, 0] = True
+    # number the inputs so that equal inputs have equal numbers
     inputs = new.flatten().cumsum(0).view_as(new)
-    # all examples have the number of the first example at the shared point
+    # at the shared point, all examples get the number of the first example's input
     if shared is not None:
         inputs = torch.where(inputs == inputs[:, shared, None], inputs[0, shared], inputs)
     _, *indices = np.unique(inputs.numpy(force=True), return_index=True, return_inverse=True)
@@ -293,39 +317,48 @@ def _distinct_inputs(
 
 
 def _baseline(baseline: Baseline, x: Tensor) -> Tensor:
-    """Return what replaces each example's pixels, shaped like the inputs ``x``."""
+    """Return the baseline with the shape of the inputs ``x``.
+
+    Raises:
+        InputError: The baseline is not known, or its shape or values do not fit the inputs.
+    """
     if isinstance(baseline, str):
         if baseline != "blur":
             raise InputError(
-                f"baseline={baseline!r} is not 'blur', a number, a tensor or a function"
+                f"baseline={baseline!r} is not known: pass 'blur', a number, a tensor or a function"
             )
         if x.ndim != 4:
             raise InputError(
-                f"a blur needs images, found inputs of shape {tuple(x.shape)}: pass another "
-                "baseline="
+                f"inputs have shape {tuple(x.shape)}, but a blur needs images (examples, channels, "
+                "height, width): pass for example baseline=0.0"
             )
         return blur(x)
     values = baseline(x) if callable(baseline) else torch.as_tensor(baseline, dtype=torch.float64)
-    # 0.5 for integer pixels would be rounded in silence
+    # without this check, a baseline such as 0.5 would be rounded for integer inputs
     if not x.is_floating_point() and (values != values.to(x)).any():
         raise InputError(
-            f"the baseline is {values!r}, which inputs of dtype {x.dtype} cannot hold: pass "
-            "another baseline="
+            f"the baseline is {values!r}, which inputs of dtype {x.dtype} cannot hold; expected "
+            "values of this dtype: pass whole numbers as baseline=, or inputs of a float dtype"
         )
     try:
         return values.detach().to(x).expand_as(x)
     except RuntimeError as error:
         raise InputError(
-            f"the baseline has shape {tuple(values.shape)}, which does not fit inputs "
-            f"{tuple(x.shape)}"
+            f"the baseline has shape {tuple(values.shape)}, which does not fit inputs of shape "
+            f"{tuple(x.shape)}: pass a number, or a tensor that can be expanded to this shape"
         ) from error
 
 
 def blur(x: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
-    """Return images under RISE's blur, zeros around them.
+    """Return images (images, channels, height, width) blurred as in RISE, with zero padding.
 
-    RISE filters a lone pixel of a ``size`` x ``size`` image by SciPy's Gaussian and takes the
-    result as its kernel: a Gaussian cut at 4 σ, whose tails are reflected into ``size`` pixels.
+    RISE's kernel is the result of SciPy's Gaussian filter on one pixel in the centre of ``size`` x
+    ``size`` pixels: a Gaussian cut at 4 σ, whose tails are reflected at the border.
+
+    Args:
+        x: Images (images, channels, height, width).
+        size: Side of the kernel, in pixels; odd.
+        sigma: Standard deviation σ of the Gaussian, in pixels.
     """
     reach = int(4 * sigma + 0.5)
     offset = torch.arange(-reach, reach + 1, dtype=torch.float64)
@@ -343,7 +376,7 @@ def blur(x: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
 
 
 def _log_spaced(places: int) -> list[int]:
-    """Return up to 16 numbers of pixels from 1 to 0.8 of all, evenly on a logarithmic scale."""
-    # n_k = (0.8 places)^(k / 15), k = 0 ... 15
+    """Return up to 16 sizes of sets from 1 to 0.8 of all places, even on a logarithmic scale."""
+    # n_k = (0.8 · places)^(k / 15), k = 0 ... 15
     most = max(1.0, 0.8 * places)
     return sorted({round(most ** (k / 15)) for k in range(16)})

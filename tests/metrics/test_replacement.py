@@ -338,7 +338,10 @@ def test_baselines_of_every_kind(cnn):
     ]
     with torch.no_grad():
         assert ends == pytest.approx([float(model(torch.full_like(x, 0.5))[1, 0])] * 3)
-    for bad, message in (("noise", "is not 'blur'"), (torch.ones(5), "does not fit inputs")):
+    for bad, message in (
+        ("noise", "baseline='noise' is not known: pass 'blur'"),
+        (torch.ones(5), "does not fit inputs"),
+    ):
         with pytest.raises(InputError, match=message):
             deletion(maps, x, 0, model=model, baseline=bad)
     with pytest.raises(InputError, match="a blur needs images"):
