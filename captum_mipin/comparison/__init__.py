@@ -1,4 +1,4 @@
-"""Several methods side by side: table, figure and HTML page."""
+"""Comparison of several methods on the same images: table, figure and HTML page."""
 
 from captum_mipin.comparison.methods import METHODS
 from captum_mipin.comparison.rows import Row

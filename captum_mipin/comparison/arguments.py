@@ -1,4 +1,4 @@
-"""What users pass to ``compare``, checked before any method is asked."""
+"""Checks of the arguments of ``compare``, made before any method runs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,19 +17,20 @@ from captum_mipin.metrics.case import Case, attribution_of, method_name, raw_out
 from captum_mipin.metrics.examples import Examples
 from captum_mipin.targets import per_example
 
-#: Names of modules that an error lists, the closest ones.
+#: Number of module names that an error lists; these are the names closest to the user's.
 _NAMES_SHOWN = 8
 
 
 def named_methods(methods: Any) -> dict[str, Any]:
-    """Return label -> method, or name of a method.
+    """Return label -> method or name of a method.
 
     Args:
-        methods: As for :func:`~captum_mipin.compare`. Without a label a method has its own name;
-            a number keeps methods of one name apart, as in "LRP" and "LRP (2)".
+        methods: As for :func:`~captum_mipin.compare`. The default label of a method is its name;
+            further methods with the same name get a number, as in "LRP" and "LRP (2)".
 
     Raises:
-        InputError: There is no method, one is none, or a name is not known.
+        InputError: ``methods`` is empty, contains an object that is not a method, or contains a
+            name that is not known.
     """
     if isinstance(methods, Mapping):
         pairs = [(str(label), method) for label, method in methods.items()]
@@ -38,11 +39,14 @@ def named_methods(methods: Any) -> dict[str, Any]:
         if not is_one and not isinstance(methods, Iterable):
             raise InputError(
                 f"methods is a {type(methods).__name__}, expected methods or their names: pass a "
-                "list, or label -> method"
+                "list, or a dictionary label -> method"
             )
         pairs = [(_label(method), method) for method in ([methods] if is_one else methods)]
     if not pairs:
-        raise InputError("there are no methods to compare: pass names or name -> method")
+        raise InputError(
+            "methods is empty, expected at least one method to compare: pass a list of names, or a "
+            "dictionary label -> method"
+        )
     named: dict[str, Any] = {}
     for name, method in pairs:
         _check_method(name, method)
@@ -55,8 +59,8 @@ def named_methods(methods: Any) -> dict[str, Any]:
 
 
 def _label(method: Any) -> str:
-    """Return the label of a method that the user gave none."""
-    # browsers and Markdown would take "<lambda>" for a tag
+    """Return the default label of a method: its name."""
+    # remove "<" and ">": browsers and Markdown would read "<lambda>" as a tag
     return method if isinstance(method, str) else method_name(method).strip("<>")
 
 
@@ -66,32 +70,37 @@ def _check_method(label: str, method: Any) -> None:
         if method not in METHODS:
             raise InputError(
                 f"no method has the name {method!r}; known are {', '.join(METHODS)}. Pass one of "
-                "these names, or a method itself"
+                "these names, or a method"
             )
     elif isinstance(method, type):
         raise InputError(
-            f"method {label!r} is the class {method.__name__}, expected a method made from it: "
+            f"method {label!r} is the class {method.__name__}, expected an instance of this class: "
             f"pass for example {method.__name__}(model)"
         )
     elif not (isinstance(method, (Attribution, Tensor, tuple)) or callable(method)):
         raise InputError(
             f"method {label!r} is a {type(method).__name__}, expected a name, a Captum "
-            "Attribution, a function (inputs, target) -> maps, or maps"
+            "Attribution, a function (inputs, target) -> maps, or maps: pass one of these"
         )
 
 
 def compared_model(
     model: Callable[..., Any] | None, inverse: Any, methods: Iterable[Any]
 ) -> Callable[..., Any] | None:
-    """Return the network of a comparison: the user's, the inverse's, or the first method's.
+    """Return the network of a comparison.
+
+    Args:
+        model: The network that the user passed, or None.
+        inverse: Inverse whose network is used if the user passed none, or None.
+        methods: Methods; otherwise the network of the first ``Attribution`` is used.
 
     Raises:
-        InputError: The inverse is none, or methods by name have no network.
+        InputError: ``inverse`` is not an inverse, or there are methods by name but no network.
     """
     if inverse is not None and not isinstance(inverse, ModelInverse):
         raise InputError(
             f"inverse is a {type(inverse).__name__}, expected an InverseNetwork or a "
-            "NeighbourInverse: pass one that is fitted"
+            "NeighbourInverse: pass a fitted inverse"
         )
     methods = list(methods)
     if model is None and inverse is not None:
@@ -100,7 +109,10 @@ def compared_model(
         owners = (attribution_of(method) for method in methods)
         model = next((owner.forward_func for owner in owners if owner is not None), None)
     if any(isinstance(method, str) for method in methods) and not isinstance(model, nn.Module):
-        raise InputError("methods by name need the network: pass model=")
+        found = "no network" if model is None else f"a {type(model).__name__}"
+        raise InputError(
+            f"methods by name need the network, a torch.nn.Module, found {found}: pass model="
+        )
     return model
 
 
@@ -109,10 +121,10 @@ def module_of(layer: nn.Module | str | None, model: Any) -> nn.Module | None:
 
     Args:
         layer: The module, its dotted name as in ``model.named_modules()``, or None.
-        model: The network, if it is known.
+        model: The network, or None.
 
     Raises:
-        InputError: The layer is no module of the network.
+        InputError: The layer is not a module of the network.
     """
     if layer is None or (isinstance(layer, nn.Module) and not isinstance(model, nn.Module)):
         return layer
@@ -137,45 +149,46 @@ def module_of(layer: nn.Module | str | None, model: Any) -> nn.Module | None:
 
 
 def check_targets(case: Case, model: Any, methods: Iterable[Any]) -> None:
-    """Raise TargetError if the targets fit the outputs of no network that is explained.
+    """Raise an error if there is no explained network whose outputs fit the targets.
 
-    One image goes through each network for that. A network that cannot be asked is no error here:
-    its methods tell why.
+    The check runs each network on one image. If a network fails, it counts as one that fits: the
+    rows of its methods will show the error.
 
     Args:
         case: The images and targets.
-        model: The network of the comparison, if it is known.
-        methods: Methods, some of which may explain networks of their own.
+        model: The network of the comparison, or None.
+        methods: Methods; an ``Attribution`` can have a network that differs from ``model``.
 
     Raises:
-        TargetError: Several outputs and no target, or a target that is none of the outputs.
+        TargetError: A network has several outputs but there is no target, or the target is not the
+            index of an output.
         TrainingModeError: The network is in training mode.
     """
     owners = (attribution_of(method) for method in methods)
     models = [model, *(owner.forward_func for owner in owners if owner is not None)]
     distinct = {id(network): network for network in models if network is not None}
     errors = [_target_error(case, network) for network in distinct.values()]
-    # where the targets fit another network, the others leave their errors in their rows
+    # if the targets fit one of the networks, methods of the other networks fail in their rows
     if errors and errors[0] is not None and all(errors):
         raise errors[0]
 
 
 def _target_error(case: Case, model: Any) -> Exception | None:
-    """Return why the targets of a case do not fit a network; None if they do."""
+    """Return the error of the targets of a case for a network; None if the targets fit."""
     try:
         network = replace(case, user_model=model).model
     except TrainingModeError as error:
         return error
     try:
         output = raw_outputs(network, case.examples.select(torch.arange(1)))
-    except Exception:  # the methods of a network that cannot be asked tell why
+    except Exception:  # the network fails: the rows of its methods will show the error
         return None
     shape = tuple(output.shape[1:])
     if case.examples.target is None and any(size != 1 for size in shape):
         return TargetError(
             f"no targets were given, but the model has outputs of shape {shape} for each image, "
-            "expected the one to explain: pass targets=, one class for all images or a list with "
-            "one for each"
+            "expected the class to explain: pass targets=, one class for all images or a list with "
+            "one class per image"
         )
     try:
         per_example(case.examples.target, output.expand(len(case.examples), *shape))
@@ -185,9 +198,15 @@ def _target_error(case: Case, model: Any) -> Exception | None:
 
 
 def image_titles(titles: Sequence[str] | None, examples: Examples) -> tuple[str, ...]:
-    """Return a title per image: the user's, or its target."""
+    """Return one title per image: the user's title, or by default the image's target.
+
+    Raises:
+        InputError: The number of titles is not the number of images.
+    """
     if titles is None:
         return tuple("" if target is None else str(target) for target in examples.targets)
     if len(titles) != len(examples):
-        raise InputError(f"there are {len(titles)} titles, but {len(examples)} images")
+        raise InputError(
+            f"there are {len(titles)} titles, but {len(examples)} images: pass one title per image"
+        )
     return tuple(map(str, titles))

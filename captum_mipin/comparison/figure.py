@@ -1,4 +1,7 @@
-"""The figure of a comparison. Imported where one is drawn: matplotlib is optional."""
+"""The figure of a comparison.
+
+This module needs matplotlib, an optional package; it is imported only when a figure is drawn.
+"""
 
 import io
 from collections.abc import Callable, Sequence
@@ -14,14 +17,14 @@ from captum_mipin.comparison.page import pictures
 from captum_mipin.comparison.rows import ALL_ZERO, Row
 from captum_mipin.errors import InputError
 
-#: What the ends of a scale of colours mean, by the sign of what is drawn.
+#: Option ``sign`` -> labels of the colour scale, from its lower to its upper end.
 _ENDS = {
     "all": ("against", "0", "for"),
     "positive": ("0", "for"),
     "negative": ("0", "against"),
     "absolute_value": ("0", "for or against"),
 }
-#: The part of a map that has a sign.
+#: Option ``sign`` -> function that returns the part of a map with this sign.
 _PARTS: dict[str, Callable[[Tensor], Tensor]] = {
     "all": lambda heat: heat,
     "positive": lambda heat: heat.clamp(min=0),
@@ -31,10 +34,10 @@ _PARTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Figure(figure.Figure):
-    """A matplotlib figure that shows itself in notebooks, although pyplot does not know it."""
+    """A matplotlib figure that notebooks show, although it was not made by pyplot."""
 
     def _repr_png_(self) -> bytes:
-        """Return the picture that notebooks show."""
+        """Return the figure as PNG, which notebooks show."""
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
         return buffer.getvalue()
@@ -43,14 +46,14 @@ class Figure(figure.Figure):
 def draw(
     rows: Sequence[Row], images: Tensor, titles: Sequence[str], numbers: Sequence[int], options: Any
 ) -> Figure:
-    """Return a figure of images x methods.
+    """Return a figure with one line per image and one column per method.
 
     Args:
-        rows: Methods to show.
+        rows: Rows of the methods to show.
         images: All images (images, channels, height, width).
-        titles: One for each of all images.
-        numbers: Of the images to show.
-        options: Of ``visualize_image_attr``.
+        titles: Titles of all images.
+        numbers: Indices of the images to show.
+        options: Options of Captum's ``visualize_image_attr``.
 
     Raises:
         InputError: The option ``sign`` is not known.
@@ -85,37 +88,40 @@ def draw(
 
 
 def _draw_map(drawn: Figure, axis: Any, heat: Tensor, image: Any, settings: Any) -> None:
-    """Draw the part of a map that has the sign asked for; an empty map where there is none.
+    """Draw the part of a map that has the sign of the option ``sign``.
+
+    If the map has no values of this sign, an empty map is drawn.
 
     Args:
         drawn: The figure.
         axis: The axis to draw on.
         heat: The map (height, width).
         image: The image (height, width, 3), uint8.
-        settings: Options of ``visualize_image_attr``.
+        settings: Options of Captum's ``visualize_image_attr``.
     """
     part = _PARTS[settings["sign"]](heat)
     largest = part.abs().max()
-    # Captum divides by a large value of this sign: it fails at 0, and warns below 1e-5
+    # Captum divides by a high percentile of the values of this sign: it fails if this is 0, and
+    # warns below 1e-5. Hence values are scaled to maximum 1, and an empty map is drawn as ones.
     stand_in = torch.full_like(part, -1.0 if settings["sign"] == "negative" else 1.0)
     values = part / largest if largest > 0 else stand_in
     visualization.visualize_image_attr(
         values.unsqueeze(2).numpy(), image, plt_fig_axis=(drawn, axis), **settings
     )
     if not largest > 0 and settings["method"] != "original_image":
-        # what Captum has drawn last is the map: 0 is its colour of nothing
+        # the last picture on the axis is the map: replace its ones by 0, the colour of no heat
         picture = axis.images[-1]
         picture.set_data(np.zeros_like(picture.get_array()))
 
 
 def _add_legend(drawn: Figure, axes: Any, sign: str) -> None:
-    """Add one key to the colours of all maps; none if they are shades of the image."""
-    # each axis has the image below and the map, if there is one, on top
+    """Add one colour scale for all maps; do nothing if no map is drawn in colours."""
+    # the last picture on an axis is the map, or the image if there is no map
     last = (image for axis in axes.flat for image in axis.images[-1:])
     coloured = next((image for image in last if image.get_array().ndim == 2), None)
     if coloured is not None:
         bar = drawn.colorbar(coloured, ax=axes, location="bottom", shrink=0.4, aspect=30)
-        # maps of one sign start at 0, others are symmetric about 0
+        # the scale of maps of one sign begins at 0; other scales are symmetric about 0
         low, high = coloured.get_clim()
         bar.set_ticks([low, 0, high] if low else [low, high], labels=_ENDS[sign])
         bar.ax.tick_params(labelsize=8, length=0)

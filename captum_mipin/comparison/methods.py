@@ -1,4 +1,4 @@
-"""Methods that ``compare`` knows by name, and the controls that it adds."""
+"""Methods that users can pass to ``compare`` by name, and the controls that ``compare`` adds."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ from captum_mipin.metrics.case import attribution_of
 
 @dataclass(frozen=True)
 class Setup:
-    """The parts from which methods known by name are made.
+    """The objects from which methods are made by name.
 
     Attributes:
-        model: A copy of the network: hooks that a method leaves behind stay there.
-        copied_layer: The layer of the copy for methods of a layer.
-        fitted: MIP-IN with the fitted inverse, of the network itself.
+        model: A copy of the network, so that hooks which a method does not remove stay on the copy.
+        copied_layer: The layer of the copy for methods of a layer such as Grad-CAM, or None.
+        fitted: MIP-IN with a fitted inverse of the original network, or None.
     """
 
     model: nn.Module
@@ -40,35 +40,45 @@ class Setup:
 
     @property
     def layer(self) -> nn.Module:
-        """The layer. Raises InputError if there is none."""
+        """The layer of the copy. Raises InputError if the user passed no layer."""
         if self.copied_layer is None:
-            raise InputError("a method of a layer, by name, needs one: pass layer=")
+            raise InputError(
+                "no layer was given, but Grad-CAM and Grad×Feature need one: pass layer=, a module "
+                "of the network or its name"
+            )
         return self.copied_layer
 
     @property
     def mipin(self) -> Any:
-        """MIP-IN. Raises NotFittedError if there is no inverse."""
+        """MIP-IN. Raises NotFittedError if the user passed no inverse."""
         if self.fitted is None:
-            raise NotFittedError("MIP-IN by name needs a fitted inverse network: pass inverse=")
+            raise NotFittedError(
+                "no inverse was given, but MIP-IN by name needs a fitted inverse network: pass "
+                "inverse="
+            )
         return self.fitted
 
 
 def _deep_lift(model: nn.Module) -> Method:
-    """Return Captum's DeepLift, which looks at modules, not at functions."""
+    """Return Captum's DeepLift.
+
+    Raises:
+        InputError: The model is an exported program, in which DeepLift finds no activations.
+    """
     if isinstance(model, UnflattenedModule):
         raise InputError(
-            "DeepLift looks for modules such as nn.ReLU, which an exported program no longer has: "
-            "take the network that was exported"
+            "the model is an exported program, but DeepLift needs a network with modules such as "
+            "nn.ReLU: pass the network that was exported"
         )
     return attr.DeepLift(model)
 
 
 def _with(method: Any, **options: Any) -> Method:
-    """Return a method's ``attribute`` with options."""
+    """Return the function ``attribute`` of a method with keyword arguments bound."""
     return partial(method.attribute, **options)
 
 
-#: Methods by name.
+#: Name -> function that makes the method.
 METHODS: dict[str, Callable[[Setup], Method]] = {
     "MIP-IN": lambda setup: setup.mipin,
     "MIP-IN × gradient": lambda setup: _with(setup.mipin, multiply_by_gradients=True),
@@ -93,14 +103,15 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
 
 
 def controls(methods: Iterable[Any], model: Any) -> dict[str, Method]:
-    """Return controls by name: methods that know less than a method should.
+    """Return name -> control, a method that does not use all of the network and the image.
 
-    They lie at the layer of the first MIP-IN among the methods, else at the input: "random" maps; a
-    "centre prior", a blob in the centre; "mask only", 1 where the input or layer is not 0; and, if
-    there is a MIP-IN, its "pattern only", without masks.
+    The controls are "random" maps; "centre prior", a blob in the centre; "mask only", 1 where the
+    input or activation is not 0; and "pattern only", MIP-IN without masks. The last exists only if
+    a method is MIP-IN. Maps of controls have the size of the layer that the first MIP-IN explains,
+    or else of the input.
 
     Args:
-        methods: The methods that are compared.
+        methods: The methods to compare.
         model: The network.
     """
     kinds = (MIPINAttribution, LayerMIPINAttribution)
@@ -108,7 +119,7 @@ def controls(methods: Iterable[Any], model: Any) -> dict[str, Method]:
     generator = torch.Generator().manual_seed(0)
 
     def control(maps: Callable[[Tensor], Tensor]) -> Method:
-        """Return a method whose maps are a function of the input, or of MIP-IN's layer."""
+        """Return a method whose maps are a function of the input or of the layer's activation."""
 
         def method(x: Tensor, target: Any, extras: Any = None) -> Tensor:
             if isinstance(mipin, LayerMIPINAttribution):
@@ -126,7 +137,7 @@ def controls(methods: Iterable[Any], model: Any) -> dict[str, Method]:
         return torch.rand(one_channel(x).shape, generator=generator).to(x.device)
 
     def centre(x: Tensor) -> Tensor:
-        # exp(-8 Σ_sides ((i - (n - 1)/2) / n)²)
+        # blob = exp(-8 Σ_sides ((i - (n - 1)/2) / n)²), i the pixel's index along a side of n
         sides = x.shape[2:] or x.shape[1:]
         squares = [((torch.arange(n) - (n - 1) / 2) / n) ** 2 for n in sides]
         distance = torch.stack(torch.meshgrid(*squares, indexing="ij")).sum(0)

@@ -1,7 +1,7 @@
-"""One HTML page that needs no other file: a table that sorts, and maps over images.
+"""The HTML page of a comparison: one file with a sortable table and the maps over the images.
 
-Imported where a page or figure is made: matplotlib, whose colours it takes and which brings Pillow,
-is optional.
+This module needs matplotlib for colours, and Pillow, which matplotlib installs. Both are optional
+packages; the module is imported only when a page or figure is made.
 """
 
 import base64
@@ -22,9 +22,9 @@ from torch import Tensor
 from captum_mipin.comparison.rows import Column, Row
 from captum_mipin.errors import InputError
 
-#: Colour levels on each side of 0: few levels make small pictures.
+#: Number of colours on each side of 0; a small number makes small files.
 _LEVELS = 30
-#: Images with fewer pixels along a side are drawn with square pixels.
+#: Images whose sides are all shorter than this number of pixels are enlarged without smoothing.
 _SMALL = 64
 
 
@@ -32,21 +32,22 @@ def pictures(images: Tensor) -> Tensor:
     """Return images as colours (images, height, width, 3), uint8.
 
     Args:
-        images: (images, channels, height, width); images with values outside [0, 1] are scaled.
+        images: Tensor (images, channels, height, width); an image with values outside [0, 1] is
+            scaled to [0, 1].
 
     Raises:
-        InputError: The inputs are no images.
+        InputError: The tensor does not have four dimensions.
     """
     if images.ndim != 4:
         raise InputError(
-            "pictures need images (images, channels, height, width), found inputs of shape "
-            f"{tuple(images.shape)}"
+            f"inputs have shape {tuple(images.shape)}, but pictures need images (images, channels, "
+            "height, width): use the table for other inputs"
         )
     x = images.detach().cpu().float().nan_to_num()
-    # other numbers of channels have no colours: their mean is shown
+    # only 1 or 3 channels are colours: otherwise show the mean of the channels
     x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    # normalised images: x -> (x - min) / (max - min), each image for itself
+    # normalised images: x -> (x - min) / (max - min), with min and max per image
     outside = (low < 0) | (high > 1)
     x = torch.where(outside, (x - low) / (high - low).clamp(min=1e-12), x)
     return (255 * x).round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
@@ -55,10 +56,12 @@ def pictures(images: Tensor) -> Tensor:
 def strength(heat: Tensor, outliers: float = 2.0) -> Tensor:
     """Return a map scaled to [-1, 1] as in Captum's pictures.
 
-    The value reached at all but ``outliers`` percent of the sum of absolute values becomes 1. A map
-    of zeros stays as it is.
+    Args:
+        heat: The map, of any shape.
+        outliers: Share, in percent of the sum of absolute values, of the largest values; they are
+            clipped to 1 or -1. A map of zeros does not change.
     """
-    # the smallest value v with Σ_{|a| ≤ v} |a| ≥ 98 % of Σ |a|
+    # scale = the smallest v with Σ_{|a| ≤ v} |a| ≥ (1 - outliers / 100) Σ |a|
     ordered = heat.abs().flatten().double().sort().values
     total = ordered.cumsum(0)
     top = ordered[total >= total[-1] * (1 - outliers / 100)][0]
@@ -66,15 +69,18 @@ def strength(heat: Tensor, outliers: float = 2.0) -> Tensor:
 
 
 def painted(heat: Tensor) -> Tensor:
-    """Return a map (height, width) in colours (height, width, 3), uint8: red, white, blue."""
-    # levels 0 ... 60, 30 is neither for nor against the target
+    """Return colours (height, width, 3), uint8, of a map (height, width).
+
+    Blue is for the target, red is against the target, white is 0.
+    """
+    # levels 0 ... 60; level 30 is the value 0
     level = (strength(heat) * _LEVELS).round().long() + _LEVELS
     rgba = colormaps["RdBu"].resampled(2 * _LEVELS + 1)(level.numpy())
     return torch.from_numpy((255 * rgba[..., :3]).round()).to(torch.uint8)
 
 
 def png(pixels: Tensor) -> str:
-    """Return colours (height, width, 3), uint8, as the address of a PNG picture."""
+    """Return a picture (height, width, 3), uint8, as a data URL that contains it as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(buffer, "png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -91,17 +97,17 @@ def write(
     title: str,
     notes: Sequence[str],
 ) -> None:
-    """Write the page.
+    """Write the HTML page.
 
     Args:
-        path: The file.
-        rows: Methods.
-        columns: Metrics.
+        path: Path of the file to write.
+        rows: Rows of the table, one per method.
+        columns: Columns of the table, one per metric or part.
         images: All images (images, channels, height, width).
-        titles: One for each of all images.
-        numbers: Of the images to show.
+        titles: Titles of all images.
+        numbers: Indices of the images to show.
         title: Heading of the page.
-        notes: What the figures depend on, and what failed.
+        notes: Texts below the maps: settings of the results, and errors.
     """
     colours = pictures(images[list(numbers)])
     styles = (f".i{i}{{background-image:url({png(image)})}}" for i, image in enumerate(colours))
@@ -119,13 +125,13 @@ def write(
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """Return the table of scores in HTML."""
+    """Return the table of scores as HTML."""
     heads = [_head("method", "ascending")]
     best = []
     for column in columns:
         first = "descending" if column.better == "higher" else "ascending"
         heads.append(_head(column.heading, first))
-        # controls cannot be the best method
+        # only methods can be marked as best, not controls
         scores = [_score(row, column) for row in rows if not row.control]
         known = [score for score in scores if isfinite(score)]
         pick = {"higher": max, "lower": min}.get(column.better)
@@ -137,7 +143,7 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
         line = f'<th scope="row" data-value="{name}">{name}{note}</th>'
         for column, top in zip(columns, best, strict=True):
             score = _score(row, column)
-            # an empty value sorts last, whatever the direction
+            # an empty value is sorted last in both directions
             value = score if isfinite(score) else ""
             mark = ' class="best"' if value == top and not row.control else ""
             line += f'<td data-value="{value}"{mark}>{escape(row.cell(column))}</td>'
@@ -147,13 +153,18 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def _head(text: str, first: str) -> str:
-    """Return the head of a column that sorts, ``first`` in this direction."""
+    """Return the heading of a sortable column as HTML.
+
+    Args:
+        text: The heading.
+        first: Direction of the first click, "ascending" or "descending".
+    """
     button = f'<button type="button" data-first="{first}">{escape(text)}</button>'
     return f'<th scope="col" aria-sort="none">{button}</th>'
 
 
 def _score(row: Row, column: Column) -> float:
-    """Return the mean of a result; NaN if there is none."""
+    """Return the mean score of a row in a column; NaN if there is no result."""
     result = row.result(column)
     return float("nan") if result is None else result.mean
 
@@ -161,7 +172,7 @@ def _score(row: Row, column: Column) -> float:
 def _grid(
     rows: Sequence[Row], images: Tensor, titles: Sequence[str], numbers: Sequence[int]
 ) -> str:
-    """Return the maps over the images in HTML; arguments as for :func:`write`."""
+    """Return the maps over the images as HTML; the arguments are those of :func:`write`."""
     heads = "".join(f'<th scope="col">{escape(row.name)}</th>' for row in rows)
     height, width = images.shape[2:]
     lines = []

@@ -12,19 +12,19 @@ from captum_mipin.metrics import Result
 from captum_mipin.metrics.maps import heat, resized
 from captum_mipin.metrics.result import Better
 
-#: What stands in the place of a map without information.
+#: Text that replaces a map whose values are all 0.
 ALL_ZERO = "all 0"
 _ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A metric, or one part of its results.
+    """A column of the table: a metric, or one part of its results.
 
     Attributes:
         metric: Name of the metric.
         part: Name of the part; empty for the metric itself.
-        better: The better score: "higher", "lower", or "neither".
+        better: "higher" or "lower" for the direction of better scores, or "neither".
     """
 
     metric: str
@@ -33,26 +33,26 @@ class Column:
 
     @property
     def name(self) -> str:
-        """The metric's name, and that of the part."""
+        """The name of the metric, followed by the name of the part if there is one."""
         return f"{self.metric}, {self.part}" if self.part else self.metric
 
     @property
     def heading(self) -> str:
-        """The heading, with an arrow towards better scores."""
+        """The heading, with an arrow up or down for the direction of better scores."""
         return self.name.replace("_", " ") + _ARROWS[self.better]
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One method in a comparison.
+    """A row of the table: one method or control, with its maps, results and errors.
 
     Attributes:
-        name: Name of the method.
-        control: It is a control, which knows less than a method should.
-        maps: Maps (images, ...) as the method gave them; None if it failed.
-        results: Metric -> result.
-        errors: What failed: metric, or "" for the method itself -> why.
-        seconds: Time that the maps took.
+        name: Label of the method.
+        control: True for a control, see :func:`~captum_mipin.comparison.methods.controls`.
+        maps: Maps (images, ...) of the method; None if the method failed.
+        results: Name of a metric -> result.
+        errors: Name of a metric that failed, or "" for the method -> text of the error.
+        seconds: Time to compute the maps, in seconds.
     """
 
     name: str
@@ -64,16 +64,16 @@ class Row:
 
     @property
     def error(self) -> str:
-        """Why the method failed; empty if it did not."""
+        """Text of the method's error; empty if the method did not fail."""
         return self.errors.get("", "")
 
     def result(self, column: Column) -> Result | None:
-        """Return the result of a column; None if there is none."""
+        """Return the result of a column; None if the row has no result for this column."""
         result = self.results.get(column.metric)
         return result.parts.get(column.part) if result is not None and column.part else result
 
     def cell(self, column: Column) -> str:
-        """Return mean ± standard error, and how many images were scored if not all."""
+        """Return mean ± standard error as text; add the number of scored images if not all are."""
         result = self.result(column)
         if result is None:
             return "failed" if self.error else "–"
@@ -82,14 +82,15 @@ class Row:
         return f"{result.mean:.3g}{spread}{scored}"
 
     def heat(self, number: int, images: Tensor) -> Tensor | str:
-        """Return the map of one image without channels, or why there is none to be seen.
+        """Return the map of one image without channels, or a text if there is no map to show.
 
         Args:
-            number: Of the image.
+            number: Index of the image.
             images: All images (images, channels, height, width).
 
         Returns:
-            (height, width), its largest absolute value 1; or a word or two.
+            Map (height, width) with a largest absolute value of 1; or one of the texts "failed",
+            "no image", "NaN" and "all 0".
         """
         if self.maps is None:
             return "failed"
@@ -103,7 +104,7 @@ class Row:
         return heat_map / heat_map.abs().max() if heat_map.any() else ALL_ZERO
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all but the maps, as JSON can hold it."""
+        """Return the row without its maps, as values that JSON supports."""
         return {
             "name": self.name,
             "control": self.control,
@@ -114,11 +115,17 @@ class Row:
 
 
 def columns(rows: Sequence[Row], metrics: Sequence[str], parts: bool) -> list[Column]:
-    """Return a column for each metric and, if asked for, for the parts of any of its results."""
+    """Return the columns of a table.
+
+    Args:
+        rows: Rows of the table.
+        metrics: Names of the metrics.
+        parts: True to add a column for each part that any row has.
+    """
     chosen = []
     for metric in metrics:
         results = [row.results[metric] for row in rows if metric in row.results]
-        # a part may be missing from some results, such as SSIM where maps are no images
+        # not all results have the same parts: for example, only maps that are images have SSIM
         named: dict[str, Better] = {"": results[0].better if results else "neither"}
         for result in results if parts else ():
             for name, part in result.parts.items():

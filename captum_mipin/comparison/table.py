@@ -1,4 +1,4 @@
-"""The result of ``compare``: a table, a figure, a page."""
+"""The result of ``compare``, which can be shown as table, figure or HTML page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class Comparison:
     Attributes:
         rows: Methods, then controls.
         metrics: Names of the metrics.
-        images: The images (images, ...) that were explained.
-        titles: What each image was explained for.
+        images: The explained images (images, ...).
+        titles: One title per image, by default its target.
     """
 
     rows: tuple[Row, ...]
@@ -39,20 +39,20 @@ class Comparison:
         return str(self.table())
 
     def _repr_markdown_(self) -> str:
-        """Return the table that notebooks show."""
+        """Return the table as Markdown, which notebooks show."""
         return str(self.table("markdown"))
 
     def table(
         self, form: Literal["text", "markdown", "pandas"] = "text", parts: bool = False
     ) -> Any:
-        """Return the table: a row per method, mean ± standard error of each metric.
+        """Return the table: one row per method, with mean ± standard error of each metric.
 
-        Where not all images were scored, their number stands beside.
+        If a score could not be computed for all images, the cell also has the number of scores.
 
         Args:
-            form: "text", "markdown", or "pandas" for a ``DataFrame`` with mean, standard error and
-                n in columns of their own.
-            parts: Show the parts of each result as well, such as positive APC or SSIM.
+            form: "text", "markdown", or "pandas" for a ``DataFrame`` with separate columns for
+                mean, standard error and number of scores.
+            parts: True to show the parts of each result as well, such as positive APC or SSIM.
 
         Raises:
             InputError: The form is not known.
@@ -61,7 +61,9 @@ class Comparison:
         if form == "pandas":
             return self._frame(parts)
         if form not in ("text", "markdown"):
-            raise InputError(f"form={form!r} is not one of 'text', 'markdown', 'pandas'")
+            raise InputError(
+                f"form={form!r} is not known: pass one of 'text', 'markdown', 'pandas'"
+            )
         chosen = columns(self.rows, self.metrics, parts)
         header = ["method", *(column.heading for column in chosen)]
         cells = [[row.name, *map(row.cell, chosen)] for row in self.rows]
@@ -82,24 +84,25 @@ class Comparison:
         images: Sequence[int] | None = None,
         **options: Any,
     ) -> Any:
-        """Return a figure of images x methods, drawn by Captum's ``visualize_image_attr``.
+        """Return a figure with one line per image and one column per method.
 
-        Blue speaks for the target, red against it. A map is empty where it has nothing of the
-        ``sign`` asked for. A legend below says so, of whatever colours
-        ``cmap`` and ``sign`` ask for, unless Captum draws its own.
+        Maps are drawn by Captum's ``visualize_image_attr``. By default, blue is evidence for the
+        target and red is evidence against it. A map without values of the option ``sign`` is drawn
+        empty. One colour scale explains the colours of all maps; with ``show_colorbar=True``
+        Captum draws one scale per map instead.
 
         Args:
-            methods: Names of the rows to show, or one name; by default all that have maps.
-            images: Numbers of the images to show, by default the first eight.
-            **options: Of ``visualize_image_attr``, by default ``method="heat_map"``,
+            methods: Names of the rows to show, or one name; by default all rows that have maps.
+            images: Indices of the images to show; by default the first eight images.
+            **options: Options of ``visualize_image_attr``, by default ``method="heat_map"``,
                 ``sign="all"``, ``cmap="RdBu"``.
 
         Returns:
-            A ``matplotlib.figure.Figure``, which notebooks show; ``savefig`` writes it.
+            A ``matplotlib.figure.Figure``. Notebooks show it; its ``savefig`` writes a file.
 
         Raises:
             ImportError: matplotlib is not installed.
-            InputError: There are no images, but other inputs; or ``sign`` is not known.
+            InputError: The inputs are not images, or ``sign`` is not known.
         """
         _require_matplotlib("a figure")
         from captum_mipin.comparison.figure import draw
@@ -117,17 +120,18 @@ class Comparison:
         images: Sequence[int] | None = None,
         parts: bool = False,
     ) -> None:
-        """Write one page that needs no other file: a table that sorts, and maps over the images.
+        """Write an HTML page, one file with a sortable table and the maps over the images.
 
         Args:
-            path: The file.
+            path: Path of the file to write.
             title: Heading of the page.
-            images: Numbers of the images to show, by default the first 24; the table is of all.
-            parts: As for :meth:`table`.
+            images: Indices of the images to show, by default the first 24. The scores in the table
+                are those of all images.
+            parts: True to show the parts of each result as well.
 
         Raises:
             ImportError: matplotlib is not installed.
-            InputError: There are no images, but other inputs.
+            InputError: The inputs are not images.
         """
         _require_matplotlib("a page with maps")
         from captum_mipin.comparison import page
@@ -145,7 +149,7 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all but images and maps, as JSON can hold it."""
+        """Return the comparison without images and maps, as values that JSON supports."""
         return {
             "images": len(self.images),
             "titles": list(self.titles),
@@ -154,7 +158,7 @@ class Comparison:
         }
 
     def _failures(self) -> list[str]:
-        """Return what failed, rows with the same error together."""
+        """Return one line per error, with the names of all rows that have this error."""
         rows: dict[tuple[str, str], list[str]] = {}
         for row in self.rows:
             for failure in row.errors.items():
@@ -169,7 +173,9 @@ class Comparison:
         try:
             import pandas
         except ImportError as error:
-            raise ImportError("this form of the table needs pandas: pip install pandas") from error
+            raise ImportError(
+                "pandas is not installed; form='pandas' needs pandas: pip install pandas"
+            ) from error
         lines = []
         for row in self.rows:
             line: dict[str, Any] = {"control": row.control}

@@ -85,7 +85,7 @@ def test_what_is_no_method_is_refused_before_any_work(cnn, noting, asked):
     x, model = cnn.x[:2], cnn.model
     for methods, options, message in (
         (5, {}, "methods is a int, expected methods or their names: pass a list"),
-        ([], {}, "no methods to compare"),
+        ([], {}, "methods is empty, expected at least one method"),
         ([noting, "Saliencey"], {}, "no method has the name 'Saliencey'; known are MIP-IN,"),
         ("Saliencey", {}, "no method has the name 'Saliencey'"),
         ([noting, LRP], {}, r"method 'LRP' is the class LRP, .* pass for example LRP\(model\)"),
@@ -93,8 +93,12 @@ def test_what_is_no_method_is_refused_before_any_work(cnn, noting, asked):
         ([noting, None], {}, "method 'NoneType' is a NoneType, expected a name"),
         (noting, {"model": "resnet"}, "model is a str, expected a torch.nn.Module or a function"),
         (noting, {"inverse": model}, "inverse is a Sequential, expected an InverseNetwork"),
-        (noting, {"metrics": [deletion]}, "are not all among"),
-        (noting, {"metrics": [["deletion"]]}, "are not all among"),
+        (noting, {"metrics": [deletion]}, "expected a list of names among bounding_box_accuracy"),
+        (
+            noting,
+            {"metrics": [["deletion"]]},
+            "expected a list of names among bounding_box_accuracy",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             compare(methods, x, 0, **{"model": model, **ASK, **options})
@@ -135,7 +139,8 @@ def test_targets_that_fit_no_output_are_refused_before_any_work(cnn, noting, ask
     x = cnn.x[:3]
     missing = (
         "no targets were given, but the model has outputs of shape (3,) for each image, expected "
-        "the one to explain: pass targets=, one class for all images or a list with one for each"
+        "the class to explain: pass targets=, one class for all images or a list with one class per "
+        "image"
     )
     for methods in ("Saliency", [noting, Saliency(cnn.model)], {"a": noting, "b": cnn.mipin}):
         model = {"model": cnn.model} if methods == "Saliency" else {}

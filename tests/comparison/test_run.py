@@ -208,9 +208,12 @@ def test_what_cannot_be_compared_is_refused(cnn):
         (lambda: compare(["Saliency"], x, 0), "pass model="),
         (
             lambda: compare(["Saliency"], x, 0, model=model, metrics=["accuracy"]),
-            "not all among bounding_box_accuracy",
+            "expected a list of names among bounding_box_accuracy",
         ),
-        (lambda: compare(["Saliency"], x, 0, model=model, metrics="deletion"), "not all among"),
+        (
+            lambda: compare(["Saliency"], x, 0, model=model, metrics="deletion"),
+            "expected a list of names among",
+        ),
         (
             lambda: compare(["Saliency"], x, 0, model=model, metrics={"a": "deletion"}),
             "expected a function",

@@ -178,7 +178,7 @@ def test_labels_of_two_dimensions_are_refused_in_the_users_words(cnn):
         randomization: {},
         grid_pointing_game: grid,
     }
-    message = r"shape \(5, 1\), expected one .* each of 5 examples: pass target.flatten\(\)"
+    message = r"shape \(5, 1\), expected one .* each of the 5 examples: pass target.flatten\(\)"
     for metric, options in metrics.items():
         for target in (torch.zeros(5, 1).long(), np.zeros((5, 1), int)):
             with pytest.raises(TargetError, match=message):
