@@ -1,4 +1,7 @@
-"""Write docs/operations.md, the table of every operation with a rule: python docs/operations.py."""
+"""Write docs/operations.md, the table of all operations with a rule.
+
+Run it by ``python docs/operations.py``.
+"""
 
 from pathlib import Path
 
@@ -6,7 +9,7 @@ from captum_mipin.rules import MIPIN, Passes
 
 TABLE = Path(__file__).with_name("operations.md")
 
-#: Test that derives rules a second time → the operations whose rules these are.
+#: Test that derives rules a second time → names of the operations with these rules.
 TESTS = {
     "inverse/test_method.py::test_mlp_equals_oracle": "linear relu",
     "inverse/test_method.py::test_cnn_equals_oracle": "conv2d conv2d.padding",
@@ -61,19 +64,20 @@ TESTS = {
     "rules/test_attention.py::test_spelling_of_attention_does_not_matter": "matmul bmm baddbmm",
 }
 
-#: The test of those that pass exactly, and of all others.
+#: The tests of operations that are not in ``TESTS``: of exact `Passes` rules, and of other rules.
 PASSES = "rules/test_operations.py::test_what_passes_exactly_gives_back_what_was_kept"
 EVERY = "rules/test_operations.py::test_every_operation_carries_the_signal"
 
 HEADER = """# Operations
 
-Every operation with a rule, as `torch.export` names it; written by `python docs/operations.py` from
-the table of rules. *exact* is what the paper defines, or the only possible way: least squares,
-masks, adjoints that return what there was. *decided* is one choice of several, ours. The test named
-derives the rule a second time, or checks an identity that it has to obey. Besides,
+All operations with a rule, by the names of `torch.export`. The command
+`python docs/operations.py` writes this page from the table of rules. A rule is *exact* if the paper
+defines it or no other rule is possible: least squares, masks, and adjoints that return the input. A
+rule is *decided* if it is one of several possible rules. The test in the last column derives the
+rule a second time, or checks an identity that must hold. In addition,
 `test_every_operation_carries_the_signal` fits and explains a network with each of PyTorch's
-operations. `pooled_linear` is none of these: it is a `linear` on averages over all places, inverted
-from there.
+operations. `pooled_linear` is not an operation of PyTorch: it is a `linear` on averages over all
+positions; its inverse returns a value for each position.
 
 | operation | the signal | | test |
 | --- | --- | --- | --- |
@@ -81,7 +85,7 @@ from there.
 
 
 def test_of(operation: str) -> str:
-    """Return the test that stands for an operation's rule."""
+    """Return the name of the test that the page lists for an operation."""
     name, rule = operation.removeprefix("aten.").removesuffix(".default"), MIPIN[operation]
     for test, names in TESTS.items():
         if name in names.split():
@@ -90,7 +94,7 @@ def test_of(operation: str) -> str:
 
 
 def text() -> str:
-    """Return the page, with one line an operation."""
+    """Return the text of the page, with one line per operation."""
     rows = (
         f"| `{name}` | {rule.note} | {'exact' if rule.exact else 'decided'} | `{test_of(name)}` |\n"
         for name, rule in MIPIN.items()

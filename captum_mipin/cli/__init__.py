@@ -1,4 +1,4 @@
-"""Explain the outputs of networks with MIP-IN: which parts of an image carry a logit.
+"""Explain the outputs of networks with MIP-IN: which parts of an image determine a logit.
 
 MODEL is one of
   torchvision:NAME        a network of torchvision, such as torchvision:resnet50
@@ -7,8 +7,8 @@ MODEL is one of
                           dynamic_shapes=({0: torch.export.Dim("batch")},)
 
 Exit codes: 0 success; 1 failure, with one line on stderr; 2 wrong usage.
-Results go to stdout, progress goes to stderr.
+Results are printed to stdout, progress to stderr.
 """
 
-# This docstring is the text of --help. `arguments` reads the command line, `models` and `images`
-# load what it names, `main` holds the commands.
+# The docstring of this module is the text of --help. Module `arguments` reads the command line,
+# `models` and `images` load the network and its images, `main` contains the commands.

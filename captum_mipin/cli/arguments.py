@@ -1,4 +1,4 @@
-"""What the command line takes: options, their types and their help."""
+"""The options of the command line, with their types and help texts."""
 
 import inspect
 import os
@@ -18,13 +18,13 @@ from captum_mipin.version import __version__
 
 Command = Callable[[Namespace], Any]
 
-#: Suffixes of picture files, and the number of images that a picture shows at most.
+#: Suffixes of picture files, and the largest number of images in a picture.
 PICTURES, SHOWN = (".jpg", ".jpeg", ".pdf", ".png", ".svg"), 24
 
 MIPIN_METHODS = tuple(name for name in METHODS if name.startswith("MIP-IN"))
 DEFAULT_METHODS = ("Saliency", "SmoothGrad", "Integrated Gradients")
 
-#: Metrics that need more than images and methods: boxes, or mosaics of images.
+#: Metrics that the command line does not have, because they need boxes or mosaics of images.
 _NEED_MORE = {"pointing_game", "effective_heat_ratio", "grid_pointing_game"}
 _METRICS = [name for name in METRICS if "box" not in name and name not in _NEED_MORE]
 
@@ -33,9 +33,9 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Command]) -> Namesp
     """Return the arguments of a command line.
 
     Args:
-        argv: Words of the command line; None takes those of the process.
-        commands: Name of a command → the function that does it. Its docstring is the help: the
-            first paragraph says what it does, the rest are examples.
+        argv: Words of the command line; by default those of the process.
+        commands: Name of a command → function that runs it. The function's docstring is the help
+            text of the command: the first paragraph is its purpose, the rest are examples.
 
     Raises:
         SystemExit: With code 2 for wrong usage, with 0 after ``--help`` and ``--version``.
@@ -43,11 +43,20 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Command]) -> Namesp
     args = build_parser(commands).parse_args(argv)
     error = args.parser.error
     if len(args.mean) != len(args.std):
-        error(f"--mean has {len(args.mean)} values, --std {len(args.std)}")
+        error(
+            f"--mean has {len(args.mean)} values, --std {len(args.std)}, expected the same number: "
+            "pass one value to both, or three"
+        )
     if getattr(args, "batch_size", 1) < 1:
-        error(f"--batch-size is {args.batch_size}, expected a whole number above 0")
+        error(
+            f"--batch-size is {args.batch_size}, expected a whole number above 0: pass for example "
+            "--batch-size 32"
+        )
     if args.command == "compare" and not args.inverse and {*MIPIN_METHODS} & {*args.methods}:
-        error("--methods with MIP-IN needs --inverse FILE, written by captum-mipin fit")
+        error(
+            "--methods contains MIP-IN, which needs a fitted inverse: pass --inverse FILE, a file "
+            "by captum-mipin fit"
+        )
     try:
         args.device = torch.device(args.device)
     except RuntimeError as unknown:
@@ -57,7 +66,7 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Command]) -> Namesp
 
 
 def build_parser(commands: Mapping[str, Command]) -> ArgumentParser:
-    """Return the parser of all commands."""
+    """Return the parser of all commands; ``commands`` is as for `parse`."""
     about = inspect.getdoc(cli) or ""
     parser = ArgumentParser("captum-mipin", description=about, formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=f"captum-mipin {__version__}")
@@ -81,17 +90,26 @@ def build_parser(commands: Mapping[str, Command]) -> ArgumentParser:
 def _add(
     parsers: Mapping[str, ArgumentParser], commands: str, option: str, text: str, **settings: Any
 ) -> None:
-    """Add an option to some commands; an empty string means all."""
+    """Add an option to commands.
+
+    Args:
+        parsers: Name of a command → its parser.
+        commands: Names of commands with spaces between them; an empty string means all commands.
+        option: Name of the option or positional argument.
+        text: Help text.
+        **settings: Further arguments of ``add_argument``.
+    """
     for name in commands.split() or parsers:
         parsers[name].add_argument(option, help=text, **settings)
 
 
 def _add_inputs(add: Callable[..., None]) -> None:
-    """Add the network and its images."""
+    """Add the options for the network and its images; ``add`` is `_add` without ``parsers``."""
     add("", "model", "torchvision:NAME, package.module:FACTORY or FILE.pt2", metavar="MODEL")
     add("", "--weights", 'file of a state dict; "torchvision" for the weights of torchvision')
-    add("check fit", "--layer", "module, such as layer4, to stop at (default: the pixels)")
-    add("explain", "--layer", "module to explain at (default: where the inverse stops)")
+    text = "module, such as layer4, at which the inverse stops (default: the pixels)"
+    add("check fit", "--layer", text)
+    add("explain", "--layer", "module to explain (default: the layer at which the inverse stops)")
     add("compare", "--layer", "module, such as layer4, for Grad-CAM and Grad×Feature")
     reader = _numbers("pixels N, or HEIGHTxWIDTH, such as 240x320", int, (1, 2), above=0, by="x")
     text = "pixels N, or HEIGHTxWIDTH: images are scaled to cover it and cropped (default: 224)"
@@ -106,23 +124,29 @@ def _add_inputs(add: Callable[..., None]) -> None:
     add("", "--json", "print one JSON object instead of a table", action="store_true")
     images = "fit explain compare"
     add(images, "images", "folder of images, or one image", metavar="IMAGES")
-    add(images, "--batch-size", "images at once (default: 32)", type=int, default=32)
+    add(images, "--batch-size", "images per call (default: 32)", type=int, default=32)
     add("fit compare", "--quiet", "show no progress", action="store_true")
 
 
 def _add_outputs(add: Callable[..., None]) -> None:
-    """Add what is fitted, explained and compared, and where the results go."""
+    """Add the options for targets, methods, metrics and output files.
+
+    Args:
+        add: Function `_add` without the argument ``parsers``.
+    """
     add("fit", "--out", "file of the inverse", type=_file(".safetensors"), required=True)
     add("fit", "--ridge", "λ of equation 6 (default: 0.001)", type=float, default=1e-3)
-    text = "what classes share: nothing, or all below the first step (default: nothing)"
+    text = "nothing: fit every layer per class; classes: fit per class only the layer next to the "
+    text += "output, all other layers for all classes together (default: nothing)"
     add("fit", "--sharing", text, choices=("nothing", "classes"), default="nothing")
-    add("fit", "--checkpoint", "file that keeps what is done, to resume an interrupted fit")
+    add("fit", "--checkpoint", "file for fitted layers, from which an interrupted fit continues")
     text = "file that captum-mipin fit wrote for the same model"
     add("explain", "--inverse", text, required=True)
     add("compare", "--inverse", f"{text}; MIP-IN needs it")
     reader = _numbers("a class, or several with commas between them, such as 207,208", int)
     add("fit", "--targets", "classes to fit (default: all)", type=reader)
-    text = "class of all images, or one for each in the order of names (default: the predicted)"
+    text = "class of all images, or one class per image, in the order of file names (default: the "
+    text += "predicted classes)"
     add("explain compare", "--targets", text, type=reader)
     text = f"any of {', '.join(METHODS)} (default: {', '.join(DEFAULT_METHODS)}; with --inverse "
     text += "also MIP-IN, with --layer also Grad-CAM)"
@@ -146,14 +170,14 @@ def _numbers(
     above: float = -inf,
     by: str = ",",
 ) -> Callable[[str], list[float]]:
-    """Return a reader of numbers.
+    """Return a function that reads numbers from text.
 
     Args:
-        expected: What the text should be, for the error message.
-        number: Reads one number: int or float.
-        counts: How many numbers there may be; empty allows any count.
-        above: Bound that all numbers exceed.
-        by: Separator.
+        expected: Description of a correct text, for the error message.
+        number: Function that reads one number, int or float.
+        counts: Allowed counts of numbers; an empty tuple allows any count.
+        above: Bound that all numbers must exceed.
+        by: Separator between numbers.
     """
 
     def read(text: str) -> list[float]:
@@ -171,12 +195,15 @@ def _numbers(
 
 
 def _file(*suffixes: str) -> Callable[[str], Path]:
-    """Return a reader of the path of a file to write."""
+    """Return a function that reads the path of an output file with one of the suffixes."""
 
     def read(text: str) -> Path:
         path = Path(text)
         if path.suffix.lower() not in suffixes:
-            raise ArgumentTypeError(f"{text!r} ends in none of {', '.join(suffixes)}")
+            raise ArgumentTypeError(
+                f"{text!r} has the suffix {path.suffix!r}, expected one of {', '.join(suffixes)}: "
+                "rename the file"
+            )
         if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
             raise ArgumentTypeError(
                 f"{text!r} cannot be written: name a file in an existing folder"
@@ -187,7 +214,14 @@ def _file(*suffixes: str) -> Callable[[str], Path]:
 
 
 def _names(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Return a reader of names with commas between them; case is ignored, and x stands for ×."""
+    """Return a function that reads names with commas between them.
+
+    Upper and lower case are equal, and the letter x can be written for ×.
+
+    Args:
+        kind: "method" or "metric", for the error message.
+        known: All known names.
+    """
 
     def plain(name: str) -> str:
         return name.strip().replace("×", "x").casefold()
@@ -199,7 +233,7 @@ def _names(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
             return [by_plain[plain(part)] for part in text.split(",")]
         except KeyError as error:
             raise ArgumentTypeError(
-                f"no {kind} is named {error}, only {', '.join(known)}"
+                f"{error} is not the name of a {kind}: pass names among {', '.join(known)}"
             ) from error
 
     return read

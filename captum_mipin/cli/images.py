@@ -17,15 +17,15 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".
 class ImageFolder(Dataset[Tensor]):
     """The images of a folder and its subfolders, in the order of their paths.
 
-    Each is scaled until it covers the size, cropped around its centre, and normalised.
+    Each image is scaled to cover the size, cropped around its centre, and normalised.
 
     Args:
-        args: The command's arguments, of which it reads: images, the path of a folder or of one
-            image; size, (height, width) in pixels; mean and std of each channel, subtracted from
-            pixels in [0, 1] and divided by, where one value makes images grey; device.
+        args: The command's arguments. These are used: ``images``, the path of a folder or of one
+            image; ``size``, (height, width) in pixels; ``mean`` and ``std``, one value per channel
+            for pixels in [0, 1], or one value alone for grey images; and ``device``.
 
     Attributes:
-        names: Path of each image, relative to the folder.
+        names: Paths of the images, relative to the folder.
 
     Raises:
         InputError: There is no image at the path.
@@ -43,7 +43,8 @@ class ImageFolder(Dataset[Tensor]):
         self._paths = sorted(p for p in files if p.suffix.lower() in _SUFFIXES and p.is_file())
         if not self._paths:
             raise InputError(
-                f"{args.images!r} holds no image, expected files of {', '.join(_SUFFIXES)}"
+                f"{args.images!r} holds no image, expected files of {', '.join(_SUFFIXES)}: pass "
+                "an image, or a folder with images"
             )
         base = folder if folder.is_dir() else folder.parent
         self.names = [path.relative_to(base).as_posix() for path in self._paths]
@@ -55,17 +56,20 @@ class ImageFolder(Dataset[Tensor]):
         """Return image ``index`` (channels, height, width) as float32.
 
         Raises:
-            InputError: The file is no image, or has more than 8 bits a channel.
+            InputError: The file is not an image, or has more than 8 bits per channel.
         """
         path, (height, width) = self._paths[index], self._size
         try:
             with self._image.open(path) as file:
-                if file.mode.startswith(("I", "F")):  # Pillow would clip these to 255
-                    raise ValueError(f"it has mode {file.mode}, expected 8 bits a channel")
+                # Pillow would clip integer and float pixels to 255 when it converts them
+                if file.mode.startswith(("I", "F")):
+                    raise ValueError(f"it has mode {file.mode}, expected 8 bits per channel")
                 upright = self._operations.exif_transpose(file)
                 image = upright.convert("L" if len(self._mean) == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three
-            raise InputError(f"{str(path)!r} cannot be read as an image: {error}") from error
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises errors of these types
+            raise InputError(
+                f"{str(path)!r} cannot be read as an image: {error}. Remove or convert this file"
+            ) from error
         bilinear = self._image.Resampling.BILINEAR
         pixels = np.array(self._operations.fit(image, (width, height), bilinear))
         x = torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1) / 255
@@ -76,5 +80,9 @@ class ImageFolder(Dataset[Tensor]):
         return torch.stack([self[index] for index in range(len(self))]).to(self._device)
 
     def denormalise(self, x: Tensor) -> Tensor:
-        """Return a batch as pixels in [0, 1], on the CPU."""
+        """Return normalised images as pixels in [0, 1], on the CPU.
+
+        Args:
+            x: Normalised images (images, channels, height, width).
+        """
         return (x.cpu() * self._std + self._mean).clamp(0, 1)

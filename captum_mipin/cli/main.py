@@ -27,10 +27,10 @@ from captum_mipin.report import table
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Results go to stdout; progress, errors and what the model itself prints go to stderr.
+    Results are printed to stdout; progress, errors and texts that the model prints, to stderr.
 
     Args:
-        argv: Words of the command line; None takes those of the process.
+        argv: Words of the command line; by default those of the process.
 
     Returns:
         Exit code: 0 if the command succeeded, 1 if it failed, with one line on stderr.
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse(argv, COMMANDS)
     logs = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # torch logs an export that fails; the user gets one line
+    # torch logs many lines if an export fails: the user gets only the one line of the error
+    logging.disable(logging.ERROR)
     try:
         with redirect_stdout(sys.stderr):
             outcome = COMMANDS[args.command](args)
@@ -57,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found.
+    """The outcome of a command.
 
     Attributes:
-        text: Printed as it is.
-        data: Printed instead as one JSON object with ``--json``.
-        failure: Why the exit code is 1; empty if the command succeeded.
+        text: Text to print.
+        data: Data to print as one JSON object, instead of the text, with ``--json``.
+        failure: Reason of the exit code 1; empty if the command succeeded.
     """
 
     text: str
@@ -71,7 +72,7 @@ class Outcome:
 
 
 def check(args: Namespace) -> Outcome:
-    """Report for each operation of a model whether a signal can be sent back through it.
+    """Report for each operation of a model whether MIP-IN supports it.
 
     Examples:
       captum-mipin check torchvision:resnet50
@@ -109,7 +110,7 @@ def fit(args: Namespace) -> Outcome:
 
 
 def explain(args: Namespace) -> Outcome:
-    """Write the attributions of a fitted inverse as pictures and as tensors.
+    """Write the attributions of MIP-IN with a fitted inverse, as pictures and as tensors.
 
     Examples:
       captum-mipin explain torchvision:resnet50 photos --weights torchvision \\
@@ -157,7 +158,8 @@ def compare(args: Namespace) -> Outcome:
     inverse = None
     if args.inverse is not None:
         inverse = InverseNetwork.load(args.inverse, model)
-        # load has compared the weights; the metric "randomization" changes them on purpose
+        # `load` has already compared the weights with those of the fit. Without this, the metric
+        # "randomization" would fail, because it changes the weights of a copy.
         inverse.changed = "ignore"
     methods = args.methods or [
         *(MIPIN_METHODS if inverse is not None else ()),
@@ -193,7 +195,7 @@ COMMANDS = {run.__name__: run for run in (check, fit, explain, compare)}
 
 
 def _write(comparison: Comparison, path: Path) -> None:
-    """Write a comparison as a page, a picture or a table; the suffix of the path decides."""
+    """Write a comparison as a page, picture or table, according to the suffix of the path."""
     suffix = path.suffix.lower()
     if suffix == ".html":
         comparison.save_html(path)
@@ -205,21 +207,22 @@ def _write(comparison: Comparison, path: Path) -> None:
 
 
 def _fail(reason: str) -> int:
-    """Print why a command failed as one line on stderr, and return its exit code."""
+    """Print the reason of a failure as one line on stderr, and return the exit code 1."""
     line = " ".join(reason.split())
-    if len(line) > 1000:  # a capture that fails may quote the graph; what to do stands at the end
+    # errors of captures can contain a whole graph: shorten the middle, since the end has the advice
+    if len(line) > 1000:
         line = f"{line[:500]} … {line[-500:]}"
     _print(f"captum-mipin: {line}", sys.stderr)
     return 1
 
 
 def _print(text: str, file: TextIO) -> None:
-    """Print text; characters that the terminal's encoding lacks become question marks."""
+    """Print text; question marks replace characters that the file's encoding does not have."""
     encoding = file.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
 
 
 def _to_json(data: object) -> str:
-    """Return data as JSON; NaN and infinities, which JSON lacks, become null."""
+    """Return data as JSON text, with null for NaN and infinities."""
     finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
     return json.dumps(finite, indent=2)

@@ -1,4 +1,4 @@
-"""Networks by name: from torchvision, from a factory, or from an exported program."""
+"""Loading of networks: from torchvision, from a factory, or from an exported program."""
 
 import importlib
 import operator
@@ -20,17 +20,17 @@ from captum_mipin.targets import per_example
 
 
 def load_model(args: Namespace) -> tuple[nn.Module, nn.Module | None]:
-    """Return the network in evaluation mode, with its weights, and the layer that was asked for.
+    """Return the network in evaluation mode, and the module of ``--layer`` or None.
 
     Args:
-        args: The command's arguments; ``command``, ``model``, ``weights``, ``layer``, ``mean``,
-            ``size`` and ``device`` are read.
+        args: The command's arguments. These are used: ``command``, ``model``, ``weights``,
+            ``layer``, ``mean``, ``size`` and ``device``.
 
     Raises:
-        InputError: The network, its weights or its layer cannot be had.
+        InputError: The network, its weights or its layer do not exist or cannot be loaded.
         CaptureError: The exported program cannot be explained.
         OSError: A file cannot be read.
-        ImportError: torchvision, or the factory's module, is missing.
+        ImportError: torchvision, or the module of the factory, is not installed.
     """
     source, _, name = args.model.partition(":")
     pretrained = args.weights == "torchvision"
@@ -43,7 +43,8 @@ def load_model(args: Namespace) -> tuple[nn.Module, nn.Module | None]:
         model = exported.load(args.model, (len(args.mean), *args.size), args.device)
     elif not source or not name or source.startswith(".") or "/" in source:
         raise InputError(
-            f"MODEL is {args.model!r}, expected torchvision:NAME, module:FACTORY or FILE.pt2"
+            f"MODEL is {args.model!r}, expected torchvision:NAME, module:FACTORY or FILE.pt2: pass "
+            "for example torchvision:resnet50"
         )
     elif source != "torchvision":
         model = _call_factory(source, name)
@@ -60,20 +61,21 @@ def load_model(args: Namespace) -> tuple[nn.Module, nn.Module | None]:
 
 
 def predict(args: Namespace, model: nn.Module, x: Tensor) -> tuple[list[int] | None, list[float]]:
-    """Return the class to explain for each image, and its score.
+    """Return the class to explain for each image, and the model's output for this class.
 
     Args:
-        args: The command's arguments. ``targets`` is one class for all images, or one for each;
-            None takes the predicted class. ``batch_size`` images go through the model at once.
-        model: Returns (images, classes), or (images,) if it has one output.
+        args: The command's arguments. These are used: ``targets``, a list of one class for all
+            images or one class per image, or None for the predicted classes; and ``batch_size``,
+            the number of images per call of the model.
+        model: Network with outputs (images, classes), or (images,) for a single output.
         x: Images (images, channels, height, width).
 
     Returns:
-        Classes counted from 0, None for a model with one output; scores, such as logits.
+        Classes counted from 0, None for a model with a single output; outputs, such as logits.
 
     Raises:
-        InputError: The outputs have another shape.
-        TargetError: The targets fit neither the images nor the outputs.
+        InputError: The shape of the outputs differs from these shapes.
+        TargetError: The targets do not fit the images or the outputs.
     """
     with torch.no_grad():
         outputs = torch.cat([select(model(part), None) for part in x.split(args.batch_size)])
@@ -81,7 +83,8 @@ def predict(args: Namespace, model: nn.Module, x: Tensor) -> tuple[list[int] | N
         return None, outputs.tolist()
     if outputs.ndim != 2:
         raise InputError(
-            f"the model's outputs have shape {tuple(outputs.shape)}, expected (images, classes)"
+            f"the model's outputs have shape {tuple(outputs.shape)}, expected (images, classes): "
+            "pass a model that returns one score per class"
         )
     targets = outputs.argmax(1).tolist() if args.targets is None else args.targets
     rows = per_example(targets[0] if len(targets) == 1 else targets, outputs)
@@ -90,69 +93,99 @@ def predict(args: Namespace, model: nn.Module, x: Tensor) -> tuple[list[int] | N
 
 
 def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
-    """Return a network of torchvision."""
+    """Return a network of torchvision, with its default trained weights if ``pretrained``."""
     models = require_module("torchvision.models", "torchvision")
     if name not in models.list_models():
         raise InputError(
-            f"torchvision has no network {name!r}: torchvision.models.list_models() names them"
+            f"torchvision has no network {name!r}, expected a name of "
+            "torchvision.models.list_models(): pass one of these names"
         )
     model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
     return model
 
 
 def _call_factory(source: str, name: str) -> nn.Module:
-    """Return the module that a factory builds, or the module itself if ``name`` is one."""
+    """Return the network that a factory builds.
+
+    Args:
+        source: Dotted name of a Python module; the current folder is searched first.
+        name: Name of a function in this module that builds the network, or of the network.
+
+    Raises:
+        InputError: The name does not exist, ends the process, or does not give a network.
+    """
     before = sys.path
-    sys.path = [str(Path.cwd()), *before]  # as `python -m` does; the console script does not
+    # search the current folder, as `python -m` does; console scripts do not do so by default
+    sys.path = [str(Path.cwd()), *before]
     try:
         module = importlib.import_module(source)
         try:
             factory: Any = operator.attrgetter(name)(module)
         except AttributeError as error:
-            raise InputError(f"{source}:{name} does not exist: {error}") from error
+            raise InputError(
+                f"{source}:{name} does not exist: {error}. Pass a name that the module contains"
+            ) from error
         model = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
     except SystemExit as error:
         raise InputError(
-            f"{source}:{name} ends the process: "
-            "move what a script does below if __name__ == '__main__'"
+            f"{source}:{name} ends the process, expected a network: move the calls of a script "
+            "below if __name__ == '__main__'"
         ) from error
     finally:
         sys.path = before
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"{source}:{name} gives a {type(model).__name__}, expected a torch.nn.Module"
+            f"{source}:{name} gives a {type(model).__name__}, expected a torch.nn.Module: return "
+            "the network"
         )
     return model
 
 
 def _load_weights(model: nn.Module, weights: str) -> None:
-    """Load a state dict from a file, all of it; no code in the file is run."""
-    Path(weights).open("rb").close()  # raises the plain OSError of a file that cannot be read
+    """Load a complete state dict from a file, without running code in the file.
+
+    Raises:
+        InputError: The file does not contain tensors only, or they do not fit the model.
+        OSError: The file cannot be read.
+    """
+    # if the file cannot be read, raise its OSError here, outside the `except` below
+    Path(weights).open("rb").close()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about files that it then refuses
+            warnings.simplefilter("ignore")  # torch warns about such files before its error
             state: Any = (
                 load_file(weights)
                 if weights.endswith(".safetensors")
                 else torch.load(weights, map_location="cpu", weights_only=True)
             )
-    except Exception as error:  # of any type: the file may hold anything
+    except Exception as error:  # of any type: the file may contain any bytes
         raise InputError(
-            f"{weights!r} is damaged, or holds more than tensors, and loading that could run code: "
-            "save the weights with torch.save(model.state_dict(), path)"
+            f"{weights!r} is damaged, or holds more than tensors; expected tensors only, because "
+            "other objects could run code: save the weights with torch.save(model.state_dict(), "
+            "path)"
         ) from error
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"the weights in {weights!r} do not fit the model: {error}") from error
+        raise InputError(
+            f"the weights in {weights!r} do not fit the model: {error}. Pass the weights of this "
+            "model"
+        ) from error
 
 
 def _find_layer(model: nn.Module, path: str | None) -> nn.Module | None:
-    """Return the submodule at a path, None without a path."""
+    """Return the submodule with a dotted name; None if ``path`` is None.
+
+    Raises:
+        InputError: The model has no submodule with this name.
+    """
     if path is None:
         return None
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if not path or path not in modules:
         names = ", ".join(name for name, _ in model.named_children())
-        raise InputError(f"the model has no layer {path!r}; {type(model).__name__} has {names}")
+        raise InputError(
+            f"the model has no layer {path!r}, expected the name of a submodule: pass for example "
+            f"one of {type(model).__name__}: {names}"
+        )
     return modules[path]

@@ -1,15 +1,18 @@
-"""Packages that only some commands need."""
+"""Import of optional packages, which only some commands need."""
 
 import importlib
 from typing import Any
 
 
 def require_module(name: str, package: str) -> Any:
-    """Return a module, or raise ImportError with the command that installs it.
+    """Return an imported module.
 
     Args:
         name: Name of the module, such as "PIL.Image".
-        package: Name that pip knows it by, such as "pillow".
+        package: Name of its package for pip, such as "pillow".
+
+    Raises:
+        ImportError: The package is not installed; the error contains the command to install it.
     """
     try:
         return importlib.import_module(name)

@@ -19,7 +19,7 @@ OUT = f"{FIT} --out a.safetensors"
         ("required: COMMAND", ""),
         ("invalid choice: 'draw'", "draw"),
         ("required: --out", FIT),
-        ("ends in none of .safetensors", f"{FIT} --out a.pt"),
+        ("has the suffix '.pt', expected one of .safetensors", f"{FIT} --out a.pt"),
         ("cannot be written", f"{FIT} --out nowhere/a.safetensors"),
         ("cannot be written", f"{FIT} --out weights.pt/a.safetensors"),
         ("'folder.safetensors' cannot be written", f"{FIT} --out folder.safetensors"),
@@ -34,11 +34,17 @@ OUT = f"{FIT} --out a.safetensors"
         ("--ridge: invalid float value: 'much'", f"{OUT} --ridge much"),
         ("--mean has 1 values, --std 3", f"{OUT} --mean 1"),
         ("--device gpu: ", f"{OUT} --device gpu"),
-        ("ends in none of .safetensors, .jpg", f"{EXPLAIN} --out page.html"),
-        ("no method is named 'salience', only MIP-IN", f"compare {MODEL} few --methods Salience"),
-        ("no metric is named 'pointing_game'", f"compare {MODEL} few --metrics pointing_game"),
-        ("needs --inverse", f"compare {MODEL} few --methods MIP-IN"),
-        ("needs --inverse", f"compare {MODEL} few --methods 'Saliency,MIP-IN × gradient'"),
+        ("expected one of .safetensors, .jpg", f"{EXPLAIN} --out page.html"),
+        (
+            "'salience' is not the name of a method: pass names among MIP-IN",
+            f"compare {MODEL} few --methods Salience",
+        ),
+        (
+            "'pointing_game' is not the name of a metric",
+            f"compare {MODEL} few --metrics pointing_game",
+        ),
+        ("pass --inverse FILE", f"compare {MODEL} few --methods MIP-IN"),
+        ("pass --inverse FILE", f"compare {MODEL} few --methods 'Saliency,MIP-IN × gradient'"),
     ],
 )
 def test_wrong_usage_is_told_before_any_work(message, line, folder, capsys):

@@ -65,7 +65,7 @@ def test_models_and_layers_that_do_not_exist_are_refused(capsys):
         ("gives a str, expected a torch.nn.Module", "check tiny_networks:Zoo.name"),
         ("LookupError: no such thing", "check tiny_networks:broken"),
         ("needs a model torchvision:NAME", f"{BUILT} --weights torchvision"),
-        ("Sequential has 0, 1, 2, 3, 4", f"{BUILT} --layer layer4"),
+        ("one of Sequential: 0, 1, 2, 3, 4", f"{BUILT} --layer layer4"),
     ):
         assert message in refused(capsys, line), message
 

@@ -139,8 +139,8 @@ def test_targets_that_fit_no_output_are_refused_before_any_work(cnn, noting, ask
     x = cnn.x[:3]
     missing = (
         "no targets were given, but the model has outputs of shape (3,) for each image, expected "
-        "the class to explain: pass targets=, one class for all images or a list with one class per "
-        "image"
+        "the class to explain: pass targets=, one class for all images or a list with one class "
+        "per image"
     )
     for methods in ("Saliency", [noting, Saliency(cnn.model)], {"a": noting, "b": cnn.mipin}):
         model = {"model": cnn.model} if methods == "Saliency" else {}

@@ -26,7 +26,8 @@ def test_a_method_that_fails_leaves_its_error_and_others_finish(found):
     assert (broken.maps, broken.results) == (None, {})
     assert broken.error == "ValueError: this network <i>is not</i> supported"
     assert found["S"].errors == {
-        "completeness": "InputError: completeness needs a method that has source_signal"
+        "completeness": "InputError: the method is a Saliency; completeness needs a method that "
+        "has source_signal, as MIPINAttribution has"
     }
     assert found["S"].results["deletion"].n == 3
     assert found["MIP-IN"].results["completeness"].n == 3
@@ -200,7 +201,7 @@ def test_without_mip_in_there_is_no_pattern(cnn):
 def test_what_cannot_be_compared_is_refused(cnn):
     x, model = cnn.x[:3], cnn.model
     for bad, message in (
-        (lambda: compare({}, x, 0), "no methods"),
+        (lambda: compare({}, x, 0), "methods is empty, expected at least one method"),
         (
             lambda: compare(["Saliencey"], x, 0, model=model),
             "no method has the name 'Saliencey'; known are MIP-IN, MIP-IN × gradient, Saliency",
