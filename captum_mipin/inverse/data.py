@@ -213,7 +213,7 @@ class Activations:
                 self._folder.rmdir()
 
     def _file(self, index: int) -> Path:
-        assert self._folder is not None  # for mypy: as in the callers
+        assert self._folder is not None  # for mypy: files exist only in a folder
         return self._folder / f"{index:06d}.safetensors"
 
 
@@ -231,7 +231,7 @@ def _shard(loader: "DataLoader[Any]", rank: int, count: int) -> "DataLoader[Any]
             "and each process would draw for itself, expected a sampler that divides the examples: "
             "give it a torch.utils.data.DistributedSampler"
         )
-    size = len(loader.dataset)  # type: ignore[arg-type]  # these samplers know it
+    size = len(loader.dataset)  # type: ignore[arg-type]  # these samplers need a length
     own = Subset(loader.dataset, range(rank, size, count))
     return DataLoader(
         own, batch_size=loader.batch_size, num_workers=loader.num_workers,

@@ -242,7 +242,9 @@ class Fit:
                 if positions is None:
                     part = inverter.moments(x, s)
                 else:
-                    assert isinstance(inverter, Convolution)  # for mypy: only these have positions
+                    assert isinstance(
+                        inverter, Convolution
+                    )  # for mypy: only convolutions have positions
                     part = inverter.moments(x, s, positions)
                 total = moments.setdefault(number, part)
                 if total is not part:
@@ -252,7 +254,7 @@ class Fit:
         return moments
 
     def _merged(self, key: str, batches: Iterable[_Batch]) -> Iterator[_Batch]:
-        """Yield the batches, with small stored ones joined, so that moments take fewer calls."""
+        """Yield the batches; join small stored ones, because few large products are faster."""
         waiting: list[_Batch] = []
         join = self._request.surrogate.steps[key].layout.join
         for batch in batches:
@@ -284,7 +286,7 @@ class Fit:
         """Return the moments of all processes' data; ``moments`` is None in one without data."""
         live = moments.live[0].tolist() if moments is not None and moments.live else None
         moments = moments or Moments.zeros(*inverter.size, x.device)
-        # Moments with fields for live signals only can be added only if these are the same signals.
+        # Moments of live signals can be added only if the live signals of all processes are equal.
         if any(other != live for other in self._request.processes.gather(live)):
             moments = moments.whole()
         return moments.pooled(self._request.processes.sum)

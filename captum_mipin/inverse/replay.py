@@ -194,8 +194,8 @@ def _solve(seen: Seen, signals: tuple[Tensor, ...], settings: Settings, last: bo
         s = s.reshape(-1, s.shape[-1]).to(dtype)
         live = s.any(0).nonzero().squeeze(1)
         n, columns = len(s), len(live)
-        # n rows in the dual take n² (columns + n / 3) operations, the primal n columns (columns +
-        # features)
+        # operations for n rows: n² (columns + n / 3) by the dual,
+        # n columns (columns + features) by the primal
         if n * (columns + n / 3) < columns * (columns + inverter.features):
             rows = Rows(x.reshape(-1, inverter.features).to(dtype))
             solution = solve_rows(

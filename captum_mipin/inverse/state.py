@@ -113,7 +113,7 @@ class State:
         return [*self.fitted.inverses, *self.lazy]
 
     def join(self, before: "State", chosen: Collection[Target]) -> None:
-        """Add the classes of an earlier state, except the ``chosen`` ones, fitted again since."""
+        """Add the classes of an earlier state, except the ``chosen`` ones, which are new."""
         labels = {target_label(target) for target in chosen}
         old, new = before.fitted, self.fitted
         old_inverses = {

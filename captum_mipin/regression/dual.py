@@ -23,7 +23,7 @@ class Rows:
     def __init__(self, x: Tensor) -> None:
         mean = x.mean(0)
         self.x = x - mean
-        # Rounding leaves a small mean, which is subtracted too. Float64 would take more memory.
+        # Subtract also the mean that rounding has left. Float64 would need twice the memory.
         rest = self.x.mean(0)
         self.x -= rest
         self.mean = mean.double() + rest.double()
