@@ -1,1 +1,1 @@
-"""From a model to its graph of operations. This package knows no rules."""
+"""From a model to its graph of operations, without any rules of a method."""

@@ -1,6 +1,6 @@
-"""The graphs of a model and what is built from them, kept for the next call.
+"""A cache for the graphs of one model, and for the objects that are built from these graphs.
 
-Every graph is made by :func:`captum_mipin.graph.capture.trace`; what is kept here is one model's.
+The graphs themselves are made by :func:`captum_mipin.graph.capture.trace`.
 """
 
 from collections import OrderedDict
@@ -17,20 +17,20 @@ from captum_mipin.graph.signature import Signature
 from captum_mipin.graph.subgraph import module_output
 from captum_mipin.types import Extras, Inputs
 
-#: Graphs kept for different input shapes.
+#: Largest number of graphs in a cache; each is for other shapes of the inputs.
 _GRAPHS = 8
 
-#: (inputs, extras, shared) → their graph.
+#: (inputs, extras, shared) → the graph for a call with these arguments.
 Capture = Callable[[Inputs, Extras, bool], CapturedGraph]
 
 Built = TypeVar("Built")
 
 
 class Graphs(Generic[Built]):
-    """A model's graph for each kind of inputs, and what was built from it.
+    """A cache of a model's graphs by signature, and of the objects that were built from them.
 
-    All are forgotten once the model (but for its weights) or the rules have changed. Copies and
-    pickles begin without any. Calls from several threads take turns.
+    The cache is emptied when the rules change, or anything of the model except its weights. Copies
+    and pickles of a cache are empty. Calls from several threads wait for each other.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Graphs(Generic[Built]):
         self._lock = Lock()
 
     def get(self, signature: Signature) -> CapturedGraph | None:
-        """Return the graph for inputs of this kind, None if there is none."""
+        """Return the graph with this signature, or None if the cache does not contain one."""
         return self._graphs.get(signature)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -54,14 +54,16 @@ class Graphs(Generic[Built]):
         find: Callable[[], Signature],
         build: Callable[[CapturedGraph, str | None], Built],
     ) -> tuple[CapturedGraph, Built]:
-        """Return a graph and what is built from it.
+        """Return a graph and the object that is built from it.
 
         Args:
             model: The model.
-            layer: The layer where passes end; None for the inputs.
-            rules: All that graphs and what is built depend on besides the model.
-            find: Returns the signature of the graph, see :meth:`find`.
-            build: (graph, name of the layer's node) → what is built.
+            layer: The layer whose output is explained; None for the inputs.
+            rules: The rules, and all other settings on which graphs and objects depend. They are
+                compared by ``==``.
+            find: Function that returns the signature of the graph, see :meth:`find`.
+            build: Function (graph, name of the layer's node) → object. The name is None for the
+                inputs.
         """
         with self._lock:
             made_of = [snapshot(model), rules]
@@ -90,19 +92,21 @@ class Graphs(Generic[Built]):
         accept: Callable[[Signature, CapturedGraph], None] = lambda signature, graph: None,
         hint: Callable[[], str] = str,
     ) -> Signature:
-        """Return the signature of the graph for a call; capture the graph if there is none.
+        """Return the signature of the graph for a call, and capture the graph if it is missing.
 
-        An extra tensor as long as the batch may be one row an example, or shared by all. An earlier
-        fit decides; without one, the first choice with which the model can be captured.
+        An extra tensor whose length is the batch size has two possible meanings: it has one row per
+        example, or all examples share it. An earlier fit decides between them. Without a fit,
+        "one row per example" is tried first, and the first meaning with which the model can be
+        captured is used.
 
         Args:
             inputs: Tensors (batch, ...).
             extras: Further arguments of the model.
-            capture: How a graph is captured.
-            fitted: The signature of an earlier fit.
-            accept: Raises if a new graph cannot be used.
-            hint: Returns what to add to the error if inputs of another kind than the fitted ones
-                cannot be captured.
+            capture: Function that captures a graph.
+            fitted: The signature of an earlier fit, if there is one.
+            accept: Function (signature, graph) that raises an error if a new graph cannot be used.
+            hint: Function that returns advice for the error message. It is called if the capture
+                fails for inputs whose signature differs from ``fitted``.
 
         Raises:
             CaptureError: The model cannot be captured.
@@ -124,4 +128,7 @@ class Graphs(Generic[Built]):
             return signature
         if failure is not None and fitted is not None and fitted not in choices:
             raise type(failure)(f"{failure}\n{hint()}".rstrip()) from failure
-        raise failure or CaptureError("the model cannot be captured")
+        raise failure or CaptureError(
+            "the model cannot be captured for these inputs, expected a model that torch.export "
+            "accepts: run torch.export.export(model, inputs) to see where it fails"
+        )

@@ -1,8 +1,9 @@
 """From a model to its graph of operations.
 
-``torch.export`` records what the model computes as a functional graph in which every spelling of
-an operation looks the same. The export runs on a copy of the model that shares its parameters, so
-the model itself is never touched.
+``torch.export`` records the operations of a model. They become a functional graph, in which an
+operation has one form, however the model's code calls it (as a method, in place, or as a function).
+The export runs on a copy of the model that shares its parameters, so the model itself is never
+changed.
 """
 
 import copy
@@ -31,14 +32,14 @@ from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import check_exportable, check_inputs, check_model, described
 from captum_mipin.types import Extras, Inputs, Output
 
-#: Batch size of the example that is captured. torch.export takes sizes 0 and 1 for constants.
+#: Batch size of the example for the capture. torch.export treats sizes 0 and 1 as constants.
 _EXAMPLE_BATCH = 3
 
-#: The batch sizes that a model has to take. For larger ones torch itself chooses other kernels of
-#: normalisation on GPUs.
+#: A model must accept all batch sizes up to this one. For larger batches torch itself uses other
+#: kernels of normalisation on GPUs.
 _LARGEST_BATCH = 65535
 
-#: What torch warns of when it copies recurrent layers, whose weights are attributes as well.
+#: Pattern of a harmless warning about recurrent layers, whose weights are plain attributes as well.
 _RECURRENT = (
     r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, )?)+ (was|were) assigned during "
     "export"
@@ -51,10 +52,11 @@ class CapturedGraph:
 
     Attributes:
         graph: Nodes in order of execution; placeholders first.
-        constants: Name of a placeholder → the path of its parameter or buffer, or its tensor.
+        constants: Name of a placeholder → the path of its parameter or buffer as a string, or the
+            tensor itself if the model has not registered it.
         inputs: Names of the placeholders of the inputs.
-        arguments: Names of the placeholders of all inputs and extra arguments, in order; None
-            where the graph has none.
+        arguments: Names of the placeholders of all inputs and extra arguments, in order; None for
+            an argument without a placeholder.
         output: Node of the model's output.
         batch: The symbol of the batch size.
         shared: See :func:`captum_mipin.graph.signature.per_example`.
@@ -69,20 +71,21 @@ class CapturedGraph:
     shared: bool
 
     def values(self, model: nn.Module, inputs: Inputs, extras: Extras) -> dict[str, Any]:
-        """Return the value of every placeholder for a call, by name."""
+        """Return the values of all placeholders for a call, by name of the placeholder."""
         leaves = zip(self.arguments, pytree.tree_leaves((inputs, extras)), strict=True)
         given = {name: leaf for name, leaf in leaves if name is not None}
         return self.weights(model) | given
 
     def weights(self, model: nn.Module) -> dict[str, Any]:
-        """Return parameters, buffers and constants as they are in ``model`` now, by placeholder."""
+        """Return the current parameters, buffers and constants of ``model``, by placeholder."""
         modules = dict(tree(model))
         values: dict[str, Any] = {}
         source: Any
         for name, source in self.constants.items():
             if isinstance(source, str):
                 path, _, attribute = source.rpartition(".")
-                source = modules[path]._parameters.get(attribute)  # a third of getattr's time
+                # looking into _parameters first takes a third of the time of getattr
+                source = modules[path]._parameters.get(attribute)
                 source = getattr(modules[path], attribute) if source is None else source
             values[name] = source.detach() if source.requires_grad else source
         return values
@@ -102,17 +105,17 @@ def capture(
 
     Args:
         model: Module in evaluation mode.
-        inputs: Example inputs (batch, ...); only shapes, dtypes and devices count.
+        inputs: Example inputs (batch, ...). Only their shapes, dtypes and devices matter.
         extras: Further arguments of ``forward``.
         shared: See :func:`captum_mipin.graph.signature.per_example`.
         output: Which output, see :func:`captum_mipin.graph.signature.select`.
         explained: See :func:`captum_mipin.graph.validate.check_inputs`.
-        detached: Detach what the model computes under ``torch.no_grad()``. Without, the graph does
-            not show it.
+        detached: Detach the inputs of those parts that the model runs under ``torch.no_grad()``.
+            If False, the graph does not show where gradients were switched off.
 
     Raises:
         CaptureError: ``torch.export`` cannot follow the model, or its output is not one tensor.
-        InputError: The inputs cannot carry a signal.
+        InputError: The inputs are not dense tensors of a floating dtype with one common length.
         TrainingModeError: The model is in training mode.
 
     Examples:
@@ -135,10 +138,10 @@ def trace(
     output: Output,
     detached: bool,
 ) -> CapturedGraph:
-    """Do the work of :func:`capture` once model and inputs are checked.
+    """Export a checked model for checked inputs; see :func:`capture` for the arguments.
 
-    Every graph of this package is made by a call of ``captum_mipin.graph.capture.trace``: replace
-    that one name to share graphs, as the tests do.
+    All graphs of this package are made by calls of ``captum_mipin.graph.capture.trace``. Replace
+    this one name to share graphs between models, as the tests do.
     """
     twin = _twin(model)
     twin.register_forward_hook(lambda module, arguments, value: select(value, output))
@@ -156,15 +159,16 @@ def trace(
     for symbol, bounds in program.range_constraints.items():
         if bounds.lower > 2 or bounds.upper < _LARGEST_BATCH:
             raise CaptureError(
-                f"the model computes otherwise for batches outside {bounds} ({symbol}): the batch "
-                "size must be free"
+                f"the model accepts only sizes {bounds} of {symbol}, or computes differently for "
+                f"other sizes; expected all from 2 to {_LARGEST_BATCH}: the batch size must be "
+                "free, so remove conditions on x.shape[0]"
             )
     _check_registered(program, twin)
     return _from_program(program, graph, len(inputs), shared)
 
 
 def _examples(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Any, ShapesCollection]:
-    """Return the arguments for the export, and which of their sizes are free."""
+    """Return the arguments for the export, and the dimensions whose size is not fixed."""
     leaves, structure = pytree.tree_flatten(plain((*inputs, *extras)))
     shapes = ShapesCollection()
     for index, own in enumerate(per_example(inputs, extras, shared)):
@@ -182,8 +186,9 @@ def _twin(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, shared | copy_memo(model))
     except Exception as error:
         raise CaptureError(
-            f"the model cannot be copied ({type(error).__name__}: {error}). Its parameters are "
-            "shared with the copy, everything else must allow copy.deepcopy."
+            f"the model cannot be copied ({type(error).__name__}: {error}), expected a model that "
+            "copy.deepcopy accepts (its parameters are not copied): give the attribute that fails "
+            "a __deepcopy__, or remove it"
         ) from error
 
 
@@ -193,22 +198,24 @@ def _export(
     """Return a model's program, and its graph without operations that write to memory."""
     device = pytree.tree_leaves(arguments)[0].device.type
     with TURNS.exporting(), warnings.catch_warnings(), torch.autocast(device, enabled=False):
-        warnings.filterwarnings("error", message=".* assigned during export")  # a model with state
+        # A model that assigns tensors to itself would explain each call differently.
+        warnings.filterwarnings("error", message=".* assigned during export")
         warnings.filterwarnings("ignore", message=_RECURRENT)
         program = export(model, arguments, dynamic_shapes=shapes, strict=False)
         if detached:
             _detach(program.graph)
         try:
             return program, functional(program.graph, _decompositions())
-        except NotRewritableError:  # torch traces the program again, which takes longer
-            # without examples it checks no guards, which torch 2.9 cannot for a model with *inputs
+        except NotRewritableError:  # then torch traces the program again, which takes longer
+            # Without example inputs torch does not check guards: torch 2.9 fails at that check for
+            # a model whose forward takes *inputs.
             program.example_inputs = None
             program = program.run_decompositions(dict(_decompositions()))
             return program, program.graph
 
 
 def _detach(graph: fx.Graph) -> None:
-    """Detach what goes into the parts of a graph that run under ``torch.no_grad()``."""
+    """Detach the inputs of those parts of a graph that run under ``torch.no_grad()``."""
     for node in list(graph.nodes):
         without = node.target is torch.ops.higher_order.wrap_with_set_grad_enabled
         if not without or node.args[0] is not False:
@@ -222,7 +229,11 @@ def _detach(graph: fx.Graph) -> None:
 
 
 def _check_registered(program: ExportedProgram, model: nn.Module) -> None:
-    """Raise CaptureError if weights lie in plain containers: nobody would see them change."""
+    """Raise CaptureError if the model uses weights of a module that it has not registered.
+
+    A module in a plain list or dictionary is not registered. Changes of its weights would not be
+    noticed, and a fitted inverse would be used with weights that it does not belong to.
+    """
     constants = [tensor for tensor in program.constants.values() if isinstance(tensor, Tensor)]
     used = {tensor.data_ptr() for tensor in constants if tensor.numel()}
     used -= {tensor.data_ptr() for _, tensor in named_tensors(model)}
@@ -235,13 +246,14 @@ def _check_registered(program: ExportedProgram, model: nn.Module) -> None:
                     where = f"{path}.{name}".lstrip(".")
                     raise CaptureError(
                         f"the model computes with a {type(leaf).__name__} in {where!r} that is not "
-                        "registered, so that a change of its weights would go unnoticed: keep it "
-                        "in an nn.ModuleList or nn.ModuleDict"
+                        "registered, so that a change of its weights would not be noticed; "
+                        "expected a registered module: put it into an nn.ModuleList or "
+                        "nn.ModuleDict"
                     )
 
 
 def _where(error: Exception, model: nn.Module) -> str:
-    """Return the innermost module and line at which a model failed; "" if that is not known."""
+    """Return the innermost module and the line where a model failed; "" if they are unknown."""
     paths = {id(module): path for path, module in model.named_modules()}
     frames = [
         (frame, line)
@@ -260,7 +272,11 @@ def _where(error: Exception, model: nn.Module) -> str:
 
 @cache
 def _decompositions() -> Mapping[Any, Any]:
-    """Return the operations to take apart: einsum, and recurrent layers into their steps."""
+    """Return the composite operations to replace by their parts: einsum and recurrent layers.
+
+    Returns:
+        Operation → function that computes it from simpler operations.
+    """
     kinds = ("lstm", "gru", "rnn_tanh", "rnn_relu")
     apart = {"einsum", *kinds, *(f"{kind}_cell" for kind in kinds)}
     table = default_decompositions().items()
@@ -273,7 +289,8 @@ def _from_program(
     """Return the graph of a program whose first ``count`` arguments are the inputs.
 
     Raises:
-        CaptureError: The model changes while it runs, or takes something else than tensors.
+        CaptureError: The model writes to its tensors while it runs, or it takes an argument that is
+            not a tensor, such as a custom object.
     """
     signature = program.graph_signature
     written = {
@@ -283,8 +300,9 @@ def _from_program(
     }
     if written:
         raise CaptureError(
-            f"the model writes to {', '.join(map(repr, sorted(written.values())))} while it runs; "
-            "each example's explanation would depend on the calls before it."
+            f"the model writes to {', '.join(map(repr, sorted(written.values())))} while it runs, "
+            "so that an explanation would depend on earlier calls; expected a forward that changes "
+            "no input, parameter or buffer: compute with a copy (clone) instead"
         )
     nodes = {node.name: node for node in graph.nodes}
     constants: dict[str, str | Tensor] = {}
@@ -299,10 +317,12 @@ def _from_program(
             arguments.append(name if name in nodes else None)
         else:
             raise CaptureError(
-                f"the model takes an argument of kind {spec.kind.name}, which has no signal"
+                f"the exported model takes an argument of kind {spec.kind.name}, expected tensors, "
+                "parameters and buffers alone: wrap the model in a module that creates this "
+                "argument itself"
             )
     for node in graph.nodes:
-        # The export saw contiguous tensors. Others cannot be viewed in every shape without a copy.
+        # The export used contiguous tensors. Of tensors with other strides, view() would fail.
         if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             mark(node, original=node.target)
             node.target = torch.ops.aten.reshape.default

@@ -1,16 +1,17 @@
 """Rewrite an exported graph so that no operation writes to memory, without a second trace.
 
-``torch.export`` records operations as the model calls them: in place, with dropout switched off,
-with recurrent layers as one operation. ``ExportedProgram.run_decompositions`` makes such a graph
-functional by tracing it again, which takes two to five times as long as the export. Here the same
-is done node by node:
+``torch.export`` records operations as the model calls them: some work in place, dropout is present
+but switched off, and a recurrent layer is a single operation.
+``ExportedProgram.run_decompositions`` makes such a graph functional by tracing it again, which
+takes two to five times as long as the export. This module does the same node by node:
 
-- an operation in place becomes its functional form, and later users take the new value;
-- where it writes through slices of a tensor, the new value is scattered back into that tensor;
-- dropout that is switched off is left out; batch norm becomes the one of evaluation mode;
-- einsum, recurrent layers and composite views are each replaced by their own parts.
+- An operation in place is replaced by its functional form, and later users take the new value.
+- If the operation writes to a slice of a tensor, the new value is scattered into that tensor.
+- Dropout is removed; batch norm is replaced by the operation for evaluation mode.
+- Einsum, recurrent layers and composite views are replaced by the operations they consist of.
 
-What cannot be rewritten this way for certain is left to ``run_decompositions``.
+If it is not certain that a graph can be rewritten in this way, ``NotRewritableError`` is raised,
+and the caller uses ``run_decompositions``.
 """
 
 import operator
@@ -30,7 +31,7 @@ from captum_mipin.graph.nodes import operation
 
 aten = torch.ops.aten
 
-#: How a changed slice goes back into the tensor it was taken from.
+#: Operation that takes a slice → operation that returns the whole tensor with that slice changed.
 _SCATTERS: dict[Any, Any] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
@@ -44,10 +45,10 @@ _FRESH = frozenset(
        ("conv", "conv_transpose", "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")}
 )  # fmt: skip
 
-#: Composite operations with a rule of their own: they stay whole.
+#: Composite operations that have a rule of their own, so they are not replaced by their parts.
 _WHOLE = _FRESH | {"chunk", "contiguous", "flatten", "reshape", "unflatten"}
 
-#: Composite operations that only a second trace takes apart as the rules expect.
+#: Composite operations whose parts have rules only after a second trace by torch.
 _TRACED = frozenset(
     {"alpha_dropout", "feature_alpha_dropout", "atleast_1d", "atleast_2d", "atleast_3d",
      "cartesian_prod", "conj_physical"}
@@ -57,19 +58,24 @@ _DROPOUTS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.d
 
 
 class NotRewritableError(Exception):
-    """The graph cannot be made functional node by node."""
+    """The graph cannot be made functional node by node.
+
+    This error never reaches users: :mod:`captum_mipin.graph.capture` catches it and lets torch
+    trace the program again.
+    """
 
 
 def functional(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]) -> fx.Graph:
     """Return a copy of an exported graph in which no operation writes to memory.
 
     Args:
-        graph: The graph of a program by ``torch.export.export``; it stays as it is.
-        decompositions: Operations to take apart, each with a function that computes it.
+        graph: The graph of a program from ``torch.export.export``; it is not changed.
+        decompositions: Composite operation → function that computes it from simpler operations. All
+            operations in this mapping are replaced by their parts.
 
     Raises:
-        NotRewritableError: An operation may write to memory that others read, and which ones read
-            it cannot be told from the graph; or an operation is random, or has graphs inside.
+        NotRewritableError: The graph does not show which operations read the memory that another
+            operation writes to; or an operation is random, or has a graph as its argument.
     """
     result = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -79,9 +85,11 @@ def functional(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]
         if node.op not in ("placeholder", "call_function", "output") or isinstance(
             node.target, torch._ops.HigherOrderOperator
         ):
-            raise NotRewritableError(f"{node} has a graph inside")
+            raise NotRewritableError(
+                f"{node} has a graph as its argument, expected plain operations: trace again"
+            )
         if operation(node).removesuffix("_") in _TRACED:
-            raise NotRewritableError(f"{node} is taken apart by a second trace")
+            raise NotRewritableError(f"{node} is replaced by its parts only if torch traces again")
     known: dict[str, fx.Graph] = {}
     for node in list(result.nodes):
         if node.target in decompositions:
@@ -99,7 +107,7 @@ def functional(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]
     pairs = zip(
         graph.find_nodes(op="placeholder"), result.find_nodes(op="placeholder"), strict=True
     )
-    for before, after in pairs:  # a graph would call an input named "input" otherwise
+    for before, after in pairs:  # fx.Graph renames some placeholders, such as "input"
         after.name = before.name
     return result
 
@@ -120,20 +128,20 @@ def _is_composite_view(node: fx.Node) -> bool:
 
 
 def _shares_memory_with(node: fx.Node) -> list[fx.Node]:
-    """Return the arguments with which the result of a node may share memory."""
+    """Return the argument nodes with which the result of a node may share memory."""
     target = node.target
     if target is operator.getitem or _writes(node):
         return [node.all_input_nodes[0]]
     if not isinstance(target, OpOverload) or operation(node) in _FRESH:
         return []
-    if target in _DROPOUTS or target._can_decompose():  # a composite may return an argument
+    if target in _DROPOUTS or target._can_decompose():  # these may return an argument itself
         return [n for n in node.all_input_nodes if isinstance(value_of(n), (Tensor, list, tuple))]
     pairs = zip(target._schema.arguments, node.args, strict=False)
     return [n for argument, n in pairs if argument.alias_info and isinstance(n, fx.Node)]
 
 
 def _families(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Return for each node all nodes whose values may share memory with its own."""
+    """Return node → all nodes whose values may share memory with that node's value."""
     families = {node: [node] for node in graph.nodes}
     for node in graph.nodes:
         for other in _shares_memory_with(node) if node.op == "call_function" else ():
@@ -145,7 +153,7 @@ def _families(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _remove_writes(graph: fx.Graph) -> None:
-    """Put the functional form in the place of every operation in place."""
+    """Replace every operation that works in place by its functional form."""
     writing = [node for node in graph.nodes if _writes(node) and node.target not in _DROPOUTS]
     if not writing:
         return
@@ -158,31 +166,42 @@ def _remove_writes(graph: fx.Graph) -> None:
 def _remove_write(
     graph: fx.Graph, node: fx.Node, family: Sequence[fx.Node], order: dict[fx.Node, int]
 ) -> None:
-    """Put the functional form in the place of one operation in place.
+    """Replace one operation that works in place by its functional form.
 
     Args:
-        graph: The graph.
-        node: The operation; its first argument x is what it writes to.
-        family: The nodes whose values may share memory with x.
-        order: Positions of the nodes; nodes that a rewrite adds get one.
+        graph: The graph, which is changed.
+        node: The operation; it writes to its first argument x.
+        family: The nodes whose values may share memory with x; new nodes are added to it.
+        order: Node → its position in the graph; new nodes are added to it.
+
+    Raises:
+        NotRewritableError: The graph does not show all operations that read the written memory.
     """
     x = node.all_input_nodes[0]
-    views = list(_views(x))  # x, what x is a slice of, ... up to a tensor with memory of its own
+    # If x is a slice: x, the tensor it is a slice of, and so on; base is the whole tensor.
+    views = list(_views(x))
     base = views[-1].all_input_nodes[0] if views else x
 
     def later(n: fx.Node) -> list[fx.Node]:
         return [user for user in n.users if order[user] > order[node]]
 
     if any(member.op == "placeholder" for member in family):
-        raise NotRewritableError(f"{node} writes to an input, a parameter or a buffer")
+        raise NotRewritableError(
+            f"{node} writes to an input, a parameter or a buffer, expected a computed tensor: "
+            "trace again"
+        )
     if node.args[0] is not x or any(later(view) for view in views[1:]):
-        raise NotRewritableError(f"{node} writes to what other views show")
+        raise NotRewritableError(
+            f"{node} writes to memory of which other views are used later: trace again"
+        )
     members = {n for n in family if order[n] < order[node]} - {x, base, *views}
     if any(later(member) for member in members):
-        raise NotRewritableError(f"{node} writes to what others read later")
+        raise NotRewritableError(
+            f"{node} writes to memory that other operations read later: trace again"
+        )
     node.target = _functional_form(node)
     value, position = node, order[node]
-    for view in views:  # x = slice(base): base becomes slice_scatter(base, new x)
+    for view in views:  # for x = slice(base), the new base is slice_scatter(base, new x)
         source = view.all_input_nodes[0]
         with graph.inserting_after(value):
             scattered = graph.call_function(
@@ -200,37 +219,45 @@ def _remove_write(
 
 
 def _views(x: fx.Node) -> Iterator[fx.Node]:
-    """Go from a slice to what it is a slice of, as far as there are slices."""
+    """Yield ``x`` if it is a slice, then the tensor it was taken from if that is a slice, etc."""
     while x.op == "call_function" and x.target in _SCATTERS:
         yield x
         x = x.all_input_nodes[0]
 
 
 def _functional_form(node: fx.Node) -> Any:
-    """Return the operation that computes what ``node`` writes.
+    """Return the operation that computes the value that ``node`` writes, without writing it.
 
     Raises:
-        NotRewritableError: There is none, or it gives another shape or dtype.
+        NotRewritableError: There is no such operation, or its result has another shape or dtype.
     """
-    assert isinstance(node.target, OpOverload)  # for mypy: it writes
+    assert isinstance(node.target, OpOverload)  # for mypy: see _writes
     name, overload = node.target.__name__.split(".")
     form: Any = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
     if not name.endswith("_") or node.target.namespace != "aten" or form is None:
-        raise NotRewritableError(f"{node.target} has no functional form")
-    # A composite has parts that have rules; a form of other arguments is another function.
+        raise NotRewritableError(
+            f"{node.target} has no functional form in ATen, expected an operation such as "
+            "aten.add_: trace again"
+        )
+    # A composite form has parts with rules of their own; with other arguments it is another function.
     if form._can_decompose() or _arguments(form) != _arguments(node.target):
-        raise NotRewritableError(f"{node.target} has no functional form of its own")
+        raise NotRewritableError(
+            f"{node.target} has a composite functional form, or one with other arguments: trace again"
+        )
     x = value_of(node)
     values = [value_of(n) for n in node.all_input_nodes]
     if x.is_floating_point() and all(
         getattr(value, "dtype", x.dtype) == x.dtype for value in values
     ):
-        return form  # of one floating dtype, both forms give the same shape and dtype
+        return form  # all values have one floating dtype: then shape and dtype are the same
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     with x.fake_mode:
         y = form(*args, **kwargs)
     if (y.dtype, str(y.shape)) != (x.dtype, str(x.shape)):
-        raise NotRewritableError(f"{node.target} casts or broadcasts what it writes")
+        raise NotRewritableError(
+            f"{node.target} writes a value of {y.dtype} and shape {tuple(y.shape)}, expected "
+            f"{x.dtype} and {tuple(x.shape)}: trace again"
+        )
     return form
 
 
@@ -240,21 +267,31 @@ def _arguments(target: OpOverload) -> list[tuple[str, str]]:
 
 
 def _remove_dropout(graph: fx.Graph, node: fx.Node) -> None:
-    """Leave out dropout that is switched off."""
+    """Remove a dropout that is switched off.
+
+    Raises:
+        NotRewritableError: The dropout is switched on.
+    """
     arguments: Any = node.args
     x, _, train = arguments
     if train:
-        raise NotRewritableError("dropout is switched on")
+        raise NotRewritableError(f"{node} is switched on, expected evaluation mode: trace again")
     node.replace_all_uses_with(x)
     graph.erase_node(node)
 
 
 def _evaluate_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
-    """Put the batch norm of evaluation mode in the place of the one for both modes."""
+    """Replace a batch norm by the operation for evaluation mode.
+
+    Raises:
+        NotRewritableError: The batch norm uses the statistics of the batch.
+    """
     arguments = node.args if len(node.args) == 9 and not node.kwargs else (None,) * 9
     x, weight, bias, mean, variance, training, momentum, eps, _ = arguments
     if training is not False or mean is None or variance is None:
-        raise NotRewritableError("batch norm uses the statistics of the batch")
+        raise NotRewritableError(
+            f"{node} uses the statistics of the batch, expected running statistics: trace again"
+        )
     with graph.inserting_before(node):
         norm = graph.call_function(
             aten._native_batch_norm_legit_no_training.default,
@@ -271,7 +308,7 @@ def _evaluate_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
 
 @contextmanager
 def _no_onednn() -> Iterator[None]:
-    """Switch oneDNN off, as ``torch.export`` does while it traces."""
+    """Switch oneDNN off during a block, as ``torch.export`` does while it traces."""
     backend: Any = torch.backends.mkldnn
     enabled, backend.enabled = backend.enabled, False
     try:
@@ -286,13 +323,17 @@ def _take_apart(
     decompositions: Mapping[Any, Callable[..., Any]],
     known: dict[str, fx.Graph],
 ) -> None:
-    """Put the operations that a composite one consists of in its place.
+    """Replace a composite operation by the operations that it consists of.
 
     Args:
-        graph: The graph.
+        graph: The graph, which is changed.
         node: The composite operation.
-        decompositions: As for :func:`functional`.
-        known: The parts of operations seen before, by target, arguments and shapes.
+        decompositions: Operation → function, see :func:`functional`.
+        known: Target, arguments and shapes of an operation → graph of its parts. Operations with
+            the same entry are traced only once.
+
+    Raises:
+        NotRewritableError: The operation cannot be traced, or its parts contain constants.
     """
     numbers = {n: f"%{index} {value_of(n)!r}" for index, n in enumerate(node.all_input_nodes)}
     key = f"{node.target} {fx.map_arg((node.args, node.kwargs), numbers.__getitem__)}"
@@ -307,11 +348,14 @@ def _take_apart(
                 inherit(copies[part], node)
                 set_value(copies[part], value_of(part))
             elif part.op == "get_attr":
-                raise NotRewritableError(f"{node.target} makes constants")
+                raise NotRewritableError(
+                    f"{node.target} creates the constant {part.target}, expected parts that "
+                    "compute with its arguments alone: trace again"
+                )
     results: Any = parts.output_node().args[0]
     if isinstance(results, fx.Node):
         node.replace_all_uses_with(copies[results])
-    for user in list(node.users):  # each takes one of several results
+    for user in list(node.users):  # if there are several results, each user takes one of them
         position: Any = user.args[1]
         user.replace_all_uses_with(copies[results[position]])
         graph.erase_node(user)
@@ -319,7 +363,13 @@ def _take_apart(
 
 
 def _parts(node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]) -> fx.Graph:
-    """Return the operations that a composite one consists of, as a graph of its inputs."""
+    """Return a graph of the operations that a composite operation consists of.
+
+    Its placeholders are the argument nodes of the operation.
+
+    Raises:
+        NotRewritableError: The operation cannot be traced by itself.
+    """
     inputs, table = node.all_input_nodes, dict(decompositions)
     run: Any = table.get(node.target, node.target)
 
@@ -330,25 +380,28 @@ def _parts(node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]) -> f
 
     values = [value_of(n) for n in inputs]
     mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
-    # pre_dispatch keeps other composites, such as linear in an LSTM, in one piece
+    # pre_dispatch: other composites inside, such as linear in an LSTM, are not decomposed
     whole = node.target in table
     trace = make_fx(compute, table, pre_dispatch=whole, _allow_non_fake_inputs=True)
     try:
-        # without oneDNN, which has recurrent layers of its own that cannot be taken apart
+        # oneDNN is off, for its recurrent layers are single operations without parts.
         with mode, enable_python_dispatcher(), _no_onednn():
             return trace(*values).graph
     except Exception as error:
-        raise NotRewritableError(f"{node.target} cannot be traced by itself") from error
+        raise NotRewritableError(
+            f"{node.target} cannot be traced by itself ({error}): trace the whole program again"
+        ) from error
 
 
 def _renamed(graph: fx.Graph) -> fx.Graph:
     """Return a copy of a graph whose nodes are named after their operations.
 
-    Parts of a result are numbered as a second trace does, which names all parts of all results,
-    used or not: files and reports of fits hold such names.
+    Nodes that take one of several results ("getitem") are numbered as ``run_decompositions`` does
+    it: it counts all results of all operations, including unused ones. Saved files and reports
+    contain these names, so both ways of making a graph must give the same ones.
     """
     result, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    first: dict[fx.Node, int] = {}  # operation with several results -> number of its first part
+    first: dict[fx.Node, int] = {}  # operation with several results → number of its first result
     parts = 0
     for node in graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)

@@ -1,4 +1,4 @@
-"""Where the examples of a batch lie in a tensor."""
+"""The position of the examples of a batch within a tensor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """The dimension that holds the examples; it may hold other dimensions as well.
+    """The dimension of a tensor along which its examples lie.
 
-    Its entries are (outer, examples, inner), folded into one dimension.
+    Other dimensions may be folded into the same one: its entries are then those of a tensor
+    (outer, examples, inner), flattened.
 
     Attributes:
-        dim: The dimension.
-        outer: Entries of other dimensions that vary more slowly than the examples.
-        inner: Entries of other dimensions that vary faster.
+        dim: Number of the dimension.
+        outer: Number of entries of folded dimensions that vary more slowly than the examples.
+        inner: Number of entries of folded dimensions that vary faster than the examples.
 
     Examples:
         >>> Layout(dim=1, inner=2).first(torch.zeros(5, 6, 7)).shape  # 3 examples of 2 windows
@@ -29,14 +30,14 @@ class Layout:
     inner: int = 1
 
     def part(self, x: Tensor, examples: slice) -> Tensor:
-        """Return some of the examples of ``x``, laid out as before."""
+        """Return the selected examples of ``x`` as a tensor with the same layout."""
         if self.outer == self.inner == 1:
             return x[(slice(None),) * self.dim + (examples,)]
         part = self._unfolded(x)[(slice(None),) * (self.dim + 1) + (examples,)]
         return part.flatten(self.dim, self.dim + 2)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the tensor of all examples from its parts, the inverse of :meth:`part`."""
+        """Return the tensor of all examples, joined from parts such as :meth:`part` returns."""
         if len(parts) == 1:
             return parts[0]
         if self.outer == 1:
@@ -49,7 +50,10 @@ class Layout:
         return self._unfolded(x).movedim(self.dim + 1, 0)
 
     def restored(self, x: Tensor) -> Tensor:
-        """Return ``x`` with its examples back where they were, the inverse of :meth:`first`."""
+        """Return ``x`` with its examples moved from the first dimension to this layout.
+
+        It is the inverse of :meth:`first`.
+        """
         return x.movedim(0, self.dim + 1).flatten(self.dim, self.dim + 2)
 
     def _unfolded(self, x: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ class Layout:
 
 
 def batched(value: Any) -> bool:
-    """Return True if a traced value is a tensor whose shape follows from the batch size."""
+    """Return True if a traced value is a tensor whose shape depends on the batch size."""
     return isinstance(value, Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
 
 
@@ -68,16 +72,16 @@ def first_dimension(value: Tensor, batch: str) -> bool:
 
 
 def batch_dimension(value: Tensor, batch: str) -> int | None:
-    """Return the one dimension of a traced tensor that is the batch, None if there is none."""
+    """Return the dimension whose size is the batch size; None if there is not exactly one."""
     dim, count = folded_batch(value, batch) or (None, 0)
     return dim if count == 1 else None
 
 
 def folded_batch(value: Tensor, batch: str) -> tuple[int, int] | None:
-    """Return the one dimension whose size is a multiple of the batch's, and that multiple.
+    """Return the dimension whose size is a multiple of the batch size, and that multiple.
 
     Args:
-        value: A traced tensor: sizes that depend on the batch are symbols.
+        value: A traced tensor; its sizes that depend on the batch are symbolic.
         batch: The symbol of the batch size.
 
     Returns:
@@ -86,7 +90,7 @@ def folded_batch(value: Tensor, batch: str) -> tuple[int, int] | None:
     dims = [dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
     if len(dims) != 1:
         return None
-    # s0 · n with a whole n: n entries of other dimensions for each example.
+    # The size must be s0 · n with a whole number n: n entries of folded dimensions per example.
     size: Any = value.shape[dims[0]]
     size = size.node.expr
     symbols = list(size.free_symbols)

@@ -1,7 +1,7 @@
-"""What is known about a node of a graph: the only module that touches ``node.meta``.
+"""The metadata of graph nodes. No other module reads or writes ``node.meta``.
 
-``torch.export`` leaves two things at each node: the traced value, and the stack of modules that
-ran it. What the passes of :mod:`captum_mipin.propagation` find out is one :class:`Marks` a node.
+``torch.export`` stores two entries at each node: the traced value, and the stack of modules that
+were running. The passes of :mod:`captum_mipin.propagation` add one entry: a :class:`Marks` object.
 """
 
 from collections.abc import Mapping
@@ -17,24 +17,29 @@ _KEY = "captum_mipin"
 
 @dataclass(frozen=True)
 class Marks:
-    """What the passes have found out about one node; the defaults hold for a node without marks.
+    """The results of the passes for one node; a node without marks has the defaults.
+
+    The explained tensors are the model's inputs, or the output of a layer. In the backward pass, a
+    source signal goes from the model's output to the explained tensors.
 
     Attributes:
-        key: Name of the operation in fits and errors: module path, operation, and "#2" for its
-            second call.
-        origin: Name of the node in the captured graph; in a copy it may be called differently.
-        original: The operation that the model has, where a rewrite put another one in its place.
-        varies: Whether it is computed from the model's inputs.
-        depends: Whether it is computed from what is explained: the inputs, or a layer's output.
-        signal: Whether it carries signal on the way back from the output to what is explained.
-        recorded: Whether it depends, but only steers, as a gate does: no signal is sent to it.
-        discrete: Whether it would carry signal if its dtype were floating.
-        layout: Where the examples lie in its value.
-        mixes: Why the examples of its value are not kept apart; empty if they are.
-        channels: The dimension of its channels; None where all is one channel.
-        joined: Whether it is part of an average that is inverted with the dense layer behind it.
-        added: Whether a rewrite put it in, so that no report names it.
-        constant: Whether it follows from parameters and buffers alone.
+        key: Name of the operation in fits and errors: module path and operation, with "#2" added
+            for the second call of the same operation in the same module.
+        origin: Name of the node in the captured graph; a copy of the node may have another name.
+        original: The model's own operation, if a rewrite replaced it; else None.
+        varies: Whether the value is computed from the model's inputs.
+        depends: Whether the value is computed from the explained tensors.
+        signal: Whether a signal is sent to the value in the backward pass.
+        recorded: Whether the value depends on the explained tensors, but gets no signal because it
+            is only used as a gate, condition or attention weight.
+        discrete: Whether the value would get a signal if its dtype were floating.
+        layout: Position of the examples within the value.
+        mixes: The reason why examples of a batch influence each other here; empty if they do not.
+        channels: The dimension of the channels; None if the value has a single channel.
+        joined: Whether the node is part of an average that is inverted together with the dense
+            layer after it.
+        added: Whether a rewrite added the node, so that reports leave it out.
+        constant: Whether the value is computed from parameters and buffers alone.
     """
 
     key: str = ""
@@ -76,20 +81,20 @@ def mark(node: fx.Node, **changes: Any) -> None:
 
 
 def inherit(node: fx.Node, source: fx.Node, **changes: Any) -> None:
-    """Give a node all that is known about another one, with some marks changed."""
+    """Copy the metadata of ``source`` to ``node``, and then change some of its marks."""
     node.meta = dict(source.meta)
     if changes:
         mark(node, **changes)
 
 
 def original(node: fx.Node) -> Any:
-    """Return the operation of a node as the model has it, whatever rewrites made of it."""
+    """Return the model's own operation of a node, even if a rewrite has replaced it."""
     kept = marks(node).original
     return node.target if kept is None else kept
 
 
 def value_of(node: fx.Node) -> Any:
-    """Return the traced value of a node: fake tensors, symbolic sizes; None if it has none."""
+    """Return the traced value of a node: fake tensors or symbolic sizes; None if there is none."""
     return node.meta.get("val")
 
 
@@ -102,12 +107,12 @@ def module_stack(node: fx.Node) -> Mapping[str, tuple[str, Any]]:
     """Return the modules that were running when the node was traced, outermost first.
 
     Returns:
-        Name of the call → (path of the module, its type).
+        Name of the call → (path of the module, type of the module).
     """
     stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack", {})
     return stack
 
 
 def set_module_stack(node: fx.Node, stack: Mapping[str, tuple[str, Any]]) -> None:
-    """Let a node count as traced in these modules."""
+    """Change the stack of modules in which a node was traced."""
     node.meta["nn_module_stack"] = stack

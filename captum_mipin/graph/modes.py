@@ -1,4 +1,4 @@
-"""The modes of torch that a method of this package runs in, whatever its caller has set."""
+"""The torch modes (gradients, inference, autocast) in which all methods of this package run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def plain_modes(device: torch.device) -> Iterator[None]:
-    """Run a block with gradients enabled, and outside of inference mode and autocast."""
+    """Run a block with gradients enabled, and with inference mode and autocast switched off."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),

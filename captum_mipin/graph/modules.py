@@ -1,4 +1,4 @@
-"""Reading a model: its modules, its tensors, and all else that its graph depends on."""
+"""Functions that read a model: its modules, its tensors, and the state its graph depends on."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ OWN = frozenset(vars(nn.Module()))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module behind ``DataParallel``, ``DistributedDataParallel``, ``torch.compile``.
+    """Return the module inside ``DataParallel``, ``DistributedDataParallel``, ``torch.compile``.
 
-    Any other module is returned as it is.
+    A module without such a wrapper is returned itself.
 
     Examples:
         >>> model = nn.Linear(2, 1)
@@ -30,7 +30,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def tree(model: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
-    """Return what ``model.named_modules(remove_duplicate=False)`` yields, in less time."""
+    """Return the pairs of ``model.named_modules(remove_duplicate=False)``, in less time."""
     modules = [(path, model)]
     for name, part in model._modules.items():
         if part is not None:
@@ -50,10 +50,11 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def snapshot(model: nn.Module) -> list[Any]:
-    """Return all that a graph takes from a model besides its parameters and buffers.
+    """Return the state of a model on which its graph depends, except parameters and buffers.
 
-    That is modules and their types, hooks, and attributes that are numbers, strings, functions,
-    containers or tensors. Where two snapshots differ, the model has to be captured again.
+    It consists of the modules and their types, their hooks, and their attributes that are numbers,
+    strings, functions, containers or tensors. If a later snapshot differs, the model must be
+    captured again.
     """
     seen: list[Any] = []
     for path, module in tree(model):
@@ -71,15 +72,15 @@ def snapshot(model: nn.Module) -> list[Any]:
                 seen.append((name, id(value)))
             elif isinstance(value, (float, tuple, list, dict, set)):
                 seen.append((name, text := repr(value)))
-                if "tensor(" in text:  # repr leaves out most values of a large tensor
+                if "tensor(" in text:  # the repr of a large tensor shows only some of its values
                     tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
                     seen.extend((id(t), t._version) for t in tensors)
     return seen
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
-    """Return a tensor's values as bytes, in their order."""
+    """Return the values of a tensor as bytes, in the order of its elements."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    if flat.stride(0) != 1:  # torch calls one element contiguous whatever its stride
+    if flat.stride(0) != 1:  # a tensor of one element counts as contiguous, whatever its stride
         flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).numpy().data

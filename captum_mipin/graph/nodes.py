@@ -1,4 +1,4 @@
-"""Reading nodes: their operation, their arguments, where they come from and what goes into them."""
+"""Functions that read graph nodes: operation, arguments, module path and ancestors."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ from captum_mipin.graph.marks import marks, module_stack, original, value_of
 
 @dataclass(frozen=True)
 class Place:
-    """Where a node comes from.
+    """The module and the operation that a node comes from.
 
     Attributes:
-        path: Path of the module that ran it; empty for the model itself.
-        operation: Name of its operation.
+        path: Path of the module that ran the operation; empty for the model itself.
+        operation: Name of the operation.
         stack: Paths of all modules that were running, outermost first.
     """
 
@@ -40,10 +40,14 @@ def place(node: fx.Node) -> Place:
 
 
 def operation(node: Any) -> str:
-    """Return the name of a node's operation without its overload; "" for what is no node.
+    """Return the name of a node's operation, without the name of its overload.
+
+    Args:
+        node: A node, or any other value.
 
     Returns:
-        "relu" for ``aten.relu.default``, "mylib::relu" for one of another namespace.
+        "relu" for ``aten.relu.default``; with the namespace if that is not ATen's, such as
+        "mylib::relu"; "" if ``node`` is not a node.
     """
     target = getattr(node, "target", None)
     name: str = getattr(target, "__name__", "").split(".")[0]
@@ -57,14 +61,19 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def nodes_in(arguments: Any) -> list[fx.Node]:
-    """Return the nodes among arguments, however nested, as often as they occur."""
+    """Return the nodes among arguments at any depth; a node that occurs twice is listed twice."""
     nodes: list[fx.Node] = []
     fx.map_arg(arguments, nodes.append)
     return nodes
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Return nodes and all that they are computed from, without looking behind ``stop``."""
+    """Return nodes and all nodes from which they are computed.
+
+    Args:
+        nodes: The nodes.
+        stop: Nodes whose own arguments are not followed.
+    """
     reached, stack = set[fx.Node](), list(nodes)
     while stack:
         node = stack.pop()
@@ -89,5 +98,5 @@ def is_random(node: fx.Node) -> bool:
 
 
 def is_size(node: fx.Node) -> bool:
-    """Return True if a node's value is a number that follows from the size of the batch."""
+    """Return True if a node's value is a number that depends on the batch size."""
     return isinstance(value_of(node), (torch.SymInt, torch.SymFloat, torch.SymBool))

@@ -1,4 +1,7 @@
-"""What a graph holds for: shapes, dtypes and values of a call, and the output that is chosen."""
+"""Signatures of calls (shapes, dtypes and values), and the choice of one output of a model.
+
+A captured graph is valid for all calls with the same signature.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -14,11 +17,11 @@ from captum_mipin.types import Extras, Inputs, Output
 
 @dataclass(frozen=True)
 class Signature:
-    """The kind of a call: shapes without the batch, dtypes, and the values of other arguments.
+    """The shapes (without the batch), dtypes and devices of a call, and its other values.
 
     Attributes:
-        leaves: One description for each tensor or value of the call.
-        structure: How the extra arguments are nested; empty if there are none.
+        leaves: One description per tensor or other value among the arguments.
+        structure: The nesting of the extra arguments as text; empty if there are none.
     """
 
     leaves: tuple[tuple[str, ...], ...]
@@ -43,18 +46,21 @@ class Signature:
         return tuple(leaf[-1] for leaf in self.leaves if leaf[0] == "tensor")
 
     def to_json(self) -> list[Any]:
-        """Return the signature as lists and strings."""
+        """Return the signature as nested lists of strings, for a JSON file."""
         return [[list(leaf) for leaf in self.leaves], self.structure]
 
     @classmethod
     def from_json(cls, value: list[Any]) -> "Signature":
-        """Return the signature that :meth:`to_json` wrote.
+        """Return the signature from the result of :meth:`to_json`.
 
         Raises:
-            ValueError: ``value`` is no signature.
+            ValueError: ``value`` does not have the form of such a result.
         """
         if not all(leaf and all(isinstance(part, str) for part in leaf) for leaf in value[0]):
-            raise ValueError(f"{value[0]!r} does not describe inputs")
+            raise ValueError(
+                f"{value[0]!r} does not describe inputs, expected a list of strings per input: "
+                "save the file again"
+            )
         return cls(tuple(tuple(leaf) for leaf in value[0]), value[1])
 
 
@@ -67,12 +73,13 @@ def _describe(leaf: Any, own: bool) -> tuple[str, ...]:
 
 
 def per_example(inputs: Inputs, extras: Extras, shared: bool) -> list[bool]:
-    """Return for each leaf of a call whether it holds one row for each example.
+    """Return for each tensor or value of a call whether it has one row per example.
 
     Args:
-        inputs: Tensors (batch, ...): they always do.
-        extras: Further arguments. A tensor as long as the batch counts as one row an example,
-        shared: unless this is True.
+        inputs: Tensors (batch, ...); they always have one row per example.
+        extras: Further arguments of ``forward``.
+        shared: If False, an extra tensor whose length is the batch size has one row per example. If
+            True, all examples share all extra arguments.
     """
     return [True] * len(inputs) + [
         not shared and isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(inputs[0])
@@ -81,12 +88,12 @@ def per_example(inputs: Inputs, extras: Extras, shared: bool) -> list[bool]:
 
 
 def pick(inputs: Inputs, extras: Extras, index: Tensor, shared: bool) -> tuple[Inputs, Extras]:
-    """Return some examples of a batch, with the extra arguments that belong to them.
+    """Return the selected examples of a batch, with their extra arguments.
 
     Args:
         inputs: Tensors (batch, ...).
-        extras: Further arguments; those that are not one row an example stay as they are.
-        index: (n,) integer, which examples.
+        extras: Further arguments; those without one row per example are returned unchanged.
+        index: Integer tensor (n,) with the positions of the selected examples.
         shared: See :func:`per_example`.
     """
     leaves, structure = pytree.tree_flatten((inputs, extras))
@@ -97,23 +104,28 @@ def pick(inputs: Inputs, extras: Extras, index: Tensor, shared: bool) -> tuple[I
 
 
 def first_example(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Inputs, Extras]:
-    """Return zeros shaped like the first example's inputs, and its extra arguments."""
+    """Return zeros in the shape of the first example's inputs, and its extra arguments."""
     first, extras = pick(inputs, extras, torch.tensor([0], device=inputs[0].device), shared)
     return tuple(torch.zeros_like(x) for x in first), extras
 
 
 def plain(arguments: Any) -> Any:
-    """Return the same arguments, their tensors without gradients and usable under autograd."""
+    """Return the arguments with all tensors detached and usable under autograd."""
     return pytree.tree_map_only(
         Tensor, lambda x: x.clone() if x.is_inference() else x.detach(), arguments
     )
 
 
 def select(value: Any, output: Output) -> Tensor:
-    """Return the tensor that ``output`` chooses among what a model returns.
+    """Return the tensor that ``output`` selects from the return value of a model.
+
+    Args:
+        value: The return value of the model: a tensor, or a container of tensors.
+        output: Index, key or field name, or a tuple of these for nested containers; None if the
+            model returns a single tensor.
 
     Raises:
-        CaptureError: There is none, or the model returns several and ``output`` is None.
+        CaptureError: ``output`` selects no tensor, or it is None and the model returns a container.
 
     Examples:
         >>> select({"logits": torch.ones(1), "states": [torch.zeros(1)]}, ("states", 0))
@@ -142,7 +154,7 @@ def select(value: Any, output: Output) -> Tensor:
 
 
 def _entries(value: Any) -> dict[Any, Any]:
-    """Return what a container holds by index, key or field; of a named tuple by both."""
+    """Return the entries of a container by index, key or field; of a named tuple by both."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, (tuple, list)):
@@ -154,7 +166,7 @@ def _entries(value: Any) -> dict[Any, Any]:
 
 
 def _choices(value: Any, path: tuple[int | str, ...]) -> str:
-    """Return the outputs that a container offers, as users write them."""
+    """Return the values of ``output=`` that select an entry of a container, as text."""
     entries = _entries(value)
     names = [key for key in entries if not isinstance(key, int)]
     return ", ".join(

@@ -1,4 +1,4 @@
-"""Parts of a captured graph as functions, and which tensor of the graph a layer gives."""
+"""Parts of a captured graph as functions, and the graph's tensor that is a layer's output."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,13 +19,17 @@ def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -
     """Return the name of the node that is the output of ``layer``.
 
     Raises:
-        CaptureError: ``layer`` is no part of the model, or has not exactly one output in the graph.
+        CaptureError: ``layer`` is not a module of the model, or does not have exactly one output in
+            the graph.
     """
     modules = model.named_modules(remove_duplicate=False)
     paths = {path for path, module in modules if module is layer}
     kind = type(layer).__name__
     if not paths:
-        raise CaptureError(f"layer {kind} is not a module of this {type(model).__name__}")
+        raise CaptureError(
+            f"layer {kind} is not a module of this {type(model).__name__}, expected one of its "
+            "modules: pass layer=model.get_submodule(path)"
+        )
     if layer is model:
         return str(captured.output.name)
     inside = {node for node in captured.graph.nodes if paths & set(place(node).stack)}
@@ -42,9 +46,9 @@ def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -
         return str(leaving[0].name)
     reason = (
         f"is called {len(calls)} times and has {len(leaving)} outputs in the graph, expected one "
-        "of each"
+        "call and one output: name another module"
         if inside
-        else "leaves no operation in the graph: it is not called, or does nothing at inference. "
+        else "has no operation in the graph: it is not called, or does nothing at inference. "
         "Name the module before it"
     )
     raise CaptureError(f"layer {min(paths)!r} ({kind}) {reason}")
@@ -56,10 +60,11 @@ def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | st
     Args:
         captured: The model's graph.
         model: The model.
-        layer: A module, for its output, or the name of a tensor of the graph.
+        layer: A module, whose output is meant; or the name of a tensor of the graph.
 
     Raises:
-        CaptureError: There is no such tensor.
+        CaptureError: The graph has no such tensor, its dtype is not floating, or its first
+            dimension is not the batch.
     """
     nodes = {node.name: node for node in captured.graph.nodes}
     name = layer if isinstance(layer, str) else module_output(captured, model, layer)
@@ -67,19 +72,23 @@ def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | st
     values = {n: value_of(node) for n, node in nodes.items() if n not in captured.constants}
     tensors = {n: value for n, value in values.items() if isinstance(value, Tensor)}
     if name not in tensors:
-        kind = "a parameter or buffer" if name in captured.constants else "not there"
+        kind = "a parameter or buffer" if name in captured.constants else "not a tensor"
         raise CaptureError(
-            f"{shown} is {kind} in the graph of this {type(model).__name__}; its tensors are "
-            f"{', '.join(tensors)}"
+            f"{shown} is {kind} in the graph of this {type(model).__name__}; choose one of its "
+            f"tensors: {', '.join(tensors)}"
         )
     value = tensors[name]
     if not value.is_floating_point():
         raise CaptureError(
-            f"{shown} has dtype {value.dtype}, expected a floating dtype: noise is added to it"
+            f"{shown} has dtype {value.dtype}, expected a floating dtype, because noise is added "
+            "to it: name another layer"
         )
     if not first_dimension(value, captured.batch):
         shape = tuple(map(str, value.shape))
-        raise CaptureError(f"{shown} has shape {shape}, expected the batch as its first dimension")
+        raise CaptureError(
+            f"{shown} has shape {shape}, expected the batch as its first dimension: name another "
+            "layer"
+        )
     return name
 
 
@@ -90,8 +99,9 @@ def extract(
 
     Args:
         graph: The graph.
-        inputs: Nodes of any kind whose values are the module's arguments, in this order.
-        results: Nodes whose values it returns, as a tuple; they depend on nothing but ``inputs``.
+        inputs: Nodes of any kind; their values are the arguments of the module, in this order.
+        results: Nodes whose values the module returns, as a tuple. They must not depend on anything
+            except ``inputs``.
 
     Examples:
         >>> graph = fx.symbolic_trace(lambda x: (x + 1) * 2).graph
@@ -101,8 +111,8 @@ def extract(
     """
     part = fx.Graph()
     copies = {node: part.placeholder(node.name) for node in inputs}
-    needed = ancestors(results, copies)  # in the order of the graph they can run
-    for node in graph.nodes:
+    needed = ancestors(results, copies)
+    for node in graph.nodes:  # in this order each node follows its arguments
         if node in needed and node not in copies:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in results))
@@ -110,12 +120,12 @@ def extract(
 
 
 def run_part(module: fx.GraphModule, arguments: Iterable[Any], shown: Iterable[Any]) -> Any:
-    """Run a part of a graph.
+    """Run a part of a graph, and return its results.
 
     Args:
-        module: The part.
-        arguments: What it takes.
-        shown: The tensors that an error names.
+        module: The part, from :func:`extract`.
+        arguments: The values of its placeholders, in their order.
+        shown: Tensors whose shapes, dtypes and devices an error message contains.
 
     Raises:
         InputError: The model does not take tensors of these shapes, dtypes and devices.
@@ -127,19 +137,27 @@ def run_part(module: fx.GraphModule, arguments: Iterable[Any], shown: Iterable[A
     except RuntimeError as error:
         raise InputError(
             f"the model cannot run on inputs of shape, dtype and device {described(shown)}: {error}"
+            ". Pass inputs such as the model takes"
         ) from error
 
 
 class Part:
-    """What a network computes from one of its tensors on, as a function of that tensor.
+    """The part of a network behind one of its tensors x, as a function of x.
+
+    The network is split in two: :meth:`below` computes x from the inputs, :meth:`above` computes
+    the result from x. Tensors that the result needs besides x are computed by :meth:`below` too.
 
     Args:
         captured: The network's graph.
-        start: Name of the tensor.
-        end: Name of the result; by default the network's output.
+        start: Name of the node whose value is x.
+        end: Name of the node whose value is the result; by default the network's output.
+
+    Attributes:
+        bypassed: Whether the result also depends on the example through tensors besides x, such as
+            a residual connection that bypasses x.
 
     Raises:
-        CaptureError: The result does not depend on the tensor.
+        CaptureError: The result does not depend on x.
 
     Examples:
         >>> from captum_mipin.graph.capture import capture
@@ -163,9 +181,9 @@ class Part:
         if last not in following or last is first:
             raise CaptureError(
                 f"tensor {last.name!r} does not depend on tensor {first.name!r}, so there is "
-                "nothing to explain"
+                "nothing to explain: name a layer on the path to the output"
             )
-        # What lies between both tensors, and what that takes from elsewhere.
+        # inner: the nodes from x to the result; others: all further nodes that inner takes
         inner = ancestors([last]) & following - {first}
         outer = dict.fromkeys(
             n for node in graph.nodes if node in inner for n in node.all_input_nodes
@@ -179,14 +197,13 @@ class Part:
         self._order = [node.name for node in placeholders]
         self._below = extract(graph, placeholders, [first, *tensors])
         self._above = extract(graph, [first, *tensors, *sizes], [last])
-        #: Whether what goes round the tensor depends on the example as well.
         self.bypassed = any(batched(value_of(node)) for node in tensors)
 
     def below(self, values: Mapping[str, Any]) -> tuple[Tensor, Sequence[Any]]:
-        """Return the tensor, and all else that the result is computed from.
+        """Return x, and the other tensors from which the result is computed.
 
         Args:
-            values: Of the graph's placeholders, by name.
+            values: Name of a placeholder of the graph → its value.
         """
         arguments = [values[name] for name in self._order]
         with TURNS.explaining():
@@ -194,7 +211,12 @@ class Part:
         return first, others
 
     def above(self, x: Tensor, others: Sequence[Any]) -> Tensor:
-        """Return the result for any value of the tensor."""
+        """Return the result for a value of x.
+
+        Args:
+            x: Tensor (batch, ...), of the shape of the tensor in the network.
+            others: The other tensors, from :meth:`below`.
+        """
         sizes = [evaluate(size, self._symbol, len(x)) for size in self._sizes]
         with TURNS.explaining():
             (result,) = run_part(self._above, [x, *others, *sizes], [x])
@@ -203,7 +225,12 @@ class Part:
 
 
 def evaluate(expression: Any, symbol: str, rows: int) -> int | float:
-    """Return the value of a size that follows from the batch's, for a batch of ``rows``.
+    """Return the value of a symbolic size for a batch of ``rows`` examples.
+
+    Args:
+        expression: A sympy expression of the batch size, or a condition on it.
+        symbol: Name of the symbol that stands for the batch size.
+        rows: The batch size.
 
     Examples:
         >>> import sympy

@@ -1,4 +1,4 @@
-"""Exports and explanations take turns."""
+"""A lock that keeps explanations in other threads from running during an export."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,10 +6,10 @@ from threading import Condition
 
 
 class _Turns:
-    """Lets explanations in several threads overlap, but nothing overlap an export.
+    """A lock that any number of explanations can hold at once, or a single export alone.
 
-    ``torch.export`` cannot run in two threads at once. While it runs, it switches oneDNN off for
-    the whole process, so that convolutions in other threads would round differently.
+    ``torch.export`` cannot run in two threads at once. While it runs, it also switches oneDNN off
+    for the whole process, so that convolutions in other threads would round differently.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class _Turns:
 
     @contextmanager
     def exporting(self) -> Iterator[None]:
-        with self._changed:  # held throughout, so that no explanation begins
+        with self._changed:  # held during the whole export, so that no explanation can begin
             self._changed.wait_for(lambda: self._explaining == 0)
             yield
 

@@ -239,7 +239,7 @@ def test_the_input_itself_by_its_name(x):
     model = network()
     with pytest.raises(
         errors.CaptureError,
-        match=r"tensor 'nothing' is not there in the graph.*its tensors are (\w+), ",
+        match=r"tensor 'nothing' is not a tensor in the graph.*choose one of its tensors: (\w+), ",
     ) as caught:
         IBA(model, "nothing").estimate(x, progress=False)
     name = str(caught.value).split("its tensors are ")[1].split(",")[0]
@@ -624,7 +624,7 @@ def test_nothing_estimated_yet(model, x, tmp_path):
     ("layer", "message"),
     [
         (lambda model: nn.Linear(2, 2), "layer Linear is not a module of this Sequential"),
-        (lambda model: model[5], "layer '5' .Dropout. leaves no operation in the graph"),
+        (lambda model: model[5], "layer '5' .Dropout. has no operation in the graph"),
         (lambda model: "p_0_weight", "tensor 'p_0_weight' is a parameter or buffer in the graph"),
         (lambda model: model, "does not depend on tensor"),
     ],
@@ -645,7 +645,7 @@ def test_a_layer_that_is_never_reached_or_twice(x):
     ).eval()
     with pytest.raises(
         errors.CaptureError,
-        match=r"layer 'layers.b'.*leaves no operation in the graph: it is not called",
+        match=r"layer 'layers.b'.*has no operation in the graph: it is not called",
     ):
         IBA(model, never).estimate(x, progress=False)
     with pytest.raises(errors.CaptureError, match="is called 2 times"):

@@ -205,10 +205,10 @@ def test_what_cannot_be_explained_is_refused_with_the_way_out(folder, capsys):
         pass
     torch.save({"weight": torch.ones(2)}, folder / "state.pt2")
     for message, line in (
-        ("exported for 2 images at once, and no other number: export it with", "fixed.pt2"),
+        ("for batches of 2 images, expected any batch size: export it with", "fixed.pt2"),
         ('dynamic_shapes=({0: torch.export.Dim("batch")},)', "fixed.pt2"),
         (
-            "exported in training mode, as aten.dropout.default in '1' shows: call model.eval()",
+            "in training mode (see aten.dropout.default in '1'), expected evaluation mode: call",
             "dropout.pt2",
         ),
         (
@@ -217,16 +217,16 @@ def test_what_cannot_be_explained_is_refused_with_the_way_out(folder, capsys):
         ),
         ("but the images have shape (1, 8, 8)", "Residual.pt2 --mean 0 --std 1"),
         (
-            "aten.convolution, which run_decompositions() makes of convolutions",
+            "aten.convolution, which run_decompositions() makes, expected convolutions such as",
             "decomposed.pt2",
         ),
-        ("takes other than one tensor", "two.pt2"),
+        ("takes several tensors or other values, expected exactly one tensor", "two.pt2"),
         ("does not run on images of shape (3, 9, 9): Guard failed:", "Larger.pt2 --size 9"),
         ("No such file or directory: 'none.pt2'", "none.pt2"),
-        ("is no exported program, or damaged", "text.pt2"),
-        ("is no exported program, or damaged", "cut.pt2"),
-        ("is no exported program, or damaged", "empty.pt2"),
-        ("is no exported program, or damaged", "state.pt2"),
+        ("is no exported program, is damaged", "text.pt2"),
+        ("is no exported program, is damaged", "cut.pt2"),
+        ("is no exported program, is damaged", "empty.pt2"),
+        ("is no exported program, is damaged", "state.pt2"),
         ("do not fit the model", "Functional.pt2 --weights other.pt"),
         (
             "has no layer 'stem.7'; UnflattenedModule has stem, conv, relu, head",

@@ -56,7 +56,7 @@ def test_weights_that_hooks_make_are_told_by_their_name(make: Any, name: str) ->
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), make(nn.Linear(3, 2))).eval()
     with pytest.raises(
         CaptureError,
-        match=rf"module '2' computes its weight anew each time in a hook, {name}, "
+        match=rf"module '2' computes its weight at each call in a hook, {name}, "
         ".*parametrizations",
     ):
         check(model, torch.randn(2, 4))
