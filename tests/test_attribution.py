@@ -590,7 +590,7 @@ def test_evidence_of_one_map_is_told_by_places_and_sums_of_pools_are_not() -> No
         .eval()
     )
     mipin = MIPINAttribution(sums, InverseNetwork(sums).fit(x, 0, progress=False))
-    with pytest.raises(UnsupportedOperationError, match="it has to be an average over places"):
+    with pytest.raises(UnsupportedOperationError, match="it has to be an average over positions"):
         mipin.attribute(x[:2], 0, evidence=True)
 
 

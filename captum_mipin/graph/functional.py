@@ -85,9 +85,7 @@ def functional(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]
         if node.op not in ("placeholder", "call_function", "output") or isinstance(
             node.target, torch._ops.HigherOrderOperator
         ):
-            raise NotRewritableError(
-                f"{node} has a graph as its argument, expected plain operations: trace again"
-            )
+            raise NotRewritableError(f"{node} has a graph as its argument: trace again")
         if operation(node).removesuffix("_") in _TRACED:
             raise NotRewritableError(f"{node} is replaced by its parts only if torch traces again")
     known: dict[str, fx.Graph] = {}
@@ -186,10 +184,7 @@ def _remove_write(
         return [user for user in n.users if order[user] > order[node]]
 
     if any(member.op == "placeholder" for member in family):
-        raise NotRewritableError(
-            f"{node} writes to an input, a parameter or a buffer, expected a computed tensor: "
-            "trace again"
-        )
+        raise NotRewritableError(f"{node} writes to an input, parameter or buffer: trace again")
     if node.args[0] is not x or any(later(view) for view in views[1:]):
         raise NotRewritableError(
             f"{node} writes to memory of which other views are used later: trace again"
@@ -235,15 +230,10 @@ def _functional_form(node: fx.Node) -> Any:
     name, overload = node.target.__name__.split(".")
     form: Any = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
     if not name.endswith("_") or node.target.namespace != "aten" or form is None:
-        raise NotRewritableError(
-            f"{node.target} has no functional form in ATen, expected an operation such as "
-            "aten.add_: trace again"
-        )
-    # A composite form has parts with rules of their own; with other arguments it is another function.
+        raise NotRewritableError(f"{node.target} has no functional form in ATen: trace again")
+    # The parts of a composite have rules. Other arguments mean a different function.
     if form._can_decompose() or _arguments(form) != _arguments(node.target):
-        raise NotRewritableError(
-            f"{node.target} has a composite functional form, or one with other arguments: trace again"
-        )
+        raise NotRewritableError(f"{node.target} has no simple functional form: trace again")
     x = value_of(node)
     values = [value_of(n) for n in node.all_input_nodes]
     if x.is_floating_point() and all(
@@ -289,9 +279,7 @@ def _evaluate_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     arguments = node.args if len(node.args) == 9 and not node.kwargs else (None,) * 9
     x, weight, bias, mean, variance, training, momentum, eps, _ = arguments
     if training is not False or mean is None or variance is None:
-        raise NotRewritableError(
-            f"{node} uses the statistics of the batch, expected running statistics: trace again"
-        )
+        raise NotRewritableError(f"{node} uses statistics of the batch: trace again")
     with graph.inserting_before(node):
         norm = graph.call_function(
             aten._native_batch_norm_legit_no_training.default,
@@ -348,10 +336,7 @@ def _take_apart(
                 inherit(copies[part], node)
                 set_value(copies[part], value_of(part))
             elif part.op == "get_attr":
-                raise NotRewritableError(
-                    f"{node.target} creates the constant {part.target}, expected parts that "
-                    "compute with its arguments alone: trace again"
-                )
+                raise NotRewritableError(f"{node.target} creates constants: trace again")
     results: Any = parts.output_node().args[0]
     if isinstance(results, fx.Node):
         node.replace_all_uses_with(copies[results])

@@ -72,7 +72,7 @@ def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | st
     values = {n: value_of(node) for n, node in nodes.items() if n not in captured.constants}
     tensors = {n: value for n, value in values.items() if isinstance(value, Tensor)}
     if name not in tensors:
-        kind = "a parameter or buffer" if name in captured.constants else "not a tensor"
+        kind = "a parameter or buffer" if name in captured.constants else "missing"
         raise CaptureError(
             f"{shown} is {kind} in the graph of this {type(model).__name__}; choose one of its "
             f"tensors: {', '.join(tensors)}"

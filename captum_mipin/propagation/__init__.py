@@ -1,1 +1,1 @@
-"""From a graph and rules to a module whose backward pass is the method."""
+"""From a captured graph and rules to a module whose backward pass computes the method."""

@@ -1,6 +1,7 @@
-"""Dense layers on averages over all places, which are inverted together.
+"""The pass that joins an average over all positions with the dense layer that follows it.
 
-``W mean(x) = mean(W x)``: which of the two a network computes first is a matter of spelling.
+Both are inverted together. For a dense layer W, ``W mean(x) = mean(W x)``, so the order in which a
+network computes them must not change an explanation.
 """
 
 from collections.abc import Sequence
@@ -14,17 +15,18 @@ from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.rules import PooledLinear
 from captum_mipin.rules.geometry import per_dimension
 
-#: Operations between an average and a dense layer that change a shape at most.
+#: Operations allowed between an average and a dense layer; they change nothing but shapes.
 _FLAT = ("reshape", "flatten", "squeeze", "clone", "alias", "contiguous", "dropout")
 
 
 def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
-    """Make a dense layer on averages over all places one operation on what is averaged.
+    """Replace each dense layer on an average by one operation on the averaged tensor.
 
     Args:
-        graph: The graph to rewrite, see :class:`~captum_mipin.rules.PooledLinear`.
+        graph: The graph, which is changed; see :class:`~captum_mipin.rules.PooledLinear` for the
+            new operation.
         batch: The symbol of the batch size.
-        starts: Nodes that stay as they are.
+        starts: The explained nodes; an average that contains one of them is not joined.
     """
     for node in list(graph.nodes):
         if operation(node) != "linear" or value_of(node).ndim != 2:
@@ -43,14 +45,14 @@ def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
             x = _batch_first(graph, x, at)
         mark(node, original=node.target)
         node.target, node.kwargs = PooledLinear(), {}
-        # (x, pooled, weight, bias, dim): the channels of x lie where they were.
+        # (x, pooled, weight, bias, dim): dim is the dimension of the channels in x.
         node.args = (x, *(*node.args, None)[:3], kept[0])
         for part in chain:
             mark(part, joined=True)
 
 
 def _batch_first(graph: fx.Graph, x: fx.Node, at: int) -> fx.Node:
-    """Return ``x`` with dimension ``at`` as the first."""
+    """Return a new node: the value of ``x`` with dimension ``at`` moved to the front."""
     order = [at, *(dim for dim in range(value_of(x).ndim) if dim != at)]
     with graph.inserting_after(x):
         first = graph.call_function(torch.ops.aten.permute.default, (x, order))
@@ -60,11 +62,15 @@ def _batch_first(graph: fx.Graph, x: fx.Node, at: int) -> fx.Node:
 
 
 def _averaged(node: fx.Node, starts: Sequence[fx.Node]) -> tuple[list[fx.Node], set[int]]:
-    """Return the operations by which ``node`` is an average of another tensor.
+    """Return the chain of operations that computes ``node`` as an average of a tensor x.
+
+    Args:
+        node: The argument of a dense layer.
+        starts: The explained nodes; the chain does not contain them.
 
     Returns:
-        The operations, the last one first, and the dimensions of the tensor that they average;
-        both empty if there is no average.
+        The operations of the chain, last one first, and the dimensions of x that they average. Both
+        are empty if ``node`` is not an average.
     """
     chain: list[fx.Node] = []
     averaged = set[int]()
@@ -72,7 +78,7 @@ def _averaged(node: fx.Node, starts: Sequence[fx.Node]) -> tuple[list[fx.Node], 
         dims = whole_dims(node)
         if dims:
             before, after = (value_of(n).ndim for n in (_source(node), node))
-            # Dimensions averaged further down have other numbers before this average.
+            # Later averages number their dimensions without those that this one removes.
             kept = [dim for dim in range(before) if before == after or dim not in dims]
             averaged = {kept[dim] for dim in averaged} | dims
         elif operation(node) not in _FLAT or averaged:
@@ -83,7 +89,7 @@ def _averaged(node: fx.Node, starts: Sequence[fx.Node]) -> tuple[list[fx.Node], 
 
 
 def whole_dims(node: fx.Node) -> set[int]:
-    """Return the dimensions that an average takes whole, none for any other operation."""
+    """Return the dimensions that an average reduces completely; empty for other operations."""
     name = operation(node)
     if name == "mean":
         ndim, dims = value_of(_source(node)).ndim, argument(node, 1, "dim")
@@ -101,12 +107,12 @@ def whole_dims(node: fx.Node) -> set[int]:
             return set()
         kernel = per_dimension(argument(node, 1, "kernel_size"), count)
     sizes = list(enumerate(zip(before, after, kernel, strict=True), 2))
-    # A dimension is averaged whole (to 1, by a kernel of its size), or kept as it is.
+    # Each dimension must be averaged completely (to size 1, by a kernel of its size), or unchanged.
     whole = {dim for dim, (n, m, k) in sizes if m == 1 and k == n}
     kept = {dim for dim, (n, m, _) in sizes if n == m}
     return whole if len(whole | kept) == count else set()
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """Return the tensor that an operation works on."""
+    """Return the first argument node of an operation."""
     return node.all_input_nodes[0]

@@ -1,11 +1,13 @@
-"""The pass that finds where the examples of a batch lie in each tensor.
+"""The pass that finds the dimension of the examples (the layout) in each tensor.
 
-Every tensor that depends on the input holds its examples along one dimension: (N, C, H, W),
-(tokens, N, features), (N · windows, tokens, features). An operation that does anything else lets
-examples depend on each other. Of an operation that is not built in, only the shapes are known: it
-has to give the examples along the dimension where it takes them. That it keeps them apart is
-checked on the data of each fit. Gradients have no fit: there such an operation is tried on random
-numbers (:mod:`captum_mipin.propagation.trial`).
+Every tensor that depends on the input must have its examples along one dimension: (N, C, H, W),
+(tokens, N, features) or (N · windows, tokens, features), for N examples. If an operation computes
+across this dimension, examples influence each other, and the operation is refused.
+
+An operation without a built-in rule is known only by the shapes of its argument and its result: it
+must return the examples along the same dimension as in its argument. Each fit also checks on its
+data that the operation does not mix examples. Gradients need no fit; for them, such an operation is
+tried on random numbers (:mod:`captum_mipin.propagation.trial`).
 """
 
 import operator
@@ -22,14 +24,15 @@ from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.trial import mixes_examples
 from captum_mipin.rules import MIPIN, RECORDABLE
 
-_ALONG = "it works along the batch, so examples would depend on each other"
+_ALONG = "it computes along the batch, so that examples would depend on each other"
 
-#: Matrix products, and the position of their first factor.
+#: Matrix product → position of its first factor among the arguments.
 _PRODUCTS = {"matmul": 0, "bmm": 0, "mm": 0, "linear": 0, "addmm": 1, "baddbmm": 1}
 
 _RESHAPES = frozenset({"reshape", "flatten", "unflatten"})
 
-#: Operations that work along dimensions: position, name, default of the argument that says which.
+#: Operation that computes along some dimensions → position, name and default of the argument that
+#: contains these dimensions.
 _ALONG_DIMS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("slice", "cat", "unbind"), (1, "dim", 0)),
     **dict.fromkeys(("split", "unsafe_split", "split_with_sizes", "chunk"), (2, "dim", 0)),
@@ -41,7 +44,7 @@ _ALONG_DIMS: dict[str, tuple[Any, ...]] = {
     "glu": (1, "dim", -1),
 }
 
-#: Operations that take the first dimension for the batch.
+#: Operations for which the first dimension of their argument is always the batch.
 _FIRST = frozenset(
     {
         f"{kind}{dims}d"
@@ -59,24 +62,24 @@ _FIRST = frozenset(
 
 
 def lay_out_batch(draft: Draft) -> None:
-    """Mark where the examples lie in each value that depends on the starts."""
+    """Mark the layout of each value that depends on the explained nodes."""
     for node in draft.graph.nodes:
         if not marks(node).depends:
             continue
         lay_out(node, draft.batch, draft.starts)
-        # a rule for all other operations says nothing about the batch
+        # A rule for all other operations (as gradients have) does not show if examples are mixed.
         untold = node not in draft.starts and not _is_known(node) and not marks(node).mixes
         if untold and getattr(draft.rules, "other", None) and mixes_examples(node, draft.batch):
             mark(node, mixes=_ALONG)
 
 
 def lay_out(node: fx.Node, batch: str, starts: Collection[fx.Node] = ()) -> None:
-    """Mark where the examples of a node lie, or why they are not kept apart.
+    """Mark the layout of a node, or the reason why its operation mixes examples.
 
     Args:
-        node: A node whose arguments are laid out.
+        node: A node; its arguments must be marked already.
         batch: The symbol of the batch size.
-        starts: Nodes with the examples along the first dimension.
+        starts: The explained nodes, whose examples lie along the first dimension.
     """
     layout = Layout() if node in starts else _layout(node, batch)
     mixes = "" if isinstance(layout, Layout) else layout
@@ -84,20 +87,22 @@ def lay_out(node: fx.Node, batch: str, starts: Collection[fx.Node] = ()) -> None
 
 
 def _layout(node: fx.Node, batch: str) -> Layout | str:
+    """Return the layout of a node, or the reason why its operation mixes examples."""
     value = _tensor(node)
     folded = folded_batch(value, batch) if isinstance(value, Tensor) else None
     if folded is None:
         shape = tuple(map(str, value.shape)) if isinstance(value, Tensor) else value
-        return f"it does not keep the batch as one dimension: its result has shape {shape}"
+        return f"its result has shape {shape}, expected one dimension that contains the batch"
     dim, count = folded
     layouts = set[Layout]()
     for source in node.all_input_nodes:
         if not marks(source).depends or marks(source).mixes:
-            continue  # what mixes is refused where it is computed
+            continue  # an argument that mixes examples is refused at its own operation
         x, at = _tensor(source), marks(source).layout
         outer, inner = at.outer, at.inner
         if operation(node) in _RESHAPES:
-            # What stands before and after the examples, in order, cannot change in number.
+            # A reshape keeps the order of elements, and so the number of elements that vary more
+            # slowly, and that of elements that vary faster, than the examples.
             outer = _quotient(outer * prod(x.shape[: at.dim]), prod(value.shape[:dim]))
             inner = _quotient(inner * prod(x.shape[at.dim + 1 :]), prod(value.shape[dim + 1 :]))
         layout = Layout(dim, outer, inner)
@@ -105,40 +110,49 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
             return _ALONG
         if dim != at.dim and not _is_known(node):
             return (
-                f"it takes the examples along dimension {at.dim} and gives them along {dim}: "
-                "registered operations keep them"
+                f"it takes the examples along dimension {at.dim} and returns them along {dim}; a "
+                "registered operation must not move them"
             )
         layouts.add(layout)
     if len(layouts) > 1:  # such as (examples, 2) and (2, examples) folded into one dimension
-        return "it takes examples in different orders, so that they would depend on each other"
+        return (
+            "its arguments have the examples in different orders, so that examples would depend on "
+            "each other"
+        )
     return layouts.pop() if layouts else Layout(dim, 1, count)
 
 
 def _tensor(node: fx.Node) -> Any:
-    """Return the traced value of a node, the first one of several."""
+    """Return the traced value of a node; the first one if there are several."""
     value = value_of(node)
     return value[0] if isinstance(value, (tuple, list)) else value
 
 
 def _quotient(above: int, below: int) -> int:
+    """Return above / below if this is a whole number, else 0."""
     return above // below if above % below == 0 else 0
 
 
 def _works_along(node: fx.Node, source: fx.Node, layout: Layout) -> bool:
-    """Return True if a node works along the dimension in which ``source`` holds the examples."""
+    """Return True if an operation computes along the dimension of the examples.
+
+    Args:
+        node: The operation.
+        source: One of its argument nodes.
+        layout: The layout of the result that follows from this argument.
+    """
     name, at = operation(node), marks(source).layout.dim
     ndim: int = _tensor(source).ndim
-    if name in _ALONG_DIMS:  # no dims stands for all of them
+    if name in _ALONG_DIMS:  # without the argument, an operation is along all dimensions
         dims = argument(node, *_ALONG_DIMS[name])
         dims = [dims] if isinstance(dims, int) else dims or range(ndim)
         whole = name == "slice" and takes_all(node)
         return not whole and any(dim % ndim == at for dim in dims)
     if name in ("constant_pad_nd", "pad"):
-        pads = argument(node, 1, "pad")  # of the last dimension first, two numbers for each
+        pads = argument(node, 1, "pad")  # two numbers per dimension, last dimension first
         return any(pads[2 * (ndim - 1 - at) :][:2])
-    if (
-        name in _PRODUCTS
-    ):  # the sum is over the last dimension of the left, the one before of the right
+    if name in _PRODUCTS:
+        # A product sums over the last dimension of the left factor, the last but one of the right.
         left, right = node.args[_PRODUCTS[name] :][:2]
         return (left is source and at == ndim - 1) or (right is source and at == ndim - 2)
     if name in ("layer_norm", "rms_norm"):
@@ -154,7 +168,7 @@ def _is_known(node: fx.Node) -> bool:
 
 
 def takes_all(node: fx.Node) -> bool:
-    """Return True if a slice takes all that there is."""
+    """Return True if a slice takes all entries of its dimension."""
     start, stop = argument(node, 2, "start"), argument(node, 3, "end")
     endless = stop is None or (isinstance(stop, int) and stop >= 2**62)
     return start in (None, 0) and endless and argument(node, 4, "step", 1) == 1

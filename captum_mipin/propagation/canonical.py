@@ -1,8 +1,12 @@
-"""The pass that brings several ways of writing one network into one.
+"""The pass that brings different ways of writing the same network into one form.
 
-An inverse depends on the operations that take a tensor. So that it does not depend on how these
-are written, copies are left out, one rearrangement is done once, a dense layer comes before the
-transposition of other dimensions, and where tensors are stacked only to pick one, that one is used.
+The inverse of a tensor depends on the operations that use this tensor. It must not depend on the
+way in which they are written. Therefore
+
+- copies are removed;
+- a rearrangement that is written several times is done once;
+- a dense layer is moved before a transposition that leaves the last dimension in its place;
+- if tensors are stacked and only one is selected afterwards, that tensor is used directly.
 """
 
 from collections.abc import Collection
@@ -18,10 +22,10 @@ from captum_mipin.propagation.batch_layout import lay_out, takes_all
 from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.marking import without_signal
 
-#: Operations that give what they take, wherever it has the same shape and dtype afterwards.
+#: Operations that return a copy of their argument if its shape and dtype do not change.
 _COPIES = ("clone", "alias", "contiguous", "dropout", "reshape", "expand", "_to_copy")
 
-#: Operations that rearrange, and are often written down once for each use.
+#: Operations that rearrange a tensor; code often repeats them for each use of the result.
 _REARRANGEMENTS = frozenset(
     {*_COPIES, "flatten", "unflatten", "permute", "transpose", "squeeze", "unsqueeze", "select"}
     | {"slice"}
@@ -29,10 +33,10 @@ _REARRANGEMENTS = frozenset(
 
 
 def canonicalise(draft: Draft) -> None:
-    """Rewrite a marked graph; its starts and the outputs of modules stay.
+    """Rewrite a marked graph; explained nodes and the outputs of modules are not changed.
 
     Raises:
-        CaptureError: Only what is left out depends on a start.
+        CaptureError: After the rewrite, the output no longer depends on an explained node.
     """
     graph, starts = draft.graph, draft.starts
     first_of: dict[Any, fx.Node] = {}
@@ -49,7 +53,7 @@ def canonicalise(draft: Draft) -> None:
         if same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
-    # W x P = (W x) P where P moves other dimensions than the last: take the left side's order.
+    # W (P x) = P (W x) if the transposition P keeps the last dimension: use the right side.
     for node in list(graph.nodes):
         if operation(node) == "linear" and node not in starts:
             while node.args[0] not in starts and _swapped(graph, node, draft.batch):
@@ -60,7 +64,11 @@ def canonicalise(draft: Draft) -> None:
 
 
 def permutation(node: fx.Node) -> list[int] | None:
-    """Return where each dimension of a transposition comes from; None for other operations."""
+    """Return the order of dimensions in a transposition; None for other operations.
+
+    Returns:
+        For each dimension of the result, the number of that dimension in the argument.
+    """
     if operation(node) not in ("transpose", "permute") or not is_tensor(node):
         return None
     ndim = value_of(node).ndim
@@ -73,7 +81,7 @@ def permutation(node: fx.Node) -> list[int] | None:
 
 
 def _leaves_module(node: fx.Node) -> bool:
-    """Return True if a node is the output of a module, at which others may start."""
+    """Return True if a node is the output of a module, which other calls may explain."""
     inside = set(place(node).stack)
     return any(inside - set(place(user).stack) for user in node.users if user.op != "output")
 
@@ -86,7 +94,7 @@ def _spelling(node: fx.Node) -> Any:
 
 
 def _is_copy(node: fx.Node) -> bool:
-    """Return True if an operation gives what it takes."""
+    """Return True if an operation returns a copy of its argument."""
     source = next(iter(node.all_input_nodes), None)
     if source is None or node.args[0] is not source or not (is_tensor(node) and is_tensor(source)):
         return False
@@ -102,7 +110,16 @@ def _kind(node: fx.Node) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 
 def _swapped(graph: fx.Graph, node: fx.Node, batch: str) -> bool:
-    """Put a dense layer before the transposition of other dimensions that it follows, if any."""
+    """Move a dense layer before the transposition that it follows.
+
+    Args:
+        graph: The graph, which is changed.
+        node: The dense layer.
+        batch: The symbol of the batch size.
+
+    Returns:
+        False, without a change, if no transposition that keeps the last dimension comes before.
+    """
     source = node.args[0]
     assert isinstance(source, fx.Node)  # for mypy: it takes a tensor
     order = permutation(source)
@@ -110,7 +127,7 @@ def _swapped(graph: fx.Graph, node: fx.Node, batch: str) -> bool:
         return False
     with graph.inserting_after(node):
         moved = graph.call_function(torch.ops.aten.permute.default, (node, order))
-    inherit(moved, node)  # its key as well: what follows is called as without the swap
+    inherit(moved, node)  # also its key: later operations have the same names as without the swap
     node.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
     node.args = (source.args[0], *node.args[1:])
     set_value(node, value_of(node).permute([order.index(dim) for dim in range(len(order))]))
@@ -121,16 +138,21 @@ def _swapped(graph: fx.Graph, node: fx.Node, batch: str) -> bool:
 
 
 def _picked(graph: fx.Graph, node: fx.Node, starts: Collection[fx.Node]) -> fx.Node:
-    """Return what ``select`` takes out of stacked tensors as a node that does without the stack.
+    """Return a node with the value of a ``select`` that does not use the stacked tensors.
+
+    Args:
+        graph: The graph; a new node may be added to it.
+        node: The ``select``.
+        starts: The explained nodes.
 
     Returns:
-        One of the tensors, or a ``select`` of one that was concatenated; ``node`` itself if it
-        selects from anything else.
+        For ``stack``, the selected tensor; for ``cat``, a ``select`` from the tensor that contains
+        the entry; ``node`` itself if its argument is not a stack.
     """
     arguments: Any = node.args
     source, dim, index = arguments
     dim %= value_of(source).ndim
-    # Look through transpositions: they only rename the dimension that is selected.
+    # Skip transpositions: they only change the number of the dimension that is selected from.
     while source not in starts and (order := permutation(source)) is not None:
         rest = order[:dim] + order[dim + 1 :]  # the order of the dimensions that are kept
         if rest != sorted(rest):
@@ -141,12 +163,12 @@ def _picked(graph: fx.Graph, node: fx.Node, starts: Collection[fx.Node]) -> fx.N
         return node
     parts = source.args[0]
     values = list(map(value_of, parts))
-    if len({value.ndim for value in values}) > 1:  # one of them is empty
+    if len({value.ndim for value in values}) > 1:  # cat allows empty tensors of one dimension
         return node
     sizes = [1 if made == "stack" else value.shape[dim] for value in values]
     if not all(isinstance(n, int) for n in [index, *sizes]):
         return node
-    # Find the part that holds this index, and its own index in there.
+    # Find the tensor that contains the entry with this index, and the entry's index within it.
     index, at = index % sum(sizes), 0
     while index >= sizes[at]:
         index, at = index - sizes[at], at + 1

@@ -8,7 +8,7 @@ from captum_mipin.graph.marks import mark, marks, value_of
 from captum_mipin.graph.nodes import operation
 from captum_mipin.propagation.draft import Draft, is_tensor
 
-#: Operations that tell which dimension holds the channels of what they take and give.
+#: Operation → dimension of the channels, in its argument and in its result.
 _CHANNELS = {
     **dict.fromkeys(
         ("linear", "layer_norm", "rms_norm", "scaled_dot_product_attention"),
@@ -23,32 +23,32 @@ _CHANNELS = {
     **dict.fromkeys(("_native_batch_norm_legit_no_training", "group_norm", "instance_norm"), 1),
 }
 
-#: Operations that move dimensions: their result has the shape of their argument by chance alone.
+#: Operations that move dimensions; if argument and result have the same shape, this is a chance.
 _MOVES = ("permute", "transpose", "t")
 
 
 def find_channels(draft: Draft) -> None:
-    """Mark the dimension of the channels of each tensor that carries signal."""
+    """Mark the dimension of the channels of each tensor that gets a signal."""
     for node in draft.graph.nodes:
         if marks(node).signal and is_tensor(node):
             mark(node, channels=channels(node))
 
 
 def channels(node: fx.Node, batch: int | None = None) -> int | None:
-    """Return the dimension of a tensor's channels, as the operations nearest to it have it.
+    """Return the dimension of a tensor's channels, by the nearest operation that determines it.
 
     Args:
-        node: The tensor.
-        batch: The dimension of its examples; by default as its layout has it.
+        node: The node whose value is the tensor.
+        batch: The dimension of the examples; by default the one of the node's layout.
 
     Returns:
-        The dimension; None for a tensor of one dimension.
+        The number of the dimension; None for a tensor of one dimension.
     """
     value = value_of(node)
     if value.ndim < 2:
         return None
     at = marks(node).layout.dim if batch is None else batch
-    # What takes the tensor tells first: an inverse regresses its channels.
+    # First look at operations that use the tensor: their inverses are regressions on its channels.
     for downwards in (True, False):
         queue = [node]  # breadth first: the nearest operation decides
         for current in queue:
@@ -63,7 +63,7 @@ def channels(node: fx.Node, batch: int | None = None) -> int | None:
                 moves = downwards and operation(other) in _MOVES
                 if other not in queue and not moves and _same_shape(other, node):
                     queue.append(other)
-    # No operation near tells: channels come second, or last, or first.
+    # No operation determines it: take dimension 1, else the last one, else the first one.
     return next(dim for dim in (1, value.ndim - 1, 0) if dim != at)
 
 
@@ -72,8 +72,13 @@ def _same_shape(one: fx.Node, other: fx.Node) -> bool:
 
 
 def _channels_of(user: fx.Node, node: fx.Node) -> int | None:
-    """Return where an operation has the channels of ``node``, which it takes or is."""
-    if operation(user) == "pooled_linear":  # its last argument says so, see PooledLinear
+    """Return the dimension of the channels of ``node`` by the operation ``user``; None if unknown.
+
+    Args:
+        user: An operation that uses ``node``, or ``node`` itself.
+        node: The node.
+    """
+    if operation(user) == "pooled_linear":  # its last argument is the dimension: see PooledLinear
         dim: Any = user.args[-1]
         return int(dim) if user.args[0] is node else None
     return _CHANNELS.get(operation(user))

@@ -1,4 +1,4 @@
-"""The public :func:`check`: what becomes of each operation of a model, before anything runs."""
+"""The public function :func:`check`: a table of the operations of a model and their support."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,20 +25,24 @@ def check(
     output: Output = None,
     method: Any = None,
 ) -> CheckReport:
-    """Tell for every operation of a model whether a signal can be sent back through it.
+    """Return a table that shows for each operation whether a signal can be sent back through it.
 
     Args:
         model: A module in evaluation mode.
-        example_inputs: Tensor (batch, ...) or tuple of such; only shapes, dtypes and devices count.
+        example_inputs: Tensor (batch, ...) or tuple of such tensors. Only their shapes, dtypes and
+            devices matter.
         additional_forward_args: Further arguments of the model.
-        layer: A module of the model: look only at what lies above its output.
-        output: Which of several outputs, as for :class:`~captum_mipin.InverseNetwork`.
-        method: Another method of this package than MIP-IN: its class, or an object such as
-            ``LRP(model, ...)`` with its options. A further column tells where the method does not
-            conserve, and what its definition does not cover.
+        layer: A module of the model. If it is given, only the operations between its output and the
+            model's output are checked.
+        output: Index, key or field name of the model's output, see
+            :class:`~captum_mipin.InverseNetwork`.
+        method: A method of this package: its class, or an object such as ``LRP(model, ...)`` with
+            its options; by default MIP-IN. For such a method a further column names the operations
+            at which its relevance is not conserved, or which its definition does not cover.
 
     Returns:
-        A table of operations, each "supported", "passes" or "refused" with its reason.
+        A table with one row per operation: its status ("supported", "passes" or "refused") and a
+        note on its treatment.
 
     Raises:
         CaptureError: The model as a whole cannot be captured.
@@ -64,11 +68,11 @@ def check(
 def survey(
     captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None
 ) -> list[CheckRow]:
-    """Return what becomes of every operation between the start and the output, in their order.
+    """Return one row per operation between the explained node and the output, in their order.
 
     Args:
         captured: The model's graph.
         rules: Operation → rule.
-        start: Name of the node that is explained; None for the inputs.
+        start: Name of the node whose value is explained; None for the inputs.
     """
     return treatments(draft(captured, rules, start, MARKING))

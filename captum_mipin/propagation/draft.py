@@ -1,4 +1,4 @@
-"""A copy of a captured graph that passes mark and rewrite, and what they ask about its nodes."""
+"""A copy of a captured graph that the passes mark and rewrite, and functions on its nodes."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from captum_mipin.graph.nodes import is_size, nodes_in, operation, place
 from captum_mipin.propagation.runtime import Step
 from captum_mipin.rules import Rule
 
-#: Operations whose result follows from the shape of their argument alone.
+#: Operations whose result depends only on the shape of their argument.
 _CONSTANT = frozenset(
     f"{prefix}{name}{suffix}"
     for prefix, suffix in (("new_", ""), ("", "_like"))
@@ -24,17 +24,20 @@ _CONSTANT = frozenset(
 
 @dataclass
 class Draft:
-    """A copy of a captured graph on its way to the graph of a surrogate.
+    """A copy of a captured graph, which the passes turn into the graph of a surrogate.
 
     Attributes:
-        graph: The copy; its nodes have their marks "key" and "origin".
+        graph: The copy; its nodes have the marks "key" and "origin".
         rules: Operation → rule.
         inputs: The placeholders of the model's inputs.
-        starts: The nodes that are explained: the inputs, or the output of a layer.
+        starts: The explained nodes: the inputs, or the output of a layer. In the backward pass, the
+            signal ends at these nodes.
         batch: The symbol of the batch size.
-        calibrate: Learn the scale of the signal at the starts where no learned inverse gives it.
-        joint: Learn what comes back to a tensor from all its branches together; else add it up.
-        steps: The steps of the surrogate, by key.
+        calibrate: Learn a factor per channel for the signal at the explained nodes, if the signal
+            does not have the units of their values.
+        joint: Learn one regression on the signals of all branches of a tensor; if False, the
+            signals of the branches are added.
+        steps: Key → step of the surrogate.
     """
 
     graph: fx.Graph
@@ -50,13 +53,13 @@ class Draft:
     def of(
         cls, captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None, **options: Any
     ) -> "Draft":
-        """Return a draft.
+        """Return a draft of a captured graph.
 
         Args:
-            captured: The graph to copy.
+            captured: The graph, which is copied.
             rules: Operation → rule.
-            start: Name of the node that is explained; None for the inputs.
-            options: ``calibrate`` and ``joint``.
+            start: Name of the node whose value is explained; None for the inputs.
+            options: The attributes ``calibrate`` and ``joint``.
         """
         graph, copies, calls = fx.Graph(), dict[fx.Node, fx.Node](), Counter[str]()
         graph.graph_copy(captured.graph, copies)
@@ -64,9 +67,9 @@ class Draft:
         for source, node in copies.items():
             name = str(place(source))
             calls[name] += 1
-            # A module that is called twice has two operations of one name.
+            # If a module is called twice, two of its operations have the same name.
             key = name if calls[name] == 1 else f"{name}#{calls[name]}"
-            mark(node, origin=source.name, key=key)  # a copy may be named differently
+            mark(node, origin=source.name, key=key)  # the copy may have another name
         named = {source.name: node for source, node in copies.items()}
         inputs = tuple(named[name] for name in captured.inputs)
         starts = inputs if start is None else (named[start],)
@@ -82,10 +85,10 @@ class Draft:
         return self.rules.get(str(node.target))
 
     def carriers(self, node: fx.Node) -> Sequence[int]:
-        """Return the positions of the arguments through which a node sends its signal back.
+        """Return the positions of the arguments to which a node sends its signal.
 
         Raises:
-            RuleError: The rule names other positions than the operation has arguments.
+            RuleError: The rule returns positions that the operation does not have.
         """
         rule = self.rule(node)
         if node.op == "output" or rule is None or not is_floating(value_of(node)):
@@ -93,24 +96,24 @@ class Draft:
         positions, count = rule.carriers(node), len(node.args)
         if not isinstance(positions, Sequence) or any(at not in range(count) for at in positions):
             raise RuleError(
-                f"the rule of {place(node)} says that the arguments at {positions!r} carry signal, "
-                f"expected a tuple of positions among the {count} that {node.target} is given by "
-                "position"
+                f"carriers of the rule of {place(node)} returns {positions!r}, expected a tuple of "
+                f"positions among the {count} positional arguments of {node.target}: correct "
+                "carriers="
             )
         return positions
 
     def carried(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes to which a node sends its signal, as often as it uses them."""
+        """Return the nodes to which a node sends its signal; twice if it uses a node twice."""
         return nodes_in([node.args[at] for at in self.carriers(node)])
 
 
 def is_constant(node: fx.Node) -> bool:
-    """Return True if a value follows from shapes alone, whatever goes into the node."""
+    """Return True if a node's value depends only on the shapes of its arguments."""
     return is_size(node) or operation(node) in _CONSTANT
 
 
 def is_floating(value: Any) -> bool:
-    """Return True if a traced value is a floating tensor, or holds one."""
+    """Return True if a traced value is a floating tensor, or a list or tuple with such a tensor."""
     if isinstance(value, (tuple, list)):
         return any(map(is_floating, value))
     return isinstance(value, Tensor) and value.is_floating_point()
@@ -122,7 +125,7 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Return nodes and all that is computed from their values, not from their shapes alone."""
+    """Return nodes and all nodes computed from their values; the use of a shape does not count."""
     reached, stack = set(nodes), list(nodes)
     while stack:
         users = [user for user in stack.pop().users if user not in reached]
@@ -133,22 +136,25 @@ def descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def carrying_users(node: fx.Node) -> list[fx.Node]:
-    """Return the users of a node that send signal back; not every one sends it to this node."""
+    """Return the users of a node that get a signal themselves, and the output node.
+
+    A user in this list may send its signal to other arguments than this node.
+    """
     return [user for user in node.users if marks(user).signal or user.op == "output"]
 
 
 def sources(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes that a node takes and that carry signal."""
+    """Return the argument nodes of a node that get a signal."""
     return [source for source in node.all_input_nodes if marks(source).signal]
 
 
 def occurrences(user: fx.Node, node: fx.Node) -> int:
-    """Return how often ``user`` uses ``node``."""
+    """Return the number of arguments of ``user`` that are ``node``."""
     return nodes_in((user.args, user.kwargs)).count(node)
 
 
 def redirect(old: fx.Node, new: Iterator[fx.Node], users: Sequence[fx.Node]) -> None:
-    """Let ``users`` take the next of ``new`` each time they use ``old``."""
+    """Replace the argument ``old`` of ``users`` by the next node of ``new``, at each use."""
     for user in users:
         user.args = fx.map_arg(user.args, lambda n: next(new) if n is old else n)
         user.kwargs = fx.map_arg(user.kwargs, lambda n: next(new) if n is old else n)

@@ -1,4 +1,7 @@
-"""What a model computes, as one number and line by line: an inverse knows its model by it."""
+"""The structure of a model's computation: as one hash, and as text with a line per operation.
+
+An inverse stores the hash, to check that it is used with the model that it was fitted to.
+"""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -20,16 +23,16 @@ from captum_mipin.propagation.treatments import SHAPE
 from captum_mipin.rules import MIPIN, Learned, Passes, Rule
 from captum_mipin.rules.base import gate_source, is_gate
 
-#: Operations whose result is spread like their arguments: no attention among them.
+#: Elementwise operations, which copy a smaller argument along the dimensions of the result.
 _SPREADING = ("add", "sub", "rsub", "neg", "mul", "div", "expand")
 
 
 def structure(captured: CapturedGraph, rules: Mapping[str, Rule]) -> str:
-    """Return the SHA-256 over what a model computes.
+    """Return the SHA-256 of the structure of a model's computation.
 
-    Its operations count, where they are, how they are set and wired; its weights do not. Changes of
-    shape alone do not count: their arguments depend on the size of the inputs, and hooks put some
-    in. Rules that are not built in count with the operations that they are for.
+    It covers the operations, their modules, their settings and their connections, but not the
+    weights. It does not cover changes of shape: their arguments depend on the size of the inputs,
+    and hooks add such operations. For an operation with a registered rule, it covers the rule too.
 
     Args:
         captured: The model's graph.
@@ -44,13 +47,14 @@ def structure(captured: CapturedGraph, rules: Mapping[str, Rule]) -> str:
 def difference(
     fitted: CapturedGraph, captured: CapturedGraph, rules: Mapping[str, Rule]
 ) -> str | None:
-    """Return the first operation in which a model differs between two sizes of inputs.
+    """Return the first operation that differs between two graphs of a model.
 
-    Numbers that follow from the size of the inputs, such as windows of pooling, slices and
-    paddings, may differ where a rule restores the scale of the signal all the same.
+    The graphs are for inputs of different sizes. Numbers that depend on this size, such as those of
+    pooling windows, slices and paddings, may differ if the operation's rule restores the scale of
+    the signal.
 
     Args:
-        fitted: The graph for inputs of the size fitted on.
+        fitted: The graph for inputs of the size in the fit.
         captured: The graph for inputs of another size.
         rules: Operation → rule.
 
@@ -69,11 +73,11 @@ def difference(
 def _lines(
     captured: CapturedGraph, rules: Mapping[str, Rule]
 ) -> Iterator[tuple[fx.Node, str, str]]:
-    """Yield what each operation computes.
+    """Yield a description of each operation.
 
     Yields:
-        The node; how it is set and wired; the same without numbers that may follow from the size of
-        the inputs.
+        The node; a line with its settings and connections; the same line without the numbers that
+        may depend on the size of the inputs.
     """
     names: dict[fx.Node, str] = {}
     count = 0
@@ -95,7 +99,7 @@ def _lines(
             line += f" averages {sorted(whole_dims(node))}" if "avg_pool" in operation(node) else ""
             line += _described(rule) if rule is not None and name not in MIPIN else ""
             arguments = fx.map_arg((args, node.kwargs), names.__getitem__)
-            # Where a rule restores the scale (a share, a switch), window sizes do not matter.
+            # If a rule restores the scale (a share, a switch), window sizes may differ.
             loose = arguments
             if rule is not None and rule.restores and not isinstance(rule, Learned):
                 loose = pytree.tree_map(lambda a: "size" if type(a) is int else a, arguments)
@@ -103,7 +107,10 @@ def _lines(
 
 
 def _as_split(node: fx.Node) -> tuple[str, tuple[Any, ...]]:
-    """Return a chunk as the split that computes the same, which is what saved files name."""
+    """Return module path, operation and arguments of the split that is equal to a ``chunk``.
+
+    Hashes in saved files were computed with ``split``.
+    """
     x: Any = node.args[0]
     count, dim = argument(node, 1, "chunks"), argument(node, 2, "dim", 0)
     size = value_of(x).shape[dim]
@@ -118,7 +125,7 @@ def _placeholder(constant: str | Tensor) -> str:
 
 
 def _shape(node: fx.Node) -> list[int | str]:
-    """Return the shape of a result: changes of shape on the way to it show there."""
+    """Return the shape of a result, which also shows changes of shape that have no line."""
     value = value_of(node)
     if not isinstance(value, Tensor):
         return []
@@ -126,15 +133,16 @@ def _shape(node: fx.Node) -> list[int | str]:
 
 
 def _scaling_sizes(node: fx.Node) -> list[int]:
-    """Return the sizes on which the scale of the signal depends.
+    """Return the sizes on which the scale of the signal at an operation depends.
 
-    These are the sizes over which a value is spread, and those of attention weights.
+    These are the sizes along which a value is copied, the sizes that a matrix product sums over,
+    and the sizes of attention weights.
     """
     rule, value = MIPIN.get(str(node.target)), value_of(node)
     if not isinstance(rule, Passes) or rule.restores or not isinstance(value, Tensor):
         return []
     factors = [n for n in node.all_input_nodes if batched(value_of(n))]
-    # Products of matrices sum over their last two dimensions.
+    # Matrix products sum over one of the last two dimensions of each factor.
     if operation(node) not in _SPREADING:
         return [n for factor in factors for n in value_of(factor).shape[-2:] if type(n) is int]
     spread = [n for n in factors if not _only_gate(n, node)]
@@ -143,7 +151,7 @@ def _scaling_sizes(node: fx.Node) -> list[int]:
         for n in factors
         if operation(node) == "mul" and "softmax" in operation(gate_source(n, _batched))
     ]
-    # A softmax over more entries has smaller weights: its sizes count, copied or not.
+    # A softmax over more entries has smaller weights, so its sizes always count.
     copies = [size for n in spread for size in _copies(value_of(n), value)]
     return copies + [size for n in weights for size in value_of(n).shape if type(size) is int]
 
@@ -153,7 +161,7 @@ def _batched(node: Any) -> bool:
 
 
 def _only_gate(node: fx.Node, user: fx.Node) -> bool:
-    """Return True if ``user`` takes ``node`` for a gate, to which no signal is sent."""
+    """Return True if ``user`` uses ``node`` only as a gate, to which no signal is sent."""
     if operation(user) == "expand":
         return bool(user.users) and all(_only_gate(user, other) for other in user.users)
     others = [n for n in user.all_input_nodes if n is not node and _batched(n) and not is_gate(n)]
@@ -161,14 +169,19 @@ def _only_gate(node: fx.Node, user: fx.Node) -> bool:
 
 
 def _copies(value: Tensor, result: Tensor) -> list[int]:
-    """Return how often a value is copied along each dimension in which it is broadcast."""
+    """Return the numbers of copies along the dimensions in which a value is broadcast.
+
+    Args:
+        value: The traced value.
+        result: The traced result to which it is broadcast.
+    """
     sizes = (1,) * (result.ndim - value.ndim) + tuple(value.shape)
     pairs = zip(sizes, result.shape, strict=True)
     return [n for m, n in pairs if type(m) is type(n) is int and m == 1 and n != 1]
 
 
 def _described(rule: Rule) -> str:
-    """Return a rule's kind, note and names of functions: the same text in every process."""
+    """Return type, note and function names of a rule, as text that all processes agree on."""
     values = [getattr(rule, part.name) for part in fields(rule)]
     names = [
         getattr(value, "__qualname__", type(value).__name__) if callable(value) else str(value)

@@ -1,4 +1,4 @@
-"""The passes that mark what each node is to the signal on its way back."""
+"""The passes that mark the role of each node in the backward pass of the signal."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from captum_mipin.propagation.draft import Draft, descendants, is_constant, is_f
 
 
 def mark_varying(draft: Draft) -> None:
-    """Mark what follows from the model's inputs; all else is constant."""
+    """Mark the nodes that are computed from the model's inputs; all others are constant."""
     varying = descendants(draft.inputs)
     for node in draft.graph.nodes:
         mark(node, varies=node in varying)
@@ -28,22 +28,25 @@ def drop_unused(draft: Draft) -> None:
 
 
 def rewrite_for_method(draft: Draft) -> None:
-    """Let the method rewrite the graph by the ``rewrite`` of its table; MIP-IN joins averages."""
+    """Run the rewrite of a method: ``rewrite`` of its table of rules, by default for MIP-IN.
+
+    MIP-IN has the rewrite :func:`~captum_mipin.propagation.averages.join_averages`.
+    """
     rewrite = getattr(draft.rules, "rewrite", join_averages)
     rewrite(draft.graph, draft.batch, draft.starts)
 
 
 def mark_signal(draft: Draft) -> None:
-    """Mark what depends on the starts, and of that what carries signal and what is recorded.
+    """Set the marks "depends", "signal", "recorded" and "discrete" of all nodes.
 
-    "discrete" marks what would carry signal if its dtype were floating.
+    See :class:`~captum_mipin.graph.marks.Marks` for their meanings.
     """
     nodes, starts, needed = list(draft.graph.nodes), draft.starts, ancestors([draft.output])
     for node in nodes:
         follows = not is_constant(node) and any(marks(n).depends for n in node.all_input_nodes)
         mark(node, depends=node in needed and (node in starts or follows))
     reached = {draft.output}
-    # Against the direction of execution, so that users of a node are known before it.
+    # In reverse order of execution: all users of a node come before the node itself.
     for node in reversed(nodes):
         if node in reached and node not in starts:
             reached.update(n for n in draft.carried(node) if marks(n).depends)
@@ -58,41 +61,52 @@ def mark_signal(draft: Draft) -> None:
 
 
 def check_ends(draft: Draft) -> None:
-    """Raise CaptureError if no signal comes back, or the batch is not the first dimension."""
+    """Check the model's output and the explained nodes.
+
+    Raises:
+        CaptureError: An explained node gets no signal, or the batch is not the first dimension of
+            an explained node or of the output.
+    """
     lost = [node for node in draft.starts if not marks(node).signal]
     if lost or not marks(draft.output).signal:
         text = without_signal(lost, draft.output)
         if draft.starts == draft.inputs and 0 < len(lost) < len(draft.starts):
             text += (
-                ". Inputs that are not explained themselves go into additional_forward_args, which "
-                "fit takes by unpack="
+                ". Inputs that are not to be explained go into additional_forward_args, which fit "
+                "takes by unpack="
             )
         raise CaptureError(text)
     for node in draft.starts:
         if not first_dimension(value_of(node), draft.batch):
             raise CaptureError(
                 f"{marks(node).key} has shape {_shape(node)}, expected the batch as its first "
-                "dimension"
+                "dimension: name another layer"
             )
     if marks(draft.output).layout != Layout():
         raise CaptureError(
-            f"the model's output has shape {_shape(draft.output)}, expected the batch alone as its "
-            "first dimension"
+            f"the model's output has shape {_shape(draft.output)}, expected the batch as its first "
+            "dimension, with one row per example: wrap the model in a module that moves it there"
         )
 
 
 def without_signal(lost: Sequence[fx.Node], output: fx.Node) -> str:
-    """Return the error for tensors to which no signal comes back."""
+    """Return the error text for explained nodes that get no signal.
+
+    Args:
+        lost: The explained nodes without a signal.
+        output: The node of the model's output.
+    """
     names = {node: node.name if node.op == "placeholder" else marks(node).key for node in lost}
     steering = [names[node] for node in lost if output in descendants([node])]
     if steering:
         return (
-            f"the model makes of {', '.join(steering)} nothing but gates, conditions or attention "
-            "weights, to which no signal is sent, so nothing can be explained"
+            f"the model uses {', '.join(steering)} only for gates, conditions or attention "
+            "weights. These get no signal, so nothing can be explained; expected a tensor whose "
+            "values reach the output"
         )
     return (
         f"the model's output does not depend on {', '.join(names.values()) or 'its input'}, so "
-        "nothing can be explained"
+        "nothing can be explained; expected a tensor whose values reach the output"
     )
 
 

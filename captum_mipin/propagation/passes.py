@@ -1,7 +1,7 @@
-"""The passes from a captured graph to the graph of a surrogate, in their order.
+"""The list of the passes that turn a captured graph into the graph of a surrogate.
 
-Each pass is a function of a :class:`~captum_mipin.propagation.draft.Draft`: it marks nodes,
-rewrites the graph, or raises an error. ``check`` needs only what the marking passes tell.
+Each pass is a function of a :class:`~captum_mipin.propagation.draft.Draft`. It marks nodes,
+rewrites the graph, or raises an error. The function ``check`` runs only the marking passes.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,14 +50,15 @@ def draft(
     passes: tuple[Pass, ...] = PASSES,
     **options: bool,
 ) -> Draft:
-    """Return a draft that has gone through passes.
+    """Return a draft of a captured graph after all passes have changed it.
 
     Args:
-        captured: The graph; it is copied.
+        captured: The graph, which is copied.
         rules: Operation → rule.
-        start: Name of the node that is explained; None for the inputs.
-        passes: The passes, in order.
-        options: ``calibrate`` and ``joint``, see :class:`Draft`.
+        start: Name of the node whose value is explained; None for the inputs.
+        passes: The passes, in their order.
+        options: The attributes ``calibrate`` and ``joint`` of
+            :class:`~captum_mipin.propagation.draft.Draft`.
     """
     result = Draft.of(captured, rules, start, **options)
     for run_pass in passes:

@@ -1,4 +1,7 @@
-"""The passes that make a marked graph the graph of a surrogate: cuts, steps and forks."""
+"""The passes that rewrite a marked graph into the graph of a surrogate.
+
+They detach recorded values, replace operations with a rule by steps, and add forks.
+"""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -25,9 +28,9 @@ from captum_mipin.rules.linear import TOGETHER
 
 
 def cut_recordings(draft: Draft) -> None:
-    """Detach what carries signal wherever it makes gates or weights.
+    """Detach a tensor that gets a signal wherever it is used for gates or attention weights.
 
-    Without the cut, autograd would send signal back from there.
+    Without this, autograd would send a signal to the tensor from these uses as well.
     """
     graph = draft.graph
     for node in list(graph.nodes):
@@ -47,7 +50,7 @@ def cut_recordings(draft: Draft) -> None:
         ]
         if not steered:
             continue
-        # One detached copy serves all gates; what carries signal keeps the tensor itself.
+        # All gates use one detached copy; arguments that get a signal use the tensor itself.
         with graph.inserting_after(node):
             cut = graph.call_function(torch.ops.aten.detach.default, (node,))
         inherit(cut, node, signal=False)
@@ -68,7 +71,10 @@ def _swapped(argument: Any, old: fx.Node, new: fx.Node) -> Any:
 
 
 def move_constants_first(draft: Draft) -> None:
-    """Move what follows from placeholders alone, such as normalised weights, behind them."""
+    """Move constant operations, such as the normalisation of weights, behind the placeholders.
+
+    Constant means: computed from parameters and buffers alone.
+    """
     last = _last_constant(draft.graph)
     for node in list(draft.graph.nodes):
         if node.op != "call_function" or marks(node).depends:
@@ -85,29 +91,35 @@ def _last_constant(graph: fx.Graph) -> fx.Node:
 
 
 def place_steps(draft: Draft) -> None:
-    """Replace operations by steps whose backward pass is their rule, and put forks between them.
+    """Replace operations by steps whose backward pass is their rule, and add forks.
+
+    A fork is an operation that passes one tensor on to several branches. In the backward pass it
+    gets the signals of all branches.
 
     Raises:
-        CaptureError: The signal at the start would lack its scale, and ``draft.calibrate`` is off.
+        CaptureError: The signal at an explained node does not have the units of its value, and
+            ``draft.calibrate`` is False.
     """
     graph, starts = draft.graph, draft.starts
     last = _last_constant(graph)
     with graph.inserting_before(next(iter(graph.nodes))):
         run = graph.placeholder("run")
-    # Without a learned inverse among the rules, no scale is ever learned.
+    # If the table has no learned rules (as for LRP), scales are not learned either.
     learns = any(isinstance(rule, Learned) for rule in draft.rules.values())
     unscaled = [node for node in starts if learns and _lacks_scale(draft, node)]
     if unscaled and not draft.calibrate:
         raise CaptureError(
-            f"the signal at {marks(starts[0]).key} lacks its scale: sums, scales or a batch norm "
-            "follow it. Fit InverseNetwork(model, layer=...) at this module, which learns it, or "
-            "take the module behind them."
+            f"the signal at {marks(starts[0]).key} is known only up to a factor, because a sum, a "
+            "scale or a batch norm follows it; expected a layer before an operation with weights. "
+            "Fit InverseNetwork(model, layer=...) at this module, which learns the factor, or name "
+            "a module closer to the output."
         )
     for node in list(graph.nodes):
         if node._erased or node.op == "output" or not marks(node).signal:
             continue
         if node in starts:
-            # The signal ends here: users take a leaf tensor, recordings keep the original.
+            # The backward pass ends here: users that send a signal take a new leaf tensor, all
+            # other users keep the original.
             users = carrying_users(node)
             with graph.inserting_after(last if node.op == "placeholder" else node):
                 result = graph.call_function(source, (run, starts.index(node), node))
@@ -121,7 +133,11 @@ def place_steps(draft: Draft) -> None:
 
 
 def _lacks_scale(draft: Draft, node: fx.Node) -> bool:
-    """Return True if the signal at a node has passed no learned inverse since it lost its scale."""
+    """Return True if the signal at a node does not have the units of the node's value.
+
+    This is so if the operations behind the node change the scale of the signal, and no learned
+    inverse between them and the node restores it.
+    """
     while True:
         users = carrying_users(node)
         if len(users) != 1 or users[0].op == "output":
@@ -130,16 +146,24 @@ def _lacks_scale(draft: Draft, node: fx.Node) -> bool:
         rule = draft.rule(node)
         if isinstance(rule, Learned):
             return False
-        if rule is not None and not rule.restores:  # such as a sum: each term gets all of S
+        if rule is not None and not rule.restores:  # for example a sum: each term gets all of S
             return True
 
 
 def _replaced(draft: Draft, run: fx.Node, node: fx.Node) -> fx.Node:
-    """Return the step that takes the place of an operation; the node itself if none does."""
+    """Replace an operation by its step and return the step.
+
+    An operation whose rule passes the signal on is not replaced; its node is returned.
+
+    Args:
+        draft: The draft, whose graph and steps are changed.
+        run: The placeholder of the run.
+        node: The operation.
+    """
     graph, rule, key = draft.graph, draft.rule(node), marks(node).key
     if node.target is operator.getitem:
         return node
-    # Autograd has a formula for every built-in operation; a registered one may lack it.
+    # A registered operation may have no autograd formula; ``passed`` checks this when it runs.
     if isinstance(rule, Passes) and str(node.target) in table().keys() - MIPIN.keys():
         target: Any = node.target
         node.target, node.args = passed, (run, key, target, *node.args)
@@ -158,7 +182,7 @@ def _replaced(draft: Draft, run: fx.Node, node: fx.Node) -> fx.Node:
         )
     inherit(new, node)
     for user in list(node.users):
-        if user.target is operator.getitem:  # a step's value is the first output of the operation
+        if user.target is operator.getitem:  # a step returns only the operation's first output
             user.replace_all_uses_with(new)
             graph.erase_node(user)
     node.replace_all_uses_with(new)
@@ -169,7 +193,15 @@ def _replaced(draft: Draft, run: fx.Node, node: fx.Node) -> fx.Node:
 def _placed(
     operation: Callable[..., Any], positions: Sequence[int], x: Any, *others: Any, **named: Any
 ) -> Any:
-    """Run an operation on what carries signal, at its positions, and on the rest."""
+    """Run an operation on arguments that are given in two groups.
+
+    Args:
+        operation: The operation.
+        positions: Positions of the arguments that carry signal.
+        x: The argument that carries signal; a tuple if there are several.
+        others: The other positional arguments, in their order.
+        named: The arguments by name.
+    """
     arguments, carried = list(others), x if isinstance(x, tuple) else (x,)
     for at, part in sorted(zip(positions, carried, strict=True), key=lambda pair: pair[0]):
         arguments.insert(at, part)
@@ -177,7 +209,14 @@ def _placed(
 
 
 def _fork(draft: Draft, run: fx.Node, node: fx.Node, unscaled: bool = False) -> None:
-    """Put a fork behind a tensor that feeds several branches, or whose signal lacks its scale."""
+    """Add a fork behind a tensor if it feeds several branches, or if its scale must be learned.
+
+    Args:
+        draft: The draft, whose graph and steps are changed.
+        run: The placeholder of the run.
+        node: The node of the tensor.
+        unscaled: Whether the scale of the signal at the tensor must be learned.
+    """
     graph, known, users = draft.graph, marks(node), carrying_users(node)
     count = sum(occurrences(user, node) for user in users)
     if not is_tensor(node) or not (unscaled or (count > 1 and draft.joint)):
@@ -190,10 +229,10 @@ def _fork(draft: Draft, run: fx.Node, node: fx.Node, unscaled: bool = False) -> 
         count - len(together),
         known.channels,
     )
-    # x ≈ g(S of the operations with weights) + Σ a ⊙ S of the plain branches
+    # x ≈ g(S of the operations with weights) + Σ a ⊙ S, the sum over the branches without weights
     key = f"{known.key}/fork"
     draft.steps[key] = Step(key, fork.rule, fork, known.layout)
-    # The fork runs the operations with weights itself; their users take its outputs.
+    # The fork runs the operations with weights itself, so their users take the fork's outputs.
     calls = [(user.args[1:], dict(user.kwargs)) for user in together]
     with graph.inserting_after(node):
         forked = graph.call_function(step, (run, key, node, *calls))
@@ -208,11 +247,11 @@ def _fork(draft: Draft, run: fx.Node, node: fx.Node, unscaled: bool = False) -> 
         inherit(part, user)
         user.replace_all_uses_with(part)
         graph.erase_node(user)
-        _fork(draft, run, part)  # what an operation gave may feed several branches itself
+        _fork(draft, run, part)  # the operation's result may feed several branches as well
 
 
 def _together(node: fx.Node, users: Sequence[fx.Node]) -> list[fx.Node]:
-    """Return the users of ``node`` with weights that can be inverted by one regression."""
+    """Return those users of ``node`` with weights that one regression can invert together."""
     learned: list[fx.Node] = []
     for user in users:
         rule = MIPIN.get(str(user.target))
@@ -225,7 +264,8 @@ def _together(node: fx.Node, users: Sequence[fx.Node]) -> list[fx.Node]:
             and not any(marks(n).depends for n in others)
         ):
             learned.append(user)
-    # One regression takes dense layers, or convolutions of as many groups: the commonest kind.
+    # One regression inverts only dense layers, or only convolutions with the same number of groups.
+    # Take the kind that occurs most often.
     kinds = [("conv" in operation(user), argument(user, 6, "groups", 1)) for user in learned]
     most = max(kinds, key=lambda kind: (kinds.count(kind), kind[0], -kind[1]), default=None)
     return [user for user, kind in zip(learned, kinds, strict=True) if kind == most]

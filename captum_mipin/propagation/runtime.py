@@ -1,8 +1,9 @@
-"""What the graph of a surrogate calls: an operation forward, and backward the way of its rule.
+"""The functions that the graph of a surrogate calls.
 
-One pass is a :class:`Run`. It makes of each operation with a rule a :func:`step`, of several in a
-row a :func:`sequence`, whose backward pass is the rule. In a fit the way back is cut instead at the
-steps that are fitted.
+:func:`step` runs one operation, and in the backward pass it sends the signal by the operation's
+rule. :func:`sequence` does so for several operations in a row. The object of class :class:`Run`
+contains the settings and the results of one pass. In a fit, the backward pass is cut at the steps
+that are fitted.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from captum_mipin.graph.layout import Layout
 from captum_mipin.rules import Inverse, Inverter, Learned, Options, Recorded
 from captum_mipin.types import Target
 
-#: Step key → its fitted inverse.
+#: Key of a step → its fitted inverse.
 Inverses = Mapping[str, Inverse]
 
 
@@ -27,11 +28,11 @@ class Step:
     """One operation with a rule, as the surrogate runs it.
 
     Attributes:
-        key: Its name in every fit.
-        rule: Where its signal goes.
-        operation: What it computes: of the argument that carries signal, or a tuple of several such
-            arguments, and then of the others.
-        layout: Where the examples lie in what it takes and gives.
+        key: Name of the step in fits, files and errors.
+        rule: The rule by which its signal is sent back.
+        operation: Function that runs the operation. Its first argument is the argument that carries
+            signal, or the tuple of all such arguments; the other arguments follow.
+        layout: Position of the examples in its argument and its result.
     """
 
     key: str
@@ -42,12 +43,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a fit sees of a learned step.
+    """The tensors of a learned step that a fit needs.
 
     Attributes:
-        inverter: The family of its inverse.
-        x: What it takes; the way back from there ends at the outputs of the steps below.
-        outputs: What it gives, without a way back.
+        inverter: The family of the step's inverse.
+        x: The argument of the step. The backward pass from x ends at the outputs of the fitted
+            steps closer to the input.
+        outputs: The results of the step, as new leaf tensors; their gradients are the signal.
     """
 
     inverter: Inverter
@@ -57,24 +59,25 @@ class Seen:
 
 @dataclass
 class Run:
-    """One pass: how rules are read, which inverses belong to which examples, what is recorded.
+    """The settings and the results of one pass, forward and backward.
 
     Attributes:
-        steps: The surrogate's steps by key.
-        options: How rules are read.
-        inverses: Target → its inverses.
-        groups: (target, its examples): together the whole batch, in its order.
-        fitting: Keys of the learned steps that a fit wants to see; None if the pass is no fit. The
-            backward pass is cut there, and below the lowest of them nothing is recorded.
-        seen: Key → what a fit saw there.
-        sizes: Key → bytes, roughly, of what is kept for the way back through that step and what
-            lies below it.
-        sources: Number of the start → the tensor at which the signal is wanted.
-        proving: Check that rules compute what their operations do.
-        once: There is only one backward pass: it frees what it needs step by step.
-        evidence: Key of the average at whose output :attr:`Options.evidence` is sent back, if any.
-        autocast: The dtype in which operations with weights are computed, as ``torch.autocast``
-            does; None for their own. What they give has the dtype of what they take.
+        steps: Key → step of the surrogate.
+        options: The options of the rules.
+        inverses: Target → the inverses of this target.
+        groups: Pairs (target, slice of the batch). The slices cover the batch in its order.
+        fitting: Keys of the learned steps that are fitted in this pass; None if the pass is not
+            part of a fit. The backward pass is cut at these steps, and nothing is recorded on the
+            input side of the fitted step that is closest to the input.
+        seen: Key of a fitted step → its tensors.
+        sizes: Key of a fitted step → approximate bytes that are stored for the backward pass from
+            this step to the next fitted step.
+        sources: Number of an explained tensor → the leaf tensor at which its signal is read.
+        proving: Whether to check that a rule returns the same value as its operation.
+        once: Whether there is only one backward pass. Then it frees its memory step by step.
+        evidence: Key of the average for which :attr:`Options.evidence` is used; None for none.
+        autocast: Dtype for the computation of operations with weights, as in ``torch.autocast``;
+            None for the dtype of their arguments. Results are cast to the dtype of the argument.
     """
 
     steps: Mapping[str, Step]
@@ -91,7 +94,7 @@ class Run:
     autocast: torch.dtype | None = None
 
     def operate(self, call: "Call", x: Tensor) -> Any:
-        """Return what a learned step computes."""
+        """Return the result of a learned step, computed under autocast if that is set."""
         if self.autocast is None:
             return call(x)
         with torch.autocast(x.device.type, self.autocast):
@@ -101,10 +104,15 @@ class Run:
         return value.to(x.dtype)
 
     def invert(self, inverter: Inverter, step: Step, *signals: Tensor) -> Tensor:
-        """Return g(S), for each example with the inverse of its own target.
+        """Return g(S), computed for each example with the inverse of the example's target.
+
+        Args:
+            inverter: The family of the step's inverse.
+            step: The step.
+            signals: The signal S at each output of the step.
 
         Raises:
-            InputError: The inverse does not fit signals of this size.
+            InputError: The inverse was fitted for signals of another size.
         """
         parts: list[Tensor] = []
         several = len(self.groups) > 1
@@ -116,7 +124,8 @@ class Run:
             try:
                 if not inverse.fits(inverter):
                     raise RuntimeError(
-                        f"its parts are not those of a regression of size {inverter.size}"
+                        "its tensors do not have the shapes of a regression of size "
+                        f"{inverter.size}"
                     )
                 parts.append(family.apply(inverse, own, self.options.bias))
             except torch.OutOfMemoryError:
@@ -125,19 +134,19 @@ class Run:
                 shapes = _listed(s.shape for s in own)
                 raise InputError(
                     f"the inverse of {step.key} does not fit signals of shape {shapes}: {error}. "
-                    "Give it inputs of the size it was fitted on, or fit another InverseNetwork."
+                    "Pass inputs of the size it was fitted on, or fit another InverseNetwork."
                 ) from error
         return step.layout.join(parts)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A step with all that it takes besides what carries signal.
+    """A step together with its arguments that carry no signal.
 
     Attributes:
         step: The step.
-        arguments: The other arguments by position.
-        named: The other arguments by name.
+        arguments: The positional arguments behind the one that carries signal.
+        named: The arguments by name.
     """
 
     step: Step
@@ -145,11 +154,11 @@ class Call:
     named: Mapping[str, Any]
 
     def __call__(self, x: Any) -> Any:
-        """Return what the operation computes."""
+        """Return the result of the operation for ``x``, the argument that carries signal."""
         return self.step.operation(x, *self.arguments, **self.named)
 
     def forward(self, run: Run, x: Any) -> tuple[Any, Callable[..., Any]]:
-        """Return the value, and how signals come back to ``x``."""
+        """Return the result of the step, and the function that sends signals back to ``x``."""
         rule, key, options = self.step.rule, self.step.key, run.options
         options = replace(options, evidence=True) if key == run.evidence else options
         if isinstance(rule, Learned):
@@ -162,7 +171,7 @@ class Call:
 
 
 class _Invert(torch.autograd.Function):
-    """Runs steps in a row forward; its backward pass is that of their rules."""
+    """An autograd function of one or more steps in a row, with the backward pass of their rules."""
 
     @staticmethod
     def forward(ctx: Any, run: Run, calls: Sequence[Call], *x: Tensor) -> Any:
@@ -171,7 +180,8 @@ class _Invert(torch.autograd.Function):
         for number, call in enumerate(calls):
             taken = value if isinstance(value, tuple) else (value,)
             if number and taken[0].is_floating_point():
-                # A rule may differentiate what it takes. Autograd sees to that for the first alone.
+                # A rule may compute a gradient with respect to its argument. Autograd prepares only
+                # the argument of the first step for this.
                 taken = (taken[0].detach().requires_grad_(),)
             rule = call.step.rule
             several = isinstance(rule, Recorded) and rule.several
@@ -195,22 +205,29 @@ def _like(
     signals: tuple[Any, ...],
     expected: Sequence[tuple[torch.Size, torch.dtype, torch.device]],
 ) -> tuple[Tensor, ...]:
-    """Return what a rule sends back, in the dtype of what carries it.
+    """Return the signals from a rule in the dtypes of the arguments that they are sent to.
+
+    Args:
+        key: Key of the step, for error messages.
+        signals: The signals from the rule.
+        expected: Shape, dtype and device of each argument that carries signal.
 
     Raises:
-        RuleError: The shape or device is another one, or only one of both is complex.
+        RuleError: A signal has another shape or device than its argument, or only one of the two is
+            complex.
     """
     shapes = [part.shape if isinstance(part, Tensor) else type(part).__name__ for part in signals]
     if shapes != [shape for shape, _, _ in expected]:
         raise RuleError(
             f"the rule of {key} sends back {_listed(shapes)}, expected a signal of the shape of "
-            f"what carries it, {_listed(shape for shape, _, _ in expected)}"
+            f"its argument, {_listed(shape for shape, _, _ in expected)}: correct the function "
+            "that the rule returns"
         )
     for part, (_, dtype, device) in zip(signals, expected, strict=True):
         if part.device != device or part.is_complex() != dtype.is_complex:
             raise RuleError(
                 f"the rule of {key} sends back {part.dtype} on {part.device}, expected {dtype} on "
-                f"{device}"
+                f"{device}: correct the function that the rule returns"
             )
     return tuple(part.to(dtype) for part, (_, dtype, _) in zip(signals, expected, strict=True))
 
@@ -220,32 +237,46 @@ def _listed(shapes: Iterable[Any]) -> str:
 
 
 def _check_value(key: str, result: Any, expected: Any) -> None:
-    """Raise RuleError if a rule does not return its operation's value and a function back."""
+    """Raise RuleError if a rule does not return its operation's value and a function.
+
+    Args:
+        key: Key of the step, for the error message.
+        result: The return value of the rule.
+        expected: The value of the operation.
+    """
     expected = expected[0] if isinstance(expected, tuple) else expected
     value, back = result if isinstance(result, tuple) and len(result) == 2 else (None, None)
     if not isinstance(value, Tensor) or not callable(back):
         raise RuleError(
-            f"the rule of {key} returns a {type(result).__name__}, expected the value and a "
-            "function back from it"
+            f"the rule of {key} returns a {type(result).__name__}, expected a tuple of the "
+            "operation's value and a function that sends the signal back: correct run="
         )
-    # |value - expected| <= sqrt(eps) max |expected|; NaN is left to the checks of the user's data.
+    # |value − expected| ≤ √eps · max |expected|. NaN passes, for other checks test the user's data.
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     bound = largest * torch.finfo(expected.dtype).eps ** 0.5
     if value.shape != expected.shape or bool(((value - expected).abs() > bound).any()):
         raise RuleError(
-            f"the rule of {key} computes another value than its operation: it has to give that, "
-            "and a way back"
+            f"the rule of {key} returns a value that differs from that of its operation, expected "
+            "the same value up to rounding: return operation(x, *arguments) as the first entry"
         )
 
 
 def step(run: Run, key: str, x: Any, *arguments: Any, **named: Any) -> Any:
-    """Run the operation ``key`` on ``x``; backward, the signal takes the way of its rule."""
+    """Run one step; in the backward pass, its rule sends the signal back to ``x``.
+
+    Args:
+        run: The pass.
+        key: Key of the step.
+        x: The argument that carries signal, or a tuple of several such arguments.
+        arguments: The other positional arguments.
+        named: The arguments by name.
+    """
     call = Call(run.steps[key], arguments, named)
     if run.fitting is not None and key in run.fitting:
         return _cut(run, call, x)
     carried = x if isinstance(x, tuple) else (x,)
     if any(part.requires_grad for part in carried):
-        if run.seen:  # on the way from the last step seen to the next one
+        if run.seen:  # count these bytes for the fitted step that ran last
             run.sizes[next(reversed(run.seen))] += sum(part.nbytes for part in carried)
         return _Invert.apply(run, (call,), *carried)
     with torch.no_grad():
@@ -253,12 +284,12 @@ def step(run: Run, key: str, x: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def sequence(run: Run, x: Any, *calls: tuple[str, Sequence[Any], Mapping[str, Any]]) -> Any:
-    """Run steps in a row, each on what the one before gave, which goes nowhere else.
+    """Run steps in a row: each takes the result of the step before, which nothing else uses.
 
     Args:
         run: The pass.
-        x: What the first step takes.
-        calls: (key, other arguments, arguments by name) of each step.
+        x: The argument of the first step that carries signal.
+        calls: Triples (key, other arguments, arguments by name), one per step.
     """
     carried = x if isinstance(x, tuple) else (x,)
     if run.fitting is None and any(part.requires_grad for part in carried):
@@ -270,10 +301,17 @@ def sequence(run: Run, x: Any, *calls: tuple[str, Sequence[Any], Mapping[str, An
 
 
 def passed(run: Run, key: str, operation: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Run an operation that a registered rule passes.
+    """Run an operation whose registered rule is of the kind :class:`~captum_mipin.rules.Passes`.
+
+    Args:
+        run: The pass.
+        key: Key of the step, for the error message.
+        operation: The operation.
+        arguments: Its positional arguments.
+        named: Its arguments by name.
 
     Raises:
-        RuleError: It has no autograd formula, which would have to send the signal back.
+        RuleError: The operation has no autograd formula, so that no signal could be sent back.
     """
     if not run.proving:
         return operation(*arguments, **named)
@@ -291,14 +329,14 @@ def passed(run: Run, key: str, operation: Callable[..., Any], *arguments: Any, *
         except RuntimeError as error:
             raise RuleError(
                 f"the rule of {key} passes the signal on by the operation's autograd formula, "
-                f"which fails: {error} Give it one, such as by register_autograd of a "
-                "torch.library.custom_op, or a Recorded rule."
+                f"which fails: {error} Add a formula with register_autograd of the "
+                "torch.library.custom_op, or register a Recorded rule."
             ) from error
     return operation(*arguments, **named)
 
 
 def _cut(run: Run, call: Call, x: Tensor) -> Any:
-    """Run a learned step of a fit: the way back from what lies above ends at its outputs."""
+    """Run a learned step that is fitted; the backward pass from later steps ends at its outputs."""
     rule, key = call.step.rule, call.step.key
     assert isinstance(rule, Learned)  # for mypy: only these are fitted
     with torch.no_grad():
@@ -306,11 +344,11 @@ def _cut(run: Run, call: Call, x: Tensor) -> Any:
         value = run.operate(call, x)
     if not callable(getattr(inverter, "moments", None)):
         raise RuleError(
-            f"the rule of {key} learns a {type(inverter).__name__}, expected an Inverter: see "
-            "rules.linear.dense"
+            f"the rule of {key} learns a {type(inverter).__name__}, expected an Inverter: return "
+            "one from inverter=, such as captum_mipin.rules.linear.dense does"
         )
     several = isinstance(value, tuple)
-    # New leaves: the gradient that arrives there is the signal S at the outputs.
+    # New leaf tensors: their gradient in the backward pass is the signal S at the outputs.
     outputs = tuple(y.detach().requires_grad_() for y in (value if several else (value,)))
     run.seen[key] = Seen(inverter, x, outputs)
     run.sizes[key] = x.nbytes
@@ -318,19 +356,25 @@ def _cut(run: Run, call: Call, x: Tensor) -> Any:
 
 
 def source(run: Run, index: int, x: Tensor) -> Tensor:
-    """Return a tensor at which the signal is wanted, and record it as the start ``index``."""
+    """Return an explained tensor as a new leaf, and store it in ``run.sources``.
+
+    Args:
+        run: The pass.
+        index: Number of the explained tensor.
+        x: The tensor.
+    """
     x = x.detach()
     run.sources[index] = x.requires_grad_() if run.fitting is None else x
     return x
 
 
 def seed(output: Tensor, targets: Sequence[Target], unit: bool = False) -> Tensor:
-    """Return S_L = Y_c: the output, with everything but each example's target set to zero.
+    """Return S_L = Y_c: the model's output with all entries except the targets set to zero.
 
     Args:
-        output: (batch, *dims) of the model.
-        targets: One class for each example.
-        unit: Return 1 at the target instead of the output there.
+        output: Tensor (batch, *dims), the output of the model.
+        targets: One target per example: its index in each of the dimensions ``dims``.
+        unit: Set the entry of the target to 1, instead of the output's value.
     """
     # algorithm 1: S_L = Y_c at the target, 0 elsewhere
     result = torch.zeros_like(output)

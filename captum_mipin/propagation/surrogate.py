@@ -1,10 +1,15 @@
-"""From a graph and a table of rules to a surrogate: same values forward, the method backward.
+"""The surrogate of a model: a module with the model's values, whose backward pass is a method.
 
-An operation with a rule becomes a :func:`~captum_mipin.propagation.runtime.step`, whose backward
-pass is the rule; an operation that passes stays as it is, with autograd's adjoint. Where a tensor
-feeds several branches a fork is put in, an operation like any other, whose inverse weighs what
-comes back from them. One call of ``torch.autograd.grad`` from the seeded output then *is* the
-method, and the gradient with respect to an operation's output is the signal there.
+It is made from a captured graph and a table of rules:
+
+- An operation with a rule becomes a :func:`~captum_mipin.propagation.runtime.step`, whose backward
+  pass is the rule.
+- An operation whose rule is ``Passes`` is not changed; its backward pass is autograd's adjoint.
+- Behind a tensor that feeds several branches a fork is added. It is an operation with an inverse of
+  its own, which weights the signals of the branches.
+
+One call of ``torch.autograd.grad`` from the seeded output then computes the whole method. The
+gradient with respect to a tensor is the signal at this tensor.
 """
 
 from collections.abc import Mapping
@@ -28,12 +33,12 @@ from captum_mipin.rules.pooling import is_average
 
 
 def _in_sequences(graph: fx.Graph) -> fx.Graph:
-    """Return the same graph with one call of :func:`sequence` where steps follow each other.
+    """Return a copy of a graph in which each row of steps is one call of :func:`sequence`.
 
-    A call of an autograd function costs more than many a step.
+    Without it, the calls of autograd functions would take longer than many of the steps.
     """
     result, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    waiting: dict[Any, list[fx.Node]] = {}  # step → the row of steps that ends with it, so far
+    waiting: dict[Any, list[fx.Node]] = {}  # last step of an unfinished row → all its steps
     for node in graph.nodes:
         row = [*waiting.pop(node.args[2], ()), node] if node.target is step else [node]
         if _continues(node):
@@ -50,7 +55,7 @@ def _in_sequences(graph: fx.Graph) -> fx.Graph:
 
 
 def _continues(node: fx.Node) -> bool:
-    """Return True if the node's only user is another step that takes it as its signal."""
+    """Return True if a node and its only user are steps, and it is what carries signal there."""
     users = list(node.users)
     if node.target is not step or len(users) != 1 or users[0].target is not step:
         return False
@@ -58,26 +63,29 @@ def _continues(node: fx.Node) -> bool:
 
 
 class Surrogate:
-    """A model's graph whose backward pass is a method.
+    """A callable form of a model's graph whose backward pass is a method.
 
     Args:
-        captured: The graph.
+        captured: The graph of the model.
         rules: Operation → rule.
-        start: Name of the node at whose output the signal is wanted; None for the inputs.
-        calibrate: Learn the scale of the signal there where no learned inverse gives it.
-        joint: Learn what comes back to a tensor from all its branches together; else add it up.
+        start: Name of the node whose value is explained; None for the inputs.
+        calibrate: Learn a factor per channel for the signal at the explained tensors, if the signal
+            does not have the units of their values.
+        joint: Learn one regression on the signals of all branches of a tensor; if False, the
+            signals of the branches are added.
 
     Attributes:
-        captured: The graph it was made from.
+        captured: The graph of the model.
         graph: The rewritten graph.
-        steps: Its steps by key.
+        steps: Key → step.
         rules: Operation → rule.
-        starts: Number of tensors where passes end.
-        layouts: Where the examples lie in each of them.
+        starts: Number of explained tensors.
+        layouts: One layout per explained tensor.
 
     Raises:
-        UnsupportedOperationError: An operation between there and the output has no rule.
-        CaptureError: The output does not depend on the start.
+        UnsupportedOperationError: An operation between an explained tensor and the output has no
+            rule.
+        CaptureError: The output does not depend on an explained tensor.
 
     Examples:
         >>> from captum_mipin.graph.capture import capture
@@ -112,12 +120,12 @@ class Surrogate:
         return tuple(key for key, one in steps if isinstance(one.rule, Learned))
 
     def average(self) -> str:
-        """Return the key of the step that gives the output, if it averages over places.
+        """Return the key of the step that computes the output as an average over positions.
 
-        It is the average itself, or the dense layer on one.
+        It is the step of the average, or of a dense layer on an average.
 
         Raises:
-            UnsupportedOperationError: The output is no average over places.
+            UnsupportedOperationError: The output is not an average over positions.
         """
         node = self.graph.output_node().all_input_nodes[0]
         while node.target is not step and len(carried := sources(node)) == 1:
@@ -127,18 +135,21 @@ class Surrogate:
         if dense or (is_average(rule) and self._averages_places(node)):
             return str(node.args[1])
         raise UnsupportedOperationError(
-            "evidence=True tells what speaks for the output from what speaks against it, place by "
-            f"place; but the output is that of {marks(node).key}: it has to be an average over "
-            "places, or a dense layer on one. Explain all of it"
+            f"evidence=True is set, but the output is that of {marks(node).key}: it has to be an "
+            "average over positions, or a dense layer on such an average. Pass evidence=False"
         )
 
     def _rule(self, node: fx.Node) -> Rule | None:
         return self.steps[str(node.args[1])].rule if node.target is step else None
 
     def _averages_places(self, node: fx.Node) -> bool:
-        """Return False if an average is over the outputs of a dense layer, or over channels."""
+        """Return True if an average is over positions, False if over channels or dense outputs.
+
+        Args:
+            node: The step of the average.
+        """
         x: Any = node.args[2]
-        while _long_dims(x) <= {marks(x).channels}:  # x has no places
+        while _long_dims(x) <= {marks(x).channels}:  # x has a single position
             rule, carried = self._rule(x), sources(x)
             if isinstance(rule, Learned) or is_average(rule):
                 return False
@@ -149,7 +160,7 @@ class Surrogate:
 
     @property
     def code(self) -> str:
-        """The surrogate as Python code."""
+        """The Python code of the surrogate's graph."""
         return str(self.graph.python_code("self").src)
 
     @cached_property
@@ -160,8 +171,8 @@ class Surrogate:
         """Return the model's output; its backward pass is the method.
 
         Args:
-            run: The pass.
-            values: The value of each placeholder of the captured graph, by name.
+            run: The settings of the pass, in which its results are stored.
+            values: Name of a placeholder of the captured graph → its value.
         """
         arguments = [values[name] for name in self._order]
         with torch.enable_grad():
@@ -172,12 +183,12 @@ class Surrogate:
     def below(
         self, values: Mapping[str, Any], autocast: torch.dtype | None = None
     ) -> dict[str, Any]:
-        """Return what :meth:`above` takes, by name: where passes end, and what goes round it.
+        """Return the explained tensors, and the other tensors that :meth:`above` needs, by name.
 
         Args:
-            values: The value of each placeholder of the captured graph, by name.
-            autocast: The dtype of autocast on the way there, if any. The results have the dtypes
-                that they have without it.
+            values: Name of a placeholder of the captured graph → its value.
+            autocast: Dtype of autocast for this computation; None for no autocast. The results are
+                cast to the dtypes that they have without autocast.
         """
         module, _, dtypes = self._halves
         device = values[self._inputs[0]].device.type
@@ -190,12 +201,12 @@ class Surrogate:
         }
 
     def above(self, run: Run, values: Mapping[str, Any], weights: Mapping[str, Any]) -> Tensor:
-        """Return the model's output from where passes end.
+        """Return the model's output, computed from the explained tensors.
 
         Args:
-            run: The pass.
-            values: What :meth:`below` returned.
-            weights: The value of each parameter, buffer and constant, by placeholder.
+            run: The settings of the pass, in which its results are stored.
+            values: The tensors from :meth:`below`.
+            weights: Name of a placeholder → its parameter, buffer or constant.
         """
         _, module, dtypes = self._halves
         between = [values[name] for name in dtypes]
@@ -207,12 +218,18 @@ class Surrogate:
 
     @cached_property
     def _halves(self) -> tuple[fx.GraphModule, fx.GraphModule, dict[str, torch.dtype | None]]:
-        """The graph below and above the ends of passes, and the dtypes of what goes between."""
+        """The graph in two parts, before and behind the explained tensors.
+
+        Returns:
+            The module of the first part, the module of the second part, and the dtypes of the
+            tensors that the second part takes from the first.
+        """
         run, *placeholders = self.graph.find_nodes(op="placeholder")
         named = zip(placeholders, self._order, strict=True)
         weights = [node for node, name in named if name in self._constants]
-        # Below: what neither starts nor depends on one. Above: the rest, and what is fixed.
-        fixed = {run, *weights}  # all that follows from the weights alone
+        # upper: the explained tensors and all nodes computed from them; they form the second part,
+        # together with fixed: the nodes computed from weights alone.
+        fixed = {run, *weights}
         upper = dict.fromkeys(self.graph.find_nodes(op="call_function", target=source))
         ends = {node.args[2] for node in upper}
         for node in self.graph.nodes:
@@ -234,5 +251,5 @@ class Surrogate:
 
 
 def _long_dims(node: fx.Node) -> set[int | None]:
-    """Return the dimensions behind the first that have more than one entry."""
+    """Return the dimensions with more than one entry, except the first dimension."""
     return {dim for dim, size in enumerate(value_of(node).shape) if dim > 0 and size != 1}

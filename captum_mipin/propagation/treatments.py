@@ -1,4 +1,4 @@
-"""What becomes of each operation of a marked graph, and the pass that refuses what has no rule."""
+"""The treatment of each operation in a marked graph, and the pass that refuses unsupported ones."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -12,45 +12,50 @@ from captum_mipin.propagation.draft import Draft
 from captum_mipin.report import CheckRow
 from captum_mipin.rules import RECORDABLE, Passes, Recorded, Rule
 
-#: Operations that change a shape at most. Sizes among their arguments do no harm.
+#: Operations that change nothing but shapes. Their arguments may depend on the batch size.
 SHAPE = (
     "view", "_unsafe_view", "reshape", "flatten", "unflatten", "alias", "clone", "contiguous",
     "expand",
 )  # fmt: skip
 
-#: What to do about some operations without a rule.
+#: Operation without a rule → advice, appended to the reason for its refusal.
 _HINTS = dict.fromkeys(
     ("softmax", "_softmax", "log_softmax", "_log_softmax"),
     "; where it ends the model, return the logits that go into it",
 )
 
-#: What to do where operations are refused; a method may have its own text, ``way_out``.
+#: Advice for refused operations; a method may have another text, in ``way_out`` of its table.
 _WAY_OUT = (
-    "Start above it, with InverseNetwork(model, layer=...) at a module behind it, write that part "
+    "Explain the output of a later module with InverseNetwork(model, layer=...), rewrite this part "
     "of the model with supported operations, or give an operation without a rule one of your own "
     "with captum_mipin.register_rule; check(model, inputs) lists all."
 )
 
-#: Why random operations are refused, wherever the output needs them.
+#: Reason for the refusal of random operations that the output depends on.
 _RANDOM = (
     "it is random, so that each call would give another explanation: switch it off in evaluation "
     "mode, as F.dropout(h, training=self.training), or pass the random values to the model as a "
     "further argument"
 )
 
-#: Refused operations that an error names.
+#: Largest number of refused operations that an error lists.
 _NAMED = 8
 
 
 def check_supported(draft: Draft) -> None:
-    """Raise UnsupportedOperationError if an operation on the way back cannot be treated."""
+    """Raise UnsupportedOperationError if an operation is refused."""
     refused = [row for row in treatments(draft) if row.status == "refused"]
     if refused:
         raise UnsupportedOperationError(refusal(refused, draft.rules))
 
 
 def refusal(refused: Sequence[CheckRow], rules: Mapping[str, Rule]) -> str:
-    """Return the error for refused operations: their names, their places, and the way out."""
+    """Return the error text for refused operations: their names, module paths, reasons and advice.
+
+    Args:
+        refused: The rows of the refused operations.
+        rules: The table of rules; it may have its own advice as ``way_out``.
+    """
     lines = [
         f"  {row.operation} in {row.path or 'the model itself'}: {row.note}"
         for row in refused[:_NAMED]
@@ -62,7 +67,7 @@ def refusal(refused: Sequence[CheckRow], rules: Mapping[str, Rule]) -> str:
 
 
 def treatments(draft: Draft) -> list[CheckRow]:
-    """Return what becomes of every marked operation, in order of execution."""
+    """Return one row per marked operation with its treatment, in order of execution."""
     rows = []
     for node in draft.graph.nodes:
         if is_random(node):
@@ -74,7 +79,7 @@ def treatments(draft: Draft) -> list[CheckRow]:
 
 
 def _is_treated(node: fx.Node) -> bool:
-    """Return True for an operation on the way between the starts and the output."""
+    """Return True for an operation between the explained nodes and the output."""
     known = marks(node)
     return (
         node.op == "call_function"
@@ -86,6 +91,7 @@ def _is_treated(node: fx.Node) -> bool:
 
 
 def _treatment(draft: Draft, node: fx.Node) -> CheckRow:
+    """Return the row of one operation: its status and a note."""
     known, rule = marks(node), draft.rule(node)
     reason = _objection(draft, node, rule)
     caveat = rule.caveat(node) if rule and not (reason or known.recorded) else None
@@ -102,12 +108,10 @@ def _treatment(draft: Draft, node: fx.Node) -> CheckRow:
 
 
 def _objection(draft: Draft, node: fx.Node, rule: Rule | None) -> str | None:
-    """Return why a node cannot be treated, None if it can."""
+    """Return the reason why an operation is refused; None if it is supported."""
     known, value = marks(node), value_of(node)
     if known.discrete:
-        return (
-            f"it turns the input into {value.dtype}, and what follows from that cannot be sent back"
-        )
+        return f"it turns the input into {value.dtype}, through which no signal can be sent"
     if rule is None and not (known.recorded and str(node.target) in RECORDABLE):
         return "no rule covers it" + _HINTS.get(operation(node), "")
     further = nodes_in((node.args[1:], node.kwargs))
@@ -121,12 +125,15 @@ def _objection(draft: Draft, node: fx.Node, rule: Rule | None) -> str | None:
     carried = draft.carried(node)
     others = [n for n in node.all_input_nodes if n not in carried]
     if not rule.records and any(marks(n).depends for n in others):
-        return "a second argument of it depends on the input as well"
+        return "a second argument of it depends on the input as well; its rule allows only one"
     several = isinstance(rule, Passes) or (isinstance(rule, Recorded) and rule.several)
     if not several and len(draft.carriers(node)) != 1:
-        return "its rule sends signal to other than one argument, which only Passes can"
+        return (
+            "its rule sends signal to several arguments or to none, which only Passes, or Recorded "
+            "with several=True, can"
+        )
     parts = [user for user in node.users if user.target is operator.getitem]
     outputs = isinstance(value, (tuple, list)) and not isinstance(rule, Passes)
     if outputs and any(part.args[1] != 0 for part in parts):
-        return "another of its outputs than the first is used"
+        return "the model uses a second output of it, but its rule covers only the first output"
     return known.mixes or rule.refuse(node)

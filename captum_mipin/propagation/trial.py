@@ -1,7 +1,7 @@
-"""Tries one operation on random numbers, to see whether it mixes the examples of a batch.
+"""A test that runs one operation on random numbers, to find out if it mixes examples of a batch.
 
-Batch norm with the statistics of the batch, ``cumsum(0)`` or ``log_softmax(0)`` keep the shape, so
-that the shapes alone do not tell.
+The shapes alone do not show this: batch norm with the statistics of the batch, ``cumsum(0)`` and
+``log_softmax(0)`` mix examples, but their results have the same shapes as their arguments.
 """
 
 from typing import Any
@@ -13,20 +13,20 @@ from captum_mipin.graph.layout import Layout, folded_batch
 from captum_mipin.graph.marks import marks, value_of
 from captum_mipin.graph.nodes import is_random, is_size
 
-#: Number of examples that are tried, and those of them that are run again, in another order.
+#: Number of random examples, and the positions of those that are run again, in this order.
 _EXAMPLES, _AGAIN = 3, (2, 0)
-#: Largest relative difference that is rounding error.
+#: Largest relative difference that counts as a rounding error.
 _TOLERANCE = 1e-6
 
 
 def mixes_examples(node: fx.Node, batch: str) -> bool:
-    """Return True if an operation gives an example another value among other examples.
+    """Return True if the result for an example depends on the other examples of the batch.
 
-    What cannot be tried counts as False: random operations, sizes as arguments, and operations that
-    refuse random numbers.
+    The result is False if the operation cannot be tested: if it is random, has sizes as arguments,
+    or fails on random numbers.
 
     Args:
-        node: A node that is laid out.
+        node: The node of the operation, with its layout marked.
         batch: The symbol of the batch size.
     """
     if not isinstance(node.target, torch._ops.OpOverload) or is_random(node):
@@ -58,21 +58,27 @@ def mixes_examples(node: fx.Node, batch: str) -> bool:
 
 
 def _random(sizes: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Return random numbers in double precision, or zeros for integers, which may be indices."""
+    """Return random numbers in double precision, or zeros for integer dtypes.
+
+    Args:
+        sizes: The shape of the tensor.
+        dtype: The dtype of the argument that is replaced.
+        generator: The source of the random numbers.
+    """
     if dtype.is_complex:
         return torch.randn(sizes, generator=generator, dtype=torch.complex128)
     if not dtype.is_floating_point:
-        return torch.zeros(sizes, dtype=dtype)
+        return torch.zeros(sizes, dtype=dtype)  # integers may be indices, and 0 is a valid one
     return torch.randn(sizes, generator=generator, dtype=torch.float64)
 
 
 def _again(layout: Layout, x: Tensor) -> Tensor:
-    """Return some of the examples of a tensor, in another order."""
+    """Return the examples of a tensor at the positions ``_AGAIN``, in this order."""
     return layout.restored(layout.first(x)[list(_AGAIN)])
 
 
 def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
-    """Return the first result of an operation on other values."""
+    """Return the first result of an operation, run with ``values`` as its arguments."""
     run: Any = node.target
     result = run(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))
     first: Tensor = result[0] if isinstance(result, (tuple, list)) else result

@@ -239,10 +239,10 @@ def test_the_input_itself_by_its_name(x):
     model = network()
     with pytest.raises(
         errors.CaptureError,
-        match=r"tensor 'nothing' is not a tensor in the graph.*choose one of its tensors: (\w+), ",
+        match=r"tensor 'nothing' is missing in the graph.*choose one of its tensors: (\w+), ",
     ) as caught:
         IBA(model, "nothing").estimate(x, progress=False)
-    name = str(caught.value).split("its tensors are ")[1].split(",")[0]
+    name = str(caught.value).split("its tensors: ")[1].split(",")[0]
     bits = IBA(model, name, SHORT).estimate(x, progress=False).attribute(x[:2], 0, at="layer")
     assert bits.shape == (2, 3, 8, 8)
 

@@ -731,7 +731,7 @@ def test_a_layer_beside_others_gets_its_share_alone():
             LRP(model, rule=Epsilon(0), bias=bias), model.layers["b"]
         ).attribute(x, 1)
         torch.testing.assert_close(found, r * g / (h + g))
-    with pytest.raises(CaptureError, match=r"makes of layers\.gate/linear nothing but gates"):
+    with pytest.raises(CaptureError, match=r"uses layers\.gate/linear only for gates"):
         LayerPropagation(LRP(model), model.layers["gate"]).attribute(x, 1)
 
 

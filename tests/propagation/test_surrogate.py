@@ -220,30 +220,33 @@ REFUSED = {
     "ratio": (lambda m, x: m["a"](1 / x), "reciprocal|depends on the input"),
     "mean over the batch": (
         lambda m, x: m["a"](x - x.mean(0, keepdim=True)),
-        "keep the batch as one dimension",
+        "expected one dimension that contains the batch",
     ),
     "sum over all": (lambda m, x: m["a"](x).sum(1) / x.abs().sum(), "no rule|sum"),
     "flipped batch": (lambda m, x: m["a"](x.flip(0)), "along the batch"),
     "part of the batch": (
         lambda m, x: m["a"](x[:1].expand(x.shape[0], 4)),
-        "keep the batch as one dimension",
+        "expected one dimension that contains the batch",
     ),
     "batch as channels": (
         lambda m, x: m["a"](F.avg_pool1d(x.t().unsqueeze(0), 1).squeeze(0).t()),
-        "works along the batch",
+        "computes along the batch",
     ),
-    "softmax over the batch": (lambda m, x: m["a"](x * F.softmax(x, 0)), "works along the batch"),
+    "softmax over the batch": (
+        lambda m, x: m["a"](x * F.softmax(x, 0)),
+        "computes along the batch",
+    ),
     "attention over the batch": (
         lambda m, x: m["a"](F.scaled_dot_product_attention(x[None], x[None], x[None])[0]),
-        "works along the batch",
+        "computes along the batch",
     ),
     "folded otherwise": (
         lambda m, x: m["a"](x[:, None].expand(x.shape[0], 4, 4).reshape(-1, 4).view(4, -1, 4)[0]),
-        "works along the batch",
+        "computes along the batch",
     ),
     "examples against examples": (
         lambda m, x: (m["a"](x) + m["a"](x).unsqueeze(1)).sum(1),
-        "keep the batch as one dimension",
+        "expected one dimension that contains the batch",
     ),
     "own mask as a term": (lambda m, x: m["a"](x + (x > 0)), "turns the input into torch.bool"),
     "hidden coupling": (
@@ -311,7 +314,7 @@ def test_a_layer_whose_signal_lost_its_scale_is_refused_unless_it_is_fitted_ther
     ).eval()
     x = normal(300, 4)
     whole = InverseNetwork(model).fit(x, 0, progress=False)
-    with pytest.raises(CaptureError, match=r"lacks its scale.*layer="):
+    with pytest.raises(CaptureError, match=r"known only up to a factor.*layer="):
         LayerMIPINAttribution(model, whole, model.layers["r"]).attribute(x, 0)
     part = InverseNetwork(model, layer=model.layers["r"]).fit(x, 0, progress=False)
     features = model.layers["r"](model.layers["a"](x)).detach()

@@ -68,7 +68,7 @@ NOT_TREATED = {
     ),
     "matrix of the input": (
         lambda h: torch.mm(h[:, :5], h.t() @ h),
-        "works along the batch|depends on the input as well",
+        "computes along the batch|depends on the input as well",
     ),
     "baddbmm of three signals": (
         lambda h: torch.baddbmm(h[:, None], h[:, None, :1], h[:, None]).squeeze(1),

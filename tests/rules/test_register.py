@@ -183,7 +183,7 @@ def test_signal_through_another_argument_than_the_first(register: Any) -> None:
     )
     with pytest.raises(
         UnsupportedOperationError,
-        match="sends signal to other than one argument, which only Passes can",
+        match="sends signal to several arguments or to none, which only Passes, or Recorded",
     ):
         _fitted(lambda h: steered(h, h))
 
@@ -281,8 +281,8 @@ def test_an_own_operation_that_moves_the_examples_is_refused(register: Any) -> N
         Recorded(run=lambda options, operation, x: (operation(x), lambda s: s.T), note="turned"),
     )
     message = (
-        r"own\.turned\.default .*takes the examples along dimension 0 and gives them along 1: "
-        "registered operations keep"
+        r"own\.turned\.default .*takes the examples along dimension 0 and returns them along 1; "
+        "a registered operation must not move them"
     )
     with pytest.raises(UnsupportedOperationError, match=message):
         _fitted(lambda h: turned(h).T)
@@ -496,7 +496,7 @@ def test_carriers_that_are_no_arguments_are_refused(register: Any, positions: An
     for attempt in (lambda: check(_model(swish), _data()), lambda: _fitted(swish)):
         with pytest.raises(
             RuleError,
-            match=r"the rule of \(model\)/swish says that the arguments at .* among the 1 that",
+            match=r"carriers of the rule of \(model\)/swish returns .* among the 1 positional",
         ):
             attempt()
 
