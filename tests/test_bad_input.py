@@ -133,7 +133,7 @@ def test_a_model_that_is_a_function(mlp: Any) -> None:
         ),
         (
             lambda h: h.clamp(1, 2),
-            r"clamp\(x, 1, 2\) is no activation: it makes 1 of 0, an activation keeps 0",
+            r"clamp\(x, 1, 2\) maps 0 to 1, expected an operation that maps 0 to 0",
         ),
         (
             lambda h: h.flip(0),
@@ -174,7 +174,7 @@ class Steered(nn.Module):
     [
         (
             lambda x, g: x * g,
-            "multiplies two values .*: what only scales goes into additional_forward_args",
+            "multiplies two values .*: pass a mere scale by additional_forward_args",
         ),
         (
             lambda x, g: x * torch.sigmoid(g),

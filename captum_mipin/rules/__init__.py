@@ -1,8 +1,9 @@
-"""What each operation does with the signal: the table :data:`MIPIN`, and what users add to it.
+"""The rules by which operations send the signal back: the table :data:`MIPIN` and its parts.
 
-An operation sends the signal back using what this sample's own forward pass recorded about where
-the value came from: ReLU mask, max-pool switch, average-pool share. Learned inverses stand where
-the operation has weights. Plain linear rearrangements need no rule: their adjoint is right.
+There are three kinds of rule. An operation with weights is inverted by a learned regression. An
+operation without weights uses values that the sample's own forward pass recorded: the mask of a
+ReLU, the switches of maximum pooling, the shares in an average. A linear rearrangement, such as a
+transposition, sends the signal back by its adjoint. Users can register rules for more operations.
 """
 
 from captum_mipin.rules.arithmetic import Fork

@@ -1,4 +1,4 @@
-"""Activations: the forward mask (equation 9), and the gate that it is a case of."""
+"""Activations: the forward mask (equation 9), and the gate, which is its general form."""
 
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from captum_mipin.rules.base import Options, Recorded, Recording
 
 
 def relu(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any) -> Recording:
-    """Send back S ⊙ 1[X ≠ 0] (equation 9): what was not active in the sample gets nothing."""
+    """Send back S ⊙ 1[X ≠ 0] (equation 9): elements that the ReLU set to 0 get no signal."""
     value = operation(x, *arguments, **named)
     if not options.local:
         return value, lambda s: s
@@ -19,25 +19,26 @@ def relu(options: Options, operation: Any, x: Tensor, *arguments: Any, **named: 
         bits = pack(value > 0)
         return value, lambda s: torch.where(unpack(bits, s.shape), s, 0)
     kept = value.detach()
-    # s where kept > 0, else 0, in one pass over memory
+    # this operation returns s where kept > 0, else 0, in one pass over memory
     return value, lambda s: torch.ops.aten.threshold_backward(s, kept, 0)
 
 
 def gate(
     options: Options, operation: Any, x: Tensor, *arguments: Any, rest: bool = False, **named: Any
 ) -> Recording:
-    """Send back S ⊙ (f(x) − f(0)) / x, the share of x that the activation f let through.
+    """Send back S ⊙ (f(x) − f(0)) / x, where the factor is the share of x that f lets through.
 
-    It is 0 where x = 0. For ReLU it is the mask of equation 9; for SiLU, x σ(x), it is σ(x).
+    The factor is 0 where x = 0. For ReLU it is the mask of equation 9; for SiLU, f(x) = x σ(x), it
+    is σ(x).
 
     Args:
-        options: How the pass reads the rules.
+        options: The options of the pass.
         operation: The activation f.
-        x: Its input.
-        arguments: Its further arguments.
-        rest: Whether f(0) is other than 0. The difference is taken in float64 then, for near 0 it
-            would lose all digits of float32.
-        named: Its further arguments by name.
+        x: Tensor, the input of the activation.
+        arguments: Further positional arguments of the activation.
+        rest: Whether f(0) differs from 0. Then f(x) − f(0) is computed in float64, because in
+            float32 the difference would lose all digits for x near 0.
+        named: Further arguments of the activation by name.
     """
     value = operation(x, *arguments, **named)
     if not options.local:
@@ -53,7 +54,7 @@ def gate(
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Return a mask as bits, eight to a byte.
+    """Return the bits of a mask, with eight elements per byte.
 
     Examples:
         >>> mask = torch.tensor([[True, False, True]])
@@ -65,7 +66,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    """Return the mask of this shape that :func:`pack` made the bits of."""
+    """Return the mask of shape ``shape`` from the result of :func:`pack`."""
     flat = (bits.unsqueeze(1) >> _places(bits) & 1).flatten()
     return flat[: shape.numel()].view(shape).bool()
 
@@ -75,7 +76,7 @@ def _places(like: Tensor) -> Tensor:
 
 
 def clamp(options: Options, operation: Any, x: Tensor, *bounds: Any, **named: Any) -> Recording:
-    """Send back as :func:`relu` for the bounds 0 and none, else as :func:`gate`."""
+    """Send back by :func:`relu` if the bounds are (0, None), else by :func:`gate`."""
     low, high = (*bounds, None, None)[:2]
     low, high = named.get("min", low), named.get("max", high)
     rule = relu if low == 0 and high is None else gate
@@ -83,22 +84,25 @@ def clamp(options: Options, operation: Any, x: Tensor, *bounds: Any, **named: An
 
 
 def glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> Recording:
-    """Send back S ⊙ σ(b) to the half a of x, for y = a ⊙ σ(b), and nothing to the gate's half b."""
-    # x = (a, b) and y = a ⊙ σ(b): the gate σ(b) is recorded, as any other gate is
+    """Send back S ⊙ σ(b) to the half a of x = (a, b), and 0 to the half b, for y = a ⊙ σ(b)."""
+    # y = a ⊙ σ(b): the gate σ(b) is recorded, and gets no signal
     share = torch.sigmoid(x.chunk(2, dim)[1])
     return operation(x, dim), lambda s: torch.cat([s * share, torch.zeros_like(s)], dim)
 
 
 def _moves_zero(node: fx.Node) -> str | None:
-    """Refuse what maps 0 to another value: the mask and the gate are 0 where x = 0."""
+    """Return the reason to refuse an operation f with f(0) ≠ 0; None if f(0) = 0.
+
+    The mask and the gate send nothing back where x = 0, which is right only if f(0) = 0.
+    """
     operation: Any = node.target
-    # with this use's own bounds: clamp(x, 1, 2) makes 1 of 0, clamp(x, -1, 2) keeps it
+    # f depends on the bounds of this node: clamp(0, 1, 2) is 1, clamp(0, -1, 2) is 0.
     value = float(operation(torch.zeros(()), *node.args[1:], **node.kwargs))
     if value == 0:
         return None
     bounds = [*node.args[1:], *(f"{name}={bound}" for name, bound in node.kwargs.items())]
     call = f"{operation.__name__.split('.')[0]}({', '.join(map(str, ('x', *bounds)))})"
-    return f"{call} is no activation: it makes {value:g} of 0, an activation keeps 0"
+    return f"{call} maps 0 to {value:g}, expected an operation that maps 0 to 0"
 
 
 _MASK, _GATE = "forward mask", "recorded gate: the share of its input that it let through"

@@ -1,11 +1,11 @@
-"""Sums, scales and forks.
+"""Sums, products with constants, and forks.
 
-Sums and scales by constants hand the signal on as their adjoint does, which is right up to a factor
-for each channel. That factor is learned where it matters. Mostly this is by the inverse of the next
-operation with weights. At inputs, and at forks, whose branches bring several signals for one
-tensor, it is by a weight for each channel and branch. All that comes back to one tensor is
-calibrated together, by one regression: x ≈ g(S of the operations with weights) + Σ a ⊙ S of the
-other branches.
+Sums and products with constants send the signal back by their adjoint, which is right up to a
+factor per channel. Usually the inverse of the next operation with weights learns this factor. There
+are two other cases: at the model's inputs, a weight per channel is learned; at forks, where a
+tensor gets several signals, a weight per channel and branch. One regression learns all weights of a
+tensor x together: x ≈ g(S of the operations with weights) + Σ a ⊙ S, the sum over the other
+branches.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,12 +33,14 @@ from captum_mipin.rules.linear import Convolution, Dense, add_own
 
 @dataclass(frozen=True)
 class Channelwise(Inverter):
-    """x ≈ Σ_j a_j s_j + b, one regression a channel, over the signals s_j of several branches.
+    """The inverse x ≈ Σ_j a_j s_j + b, with one regression per channel.
+
+    The signals s_j come from several branches.
 
     Attributes:
         channels: Number of channels.
-        branches: Number of signals.
-        dim: The dimension of the channels; None where all is one channel.
+        branches: Number of branches, and so of signals.
+        dim: The dimension of the channels; None if x has a single channel.
     """
 
     channels: int
@@ -51,7 +53,7 @@ class Channelwise(Inverter):
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         moments = Moments.zeros(*self.size, x.device)
-        # No signals are shared: each channel is regressed on its own ones alone.
+        # No signal is shared by several channels: each channel is regressed on its own signals.
         rows = self._rows(x)
         moments.update(rows, rows[..., :0], [self._rows(s) for s in signals])
         return moments
@@ -70,19 +72,23 @@ class Channelwise(Inverter):
         return (x if self.dim is None else x.movedim(self.dim, -1)).reshape(1, -1, self.channels)
 
 
-#: Positional and named arguments of an operation behind x.
+#: Positional and named arguments of an operation, without its first argument x.
 Call = tuple[Sequence[Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Fork:
-    """Hands a tensor to several branches: first to operations with weights, which it runs.
+    """An operation that passes a tensor on to several branches.
+
+    If branches begin with operations with weights, the fork runs these operations itself, so that
+    they are inverted together.
 
     Attributes:
-        operations: The operations, either all dense or all convolutions of as many groups.
-        inverters: What each of them alone would be inverted by.
-        plain: Number of further branches, which get the tensor itself.
-        dim: Dimension of the channels; None where all is one channel.
+        operations: The operations with weights: all dense, or all convolutions with the same number
+            of groups.
+        inverters: Function that makes the inverse of one operation alone, per operation.
+        plain: Number of the other branches, which get the tensor itself.
+        dim: The dimension of the channels; None if the tensor has a single channel.
     """
 
     operations: tuple[Callable[..., Any], ...]
@@ -91,7 +97,7 @@ class Fork:
     dim: int | None
 
     def __call__(self, x: Tensor, *calls: Call) -> tuple[Tensor, ...]:
-        """Return the value of each operation, then ``x`` once for each further branch."""
+        """Return the result of each operation, then ``x`` once per other branch."""
         pairs = zip(self.operations, calls, strict=True)
         results = [operation(x, *args, **named) for operation, (args, named) in pairs]
         return *results, *(x.detach() for _ in range(self.plain))
@@ -110,7 +116,7 @@ class Fork:
 
     @property
     def rule(self) -> Learned:
-        """Return the rule of this operation."""
+        """Return the rule of this fork."""
         return Learned(
             inverter=self.inverter,
             note="learned together, with a weight a channel for each plain branch",
@@ -125,7 +131,7 @@ def _two_signals(node: fx.Node) -> str | None:
         "and neither is a gate that a sigmoid made"
     )
     if any(n.op == "placeholder" and len(n.users) == 1 for n in node.all_input_nodes):
-        reason += ": what only scales goes into additional_forward_args, which fit takes by unpack="
+        reason += ": pass a mere scale by additional_forward_args, which fit takes by unpack="
     return reason
 
 

@@ -1,4 +1,8 @@
-"""Attention: a mean of values with recorded weights. Queries and keys get no signal."""
+"""Attention: a mean of values with recorded weights. Queries and keys get no signal.
+
+The weights are the result of a softmax. Products of a gate and a tensor are treated in the same
+way: the gate is recorded, and only the tensor gets a signal.
+"""
 
 from torch import fx
 
@@ -8,7 +12,7 @@ from captum_mipin.rules.base import Passes, at, depends, factors, is_gate
 
 def _random(node: fx.Node) -> str | None:
     if argument(node, 4, "dropout_p", 0.0):
-        return "its dropout_p is not 0, so that it is random"
+        return "its dropout_p is not 0, so that its result is random: set it to 0"
     return None
 
 
@@ -29,7 +33,7 @@ def _term_and_values(node: fx.Node) -> tuple[int, ...]:
 
 def _no_weights_in_product(node: fx.Node) -> str | None:
     if not any(map(is_gate, node.args[1:3])) or len(factors(node, 1)) > 1:
-        return "it multiplies two values of which not just one is a softmax"
+        return "it multiplies two values, of which exactly one must be a softmax"
     return None
 
 
@@ -50,8 +54,7 @@ ATTENTION = {
     for name, (carriers, refuse) in _TREATED.items()
 }
 
-#: Operations that may compute what is recorded (attention weights, gates), besides those with a
-#: rule.
+#: Operations without a rule that may compute recorded values: gates and attention weights.
 RECORDABLE = frozenset(
     f"aten.{name}"
     for name in (

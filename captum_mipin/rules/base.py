@@ -1,4 +1,4 @@
-"""The three kinds of rule, and what a learned inverse is made of."""
+"""The three kinds of rule, and the parts of a learned inverse."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,26 +13,27 @@ from captum_mipin.graph.nodes import operation
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Solution
 
-#: Sends the signal at an operation's output back to its input.
+#: Function: signal at an operation's output → signal at its input.
 Back = Callable[[Tensor], Tensor]
 
-#: An operation's value, and how a signal comes back through it.
+#: The result of an operation, and the function that sends a signal back through the operation.
 Recording = tuple[Tensor, Back]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a pass reads the rules.
+    """The options of the rules in one pass.
 
     Attributes:
-        local: Use what the sample's forward pass recorded (equation 9). Without it, the chain is
-            the global one, the same for all samples.
-        shares: Send the signal of an average to where its value came from. Without it, evenly.
-        bias: Keep the biases of the inverses, which gives the source signal S. Without them, it is
-            the attribution A.
-        packed: Record masks as bits, for what is kept long.
-        evidence: Where the output is an average, send back what speaks for the output at each
-            place, instead of each place's share in it.
+        local: Use the values recorded in the sample's forward pass (equation 9). If False, the
+            backward pass is the same function for all samples.
+        shares: Distribute the signal of an average in proportion to the averaged values. If False,
+            distribute it evenly.
+        bias: Add the biases of the inverses; the result is the source signal S. If False, the
+            result is the attribution A.
+        packed: Store masks as bits, to save memory.
+        evidence: For an output that is an average: send back the evidence for the output at each
+            position, instead of the position's share in it.
     """
 
     local: bool = True
@@ -47,14 +48,15 @@ class Inverse:
     """A fitted inverse of one operation for one target.
 
     Attributes:
-        weight: Coefficients of the signals that features share, shaped as the :class:`Inverter` has
-            them, in the dtype of the model.
-        bias: One value a feature or channel.
-        live: Indices of the signals that ``weight`` has columns for; None for all.
-        own: (features or channels, branches) coefficients of the signals that each feature has of
-            its own; None where it has none.
-        rows: (rows, features), where there were fewer examples than signals. Then ``weight`` is
-            (rows, signals), and the coefficients are rowsᵀ weight. All classes share ``rows``.
+        weight: Tensor of the coefficients W, in the dtype of the model. The :class:`Inverter`
+            determines its shape.
+        bias: Tensor (features or channels,), the bias b.
+        live: Integer tensor (columns,) with the indices of the signals for which ``weight`` has
+            columns; None if it has columns for all signals.
+        own: Tensor (features or channels, branches) of coefficients for signals that belong to a
+            single feature each; None if there are no such signals.
+        rows: Tensor (rows, features), or None. It is used if the fit had fewer examples than
+            signals: then ``weight`` is (rows, signals), and W = rowsᵀ weight. All classes share it.
     """
 
     weight: Tensor
@@ -64,7 +66,7 @@ class Inverse:
     rows: Tensor | None = None
 
     def fits(self, inverter: "Inverter") -> bool:
-        """Return True if the shapes are those of this family; a file may hold anything."""
+        """Return True if the shapes fit those of ``inverter``; a file may contain any shapes."""
         groups, features, signals, branches = inverter.size
         count = groups * features
         rows = count if self.rows is None else len(self.rows)
@@ -88,22 +90,22 @@ class Inverse:
 
 
 class Inverter(Protocol):
-    """A family of inverses x ≈ g(s): its regression and its application.
+    """A family of inverses x ≈ g(s): the regression that fits them, and their application.
 
     Attributes:
-        joins: Whether :meth:`moments` depends on its arguments alone, so that several batches can
-            be passed as one.
+        joins: Whether :meth:`moments` depends only on its arguments. Then the arguments of several
+            batches can be concatenated and passed at once.
     """
 
     joins: ClassVar[bool] = False
 
     @property
     def tied(self) -> int:
-        """Return how many features in a row share a bias: ``tied`` of ``ridge.solve``."""
+        """Return the number of consecutive features with one bias: ``tied`` of ``ridge.solve``."""
         return 1
 
     def part(self, examples: slice) -> "Inverter":
-        """Return the same for some of the examples of the batch."""
+        """Return the family for the selected examples of the batch."""
         return self
 
     @property
@@ -111,30 +113,31 @@ class Inverter(Protocol):
         """Return the size of the regression.
 
         Returns:
-            Groups; in each, features, signals that they share, and signals of each feature's own.
+            Number of groups; number of features per group; number of signals that all features of a
+            group share; number of signals that belong to a single feature.
         """
         ...
 
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
-        """Return the moments of one batch.
+        """Return the moments of one batch, from which the regression is solved.
 
         Args:
-            x: The features.
-            signals: The signal at each output of the operation.
+            x: Tensor of the features, the input of the operation.
+            signals: One tensor per output of the operation, the signal there.
         """
         ...
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
-        """Return a solved regression as an inverse, in the dtype and on the device of ``like``."""
+        """Return the inverse from a solved regression, with dtype and device of ``like``."""
         ...
 
     def apply(self, inverse: Inverse, signals: tuple[Tensor, ...], bias: bool) -> Tensor:
-        """Return g(S), with or without its bias."""
+        """Return g(S), with its bias if ``bias`` is True."""
         ...
 
 
 def at(*positions: int) -> Callable[[fx.Node], tuple[int, ...]]:
-    """Return the ``carriers`` of a rule whose signal goes to the arguments at these positions."""
+    """Return a function for ``carriers=``: the arguments at ``positions`` carry signal."""
     return partial(_positions, positions)
 
 
@@ -142,7 +145,7 @@ def _positions(positions: tuple[int, ...], node: fx.Node) -> tuple[int, ...]:
     return positions
 
 
-# The names of these two are part of what a file knows a registered rule by.
+# Saved files contain the names of these two functions in the descriptions of registered rules.
 def _first(node: fx.Node) -> tuple[int, ...]:
     return (0,)
 
@@ -153,19 +156,21 @@ def _accept(node: fx.Node) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How an operation is treated.
+    """A rule: the treatment of an operation in the backward pass of the signal.
 
     Attributes:
-        note: What it does with the signal, in a few words.
-        refuse: Node → why this use of the operation cannot be treated; None if it can.
-        carriers: Node → positions of the arguments that carry signal. Several only where the rule
-            :class:`Passes`. Other arguments that depend on the input are refused.
-        records: Whether other arguments may depend on the input after all. They are recorded then,
-            as gates and attention weights are, and get no signal.
-        restores: Whether the signal it returns is in the units of its input.
-        exact: Whether the rule is the paper's, or the only possible one. If not, reports say that
-            it is one choice of several.
-        caveat: Node → what of the method does not hold there; None if all holds.
+        note: Description of the treatment in a few words.
+        refuse: Function: node → the reason why this use of the operation is not supported, or None.
+        carriers: Function: node → positions of the arguments that carry signal. It may return
+            several positions for :class:`Passes`, and for :class:`Recorded` with ``several``.
+        records: Whether arguments that carry no signal may depend on the input. If True, they are
+            recorded, like gates and attention weights; if False, such a use is refused.
+        restores: Whether the signal that the rule sends back has the units of the operation's
+            input.
+        exact: Whether the rule is that of the paper, or the only possible one. If False, reports
+            mark it as one choice of several.
+        caveat: Function: node → the property of the method that does not hold at this node, or
+            None.
     """
 
     note: str
@@ -179,19 +184,19 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Passes(Rule):
-    """A linear operation without weights, run as it is: its adjoint carries the signal."""
+    """The rule of a linear operation without weights: its adjoint sends the signal back."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded(Rule):
-    """An operation inverted by what its forward pass records.
+    """The rule of an operation that is inverted by values recorded in its forward pass.
 
     Attributes:
-        run: (options, operation, x, \\*arguments) → the operation's value, and how a signal comes
-            back. x is the argument that carries signal, whatever its position; the operation takes
-            its arguments in this order as well.
-        several: Whether x is a tuple of all arguments that carry signal; a tuple of their signals
-            comes back then.
+        run: Function (options, operation, x, \\*arguments) → (the result of the operation, the
+            function that sends a signal back). x is the argument that carries signal, at whatever
+            position the model passes it; ``operation`` must be called with x first as well.
+        several: Whether several arguments carry signal. Then x is the tuple of these arguments, and
+            the function returns a tuple of signals.
     """
 
     run: Callable[..., tuple[Tensor, Callable[[Tensor], Any]]]
@@ -200,23 +205,23 @@ class Recorded(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Learned(Rule):
-    """An operation inverted by regression.
+    """The rule of an operation that is inverted by a regression.
 
     Attributes:
-        inverter: (options, x, \\*arguments) → the family of its inverse. x is the argument that
-            carries signal.
+        inverter: Function (options, x, \\*arguments) → the family of the inverse. x is the argument
+            that carries signal.
     """
 
     inverter: Callable[..., Inverter]
 
 
 def every(node: fx.Node) -> tuple[int, ...]:
-    """Return the positions of all arguments: each carries signal."""
+    """Return the positions of all arguments, for a rule by which all of them carry signal."""
     return tuple(range(len(node.args)))
 
 
 def depends(value: Any) -> bool:
-    """Return True if an argument is computed from what is explained."""
+    """Return True if an argument is computed from the explained tensors."""
     return isinstance(value, fx.Node) and marks(value).depends
 
 
@@ -226,21 +231,28 @@ def varies(value: Any) -> bool:
 
 
 def is_gate(node: Any, counts: Callable[[Any], bool] = depends) -> bool:
-    """Return True if a sigmoid, softmax or comparison made the value: it is a gate.
+    """Return True if a value is a gate: the result of a sigmoid, softmax or comparison.
 
-    It may have been rearranged since, and scaled or shifted by constants.
+    Rearrangements, and scales and shifts by constants, may follow this operation.
+
+    Args:
+        node: The value.
+        counts: Function that returns False for constants.
     """
     return operation(gate_source(node, counts)) in _GATES
 
 
 def gate_source(node: Any, counts: Callable[[Any], bool]) -> Any:
-    """Return the value from before it was rearranged, scaled or shifted; None if it is a mixture.
+    """Return the node from which a value was rearranged, scaled or shifted.
 
     Args:
         node: The value.
-        counts: Returns False for constants.
+        counts: Function that returns False for constants.
+
+    Returns:
+        The node before all these operations; None if one of them combines several such nodes.
     """
-    # Walk back through what keeps a gate a gate: 1 − σ(x), 2 σ(x), σ(x).view(...).
+    # Follow the arguments of operations after which a gate is still a gate: 1 − σ(x), 2 σ(x).
     while operation(node) in _REARRANGED | _SCALED:
         rearranged = operation(node) in _REARRANGED
         sources = node.args[:1] if rearranged else [n for n in node.args if counts(n)]
@@ -253,12 +265,15 @@ def gate_source(node: Any, counts: Callable[[Any], bool]) -> Any:
 def factors(
     node: fx.Node, first: int = 0, counts: Callable[[Any], bool] = depends
 ) -> tuple[int, ...]:
-    """Return the positions of the factors of a product that carry signal: those that are no gates.
+    """Return the positions of those factors of a product that carry signal.
+
+    These are the factors that are neither constants nor gates; if all factors that are not constant
+    are gates, all of them carry signal.
 
     Args:
         node: The product.
         first: Position of its first factor.
-        counts: Returns False for constants, which carry nothing.
+        counts: Function that returns False for constants.
     """
     positions = [i for i, n in enumerate(node.args) if i >= first and counts(n)]
     return tuple(i for i in positions if not is_gate(node.args[i], counts)) or tuple(positions)
@@ -277,12 +292,12 @@ _REARRANGED = frozenset(
 
 
 def adjoint(operator: Callable[[Tensor], Tensor], like: Tensor) -> Back:
-    """Return the adjoint of a linear operator on tensors shaped like ``like``."""
+    """Return the adjoint of a linear operator on tensors of the shape of ``like``."""
     return value_and_adjoint(operator, torch.zeros_like(like))[1]
 
 
 def value_and_adjoint(operator: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Back]:
-    """Return a linear operator's value at ``x``, and its adjoint."""
+    """Return the value of a linear operator P at ``x``, and the adjoint of P."""
     # The gradient of ⟨s, P x⟩ with respect to x is Pᵀ s.
     with torch.enable_grad():
         probe = x.detach().requires_grad_()
@@ -291,5 +306,5 @@ def value_and_adjoint(operator: Callable[[Tensor], Tensor], x: Tensor) -> tuple[
 
 
 def along(values: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Return one value a channel, shaped to broadcast with ``x`` and its channels along ``dim``."""
+    """Return ``values``, one per channel, in a shape that broadcasts along ``dim`` of ``x``."""
     return values.view(-1, *(1,) * (x.ndim - 1 - dim % x.ndim))

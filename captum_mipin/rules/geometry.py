@@ -1,4 +1,4 @@
-"""The one place that reads the arguments of convolutions and of maximum pooling."""
+"""The parsers for the arguments of convolutions and of maximum pooling."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from captum_mipin.regression.geometry import Geometry
 
 
 def per_dimension(value: Any, dims: int) -> tuple[int, ...]:
-    """Return one number a dimension, from one for all of them or one for each."""
+    """Return a tuple of one number per dimension, from such a sequence or from a single number."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
 
 
-#: Whether the convolution is transposed → its parameters behind x, in the order of ATen.
+#: Whether a convolution is transposed → names of its parameters after x, in the order of ATen.
 _CONVOLUTION = {
     False: ("weight", "bias", "stride", "padding", "dilation", "groups"),
     True: ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
@@ -25,12 +25,12 @@ _CONVOLUTION = {
 
 @dataclass(frozen=True)
 class ConvolutionArguments:
-    """The arguments of ``conv{1,2,3}d`` or ``conv_transpose{1,2,3}d`` behind x.
+    """The arguments of ``conv{1,2,3}d`` or ``conv_transpose{1,2,3}d``, without x.
 
     Attributes:
-        weight: The kernel: a tensor, or the node that gives it.
-        bias: One value an output channel, given as the weight is; None for no bias.
-        geometry: All other arguments, with one number a spatial dimension.
+        weight: The kernel: a tensor, or the node of a graph whose value it is.
+        bias: One value per output channel: a tensor or a node; None for no bias.
+        geometry: All other arguments, with one number per spatial dimension.
 
     Examples:
         >>> import torch
@@ -51,12 +51,12 @@ class ConvolutionArguments:
         """Parse the arguments of a call, or of a node of a graph.
 
         Args:
-            arguments: The positional arguments behind x: weight, bias, stride, and so on.
+            arguments: The positional arguments after x: weight, bias, stride, and so on.
             named: The arguments passed by name. ``padding`` may be "same" or "valid".
             transposed: Whether the operation is a transposed convolution.
 
         Returns:
-            The same arguments, with every default filled in.
+            The parsed arguments, in which the defaults are filled in.
         """
         passed = {**dict(zip(_CONVOLUTION[transposed], arguments, strict=False)), **named}
         weight = passed["weight"]
@@ -68,8 +68,8 @@ class ConvolutionArguments:
         )
         padding, skip = passed.get("padding", 0), ()
         if padding == "same":
-            # An even kernel pads one zero less in front. That is the symmetric convolution with the
-            # larger padding on both sides, without its first output.
+            # For an even kernel, "same" pads one zero less in front than behind. This is equal to a
+            # convolution with the larger padding on both sides, without its first output.
             total = [d * (k - 1) for k, d in zip(shape[2:], dilation, strict=True)]
             padding, skip = [n - n // 2 for n in total], tuple(n % 2 for n in total)
         padding = per_dimension(0 if padding == "valid" else padding, dims)
@@ -83,9 +83,10 @@ class ConvolutionArguments:
 def pool_geometry(
     kernel_size: Sequence[int], stride: Any = (), padding: Any = 0, dilation: Any = 1, *more: Any
 ) -> Geometry:
-    """Return the windows of ``max_pool{1,2,3}d``, whose arguments behind x it takes.
+    """Return the geometry of the windows of ``max_pool{1,2,3}d``.
 
-    An empty ``stride`` is the size of a window, as in ATen.
+    The arguments are those of the operation, without x. If ``stride`` is empty, it is the size of a
+    window, as in ATen.
     """
     dims = len(kernel_size)
     step = per_dimension(stride or kernel_size, dims)

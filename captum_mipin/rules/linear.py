@@ -1,8 +1,7 @@
 """Operations with weights: their inverses are learned (equations 5-7).
 
-Where a tensor feeds several branches, the inverses of the operations with weights that take it are
-learned together, as one regression on the signals of all branches: see
-:mod:`captum_mipin.rules.arithmetic`.
+If a tensor feeds several branches, one regression on the signals of all branches learns the
+inverses of the operations with weights together: see :mod:`captum_mipin.rules.arithmetic`.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,14 @@ from captum_mipin.rules.pooling import shared_out
 
 
 def add_own(x: Tensor, inverse: Inverse, own: Sequence[Tensor], dim: int) -> Tensor:
-    """Add Σ a ⊙ O to ``x``, whose channels are along ``dim``, and return it."""
+    """Add Σ a ⊙ O to ``x`` in place, and return ``x``.
+
+    Args:
+        x: Tensor to which the sum is added.
+        inverse: The inverse with the weights a; one without them adds nothing.
+        own: The signals O of the branches without weights, each of the shape of x.
+        dim: The dimension of the channels.
+    """
     if inverse.own is not None:
         for o, weight in zip(own, inverse.own.unbind(1), strict=True):
             x.addcmul_(o, along(weight, x, dim))
@@ -36,14 +42,15 @@ def add_own(x: Tensor, inverse: Inverse, own: Sequence[Tensor], dim: int) -> Ten
 
 @dataclass(frozen=True)
 class Dense(Inverter):
-    """g(S) = W S + b + Σ a ⊙ O, the inverse of dense layers (equation 6).
+    """The inverse of dense layers that share one input x (equation 6).
 
-    x is (..., features), each signal S is (..., signals), and each O is like x.
+    x ≈ g(S) = W S + b + Σ a ⊙ O. Here x is (..., features), and S contains the signals of all dense
+    layers, (..., signals). Each O is the signal of a branch without weights, in the shape of x.
 
     Attributes:
-        features: Of x.
-        signals: Of each dense layer that x goes to.
-        own: Number of other branches that x goes to.
+        features: Number of features of x.
+        signals: Number of outputs of each dense layer.
+        own: Number of branches without weights.
     """
 
     joins = True
@@ -59,7 +66,7 @@ class Dense(Inverter):
         s, own = self._divided(signals)
         x, s, *own = (t.flatten(0, -2).unsqueeze(0) for t in (x, s, *own))
         live, count = s[0].any(0).nonzero().squeeze(1), s.shape[2]
-        # Of the logits only the target's is not zero: most of their Gram matrix would be zeros.
+        # At the logits only the target's signal is not 0: most of the Gram matrix would be zeros.
         some = 2 * len(live) < count
         s = s[..., live] if some else s
         moments = Moments.zeros(1, self.features, s.shape[2], self.own, x.device)
@@ -69,24 +76,24 @@ class Dense(Inverter):
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
         weight, live = solution.weight[0], solution.live
         own = solution.own[0].to(like) if self.own else None
-        # Signals that never vary have zeros for coefficients: their columns are not kept.
+        # Signals that never vary have zero coefficients: these columns are dropped.
         used = weight.any(0).nonzero().squeeze(1)
         if len(used) < weight.shape[1]:
             weight, live = weight[:, used], used if live is None else live[used]
         return Inverse(weight.to(like), solution.bias[0].to(like), live, own)
 
     def inverse_of_rows(self, solution: RowSolution, live: Tensor, rows: Rows) -> Inverse:
-        """Return a regression solved row by row as an inverse, in its smaller form.
+        """Return the inverse from a regression that was solved in its dual form.
 
         Args:
-            solution: The solved regression.
-            live: Indices of the signals that it was solved for.
-            rows: The features that it was solved for.
+            solution: The solution, with one coefficient per row and signal.
+            live: Indices of the signals that the regression used.
+            rows: The rows of features that the regression used.
         """
         weight, bias = solution.coefficients.to(rows.x), solution.bias.to(rows.x)
         n, signals = weight.shape
         index = None if signals == sum(self.signals) else live
-        # W = Xᵀ K S: kept as its two factors where these are smaller than the product
+        # W = Xᵀ · coefficients: stored as these two factors if they are smaller than the product
         if n * (signals + self.features) < signals * self.features:
             return Inverse(weight, bias, index, rows=rows.x)
         return Inverse(rows.x.mT @ weight, bias, index)
@@ -97,26 +104,28 @@ class Dense(Inverter):
             s = s[..., inverse.live]
         # eq. 6: g(S) = W S + b
         weight = inverse.weight
-        if inverse.rows is not None:  # W = rowsᵀ weight, which would be larger than both
+        if inverse.rows is not None:  # W = rowsᵀ weight: apply the factors, for W is larger
             s, weight = F.linear(s, weight), inverse.rows.mT
         return add_own(F.linear(s, weight, inverse.bias if bias else None), inverse, own, -1)
 
     def _divided(self, signals: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-        """Return the signals of dense layers side by side, and the other signals."""
+        """Return the concatenated signals of the dense layers, and the list of other signals."""
         shared, own = signals[: len(self.signals)], list(signals[len(self.signals) :])
         return shared[0] if len(shared) == 1 else torch.cat(shared, -1), own
 
 
 @dataclass(frozen=True)
 class Convolution(Inverter):
-    """g(S) = Σ Wᵀ * S + b + Σ a ⊙ O, the inverse of (transposed) convolutions (equation 7).
+    """The inverse of (transposed) convolutions that share one input x (equation 7).
 
-    Wᵀ * S is the transpose of a convolution with a new kernel W; b has one value a channel.
+    x ≈ g(S) = Σ Wᵀ * S + b + Σ a ⊙ O. The first sum is over the convolutions: Wᵀ * S is the
+    transposed convolution of the signal S with a learned kernel W. The second sum is over the
+    branches without weights, with signal O. b has one value per channel.
 
     Attributes:
-        geometries: Of each convolution that x goes to; all have as many groups.
-        x_size: Size of x.
-        own: Number of other branches that x goes to.
+        geometries: The geometry of each convolution; all have the same number of groups.
+        x_size: The size of x.
+        own: Number of branches without weights.
     """
 
     joins = True
@@ -126,7 +135,7 @@ class Convolution(Inverter):
 
     @property
     def plain(self) -> bool:
-        """Return True for the inverse of one convolution alone."""
+        """Return True if this is the inverse of a single convolution without other branches."""
         return len(self.geometries) == 1 and not self.own
 
     @property
@@ -142,12 +151,13 @@ class Convolution(Inverter):
     def moments(
         self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor | None = None
     ) -> Moments:
-        """Return the moments of one batch, or of some positions of x alone.
+        """Return the moments of one batch, over all positions or over some of them.
 
         Args:
-            x: The features.
-            signals: The signal at each convolution, then those of the other branches.
-            places: The positions, counted row by row; None for all.
+            x: Tensor (batch, channels, *spatial) of the features.
+            signals: The signal of each convolution, then the signal of each other branch.
+            places: Integer tensor with the indices of the positions, numbered row by row; None for
+                all positions.
         """
         convs = enumerate(self.geometries)
         wide = [i for i, conv in convs if conv.transposed or prod(conv.kernel) > 1]
@@ -166,9 +176,14 @@ class Convolution(Inverter):
         return moments
 
     def _moments_around(self, wide: int, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
-        """Return the moments where all convolutions but number ``wide`` have a single tap.
+        """Return the moments of one batch for 1x1 convolutions and at most one wider convolution.
 
-        The patches of a single tap are a map like x, so no patches need to be made.
+        The patches of a 1x1 convolution are its signal itself, so that no patches are copied.
+
+        Args:
+            wide: Number of the wider convolution.
+            x: Tensor (batch, channels, *spatial) of the features.
+            signals: The signal of each convolution, then the signal of each other branch.
         """
         n, count = len(x), len(self.geometries)
         others = [i for i in range(count) if i != wide]
@@ -180,7 +195,7 @@ class Convolution(Inverter):
         moments = moments_of_patches(conv, x, signals[wide], own, pointwise)
         if wide == 0:
             return moments
-        # The signals of the wide one come first there, but belong at its place.
+        # In these moments the signals of the wider convolution come first: restore the order.
         widths = [self.geometries[i].features[1] for i in (wide, *others)]
         parts = list(torch.arange(sum(widths), device=x.device).split(widths))
         parts.insert(wide, parts.pop(0))
@@ -193,7 +208,7 @@ class Convolution(Inverter):
         return x.reshape(n, g, channels, -1).permute(1, 0, 3, 2).reshape(g, -1, channels)
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
-        # of tiles: taps next to their signal, as in the rows of a kernel
+        # For tied taps, the moments have signals and taps in the reverse order of a kernel's rows.
         weight = solution.weight.unflatten(1, (-1, self.tied)).transpose(2, 3).flatten(2)
         rows = weight.split([conv.features[1] for conv in self.geometries], 2)
         pairs = zip(self.geometries, rows, strict=True)
@@ -216,21 +231,21 @@ class Convolution(Inverter):
 
 @dataclass(frozen=True)
 class PooledDense(Inverter):
-    """The inverse of a dense layer on averages: each logit goes to where it came from.
+    """The joint inverse of an average over positions and the dense layer after it.
 
-    The dense layer could as well come first: W mean(x) = mean(W x), so y = W x is the map whose
-    average is the output. The signal is shared out over it, see
-    :func:`~captum_mipin.rules.pooling.shared_out`, and x is regressed on it at each place. Averages
-    inverted one by one instead would send the signal to wherever a channel is active, whatever it
-    says of the output.
+    For a dense layer W, W mean(x) = mean(W x). So the output is the average of the map y = W x. The
+    signal of an output is distributed over the positions of y, see
+    :func:`~captum_mipin.rules.pooling.shared_out`, and a dense inverse is fitted from y's signal to
+    x, position by position. If the average were inverted alone, its signal would go to all
+    positions where a channel is active, even to those that do not contribute to the output.
 
     Attributes:
-        dense: The inverse at each place.
-        x: (n, ..., features), what is averaged.
-        weight: (outputs, features), of the dense layer.
-        bias: (outputs,), of the dense layer; None for no bias.
-        options: How the pass reads the rules.
-        dim: The dimension of the features in x as the operation takes it.
+        dense: The inverse at each position.
+        x: Tensor (batch, ..., features), the averaged tensor.
+        weight: Tensor (outputs, features), the weight of the dense layer.
+        bias: Tensor (outputs,), the bias of the dense layer; None for no bias.
+        options: The options of the pass.
+        dim: The dimension of the features in the operation's own argument x.
     """
 
     dense: Dense
@@ -263,11 +278,19 @@ class PooledDense(Inverter):
         return x.movedim(-1, self.dim)
 
     def _map(self, s: Tensor, live: Tensor | None) -> Tensor:
-        """Return the signals ``live`` of (n, outputs) where they came from: (n, ..., signals)."""
+        """Return the signal of the outputs, distributed over the positions.
+
+        Args:
+            s: Tensor (batch, outputs), the signal.
+            live: Integer tensor (signals,) with the indices of the outputs to use; None for all.
+
+        Returns:
+            Tensor (batch, ..., signals).
+        """
         weight, bias, options = self.weight, self.bias, self.options
         if live is not None:
             s, weight, bias = s[:, live], weight[live], None if bias is None else bias[live]
-        # y = W x + b at each place; its average over the places is the output
+        # y = W x + b at each position; its average over the positions is the output
         y = F.linear(self.x.contiguous(), weight, bias)
         over = tuple(range(1, y.ndim - 1))
         recorded = options.local and options.shares
@@ -275,16 +298,16 @@ class PooledDense(Inverter):
 
 
 class PooledLinear:
-    """``linear(pooled, weight, bias)``, as an operation on the x that ``pooled`` is the average of.
+    """The operation ``linear(pooled, weight, bias)`` with the averaged tensor x as first argument.
 
-    Its arguments are x, pooled, weight, bias, and the dimension of the features in x. It is
-    inverted by :class:`PooledDense`.
+    ``pooled`` is the average of x. The arguments are x, pooled, weight, bias, and the dimension of
+    the features in x. Its inverse is :class:`PooledDense`.
     """
 
     __name__ = "pooled_linear"
 
     def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
-        """Return the value of the dense layer."""
+        """Return ``linear(pooled, weight, bias)``."""
         return F.linear(*arguments[:3])
 
     def __repr__(self) -> str:
@@ -292,7 +315,7 @@ class PooledLinear:
 
 
 def pooled_dense(options: Options, x: Tensor, *arguments: Any) -> PooledDense:
-    """Return the inverse of :class:`PooledLinear`, whose arguments it takes."""
+    """Return the inverse of :class:`PooledLinear` for the arguments of that operation."""
     _, weight, bias, dim = arguments
     inverse = dense(options, x, weight)
     return PooledDense(inverse, x.detach().movedim(dim, -1), weight, bias, options, dim)
@@ -323,7 +346,7 @@ def transposed_convolution(
     return convolution(options, x, *arguments, transposed=True, **named)
 
 
-#: Families of inverses that can be learned together where a tensor feeds several of them.
+#: Functions whose inverses can be learned together if a tensor feeds several of the operations.
 TOGETHER = (dense, product, convolution, transposed_convolution)
 
 _DENSE = "learned dense inverse"

@@ -1,7 +1,9 @@
-"""Normalisation, γ (x − μ) / σ + β: an affine map that the inverse of the operation before absorbs.
+"""Normalisation, γ (x − μ) / σ + β.
 
-Where μ and σ come from the sample itself, its signal is multiplied by the recorded σ: the forward
-pass divided by it, and no inverse could know it.
+If μ and σ are constants of the model, as in batch norm, this is an affine map. The learned inverse
+of the operation before it includes that map. If μ and σ are statistics of the sample, the signal is
+multiplied by the recorded σ: it differs from sample to sample, so a learned inverse cannot
+contain it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from captum_mipin.rules.base import Options, Recorded, Recording, along
 
-#: Normalisation by the sample's own statistics → its parameters behind x, in the order of ATen.
+#: Normalisation by statistics of the sample → names of its parameters after x, in ATen's order.
 _PARAMETERS = {
     "layer_norm": ("normalized_shape", "weight", "bias", "eps"),
     "rms_norm": ("normalized_shape", "weight", "eps"),
@@ -27,12 +29,12 @@ _PARAMETERS = {
 
 @dataclass(frozen=True)
 class NormArguments:
-    """What a normalisation divides and multiplies x by: γ (x − μ) / σ + β.
+    """The variance and the weight of a normalisation γ (x − μ) / σ + β.
 
     Attributes:
-        variance: σ², ε included, shaped to broadcast with x.
-        weight: γ, shaped to broadcast with x; None for 1.
-        kept: Whether the model keeps σ². If not, it is that of the sample.
+        variance: Tensor σ², which includes ε, in a shape that broadcasts with x.
+        weight: Tensor γ, in a shape that broadcasts with x; None for γ = 1.
+        kept: Whether σ² is a constant of the model. If False, it is computed from the sample.
     """
 
     variance: Tensor
@@ -46,16 +48,16 @@ class NormArguments:
         """Parse the arguments of ``layer_norm``, ``rms_norm``, ``group_norm`` or ``instance_norm``.
 
         Args:
-            name: Which of the four it is.
-            x: What is normalised, with the batch along its first dimension.
-            arguments: The positional arguments behind x.
+            name: Name of the operation, one of these four.
+            x: Tensor (batch, ...) that is normalised.
+            arguments: The positional arguments after x.
             named: The arguments passed by name.
         """
         passed = {**dict(zip(_PARAMETERS[name], arguments, strict=False)), **named}
         eps, weight = passed.get("eps", 1e-5), passed.get("weight")
         if name in ("layer_norm", "rms_norm"):
             dims = tuple(range(-len(passed["normalized_shape"]), 0))
-            # σ² = variance + ε, for RMS norm mean square + ε
+            # σ² = variance + ε; for RMS norm, σ² = mean square + ε
             if name == "layer_norm":
                 return cls(x.var(dims, correction=0, keepdim=True) + eps, weight)
             eps = torch.finfo(x.dtype).eps if passed.get("eps") is None else eps
@@ -63,38 +65,39 @@ class NormArguments:
         weight = None if weight is None else along(weight, x, 1)
         if not passed.get("use_input_stats", True):
             return cls(along(passed["running_var"], x, 1) + eps, weight, kept=True)
-        groups = passed.get("num_groups", x.shape[1])  # instance norm: one channel each
+        groups = passed.get("num_groups", x.shape[1])  # instance norm: one channel per group
         variance = x.reshape(len(x), groups, -1).var(-1, correction=0)
         variance = variance.repeat_interleave(x.shape[1] // groups, 1)
         return cls(variance.view(*variance.shape, *(1,) * (x.ndim - 2)) + eps, weight)
 
 
 def batch_norm(options: Options, operation: Any, x: Tensor, *arguments: Any) -> Recording:
-    """Send back S: a convolution and its batch norm are inverted as the one map they are."""
+    """Send back S: the inverse of the operation before batch norm includes the batch norm."""
     return operation(x, *arguments)[0], lambda s: s
 
 
 def sample_norm(
     name: str, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
 ) -> Recording:
-    """Send back S ⊙ σ, σ = √(variance + ε) of this sample, or S where the model keeps σ."""
+    """Send back S ⊙ σ, σ = √(variance + ε) of the sample, or S if σ is constant in the model."""
     value = operation(x, *arguments, **named)
     norm = NormArguments.of(name, x, arguments, named)
     if not options.local or norm.kept:
         return value, lambda s: s
-    # y = γ (x − μ) / σ + β: the inverse before learns γ, β and μ, but not the σ of each sample
+    # y = γ (x − μ) / σ + β: the inverse of the operation before learns γ and β, but not σ, which
+    # differs from sample to sample
     sigma = norm.variance.sqrt()
     return value, lambda s: s * sigma
 
 
 def _scale(name: str, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
-    """Return γ / σ, what a normalisation multiplies x by, shaped to broadcast with x."""
+    """Return the factor γ / σ of a normalisation, in a shape that broadcasts with x."""
     norm = NormArguments.of(name, x, arguments, named)
     scale = norm.variance.rsqrt()
     return scale if norm.weight is None else scale * norm.weight
 
 
-#: Operation → γ / σ as a function of x and the operation's other arguments.
+#: Operation → function of x and the operation's other arguments that returns γ / σ.
 SCALES: Mapping[str, Callable[..., Tensor]] = {
     f"aten.{name}.default": partial(_scale, name) for name in _PARAMETERS
 }

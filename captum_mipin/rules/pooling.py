@@ -1,4 +1,4 @@
-"""Pooling: switches for the maximum (equation 8), recorded shares for averages and sums."""
+"""Pooling: switches for maximum pooling (equation 8), recorded shares for averages and sums."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,11 +18,11 @@ from captum_mipin.rules.geometry import pool_geometry
 def max_pool(
     options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
 ) -> Recording:
-    """Send back S ⊙ switch (equation 8): the signal goes to where the maximum was.
+    """Send back S ⊙ switch (equation 8): the signal of a window goes to its maximum.
 
-    Where windows overlap, one element may be the maximum of several. Each of their signals is an
-    estimate of it, so it receives their mean: adding them up would count it twice, overwriting
-    would keep an arbitrary one. Without switches, all elements of a window get its signal.
+    If windows overlap, an element may be the maximum of several windows. It gets the mean of their
+    signals, because each of them is an estimate of this element: their sum would be too large.
+    Without ``options.local``, all elements of a window get its signal.
     """
     windows = pool_geometry(*arguments, **named)
     dims = windows.dims
@@ -32,31 +32,34 @@ def max_pool(
     if options.local:
         overlap = any(s <= r for s, r in zip(windows.stride, windows.reach, strict=True))
         return value, _to_switches(switches, x.shape, dims, overlap)
-    size = x.shape  # not x itself, which would be kept in memory
+    size = x.shape  # cover must not refer to x, for then x would stay in memory
     transposed = replace(windows, padding=(0,) * dims, transposed=True)
 
     def cover(s: Tensor) -> Tensor:
-        """Return the sum over the windows that cover each element: a transposed convolution."""
+        """Return for each element the sum of s over all windows that contain the element.
+
+        This is a transposed convolution with a kernel of ones.
+        """
         one = s.reshape(-1, 1, *s.shape[-dims:])
         field = transposed.forward(one, one.new_ones(windows.weight_shape))
         sizes = zip(field.shape[2:], windows.padding, size[-dims:], strict=True)
         ends = [(-p, z + p - n) for n, p, z in sizes]  # a negative number cuts, a positive one pads
         return F.pad(field, [n for pair in reversed(ends) for n in pair]).reshape(size)
 
-    # without switches: the mean of S over the windows that cover an element
+    # without switches: the mean of S over all windows that contain the element
     return value, lambda s: _ratio(cover(s), cover(torch.ones_like(s)))
 
 
 def adaptive_max_pool(
     options: Options, operation: Any, x: Tensor, size: Sequence[int]
 ) -> Recording:
-    """Send back S ⊙ switch (equation 8), as :func:`max_pool`, for pooling to a given size."""
+    """Send back S ⊙ switch (equation 8) for pooling to the size ``size``; see :func:`max_pool`."""
     value, switches = operation(x, size)
     dims = len(size)
     sizes = list(enumerate(zip(x.shape[-dims:], size, strict=True), -dims))
     if options.local:
         return value, _to_switches(switches, x.shape, dims, any(z % n for _, (z, n) in sizes))
-    count = torch.ones_like(value)  # elements of each window
+    count = torch.ones_like(value)  # number of elements of each window
     for dim, (z, n) in sizes:
         # Window i reaches from ⌊i z / n⌋ to ⌈(i + 1) z / n⌉.
         width = [-(-(i + 1) * z // n) - i * z // n for i in range(n)]
@@ -67,6 +70,14 @@ def adaptive_max_pool(
 
 
 def _to_switches(switches: Tensor, size: torch.Size, dims: int, overlap: bool) -> Back:
+    """Return the function that sends the signal of each window to the window's maximum.
+
+    Args:
+        switches: Integer tensor of the shape of the result: index of the maximum of each window.
+        size: The size of x.
+        dims: Number of pooled dimensions.
+        overlap: Whether windows may overlap.
+    """
     flat = switches.flatten(-dims)
 
     def place(s: Tensor) -> Tensor:
@@ -75,7 +86,7 @@ def _to_switches(switches: Tensor, size: torch.Size, dims: int, overlap: bool) -
 
     def back(s: Tensor) -> Tensor:
         s = s.flatten(-dims)
-        if overlap:  # divided by the number of windows with the same maximum
+        if overlap:  # divide by the number of windows that have the same maximum
             s = s / place(torch.ones_like(s)).gather(-1, flat)
         return place(s).view(size)
 
@@ -85,15 +96,16 @@ def _to_switches(switches: Tensor, size: torch.Size, dims: int, overlap: bool) -
 def average(
     dims: int, options: Options, operation: Any, x: Tensor, *arguments: Any, **named: Any
 ) -> Recording:
-    """Send back S to where the average, or sum, came from: see :func:`shared_out`.
+    """Send the signal of an average or a sum to the averaged elements: see :func:`shared_out`.
 
     Args:
-        dims: How many dimensions at the end are averaged over; 0 where the arguments say which.
-        options: How the pass reads the rules. Without ``local`` or ``shares``, S goes everywhere
-            evenly.
-        operation: The average.
-        x: What is averaged.
-        arguments: Further arguments of the operation.
+        dims: Number of last dimensions that are averaged over; 0 if the dimensions are among the
+            arguments.
+        options: The options of the pass. Without ``local`` or without ``shares``, the signal is
+            distributed evenly.
+        operation: The average or sum.
+        x: Tensor that is averaged.
+        arguments: Further positional arguments of the operation.
         named: Further arguments of the operation by name.
     """
 
@@ -117,27 +129,28 @@ def shared_out(
     evidence: bool = False,
     leading: int = 0,
 ) -> Recording:
-    """Return averages P x, and how their signal goes to the elements that they came from.
+    """Return averages y = P x, and the function that sends their signal S to the elements x.
 
-    This is the soft form of a switch. An average came from the elements that agree with it in sign:
-    with weights P ≥ 0, window w gives each of them S_w |x_i| / Σ_j P_wj |x_j|, the sum being over
-    them alone, and the others nothing. Where windows overlap, an element gets the mean with weights
-    P_wi. For x ≥ 0 the signal S = y returns x itself.
+    P_wi ≥ 0 is the weight of element x_i in window w, whose average is y_w = Σ_i P_wi x_i. The rule
+    is the soft form of a switch: only the elements with the same sign as y_w get a signal from
+    window w. Element x_i gets S_w |x_i| / Σ_j P_wj |x_j|, with the sum over the elements of this
+    sign. If windows overlap, an element gets the mean over its windows, weighted by P_wi. For
+    x ≥ 0, the signal S = y sends back x itself.
 
     Args:
-        operator: x → P x.
-        x: The elements, of any shape.
-        recorded: Whether x decides. If not, |x| is replaced by 1 throughout.
-        evidence: Whether to send the elements themselves instead: |S_w| x_i where x_i agrees in
-            sign with S_w. For S_w = 1, Σ_i P_wi x_i⁺ is what speaks for the average, which may be
+        operator: The function x → P x.
+        x: Tensor of the elements, of any shape.
+        recorded: Whether the shares depend on x. If False, all |x_i| are replaced by 1.
+        evidence: Whether to send the elements themselves instead of shares: |S_w| x_i if x_i has
+            the sign of S_w, else 0. For S_w = 1 this is the positive part of y_w, also if y_w is
             negative.
-        leading: Number of dimensions at the front that P treats one by one, all alike.
+        leading: Number of first dimensions over which P does not average, such as the batch.
 
     Returns:
-        P x, and signals shaped like it → signals shaped like x.
+        P x, and the function: signal of the shape of P x → signal of the shape of x.
     """
     value, back_through = value_and_adjoint(operator, x)
-    one = (slice(1),) * leading  # P is the same for all of them
+    one = (slice(1),) * leading  # P is the same for all entries of the leading dimensions
     weight = adjoint(operator, x[one])(torch.ones_like(value[one]))  # Σ_w P_wi
 
     def share(origin: Tensor | float, total: Tensor) -> Back:
@@ -149,12 +162,12 @@ def shared_out(
 
     if evidence:
         return value, speaking
-    # window w sends x_i the part S_w x_i / Σ_j P_wj x_j; of several, the mean by P_wi counts
+    # window w sends S_w x_i / Σ_j P_wj x_j to x_i; several windows: the mean weighted by P_wi
     if not recorded:
         return value, share(1.0, operator(torch.ones_like(x[one])))
     if bool((x >= 0).all()):
         return value, share(x, value)
-    # Averages above 0 came from the positive elements, those below 0 from the negative ones.
+    # Positive averages send their signal to positive elements, negative averages to negative ones.
     positive = x.clamp(min=0)
     total = operator(positive)
     above, below = share(positive, total), share(positive - x, total - value)
@@ -170,7 +183,7 @@ def _negative(node: fx.Node) -> str | None:
     divisor = argument(node, 6, "divisor_override")
     if (divisor or 1) > 0:
         return None
-    return f"it divides by {divisor}, a negative number: no share in an average can be negative"
+    return f"it divides by {divisor}, expected a positive divisor_override: shares are not negative"
 
 
 _SIZES = (1, 2, 3)

@@ -1,4 +1,4 @@
-"""Operations that move values without mixing them: their adjoint moves the signal back."""
+"""Operations that only rearrange values: their adjoint sends the signal back."""
 
 from torch import fx
 
@@ -10,7 +10,7 @@ def _not_constant(node: fx.Node) -> str | None:
     mode = argument(node, 2, "mode", "constant")
     if mode == "constant":
         return None
-    return f"padding with mode={mode!r} copies values; only constants are padded with"
+    return f"padding with mode={mode!r} copies values; expected mode='constant'"
 
 
 _PLAIN = (

@@ -1,4 +1,7 @@
-"""Switches: each element of the result is that of one argument, and its signal goes there."""
+"""Operations that select: each element of the result is an element of one of the arguments.
+
+The signal goes to that argument, which is recorded, as by a switch.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +17,10 @@ def _chosen(node: fx.Node) -> tuple[int, ...]:
 
 
 def _spreads(node: fx.Node, arguments: Sequence[Any]) -> str | None:
-    """Refuse what takes one value at several places: their signals would be summed up."""
+    """Return the reason to refuse arguments that are broadcast; None if none of them is.
+
+    The signals of all copies of a value would be added, and their sum would have the wrong scale.
+    """
     shape = str(tuple(value_of(node).shape))
     if all(str(tuple(value_of(n).shape)) == shape for n in arguments if depends(n)):
         return None
@@ -27,7 +33,10 @@ def _spreads(node: fx.Node, arguments: Sequence[Any]) -> str | None:
 def _constants(node: fx.Node) -> str | None:
     if any(map(depends, node.args[1:3])):
         return _spreads(node, node.args[1:3])
-    return "it chooses between constants, and what it chooses by gets no signal"
+    return (
+        "it chooses between constants, and the condition that it chooses by gets no signal: the "
+        "result carries no signal"
+    )
 
 
 def _bound(node: fx.Node) -> str | None:

@@ -1,7 +1,7 @@
-"""Which rule an operation has: the built-in table, and what users add to it.
+"""The table of rules: the built-in ones, and the rules that users register.
 
-What users add is the one thing that the whole process shares. A table is read when a surrogate is
-built, and again when what users added has changed since.
+Registered rules are global to the process. A surrogate reads the table when it is built, and it is
+built again after the registered rules have changed.
 """
 
 from collections.abc import Mapping
@@ -46,24 +46,27 @@ def register_rule(
     *,
     replace: bool = False,
 ) -> None:
-    """Say how a signal comes back through an operation that has no rule: your own, or PyTorch's.
+    """Register a rule for an operation that has none: an operation of your own, or of PyTorch.
 
-    Rules hold for the whole process, from the next call on. An inverse goes only with the rules
-    that it was fitted with, also when it is loaded from a file. It knows them by their kind, their
-    note and the names of their functions: change the note when you change what a rule does.
+    The rule is used by all later calls in this process. A fitted inverse is valid only with the
+    rules that it was fitted with, also after it was saved and loaded. Rules are compared by their
+    class, their note and the names of their functions. Therefore change the note whenever you
+    change the computation of a rule.
 
     Args:
-        operation: "mylib::swish", "aten::where.self" for an overload other than the default, or
-            ``torch.ops.mylib.swish.default``. It must keep the examples of a batch apart, along the
-            dimension where they are; each fit checks this on its data.
-        rule: :class:`Passes` where its autograd formula is the adjoint of a linear map,
-            :class:`Recorded` where the forward pass records how the signal comes back,
-            :class:`Learned` where that is a regression. Signal comes back to the first argument,
-            unless ``carriers`` names another; set ``records`` where other arguments only steer.
-        replace: Replace what was registered for this operation before. Built-in rules stay.
+        operation: Name of the operation, such as "mylib::swish", or "aten::where.self" for an
+            overload that is not the default; or the operation itself, such as
+            ``torch.ops.mylib.swish.default``. The operation must not mix the examples of a batch
+            or move them to another dimension. Each fit checks this on its data.
+        rule: The rule. Use :class:`Passes` for a linear operation whose autograd formula is the
+            adjoint, :class:`Recorded` if values from the forward pass determine the signal, and
+            :class:`Learned` for a regression. The signal goes to the first argument, unless
+            ``carriers`` names others. Set ``records`` if other arguments may depend on the input.
+        replace: Whether to replace a rule that was registered for this operation before. Built-in
+            rules cannot be replaced.
 
     Raises:
-        RuleError: There is no such operation, it has a rule already, or ``rule`` is no rule.
+        RuleError: There is no such operation, it has a rule already, or ``rule`` is not a rule.
 
     Examples:
         >>> @torch.library.custom_op("doctest::swish", mutates_args=())
@@ -71,7 +74,7 @@ def register_rule(
         ...     return x * torch.sigmoid(x)
         >>> _ = swish.register_fake(torch.empty_like)
         >>> def send_back(options, operation, x):
-        ...     share = torch.sigmoid(x)  # of x that it let through
+        ...     share = torch.sigmoid(x)  # the share of x in the result
         ...     return operation(x), lambda s: s * share if options.local else s
         >>> register_rule("doctest::swish", Recorded(run=send_back, note="recorded gate"))
         >>> class Swish(torch.nn.Module):
@@ -97,7 +100,7 @@ def register_rule(
 
 
 def _check_rule(name: str, rule: object) -> None:
-    """Raise RuleError if ``rule`` is no rule, or the operation has a built-in one."""
+    """Raise RuleError if ``rule`` is not a rule, or if the operation has a built-in rule."""
     if not isinstance(rule, (Passes, Recorded, Learned)):
         raise RuleError(
             f"the rule for {name} is a {type(rule).__name__}, "
@@ -106,7 +109,7 @@ def _check_rule(name: str, rule: object) -> None:
     if name in MIPIN:
         raise RuleError(
             f"{name} has a built-in rule ({MIPIN[name].note}), which cannot be replaced. "
-            "Wrap the call in a torch.library.custom_op, and register a rule for that."
+            "Wrap the call in a torch.library.custom_op, and register a rule for the new operation."
         )
 
 
@@ -119,7 +122,10 @@ def unregister_rule(operation: str | torch._ops.OpOverload) -> None:
     name = _name(operation)
     with _LOCK:
         if _REGISTERED.pop(name, None) is None:
-            raise RuleError(f"no rule is registered for {name}")
+            raise RuleError(
+                f"no rule is registered for {name}, expected an operation that was passed to "
+                "register_rule before"
+            )
 
 
 def table() -> Mapping[str, Rule]:
@@ -129,7 +135,11 @@ def table() -> Mapping[str, Rule]:
 
 
 def _name(operation: object) -> str:
-    """Return an operation as ``torch.export`` names it; raise RuleError if there is none."""
+    """Return the name that ``torch.export`` uses for an operation.
+
+    Raises:
+        RuleError: There is no such operation.
+    """
     if isinstance(operation, torch._ops.OpOverload):
         return str(operation)
     if not isinstance(operation, str):

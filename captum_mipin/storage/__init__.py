@@ -1,1 +1,1 @@
-"""Files of fitted methods, and the watch over a model's weights."""
+"""Files of fitted methods, and the detection of changes in a model's weights."""

@@ -1,8 +1,8 @@
-"""Files of tensors and JSON content, written whole or not at all.
+"""Files of tensors and JSON content. Writing a file succeeds completely, or changes nothing.
 
-A file is safetensors, which holds no code. Its metadata has three entries: ``format`` (the version
-below), ``content`` (JSON text) and ``digest`` (SHA-256 of the content and of all tensors), so that
-a file that was cut short, damaged or changed is refused.
+The files have the safetensors format, which cannot contain code. Their metadata has three entries:
+``format`` (the constant ``FORMAT``), ``content`` (JSON text) and ``digest`` (SHA-256 of the content
+and of all tensors). The digest shows whether a file is incomplete, damaged or changed.
 """
 
 import hashlib
@@ -26,23 +26,26 @@ FORMAT = "captum-mipin-inverse-3"
 def save(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], content: Mapping[str, Any]
 ) -> str:
-    """Write a file under a temporary name beside it, flush it to the disk, and rename it.
+    """Write tensors and content to a file.
+
+    The file is written under a temporary name in the same folder, flushed to the disk and renamed.
 
     Args:
-        path: The file. An existing file is replaced once the new one is complete.
-        tensors: Tensors by name, of any dtype, device and memory layout.
-        content: Anything that JSON can hold.
+        path: Path of the file. An existing file is replaced after the new one is complete.
+        tensors: Name → tensor, of any dtype, device and memory layout.
+        content: Dictionary that can be converted to JSON.
 
     Returns:
         The digest of the file.
 
     Raises:
-        OSError: The file cannot be written. An existing file stays as it was.
+        OSError: The file cannot be written. An existing file is not changed.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(
-            f"cannot write {os.fspath(path)!r}: there is no folder {os.fspath(path.parent)!r}"
+            f"cannot write {os.fspath(path)!r}: there is no folder {os.fspath(path.parent)!r}; "
+            "create it first"
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(content, sort_keys=True)
@@ -50,7 +53,7 @@ def save(
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         temporary.touch(exist_ok=False)
-        # safetensors lets only the owner read its files: keep the permissions of a normal file
+        # safetensors lets only the owner read its files, so the usual permissions are restored.
         permissions = temporary.stat().st_mode
         save_file(tensors, temporary, metadata)
         with temporary.open("rb+") as file:
@@ -58,7 +61,9 @@ def save(
         temporary.chmod(permissions)
         temporary.replace(path)
     except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise OSError(
+            f"cannot write {path} ({error}): check the free space and the permissions of its folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return metadata["digest"]
@@ -67,27 +72,27 @@ def save(
 def load(
     path: str | os.PathLike[str], digest: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors, on the CPU, and the content of a file.
+    """Return the tensors of a file, on the CPU, and its content.
 
     Args:
-        path: The file.
-        digest: The digest that :func:`save` returned; a file with another one is refused.
+        path: Path of the file.
+        digest: The digest that :func:`save` returned for this file; None to accept any file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        InverseFileError: The file is of another kind or version, cut short or changed.
+        InverseFileError: The file has another format or digest, or it is incomplete or changed.
     """
     name = repr(os.fspath(path))
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {name}")
+        raise FileNotFoundError(f"no file {name}: pass the path of a file that save() wrote")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            names = file.keys()  # the file is no mapping
+            names = file.keys()  # an open file is not a mapping, so that items() is missing
             tensors = {key: file.get_tensor(key) for key in names}
     except (SafetensorError, ValueError, OSError, MemoryError, RuntimeError) as error:
         raise InverseFileError(
-            f"{name} is not a whole safetensors file ({error}): save it again"
+            f"{name} is not a complete safetensors file ({error}): save it again"
         ) from error
     if metadata.get("format") != FORMAT:
         raise InverseFileError(
@@ -95,21 +100,29 @@ def load(
             "save it again with this version of captum-mipin"
         )
     if digest is not None and metadata.get("digest") != digest:
-        raise InverseFileError(f"{name} was replaced by another file since it was written")
+        raise InverseFileError(
+            f"{name} was replaced by another file since it was written, expected the file with "
+            f"digest {digest}: save it again"
+        )
     text = metadata.get("content", "")
     if metadata.get("digest") != _digest(tensors, text):
         raise InverseFileError(
-            f"{name} is damaged or was changed, it does not match its digest: save it again"
+            f"{name} is damaged or was changed: its data do not have the digest that it contains; "
+            "save it again"
         )
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InverseFileError(f"the content of {name} is not valid JSON: {error}") from error
+        raise InverseFileError(
+            f"the content of {name} is not valid JSON ({error}): save it again"
+        ) from error
     if not isinstance(content, dict):
         raise InverseFileError(
-            f"the content of {name} is a {type(content).__name__}, expected a dictionary"
+            f"the content of {name} is a {type(content).__name__}, expected a dictionary: save it "
+            "again"
         )
-    # a file's tensors are not aligned in memory: matrix products of them would round differently
+    # Tensors of a file are not aligned in memory, and their matrix products would round differently
+    # from those of aligned tensors: copy them.
     return {key: tensor.clone() for key, tensor in tensors.items()}, content
 
 

@@ -1,4 +1,4 @@
-"""The base class of everything that can be saved to a file and loaded from it."""
+"""The base class of all fitted objects that can be saved to a file and loaded from it."""
 
 import os
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from captum_mipin.storage.watch import fingerprint
 
 _Self = TypeVar("_Self", bound="Saved")
 
-#: What code that reads unexpected content raises.
+#: Errors that code raises when it reads content of an unexpected form.
 _UNEXPECTED = (
     KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError, OverflowError,
     MemoryError,
@@ -24,54 +24,54 @@ _UNEXPECTED = (
 
 
 class Saved(ABC):
-    """Something fitted to a model that can be saved to a file and loaded from it.
+    """An object fitted to a model that can be saved to a file and loaded from it.
 
-    A subclass gives its tensors and its content by :meth:`_pack`, and is made from them by
-    :meth:`_unpack`. The content must have the entries ``fingerprint`` (of the model) and ``output``
-    (index, key or field of the model's output).
+    A subclass implements :meth:`_pack`, which returns its tensors and its content, and
+    :meth:`_unpack`, which makes an object from them. The content must have the entries
+    ``fingerprint`` (of the model) and ``output`` (index, key or field of the model's output).
     """
 
-    #: What a file holds, for error messages.
+    #: Name of the saved objects in error messages, such as "an inverse".
     _kind: ClassVar[str]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what was fitted to a safetensors file, whole or not at all.
+        """Write this object to a safetensors file.
 
         Args:
-            path: The file. An existing file is replaced once the new one is complete.
+            path: Path of the file. An existing file is replaced after the new one is complete.
 
         Raises:
-            NotFittedError: There is nothing to save.
+            NotFittedError: Nothing was fitted that could be saved.
             OSError: The file cannot be written.
         """
         files.save(path, *self._pack())
 
     @classmethod
     def load(cls: type[_Self], path: str | os.PathLike[str], model: nn.Module) -> _Self:
-        """Read what :meth:`save` wrote.
+        """Return the object from a file that :meth:`save` wrote.
 
         Args:
-            path: The file.
-            model: The model that was fitted to, with the same weights; itself, or in
+            path: Path of the file.
+            model: The model of the fit, with the same weights. It may be wrapped in
                 ``nn.DataParallel`` or ``torch.compile``.
 
         Raises:
             FileNotFoundError: There is no such file.
-            InverseFileError: The file is of another kind, cut short or changed.
-            ModelChangedError: The file belongs to another model or other weights.
+            InverseFileError: The file was saved by another class, or it is incomplete or changed.
+            ModelChangedError: The file was fitted to another model or to other weights.
         """
         model = check_model(unwrapped(model))
         tensors, content = files.load(path)
         name = repr(os.fspath(path))
         if not cls._accepts(content):
             raise InverseFileError(
-                f"{name} does not hold {cls._kind}: load it with the class that saved it"
+                f"{name} does not contain {cls._kind}: load it with the class that saved it"
             )
         with _reading(name, cls._kind):
             if content["fingerprint"] != fingerprint(model):
                 raise ModelChangedError(
-                    f"{name} was fitted to another model, or to other weights, than this "
-                    f"{type(model).__name__}: load it with that model, or fit again"
+                    f"{name} was fitted to another model or to other weights than this "
+                    f"{type(model).__name__} has: load it with the model of the fit, or fit again"
                 )
             if isinstance(content["output"], list):  # JSON has no tuples
                 content["output"] = tuple(content["output"])
@@ -80,15 +80,15 @@ class Saved(ABC):
 
     @classmethod
     def _accepts(cls, content: dict[str, Any]) -> bool:
-        """Return True if a file's content is of this class."""
+        """Return True if the content of a file was saved by this class."""
         return content.get("method") == cls.__name__
 
     @abstractmethod
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors and the content of a file.
+        """Return the tensors and the content to write to a file.
 
         Raises:
-            NotFittedError: There is nothing to save.
+            NotFittedError: Nothing was fitted that could be saved.
         """
 
     @classmethod
@@ -96,12 +96,17 @@ class Saved(ABC):
     def _unpack(
         cls: type[_Self], tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module
     ) -> _Self:
-        """Return the object that a file's tensors and content describe."""
+        """Return the object made from the tensors and the content of a file."""
 
 
 @contextmanager
 def _reading(name: str, kind: str) -> Iterator[None]:
-    """Raise InverseFileError where content lacks an entry, or has one of another type."""
+    """Raise InverseFileError if a block fails because the content has an unexpected form.
+
+    Args:
+        name: Path of the file, for the error message.
+        kind: Name of the expected objects, for the error message.
+    """
     try:
         yield
     except InverseFileError as error:

@@ -1,4 +1,7 @@
-"""The watch over a model's weights: a fitted method is valid for the weights it was fitted to."""
+"""Detection of changes in a model's weights.
+
+A fitted method is valid only for the weights that it was fitted to.
+"""
 
 from typing import Any
 
@@ -8,11 +11,11 @@ from torch import Tensor, nn
 from captum_mipin.graph.modules import tree
 from captum_mipin.storage.files import digest_of
 
-#: A tensor of fewer 8-byte words than this is summed together with all others of that kind.
+#: All tensors with fewer 8-byte words than this number are concatenated and summed together.
 _SMALL = 1 << 12
-#: Of a tensor of at least this many 8-byte words, only a sample is summed.
+#: Only a sample of a tensor is summed if it has at least this number of 8-byte words.
 _LARGE = 1 << 19
-#: For each device, the words of each larger tensor, and of all small ones.
+#: One pair per device: the words of each larger tensor, and the words of each small tensor.
 _Words = list[tuple[list[Tensor], list[Tensor]]]
 
 
@@ -22,16 +25,16 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class Watch:
-    """Notices a change of a model's weights, fast enough to be asked at each call.
+    """A detector of changes in a model's weights, fast enough for use at each call.
 
-    It compares torch's count of writes to each tensor, and a sum of the values. If one of them
-    differs, :func:`fingerprint` decides. The sum takes one value in sixteen of a tensor with more
-    than a million values. Only a write that torch does not count (through ``.data``) and that keeps
-    the sum, or is outside the sample, stays unnoticed.
+    It compares torch's count of writes to each tensor, and a sum of the values. If one of these
+    differs, it compares the :func:`fingerprint`. For a tensor with more than a million values, the
+    sum is over a sample of one sixteenth of them. A change is missed only if torch does not count
+    the write (because it goes through ``.data``), and the sum does not change either.
 
     Args:
-        model: The model with the weights that count as unchanged.
-        expected: Their fingerprint, if it is known; by default it is computed.
+        model: The model; its present weights are the watched weights.
+        expected: The fingerprint of the watched weights; by default it is computed from ``model``.
     """
 
     def __init__(self, model: nn.Module, expected: str | None = None) -> None:
@@ -49,7 +52,7 @@ class Watch:
         return False
 
     def newly_changed(self, model: nn.Module) -> bool:
-        """Return True if :meth:`changed`, and the weights differ from those of the last call."""
+        """Return True for changed weights, but False if the last call had the same weights."""
         if self._reported is not None and self._reported.holds(model):
             return False
         self._reported = _Snapshot(model)
@@ -57,7 +60,7 @@ class Watch:
 
     @property
     def marks(self) -> list[Any]:
-        """Version marks, which differ after any write to the weights that torch counts."""
+        """The version marks of the weights; they differ after any write that torch counts."""
         return [] if self._unchanged is None else self._unchanged.marks
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,14 +68,14 @@ class Watch:
 
 
 class _Snapshot:
-    """Version marks and sums of a model's weights at one time."""
+    """The version marks and the sums of a model's weights at one moment."""
 
     def __init__(self, model: nn.Module) -> None:
         self.marks, self._words = _marks(model), _words(model)
         self._sums = _sums(self._words)
 
     def holds(self, model: nn.Module) -> bool:
-        """Return True if marks and sums are still the same."""
+        """Return True if the model has the same marks and sums as at that moment."""
         return self.marks == _marks(model) and self._sums == _sums(self._words)
 
 
@@ -81,7 +84,10 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _marks(model: nn.Module) -> list[Any]:
-    """Return what changes when a tensor is replaced, or written to in a way that torch counts."""
+    """Return the version marks of a model's weights.
+
+    They differ after a tensor was replaced, and after any write that torch counts.
+    """
     return [
         (name, tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype)
         for _, module in tree(model)
@@ -92,7 +98,7 @@ def _marks(model: nn.Module) -> list[Any]:
 
 
 def _words(model: nn.Module) -> _Words:
-    """Return views of the weights' memory as integers, by device."""
+    """Return views of the weights' memory as integers, one pair of lists per device."""
     devices: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for _, tensor in _named_tensors(model):
         words = _memory_of(tensor)
@@ -102,14 +108,17 @@ def _words(model: nn.Module) -> _Words:
 
 
 def _memory_of(tensor: Tensor) -> Tensor:
-    """Return a view of a tensor's memory as integers: of a large one a cache line in sixteen."""
+    """Return a view of a tensor's memory as integers.
+
+    For a large tensor, the view contains every sixteenth block of 64 bytes, which is a cache line.
+    """
     if (
         tensor.is_contiguous()
         and tensor.stride()[-1:] in ((), (1,))
         and not (tensor.is_conj() or tensor.is_neg())
     ):
         octets = tensor.detach().reshape(-1).view(torch.uint8)
-    else:  # a tensor with gaps: all of the memory that it is part of
+    else:  # a tensor whose elements are not adjacent: view its whole storage
         octets = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
             tensor.untyped_storage()
         )
@@ -120,10 +129,13 @@ def _memory_of(tensor: Tensor) -> Tensor:
 
 
 def _sums(words: _Words) -> list[int]:
-    """Return the sum of each larger tensor and of all small ones, with one transfer a device."""
+    """Return the sum of each larger tensor, and one sum of all small tensors, per device.
+
+    Each device transfers its sums to the CPU at once.
+    """
     sums: list[int] = []
     for larger, small in words:
-        # a call costs more than the addition of a small tensor: join these first
+        # One sum per small tensor would take longer than their concatenation.
         tensors = [*larger, torch.cat(small)] if small else larger
         sums += torch.stack([tensor.sum(dtype=torch.int64) for tensor in tensors]).tolist()
     return sums

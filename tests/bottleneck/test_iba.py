@@ -586,13 +586,13 @@ def test_files_of_other_models_and_methods(iba, model, x, mlp, tmp_path):
         other[0].weight[0, 0, 0, 0] += 1
     with pytest.raises(
         errors.ModelChangedError,
-        match=r"was fitted to another model, or to other weights, than this Sequential",
+        match=r"was fitted to another model or to other weights than this Sequential",
     ):
         IBA.load(tmp_path / "file", other)
     with pytest.raises(errors.InverseFileError):
         InverseNetwork.load(tmp_path / "file", model)
     mlp.inverse.save(tmp_path / "inverse")
-    with pytest.raises(errors.InverseFileError, match="does not hold IBA"):
+    with pytest.raises(errors.InverseFileError, match="does not contain IBA"):
         IBA.load(tmp_path / "inverse", mlp.model)
     with pytest.raises(FileNotFoundError):
         IBA.load(tmp_path / "none", model)

@@ -424,12 +424,12 @@ def test_saved_and_loaded(iba, model, x, text, tmp_path):
     assert loaded.settings == iba.settings
     assert torch.equal(loaded.attribute(x[:2], 1), iba.attribute(x[:2], 1))
     with pytest.raises(
-        InverseFileError, match=r"does not hold IBA: load it with the class that saved it"
+        InverseFileError, match=r"does not contain IBA: load it with the class that saved it"
     ):
         IBA.load(tmp_path / "file", model)
     IBA(model, model[4]).estimate(x, progress=False).save(tmp_path / "file")
     with pytest.raises(
-        InverseFileError, match=r"does not hold InputIBA: load it with the class that saved it"
+        InverseFileError, match=r"does not contain InputIBA: load it with the class that saved it"
     ):
         InputIBA.load(tmp_path / "file", model)
     words, network, tokens = text

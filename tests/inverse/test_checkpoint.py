@@ -153,6 +153,6 @@ def test_a_damaged_checkpoint_is_refused_and_kept(mlp: Any, tmp_path: Path) -> N
     _interrupted(mlp.model, mlp.x, path)
     half = path.read_bytes()[:200]
     path.write_bytes(half)
-    with pytest.raises(InverseFileError, match="not a whole safetensors file"):
+    with pytest.raises(InverseFileError, match="not a complete safetensors file"):
         InverseNetwork(mlp.model).fit(Batches(mlp.x), [0, 2], checkpoint=path, **_settings(mlp.x))
     assert path.read_bytes() == half

@@ -292,7 +292,7 @@ def test_files_and_state(tmp_path, untouched):
     with pytest.raises(InverseFileError):
         InverseNetwork.load(path, model)
     InverseNetwork(model).fit(x, 0, progress=False).save(path)
-    with pytest.raises(InverseFileError, match="does not hold patterns"):
+    with pytest.raises(InverseFileError, match="does not contain patterns"):
         Patterns.load(path, model)
     patterns.save(path)
     path.write_bytes(path.read_bytes()[:-3])

@@ -97,7 +97,11 @@ def test_examples_that_depend_on_each_other_are_refused(name):
         ("shifted flat", "aten.pad.default", "computes along the batch"),
         ("size as a float", "aten.mul.Tensor", "uses the size of the batch as a value"),
         ("root of the size", "aten.mul.Tensor", "uses the size of the batch as a value"),
-        ("dropout in attention", "aten.scaled_dot_product_attention.default", "it is random"),
+        (
+            "dropout in attention",
+            "aten.scaled_dot_product_attention.default",
+            "its result is random",
+        ),
     ],
 )
 def test_check_names_what_mixes_examples(name, operation, reason):

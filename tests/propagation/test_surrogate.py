@@ -212,9 +212,12 @@ REFUSED = {
     "softmax of logits": (lambda m, x: m["a"](x).softmax(1), "aten.softmax.int"),
     "clamp to one": (
         lambda m, x: m["a"](x.clamp(min=0.5, max=1)),
-        "is no activation: it makes 0.5 of 0",
+        "maps 0 to 0.5, expected an operation that maps 0 to 0",
     ),
-    "clamp from below": (lambda m, x: m["a"](x.clamp(min=1)), "is no activation: it makes 1 of 0"),
+    "clamp from below": (
+        lambda m, x: m["a"](x.clamp(min=1)),
+        "maps 0 to 1, expected an operation that maps 0 to 0",
+    ),
     "product": (lambda m, x: m["a"](x * x), "both depend on the input"),
     "gate": (lambda m, x: m["a"](x * m["b"](x)), "both depend on the input"),
     "ratio": (lambda m, x: m["a"](1 / x), "reciprocal|depends on the input"),

@@ -56,11 +56,11 @@ NOT_TREATED = {
     ),
     "clamp_max below zero": (
         lambda h: torch.clamp_max(h, -1),
-        r"clamp_max\(x, -1\) is no activation: it makes -1 of 0, an activation keeps 0",
+        r"clamp_max\(x, -1\) maps 0 to -1, expected an operation that maps 0 to 0",
     ),
     "threshold that lifts": (
         lambda h: F.threshold(h, 1, 5),
-        r"threshold\(x, 1, 5\) is no activation: it makes 5 of 0",
+        r"threshold\(x, 1, 5\) maps 0 to 5, expected an operation that maps 0 to 0",
     ),
     "constant matrix": (
         lambda h: (torch.ones(5, 5) @ h.t()).t(),
@@ -72,7 +72,7 @@ NOT_TREATED = {
     ),
     "baddbmm of three signals": (
         lambda h: torch.baddbmm(h[:, None], h[:, None, :1], h[:, None]).squeeze(1),
-        "not just one is a softmax",
+        "of which exactly one must be a softmax",
     ),
     "glu of the batch": (lambda h: torch.cat([F.glu(torch.cat([h, h], 0), 0)], 1), "batch"),
     "a choice of constants": (

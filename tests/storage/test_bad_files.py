@@ -66,7 +66,7 @@ def test_a_saved_inverse_keeps_its_layer_and_settings(mlp: Any, tmp_path: Path) 
 def test_a_truncated_file(mlp: Any, saved: Path, share: float) -> None:
     whole = saved.read_bytes()
     saved.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(InverseFileError, match=r"file' is not a whole safetensors file"):
+    with pytest.raises(InverseFileError, match=r"file' is not a complete safetensors file"):
         InverseNetwork.load(saved, mlp.model)
 
 
@@ -90,8 +90,8 @@ def test_a_foreign_file(mlp: Any, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     for name, message in (
         ("foreign", "has format None, expected"),
-        ("pickle", "not a whole"),
-        ("text", "not a whole"),
+        ("pickle", "not a complete"),
+        ("text", "not a complete"),
     ):
         with pytest.raises(InverseFileError, match=message):
             InverseNetwork.load(tmp_path / name, mlp.model)

@@ -139,7 +139,7 @@ def test_foreign_files_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(InverseFileError, match="captum-mipin-inverse-999"):
         files.load(tmp_path / "newer")
     torch.save(TENSORS, tmp_path / "pickle")
-    with pytest.raises(InverseFileError, match=r"pickle.*not a whole safetensors file"):
+    with pytest.raises(InverseFileError, match=r"pickle.*not a complete safetensors file"):
         files.load(tmp_path / "pickle")
     with pytest.raises(FileNotFoundError, match="nothing"):
         files.load(tmp_path / "nothing")

@@ -88,7 +88,7 @@ def test_a_checkpoint_is_no_inverse_and_is_taken_up(model: nn.Module, tmp_path: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_of_another_kind_or_model_is_refused(model: nn.Module, kind: str) -> None:
     for other in KINDS.keys() - {kind}:
-        with pytest.raises(InverseFileError, match=r"does not hold .*: load it with the class"):
+        with pytest.raises(InverseFileError, match=r"does not contain .*: load it with the class"):
             KINDS[kind].load(path_of(other), model)
     with torch.no_grad():
         next(model.parameters()).add_(1)
