@@ -79,7 +79,7 @@ def test_a_bit_flipped_file(mlp: Any, saved: Path) -> None:
             + whole[position + 1 :]
         )
         with pytest.raises(
-            InverseFileError, match=r"whole safetensors file|has format|damaged or was changed"
+            InverseFileError, match=r"complete safetensors file|has format|damaged or was changed"
         ):
             InverseNetwork.load(saved, mlp.model)
 
@@ -127,7 +127,7 @@ def test_the_file_of_another_model(mlp: Any, cnn: Any, make_mlp: Any, saved: Pat
     for model in (cnn.model, other, nn.ReLU().eval(), nn.Sequential(mlp.model[0]).eval()):
         with pytest.raises(
             ModelChangedError,
-            match="fitted to another model, or to other weights, than this " + type(model).__name__,
+            match="fitted to another model or to other weights than this " + type(model).__name__,
         ):
             InverseNetwork.load(saved, model)
     InverseNetwork.load(saved, make_mlp())

@@ -92,7 +92,7 @@ def test_the_file_of_another_kind_or_model_is_refused(model: nn.Module, kind: st
             KINDS[kind].load(path_of(other), model)
     with torch.no_grad():
         next(model.parameters()).add_(1)
-    with pytest.raises(ModelChangedError, match="fitted to another model, or to other weights"):
+    with pytest.raises(ModelChangedError, match="fitted to another model or to other weights"):
         KINDS[kind].load(path_of(kind), model)
 
 
