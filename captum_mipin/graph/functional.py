@@ -186,14 +186,10 @@ def _remove_write(
     if any(member.op == "placeholder" for member in family):
         raise NotRewritableError(f"{node} writes to an input, parameter or buffer: trace again")
     if node.args[0] is not x or any(later(view) for view in views[1:]):
-        raise NotRewritableError(
-            f"{node} writes to memory of which other views are used later: trace again"
-        )
+        raise NotRewritableError(f"{node} writes to memory that other views share: trace again")
     members = {n for n in family if order[n] < order[node]} - {x, base, *views}
     if any(later(member) for member in members):
-        raise NotRewritableError(
-            f"{node} writes to memory that other operations read later: trace again"
-        )
+        raise NotRewritableError(f"{node} writes to memory that is read later: trace again")
     node.target = _functional_form(node)
     value, position = node, order[node]
     for view in views:  # for x = slice(base), the new base is slice_scatter(base, new x)
