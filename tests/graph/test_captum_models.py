@@ -43,7 +43,7 @@ LOGITS = (
 INTEGERS = (
     FitError,
     r"dtype torch\.int64, expected a floating dtype.*"
-    "stop at a layer behind it, such as its embedding",
+    "explain the output of a layer instead, such as its embedding",
 )
 BOOLEANS = FitError, r"dtype torch\.bool, expected a floating dtype.*Convert it"
 FUTURES = CaptureError, r"returns a Future, expected one tensor"

@@ -73,7 +73,7 @@ def test_batch_norm_of_a_module_without_statistics_is_refused():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     for method in GRADIENTS:
         with pytest.raises(
-            UnsupportedOperationError, match=r"batch_norm.* in 1: it works along the batch"
+            UnsupportedOperationError, match=r"batch_norm.* in 1: it computes along the batch"
         ):
             method(model.eval()).attribute(normal(3, 1, 8, 8), 1)
     whole = LayerPropagation(GuidedBackprop(model), model[2])  # above it nothing mixes

@@ -100,7 +100,7 @@ def test_examples_that_depend_on_each_other_are_refused(name):
         (
             "dropout in attention",
             "aten.scaled_dot_product_attention.default",
-            "its result is random",
+            "it is random",
         ),
     ],
 )
