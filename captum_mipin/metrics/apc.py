@@ -64,6 +64,7 @@ def completeness(
         unscored = {"zero output": before == 0}
         return Result.of(name, 100 * change, "lower", settings, unscored, classes=classes)
 
+    # Φ(X_i), Φ(S_i): outputs for input i and its source signal; N_c of the examples have class c
     # eq. 10: APC = 1/C Σ_c 1/N_c Σ_i |Φ(X_i) - Φ(S_i)| / |Φ(X_i)| · 100 %
     change = (before - after) / before.abs()
     # eq. 11: positive APC has relu(Φ(X_i) - Φ(S_i)) instead of the absolute value

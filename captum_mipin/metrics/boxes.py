@@ -44,7 +44,7 @@ def box_masks(boxes: Boxes, size: Sequence[int]) -> Tensor:
         [[[1, 1, 0], [0, 0, 0]], [[1, 0, 0], [0, 1, 1]], [[0, 0, 0], [0, 0, 0]]]
     """
     height, width = size
-    # a tensor (examples, boxes, 4) holds boxes, unless the images are 4 pixels wide
+    # a tensor (examples, boxes, 4) can also be masks of width 4: it is, for images 4 pixels wide
     if (
         isinstance(boxes, Tensor)
         and boxes.ndim > 2
@@ -347,6 +347,7 @@ def _expected_share(flat: Tensor, inside: Tensor, n: Tensor) -> tuple[Tensor, Te
     above, tied = flat > threshold, flat == threshold
     # free = number of tied pixels that belong to the n hottest
     free = (n - above.sum(1)).double()
+    # above: pixels hotter than the n-th hottest pixel; tied: pixels with the same heat as it
     # E|hits| = |above ∩ box| + free / |tied| · |tied ∩ box|
     hits = (above & inside).sum(1) + free / tied.sum(1) * (tied & inside).sum(1)
     return hits / n, torch.where(tied.sum(1) > free, free, 0.0) / n

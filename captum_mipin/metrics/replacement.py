@@ -154,8 +154,8 @@ def sensitivity_n(
     counts = torch.tensor(numbers, device=pixels.heat.device)
     sample = torch.arange(samples, device=counts.device).repeat(len(numbers))
     whole = case.scores(case.examples, score)
-    # the user's generator has already drawn the numbers that break ties, and goes on from there;
-    # without it a new generator with seed 0 draws the sets
+    # the user's generator has drawn the order of ties before, and draws the sets next; without a
+    # user's generator, a new generator with seed 0 draws the sets
     sets = replace(case, generator=options.get("generator") or seeded())
     correlations = []
     for row in range(len(whole)):
