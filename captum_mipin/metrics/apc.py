@@ -89,8 +89,7 @@ def _check_method(method: Any, control: bool) -> None:
     }.items():
         if not hasattr(method, name) and (control or name == "source_signal"):
             raise InputError(
-                f"the method is a {type(method).__name__}; completeness needs a method that has "
-                f"{name}{advice}"
+                f"the method has no {name}; completeness needs a method that has {name}{advice}"
             )
 
 

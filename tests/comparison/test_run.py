@@ -26,8 +26,8 @@ def test_a_method_that_fails_leaves_its_error_and_others_finish(found):
     assert (broken.maps, broken.results) == (None, {})
     assert broken.error == "ValueError: this network <i>is not</i> supported"
     assert found["S"].errors == {
-        "completeness": "InputError: the method is a Saliency; completeness needs a method that "
-        "has source_signal, as MIPINAttribution has"
+        "completeness": "InputError: the method has no source_signal; completeness needs a method "
+        "that has source_signal, as MIPINAttribution has"
     }
     assert found["S"].results["deletion"].n == 3
     assert found["MIP-IN"].results["completeness"].n == 3
