@@ -87,7 +87,7 @@ def _leaves_module(node: fx.Node) -> bool:
 
 
 def _spelling(node: fx.Node) -> Any:
-    """Return what is equal for rearrangements that give the same, with the same marks."""
+    """Return a key that is equal for rearrangements with the same result and the same marks."""
     known, order = marks(node), permutation(node)
     call = (node.target, node.args, node.kwargs) if order is None else (node.all_input_nodes, order)
     return str(call), known.depends, known.signal, known.recorded, known.discrete
