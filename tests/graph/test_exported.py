@@ -167,7 +167,7 @@ def test_compare_takes_programs(x, capsys):
             row.results["deletion"].mean, rel=1e-4
         )
     assert rows["Saliency"]["results"]["randomization"]["n"] == 40
-    assert "DeepLift looks for modules" in rows["DeepLift"]["errors"][""]
+    assert "DeepLift needs a network with modules" in rows["DeepLift"]["errors"][""]
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.9's own
@@ -229,7 +229,8 @@ def test_what_cannot_be_explained_is_refused_with_the_way_out(folder, capsys):
         ("is no exported program, is damaged", "state.pt2"),
         ("do not fit the model", "Functional.pt2 --weights other.pt"),
         (
-            "has no layer 'stem.7'; UnflattenedModule has stem, conv, relu, head",
+            "has no layer 'stem.7', expected the name of a submodule: pass for example one of "
+            "UnflattenedModule: stem, conv, relu, head",
             "Residual.pt2 --layer stem.7",
         ),
     ):

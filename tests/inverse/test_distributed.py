@@ -317,7 +317,7 @@ def test_all_end_with_the_patterns_of_one_process(run, alone, name):
             "FitError: the fit failed in process 1 of 2: OSError: no such image",
             "OSError: no such image",
         ),
-        ("of nothing", "FitError: the data yields no batch", "FitError: the data yields no batch"),
+        ("of nothing", "FitError: the data has no batch", "FitError: the data has no batch"),
         ("of one example", "FitError: the data has 1 example", "FitError: the data has 1 example"),
         (
             "of other weights",
@@ -326,8 +326,8 @@ def test_all_end_with_the_patterns_of_one_process(run, alone, name):
         ),
         (
             "that are not finite",
-            "FitError: the fit failed in process 1 of 2: FitError: batch 0: NaN",
-            "FitError: batch 0: NaN",
+            "FitError: the fit failed in process 1 of 2: FitError: batch 0: the model's output or features",
+            "FitError: batch 0: the model's output or features contain NaN",
         ),
         (
             "of other inputs",

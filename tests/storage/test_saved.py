@@ -67,7 +67,7 @@ def test_what_is_loaded_gives_the_same_maps(model: nn.Module) -> None:
         "inverse": inverse.source_signal(X[:2], 2),
         "information": inverse.information(2),
         "neighbours": neighbours.explain((X[:2],), 1, biases=(True,), layer=layer).signals[0][0],
-        "patterns": patterns.attribute(X[:2], target=1),
+        "patterns": patterns.attribute(X[:2], target=2),
     }
     for name, found in maps.items():
         torch.testing.assert_close(found, EXPECTED[name], rtol=1e-5, atol=1e-6)
