@@ -326,7 +326,7 @@ def test_all_end_with_the_patterns_of_one_process(run, alone, name):
         ),
         (
             "that are not finite",
-            "FitError: the fit failed in process 1 of 2: FitError: batch 0: the model's output or features",
+            "FitError: the fit failed in process 1 of 2: FitError: batch 0: the model's output",
             "FitError: batch 0: the model's output or features contain NaN",
         ),
         (
