@@ -267,7 +267,10 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
     # ----------------------------------------------------------------------------- the graph
 
     def _parts(self, inputs: Inputs, extras: Extras) -> Parts:
-        """Return the graph for inputs of these shapes and dtypes; it is captured if it is new."""
+        """Return the graph for the shapes and dtypes of ``inputs``.
+
+        It is captured if the cache has none.
+        """
         known = next(iter(self._state.structures)) if self._state else None
 
         def make(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:

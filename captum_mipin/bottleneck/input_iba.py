@@ -1,4 +1,7 @@
-"""InputIBA: the bits of the input that a prediction needs, with a prior from a layer's bits."""
+"""InputIBA, the information bottleneck at the input.
+
+Its prior comes from a bottleneck at a layer.
+"""
 
 import math
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""Maps of the input, made from bits of a layer's features."""
+"""Attribution maps of the input's size, from the information (in bits) in a layer's features."""
 
 import torch
 from torch import Tensor

@@ -104,7 +104,11 @@ def _add(
 
 
 def _add_inputs(add: Callable[..., None]) -> None:
-    """Add the options for the network and its images; ``add`` is `_add` without ``parsers``."""
+    """Add the options for the network and its images.
+
+    Args:
+        add: The function `_add` with its argument ``parsers`` already bound.
+    """
     add("", "model", "torchvision:NAME, package.module:FACTORY or FILE.pt2", metavar="MODEL")
     add("", "--weights", 'file of a state dict; "torchvision" for the weights of torchvision')
     text = "module, such as layer4, at which the inverse stops (default: the pixels)"

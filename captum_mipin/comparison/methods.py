@@ -106,9 +106,9 @@ def controls(methods: Iterable[Any], model: Any) -> dict[str, Method]:
     """Return name -> control, a method that does not use all of the network and the image.
 
     The controls are "random" maps; "centre prior", a blob in the centre; "mask only", 1 where the
-    input or activation is not 0; and "pattern only", MIP-IN without masks. The last exists only if
-    a method is MIP-IN. Maps of controls have the size of the layer that the first MIP-IN explains,
-    or else of the input.
+    input or activation is not 0; and "pattern only", MIP-IN without masks. "pattern only" is added
+    only if ``methods`` contains a MIP-IN method. If the first MIP-IN method explains a layer, the
+    maps have the size of this layer; otherwise they have the size of the input.
 
     Args:
         methods: The methods to compare.

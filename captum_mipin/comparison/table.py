@@ -15,7 +15,7 @@ from captum_mipin.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Methods and controls on the same images, by the same metrics.
+    """The maps and scores of methods and controls for the same images and metrics.
 
     Attributes:
         rows: Methods, then controls.

@@ -1,1 +1,1 @@
-"""From a model to its graph of operations, without any rules of a method."""
+"""The capture of a model as a graph of operations; it is independent of the attribution methods."""

@@ -29,8 +29,9 @@ Built = TypeVar("Built")
 class Graphs(Generic[Built]):
     """A cache of a model's graphs by signature, and of the objects that were built from them.
 
-    The cache is emptied when the rules change, or anything of the model except its weights. Copies
-    and pickles of a cache are empty. Calls from several threads wait for each other.
+    The cache is emptied when the rules change, or when the model changes in anything but its
+    weights. Copies and pickles of a cache are empty. Calls from several threads wait for each
+    other.
     """
 
     def __init__(self) -> None:

@@ -81,7 +81,7 @@ def mark(node: fx.Node, **changes: Any) -> None:
 
 
 def inherit(node: fx.Node, source: fx.Node, **changes: Any) -> None:
-    """Copy the metadata of ``source`` to ``node``, and then change some of its marks."""
+    """Copy the metadata of ``source`` to ``node``, then set the marks ``changes`` on ``node``."""
     node.meta = dict(source.meta)
     if changes:
         mark(node, **changes)

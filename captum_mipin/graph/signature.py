@@ -110,7 +110,10 @@ def first_example(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Inputs,
 
 
 def plain(arguments: Any) -> Any:
-    """Return the arguments with all tensors detached and usable under autograd."""
+    """Return the arguments with all tensors detached.
+
+    Inference tensors are cloned, because autograd cannot use them.
+    """
     return pytree.tree_map_only(
         Tensor, lambda x: x.clone() if x.is_inference() else x.detach(), arguments
     )
@@ -154,7 +157,10 @@ def select(value: Any, output: Output) -> Tensor:
 
 
 def _entries(value: Any) -> dict[Any, Any]:
-    """Return the entries of a container by index, key or field; of a named tuple by both."""
+    """Return a container's entries by index, key or field name.
+
+    The entries of a named tuple are returned by index and by field name.
+    """
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, (tuple, list)):

@@ -97,7 +97,10 @@ class Processes:
     def _call(
         self, collective: Callable[..., Any], *args: Any, failure: BaseException | None = None
     ) -> None:
-        """Call a function of torch.distributed, which raises RuntimeError if a process ended."""
+        """Call a function of torch.distributed.
+
+        If another process has ended, raise ``failure``, or FitError if ``failure`` is None.
+        """
         if self.count > 1:
             try:
                 collective(*args)

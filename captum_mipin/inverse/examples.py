@@ -94,7 +94,8 @@ class Examples:
         """Return the stored examples that are most similar to each query.
 
         Args:
-            queries: Tensors (queries, features), one per tensor that examples are compared by.
+            queries: The tensors to compare, each (queries, features), in the order of the stored
+                ``features``, or of ``sources`` if there are no ``features``.
             count: Number of examples per query.
             metric: "cosine" for the largest cosine, "euclidean" for the smallest distance.
 

@@ -148,7 +148,10 @@ def _index(node: fx.Node) -> int:
 
 
 def _other_way(node: fx.Node, needed: set[fx.Node]) -> CaptureError:
-    """Return the error about an operation that uses an input and bypasses the stop layer."""
+    """Return the error for a path from ``node`` to the output.
+
+    The path does not pass through the layer where the inverse stops.
+    """
     user = next(user for user in node.users if user in needed and not is_size(user))
     return CaptureError(
         f"{place(user)} takes {place(node).path} on a path that bypasses the layer where the "

@@ -122,7 +122,7 @@ class Explanation:
         features: Values of the explained tensors (the inputs, or a layer's output), each
             (batch, ...).
         signals: Result of the backward pass for each explained tensor, shaped like ``features``.
-        output: (batch,) the start of the backward pass at the output, summed over each example.
+        output: (batch,), the sum, per example, of the signal with which the backward pass starts.
     """
 
     features: Inputs
@@ -283,9 +283,9 @@ class Relevance(Propagation):
         """Return the relevance of each input feature for the target's output.
 
         Args:
-            return_convergence_delta: True to return also the relevance that is lost between output
-                and input: delta = R − Σ A per example, where R is the relevance at the output. The
-                input gets the share 1 − delta / R of it.
+            return_convergence_delta: True to return delta = R − Σ A as well, the part of the
+                relevance R at the output that is lost between output and input, per example. The
+                input gets the share 1 − delta / R of R.
 
         Returns:
             Attributions with the shape, dtype and device of ``inputs``. With

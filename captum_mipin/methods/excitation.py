@@ -34,7 +34,7 @@ class Excitation(LayerRule):
 
     @property
     def contrasted(self) -> str:
-        """Return the text that the note has in addition if ``contrast`` is True."""
+        """Return the text that is added to the note if ``contrast`` is True; otherwise empty."""
         return ", minus those for the negated weights" if self.contrast else ""
 
     def back(self, call: LayerCall) -> Back:
@@ -53,14 +53,15 @@ class Excitation(LayerRule):
 
 
 class ExcitationBackprop(LRP):
-    """Excitation backprop: the winning probability of each input, from a winner at the output.
+    """Excitation backprop: the probability that each input is selected.
 
-    The target wins with probability 1. In a layer with weights (with a folded batch norm), each
-    winning neuron selects one of its inputs as a winner, with a probability in proportion to the
-    excitation x⁺ w⁺. Sums select by the positive parts of their terms, and averages by shares. All
-    other operations have the rules of :class:`LRP`. The method is defined for values of at least 0,
-    such as the outputs of ReLU: a negative value is never selected. Explain images that are
-    normalised to both signs at a layer, with :class:`LayerPropagation`.
+    The selection starts from the target at the output, which wins with probability 1. In a layer
+    with weights (with a folded batch norm), each winning neuron selects one of its inputs as a
+    winner, with a probability in proportion to the excitation x⁺ w⁺. Sums select by
+    the positive parts of their terms, and averages by shares. All other operations have the rules
+    of :class:`LRP`. The method is defined for values of at least 0, such as the outputs of ReLU: a
+    negative value is never selected. If normalised images have negative values, explain a layer
+    with :class:`LayerPropagation` instead.
 
     Args:
         model: The network, see :class:`~captum_mipin.methods.base.Propagation`.

@@ -198,11 +198,11 @@ class Convolution(Layer):
         return self.geometry.forward(x, weight, bias)
 
     def adjoint(self, s: Tensor, x: Tensor, weight: Any) -> Tensor:
-        """Return the convolution's gradient with respect to x at ``s``."""
+        """Return the gradient with respect to x, for the convolution's output gradient ``s``."""
         return self.geometry.gradient(s, x, weight, of=0)
 
     def products(self, x: Tensor, s: Tensor, weight: Tensor) -> Tensor:
-        """Return the convolution's gradient with respect to W at ``s``."""
+        """Return the gradient with respect to W, for the convolution's output gradient ``s``."""
         return self.geometry.gradient(s, x, weight, of=1)
 
     def by_neuron(self, weights: Tensor) -> Tensor:

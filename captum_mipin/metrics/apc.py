@@ -25,15 +25,15 @@ def completeness(
 ) -> Result:
     """Return the APC: the change of the output, in percent, if the source signal is the input.
 
-    The part "positive APC" counts only outputs that become smaller. The parts "shuffled output" are
-    a control: the inverse uses each example's own masks, but starts at another example's output. If
-    its APC is low too, completeness is due to the masks.
+    The part "positive APC" counts only outputs that become smaller.
 
     Args:
         method: Object with ``source_signal``, and for the control also with ``attribute``.
-        inputs, target: Tensor (examples, ...) or tuple of such; classes, as Captum takes them.
+        inputs: Tensor (examples, ...), or a tuple of such tensors.
+        target: The classes, in the forms that Captum accepts.
         average: Mean over "samples", or over the means of "classes" as in the paper.
-        control: Whether to compute the control.
+        control: True to add "shuffled output": the inverse uses each example's own masks, but
+            starts at another example's output. If its APC is low too, completeness is due to masks.
         **options: See :class:`~captum_mipin.metrics.case.Options`.
 
     Returns:

@@ -33,8 +33,8 @@ class Draft:
         starts: The explained nodes: the inputs, or the output of a layer. In the backward pass, the
             signal ends at these nodes.
         batch: The symbol of the batch size.
-        calibrate: Learn a factor per channel for the signal at the explained nodes, if the signal
-            does not have the units of their values.
+        calibrate: True to learn one factor per channel that scales the signal to the units of the
+            explained values. Nothing is learned if the units are the same already.
         joint: Learn one regression on the signals of all branches of a tensor; if False, the
             signals of the branches are added.
         steps: Key → step of the surrogate.

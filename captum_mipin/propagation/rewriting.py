@@ -1,6 +1,9 @@
 """The passes that rewrite a marked graph into the graph of a surrogate.
 
-They detach recorded values, replace operations with a rule by steps, and add forks.
+The passes detach recorded values, move constant operations to the front, and replace each operation
+with a ``Recorded`` or ``Learned`` rule by a step. If ``Draft.joint`` is True, they add a fork
+where several users send a signal to a tensor. They also add one where the scale of the signal must
+be learned.
 """
 
 import operator

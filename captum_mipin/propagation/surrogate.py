@@ -33,9 +33,9 @@ from captum_mipin.rules.pooling import is_average
 
 
 def _in_sequences(graph: fx.Graph) -> fx.Graph:
-    """Return a copy of a graph in which each row of steps is one call of :func:`sequence`.
+    """Return a copy of the graph with consecutive steps merged into one call of :func:`sequence`.
 
-    Without it, the calls of autograd functions would take longer than many of the steps.
+    With one call per step, the overhead of autograd would exceed the time of many steps.
     """
     result, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     waiting: dict[Any, list[fx.Node]] = {}  # last step of an unfinished row → all its steps

@@ -1,7 +1,8 @@
-"""The Gram matrix of the patches of a convolution, from the autocorrelation of S.
+"""The Gram matrix of the patches of a convolution, from the autocorrelation of a signal.
 
-P_j[p] is the value of S at tap j of the patch of position p. For stride 1, the product of taps j
-and j' depends only on their lag dilation·(j − j'):
+Here s is the signal at the output of the convolution, and x is the convolution's input, which is
+regressed on the patches of s. P_j[p] is the value of s at tap j of the patch of position p in x.
+For stride 1, the product of taps j and j' depends only on their lag dilation·(j − j'):
 
     Σ_p P_j[p] P_j'[p]ᵀ = Σ_q s[q] s[q + dilation·(j − j')]ᵀ − (terms of positions p outside of x)
 

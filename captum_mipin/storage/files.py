@@ -72,7 +72,7 @@ def save(
 def load(
     path: str | os.PathLike[str], digest: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a file, on the CPU, and its content.
+    """Return a file's tensors, on the CPU, and its JSON content as a dictionary.
 
     Args:
         path: Path of the file.

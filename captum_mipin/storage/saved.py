@@ -96,7 +96,7 @@ class Saved(ABC):
     def _unpack(
         cls: type[_Self], tensors: dict[str, Tensor], content: dict[str, Any], model: nn.Module
     ) -> _Self:
-        """Return the object made from the tensors and the content of a file."""
+        """Return the object made from a file's tensors and its JSON content."""
 
 
 @contextmanager

@@ -257,7 +257,7 @@ class DeepTaylor(LRP):
 
 
 def _check_rule(rule: Any) -> None:
-    """Raise InputError if a value is not a rule of layers with a hash."""
+    """Raise InputError unless ``rule`` is a LayerRule and hashable."""
     if not isinstance(rule, LayerRule):
         raise InputError(
             f"{rule!r} is not a rule of layers: pass an instance of a LayerRule, such as "
