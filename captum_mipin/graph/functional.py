@@ -15,7 +15,7 @@ and the caller uses ``run_decompositions``.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -162,7 +162,7 @@ def _remove_writes(graph: fx.Graph) -> None:
 
 
 def _remove_write(
-    graph: fx.Graph, node: fx.Node, family: Sequence[fx.Node], order: dict[fx.Node, int]
+    graph: fx.Graph, node: fx.Node, family: list[fx.Node], order: dict[fx.Node, int]
 ) -> None:
     """Replace one operation that works in place by its functional form.
 
@@ -204,7 +204,7 @@ def _remove_write(
     for user in later(x):
         user.replace_input_with(x, node)
     if views:
-        family.append(value)  # type: ignore[attr-defined]  # the shared list of the family
+        family.append(value)  # the list that all of the family share
         for user in later(base):
             user.replace_input_with(base, value)
 
