@@ -131,8 +131,8 @@ class MIPINAttribution(_MIPIN):
         """
         if evidence and return_convergence_delta:
             raise InputError(
-                "return_convergence_delta=True is the error of the whole output, but evidence=True "
-                "explains only a part of the output: pass only one of them"
+                "return_convergence_delta=True measures the error for the whole output, but "
+                "evidence=True explains only a part of the output: pass only one of them"
             )
         call = as_inputs(inputs), target, as_extras(additional_forward_args)
         biases = (False, True) if return_convergence_delta else (False,)

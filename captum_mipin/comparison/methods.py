@@ -53,8 +53,8 @@ class Setup:
         """MIP-IN. Raises NotFittedError if the user passed no inverse."""
         if self.fitted is None:
             raise NotFittedError(
-                "no inverse was given, but MIP-IN by name needs a fitted inverse network: pass "
-                "inverse="
+                "the method name 'MIP-IN' needs a fitted inverse, but no inverse was passed: pass "
+                "inverse= with a fitted InverseNetwork"
             )
         return self.fitted
 

@@ -156,6 +156,6 @@ def belonging() -> Iterator[None]:
         raise
     except (RuntimeError, IndexError, TypeError) as error:
         raise InverseFileError(
-            "the stored examples do not fit this model, expected those of its own fit: fit a new "
+            "the stored examples were computed with another model, expected this one: fit a new "
             f"NeighbourInverse. {type(error).__name__}: {error}"
         ) from error

@@ -344,8 +344,8 @@ def _cut(run: Run, call: Call, x: Tensor) -> Any:
         value = run.operate(call, x)
     if not callable(getattr(inverter, "moments", None)):
         raise RuleError(
-            f"the rule of {key} learns a {type(inverter).__name__}, expected an Inverter: return "
-            "one from inverter=, such as captum_mipin.rules.linear.dense does"
+            f"the function inverter= of the rule of {key} returned a {type(inverter).__name__}, "
+            "expected an Inverter: see captum_mipin.rules.linear.dense for an example"
         )
     several = isinstance(value, tuple)
     # New leaf tensors: their gradient in the backward pass is the signal S at the outputs.

@@ -107,8 +107,8 @@ def load(
     text = metadata.get("content", "")
     if metadata.get("digest") != _digest(tensors, text):
         raise InverseFileError(
-            f"{name} is damaged or was changed: its data do not have the digest that it contains; "
-            "save it again"
+            f"{name} is damaged or was changed: the digest of its data differs from "
+            "the digest stored in it; save it again"
         )
     try:
         content = json.loads(text)
