@@ -1,0 +1,94 @@
+"""Names of classes, for tables and pictures."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, Literal
+
+from captum_mipin.errors import InputError
+from captum_mipin.graph.modules import unwrapped
+
+#: Names of classes as users pass them: one name per class in the order of the classes, a dictionary
+#: class -> name, "imagenet", or None for the names that the network itself knows.
+ClassNames = Sequence[str] | Mapping[int, str] | Literal["imagenet"] | None
+
+
+def class_names(names: ClassNames, model: Any = None) -> dict[int, str]:
+    """Return class -> name.
+
+    Args:
+        names: The names. None stands for the names of the network: ``config.id2label``, as networks
+            of transformers have it, or ImageNet's for a network of torchvision with 1000 outputs.
+            "imagenet" stands for the 1000 categories of ImageNet, in the order of torchvision.
+        model: The network, or None.
+
+    Returns:
+        Names by class; empty if none are known.
+
+    Raises:
+        InputError: ``names`` has none of these forms.
+        ImportError: torchvision is not installed, which "imagenet" needs.
+
+    Examples:
+        >>> class_names(["cat", "dog"])
+        {0: 'cat', 1: 'dog'}
+    """
+    if names is None:
+        labels = getattr(getattr(unwrapped(model), "config", None), "id2label", None)
+        if isinstance(labels, Mapping):
+            # transformers writes LABEL_0, LABEL_1, ... for classes without names
+            return {int(i): str(n) for i, n in labels.items() if str(n) != f"LABEL_{i}"}
+        names = "imagenet" if _is_imagenet(unwrapped(model)) else ()
+    if isinstance(names, str):
+        if names != "imagenet":
+            raise InputError(
+                f"names={names!r} is not known: pass 'imagenet', a list of names, or a dictionary "
+                "class -> name"
+            )
+        return dict(enumerate(_imagenet()))
+    if isinstance(names, Mapping):
+        return {int(index): str(name) for index, name in names.items()}
+    if isinstance(names, Sequence):
+        return {index: str(name) for index, name in enumerate(names)}
+    raise InputError(
+        f"names is a {type(names).__name__}, expected names of classes: pass a list of names, a "
+        "dictionary class -> name, or 'imagenet'"
+    )
+
+
+def class_name(names: Mapping[int, str], target: Any) -> str:
+    """Return the name of a class; its number as text if the class has no name.
+
+    Args:
+        names: Names by class, see :func:`class_names`.
+        target: The class: an int, a tuple of ints, or None for a network with one output.
+
+    Examples:
+        >>> class_name({3: "bird"}, 3), class_name({3: "bird"}, 4), class_name({}, None)
+        ('bird', '4', '')
+    """
+    index = target[0] if isinstance(target, tuple) and len(target) == 1 else target
+    if index is None:
+        return ""
+    if isinstance(index, int) and index < 0 and names and set(names) == set(range(len(names))):
+        index += len(names)  # as Captum counts classes from the end
+    return names.get(index, str(target)) if isinstance(index, int) else str(target)
+
+
+def _is_imagenet(model: Any) -> bool:
+    """Return True for a network of torchvision with 1000 outputs."""
+    if not type(model).__module__.startswith("torchvision.models."):
+        return False
+    sizes = [p.shape[0] for p in model.parameters() if p.ndim]
+    return bool(sizes) and sizes[-1] == 1000
+
+
+def _imagenet() -> Sequence[str]:
+    try:
+        models: Any = import_module("torchvision.models")
+    except ImportError as error:
+        raise ImportError(
+            "torchvision is not installed; names='imagenet' needs its list of names: pip install "
+            "torchvision"
+        ) from error
+    categories: Sequence[str] = models.get_model_weights("resnet18").DEFAULT.meta["categories"]
+    return categories
