@@ -6,7 +6,6 @@ The export runs on a copy of the model that shares its parameters, so the model 
 changed.
 """
 
-import copy
 import linecache
 import traceback
 import warnings
@@ -22,13 +21,15 @@ from torch.export import Dim, ExportedProgram, ShapesCollection, default_decompo
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from captum_mipin.copies import copy_memo
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.functional import NotRewritableError, functional
+from captum_mipin.graph.kept import Kept
 from captum_mipin.graph.marks import inherit, mark, value_of
+from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import OWN, named_tensors, tree
 from captum_mipin.graph.signature import per_example, plain, select
 from captum_mipin.graph.turns import TURNS
+from captum_mipin.graph.twin import twin_of
 from captum_mipin.graph.validate import check_exportable, check_inputs, check_model, described
 from captum_mipin.types import Extras, Inputs, Output
 
@@ -143,10 +144,18 @@ def trace(
     All graphs of this package are made by calls of ``captum_mipin.graph.capture.trace``. Replace
     this one name to share graphs between models, as the tests do.
     """
-    twin = _twin(model)
-    twin.register_forward_hook(lambda module, arguments, value: select(value, output))
+    twin = twin_of(model)
+    kept, arguments = Kept(twin), _examples(inputs, extras, shared)
+    written: list[str] = []
+
+    def finish(module: nn.Module, arguments: Any, value: Any) -> Tensor:
+        # before torch compares the attributes of the model with those before the call
+        written.extend(kept.restore())
+        return select(value, output)
+
+    handle = twin.register_forward_hook(finish)
     try:
-        program, graph = _export(twin, *_examples(inputs, extras, shared), detached)
+        program, graph = _export(twin, *arguments, detached)
     except CaptureError:
         raise
     except Exception as error:
@@ -156,6 +165,11 @@ def trace(
             "size must be free (x.shape[0] keeps it so, len(x) does not), and inputs must have the "
             "shape, dtype and device that the model takes."
         ) from error
+    finally:
+        kept.restore()
+        handle.remove()
+    if written:
+        _check_forgets(twin, kept, arguments[0], written)
     for symbol, bounds in program.range_constraints.items():
         if bounds.lower > 2 or bounds.upper < _LARGEST_BATCH:
             raise CaptureError(
@@ -179,17 +193,49 @@ def _examples(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Any, Shapes
     return pytree.tree_unflatten(leaves, structure), shapes
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """Return a copy of a model that shares its tensors."""
-    shared = {id(tensor): tensor for _, tensor in named_tensors(model)}
+def _check_forgets(twin: nn.Module, kept: Kept, arguments: Any, written: list[str]) -> None:
+    """Raise CaptureError if a call of the model changes the results of later calls.
+
+    Args:
+        twin: The copy of the model.
+        kept: The places that calls of the copy write to.
+        arguments: The arguments of a call.
+        written: Names of the attributes and variables that a call writes tensors to.
+    """
+    device = pytree.tree_leaves(arguments)[0].device
+    devices = [device] if device.type == "cuda" else []
+    others = pytree.tree_map_only(Tensor, _other, arguments)
+
+    def run(arguments: Any) -> list[Any]:
+        torch.manual_seed(0)
+        return pytree.tree_leaves(twin(*arguments))
+
     try:
-        return copy.deepcopy(model, shared | copy_memo(model))
-    except Exception as error:
+        with plain_modes(device), torch.no_grad(), torch.random.fork_rng(devices):
+            expected = run(arguments)
+            kept.restore()
+            run(others)
+            results = run(arguments)
+        same = all(
+            torch.equal(x, y) if isinstance(x, Tensor) else x is y
+            for x, y in zip(expected, results, strict=True)
+        )
+    except Exception:  # of any type: the second call fails, the first one did not
+        same = False
+    finally:
+        kept.restore()
+    if not same:
         raise CaptureError(
-            f"the model cannot be copied ({type(error).__name__}: {error}), expected a model that "
-            "copy.deepcopy accepts (its parameters are not copied): give the attribute that fails "
-            "a __deepcopy__, or remove it"
-        ) from error
+            f"the model writes a tensor to {', '.join(map(repr, dict.fromkeys(written)))} while it "
+            "runs, and its next call reads that tensor, so that an explanation would depend on "
+            "earlier calls; expected a forward whose result depends on its arguments alone: pass "
+            "the tensor as an argument, or clear it at the beginning of forward"
+        )
+
+
+def _other(x: Tensor) -> Tensor:
+    """Return another tensor of the same shape that a model that takes ``x`` takes as well."""
+    return x / 2 + 0.25 if x.is_floating_point() else x.flip(-1) if x.ndim else x
 
 
 def _export(
@@ -198,8 +244,6 @@ def _export(
     """Return a model's program, and its graph without operations that write to memory."""
     device = pytree.tree_leaves(arguments)[0].device.type
     with TURNS.exporting(), warnings.catch_warnings(), torch.autocast(device, enabled=False):
-        # A model that assigns tensors to itself would explain each call differently.
-        warnings.filterwarnings("error", message=".* assigned during export")
         warnings.filterwarnings("ignore", message=_RECURRENT)
         program = export(model, arguments, dynamic_shapes=shapes, strict=False)
         if detached:

@@ -1,0 +1,234 @@
+"""The restoration of everything that calls of a model write to.
+
+A forward or a hook may write to a global dictionary, to a list of another object, or to a variable
+of an enclosing function. None of these belongs to the model, so that no copy of the model has
+its own. After a call with traced values they would contain traced values.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+from weakref import ReferenceType
+
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
+from torch.utils import _pytree as pytree
+
+from captum_mipin.graph.modules import OWN
+from captum_mipin.graph.twin import FOREIGN, package
+
+#: Attributes of recurrent layers that contain their parameters again; torch exchanges these itself.
+_AGAIN = frozenset({"_flat_weights", "_flat_weight_refs"})
+
+#: Packages whose module variables and classes calls of a model do not write to.
+_SKIPPED = FOREIGN | sys.stdlib_module_names
+
+
+class _Place(NamedTuple):
+    """Something that calls may write to.
+
+    Attributes:
+        read: Function that returns the present entries, as pairs (key, value).
+        write: Function that takes such pairs, and writes them.
+        entries: The entries at the beginning.
+    """
+
+    read: Callable[[], list[tuple[Any, Any]]]
+    write: Callable[[list[tuple[Any, Any]]], None]
+    entries: list[tuple[Any, Any]]
+
+
+class Kept:
+    """The present contents of all places that calls of a model may write to.
+
+    These are attributes of its modules and of other objects, containers, variables of enclosing
+    functions, attributes of classes, and global variables. They are looked for from the modules,
+    their classes and their forward hooks on, through everything that these refer to. Parameters and
+    buffers do not belong to them.
+
+    Args:
+        model: The model.
+
+    Examples:
+        >>> import torch
+        >>> values = {}
+        >>> model = nn.Linear(2, 1)
+        >>> _ = model.register_forward_hook(lambda module, x, y: values.update(last=y))
+        >>> kept = Kept(model)
+        >>> _ = model(torch.ones(1, 2))
+        >>> kept.restore(), values
+        (['last'], {})
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places: list[_Place] = []
+        seen: dict[int, Any] = {}  # contains the values, so that no id is used again
+        stack: list[Any] = [
+            model,
+            *hooks_of_all._global_forward_hooks.values(),
+            *hooks_of_all._global_forward_pre_hooks.values(),
+        ]
+        while stack:
+            value = stack.pop()
+            if id(value) not in seen:
+                seen[id(value)] = value
+                stack.extend(self._parts(value))
+
+    def restore(self) -> list[str]:
+        """Write the first contents back.
+
+        Returns:
+            The names of the attributes and variables that had got another tensor.
+        """
+        names: list[str] = []
+        for read, write, entries in self._places:
+            present = read()
+            if len(present) == len(entries) and all(
+                new[1] is old[1] and new[0] is old[0]
+                for new, old in zip(present, entries, strict=True)
+            ):
+                continue
+            known = {id(value) for _, value in entries}
+            for key, value in present:
+                leaves = () if id(value) in known else pytree.tree_leaves(value)
+                if any(isinstance(leaf, Tensor) for leaf in leaves):
+                    names.append(str(key))
+            write(entries)
+        return names
+
+    def _parts(self, value: Any) -> Iterable[Any]:
+        """Return what a value refers to, and note the place that the value itself is."""
+        if isinstance(value, (Tensor, str, bytes, int, float, type(None))):
+            return ()
+        if isinstance(value, FunctionType):
+            return self._parts_of_function(value)
+        if isinstance(value, type):
+            return self._parts_of_class(value)
+        if isinstance(value, MethodType):
+            return value.__func__, value.__self__
+        if isinstance(value, partial):
+            return value.func, *value.args, *value.keywords.values()
+        if isinstance(value, (BuiltinMethodType, ReferenceType)):
+            return (value() if isinstance(value, ReferenceType) else value.__self__,)
+        if isinstance(value, (property, staticmethod, classmethod)):
+            return (value.fget if isinstance(value, property) else value.__func__,)
+        if isinstance(value, (tuple, frozenset)):
+            return value
+        if isinstance(value, (dict, list, deque, set)):
+            return self._contents(value)
+        return self._attributes(value)
+
+    def _contents(self, value: Any) -> Iterable[Any]:
+        """Note a container; return its entries."""
+        if isinstance(value, dict):
+
+            def write(entries: Any) -> None:
+                value.clear()
+                value.update(entries)
+
+            self._note(lambda: list(value.items()), write)
+            return list(value.values())
+
+        def refill(entries: Any) -> None:
+            value.clear()
+            fill = value.update if isinstance(value, set) else value.extend
+            fill(entry for _, entry in entries)
+
+        self._note(lambda: [("an entry of a list", entry) for entry in value], refill)
+        return list(value)
+
+    def _attributes(self, value: Any) -> Iterator[Any]:
+        """Note the attributes of an object; yield their values, and what its calls run."""
+        module = isinstance(value, nn.Module)
+        try:
+            names = vars(value)
+        except TypeError:  # an object without a dictionary of attributes
+            return
+        if isinstance(value, ModuleType) or (package(type(value)) in FOREIGN and not module):
+            return
+        hidden = OWN | _AGAIN if module else frozenset()
+        self._note_names(names, lambda: [name for name in names if name not in hidden])
+        yield from (entry for name, entry in names.items() if name not in hidden)
+        yield type(value)
+        if module:
+            yield from value._modules.values()
+            yield from value._forward_hooks.values()
+            yield from value._forward_pre_hooks.values()
+
+    def _parts_of_class(self, kind: type) -> Iterator[Any]:
+        """Note the attributes of a class; yield them and its base classes."""
+        if package(kind) in _SKIPPED:
+            return
+
+        def names() -> Iterable[str]:
+            return [name for name in vars(kind) if not name.startswith("__")]
+
+        def write(entries: Any) -> None:
+            for name in set(names()) - dict(entries).keys():
+                delattr(kind, name)
+            for name, value in entries:
+                if vars(kind).get(name) is not value:
+                    setattr(kind, name, value)
+
+        self._note(lambda: [(name, vars(kind)[name]) for name in names()], write)
+        yield from vars(kind).values()
+        yield from kind.__mro__[1:]
+
+    def _parts_of_function(self, function: FunctionType) -> Iterator[Any]:
+        """Note the variables that a function can write to; yield the values that it can reach."""
+        if package(function) in _SKIPPED:
+            return
+        yield from (function.__defaults__, function.__kwdefaults__, vars(function))
+        names = function.__code__.co_freevars
+        for name, cell in zip(names, function.__closure__ or (), strict=True):
+
+            def read(name: str = name, cell: Any = cell) -> list[tuple[Any, Any]]:
+                try:
+                    return [(name, cell.cell_contents)]
+                except ValueError:  # a variable without a value
+                    return []
+
+            def write(entries: Any, cell: Any = cell) -> None:
+                if entries:
+                    cell.cell_contents = entries[0][1]
+                else:
+                    del cell.cell_contents
+
+            self._note(read, write)
+            yield from (entry for _, entry in read())
+        names, scope = tuple(dict.fromkeys(_names(function.__code__))), function.__globals__
+        self._note_some(scope, names)
+        for value in [scope[name] for name in names if name in scope]:
+            if isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in _SKIPPED:
+                inside = vars(value)
+                self._note_some(inside, names)
+                yield from (inside[name] for name in names if name in inside)
+            yield value
+
+    def _note(self, read: Any, write: Any) -> None:
+        self._places.append(_Place(read, write, read()))
+
+    def _note_some(self, scope: dict[str, Any], names: Iterable[str]) -> None:
+        """Note the variables of a scope that have these names."""
+        self._note_names(scope, lambda: [name for name in names if name in scope])
+
+    def _note_names(self, scope: dict[str, Any], names: Callable[[], Iterable[str]]) -> None:
+        """Note some variables of a scope; ``names`` returns the names of those that exist."""
+
+        def write(entries: Any) -> None:
+            for name in set(names()) - dict(entries).keys():
+                del scope[name]
+            scope.update(entries)
+
+        self._note(lambda: [(name, scope[name]) for name in names()], write)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the names of the variables and attributes that a function uses, also inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

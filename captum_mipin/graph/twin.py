@@ -1,0 +1,122 @@
+"""Copies of models that share their tensors.
+
+A model is captured on such a copy, so that a forward that writes to ``self`` does not change the
+user's model.
+"""
+
+import copy
+from collections import deque
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from captum_mipin.copies import copy_memo
+from captum_mipin.graph.modules import named_tensors
+
+#: Packages whose objects are shared by all copies of a model.
+FOREIGN = frozenset({"torch", "numpy", "logging", "threading", "builtins"})
+
+#: Hooks that only a backward pass calls. A capture has none.
+_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+
+#: Attributes of classes that define how their objects are created, copied or closed.
+_OWN_WAY = (
+    *("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"),
+    *("__del__", "__slots__"),
+)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares its tensors and has no backward hooks.
+
+    Modules, containers, bound methods and other objects are copied, so that they refer to modules
+    of the copy. A module is copied even if its ``__deepcopy__`` fails. Another object that cannot
+    be copied is shared.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 1))
+        >>> twin = twin_of(model)
+        >>> twin[0] is model[0], twin[0].weight is model[0].weight
+        (False, True)
+    """
+    tensors = {id(tensor): tensor for _, tensor in named_tensors(model)}
+    twin: nn.Module = _copied(model, tensors | copy_memo(model))
+    for module in twin.modules():
+        for name in _BACKWARD:
+            getattr(module, name).clear()
+    return twin
+
+
+def package(kind: Any) -> str:
+    """Return the name of the package that defines a class or function."""
+    return str(getattr(kind, "__module__", None)).partition(".")[0]
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of a value.
+
+    Args:
+        value: The value.
+        memo: ``id`` of a value → its copy, for the values that were copied before.
+    """
+    kind = type(value)
+    if id(value) in memo:
+        return memo[id(value)]
+    result: Any
+    if issubclass(kind, nn.Module) or _is_plain(value):
+        memo[id(value)] = result = object.__new__(kind)
+        vars(result).update((name, _copied(part, memo)) for name, part in vars(value).items())
+    elif issubclass(kind, dict):
+        memo[id(value)] = result = copy.copy(value)
+        result.clear()
+        for key, entry in value.items():
+            result[_copied(key, memo)] = _copied(entry, memo)
+    elif issubclass(kind, (list, deque)):
+        memo[id(value)] = result = copy.copy(value)
+        for index, entry in enumerate(value):
+            result[index] = _copied(entry, memo)
+    elif issubclass(kind, set):
+        memo[id(value)] = result = copy.copy(value)
+    elif kind in (MethodType, partial) or issubclass(kind, tuple):
+        memo[id(value)] = result = _rebound(value, memo)
+    else:
+        result = _deep_copy(value, memo)
+    return result
+
+
+def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a tuple, bound method or partial function with copies of its parts."""
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _copied(value.__self__, memo))
+    if isinstance(value, partial):
+        function, *arguments = (_copied(part, memo) for part in (value.func, *value.args))
+        return partial(function, *arguments, **_copied(value.keywords, memo))
+    parts = [_copied(part, memo) for part in value]
+    if all(part is old for part, old in zip(parts, value, strict=True)):
+        return value
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return True for an object of a class in Python that does not define how it is copied."""
+    kind = type(value)
+    return (
+        package(kind) not in FOREIGN
+        and isinstance(getattr(value, "__dict__", None), dict)
+        and all(getattr(kind, n, None) is getattr(object, n, None) for n in _OWN_WAY)
+    )
+
+
+def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of an object by its own way, or the object itself if there is none."""
+    if package(type(value)) in FOREIGN or hasattr(type(value), "__del__"):
+        return value
+    attempt = dict(memo)
+    try:
+        result = copy.deepcopy(value, attempt)
+    except Exception:  # of any type: the class decides
+        return value
+    memo.update(attempt)
+    return result
