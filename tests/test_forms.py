@@ -454,7 +454,7 @@ def test_the_module_of_a_distributed_model_is_taken(mlp):
 
 
 def test_a_wrapped_model_is_watched_and_must_not_train(own_mlp):
-    wrapped = nn.DataParallel(own_mlp.model)
+    wrapped = nn.DataParallel(own_mlp.model.append(nn.Dropout()).eval())
     inverse = InverseNetwork(wrapped).fit(own_mlp.x, progress=False)
     wrapped.train()
     with pytest.raises(errors.TrainingModeError, match=r"model\.eval\(\)"):

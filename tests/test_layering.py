@@ -6,7 +6,7 @@ from pathlib import Path
 import captum_mipin
 
 PACKAGE = Path(captum_mipin.__file__).parent
-BOTTOM = ("_captum", "errors", "version", "types", "targets", "report", "copies")
+BOTTOM = ("_captum", "errors", "version", "types", "targets", "report", "copies", "training")
 #: From the bottom up; each room may use those before it.
 TOWER = (
     "graph",

@@ -31,6 +31,7 @@ from captum_mipin.graph.signature import per_example, plain, select
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.twin import twin_of
 from captum_mipin.graph.validate import check_exportable, check_inputs, check_model, described
+from captum_mipin.training import settle
 from captum_mipin.types import Extras, Inputs, Output
 
 #: Batch size of the example for the capture. torch.export treats sizes 0 and 1 as constants.
@@ -117,7 +118,7 @@ def capture(
     Raises:
         CaptureError: ``torch.export`` cannot follow the model, or its output is not one tensor.
         InputError: The inputs are not dense tensors of a floating dtype with one common length.
-        TrainingModeError: The model is in training mode.
+        TrainingModeError: A module is in training mode and computes something else in it.
 
     Examples:
         >>> graph = capture(nn.Sequential(nn.Linear(4, 2)).eval(), (torch.ones(1, 4),))
@@ -145,6 +146,7 @@ def trace(
     this one name to share graphs between models, as the tests do.
     """
     twin = twin_of(model)
+    settle(twin)
     kept, arguments = Kept(twin), _examples(inputs, extras, shared)
     written: list[str] = []
 

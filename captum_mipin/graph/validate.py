@@ -11,7 +11,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from captum_mipin.errors import CaptureError, InputError, TrainingModeError
+from captum_mipin.errors import CaptureError, InputError
+from captum_mipin.training import check_evaluation
 from captum_mipin.types import Extras, Inputs
 
 #: Hooks that compute the weight of a module before each call.
@@ -96,11 +97,11 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def check_model(model: object) -> nn.Module:
-    """Return ``model`` if it is a module in evaluation mode.
+    """Return ``model`` if it is a module that computes what it computes in evaluation mode.
 
     Raises:
         CaptureError: ``model`` is not a module, or it is the module of an exported program.
-        TrainingModeError: The model or one of its modules is in training mode.
+        TrainingModeError: A module is in training mode and computes something else in it.
     """
     program = isinstance(model, fx.GraphModule) and "eval" in vars(model)  # program.module()
     if program or isinstance(model, ExportedProgram):
@@ -115,14 +116,7 @@ def check_model(model: object) -> nn.Module:
             "be read. Wrap a function in an nn.Module that has the network as an attribute and "
             "calls it in forward()."
         )
-    training = [path for path, module in model.named_modules() if module.training]
-    if training:
-        first = repr(training[0] or "(the model itself)")
-        raise TrainingModeError(
-            f"the model is in training mode ({len(training)} modules, the first is {first}), "
-            "expected evaluation mode: dropout and batch statistics would make explanations "
-            "random. Call model.eval() first."
-        )
+    check_evaluation(model)
     return model
 
 

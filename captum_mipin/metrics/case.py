@@ -10,9 +10,10 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from captum_mipin.errors import InputError, TrainingModeError
+from captum_mipin.errors import InputError
 from captum_mipin.metrics.examples import Examples, Inputs
 from captum_mipin.targets import per_example
+from captum_mipin.training import check_evaluation
 
 #: A Captum ``Attribution``; its ``attribute`` with options bound by ``functools.partial``; a
 #: callable (inputs, target) -> maps, or with further arguments (inputs, target,
@@ -125,11 +126,8 @@ class Case:
                     "a Captum Attribution or the argument model: pass model="
                 )
             model = attribution.forward_func
-        if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
-            raise TrainingModeError(
-                f"{type(model).__name__} is in training mode, expected evaluation mode: call "
-                "eval() on it first"
-            )
+        if isinstance(model, nn.Module):
+            check_evaluation(model)
         return model
 
     @property

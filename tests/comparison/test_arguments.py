@@ -8,6 +8,7 @@ import pytest
 import torch
 from captum.attr import IntegratedGradients, Saliency
 from small import Function
+from torch import nn
 
 from captum_mipin import LRP, compare
 from captum_mipin.errors import InputError, TargetError, TrainingModeError
@@ -171,8 +172,8 @@ def test_no_target_is_needed_for_one_output(cnn):
 
 
 def test_a_model_in_training_mode_is_refused_and_left_alone(own_cnn, noting, asked, untouched):
-    own_cnn.model[1].train()
-    with untouched(own_cnn.model), pytest.raises(TrainingModeError, match=r"call eval\(\)"):
+    own_cnn.model.append(nn.Dropout())
+    with untouched(own_cnn.model), pytest.raises(TrainingModeError, match=r"call model\.eval\(\)"):
         compare([noting, "Saliency"], own_cnn.x[:2], 0, model=own_cnn.model, **ASK)
     assert not asked
 

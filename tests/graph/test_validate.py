@@ -19,7 +19,7 @@ def test_functions_and_training_models_are_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout())).eval()
     model[1][0].train()
     with pytest.raises(
-        TrainingModeError, match=r"training mode \(1 modules, the first is '1.0'\).*model\.eval\(\)"
+        TrainingModeError, match=r"training mode, in which '1\.0' \(Dropout\) may .*model\.eval\(\)"
     ):
         capture(model, (torch.ones(1, 2),))
 

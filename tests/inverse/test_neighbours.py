@@ -413,8 +413,9 @@ def test_calls_that_cannot_be_answered_are_refused():
         inverse.source_signal(q * torch.nan, 0)
     with pytest.raises(errors.CaptureError, match="fitted on"):
         inverse.source_signal(q[:, :11], 0)
+    model.append(nn.Dropout())
     with pytest.raises(errors.TrainingModeError):
-        inverse.fit(x, progress=False) if model.train() else None
+        inverse.fit(x, progress=False)
     model.eval()
     with torch.no_grad():
         model[0].weight.mul_(1.1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from captum.attr import IntegratedGradients, Saliency
 from small import normal
+from torch import nn
 
 from captum_mipin.errors import InputError, TargetError, TrainingModeError
 from captum_mipin.metrics import (
@@ -202,5 +203,6 @@ def test_outputs_that_do_not_fit_a_batch_are_told_with_the_batch(mlp):
 
 
 def test_a_model_in_training_mode_is_refused(mlp, make_mlp):
-    with pytest.raises(TrainingModeError, match="Sequential is in training mode"):
-        completeness(mlp.mipin, mlp.x, 0, model=make_mlp().train())
+    with pytest.raises(TrainingModeError, match=r"in training mode, in which '1' \(Dropout\)"):
+        completeness(mlp.mipin, mlp.x, 0, model=nn.Sequential(make_mlp(), nn.Dropout()))
+    assert completeness(mlp.mipin, mlp.x, 0, model=make_mlp().train())  # its mode does not matter
