@@ -4,6 +4,7 @@ This module needs matplotlib, an optional package; it is imported only when a fi
 """
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,16 +14,16 @@ from captum.attr import visualization
 from matplotlib import figure
 from torch import Tensor
 
-from captum_mipin.comparison.page import pictures
+from captum_mipin.comparison.page import OVERLAY, SMALL, pictures, strength
 from captum_mipin.comparison.rows import ALL_ZERO, Row
 from captum_mipin.errors import InputError
 
 #: Option ``sign`` -> labels of the colour scale, from its lower to its upper end.
 _ENDS = {
-    "all": ("against", "0", "for"),
-    "positive": ("0", "for"),
-    "negative": ("0", "against"),
-    "absolute_value": ("0", "for or against"),
+    "all": ("negative", "0", "positive"),
+    "positive": ("0", "positive"),
+    "negative": ("0", "negative"),
+    "absolute_value": ("0", "positive or negative"),
 }
 #: Option ``sign`` -> function that returns the part of a map with this sign.
 _PARTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,10 +32,18 @@ _PARTS: dict[str, Callable[[Tensor], Tensor]] = {
     "negative": lambda heat: heat.clamp(max=0),
     "absolute_value": torch.abs,
 }
+#: Method of this package, beside those of ``visualize_image_attr``.
+_OVERLAY = "overlay"
+#: Width of a picture in inches, and letters of a title that fit above it.
+_INCHES, _LETTERS = 1.5, 19
 
 
 class Figure(figure.Figure):
-    """A matplotlib figure that notebooks show, although it was not made by pyplot."""
+    """A matplotlib figure that notebooks show, and of which no title is cut off in a file."""
+
+    def savefig(self, fname: Any, **options: Any) -> None:
+        """Write the figure, with ``bbox_inches="tight"`` by default."""
+        super().savefig(fname, **{"bbox_inches": "tight", "pad_inches": 0.06, **options})
 
     def _repr_png_(self) -> bytes:
         """Return the figure as PNG, which notebooks show."""
@@ -44,7 +53,13 @@ class Figure(figure.Figure):
 
 
 def draw(
-    rows: Sequence[Row], images: Tensor, titles: Sequence[str], numbers: Sequence[int], options: Any
+    rows: Sequence[Row],
+    images: Tensor,
+    titles: Sequence[str],
+    numbers: Sequence[int],
+    options: Any,
+    *,
+    across: bool = False,
 ) -> Figure:
     """Return a figure with one line per image and one column per method.
 
@@ -53,42 +68,105 @@ def draw(
         images: All images (images, channels, height, width).
         titles: Titles of all images.
         numbers: Indices of the images to show.
-        options: Options of Captum's ``visualize_image_attr``.
+        options: Options of Captum's ``visualize_image_attr``; ``method="overlay"``, the default, is
+            of this package.
+        across: True for one column per image and one line per method.
 
     Raises:
         InputError: The option ``sign`` is not known.
     """
     colours = pictures(images).numpy()
-    size = 1.4 * (len(rows) + 1), 1.5 * len(numbers) + 0.4
+    shape = len(numbers), len(rows) + 1
+    shape = shape[::-1] if across else shape
+    height, width = colours.shape[1:3]
+    tall = _INCHES * min(max(height / width, 0.4), 2.5)
+    # each line of pictures has room for a title below it, and the figure for its legend
+    size = (_INCHES + 0.1) * shape[1], (tall + (0.05 if across else 0.35)) * shape[0] + 0.9
     drawn = Figure(figsize=size, layout="constrained")
-    axes = drawn.subplots(len(numbers), len(rows) + 1, squeeze=False)
-    defaults = {"method": "heat_map", "sign": "all", "cmap": "RdBu"}
-    settings = {**defaults, **options, "use_pyplot": False}
+    grid = drawn.subplots(*shape, squeeze=False)
+    axes = grid.T if across else grid
+    settings = {"method": _OVERLAY, "sign": "all", "cmap": "RdBu", **options, "use_pyplot": False}
     if settings["sign"] not in _ENDS:
         known = ", ".join(map(repr, _ENDS))
         raise InputError(f"sign={settings['sign']!r} is not known: pass one of {known}")
     for line, number in zip(axes, numbers, strict=True):
-        line[0].imshow(colours[number])
-        line[0].set_ylabel(titles[number], fontsize=8)
+        line[0].imshow(colours[number], interpolation=_interpolation(colours))
+        # names of images stand at the images: below them, or above the columns
+        label = line[0].set_title if across else line[0].set_xlabel
+        label(_wrapped(titles[number]), fontsize=8)
         for axis, row in zip(line[1:], rows, strict=True):
-            heat = row.heat(number, images)
-            if isinstance(heat, str):
-                axis.text(0.5, 0.5, heat, ha="center", va="center", transform=axis.transAxes)
-            if heat == ALL_ZERO:
-                heat = torch.zeros(colours.shape[1:3], dtype=torch.float64)
-            if not isinstance(heat, str):
-                _draw_map(drawn, axis, heat, colours[number], settings)
+            _draw_cell(drawn, axis, row.heat(number, images), colours[number], settings)
         for axis in line:
             axis.set(xticks=[], yticks=[])
-    for axis, title in zip(axes[0], ["image", *(row.name for row in rows)], strict=True):
-        axis.set_title(title, fontsize=8)
-    if not settings.get("show_colorbar"):
-        _add_legend(drawn, axes, settings["sign"])
+            axis.spines[:].set_visible(False)
+    names = "image", *(f"{row.name}{_enlarged(row, images)}" for row in rows)
+    for axis, name in zip(axes[0], names, strict=True):
+        label = axis.set_ylabel if across else axis.set_title
+        label(_wrapped(name), fontsize=8)
+    if settings["method"] == _OVERLAY or not settings.get("show_colorbar"):
+        _add_legend(drawn, grid, settings["sign"])
     return drawn
 
 
+def _wrapped(title: str) -> str:
+    """Return a title in lines that are as wide as a picture."""
+    return "\n".join(textwrap.fill(line, _LETTERS) for line in title.splitlines())
+
+
+def _enlarged(row: Row, images: Tensor) -> str:
+    """Return a line with the size of maps that were enlarged to the images, or no text."""
+    maps = row.maps
+    if maps is None or maps.ndim < 3 or maps.shape[-2:] == images.shape[-2:]:
+        return ""
+    return "\n{} × {} enlarged".format(*maps.shape[-2:])
+
+
+def _interpolation(colours: Any) -> str:
+    """Return the interpolation of matplotlib: small images keep their pixels."""
+    return "nearest" if max(colours.shape[-3:-1]) < SMALL else "antialiased"
+
+
+def _draw_cell(
+    drawn: Figure, axis: Any, heat: Tensor | str, image: Any, settings: dict[str, Any]
+) -> None:
+    """Draw one map over its image, or the text that replaces the map.
+
+    Args:
+        drawn: The figure.
+        axis: The axis to draw on.
+        heat: The map (height, width), or a text such as "failed".
+        image: The image (height, width, 3), uint8.
+        settings: Options of Captum's ``visualize_image_attr``.
+    """
+    if isinstance(heat, str):
+        axis.text(0.5, 0.5, heat, ha="center", va="center", transform=axis.transAxes)
+        if heat != ALL_ZERO:
+            return
+        heat = torch.zeros(image.shape[:2], dtype=torch.float64)
+    if settings["method"] == _OVERLAY:
+        _draw_overlay(axis, _PARTS[settings["sign"]](heat), image, settings)
+    else:
+        _draw_map(drawn, axis, heat, image, settings)
+
+
+def _draw_overlay(axis: Any, part: Tensor, image: Any, settings: dict[str, Any]) -> None:
+    """Draw a map over its image in grey: the larger a value is, the less of the image is seen."""
+    # luminance of ITU-R BT.601; lighter than the image, so that dark colours can be seen on it
+    grey = 0.3 + 0.65 * (image @ np.array([0.299, 0.587, 0.114])) / 255
+    shown = _interpolation(image)
+    axis.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation=shown)
+    scale = strength(part).numpy()
+    if settings["cmap"] == "RdBu":
+        axis.imshow(scale, cmap=OVERLAY, vmin=-1, vmax=1, interpolation=shown)
+    else:  # as Captum does: maps of one sign have colours from 0 to 1
+        values = scale if settings["sign"] == "all" else np.abs(scale)
+        options: dict[str, Any] = {"vmin": -1 if settings["sign"] == "all" else 0, "vmax": 1}
+        options |= {"alpha": 0.9 * np.abs(scale), "interpolation": shown}
+        axis.imshow(values, cmap=settings["cmap"], **options)
+
+
 def _draw_map(drawn: Figure, axis: Any, heat: Tensor, image: Any, settings: Any) -> None:
-    """Draw the part of a map that has the sign of the option ``sign``.
+    """Draw the part of a map that has the sign of the option ``sign``, as Captum does.
 
     If the map has no values of this sign, an empty map is drawn.
 
@@ -117,11 +195,21 @@ def _draw_map(drawn: Figure, axis: Any, heat: Tensor, image: Any, settings: Any)
 def _add_legend(drawn: Figure, axes: Any, sign: str) -> None:
     """Add one colour scale for all maps; do nothing if no map is drawn in colours."""
     # the last picture on an axis is the map, or the image if there is no map
-    last = (image for axis in axes.flat for image in axis.images[-1:])
-    coloured = next((image for image in last if image.get_array().ndim == 2), None)
-    if coloured is not None:
-        bar = drawn.colorbar(coloured, ax=axes, location="bottom", shrink=0.4, aspect=30)
-        # the scale of maps of one sign begins at 0; other scales are symmetric about 0
-        low, high = coloured.get_clim()
-        bar.set_ticks([low, 0, high] if low else [low, high], labels=_ENDS[sign])
-        bar.ax.tick_params(labelsize=8, length=0)
+    last = [image for axis in axes.flat for image in axis.images[-1:]]
+    maps = [image for image in last if image.get_array().ndim == 2]
+    if not maps:
+        return
+    bar = drawn.colorbar(maps[0], ax=axes, location="bottom", shrink=0.4, aspect=30)
+    if maps[0].get_cmap() is OVERLAY:  # a symmetric scale: show the part that occurs in the maps
+        values = [image.get_array() for image in maps]
+        signs = {int(np.sign(v)) for array in values for v in (array.min(), array.max())}
+        words = {-1: "negative", 0: "0", 1: _ENDS[sign][-1] if sign != "negative" else "positive"}
+        ticks = {end: words[end] for end in sorted(signs | {0})}
+        ticks = ticks if len(ticks) > 1 else {0: "0", 1: words[1]}
+        bar.ax.set_xlim(min(ticks), max(ticks))
+    else:  # the scale of maps of one sign begins at 0; the scale of all maps is symmetric about 0
+        low, high = maps[0].get_clim()
+        ticks = dict(zip([low, 0, high] if low else [low, high], _ENDS[sign], strict=True))
+    bar.set_ticks(list(ticks), labels=list(ticks.values()))
+    bar.ax.tick_params(labelsize=8, length=0)
+    bar.set_label("value of the map, as a share of its own largest", fontsize=8)

@@ -14,8 +14,10 @@ from os import PathLike
 from pathlib import Path
 from string import Template
 
+import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.colors import ListedColormap
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +27,24 @@ from captum_mipin.errors import InputError
 #: Number of colours on each side of 0; a small number makes small files.
 _LEVELS = 30
 #: Images whose sides are all shorter than this number of pixels are enlarged without smoothing.
-_SMALL = 64
+SMALL = 64
+
+
+def _overlay() -> ListedColormap:
+    """Return colours of values from -1 to 1 to lay over an image.
+
+    Blue is positive, red is negative; the smaller a value is, the more of the image is seen.
+    """
+    values = np.linspace(-1, 1, 2 * _LEVELS + 1)
+    # from the middle of each half of RdBu to its end: pale colours would hide the image as fog
+    strong = np.sign(values) * (0.5 + 0.5 * np.abs(values))
+    colours = colormaps["RdBu"]((strong + 1) / 2)
+    colours[:, 3] = 0.9 * np.abs(values)
+    return ListedColormap(colours, "overlay")
+
+
+#: The colours of maps over images, in figures and pages.
+OVERLAY = _overlay()
 
 
 def pictures(images: Tensor) -> Tensor:
@@ -69,18 +88,17 @@ def strength(heat: Tensor, outliers: float = 2.0) -> Tensor:
 
 
 def painted(heat: Tensor) -> Tensor:
-    """Return colours (height, width, 3), uint8, of a map (height, width).
+    """Return colours and opacity (height, width, 4), uint8, of a map (height, width).
 
-    Blue is for the target, red is against the target, white is 0.
+    Blue is positive, red is negative, and 0 is transparent.
     """
     # levels 0 ... 60; level 30 is the value 0
     level = (strength(heat) * _LEVELS).round().long() + _LEVELS
-    rgba = colormaps["RdBu"].resampled(2 * _LEVELS + 1)(level.numpy())
-    return torch.from_numpy((255 * rgba[..., :3]).round()).to(torch.uint8)
+    return torch.from_numpy((255 * OVERLAY(level.numpy())).round()).to(torch.uint8)
 
 
 def png(pixels: Tensor) -> str:
-    """Return a picture (height, width, 3), uint8, as a data URL that contains it as PNG."""
+    """Return a picture (height, width, 3 or 4), uint8, as a data URL that contains it as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(buffer, "png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -117,7 +135,7 @@ def write(
         images=len(images),
         pictures="\n".join(styles),
         table=_table(rows, columns),
-        small="pixel" if max(colours.shape[1:3]) < _SMALL else "",
+        small="pixel" if max(colours.shape[1:3]) < SMALL else "",
         grid=_grid([row for row in rows if row.maps is not None], images, titles, numbers),
         notes="\n".join(f"<li>{escape(note)}</li>" for note in notes),
     )

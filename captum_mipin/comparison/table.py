@@ -82,20 +82,27 @@ class Comparison:
         self,
         methods: Sequence[str] | str | None = None,
         images: Sequence[int] | None = None,
+        *,
+        controls: bool = False,
+        across: bool = False,
         **options: Any,
     ) -> Any:
         """Return a figure with one line per image and one column per method.
 
-        Maps are drawn by Captum's ``visualize_image_attr``. By default, blue is evidence for the
-        target and red is evidence against it. A map without values of the option ``sign`` is drawn
-        empty. One colour scale explains the colours of all maps; with ``show_colorbar=True``
-        Captum draws one scale per map instead.
+        By default, each map lies over its image in grey: blue is positive, red is negative, and the
+        image is seen where the map is 0. What a positive value says depends on the method. A map
+        without values of the option ``sign`` is drawn empty. One colour scale explains the colours
+        of all maps.
 
         Args:
-            methods: Names of the rows to show, or one name; by default all rows that have maps.
+            methods: Names of the rows to show, or one name; by default the methods that have maps.
             images: Indices of the images to show; by default the first eight images.
-            **options: Options of ``visualize_image_attr``, by default ``method="heat_map"``,
-                ``sign="all"``, ``cmap="RdBu"``.
+            controls: True to show also the controls, if ``methods`` is None.
+            across: True for one column per image and one line per method.
+            **options: Options of Captum's ``visualize_image_attr``, which draws the maps for
+                another ``method=`` than "overlay", such as "heat_map", "blended_heat_map" or
+                "masked_image". ``sign`` ("all", "positive", "negative" or "absolute_value") and
+                ``cmap`` are for all. With ``show_colorbar=True`` Captum draws one scale per map.
 
         Returns:
             A ``matplotlib.figure.Figure``. Notebooks show it; its ``savefig`` writes a file.
@@ -107,11 +114,11 @@ class Comparison:
         _require_matplotlib("a figure")
         from captum_mipin.comparison.figure import draw
 
-        rows = [row for row in self.rows if row.maps is not None]
+        rows = [row for row in self.rows if row.maps is not None and (controls or not row.control)]
         names = [methods] if isinstance(methods, str) else methods
         rows = rows if names is None else [self[name] for name in names]
         numbers = range(min(8, len(self.images))) if images is None else images
-        return draw(rows, self.images, self.titles, numbers, options)
+        return draw(rows, self.images, self.titles, numbers, options, across=across)
 
     def save_html(
         self,

@@ -227,8 +227,10 @@ def test_maps_of_one_value_are_written(value, suffix, tmp_path):
     if suffix == "png":
         with Image.open(path) as picture:
             colours = set(picture.convert("RGB").getdata())
-        end = {-1.0: (103, 0, 31), 1.0: (5, 48, 97)}.get(value)
-        assert end is None or end in colours
+        red, blue = ([c for c in colours if c[i] > 1.5 * c[2 - i]] for i in (0, 2))
+        # most of the colours are those of the map over the image
+        assert value != -1 or len(red) > 20
+        assert value != 1 or len(blue) > 20
     assert path.stat().st_size > 0
 
 

@@ -1,7 +1,8 @@
 """Figures: what is drawn where, in whose colours, with which legend."""
 
-import struct
+import io
 
+import numpy as np
 import pytest
 import torch
 from captum.attr import visualization as viz
@@ -12,14 +13,17 @@ from captum_mipin.errors import InputError
 
 def test_a_figure_is_images_by_methods(found, tmp_path):
     figure = found.figure()
-    shown = [row.name for row in found.rows if row.name != "broken"]
+    shown = [row.name for row in found.rows if row.name != "broken" and not row.control]
     assert [axis.get_title() for axis in figure.axes[: len(shown) + 1]] == ["image", *shown]
     assert len(figure.axes) == 3 * (len(shown) + 1) + 1  # and the legend
-    assert [figure.axes[i * (len(shown) + 1)].get_ylabel() for i in range(3)] == ["a", "<b>&", "c"]
+    assert [figure.axes[i * (len(shown) + 1)].get_xlabel() for i in range(3)] == ["a", "<b>&", "c"]
     texts = {text.get_text() for axis in figure.axes for text in axis.texts}
     assert texts == {"NaN", "all 0"}
     figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
+    every = found.figure(images=[0], controls=True)
+    known = [row.name for row in found.rows if row.name != "broken"]
+    assert [axis.get_title() for axis in every.axes[:-1]] == ["image", *known]
     one = found.figure(["S"], [2], method="blended_heat_map", cmap="PiYG", sign="positive")
     assert len(one.axes) == 3
     assert len(one.axes[1].images) == 2  # the grey image and the map
@@ -29,18 +33,14 @@ def test_a_figure_is_images_by_methods(found, tmp_path):
 def test_notebooks_show_figures_and_tables(found):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     figure = found.figure(["S"], [0])
-    shown = figure._repr_png_()
-    assert shown[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", shown[16:24]) == tuple(
-        int(inches * figure.dpi) for inches in figure.get_size_inches()
-    )
+    assert figure._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not pyplot.get_fignums()
     assert found._repr_markdown_() == found.table("markdown")
 
 
 def test_a_figure_is_drawn_by_captum(found, cnn):
     """The same picture as the user would draw by hand."""
-    figure = found.figure(["MIP-IN"], [0])
+    figure = found.figure(["MIP-IN"], [0], method="heat_map")
     maps = cnn.mipin.attribute(cnn.x[:1], target=0)[0].permute(1, 2, 0).numpy()
     _, axis = viz.visualize_image_attr(
         maps, method="heat_map", sign="all", cmap="RdBu", use_pyplot=False
@@ -58,15 +58,19 @@ def test_a_figure_is_drawn_by_captum(found, cnn):
 @pytest.mark.parametrize(
     ("options", "ends", "cmap"),
     [
-        ({}, ["against", "0", "for"], "RdBu"),
-        ({"method": "blended_heat_map", "cmap": "PiYG"}, ["against", "0", "for"], "PiYG"),
-        ({"sign": "positive", "cmap": "Greens"}, ["0", "for"], "Greens"),
-        ({"sign": "negative", "cmap": "Reds"}, ["0", "against"], "Reds"),
-        ({"sign": "absolute_value", "cmap": "Blues"}, ["0", "for or against"], "Blues"),
+        ({}, ["negative", "0", "positive"], "overlay"),
+        ({"sign": "positive"}, ["0", "positive"], "overlay"),
+        ({"sign": "negative"}, ["negative", "0"], "overlay"),
+        ({"cmap": "PiYG"}, ["negative", "0", "positive"], "PiYG"),
+        ({"method": "heat_map"}, ["negative", "0", "positive"], "RdBu"),
+        ({"method": "blended_heat_map", "cmap": "PiYG"}, ["negative", "0", "positive"], "PiYG"),
+        ({"sign": "positive", "cmap": "Greens"}, ["0", "positive"], "Greens"),
+        ({"sign": "negative", "cmap": "Reds"}, ["0", "negative"], "Reds"),
+        ({"sign": "absolute_value", "cmap": "Blues"}, ["0", "positive or negative"], "Blues"),
     ],
 )
 def test_a_legend_says_what_the_colours_mean(cnn, options, ends, cmap):
-    """A map of -1 at the left and 2 at the right is against and for, scaled to -1/2 and 1."""
+    """A map of -1 at the left and 2 at the right has both signs, scaled to -1/2 and 1."""
     steps = torch.linspace(-1, 2, 8).expand(1, 1, 8, 8)
     figure = compare(
         {"steps": steps}, cnn.x[:1], 0, metrics=[], controls=False, progress=False
@@ -76,8 +80,10 @@ def test_a_legend_says_what_the_colours_mean(cnn, options, ends, cmap):
     drawn, key = picture.images[-1], legend._colorbar.mappable
     assert key is drawn
     assert drawn.get_cmap().name == cmap
-    assert list(legend.get_xticks()) == ([-1, 0, 1] if len(ends) == 3 else [0, 1])
-    assert legend.get_xlim() == drawn.get_clim()
+    ticks = [-1, 0, 1] if len(ends) == 3 else [-1, 0] if ends[1] == "0" else [0, 1]
+    assert list(legend.get_xticks()) == ticks
+    assert legend.get_xlim() == (ticks[0], ticks[-1])
+    assert cmap == "overlay" or drawn.get_clim() == legend.get_xlim()
 
 
 def test_a_legend_is_left_out_where_there_is_no_scale_or_captum_draws_one(cnn):
@@ -92,8 +98,69 @@ def test_a_legend_is_left_out_where_there_is_no_scale_or_captum_draws_one(cnn):
     assert len(found.figure(method="masked_image", sign="positive").axes) == 2
     assert len(found.figure(["failed"]).axes) == 2
     assert (
-        len(found.figure(["S"], show_colorbar=True).axes) == 3
+        len(found.figure(["S"], method="heat_map", show_colorbar=True).axes) == 3
     )  # the image, the map, and Captum's
+
+
+def test_maps_without_negative_values_have_a_scale_without_them(cnn):
+    maps = {"one": torch.rand(1, 1, 8, 8), "other": 5 * torch.rand(1, 1, 4, 4)}
+    found = compare(maps, cnn.x[:1], 0, metrics=[], controls=False, progress=False)
+    figure = found.figure()
+    assert figure.axes[-1].get_xlim() == (0, 1)
+    assert [axis.get_title() for axis in figure.axes[:3]] == [
+        "image",
+        "one",
+        "other\n4 × 4 enlarged",
+    ]
+
+
+def test_an_overlay_shows_the_image_where_the_map_is_zero(cnn):
+    """In grey, and in full colour of the map where the map is largest."""
+    heat = torch.zeros(1, 1, 8, 8)
+    heat[..., 0], heat[..., 7] = -1, 1
+    found = compare({"m": heat}, cnn.x[:1], 0, metrics=[], controls=False, progress=False)
+    grey, picture = found.figure().axes[1].images
+    rgba = picture.to_rgba(picture.get_array())
+    assert rgba[:, 1:7, 3].max() == 0
+    assert np.allclose(rgba[:, [0, 7], 3], 0.9)
+    red, blue = rgba[0, 0, :3], rgba[0, 7, :3]
+    assert red[0] > 3 * red[2] and blue[2] > 3 * blue[0]
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    shown, own = grey.get_array(), (cnn.x[0] * weights).sum(0).numpy()
+    assert np.corrcoef(shown.flatten(), own.flatten())[0, 1] > 0.999
+
+
+def test_no_title_is_cut_off(cnn):
+    """Nothing but white lies at the edges of the file, whatever the length of names."""
+    image = pytest.importorskip("PIL.Image")
+    name = "a method with quite a long name, times its gradient, at features.13"
+    maps = {name: torch.rand(2, 1, 8, 8), f"{name} again": torch.rand(2, 1, 8, 8)}
+    titles = [
+        "a class with a name of many words, and more",
+        "Averyverylongnamewithoutanyspacesinit",
+    ]
+    found = compare(maps, cnn.x[:2], 0, metrics=[], controls=False, progress=False, titles=titles)
+    for across in (False, True):
+        figure, file = found.figure(across=across), io.BytesIO()
+        figure.savefig(file)
+        pixels = np.asarray(image.open(file).convert("L"))
+        edges = pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]
+        assert all((edge == 255).all() for edge in edges)
+        names = figure.axes[1:3] if not across else figure.axes[2:6:2]
+        label = "get_ylabel" if across else "get_title"
+        assert [getattr(a, label)().replace("\n", " ") for a in names] == list(maps)
+        boxes = [axis.title.get_window_extent() for axis in figure.axes[:2]]
+        assert boxes[0].x1 <= boxes[1].x0
+
+
+def test_images_across_are_the_same_pictures(found):
+    down, across = found.figure(["S", "MIP-IN"]), found.figure(["S", "MIP-IN"], across=True)
+    cells = np.array(down.axes[:9]).reshape(3, 3)
+    turned = np.array(across.axes[:9]).reshape(3, 3)
+    for one, other in zip(cells.T.flat, turned.flat, strict=True):
+        assert (one.images[-1].get_array() == other.images[-1].get_array()).all()
+    assert [axis.get_title() for axis in turned[0]] == ["a", "<b>&", "c"]
+    assert [axis.get_ylabel() for axis in turned[:, 0]] == ["image", "S", "MIP-IN"]
 
 
 SIGNS = {"all": (-1, 1), "positive": (0, 1), "negative": (0, 1), "absolute_value": (0, 1)}
@@ -113,6 +180,14 @@ def plain(cnn):
     maps["nearly"][:, :, 0, 0] = 1e-9
     options = {"metrics": [], "controls": False, "progress": False}
     return compare(maps, cnn.x[:2], 0, **options)
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+def test_an_overlay_without_the_sign_asked_for_is_drawn_empty(plain, sign):
+    figure = plain.figure(sign=sign)
+    for axis, (value, expected) in zip(figure.axes[1:4], MAPS.values(), strict=True):
+        values = axis.images[-1].get_array()
+        assert (values == expected.get(sign, 0) * (-1 if sign == "negative" else 1)).all(), value
 
 
 @pytest.mark.parametrize("method", ["heat_map", "blended_heat_map"])
@@ -146,7 +221,8 @@ def test_an_image_behind_an_empty_map_is_not_seen(plain, sign, method):
 def test_an_empty_map_is_drawn_where_all_are(plain):
     """With its legend, or Captum's own."""
     assert len(plain.figure(["against", "zero"], [0], sign="positive").axes) == 3 + 1
-    shown = plain.figure(["against", "zero"], [0], sign="positive", show_colorbar=True)
+    options = {"method": "heat_map", "sign": "positive", "show_colorbar": True}
+    shown = plain.figure(["against", "zero"], [0], **options)
     assert len(shown.axes) == 3 + 2
 
 

@@ -38,16 +38,21 @@ def test_maps_are_scaled_and_coloured_as_captums():
     expected = visualization._normalize_attr(heat.numpy(), "all", 2)
     torch.testing.assert_close(page.strength(heat), torch.from_numpy(expected))
     ramp = torch.linspace(-1, 1, 61, dtype=torch.float64)[None]
-    colours = torch.from_numpy(colormaps["RdBu"]((ramp.numpy() + 1) / 2))[..., :3] * 255
-    assert (page.painted(ramp).double() - colours).abs().max() < 12  # few levels
+    painted = page.painted(ramp).double()
+    # the halves of RdBu from their middle outwards, the more opaque the larger the value
+    strong = (ramp.sign() * (0.5 + 0.5 * ramp.abs()) + 1) / 2
+    colours = torch.from_numpy(colormaps["RdBu"](strong.numpy()))[..., :3] * 255
+    far = ramp.abs() > 0.02  # the sign of 0 has no colour
+    assert (painted[..., :3] - colours)[far].abs().max() < 12  # few levels
+    assert (painted[..., 3] - 0.9 * 255 * ramp.abs()).abs().max() < 10
     assert page.painted(torch.tensor([[1.0, 0.0, -1.0]])).tolist() == [
-        [[5, 48, 97], [247, 247, 247], [103, 0, 31]]
+        [[5, 48, 97, 230], [246, 247, 247, 0], [103, 0, 31, 230]]
     ]
 
 
 def test_maps_of_one_value_have_the_colour_of_their_end(cnn, tmp_path):
     """Also of numbers near the ends of what floats can be; a map of zeros is named."""
-    blue, white, red = [5, 48, 97], [247, 247, 247], [103, 0, 31]
+    blue, white, red = [5, 48, 97, 230], [246, 247, 247, 0], [103, 0, 31, 230]
     for value, colour in ((1.0, blue), (0.0, white), (-1.0, red), (5e-324, blue), (-1e308, red)):
         heat = torch.full((2, 3), value, dtype=torch.float64)
         assert page.painted(heat).tolist() == [[colour] * 3] * 2
@@ -57,8 +62,8 @@ def test_maps_of_one_value_have_the_colour_of_their_end(cnn, tmp_path):
     found.save_html(tmp_path / "page.html")
     read = Reader((tmp_path / "page.html").read_text())
     against, positive = (decoded(image["src"]) for image in read.all("img"))
-    assert against.tolist() == [[red] * 8] * 8
-    assert positive.tolist() == [[blue] * 8] * 8
+    assert against.tolist() == [[red[:3]] * 8] * 8
+    assert positive.tolist() == [[blue[:3]] * 8] * 8
     assert read.text.count("all 0") == 1
 
 
@@ -214,12 +219,12 @@ def test_the_table_sorts_by_click_and_by_key(opened, found):
 @needs_browser
 def test_the_slider_changes_the_opacity_by_key(opened):
     opacity = "return getComputedStyle(document.querySelector('.frame img')).opacity"
-    assert float(opened.run(opacity)) == pytest.approx(0.7)
+    assert float(opened.run(opacity)) == pytest.approx(0.9)
     opened.run("document.getElementById('opacity').focus()")
     opened.press(*[browser.ARROW_RIGHT] * 5)
-    assert float(opened.run(opacity)) == pytest.approx(0.75)
-    assert opened.run("return document.getElementById('shown').value") == "75 %"
-    opened.press(*[browser.ARROW_LEFT] * 75)
+    assert float(opened.run(opacity)) == pytest.approx(0.95)
+    assert opened.run("return document.getElementById('shown').value") == "95 %"
+    opened.press(*[browser.ARROW_LEFT] * 95)
     assert float(opened.run(opacity)) == 0
 
 
