@@ -9,11 +9,12 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from captum_mipin.comparison.methods import METHODS
+from captum_mipin.comparison.methods import CONTROLS, METHODS, known_name, label_of
+from captum_mipin.comparison.names import class_name
 from captum_mipin.errors import InputError, TargetError, TrainingModeError
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.inverse.base import ModelInverse
-from captum_mipin.metrics.case import Case, attribution_of, method_name, raw_outputs
+from captum_mipin.metrics.case import Case, attribution_of, raw_outputs
 from captum_mipin.metrics.examples import Examples
 from captum_mipin.targets import per_example
 
@@ -41,7 +42,7 @@ def named_methods(methods: Any) -> dict[str, Any]:
                 f"methods is a {type(methods).__name__}, expected methods or their names: pass a "
                 "list, or a dictionary label -> method"
             )
-        pairs = [(_label(method), method) for method in ([methods] if is_one else methods)]
+        pairs = [(label_of(method), method) for method in ([methods] if is_one else methods)]
     if not pairs:
         raise InputError(
             "methods is empty, expected at least one method to compare: pass a list of names, or a "
@@ -54,23 +55,17 @@ def named_methods(methods: Any) -> dict[str, Any]:
         while label in named:
             number += 1
             label = f"{name} ({number})"
-        named[label] = method
+        named[label] = known_name(method) if isinstance(method, str) else method
     return named
-
-
-def _label(method: Any) -> str:
-    """Return the default label of a method: its name."""
-    # remove "<" and ">": browsers and Markdown would read "<lambda>" as a tag
-    return method if isinstance(method, str) else method_name(method).strip("<>")
 
 
 def _check_method(label: str, method: Any) -> None:
     """Raise InputError if a method is neither a known name nor a method."""
     if isinstance(method, str):
-        if method not in METHODS:
+        if known_name(method) is None:
             raise InputError(
-                f"no method has the name {method!r}; known are {', '.join(METHODS)}. Pass one of "
-                "these names, or a method"
+                f"no method has the name {method!r}; known are {', '.join((*METHODS, *CONTROLS))}. "
+                "Pass one of these names, or a method"
             )
     elif isinstance(method, type):
         raise InputError(
@@ -197,14 +192,21 @@ def _target_error(case: Case, model: Any) -> Exception | None:
     return None
 
 
-def image_titles(titles: Sequence[str] | None, examples: Examples) -> tuple[str, ...]:
-    """Return one title per image: the user's title, or by default the image's target.
+def image_titles(
+    titles: Sequence[str] | None, examples: Examples, names: Mapping[int, str]
+) -> tuple[str, ...]:
+    """Return one title per image: the user's title, or by default the name of the image's target.
+
+    Args:
+        titles: The user's titles, or None.
+        examples: The images and targets.
+        names: Names by class.
 
     Raises:
         InputError: The number of titles is not the number of images.
     """
     if titles is None:
-        return tuple("" if target is None else str(target) for target in examples.targets)
+        return tuple(class_name(names, target) for target in examples.targets)
     if len(titles) != len(examples):
         raise InputError(
             f"there are {len(titles)} titles, but {len(examples)} images: pass one title per image"

@@ -21,7 +21,7 @@ from captum_mipin.methods import (
     SmoothGrad,
 )
 from captum_mipin.metrics import Method
-from captum_mipin.metrics.case import attribution_of
+from captum_mipin.metrics.case import attribution_of, method_name
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,40 @@ def _with(method: Any, **options: Any) -> Method:
     return partial(method.attribute, **options)
 
 
+def reading(mipin: Any, name: str) -> Method:
+    """Return a reading of MIP-IN.
+
+    Args:
+        mipin: A :class:`~captum_mipin.MIPINAttribution` or a
+            :class:`~captum_mipin.LayerMIPINAttribution`.
+        name: A name in :data:`READINGS`.
+    """
+    if name == "S":
+        signal: Method = mipin.source_signal
+        return signal
+    features = "inputs" if isinstance(mipin, MIPINAttribution) else "features"
+    options = {option.replace("features", features): True for option in READINGS[name]}
+    return _with(mipin, **options) if options else mipin
+
+
+#: Name of a reading of MIP-IN -> options of ``attribute``; S is the source signal.
+READINGS: dict[str, tuple[str, ...]] = {
+    "A": (),
+    "S": (),
+    "A × feature": ("multiply_by_features",),
+    "A × gradient": ("multiply_by_gradients",),
+    "evidence": ("evidence",),
+    "evidence × feature": ("evidence", "multiply_by_features"),
+    "evidence × gradient": ("evidence", "multiply_by_gradients"),
+}
 #: Name -> function that makes the method.
 METHODS: dict[str, Callable[[Setup], Method]] = {
     "MIP-IN": lambda setup: setup.mipin,
-    "MIP-IN × gradient": lambda setup: _with(setup.mipin, multiply_by_gradients=True),
+    **{
+        f"MIP-IN {name.removeprefix('A ')}": lambda setup, name=name: reading(setup.mipin, name)  # type: ignore[misc]
+        for name in READINGS
+        if name != "A"
+    },
     "Saliency": lambda setup: attr.Saliency(setup.model),
     "Gradient": lambda setup: _with(attr.Saliency(setup.model), abs=False),
     "Input×Gradient": lambda setup: attr.InputXGradient(setup.model),
@@ -100,6 +130,46 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
     ),
     "Grad×Feature": lambda setup: attr.LayerGradientXActivation(setup.model, setup.layer),
 }
+
+
+#: Names of the controls, see `controls`; ``compare`` takes them as methods too.
+CONTROLS = ("random", "centre prior", "mask only", "pattern only")
+
+
+def plain(name: str) -> str:
+    """Return a name without what spellings differ in: case, spaces, hyphens, × or X, "Layer"."""
+    letters = "".join(c for c in name.casefold().replace("×", "x") if c.isalnum())
+    return letters.removeprefix("layer")
+
+
+def known_name(name: str) -> str | None:
+    """Return the name of a method or control for any spelling of the name; None if not known."""
+    names = {plain(known): known for known in (*METHODS, *CONTROLS)}
+    return names.get(plain(name))
+
+
+def label_of(method: Any) -> str:
+    """Return the default label of a method: its name, where possible one that ``compare`` takes."""
+    if isinstance(method, str):
+        return known_name(method) or method
+    # remove "<" and ">": browsers and Markdown would read "<lambda>" as a tag
+    name = method_name(method).strip("<>")
+    if isinstance(attribution_of(method), (MIPINAttribution, LayerMIPINAttribution)):
+        name = f"MIP-IN{_reading_of(method)}"
+    return known_name(name) or name
+
+
+def _reading_of(method: Any) -> str:
+    """Return " " and the name of the reading that a method of MIP-IN is; empty for A and others."""
+    options: set[str] = set()
+    while isinstance(method, partial):
+        options |= {option for option, value in method.keywords.items() if value}
+        method = method.func
+    if getattr(method, "__name__", "") == "source_signal":
+        return " S"
+    options = {option.replace("inputs", "features") for option in options}
+    names = (name for name, known in READINGS.items() if known and {*known} == options)
+    return "".join(f" {name.removeprefix('A ')}" for name in names)
 
 
 def controls(methods: Iterable[Any], model: Any) -> dict[str, Method]:
@@ -146,6 +216,5 @@ def controls(methods: Iterable[Any], model: Any) -> dict[str, Method]:
     def mask(x: Tensor) -> Tensor:
         return (x != 0).float()
 
-    names = {"random": random, "centre prior": centre, "mask only": mask}
-    added = {name: control(maps) for name, maps in names.items()}
+    added = {name: control(f) for name, f in zip(CONTROLS, (random, centre, mask), strict=False)}
     return added if mipin is None else {**added, "pattern only": _with(mipin, local=False)}

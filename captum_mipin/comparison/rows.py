@@ -53,6 +53,7 @@ class Row:
         results: Name of a metric -> result.
         errors: Name of a metric that failed, or "" for the method -> text of the error.
         seconds: Time to compute the maps, in seconds.
+        missing: Reason -> indices of images for which the method failed; their maps are NaN.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Row:
     results: Mapping[str, Result] = field(default_factory=dict)
     errors: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    missing: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def error(self) -> str:
@@ -110,6 +112,7 @@ class Row:
             "control": self.control,
             "seconds": self.seconds,
             "errors": dict(self.errors),
+            "missing": {reason: list(images) for reason, images in self.missing.items()},
             "results": {metric: result.to_dict() for metric, result in self.results.items()},
         }
 

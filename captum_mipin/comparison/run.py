@@ -1,11 +1,7 @@
 """The function ``compare``, which computes and scores the maps of several methods."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from inspect import signature
-from time import perf_counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +9,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
-from captum_mipin import metrics as library
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.comparison.arguments import (
     check_targets,
@@ -22,39 +17,19 @@ from captum_mipin.comparison.arguments import (
     module_of,
     named_methods,
 )
-from captum_mipin.comparison.methods import METHODS, Setup
+from captum_mipin.comparison.methods import CONTROLS, METHODS, Setup
 from captum_mipin.comparison.methods import controls as control_methods
-from captum_mipin.comparison.rows import Row
+from captum_mipin.comparison.names import class_names
+from captum_mipin.comparison.options import Extent, Settings
+from captum_mipin.comparison.scores import Metric, metric_functions
 from captum_mipin.comparison.table import Comparison
+from captum_mipin.comparison.work import Line, Work
 from captum_mipin.copies import copy_memo
-from captum_mipin.errors import InputError
+from captum_mipin.errors import NotFittedError
 from captum_mipin.inverse.base import ModelInverse
-from captum_mipin.metrics import Boxes, Method, Options, Result
-from captum_mipin.metrics.boxes import image_masks
-from captum_mipin.metrics.case import Case, attribution_of
+from captum_mipin.metrics import Boxes, Method
+from captum_mipin.metrics.case import Case
 from captum_mipin.metrics.examples import Examples
-
-Metric = Callable[..., Result]
-
-#: Metrics that use only the maps of a method, which are computed once for all these metrics.
-_OF_MAPS: tuple[Any, ...] = (
-    library.bounding_box_accuracy,
-    library.pointing_game,
-    library.effective_heat_ratio,
-    library.deletion,
-    library.insertion,
-    library.sensitivity_n,
-    library.infidelity,
-)
-_OF_METHODS: tuple[Any, ...] = (
-    library.completeness,
-    library.grid_pointing_game,
-    library.class_sensitivity,
-    library.sensitivity_max,
-    library.randomization,
-)
-#: Name -> metric, for metrics that users pass to ``compare`` by name.
-METRICS: dict[str, Metric] = {metric.__name__: metric for metric in _OF_MAPS + _OF_METHODS}
 
 
 @torch.inference_mode(False)  # weights copied in inference mode would have no gradients
@@ -68,14 +43,13 @@ def compare(
     inverse: ModelInverse[Any] | None = None,
     layer: nn.Module | str | None = None,
     controls: bool = True,
-    titles: Sequence[str] | None = None,
-    progress: bool = True,
-    **options: Unpack[Options],
+    **options: Unpack[Settings],
 ) -> Comparison:
     """Compare attribution methods on the same images.
 
-    If a method or metric fails, its error is stored in the row. A method whose scores are not
-    better than those of the controls gives no evidence about the image.
+    If a method or metric fails, its error is stored in the row; an image whose class has no fitted
+    inverse has no map. A method whose scores are not better than those of the controls gives no
+    evidence about the image. Ctrl-C ends the work early, and what is done is returned.
 
     Args:
         methods: A method or a name of :data:`METHODS`; or a list, or a dictionary label -> method,
@@ -88,13 +62,11 @@ def compare(
         inverse: Fitted inverse for the methods "MIP-IN"; its stop layer is explained.
         layer: Layer for Grad-CAM and Grad×Feature by name: a module or its dotted name.
         controls: True to add controls, see :func:`~captum_mipin.comparison.methods.controls`.
-        titles: Text for each image; by default its target.
-        progress: Whether to show a progress bar.
-        **options: See :class:`~captum_mipin.metrics.case.Options`. Random numbers are the same for
-            all methods.
+        **options: See :class:`~captum_mipin.comparison.options.Settings`. Random numbers are the
+            same for all methods.
 
     Raises:
-        InputError: Names are not known, or boxes or titles do not fit the images.
+        InputError: Names are not known, an option is out of range, or boxes or titles do not fit.
         TargetError: The targets do not fit the images or the outputs.
         TrainingModeError: The model is in training mode.
 
@@ -104,160 +76,72 @@ def compare(
         >>> [row.name for row in result.rows]
         ['Saliency', 'random', 'centre prior', 'mask only']
     """
-    x = Examples.of(images, targets).x
-    case = Case.of((), x, targets, **options)
-    named = named_methods(methods)
-    functions = _metric_functions(metrics, x, boxes)
-    written = image_titles(titles, case.examples)
+    extent, arguments = Extent.of(options)
+    case = Case.of((), Examples.of(images, targets).x, targets, **arguments)
+    named, functions = named_methods(methods), metric_functions(metrics, case.examples.x, boxes)
     model = compared_model(case.user_model, inverse, named.values())
+    titles = image_titles(extent.titles, case.examples, class_names(extent.names, model))
     module = module_of(layer, model)
     check_targets(case, model, named.values())
-    made = _made(named, model, inverse, module)
-    added = control_methods(made.values(), model) if controls else {}
-    made |= {name: control for name, control in added.items() if name not in made}
-    run = _Run(case, {**options, "boxes": boxes, "model": model}, _seed(case.generator))
-    rows = run.rows(made, named, functions, progress)
-    return Comparison(tuple(rows), tuple(functions), x.detach().cpu(), written)
+    lines = _with_controls(_made(named, model, inverse, module), model, controls)
+    known = {**arguments, "boxes": boxes, "model": model, "steps": extent.steps}
+    return _run(Work(case, lines, functions, known, _seed(case.generator)), extent, titles)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Images and arguments that are the same for all methods and metrics of a comparison.
+def _run(work: Work, extent: Extent, titles: Sequence[str]) -> Comparison:
+    """Do the work until it is done, interrupted, or the budget is used up.
 
-    Attributes:
-        case: Case with the images and targets, without a method.
-        arguments: Keyword arguments; each metric gets those that it has as parameters.
-        seed: Seed of the generator that each metric gets.
-    """
-
-    case: Case
-    arguments: dict[str, Any]
-    seed: int
-
-    def rows(
-        self,
-        made: Mapping[str, Any],
-        named: Mapping[str, Any],
-        functions: Mapping[str, Metric],
-        progress: bool,
-    ) -> list[Row]:
-        """Return one row per method, with its maps, results and errors.
-
-        Args:
-            made: Label -> method or control, or the exception raised when it was made.
-            named: Label -> method, for the methods of the user; all others are controls.
-            functions: Name -> metric.
-            progress: Whether to show a progress bar.
-        """
-        rows, total = [], len(made) * (1 + len(functions))
-        with tqdm(total=total, desc="compare", disable=not progress, leave=False) as bar:
-            for name, method in made.items():
-                rows.append(self.explained(name, method, name not in named, bar))
-                for title, metric in functions.items():
-                    rows[-1] = self.scored(rows[-1], method, title, metric, bar)
-        return rows
-
-    def explained(self, name: str, method: Any, control: bool, bar: Any) -> Row:
-        """Return the row of a method, with its maps or its error.
-
-        Args:
-            name: Label of the method.
-            method: The method, or the exception raised when it was made.
-            control: True for a control.
-            bar: Progress bar, which goes on by one step.
-        """
-        bar.set_postfix_str(name)
-        start = perf_counter()
-        maps, errors = None, {}
-        try:
-            if isinstance(method, Exception):
-                raise method
-            tensors = replace(self.case, method=method).maps
-            if len(tensors) != 1:
-                raise InputError(
-                    f"the method gave {len(tensors)} tensors of maps, expected one: pass a method "
-                    "that returns one tensor"
-                )
-            (maps,) = tensors
-        except Exception as error:  # of any type: other methods must still be computed
-            errors = {"": _first_line(error)}
-        bar.update()
-        return Row(name, control, maps, errors=errors, seconds=perf_counter() - start)
-
-    def scored(self, row: Row, method: Any, title: str, metric: Metric, bar: Any) -> Row:
-        """Return the row with the result of a metric added, or the metric's error.
-
-        Args:
-            row: The row of the method.
-            method: The method.
-            title: Name of the metric.
-            metric: The metric.
-            bar: Progress bar, which goes on by one step.
-        """
-        bar.set_postfix_str(f"{row.name}, {title}")
-        bar.update()
-        if row.maps is None:
-            return row
-        try:
-            # metrics that use only maps get the maps of the row, so that none are computed twice
-            function = metric.func if isinstance(metric, partial) else metric
-            source = row.maps if function in _OF_MAPS else method
-            examples, arguments = self.case.examples, self._arguments(metric, method)
-            result = metric(source, examples.x, examples.target, **arguments)
-        except Exception as error:  # of any type: other metrics must still be computed
-            return replace(row, errors={**row.errors, title: _first_line(error)})
-        result = replace(result, settings={**result.settings, "method": row.name})
-        return replace(row, results={**row.results, title: result})
-
-    def _arguments(self, metric: Metric, method: Any) -> dict[str, Any]:
-        """Return the keyword arguments for a metric, without those that a ``partial`` has bound."""
-        # a new generator for each call, so that all methods get the same random numbers
-        arguments = {**self.arguments, "generator": torch.Generator().manual_seed(self.seed)}
-        attribution = attribution_of(method)
-        if attribution is not None:  # each method is measured on the network that it explains
-            arguments["model"] = attribution.forward_func
-        function, bound = metric, dict[str, Any]()
-        if isinstance(metric, partial):
-            function, bound = metric.func, metric.keywords
-        # a metric gets the arguments that are among its parameters; metrics of this package also
-        # take the parameters in `Options`
-        known = set(signature(function).parameters)
-        if function in METRICS.values():
-            known |= Options.__annotations__.keys()
-        known -= bound.keys()
-        return {
-            name: value for name, value in arguments.items() if name in known and value is not None
-        }
-
-
-def _metric_functions(metrics: Any, images: Tensor, boxes: Boxes | None) -> dict[str, Metric]:
-    """Return name -> metric.
-
-    The default for images is insertion and deletion, for other inputs deletion; with boxes, box
-    accuracy and the pointing game are added.
+    Args:
+        work: The work.
+        extent: Budget, progress and callback.
+        titles: One title per image.
 
     Raises:
-        InputError: A name is not known, a metric is not a function, or boxes do not fit the images.
+        KeyboardInterrupt: The work was interrupted before anything was done.
     """
-    if boxes is not None:
-        image_masks(boxes, images)
-    if metrics is None:
-        metrics = ["bounding_box_accuracy", "pointing_game"] * (boxes is not None)
-        metrics += ["insertion", "deletion"] if images.ndim == 4 else ["deletion"]
-    if not isinstance(metrics, Mapping):
-        if isinstance(metrics, str) or any(name not in [*METRICS] for name in metrics):
-            raise InputError(
-                f"metrics is {metrics!r}, expected a list of names among "
-                f"{', '.join(METRICS)}: pass such a list, or a dictionary name -> function"
-            )
-        metrics = {name: METRICS[name] for name in metrics}
-    for title, metric in metrics.items():
-        if not callable(metric):
-            raise InputError(
-                f"metric {title!r} is a {type(metric).__name__}, expected a function: pass a "
-                "dictionary name -> function"
-            )
-    return {str(title): metric for title, metric in metrics.items()}
+    x, targets = work.case.examples.x.detach(), work.case.examples.targets
+
+    def so_far(count: int, note: str = "") -> Comparison:
+        """Return the comparison on the first ``count`` images."""
+        rows = tuple(ln.row(targets[:count]) for ln in work.lines if ln.reached >= count)
+        return Comparison(rows, tuple(work.metrics), x[:count].cpu(), tuple(titles[:count]), note)
+
+    done, note, hidden = 0, "", not extent.progress
+    with tqdm(total=work.units, desc="compare", disable=hidden, leave=False, smoothing=0) as bar:
+        try:
+            for done in work.groups(extent.budget, bar):
+                if extent.callback is not None:
+                    extent.callback(so_far(done))
+        except KeyboardInterrupt:
+            done = done or max(line.reached for line in work.lines)
+            if not done:
+                raise
+            left = [line.name for line in work.lines if line.reached < done]
+            note = "interrupted" + f" before {', '.join(left)}" * bool(left)
+    if done < len(x):
+        reason = note or f"the budget of {extent.budget:g} s was used up"
+        note = f"{done} of {len(x)} images were used: {reason}"
+    return so_far(done, note)
+
+
+def _with_controls(made: Mapping[str, Any], model: Any, controls: bool) -> list[Line]:
+    """Return lines of methods, then of controls.
+
+    Args:
+        made: Label -> method; the name of a control, for a control that the user asked for by name;
+            or the exception raised when the method was made.
+        model: The network.
+        controls: True to add all controls.
+    """
+    known = control_methods(made.values(), model)
+    missing = NotFittedError(
+        "pattern only is a control for MIP-IN, but no method is MIP-IN: add MIP-IN to the methods"
+    )
+    names = {label: name for label, name in made.items() if isinstance(name, str)}
+    asked = {label: known.get(name, missing) for label, name in names.items()}
+    added = {name: control for name, control in known.items() if controls and name not in made}
+    methods = [Line(name, method, False) for name, method in made.items() if name not in asked]
+    return [*methods, *(Line(name, method, True) for name, method in {**asked, **added}.items())]
 
 
 def _made(
@@ -274,7 +158,7 @@ def _made(
     Returns:
         Label -> method, or the exception raised when the method was made.
     """
-    if not any(isinstance(method, str) for method in named.values()):
+    if not any(method in METHODS for method in named.values() if isinstance(method, str)):
         return dict(named)
     mipin: Any = None
     if inverse is not None:
@@ -286,7 +170,8 @@ def _made(
 
     def made(method: Any) -> Any:
         try:
-            return METHODS[method](setup) if isinstance(method, str) else method
+            is_made = not isinstance(method, str) or method in CONTROLS
+            return method if is_made else METHODS[method](setup)
         except Exception as error:  # of any type: other methods must still be made
             return error
 
@@ -295,7 +180,3 @@ def _made(
 
 def _seed(generator: torch.Generator) -> int:
     return int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

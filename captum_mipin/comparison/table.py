@@ -9,8 +9,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from captum_mipin import report
+from captum_mipin.comparison.differences import Difference, best, difference, sentences
 from captum_mipin.comparison.rows import Row, columns
 from captum_mipin.errors import InputError
+
+#: Entries of a difference in `Comparison.to_dict`.
+_SHOWN = ("mean", "standard error", "n")
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +25,15 @@ class Comparison:
         rows: Methods, then controls.
         metrics: Names of the metrics.
         images: The explained images (images, ...).
-        titles: One title per image, by default its target.
+        titles: One title per image, by default the name of its target.
+        note: Says why not all images were used; empty if all were.
     """
 
     rows: tuple[Row, ...]
     metrics: tuple[str, ...]
     images: Tensor
     titles: tuple[str, ...]
+    note: str = ""
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -48,6 +54,7 @@ class Comparison:
         """Return the table: one row per method, with mean ± standard error of each metric.
 
         If a score could not be computed for all images, the cell also has the number of scores.
+        Lines below the table say which differences are within noise, and what failed.
 
         Args:
             form: "text", "markdown", or "pandas" for a ``DataFrame`` with separate columns for
@@ -75,8 +82,37 @@ class Comparison:
             drawn = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
         else:
             drawn = report.table(header, cells)
-        failures = self._failures()
-        return "\n".join([drawn, "", *failures] if failures else [drawn])
+        notes = self._notes()
+        joint = "\n\n" if form == "markdown" else "\n"  # Markdown joins lines to a paragraph
+        return f"{drawn}\n\n{joint.join(notes)}" if notes else drawn
+
+    def differences(
+        self, metric: str | None = None, to: str | None = None
+    ) -> tuple[Difference, ...]:
+        """Return the paired differences of all rows to one row, with standard errors.
+
+        Both methods saw the same images, so a paired difference varies less than the scores do.
+
+        Args:
+            metric: Name of the metric; None for all metrics.
+            to: Label of the row that the others are compared with; by default the best method.
+
+        Raises:
+            KeyError: There is no such row.
+            InputError: There is no such metric.
+        """
+        if metric is not None and metric not in self.metrics:
+            raise InputError(
+                f"metric={metric!r} was not measured: pass one of {', '.join(self.metrics)}"
+            )
+        found = []
+        for title in self.metrics if metric is None else [metric]:
+            methods = [row for row in self.rows if not row.control]
+            other = best(methods, title) if to is None else self[to]
+            if other is not None and title in other.results:
+                rows = (row for row in self.rows if row is not other and title in row.results)
+                found += [difference(row, other, title) for row in rows]
+        return tuple(found)
 
     def figure(
         self,
@@ -152,7 +188,7 @@ class Comparison:
             titles=self.titles,
             numbers=range(min(24, len(self.images))) if images is None else images,
             title=title,
-            notes=[*(str(result).splitlines()[0] for result in results), *self._failures()],
+            notes=[*self._notes(), *(str(result).splitlines()[0] for result in results)],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,19 +197,41 @@ class Comparison:
             "images": len(self.images),
             "titles": list(self.titles),
             "metrics": list(self.metrics),
+            "note": self.note,
             "rows": [row.to_dict() for row in self.rows],
+            "differences": [
+                {
+                    "metric": one.metric,
+                    "method": one.name,
+                    "to": one.other,
+                    "within noise": one.within_noise,
+                    **{key: value for key, value in one.result.to_dict().items() if key in _SHOWN},
+                }
+                for one in self.differences()
+            ],
         }
 
-    def _failures(self) -> list[str]:
-        """Return one line per error, with the names of all rows that have this error."""
+    def _notes(self) -> list[str]:
+        """Return lines: images used, what differs by more than noise, and errors with their rows.
+
+        An error is told once, with the names of all rows that have it.
+        """
         rows: dict[tuple[str, str], list[str]] = {}
         for row in self.rows:
-            for failure in row.errors.items():
+            failures = {metric or "failed": why for metric, why in row.errors.items()}
+            for why, images in row.missing.items():
+                failures[f"no map for {', '.join(map(self._image, images))}"] = why
+            for failure in failures.items():
                 rows.setdefault(failure, []).append(row.name)
         return [
-            f"{metric or 'failed'} ({', '.join(names)}): {why}"
-            for (metric, why), names in rows.items()
+            *([self.note] if self.note else []),
+            *(line for metric in self.metrics for line in sentences(self.rows, metric)),
+            *(f"{what} ({', '.join(names)}): {why}" for (what, why), names in rows.items()),
         ]
+
+    def _image(self, index: int) -> str:
+        title = self.titles[index]
+        return f"image {index + 1}" + (f" ({title})" if title else "")
 
     def _frame(self, parts: bool) -> Any:
         """Return the table as a ``DataFrame``."""

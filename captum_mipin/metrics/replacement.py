@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +38,7 @@ def deletion(
     *,
     baseline: Baseline = 0.0,
     step: int | None = None,
+    steps: int | None = None,
     score: Score = "softmax",
     reduction: Reduction = "sum",
     **options: Unpack[Options],
@@ -53,7 +55,9 @@ def deletion(
             normalised), a tensor that can be expanded to the inputs, a function inputs -> such a
             tensor, or "blur" for the images under a Gaussian blur of σ = 5 on 11 pixels.
         step: Number of pixels per step; by default the width of the image, as in RISE, or 1 for
-            features.
+            features and signals (examples, channels, length).
+        steps: Largest number of steps; the default step is made several times as large if there
+            would be more steps. None for no limit. Without effect if ``step`` is passed.
         score: "softmax" for the target's probability, "logit", or a function outputs -> scores,
             either one per class or one per example.
         reduction: Reduction over channels, see :func:`~captum_mipin.metrics.maps.heat`.
@@ -73,7 +77,7 @@ def deletion(
         ([[6.0, 3.0, 1.0, 0.0]], 2.3333333333333335)
     """
     pixels = _Pixels.of(Case.of(method, inputs, target, **options), baseline, score, reduction)
-    return _area("deletion", "lower", pixels, step)
+    return _area("deletion", "lower", pixels, step, steps)
 
 
 def insertion(
@@ -83,6 +87,7 @@ def insertion(
     *,
     baseline: Baseline = "blur",
     step: int | None = None,
+    steps: int | None = None,
     score: Score = "softmax",
     reduction: Reduction = "sum",
     **options: Unpack[Options],
@@ -90,7 +95,7 @@ def insertion(
     """Return the area under the curve of the score as pixels are added, the hottest first.
 
     Args:
-        method, inputs, target, step, score, reduction, options: As for :func:`deletion`.
+        method, inputs, target, step, steps, score, reduction, options: As for :func:`deletion`.
         baseline: Values of the pixels before they are added, as for :func:`deletion`.
 
     Returns:
@@ -106,7 +111,7 @@ def insertion(
     """
     pixels = _Pixels.of(Case.of(method, inputs, target, **options), baseline, score, reduction)
     back = replace(pixels, start=pixels.finish, finish=pixels.start)
-    return _area("insertion", "higher", back, step)
+    return _area("insertion", "higher", back, step, steps)
 
 
 def sensitivity_n(
@@ -258,7 +263,9 @@ class _Pixels:
         return torch.cat(scores)
 
 
-def _area(metric: str, better: Better, pixels: _Pixels, step: int | None) -> Result:
+def _area(
+    metric: str, better: Better, pixels: _Pixels, step: int | None, steps: int | None
+) -> Result:
     """Return the result of `deletion` or `insertion`: places are replaced, hottest first.
 
     The inputs of all steps and examples go through the model in batches, and equal inputs only
@@ -268,13 +275,18 @@ def _area(metric: str, better: Better, pixels: _Pixels, step: int | None) -> Res
         metric: "deletion" or "insertion".
         better: Direction of better scores.
         pixels: Examples; places of ``start`` are replaced by places of ``finish``.
-        step: Number of places per step; None for the default of `deletion`.
+        step, steps: As for `deletion`.
     """
-    x = pixels.case.examples.x
-    step = (x.shape[-1] if x.ndim > 2 else 1) if step is None else step
+    x, places = pixels.case.examples.x, pixels.heat.shape[1]
+    if step is None:
+        step = x.shape[-1] if x.ndim > 3 else 1
+        if steps is not None:
+            check_at_least("steps", steps, 1)
+            # several default steps become one: step · ceil(places / (step · steps))
+            step *= ceil(places / (step * steps))
     check_at_least("step", step, 1)
     ranks = positions(hottest_first(pixels.heat.nan_to_num(), pixels.ties))
-    points = -(-ranks.shape[1] // step) + 1
+    points = -(-places // step) + 1
     # number of the curve's first point at which a place is changed; 0 for a place that keeps its
     # value, because ``start`` and ``finish`` are equal there
     changes = (ranks // step + 1) * (pixels.start != pixels.finish).any(1)

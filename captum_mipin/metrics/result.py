@@ -167,6 +167,54 @@ class Result:
         return [values[classes == label] for label in classes.unique()]
 
 
+def joined(
+    pieces: Sequence[tuple[Sequence[int], Result]],
+    targets: Sequence[Any],
+    missing: Mapping[str, Sequence[int]],
+) -> Result:
+    """Return the result for all examples, from results that were computed for parts of them.
+
+    Args:
+        pieces: Pairs (indices of examples, result of the same metric for these examples).
+        targets: The targets of all examples.
+        missing: Reason -> indices of examples that are in no piece.
+    """
+    first, count = pieces[0][1], len(targets)
+    if len(pieces) == 1 and list(pieces[0][0]) == list(range(count)):
+        return first
+
+    def placed(tensors: Sequence[Tensor]) -> Tensor:
+        """Return one tensor (examples, ...) with NaN for examples that are in no piece."""
+        whole = torch.full((count, *tensors[0].shape[1:]), math.nan, dtype=torch.float64)
+        for (index, _), tensor in zip(pieces, tensors, strict=True):
+            whole[list(index)] = tensor
+        return whole
+
+    unscored = {reason: [*index] for reason, index in missing.items()}
+    for index, result in pieces:
+        for reason, rows in result.unscored.items():
+            unscored.setdefault(reason, []).extend(index[row] for row in rows)
+    names = dict.fromkeys(name for _, result in pieces for name in result.parts)
+    curves = [result.curves for _, result in pieces if result.curves is not None]
+    return Result.of(
+        first.metric,
+        placed([result.values for _, result in pieces]),
+        first.better,
+        {**first.settings, **({"target": [*targets]} if "target" in first.settings else {})},
+        unscored,
+        classes=None if first.classes is None else class_numbers(targets),
+        curves=placed(curves) if len(curves) == len(pieces) else None,
+        parts={
+            name: joined(
+                [(i, result.parts[name]) for i, result in pieces if name in result.parts],
+                targets,
+                missing,
+            )
+            for name in names
+        },
+    )
+
+
 def _plain(value: Any) -> Any:
     """Return a value as types that JSON supports, with None for NaN and infinities."""
     if isinstance(value, Tensor):

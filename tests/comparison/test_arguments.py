@@ -6,11 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from captum import attr
 from captum.attr import IntegratedGradients, Saliency
 from small import Function
 from torch import nn
 
 from captum_mipin import LRP, compare
+from captum_mipin.comparison.arguments import named_methods
 from captum_mipin.errors import InputError, TargetError, TrainingModeError
 from captum_mipin.metrics import deletion
 
@@ -55,7 +57,7 @@ def test_methods_in_any_form_are_told_apart_and_shown(cnn, tmp_path):
     assert torch.equal(found["Saliency"].maps, found["Saliency (2)"].maps)
     assert not torch.equal(found["Saliency (2)"].maps, found["Saliency (3)"].maps)
     assert torch.equal(found["half (2)"].maps, x / 2)
-    assert [line.split("  ")[0] for line in str(found).splitlines()[1:]] == labels
+    assert [line.split("  ")[0] for line in str(found).splitlines()[1:12]] == labels
     assert all(f"| {label} |" in found.table("markdown") for label in labels)
     assert [row["name"] for row in json.loads(json.dumps(found.to_dict()))["rows"]] == labels
     found.save_html(tmp_path / "page.html")
@@ -181,3 +183,46 @@ def test_a_model_in_training_mode_is_refused_and_left_alone(own_cnn, noting, ask
 def test_a_model_that_cannot_be_asked_leaves_its_error_in_the_rows(cnn):
     found = compare([half], cnn.x[:2], 0, model=lambda x: [x], **ASK)
     assert "the model gives a list" in found["half"].errors["deletion"]
+
+
+def test_labels_are_names_that_compare_takes(cnn, side_by_side):
+    """Captum's own spellings, readings of MIP-IN, and controls come back under the same label."""
+    model, mipin = cnn.model, cnn.mipin
+    methods = [
+        attr.IntegratedGradients(model),
+        attr.InputXGradient(model),
+        attr.DeepLift(model),
+        attr.LayerGradCam(model, model[3]).attribute,
+        mipin,
+        partial(mipin.attribute, multiply_by_inputs=True),
+        partial(mipin.attribute, multiply_by_gradients=True, evidence=True),
+        mipin.source_signal,
+    ]
+    names = list(named_methods(methods))
+    assert names == [
+        "Integrated Gradients",
+        "Input×Gradient",
+        "DeepLift",
+        "Grad-CAM",
+        "MIP-IN",
+        "MIP-IN × feature",
+        "MIP-IN evidence × gradient",
+        "MIP-IN S",
+    ]
+    assert set(named_methods(names).values()) == set(names)
+    assert list(named_methods(["gradcam", "mip-in s", "LRP", "lrp"])) == [
+        "Grad-CAM",
+        "MIP-IN S",
+        "LRP",
+        "LRP (2)",
+    ]
+    found = side_by_side(["Random", "MIP-IN S", "pattern only"], controls=False, metrics=[])
+    assert [(row.name, row.control, row.error) for row in found.rows] == [
+        ("MIP-IN S", False, ""),
+        ("random", True, ""),
+        ("pattern only", True, ""),
+    ]
+    x = cnn.x[:3]
+    torch.testing.assert_close(found["MIP-IN S"].maps, mipin.source_signal(x, target=[0, 1, 2]))
+    alone = side_by_side(["pattern only", "Saliency"], inverse=None, model=model, metrics=[])
+    assert "add MIP-IN to the methods" in alone["pattern only"].error

@@ -26,7 +26,7 @@ def test_a_method_that_fails_leaves_its_error_and_others_finish(found):
     assert (broken.maps, broken.results) == (None, {})
     assert broken.error == "ValueError: this network <i>is not</i> supported"
     assert found["S"].errors == {
-        "completeness": "InputError: the method has no source_signal; completeness needs a method "
+        "completeness": "the method has no source_signal; completeness needs a method "
         "that has source_signal, as MIPINAttribution has"
     }
     assert found["S"].results["deletion"].n == 3
@@ -104,9 +104,11 @@ def test_every_method_meets_the_same_draws(cnn, side_by_side):
 def test_every_method_and_metric_has_a_name_that_works(own_cnn, untouched, side_by_side):
     own_cnn.inverse.changed = "ignore"
     metrics = [name for name in METRICS if name != "grid_pointing_game"]
+    # this network does not end in an average, so that its outputs have no evidence by place
+    names = [name for name in METHODS if "evidence" not in name]
     with pytest.warns(UserWarning):  # Captum's, of its hooks
         found = side_by_side(
-            inverse=own_cnn.inverse, methods=list(METHODS), metrics=metrics, layer=own_cnn.model[3]
+            inverse=own_cnn.inverse, methods=names, metrics=metrics, layer=own_cnn.model[3]
         )
     assert not [row.error for row in found.rows if row.error]
     for row in found.rows:
@@ -204,7 +206,7 @@ def test_what_cannot_be_compared_is_refused(cnn):
         (lambda: compare({}, x, 0), "methods is empty, expected at least one method"),
         (
             lambda: compare(["Saliencey"], x, 0, model=model),
-            "no method has the name 'Saliencey'; known are MIP-IN, MIP-IN × gradient, Saliency",
+            "no method has the name 'Saliencey'; known are MIP-IN, MIP-IN S, ",
         ),
         (lambda: compare(["Saliency"], x, 0), "pass model="),
         (

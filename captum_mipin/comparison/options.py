@@ -1,0 +1,60 @@
+"""The options of ``compare`` that say how much is done and what the result shows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from captum_mipin.comparison.names import ClassNames
+from captum_mipin.comparison.table import Comparison
+from captum_mipin.metrics import Options
+from captum_mipin.metrics.case import check_at_least
+
+
+class Settings(Options, total=False):
+    """Keyword arguments of ``compare``, together with those of all metrics.
+
+    Attributes:
+        titles: Text for each image; by default the name of its target.
+        names: Names of the classes, see :func:`~captum_mipin.comparison.names.class_names`.
+        steps: Largest number of steps of insertion and deletion, by default 32. None for their own
+            protocol, one row of pixels per step.
+        budget: Seconds after which no further images are begun; None, the default, for all images.
+            At least one image is used. Metrics that need all images at once come after that. The
+            result says how many images were used.
+        callback: Function that gets the comparison so far, again and again, for example to save it.
+        progress: Whether to show a bar with method, metric and the time that is left.
+    """
+
+    titles: Sequence[str] | None
+    names: ClassNames
+    steps: int | None
+    budget: float | None
+    callback: Callable[[Comparison], Any] | None
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The options of :class:`Settings` with their defaults, without those of all metrics."""
+
+    titles: Sequence[str] | None = None
+    names: ClassNames = None
+    steps: int | None = 32
+    budget: float | None = None
+    callback: Callable[[Comparison], Any] | None = None
+    progress: bool = True
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> tuple["Extent", dict[str, Any]]:
+        """Return the extent, and the keyword arguments that all metrics take.
+
+        Raises:
+            InputError: ``steps`` or ``budget`` is out of range.
+        """
+        shared = {name: options[name] for name in Options.__annotations__ if name in options}
+        extent = cls(**{name: value for name, value in options.items() if name not in shared})
+        if extent.steps is not None:
+            check_at_least("steps", extent.steps, 1)
+        if extent.budget is not None:
+            check_at_least("budget", extent.budget, 0)
+        return extent, shared
