@@ -14,6 +14,7 @@ import torch
 
 from captum_mipin import cli
 from captum_mipin.comparison import METHODS, METRICS
+from captum_mipin.comparison.methods import READINGS, plain
 from captum_mipin.version import __version__
 
 Command = Callable[[Namespace], Any]
@@ -22,6 +23,9 @@ Command = Callable[[Namespace], Any]
 PICTURES, SHOWN = (".jpg", ".jpeg", ".pdf", ".png", ".svg"), 24
 
 MIPIN_METHODS = tuple(name for name in METHODS if name.startswith("MIP-IN"))
+DEFAULT_READINGS = ("MIP-IN", "MIP-IN × gradient")
+#: Value of ``--targets`` for the classes that the network predicts.
+PREDICTED = "predicted"
 DEFAULT_METHODS = ("Saliency", "SmoothGrad", "Integrated Gradients")
 
 #: Metrics that the command line does not have, because they need boxes or mosaics of images.
@@ -52,11 +56,17 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Command]) -> Namesp
             f"--batch-size is {args.batch_size}, expected a whole number above 0: pass for example "
             "--batch-size 32"
         )
-    if args.command == "compare" and not args.inverse and {*MIPIN_METHODS} & {*args.methods}:
-        error(
-            "--methods contains MIP-IN, which needs a fitted inverse: pass --inverse FILE, a file "
-            "by captum-mipin fit"
-        )
+    if args.command == "compare":
+        is_mipin = bool({*MIPIN_METHODS} & {*args.methods}) or args.reading is not None
+        if is_mipin and not args.inverse:
+            error(
+                "MIP-IN was asked for, which needs a fitted inverse: pass --inverse FILE, a file "
+                "by captum-mipin fit"
+            )
+        if args.no_metrics and args.metrics:
+            error("--no-metrics and --metrics exclude each other: pass one of them")
+    if getattr(args, "photographs", None) and args.targets != PREDICTED:
+        error("--for is the folder of --targets predicted: pass both, or none of them")
     try:
         args.device = torch.device(args.device)
     except RuntimeError as unknown:
@@ -126,10 +136,15 @@ def _add_inputs(add: Callable[..., None]) -> None:
     add("", "--std", f"divides pixels {imagenet}", type=reader, default="0.229,0.224,0.225")
     add("", "--device", "such as cuda (default: cpu)", default="cpu")
     add("", "--json", "print one JSON object instead of a table", action="store_true")
-    images = "fit explain compare"
+    images = "fit explain compare predict"
     add(images, "images", "folder of images, or one image", metavar="IMAGES")
     add(images, "--batch-size", "images per call (default: 32)", type=int, default=32)
     add("fit compare", "--quiet", "show no progress", action="store_true")
+    text = (
+        "file with one class name per line, or imagenet (default: the names that the network has)"
+    )
+    add("explain compare predict", "--names", text)
+    add("predict", "--top", "classes per image (default: 3)", type=_count, default=3)
 
 
 def _add_outputs(add: Callable[..., None]) -> None:
@@ -147,16 +162,39 @@ def _add_outputs(add: Callable[..., None]) -> None:
     text = "file that captum-mipin fit wrote for the same model"
     add("explain", "--inverse", text, required=True)
     add("compare", "--inverse", f"{text}; MIP-IN needs it")
-    reader = _numbers("a class, or several with commas between them, such as 207,208", int)
-    add("fit", "--targets", "classes to fit (default: all)", type=reader)
-    text = "class of all images, or one class per image, in the order of file names (default: the "
-    text += "predicted classes)"
+    numbers = _numbers(
+        "a class, several with commas between them such as 207,208, or predicted", int
+    )
+
+    def reader(text: str) -> Any:
+        return PREDICTED if text == PREDICTED else numbers(text)
+
+    text = "classes to fit, or predicted for the classes that the network predicts (default: all)"
+    add("fit", "--targets", text, type=reader)
+    text = (
+        "folder of the photographs that will be explained, for --targets predicted (default: the "
+    )
+    text += "images of the fit)"
+    add("fit", "--for", text, dest="photographs", metavar="PHOTOS")
+    text = "class of all images, or one class per image, in the order of file names (default: "
+    text += "predicted, the classes that the network predicts)"
     add("explain compare", "--targets", text, type=reader)
+    text = f"which map of MIP-IN: {', '.join(READINGS)}; S is the source signal (default: A)"
+    one = _names("reading", READINGS)
+    add("explain compare", "--reading", text, type=lambda text: one(_full(text))[0])
     text = f"any of {', '.join(METHODS)} (default: {', '.join(DEFAULT_METHODS)}; with --inverse "
     text += "also MIP-IN, with --layer also Grad-CAM)"
     add("compare", "--methods", text, type=_names("method", METHODS), default=[])
     text = f"any of {', '.join(_METRICS)} (default: insertion, deletion)"
     add("compare", "--metrics", text, type=_names("metric", _METRICS), default=[])
+    add("compare", "--no-metrics", "only maps, no scores", action="store_true")
+    text = (
+        "largest number of steps of insertion and deletion, or exact for the published protocol, "
+    )
+    text += "one row of pixels per step (default: 32)"
+    add("compare", "--steps", text, type=lambda text: text == "exact" or _count(text), default=32)
+    text = "seconds after which no more images are begun; the table says how many were used"
+    add("compare", "--budget", text, type=float)
     pictures = f"{', '.join(PICTURES)} the maps; may be given several times"
     several = partial(add, action="append")
     text = f".safetensors holds the tensors, {pictures}"
@@ -198,6 +236,19 @@ def _numbers(
     return read
 
 
+def _full(reading: str) -> str:
+    """Return the full name of a reading: "times feature" is "A × feature"."""
+    name = reading.strip().replace("times", "×")
+    return f"A {name}" if name.startswith("×") else name
+
+
+def _count(text: str) -> int:
+    """Return a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def _file(*suffixes: str) -> Callable[[str], Path]:
     """Return a function that reads the path of an output file with one of the suffixes."""
 
@@ -223,21 +274,18 @@ def _names(kind: str, known: Iterable[str]) -> Callable[[str], list[str]]:
     Upper and lower case are equal, and the letter x can be written for ×.
 
     Args:
-        kind: "method" or "metric", for the error message.
+        kind: "method", "metric" or "reading", for the error message.
         known: All known names.
     """
-
-    def plain(name: str) -> str:
-        return name.strip().replace("×", "x").casefold()
-
     by_plain = {plain(name): name for name in known}
 
     def read(text: str) -> list[str]:
-        try:
-            return [by_plain[plain(part)] for part in text.split(",")]
-        except KeyError as error:
-            raise ArgumentTypeError(
-                f"{error} is not the name of a {kind}: pass names among {', '.join(known)}"
-            ) from error
+        parts = [part.strip() for part in text.split(",")]
+        for part in parts:
+            if plain(part) not in by_plain:
+                raise ArgumentTypeError(
+                    f"{part!r} is not the name of a {kind}: pass names among {', '.join(known)}"
+                )
+        return [by_plain[plain(part)] for part in parts]
 
     return read

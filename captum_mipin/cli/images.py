@@ -1,6 +1,7 @@
 """A folder of photographs as a data set of normalised tensors."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ class ImageFolder(Dataset[Tensor]):
     Each image is scaled to cover the size, cropped around its centre, and normalised.
 
     Args:
+        path: Path of a folder or of one image; by default ``args.images``.
         args: The command's arguments. These are used: ``images``, the path of a folder or of one
             image; ``size``, (height, width) in pixels; ``mean`` and ``std``, one value per channel
             for pixels in [0, 1], or one value alone for grey images; and ``device``.
@@ -32,18 +34,18 @@ class ImageFolder(Dataset[Tensor]):
         ImportError: Pillow is not installed.
     """
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, path: str | None = None) -> None:
         self._image, self._operations = (
             require_module(name, "pillow") for name in ("PIL.Image", "PIL.ImageOps")
         )
         self._size, self._device = args.size, args.device
         self._mean, self._std = (torch.tensor(v).view(-1, 1, 1) for v in (args.mean, args.std))
-        folder = Path(args.images)
+        folder = Path(args.images if path is None else path)
         files = folder.rglob("*") if folder.is_dir() else [folder]
         self._paths = sorted(p for p in files if p.suffix.lower() in _SUFFIXES and p.is_file())
         if not self._paths:
             raise InputError(
-                f"{args.images!r} holds no image, expected files of {', '.join(_SUFFIXES)}: pass "
+                f"{str(folder)!r} holds no image, expected files of {', '.join(_SUFFIXES)}: pass "
                 "an image, or a folder with images"
             )
         base = folder if folder.is_dir() else folder.parent
@@ -78,6 +80,12 @@ class ImageFolder(Dataset[Tensor]):
     def stack(self) -> Tensor:
         """Return all images as one batch (images, channels, height, width) on the device."""
         return torch.stack([self[index] for index in range(len(self))]).to(self._device)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield the images in batches of ``size`` on the device."""
+        for start in range(0, len(self), size):
+            part = range(start, min(start + size, len(self)))
+            yield torch.stack([self[index] for index in part]).to(self._device)
 
     def denormalise(self, x: Tensor) -> Tensor:
         """Return normalised images as pixels in [0, 1], on the CPU.

@@ -1,13 +1,14 @@
-"""The four commands, and the entry point that runs one of them."""
+"""The five commands, and the entry point that runs one of them."""
 
 import json
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any, TextIO
 
 import torch
@@ -16,10 +17,20 @@ from safetensors.torch import save_file
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, MIPINError
 from captum_mipin import check as check_model
 from captum_mipin import compare as compare_methods
-from captum_mipin.cli.arguments import DEFAULT_METHODS, MIPIN_METHODS, PICTURES, SHOWN, parse
+from captum_mipin.cli.arguments import (
+    DEFAULT_METHODS,
+    DEFAULT_READINGS,
+    PICTURES,
+    PREDICTED,
+    SHOWN,
+    parse,
+)
 from captum_mipin.cli.images import ImageFolder
-from captum_mipin.cli.models import load_model, predict
+from captum_mipin.cli.models import load_model, outputs_of, predict, read_names
+from captum_mipin.cli.words import plainly
 from captum_mipin.comparison import Comparison, Row
+from captum_mipin.comparison.methods import label_of, reading
+from captum_mipin.comparison.names import class_name
 from captum_mipin.metrics.case import Case
 from captum_mipin.report import table
 
@@ -94,12 +105,20 @@ def fit(args: Namespace) -> Outcome:
     Examples:
       captum-mipin fit torchvision:resnet50 photos --weights torchvision --layer layer4 \\
           --targets 207,281 --out inverse.safetensors
+      captum-mipin fit torchvision:resnet50 many --weights torchvision --layer layer4 \\
+          --targets predicted --for photos --out inverse.safetensors
     """
     model, layer = load_model(args)
     inverse = InverseNetwork(model, layer=layer, ridge=args.ridge, sharing=args.sharing)
+    images = ImageFolder(args)
+    targets = args.targets
+    if targets == PREDICTED:
+        shown = images if args.photographs is None else ImageFolder(args, args.photographs)
+        parts = (predict(args, model, part)[0] for part in shown.batches(args.batch_size))
+        targets = sorted({target for part in parts for target in part or ()}) or None
     inverse.fit(
-        ImageFolder(args),
-        args.targets,
+        images,
+        targets,
         batch_size=args.batch_size,
         progress=not args.quiet,
         checkpoint=args.checkpoint,
@@ -107,6 +126,51 @@ def fit(args: Namespace) -> Outcome:
     inverse.save(args.out)
     data = {"out": str(args.out), "targets": inverse.targets, "layers": inverse.report.to_dict()}
     return Outcome(str(inverse.report), data)
+
+
+def predict_classes(args: Namespace) -> Outcome:
+    """List the classes that a model predicts for images, with their names and probabilities.
+
+    Examples:
+      captum-mipin predict torchvision:resnet50 photos --weights torchvision
+    """
+    model, _ = load_model(args)
+    names, images = read_names(args, model), ImageFolder(args)
+    outputs = torch.cat(
+        [outputs_of(args, model, part).cpu() for part in images.batches(args.batch_size)]
+    )
+    if outputs.ndim == 1:
+        data: list[dict[str, Any]] = [
+            {"image": image, "score": score}
+            for image, score in zip(images.names, outputs.tolist(), strict=True)
+        ]
+        pairs = [(row["image"], f"{row['score']:.4g}") for row in data]
+        return Outcome(table(("image", "score"), pairs), {"images": data})
+    best = outputs.topk(min(args.top, outputs.shape[1]))
+    shares = _probabilities(outputs).gather(1, best.indices)
+    columns = "image", "class", "name", "score", "probability"
+    data = [
+        dict(zip(columns, (image, c, class_name(names, c), float(s), float(p)), strict=True))
+        for image, *ranked in zip(
+            images.names, best.indices.tolist(), best.values, shares, strict=True
+        )
+        for c, s, p in zip(*ranked, strict=True)
+    ]
+    cells = [
+        (r["image"], r["name"], str(r["class"]), f"{r['score']:.4g}", f"{r['probability']:.1%}")
+        for r in data
+    ]
+    header = "image", "name", "class", "score", "probability"
+    return Outcome(table(header, cells, left=2), {"images": data})
+
+
+def _probabilities(outputs: torch.Tensor) -> torch.Tensor:
+    """Return probabilities (images, classes): the softmax of outputs that are none themselves."""
+    sums = outputs.sum(1)
+    is_softmax = bool((outputs >= 0).all()) and torch.allclose(
+        sums, torch.ones_like(sums), atol=1e-3
+    )
+    return outputs if is_softmax else outputs.softmax(1)
 
 
 def explain(args: Namespace) -> Outcome:
@@ -121,33 +185,62 @@ def explain(args: Namespace) -> Outcome:
     mipin: Any = MIPINAttribution(model, inverse)
     if layer is not None or inverse.layer is not None:
         mipin = LayerMIPINAttribution(model, inverse, layer)
-    images = ImageFolder(args)
+    images, names = ImageFolder(args), read_names(args, model)
     x = images.stack()
     targets, scores = predict(args, model, x)
-    titles = [""] * len(x) if targets is None else list(map(str, targets))
-    (maps,) = Case.of(mipin, x, targets, batch_size=args.batch_size).maps
+    classes = [None] * len(x) if targets is None else targets
+    # images whose class was not fitted are left out: the others are explained
+    known = [i for i, c in enumerate(classes) if c is None or c in inverse.targets] or [
+        *range(len(x))
+    ]
+    kept, chosen = x[known], None if targets is None else [targets[i] for i in known]
+    method = reading(mipin, args.reading or "A")
+    (maps,) = Case.of(method, kept, chosen, batch_size=args.batch_size).maps
+    row = Row(label_of(method), control=False, maps=maps.cpu())
+    titles = tuple(class_name(names, classes[i]) for i in known)
+    shown = Comparison((row,), (), images.denormalise(kept), titles)
     for path in args.out:
         if path.suffix.lower() in PICTURES:
-            row = Row("MIP-IN", control=False, maps=maps.cpu())
-            _write(Comparison((row,), (), images.denormalise(x), tuple(titles)), path)
-        else:
-            case = Case.of(mipin.source_signal, x, targets, batch_size=args.batch_size)
-            (signals,) = case.maps
-            tensors = {"attribution": maps, "source_signal": signals}
-            if targets is not None:
-                tensors["target"] = torch.tensor(targets)
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(tensors, path, {"images": json.dumps(images.names)})
-    columns = "image", "target", "score"
-    classes = [None] * len(x) if targets is None else targets
-    rows = zip(images.names, classes, scores, strict=True)
-    data = [dict(zip(columns, row, strict=True)) for row in rows]
-    cells = list(zip(images.names, titles, map("{:.4g}".format, scores), strict=True))
-    return Outcome(table(columns, cells), {"images": data, "out": list(map(str, args.out))})
+            _write(shown, path)
+            continue
+        (signals,) = Case.of(mipin.source_signal, kept, chosen, batch_size=args.batch_size).maps
+        tensors = {"attribution": maps, "source_signal": signals}
+        if chosen is not None:
+            tensors["target"] = torch.tensor(chosen)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        about = {"images": json.dumps([images.names[i] for i in known])}
+        save_file(tensors, path, {**about, "reading": args.reading or "A"})
+    columns = "image", "target", "name", "score", "explained"
+    data = [
+        dict(zip(columns, (image, c, class_name(names, c), score, i in known), strict=True))
+        for i, (image, c, score) in enumerate(zip(images.names, classes, scores, strict=True))
+    ]
+    return Outcome(_explained(data), {"images": data, "out": list(map(str, args.out))})
+
+
+def _explained(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of explained images, and how to fit the classes that are missing."""
+    header = ["image", "target", "score"]
+    cells = [
+        [
+            row["image"],
+            row["name"],
+            f"{row['score']:.4g}" + " (not fitted)" * (not row["explained"]),
+        ]
+        for row in rows
+    ]
+    missing = sorted({row["target"] for row in rows if not row["explained"]})
+    text = table(header, cells, left=2)
+    if missing:
+        classes = ",".join(map(str, missing))
+        text += f"\n\nnot fitted are the classes {classes}: captum-mipin fit --targets {classes}"
+    return text
 
 
 def compare(args: Namespace) -> Outcome:
     """Measure several methods on the same images, and show their maps side by side.
+
+    Ctrl-C ends the work early: the files then hold what was done.
 
     Examples:
       captum-mipin compare torchvision:resnet50 photos --weights torchvision \\
@@ -161,37 +254,71 @@ def compare(args: Namespace) -> Outcome:
         # `load` has already compared the weights with those of the fit. Without this, the metric
         # "randomization" would fail, because it changes the weights of a copy.
         inverse.changed = "ignore"
-    methods = args.methods or [
-        *(MIPIN_METHODS if inverse is not None else ()),
-        *DEFAULT_METHODS,
-        *(["Grad-CAM"] if layer is not None else ()),
-    ]
     images = ImageFolder(args)
     x = images.stack()
+    written = perf_counter()
+
+    def write(comparison: Comparison, every: float = _EVERY) -> None:
+        """Write the files of ``--out`` if the last time lies ``every`` seconds ago."""
+        nonlocal written
+        if perf_counter() - written >= every:
+            shown = replace(comparison, images=images.denormalise(x[: len(comparison.images)]))
+            for path in args.out:
+                _write(shown, path)
+            written = perf_counter()
+
     comparison = compare_methods(
-        methods,
+        _methods(args, layer is not None),
         x,
         predict(args, model, x)[0],
-        metrics=args.metrics or None,
+        metrics=[] if args.no_metrics else args.metrics or None,
         model=model,
         inverse=inverse,
         layer=layer,
+        names=read_names(args, model),
+        steps=None if args.steps is True else args.steps,
+        budget=args.budget,
+        callback=write,
         batch_size=args.batch_size,
         progress=not args.quiet,
     )
-    comparison = replace(comparison, images=images.denormalise(x))
-    for path in args.out:
-        _write(comparison, path)
-    rows = [row for row in comparison.rows if not row.control]
-    failure = ""
-    if not any(row.results for row in rows):
-        metric, error = next(item for row in rows for item in row.errors.items())
-        failure = f"nothing was measured: {metric or 'every method'} failed, first with {error}"
+    write(comparison, 0)
     data = {**comparison.to_dict(), "files": images.names, "out": list(map(str, args.out))}
-    return Outcome(comparison.table(), data, failure)
+    return Outcome(comparison.table(), data, _failure(comparison))
 
 
-COMMANDS = {run.__name__: run for run in (check, fit, explain, compare)}
+def _methods(args: Namespace, layer: bool) -> list[str]:
+    """Return the names of the methods to compare."""
+    readings: Sequence[str] = DEFAULT_READINGS if args.inverse is not None else ()
+    if args.reading is not None:
+        readings = [f"MIP-IN {args.reading.removeprefix('A').strip()}".strip()]
+    if args.methods:
+        picked = [name for name in args.methods if args.reading is None or name != "MIP-IN"]
+        return [*picked] if args.reading is None else [*readings, *picked]
+    return [*readings, *DEFAULT_METHODS, *(["Grad-CAM"] if layer else ())]
+
+
+def _failure(comparison: Comparison) -> str:
+    """Return why the command failed: interrupted, or nothing was measured; empty if it did not."""
+    if "interrupted" in comparison.note:
+        return comparison.note
+    rows = [row for row in comparison.rows if not row.control]
+    done = any(row.results if comparison.metrics else row.maps is not None for row in rows)
+    if done:
+        return ""
+    metric, error = next(item for row in rows for item in row.errors.items())
+    return f"nothing was measured, because {metric or 'every method'} failed: {error}"
+
+
+COMMANDS = {
+    "check": check,
+    "predict": predict_classes,
+    "fit": fit,
+    "explain": explain,
+    "compare": compare,
+}
+#: Least time between two writings of unfinished results, in seconds.
+_EVERY = 5.0
 
 
 def _write(comparison: Comparison, path: Path) -> None:
@@ -208,7 +335,7 @@ def _write(comparison: Comparison, path: Path) -> None:
 
 def _fail(reason: str) -> int:
     """Print the reason of a failure as one line on stderr, and return the exit code 1."""
-    line = " ".join(reason.split())
+    line = " ".join(plainly(reason).split())
     # errors of captures can contain a whole graph: shorten the middle, since the end has the advice
     if len(line) > 1000:
         line = f"{line[:500]} … {line[-500:]}"

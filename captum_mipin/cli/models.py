@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from captum_mipin.cli.arguments import PREDICTED
 from captum_mipin.cli.optional import require_module
+from captum_mipin.comparison.names import class_names
 from captum_mipin.errors import InputError
 from captum_mipin.graph import exported
 from captum_mipin.graph.signature import select
@@ -57,7 +59,28 @@ def load_model(args: Namespace) -> tuple[nn.Module, nn.Module | None]:
         model = _from_torchvision(name, pretrained)
     if args.weights is not None and not pretrained:
         _load_weights(model, args.weights)
-    return model.to(args.device).eval(), _find_layer(model, args.layer)
+    return model.to(args.device).eval(), _find_layer(model, getattr(args, "layer", None))
+
+
+def outputs_of(args: Namespace, model: nn.Module, x: Tensor) -> Tensor:
+    """Return the outputs of a network (images, classes), or (images,) for a single output.
+
+    Args:
+        args: The command's arguments. ``batch_size`` is used, the number of images per call.
+        model: The network.
+        x: Images (images, channels, height, width).
+
+    Raises:
+        InputError: The shape of the outputs differs from these shapes.
+    """
+    with torch.no_grad():
+        outputs = torch.cat([select(model(part), None) for part in x.split(args.batch_size)])
+    if outputs.ndim not in (1, 2):
+        raise InputError(
+            f"the model's outputs have shape {tuple(outputs.shape)}, expected (images, classes): "
+            "pass a model that returns one score per class"
+        )
+    return outputs
 
 
 def predict(args: Namespace, model: nn.Module, x: Tensor) -> tuple[list[int] | None, list[float]]:
@@ -65,31 +88,37 @@ def predict(args: Namespace, model: nn.Module, x: Tensor) -> tuple[list[int] | N
 
     Args:
         args: The command's arguments. These are used: ``targets``, a list of one class for all
-            images or one class per image, or None for the predicted classes; and ``batch_size``,
-            the number of images per call of the model.
-        model: Network with outputs (images, classes), or (images,) for a single output.
+            images or one class per image, or None or "predicted" for the predicted classes; and
+            ``batch_size``.
+        model: Network with outputs as for `outputs_of`.
         x: Images (images, channels, height, width).
 
     Returns:
         Classes counted from 0, None for a model with a single output; outputs, such as logits.
 
     Raises:
-        InputError: The shape of the outputs differs from these shapes.
+        InputError: The shape of the outputs is not that of `outputs_of`.
         TargetError: The targets do not fit the images or the outputs.
     """
-    with torch.no_grad():
-        outputs = torch.cat([select(model(part), None) for part in x.split(args.batch_size)])
-    if outputs.ndim == 1 and args.targets is None:
-        return None, outputs.tolist()
-    if outputs.ndim != 2:
-        raise InputError(
-            f"the model's outputs have shape {tuple(outputs.shape)}, expected (images, classes): "
-            "pass a model that returns one score per class"
-        )
-    targets = outputs.argmax(1).tolist() if args.targets is None else args.targets
-    rows = per_example(targets[0] if len(targets) == 1 else targets, outputs)
+    outputs, chosen = outputs_of(args, model, x), args.targets
+    if chosen in (None, PREDICTED):
+        if outputs.ndim == 1:
+            return None, outputs.tolist()
+        chosen = outputs.argmax(1).tolist()
+    rows = per_example(chosen[0] if len(chosen) == 1 else chosen, outputs)
     classes = [target for (target,) in rows]
     return classes, outputs[torch.arange(len(x)), classes].tolist()
+
+
+def read_names(args: Namespace, model: nn.Module) -> dict[int, str]:
+    """Return class -> name, from the file of ``--names`` or as the network has them.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    if args.names in (None, "imagenet"):
+        return class_names(args.names, model)
+    return class_names(Path(args.names).read_text(encoding="utf-8").splitlines())
 
 
 def _from_torchvision(name: str, pretrained: bool) -> nn.Module:

@@ -23,7 +23,7 @@ OUT = f"{FIT} --out a.safetensors"
         ("cannot be written", f"{FIT} --out nowhere/a.safetensors"),
         ("cannot be written", f"{FIT} --out weights.pt/a.safetensors"),
         ("'folder.safetensors' cannot be written", f"{FIT} --out folder.safetensors"),
-        ("'cat' is not a class, or several with commas", f"{OUT} --targets cat"),
+        ("'cat' is not a class, several with commas", f"{OUT} --targets cat"),
         ("--batch-size is 0, expected a whole number above 0", f"{OUT} --batch-size 0"),
         ("--batch-size: invalid int value: 'all'", f"{OUT} --batch-size all"),
         ("'8x8x8' is not pixels N, or HEIGHTxWIDTH", f"{OUT} --size 8x8x8"),
@@ -36,7 +36,7 @@ OUT = f"{FIT} --out a.safetensors"
         ("--device gpu: ", f"{OUT} --device gpu"),
         ("expected one of .safetensors, .jpg", f"{EXPLAIN} --out page.html"),
         (
-            "'salience' is not the name of a method: pass names among MIP-IN",
+            "'Salience' is not the name of a method: pass names among MIP-IN",
             f"compare {MODEL} few --methods Salience",
         ),
         (
@@ -44,6 +44,11 @@ OUT = f"{FIT} --out a.safetensors"
             f"compare {MODEL} few --metrics pointing_game",
         ),
         ("pass --inverse FILE", f"compare {MODEL} few --methods MIP-IN"),
+        ("pass --inverse FILE", f"compare {MODEL} few --reading S"),
+        ("'B' is not the name of a reading", f"{EXPLAIN} --reading B --out a.png"),
+        ("exclude each other", f"compare {MODEL} few --no-metrics --metrics deletion"),
+        ("'0' is not a whole number above 0", f"compare {MODEL} few --steps 0"),
+        ("pass both, or none", f"{OUT} --for few"),
         ("pass --inverse FILE", f"compare {MODEL} few --methods 'Saliency,MIP-IN × gradient'"),
     ],
 )

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import captum_mipin.methods
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, compare
 from captum_mipin.cli.main import _write, main
 from captum_mipin.comparison import Comparison, Row
@@ -191,13 +192,16 @@ def test_a_method_that_fails_is_told_in_its_row_and_all_that_fail_in_one_line(ca
     assert call(f"{COMPARE} --methods Saliency,Grad-CAM --metrics deletion") == 0
     assert re.search(r"Grad-CAM +failed", capsys.readouterr().out)
     error = refused(capsys, f"{COMPARE} --methods Grad-CAM --metrics deletion")
-    assert "nothing was measured: every method failed, first with InputError" in error
+    assert "nothing was measured, because every method failed: no layer was given" in error
 
 
 def test_nothing_measured_is_a_failure(capsys):
     methods = f"{COMPARE} --methods Saliency,Gradient"
     error = refused(capsys, f"{methods} --metrics completeness")
-    assert "nothing was measured: completeness failed, first with" in error
+    assert (
+        "nothing was measured, because completeness failed: the method has no source_signal"
+        in error
+    )
     assert call(f"{methods} --metrics completeness,deletion") == 0
     assert "completeness (Saliency, Gradient" in capsys.readouterr().out
 
@@ -212,6 +216,116 @@ def test_a_model_with_one_output_has_no_target(capsys):
     rows = json.loads(capsys.readouterr().out.split("\n", 3)[3])["images"]
     assert [row["target"] for row in rows] == [None] * 3
     assert load_file("s.safetensors").keys() == {"attribution", "source_signal"}
+
+
+def test_predictions_are_listed_with_names(model, few, capsys):
+    Path("names.txt").write_text("cat\ndog\ncow\n")
+    predict = f"predict {MODEL} few --names names.txt"
+    assert call(f"{predict} --top 2 --batch-size 2 --json") == 0
+    rows = json.loads(capsys.readouterr().out)["images"]
+    with torch.no_grad():
+        shares, classes = model(few).softmax(1).topk(2)
+    assert [row["class"] for row in rows] == classes.flatten().tolist()
+    assert [row["probability"] for row in rows] == pytest.approx(shares.flatten().tolist())
+    names = ["cat", "dog", "cow"]
+    assert [row["name"] for row in rows] == [names[i] for i in classes.flatten().tolist()]
+    assert call(predict) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["image", "name", "class", "score", "probability"]
+    assert len(lines) == 10
+    assert call(f"predict tiny_networks:single {FORM} few") == 0
+    assert capsys.readouterr().out.split()[:2] == ["image", "score"]
+    assert "none.txt" in refused(capsys, f"predict {MODEL} few --names none.txt")
+
+
+def test_the_classes_that_photographs_need_are_fitted(model, few, capsys):
+    with torch.no_grad():
+        needed = sorted(set(model(few).argmax(1).tolist()))
+    assert len(needed) < 3
+    fit = f"fit {MODEL} photos --quiet --targets predicted --out needed.safetensors"
+    assert call(f"{fit} --for few --batch-size 2 --json") == 0
+    assert json.loads(capsys.readouterr().out)["targets"] == needed
+    with torch.no_grad():
+        every = sorted(set(model(photos(Path("photos"))).argmax(1).tolist()))
+    assert call(f"{fit} --json") == 0
+    assert json.loads(capsys.readouterr().out)["targets"] == every
+    arguments = "--targets predicted --inverse needed.safetensors --out n.safetensors"
+    assert call(f"explain {MODEL} few {arguments}") == 0
+
+
+def test_explain_goes_on_where_a_class_was_not_fitted(model, few, capsys):
+    assert call(f"fit {MODEL} photos --targets 0,1 --out two.safetensors --quiet") == 0
+    capsys.readouterr()
+    outs = "--out two_maps.safetensors --out two_maps.png"
+    explain = f"explain {MODEL} few --inverse two.safetensors --targets 1,2,0 {outs}"
+    assert call(explain) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith("(not fitted)")
+    assert lines[-1] == "not fitted are the classes 2: captum-mipin fit --targets 2"
+    written = load_file("two_maps.safetensors")
+    assert written["target"].tolist() == [1, 0]
+    mipin = MIPINAttribution(model, InverseNetwork.load("two.safetensors", model))
+    torch.testing.assert_close(written["attribution"], mipin.attribute(few[[0, 2]], target=[1, 0]))
+    with safe_open("two_maps.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["images"]) == ["00.png", "04.png"]
+    assert call(explain, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["images"]
+    assert [row["explained"] for row in rows] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("written", "reading"),
+    [("'times feature'", "× feature"), ("s", "S"), ("'A x gradient'", "× gradient")],
+)
+def test_readings(written, reading, mipin, few, capsys):
+    options = f"--targets 1 --reading {written}"
+    assert call(f"{EXPLAIN} {options} --out reading.safetensors") == 0
+    capsys.readouterr()
+    maps = load_file("reading.safetensors")["attribution"]
+    methods = {
+        "S": lambda: mipin.source_signal(few, target=1),
+        "× feature": lambda: mipin.attribute(few, target=1, multiply_by_inputs=True),
+        "× gradient": lambda: mipin.attribute(few, target=1, multiply_by_gradients=True),
+    }
+    torch.testing.assert_close(maps, methods[reading]())
+    arguments = f"--inverse inverse.safetensors {options} --no-metrics --json"
+    assert call(COMPARE, arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"][0]["name"] == f"MIP-IN {reading}"
+    assert found["metrics"] == []
+    assert [row["name"] for row in found["rows"]].count("MIP-IN") == 0
+
+
+def test_steps_and_budget_reach_compare(capsys):
+    arguments = f"{COMPARE} --methods Saliency --metrics deletion --json"
+    steps = []
+    for option in ("", "--steps 4", "--steps exact"):
+        assert call(arguments, option) == 0
+        row = json.loads(capsys.readouterr().out)["rows"][0]
+        steps.append(row["results"]["deletion"]["settings"]["step"])
+    assert steps == [8, 16, 8]
+    assert call(arguments, "--budget 0 --batch-size 1") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 1
+    assert found["note"] == "1 of 3 images were used: the budget of 0 s was used up"
+
+
+def test_what_is_done_is_written_also_after_an_interrupt(monkeypatch, capsys):
+    """Files are written after the first method, and hold what was done when Ctrl-C came."""
+    monkeypatch.setattr("captum_mipin.cli.main._EVERY", 0.0)
+
+    def interrupted(self, *arguments, **options):
+        assert "Saliency" in Path("soon.md").read_text()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(captum_mipin.methods.SmoothGrad, "attribute", interrupted)
+    line = f"{COMPARE} --methods Saliency,SmoothGrad --out soon.md --out soon.html"
+    assert call(line) == 1
+    out, err = capsys.readouterr()
+    assert "Saliency" in out
+    assert err.startswith("captum-mipin: interrupted before SmoothGrad, random")
+    assert "interrupted before SmoothGrad" in Path("soon.md").read_text()
+    assert "interrupted before SmoothGrad" in Path("soon.html").read_text()
 
 
 # ------------------------------------------------------------------------------------ failures
@@ -242,7 +356,7 @@ def test_what_the_library_refuses_is_refused_in_one_line(folder, capsys):
     for message, line in (
         ("torch.export cannot capture", "check tiny_networks:build --size 9"),
         ("target 3 is outside", f"fit {MODEL} few --targets 3 {out}"),
-        ("ridge=-1.0", f"fit {MODEL} few --ridge=-1 {out}"),
+        ("--ridge -1.0", f"fit {MODEL} few --ridge=-1 {out}"),
         (
             "fitted to another model",
             f"explain {built} few --inverse inverse.safetensors --out no.safetensors",
