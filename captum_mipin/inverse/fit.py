@@ -20,7 +20,7 @@ from captum_mipin.inverse.information import SharedInformation
 from captum_mipin.inverse.passes import Passes
 from captum_mipin.inverse.request import FitRequest, Fitted
 from captum_mipin.inverse.sgd import Descent, descend
-from captum_mipin.regression.dual import Rows, RowSolution, solve_rows
+from captum_mipin.regression.dual import Rows, RowSolution, solve_rows, solve_table
 from captum_mipin.regression.lag_gram import CHUNK
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Solution, solve
@@ -185,9 +185,8 @@ class Fit:
             by_rows = (
                 request.processes.count == 1
                 and not shared
-                and isinstance(inverter, Dense)
-                and not inverter.own
-                and rows < signals
+                and isinstance(inverter, (Dense, Convolution))
+                and inverter.by_rows(rows)
             )
             needed = 8 * rows * signals if by_rows else Moments.bytes_needed(*inverter.size)
             _check_memory(key, needed, signals, x.device)
@@ -198,7 +197,7 @@ class Fit:
         sgd = request.settings.solver == "sgd"
         if sgd and isinstance(inverter, Convolution) and inverter.plain:
             return self._descend(key, targets, fitted, batches, bar)
-        if isinstance(inverter, Dense) and by_rows:
+        if isinstance(inverter, (Dense, Convolution)) and by_rows:
             return self._solve_by_rows(key, inverter, targets, batches)
         groups = [targets] if shared else [[target] for target in targets]
         with request.processes.fail_together():
@@ -299,30 +298,41 @@ class Fit:
         return x.numel() // (groups * features) * (self._passes.rows or 0) // examples
 
     def _solve_by_rows(
-        self, key: str, inverter: Dense, targets: Sequence[Target], batches: Iterable[_Batch]
+        self,
+        key: str,
+        inverter: Dense | Convolution,
+        targets: Sequence[Target],
+        batches: Iterable[_Batch],
     ) -> _Solved:
-        """Return the inverses of a dense layer with fewer rows than signals, by the dual."""
+        """Return the inverses of a step with fewer rows than signals, by the dual."""
         xs: list[Tensor] = []
-        parts: dict[Target, list[Tensor]] = {target: [] for target in targets}
+        parts: dict[Target, list[tuple[Tensor, list[Tensor]]]] = {target: [] for target in targets}
         for index, (_, x, signals) in enumerate(batches):
-            xs.append(x.reshape(-1, inverter.features))
             for target in targets:
-                s = torch.cat(signals(target), -1)
-                parts[target].append(s.reshape(-1, s.shape[-1]))
-                if not (finite(s) and finite(x)):
+                rows, s, own = inverter.rows(x, signals(target))
+                parts[target].append((s[0], own))
+                if not all(map(finite, (s, x, *own))):
                     raise _not_finite(index, key, target)
-        rows = self._rows.get(key) or Rows(torch.cat(xs))
-        if self._request.activations is not None:
-            self._rows[key] = rows
+            xs.append(rows)
+        x, settings = torch.cat(xs, 1), self._request.settings
         solved: _Solved = {}
-        settings = self._request.settings
+        unit = settings.ridge, settings.ridge_scale
         for target in targets:
-            s = torch.cat(parts.pop(target))
-            live = s.any(0).nonzero().squeeze(1)
-            solution = solve_rows(rows, s[:, live], settings.ridge, settings.ridge_scale)
-            silent = s.shape[1] - len(live)
+            columns, owns = zip(*parts.pop(target), strict=True)
+            s, own = torch.cat(columns), [torch.cat(o, 1) for o in zip(*owns, strict=True)]
+            solution: Solution | RowSolution
+            if isinstance(inverter, Dense) and not own:
+                rows = self._rows.get(key) or Rows(x[0])
+                if self._request.activations is not None:
+                    self._rows[key] = rows
+                live = s.any(0).nonzero().squeeze(1)
+                solution, silent = solve_rows(rows, s[:, live], *unit), s.shape[1] - len(live)
+                inverse = inverter.inverse_of_rows(solution, live, rows)
+            else:
+                solution, silent = solve_table(torch.cat([x, *own]), s, *unit), 0
+                inverse = inverter.inverse(solution, x)
             layer = _layer_fit(key, target, inverter, len(s), solution, silent=silent)
-            solved[target] = inverter.inverse_of_rows(solution, live, rows), layer
+            solved[target] = inverse, layer
         return solved
 
     def _descend(

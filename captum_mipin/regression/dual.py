@@ -5,8 +5,16 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from captum_mipin.regression.ridge import RidgeScale, penalties, share, solve_symmetric
+from captum_mipin.regression.ridge import (
+    RidgeScale,
+    Solution,
+    penalties,
+    share,
+    solve_own,
+    solve_symmetric,
+)
 
 
 class Rows:
@@ -32,6 +40,38 @@ class Rows:
     def gram(self) -> Tensor:
         """Return X Xᵀ, (rows, rows) float64."""
         return (self.x @ self.x.mT).double()
+
+
+class _Kernel:
+    """The linear system of a regression with few rows.
+
+    Args:
+        s: Tensor (rows, signals), the signals.
+        ridge: λ.
+        scale: The unit of λ, as for :func:`~captum_mipin.regression.ridge.solve`.
+
+    Attributes:
+        s: Float64 tensor (rows, signals), the centred signals; zero for those that never vary.
+        mean: Float64 tensor (signals,), their means.
+        dead: Number of signals that never vary.
+        gram: Float64 tensor (rows, rows), S Sᵀ.
+    """
+
+    def __init__(self, s: Tensor, ridge: float, scale: RidgeScale) -> None:
+        s = s.to(torch.float64, copy=True)
+        self.mean, self._ridge = s.mean(0), ridge
+        s -= self.mean
+        variance = torch.linalg.vector_norm(s, dim=0).square() / len(s)
+        self._penalty, dead = penalties(variance, self.mean, ridge, scale, len(s))
+        self.s, self.dead = s.masked_fill_(dead, 0.0), int(dead.sum())
+        self.gram = s @ s.mT
+
+    def solve(self, right: Tensor) -> tuple[Tensor, float]:
+        """Return (S Sᵀ + nλI)^-1 right, and the condition number of the matrix."""
+        n = len(self.s)
+        added = torch.full_like(self.gram[0], n * float(self._penalty.max()))  # λ is one number
+        none = torch.zeros_like(added, dtype=torch.bool)
+        return solve_symmetric(self.gram, right, added, none, self._ridge)
 
 
 @dataclass(frozen=True)
@@ -80,24 +120,66 @@ def solve_rows(
         >>> torch.allclose(s @ solution.coefficients.mT @ Rows(x).x + solution.bias, x)
         True
     """
-    s = s.to(torch.float64, copy=True)
-    n, mean = len(s), s.mean(0)
-    s -= mean
-    penalty, dead = penalties(s.square().mean(0), mean, ridge, scale, n)
-    s.masked_fill_(dead, 0.0)
-    gram = s @ s.mT
-    added = torch.full_like(gram[0], n * float(penalty.max()))  # λ is the same for all signals
-    none = torch.zeros_like(added, dtype=torch.bool)
+    kernel = _Kernel(s, ridge, scale)
+    s, mean, gram = kernel.s, kernel.mean, kernel.gram
     # eq. 6 for n centred rows: cov(X, S) (cov(S, S) + λI)^-1 = Xᵀ K S, K = (S Sᵀ + nλI)^-1
     right = torch.cat([s, gram], 1) if measure else s
-    solved, condition = solve_symmetric(gram, right, added, none, ridge)  # K S, and K S Sᵀ
+    solved, condition = kernel.solve(right)  # K S, and K S Sᵀ
     coefficients = solved[:, : s.shape[1]]
     # eq. 6: b = E[X] − Xᵀ K S E[S]
     bias = rows.mean - (rows.x.mT @ (coefficients @ mean).to(rows.x.dtype)).double()
     explained = float("nan")
     if measure:
         # prediction S Sᵀ K X, residual R X with R = I − S Sᵀ K, squared residual tr(R X Xᵀ R)
-        residual = torch.eye(n).to(gram) - solved[:, s.shape[1] :]
+        residual = torch.eye(len(s)).to(gram) - solved[:, s.shape[1] :]
         total = rows.gram.diagonal().sum()
         explained = share(total - (residual @ rows.gram * residual).sum(), total)
-    return RowSolution(coefficients, bias, explained, int(dead.sum()), condition)
+    return RowSolution(coefficients, bias, explained, kernel.dead, condition)
+
+
+def solve_table(
+    z: Tensor, s: Tensor, ridge: float = 1e-3, scale: RidgeScale = "relative"
+) -> Solution:
+    """Solve the regression of :func:`~captum_mipin.regression.ridge.solve` by its dual.
+
+    Args:
+        z: Tensor (k, rows, features), the features, then the k − 1 own signals of each.
+        s: Tensor (rows, signals), the signals.
+        ridge: λ, as for :func:`~captum_mipin.regression.ridge.solve`.
+        scale: The unit of λ, as for :func:`~captum_mipin.regression.ridge.solve`.
+
+    Returns:
+        The coefficients and the quality of the fit, for one group.
+
+    Examples:
+        >>> from captum_mipin.regression.moments import Moments
+        >>> from captum_mipin.regression.ridge import solve
+        >>> x, s = torch.randn(1, 5, 2, dtype=torch.float64), torch.randn(1, 5, 30).double()
+        >>> moments = Moments.zeros(1, 2, 30)
+        >>> moments.update(x, s)
+        >>> torch.allclose(solve_table(x, s[0]).weight, solve(moments).weight)
+        True
+    """
+    kernel, n = _Kernel(s, ridge, scale), len(s)
+    z = z.double()
+    mean_z = z.mean(1).unsqueeze(0)
+    z = z - mean_z[0].unsqueeze(1)
+    # eq. 6 for n centred rows: W = Zᵀ K S, K = (S Sᵀ + nλI)^-1
+    solved, condition = kernel.solve(torch.cat(list(z), 1))
+    # the residuals Z − S Wᵀ = Z − S Sᵀ K Z
+    residual = z - (kernel.gram @ solved).unflatten(1, (len(z), -1)).movedim(1, 0)
+    rest, of_feature = (torch.einsum("inx,jnx->xij", z, t).unsqueeze(0) / n for t in (residual, z))
+    own = solve_own(rest, of_feature, mean_z, (ridge, scale, n))
+    # the shared signals explain x less its own signals: W = (X − Σ a ⊙ O)ᵀ K S
+    factors = F.pad(-own.weight[0], (1, 0), value=1.0).mT.unsqueeze(1)
+    weight = (factors * solved.unflatten(1, (len(z), -1)).movedim(1, 0)).sum(0).mT @ kernel.s
+    unexplained = (factors * residual).sum(0).square().sum() / n
+    total = of_feature[..., 0, 0].sum()
+    return Solution(
+        weight.unsqueeze(0),
+        own.weight.contiguous(),
+        own.bias - weight @ kernel.mean,
+        share(total - unexplained, total),
+        dead=kernel.dead + own.dead,
+        condition=max(condition, own.condition),
+    )

@@ -87,34 +87,70 @@ def _solve_with_own(moments: Moments, ridge: float, scale: RidgeScale) -> Soluti
     weights = weights.mT.view_as(cross)
     # covariance of the residuals, which s does not explain: cov(Z, Z) − W cov(S, Z)
     rest = of_feature - torch.einsum("gixs,gjxs->gxij", weights, cross)
-    variance = _diagonal(of_feature)[..., 1:]
-    own_penalty, own_dead = penalties(variance, moments.mean_z[:, 1:].mT, ridge, scale, rows)
-    unused = own_dead
-    if ridge == 0:  # without λ, a residual that is only rounding would give random coefficients
-        unused = own_dead | (variance * CONSTANT**0.5 > _diagonal(rest)[..., 1:])
-    # for each feature, with covariances of the residuals: a = (cov(O, O) + λI)^-1 cov(O, x)
-    own, own_condition = solve_symmetric(
-        rest[..., 1:, 1:], rest[..., 1:, :1], own_penalty, unused, ridge
-    )
-    own = own.squeeze(3)
-    weight = weights[:, 0] - torch.einsum("gxj,gjxs->gxs", own, weights[:, 1:])
-    # eq. 6: b = E[X] − W E[S] − a E[O]
-    bias = moments.mean_z[:, 0] - (weight @ moments.mean_s.unsqueeze(2)).squeeze(2)
-    bias -= torch.einsum("gxj,gjx->gx", own, moments.mean_z[:, 1:])
+    own = solve_own(rest, of_feature, moments.mean_z, (ridge, scale, rows))
+    weight = weights[:, 0] - torch.einsum("gxj,gjxs->gxs", own.weight, weights[:, 1:])
+    bias = own.bias - (weight @ moments.mean_s.unsqueeze(2)).squeeze(2)
     # coefficients θ solve (G + Λ) θ = c with G = cov of (S, O), c = cov with x, Λ the penalties:
     # the explained variance 2 θ·c − θ·G θ equals θ·c + θ·Λ θ
     explained = (weight * (cross[:, 0] + penalty.unsqueeze(1) * weight)).sum()
-    explained += (own * (of_feature[..., 0, 1:] + own_penalty * own)).sum()
+    explained += (own.weight * (of_feature[..., 0, 1:] + own.penalty * own.weight)).sum()
     live, signals = moments.live or (None, gram.shape[1])
     return Solution(
         weight.contiguous(),
-        own.contiguous(),
+        own.weight.contiguous(),
         bias,
         share(explained, of_feature[..., 0, 0].sum()),
-        dead=int(dead.sum() + own_dead.sum()) + len(dead) * (signals - gram.shape[1]),
-        condition=max(condition, own_condition),
+        dead=int(dead.sum()) + own.dead + len(dead) * (signals - gram.shape[1]),
+        condition=max(condition, own.condition),
         live=live,
     )
+
+
+@dataclass(frozen=True)
+class Own:
+    """The part of a solution for the features' own signals, see :func:`solve_own`.
+
+    Attributes:
+        weight: Float64 tensor (g, dx, k − 1), the coefficients.
+        bias: Float64 tensor (g, dx), the bias, before the mean of the shared signals is subtracted.
+        penalty: Float64 tensor (g, dx, k − 1), what was added to the variance of each own signal.
+        dead: Number of own signals that never vary.
+        condition: As for :class:`Solution`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    penalty: Tensor
+    dead: int
+    condition: float
+
+
+def solve_own(
+    rest: Tensor, of_feature: Tensor, mean_z: Tensor, unit: tuple[float, RidgeScale, int]
+) -> Own:
+    """Regress the residual of each feature on the residuals of its own signals.
+
+    Args:
+        rest: Float64 tensor (g, dx, k, k), the covariance of features and own signals, without the
+            part that the shared signals explain.
+        of_feature: Float64 tensor (g, dx, k, k), the same covariance with this part.
+        mean_z: Float64 tensor (g, k, dx), the means of features and own signals.
+        unit: λ, its unit, and the number of rows, as for :func:`penalties`.
+    """
+    ridge, scale, rows = unit
+    variance = _diagonal(of_feature)[..., 1:]
+    penalty, dead = penalties(variance, mean_z[:, 1:].mT, ridge, scale, rows)
+    unused = dead
+    if ridge == 0:  # without λ, a residual that is only rounding would give random coefficients
+        unused = dead | (variance * CONSTANT**0.5 > _diagonal(rest)[..., 1:])
+    # for each feature, with covariances of the residuals: a = (cov(O, O) + λI)^-1 cov(O, x)
+    weight, condition = solve_symmetric(
+        rest[..., 1:, 1:], rest[..., 1:, :1], penalty, unused, ridge
+    )
+    weight = weight.squeeze(3)
+    # eq. 6: b = E[X] − a E[O] − W E[S]
+    bias = mean_z[:, 0] - torch.einsum("gxj,gjx->gx", weight, mean_z[:, 1:])
+    return Own(weight, bias, penalty, int(dead.sum()), condition)
 
 
 def _solve_tied(moments: Moments, ridge: float, scale: RidgeScale, tied: int) -> Solution:
@@ -223,13 +259,19 @@ def _norm_of_inverse(factor: Tensor) -> Tensor:
     number on the factor's diagonal, is too small: for the Gram matrices of a ResNet-18 it is 1e3
     where the condition number is 1e6. Computing the inverse would take n³ operations.
     """
+
+    def inverse(x: Tensor) -> Tensor:
+        """Return A^-1 x; ``torch.cholesky_solve`` would copy the factor, which takes longer."""
+        half = torch.linalg.solve_triangular(factor, x, upper=False)
+        return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
     x = torch.full_like(factor[..., :1], 1 / factor.shape[-1])
     norm = torch.zeros_like(x[..., 0, 0])
     for _ in range(5):
-        y = torch.cholesky_solve(x, factor)
+        y = inverse(x)
         norm = torch.maximum(norm, y.abs().sum((-2, -1)))
         # gradient of ‖A^-1 x‖₁: if no unit vector increases the norm to first order, stop at x
-        slope = torch.cholesky_solve(y.sign(), factor)
+        slope = inverse(y.sign())
         if (slope.abs().amax((-2, -1)) <= (slope * x).sum((-2, -1))).all():
             break
         x = torch.zeros_like(x).scatter_(-2, slope.abs().argmax(-2, keepdim=True), 1.0)

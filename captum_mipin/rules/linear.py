@@ -62,9 +62,12 @@ class Dense(Inverter):
     def size(self) -> tuple[int, int, int, int]:
         return 1, self.features, sum(self.signals), self.own
 
+    def by_rows(self, rows: int) -> bool:
+        """Return True if the dual of a regression with this number of rows is cheaper."""
+        return rows < sum(self.signals)
+
     def moments(self, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
-        s, own = self._divided(signals)
-        x, s, *own = (t.flatten(0, -2).unsqueeze(0) for t in (x, s, *own))
+        x, s, own = self.rows(x, signals)
         live, count = s[0].any(0).nonzero().squeeze(1), s.shape[2]
         # At the logits only the target's signal is not 0: most of the Gram matrix would be zeros.
         some = 2 * len(live) < count
@@ -72,6 +75,17 @@ class Dense(Inverter):
         moments = Moments.zeros(1, self.features, s.shape[2], self.own, x.device)
         moments.update(x, s, own)
         return replace(moments, live=(live, count)) if some else moments
+
+    def rows(self, x: Tensor, signals: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the rows of the regression of one batch; the arguments are those of ``moments``.
+
+        Returns:
+            Tensors (1, rows, features), (1, rows, signals), and (1, rows, features) for each branch
+            without weights.
+        """
+        s, own = self._divided(signals)
+        x, s, *own = (t.flatten(0, -2).unsqueeze(0) for t in (x, s, *own))
+        return x, s, own
 
     def inverse(self, solution: Solution, like: Tensor) -> Inverse:
         weight, live = solution.weight[0], solution.live
@@ -148,6 +162,14 @@ class Convolution(Inverter):
         first, signals = self.geometries[0], sum(conv.features[1] for conv in self.geometries)
         return first.groups, first.channels[0] * self.tied, signals // self.tied, self.own
 
+    def by_rows(self, rows: int) -> bool:
+        """Return True if the dual of a regression with this number of rows is cheaper.
+
+        Its Gram matrix needs all products of rows and signals, that of the signals only their lags.
+        """
+        groups, _, signals, _ = self.size
+        return groups == self.tied == 1 and 2 * rows < signals
+
     def moments(
         self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor | None = None
     ) -> Moments:
@@ -168,12 +190,24 @@ class Convolution(Inverter):
         moments = Moments.zeros(*self.size, x.device)
         count = prod(x.shape[2:]) if places is None else len(places)
         chunk = max(1, CHUNK // (self.size[0] * self.size[2] * count))
-        for x_part, *parts in zip(*(t.split(chunk) for t in (x, *signals)), strict=True):
-            pairs = zip(self.geometries, parts, strict=False)
-            patches = [conv.patches(s, x.shape, places) for conv, s in pairs]
-            rows, *own = (self._rows(t, places) for t in (x_part, *parts[len(patches) :]))
-            moments.update(rows, torch.cat(patches, 2), own)
+        for parts in zip(*(t.split(chunk) for t in (x, *signals)), strict=True):
+            rows, s, own = self.rows(parts[0], parts[1:], places)
+            moments.update(rows, s, own)
         return moments
+
+    def rows(
+        self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the rows of the regression of one batch; the arguments are those of ``moments``.
+
+        Returns:
+            Tensors (groups, rows, channels) of the features, (groups, rows, signals) of the
+            patches, and (groups, rows, channels) of the signal of each branch without weights.
+        """
+        pairs = zip(self.geometries, signals, strict=False)
+        patches = [conv.patches(s, x.shape, places) for conv, s in pairs]
+        own = [self._rows(t, places) for t in signals[len(patches) :]]
+        return self._rows(x, places), torch.cat(patches, 2), own
 
     def _moments_around(self, wide: int, x: Tensor, signals: tuple[Tensor, ...]) -> Moments:
         """Return the moments of one batch for 1x1 convolutions and at most one wider convolution.

@@ -29,7 +29,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.inverse import fit
 from captum_mipin.regression.moments import Moments
+from captum_mipin.rules.linear import Convolution
 
 
 class Function(nn.Module):
@@ -212,6 +214,42 @@ def test_any_geometry_equals_oracle(kernel, stride, padding, dilation, groups, s
 def test_windows_that_tile_equal_the_oracle(groups, scale):
     model = cnn(nn.Conv2d(2, 4, (3, 2), (3, 2), groups=groups), nn.ReLU(), size=(6, 6))
     assert_like_oracle(model, normal(25, 2, 6, 6) + 1, ridge_scale=scale)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1.0])
+def test_a_convolution_with_fewer_rows_than_signals_equals_the_oracle(ridge, monkeypatch):
+    """6 x 9 rows and 16 x 9 signals: solved by rows, on all examples at once."""
+    used = []
+    table = fit.solve_table
+    monkeypatch.setattr(fit, "solve_table", lambda *a: used.append(a[0].shape) or table(*a))
+    wide = nn.Conv2d(8, 16, 3, padding=1)
+    model = cnn(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), wide, nn.ReLU(), size=(3, 3))
+    assert_like_oracle(model, normal(6, 2, 3, 3), tolerance=1e-8, ridge=ridge)
+    assert used == [(1, 54, 8)]
+
+
+def test_a_residual_block_solved_by_rows_equals_one_solved_by_signals(monkeypatch):
+    class Block(nn.Module):
+        def __init__(self, stride):
+            super().__init__()
+            self.first = nn.Conv2d(6, 40, 3, stride, padding=1)
+            self.second = nn.Conv2d(6, 40, 1, stride) if stride > 1 else nn.Identity()
+            self.last = nn.Conv2d(40, 40 if stride > 1 else 6, 3, padding=1)
+
+        def forward(self, x):
+            return F.relu(self.last(F.relu(self.first(x))) + self.second(x))
+
+    for stride in (1, 2):
+        model = cnn(nn.Conv2d(2, 6, 1), nn.ReLU(), Block(stride), size=(4, 4))
+        x = normal(7, 2, 4, 4)
+        by_rows = InverseNetwork(model).fit(x, 1, batch_size=3, progress=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(Convolution, "by_rows", lambda self, rows: False)
+            by_signals = InverseNetwork(model).fit(x, 1, batch_size=3, progress=False)
+        assert_close(by_rows.source_signal(x, 1), by_signals.source_signal(x, 1), 1e-8)
+        for one, other in zip(by_rows.report.layers, by_signals.report.layers, strict=True):
+            assert one.rows == other.rows and one.dead == other.dead
+            assert one.explained_variance == pytest.approx(other.explained_variance, abs=1e-9)
 
 
 def test_taps_that_never_see_a_signal_do_not_count_for_the_ridge():

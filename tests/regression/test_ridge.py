@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captum_mipin.regression.dual import Rows, solve_rows
+from captum_mipin.regression.dual import Rows, solve_rows, solve_table
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import solve
 
@@ -320,6 +320,28 @@ def test_the_dual_is_the_same_regression(ridge, scale, count):
     assert dual.dead == primal.dead == 2
     assert not weight[:, [4, 7]].any()
     assert dual.condition >= 1 - 1e-12
+
+
+@pytest.mark.parametrize("scale", ["relative", "mean", "sum"])
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.5])
+@pytest.mark.parametrize("branches", [0, 1, 2])
+def test_the_dual_with_own_signals_is_the_same_regression(ridge, scale, branches):
+    x, s, own = with_own(20, groups=1, n=9, ds=12, branches=branches)
+    s[..., 4], s[..., 7] = 5.0, 0.0  # never vary
+    primal = solve(moments_with_own(x, s, own), ridge, scale)
+    dual = solve_table(torch.cat([x, *own]), s[0], ridge, scale)
+    for name in ("weight", "own", "bias"):
+        torch.testing.assert_close(getattr(dual, name), getattr(primal, name), rtol=1e-9, atol=1e-9)
+    assert dual.explained_variance == pytest.approx(primal.explained_variance, abs=1e-10)
+    assert dual.dead == primal.dead == 2
+    assert not dual.weight[..., [4, 7]].any()
+
+
+def test_float32_rows_far_from_zero_are_solved_as_in_float64():
+    x, s, own = with_own(21, groups=1, n=9, ds=12)
+    z, s = (torch.cat([x, *own]) + 1000).float(), (s[0] + 1000).float()
+    single, exact = solve_table(z, s), solve_table(z.double(), s.double())
+    torch.testing.assert_close(single.weight, exact.weight, rtol=1e-12, atol=1e-12)
 
 
 def test_the_dual_of_constant_features_or_signals_is_their_mean():
