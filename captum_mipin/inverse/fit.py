@@ -220,7 +220,9 @@ class Fit:
         for index, group in enumerate(groups):
             part = moments.pop(index)
             # eq. 6: W = cov(X, S) (cov(S, S) + λI)^-1, b = E[X] − W E[S]
-            solution = solve(part, settings.ridge, settings.ridge_scale, inverter.tied)
+            parts = inverter.parts if settings.positions is None else ()
+            unit = settings.ridge, settings.ridge_scale
+            solution = solve(part, *unit, inverter.tied, parts)
             inverse = inverter.inverse(solution, x)
             for target in group:
                 solved[target] = inverse, _layer_fit(key, target, inverter, part.count, solution)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_mipin.errors import FitError
-from captum_mipin.graph.signature import Signature
+from captum_mipin.graph.signature import Signature, pick
 from captum_mipin.graph.validate import finite
 from captum_mipin.inverse.data import Values, check_independent
 from captum_mipin.inverse.request import FitRequest
@@ -64,10 +64,12 @@ class Passes:
                     f"batch {index} has further arguments {found.leaves}, expected "
                     f"{signature.leaves} as in the first batch: pass the same kinds in all batches"
                 )
+            if index == 0:
+                self._prove(inputs, extras)
             values = self._below(inputs, extras)
             if request.activations is not None:
                 values = request.activations.add(values)
-            trace = self._trace(values, self._kept_steps, proving=index == 0)
+            trace = self._trace(values, self._kept_steps)
             output = trace.output.detach()
             rows += len(output)
             if not finite(output):
@@ -86,6 +88,12 @@ class Passes:
         if request.activations is not None:
             self._all_kept = bool(self._kept_steps)
             self._batches = ()  # later fits use the stored activations instead of the data
+
+    def _prove(self, inputs: Inputs, extras: Extras) -> None:
+        """Raise RuleError if a rule's result differs from its operation's, for two examples."""
+        few = torch.arange(min(2, len(inputs[0])), device=inputs[0].device)
+        values = self._below(*pick(inputs, extras, few, self._request.surrogate.captured.shared))
+        self._trace(values, self._learned, proving=True)
 
     def _measure(self, trace: Trace, inputs: Inputs, extras: Extras) -> None:
         """Check on the first batch that examples are independent, and measure bytes per example."""

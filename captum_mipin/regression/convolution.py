@@ -142,8 +142,8 @@ def _level_factors(
 ) -> tuple[Tensor, Tensor]:
     """Return factors L, R: the Gram matrix of S = V + level is that of V, plus L Rᵀ + R Lᵀ.
 
-    The rank of L and R is the number of taps. They are computed from the sum of V over the examples
-    and from a map of ones, so their cost does not depend on the number of examples.
+    The rank of L and R is the number of taps. They are products of the patches of ΣV, the sum over
+    the examples, with those of a map of ones: their cost does not depend on the number of examples.
 
     Args:
         conv: The convolution.
@@ -156,17 +156,12 @@ def _level_factors(
         L and R, float64 tensors (groups, channels of s · taps, taps).
     """
     g, c, k = conv.groups, conv.channels[1], prod(conv.kernel)
-    ones = torch.ones_like(v_sum[:, :1])
-    single = replace(conv, weight_shape=(1, 1, *conv.kernel), groups=1)
-    # (1, taps, *size of x): 1 where the tap of the patch lies inside of y, else 0
-    seen = single.patches(ones, x_size)[0].mT.reshape(1, k, *x_size[2:])
-
-    def across(s: Tensor) -> Tensor:
-        """Return Σ P seenᵀ for the patches P of ``s``: (channels of s · taps, taps)."""
-        channels = (s.shape[1],) * 2  # _correlate replaces the number of channels of x
-        return _correlate(replace(single, weight_shape=(*channels, *conv.kernel)), s, seen)[0].mT
-
+    # One group for each channel of s, with two channels: V, and 1 inside of y.
+    channels = (g * c, 2) if conv.transposed else (2 * g * c, 1)
+    couples = replace(conv, weight_shape=(*channels, *conv.kernel), groups=g * c)
+    pairs = torch.stack([v_sum, torch.ones_like(v_sum)], 2).flatten(1, 2)
+    products = gram_of_patches(couples, pairs, x_size).view(g, c, 2, k, 2, k)
     level = level.view(g, c, 1, 1)
-    left = across(v_sum).reshape(g, c, k, k) + level * across(ones) * (examples / 2)
+    left = products[:, :, 0, :, 1] + level * products[:, :, 1, :, 1] * (examples / 2)
     right = level * torch.eye(k, dtype=level.dtype, device=level.device)
     return left.reshape(g, c * k, k), right.reshape(g, c * k, k)

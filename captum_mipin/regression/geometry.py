@@ -10,7 +10,8 @@ The patch of a position p contains the values of S that the formula multiplies w
 and channel, or 0 if the index of S is outside of S or not an integer.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -78,6 +79,12 @@ class Geometry:
         """
         x, s = self.channels
         return x, s * prod(self.kernel)
+
+    def places(self) -> Iterator[tuple[int, ...]]:
+        """Yield for each tap the positions p of x that see it, as p modulo the stride."""
+        sizes = zip(self.kernel, self.dilation, self.padding, self.stride, strict=True)
+        along = [[(d * j - p) % step for j in range(k)] for k, d, p, step in sizes]
+        return itertools.product(*along)
 
     def full(self, s: Tensor) -> Tensor:
         """Return ``s`` with zeros added for the first outputs, which the operation drops."""

@@ -15,7 +15,7 @@ Other symbols: g groups, c channels of s in each group, n examples.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import gcd, prod
 
@@ -41,12 +41,32 @@ def gram_of_patches(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
         Float64 tensor (groups, channels of s · taps, channels of s · taps).
     """
     s, conv = conv.full(s), replace(conv, skip=())
-    if conv.transposed or all(step == 1 for step in conv.stride):
-        return _gram_of_phase(conv, s, x_size)
     g, c, k = conv.groups, conv.channels[1], prod(conv.kernel)
     total = s.new_zeros(g, c, k, c, k, dtype=torch.float64)
-    for phase, taps, size in _phases(conv, x_size):
-        total[:, :, taps.unsqueeze(1), :, taps] = _blocks(_gram_of_phase(phase, s, size), c)
+    blocks = total.permute(2, 4, 0, 1, 3)
+    whole = conv, torch.arange(k), x_size
+    phases = [whole] if conv.transposed else list(_phases(conv, x_size))
+    # Every lag of a phase is one of the lags of the smallest kernel that holds those of all phases.
+    kernel = [max(sizes) for sizes in zip(*(phase.kernel for phase, _, _ in phases), strict=True)]
+    if conv.transposed or prod(kernel) == 1:
+        for phase, taps, size in phases:
+            width = prod(size[2:]) * len(taps) * s.shape[1]
+            for piece in s.split(max(1, CHUNK // width)):
+                patches = phase.patches(piece, size)
+                blocks[taps.unsqueeze(1), taps] += _blocks(patches.mT @ patches, c)
+        return total.flatten(3).flatten(1, 2)
+    widest = replace(phases[0][0], weight_shape=(*conv.weight_shape[:2], *kernel))
+    width = prod(z + r for z, r in zip(s.shape[2:], widest.reach, strict=True))
+    for piece in s.split(max(1, CHUNK // (width * s.shape[1]))):
+        correlations = _correlations(widest, piece)
+        for phase, taps, size in phases:
+            # (taps, taps, dims): the index of each pair's lag, where index 0 is the smallest lag
+            places = torch.stack(torch.unravel_index(torch.arange(len(taps)), phase.kernel), 1)
+            pairs = places.unsqueeze(1) - places + torch.tensor(kernel) - 1
+            blocks[taps.unsqueeze(1), taps] += correlations[pairs.unbind(-1)]
+            for windows, seeing in _cut_away(phase, piece, size):
+                seen = taps[seeing]
+                blocks[seen.unsqueeze(1), seen] -= _blocks(windows.mT @ windows, c)
     return total.flatten(3).flatten(1, 2)
 
 
@@ -77,35 +97,6 @@ def _phases(conv: Geometry, x_size: torch.Size) -> Iterator[tuple[Geometry, Tens
         ones = (1,) * conv.dims
         phase = replace(part, stride=ones, padding=paddings, dilation=dilations)
         yield phase, numbers, torch.Size([*x_size[:2], *sizes])
-
-
-def _gram_of_phase(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
-    """Return the Gram matrix of a transposed convolution or one of stride 1, in small chunks."""
-    by: Callable[[Geometry, Tensor, torch.Size], Tensor] = _gram_by_lags
-    width = prod(z + r for z, r in zip(s.shape[2:], conv.reach, strict=True))
-    if conv.transposed or prod(conv.kernel) == 1:
-        by, width = _gram_by_patches, prod(x_size[2:]) * prod(conv.kernel)
-    total = s.new_zeros(conv.groups, *(conv.features[1],) * 2, dtype=torch.float64)
-    for part in s.split(max(1, CHUNK // (width * s.shape[1]))):
-        total += by(conv, part, x_size)
-    return total
-
-
-def _gram_by_patches(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
-    patches = conv.patches(s, x_size)
-    return patches.mT @ patches
-
-
-def _gram_by_lags(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
-    """Return the Gram matrix from correlations, less the terms of positions outside of x."""
-    places = map(torch.arange, conv.kernel)
-    taps = torch.stack(torch.meshgrid(*places, indexing="ij"), -1).flatten(0, -2)
-    # (taps, taps, dims): the index of each pair's lag, where index 0 is the smallest lag, 1 − k
-    pairs = taps.unsqueeze(1) - taps + torch.tensor(conv.kernel) - 1
-    blocks = _correlations(conv, s)[pairs.unbind(-1)].double()
-    for windows, seeing in _cut_away(conv, s, x_size):
-        blocks[seeing.unsqueeze(1), seeing] -= _blocks(windows.mT @ windows, conv.channels[1])
-    return blocks.permute(2, 3, 0, 4, 1).flatten(3).flatten(1, 2)
 
 
 def _correlations(conv: Geometry, s: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Ridge regression from moments (equation 6)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,10 @@ from torch import Tensor
 from captum_mipin.regression.moments import CONSTANT, Moments, constant
 
 RidgeScale = Literal["relative", "mean", "sum"]
+
+#: Integer tensor of the indices of some signals, and the share of the rows in which these, and no
+#: other signals, may be nonzero.
+Part = tuple[Tensor, float]
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Solution:
         explained_variance: 1 − residual / variance of x over all features, on the fitted rows; 1
             if x never varies.
         dead: Number of signals that never vary; their coefficients are zero.
-        condition: The largest 1-norm condition number of the matrices of the linear systems. It is
+        condition: The largest 1-norm condition number of the matrices of the linear systems, of
+            which there is one for each part of the signals that is solved alone. It is
             an estimate from below, and rarely less than a third of the exact number.
         live: Integer tensor (ds,), indices of the shared signals that ``weight`` is for; None for
             all.
@@ -41,7 +47,11 @@ class Solution:
 
 
 def solve(
-    moments: Moments, ridge: float = 1e-3, scale: RidgeScale = "relative", tied: int = 1
+    moments: Moments,
+    ridge: float = 1e-3,
+    scale: RidgeScale = "relative",
+    tied: int = 1,
+    parts: Sequence[Part] = (),
 ) -> Solution:
     """Solve the ridge regression of x on s and o from their moments (equation 6).
 
@@ -55,6 +65,8 @@ def solve(
         tied: Number t of consecutive features that are one feature at t positions, with one bias.
             They have no own signals. This equals a regression with t times the rows, one per
             position, where the signals of all other positions are zero.
+        parts: Parts of the shared signals that are solved one by one, which takes less time. Each
+            row has nonzero signals of one part only. Empty to solve all signals at once.
 
     Returns:
         The coefficients and the quality of the fit.
@@ -69,10 +81,12 @@ def solve(
     """
     if tied > 1:
         return _solve_tied(moments, ridge, scale, tied)
-    return _solve_with_own(moments, ridge, scale)
+    return _solve_with_own(moments, ridge, scale, parts)
 
 
-def _solve_with_own(moments: Moments, ridge: float, scale: RidgeScale) -> Solution:
+def _solve_with_own(
+    moments: Moments, ridge: float, scale: RidgeScale, parts: Sequence[Part]
+) -> Solution:
     """Solve for the shared signals first, then for each feature's own signals.
 
     Theorem of Frisch and Waugh: regress x and o on s, then regress the residual of x on the
@@ -83,7 +97,13 @@ def _solve_with_own(moments: Moments, ridge: float, scale: RidgeScale) -> Soluti
     gram, cross, of_feature = moments.ss / rows, moments.zs / rows, moments.zz / rows
     penalty, dead = penalties(_diagonal(gram), moments.mean_s, ridge, scale, rows)
     # eq. 6, for x and each o: W = cov(Z, S) (cov(S, S) + λI)^-1
-    weights, condition = solve_symmetric(gram, cross.flatten(1, 2).mT, penalty, dead, ridge)
+    right = cross.flatten(1, 2).mT
+    if len(parts) > 1 and ridge > 0:
+        weights, condition = _solve_parts(
+            gram, moments.mean_s, right, (penalty, dead, ridge), parts
+        )
+    else:
+        weights, condition = solve_symmetric(gram, right, penalty, dead, ridge)
     weights = weights.mT.view_as(cross)
     # covariance of the residuals, which s does not explain: cov(Z, Z) − W cov(S, Z)
     rest = of_feature - torch.einsum("gixs,gjxs->gxij", weights, cross)
@@ -104,6 +124,51 @@ def _solve_with_own(moments: Moments, ridge: float, scale: RidgeScale) -> Soluti
         condition=max(condition, own.condition),
         live=live,
     )
+
+
+def _solve_parts(
+    gram: Tensor,
+    mean: Tensor,
+    right: Tensor,
+    system: tuple[Tensor, Tensor, float],
+    parts: Sequence[Part],
+) -> tuple[Tensor, float]:
+    """Return what :func:`solve_symmetric` returns, from one linear system for each part.
+
+    Let C_i be the covariance of part i over its own rows, times their share w_i of all rows, and
+    μ_i the mean over these rows. Then cov(S, S) is the block diagonal matrix of all C_i, plus
+    M Q Mᵀ, where the columns of M are the μ_i and Q = diag(w) − w wᵀ. With Q = L Lᵀ, A = C + λI:
+
+        (A + M L (M L)ᵀ)^-1 = A^-1 − A^-1 M L (I + Lᵀ Mᵀ A^-1 M L)^-1 Lᵀ Mᵀ A^-1        (Woodbury)
+
+    Args:
+        gram: Tensor (g, ds, ds), the covariance of the signals.
+        mean: Tensor (g, ds), their means.
+        right: Tensor (g, ds, m), the right-hand side.
+        system: The arguments ``penalty``, ``dead`` and ``ridge`` of :func:`solve_symmetric`.
+        parts: The parts; together they contain all signals.
+    """
+    penalty, dead, ridge = system
+    shares = gram.new_tensor([share for _, share in parts])
+    solved, across, conditions = torch.zeros_like(right), [], []
+    shifts = torch.zeros_like(mean)  # A^-1 M, of which each row has one entry that is not 0
+    for (index, _), w in zip(parts, shares, strict=True):
+        mu = (mean[:, index] / w).unsqueeze(2)
+        block = gram[:, index.unsqueeze(1), index].baddbmm_(mu, mu.mT, alpha=-float(w * (1 - w)))
+        both = torch.cat([right[:, index], mu], 2)
+        result, condition = solve_symmetric(block, both, penalty[:, index], dead[:, index], ridge)
+        solved[:, index], shifts[:, index] = result[..., :-1], result[..., -1]
+        across.append(mu.mT @ result)  # Mᵀ A^-1 of the right-hand side and of M
+        conditions.append(condition)
+    values, vectors = torch.linalg.eigh(shares.diag() - shares.outer(shares))
+    half = vectors * values.clamp(min=0).sqrt()
+    products = torch.cat(across, 1)
+    core = half.mT @ torch.diag_embed(products[..., -1]) @ half
+    core = torch.linalg.solve(torch.eye(len(parts)).to(core) + core, half.mT @ products[..., :-1])
+    change = half @ core
+    for i, (index, _) in enumerate(parts):
+        solved[:, index] -= shifts[:, index].unsqueeze(2) * change[:, i : i + 1]
+    return solved, max(conditions)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The three kinds of rule, and the parts of a learned inverse."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from captum_mipin.graph.marks import marks
 from captum_mipin.graph.nodes import operation
 from captum_mipin.regression.moments import Moments
-from captum_mipin.regression.ridge import Solution
+from captum_mipin.regression.ridge import Part, Solution
 
 #: Function: signal at an operation's output → signal at its input.
 Back = Callable[[Tensor], Tensor]
@@ -103,6 +103,11 @@ class Inverter(Protocol):
     def tied(self) -> int:
         """Return the number of consecutive features with one bias: ``tied`` of ``ridge.solve``."""
         return 1
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """Return the parts of the signals that are solved one by one: ``parts`` of ``solve``."""
+        return ()
 
     def part(self, examples: slice) -> "Inverter":
         """Return the family for the selected examples of the batch."""

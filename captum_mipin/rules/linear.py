@@ -19,7 +19,7 @@ from captum_mipin.regression.dual import Rows, RowSolution
 from captum_mipin.regression.geometry import Geometry
 from captum_mipin.regression.lag_gram import CHUNK
 from captum_mipin.regression.moments import Moments
-from captum_mipin.regression.ridge import Solution
+from captum_mipin.regression.ridge import Part, Solution
 from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, along, at
 from captum_mipin.rules.geometry import ConvolutionArguments
 from captum_mipin.rules.pooling import shared_out
@@ -168,7 +168,33 @@ class Convolution(Inverter):
         Its Gram matrix needs all products of rows and signals, that of the signals only their lags.
         """
         groups, _, signals, _ = self.size
-        return groups == self.tied == 1 and 2 * rows < signals
+        largest = max((len(index) for index, _ in self.parts), default=signals)
+        return groups == self.tied == 1 and 2 * rows < largest
+
+    @property
+    def parts(self) -> list[Part]:
+        """Return the signals by position: with a stride, each position of x sees only some taps."""
+        stride, *others = {conv.stride for conv in self.geometries}
+        if others or self.tied > 1 or any(conv.transposed for conv in self.geometries):
+            return []
+        places: dict[tuple[int, ...], list[Tensor]] = {}
+        first = 0
+        for conv in self.geometries:
+            channels, taps = conv.channels[1], prod(conv.kernel)
+            for tap, place in enumerate(conv.places()):
+                index = first + tap + taps * torch.arange(channels)
+                places.setdefault(place, []).append(index)
+            first += channels * taps
+        sizes = list(zip(stride, self.x_size[2:], strict=True))
+        counts = {
+            place: prod(-(-(z - p) // step) for p, (step, z) in zip(place, sizes, strict=True))
+            for place in places
+        }
+        return [
+            (torch.cat(index), counts[place] / prod(self.x_size[2:]))
+            for place, index in places.items()
+            if counts[place] > 0
+        ]
 
     def moments(
         self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor | None = None

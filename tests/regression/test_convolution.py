@@ -182,3 +182,31 @@ def test_patches_of_images_are_inverted_as_a_dense_layer_of_their_pixels():
     inverse = InverseNetwork(model).fit(torch.randn(20, 3, 64, 64), 0, progress=False)
     (fit,) = [layer for layer in inverse.report.layers if layer.layer.startswith("0/")]
     assert (fit.features, fit.signals, fit.rows) == (3 * 256, 96, 20 * 16)
+
+
+@SOME
+@pytest.mark.parametrize("ridge", [1e-3, 1.0])
+def test_signals_solved_by_position_give_the_solution_of_all_at_once(parameters, ridge):
+    """With a strided convolution beside it, as in residual blocks, and an identity."""
+    layer, geometry, x, s = case(*parameters)
+    beside = type(layer)(4, 2, 1, geometry.stride, groups=geometry.groups, dtype=torch.float64)
+    with torch.no_grad():
+        signals = s + 5, torch.randn_like(beside(x)), torch.randn_like(x)
+    sizes = geometry.stride, (0,) * geometry.dims, (1,) * geometry.dims
+    single = Geometry(tuple(beside.weight.shape), *sizes, geometry.groups)
+    convs = (geometry,) if geometry.transposed else (geometry, single)
+    inverter = Convolution(convs, x.shape, 1)
+    moments = inverter.moments(x, (*signals[: len(convs)], signals[2]))
+    whole, parts = solve(moments, ridge), inverter.parts
+    if not geometry.transposed and max(geometry.stride) > 1:
+        indices = torch.cat([index for index, _ in parts])
+        assert len(parts) > 1 or math.prod(geometry.kernel) == 1
+        assert len(indices.unique()) == len(indices)
+        unseen = torch.ones(moments.mean_s.shape[1], dtype=torch.bool)
+        unseen[indices] = False
+        assert not moments.ss[:, unseen].any()
+    by_part = solve(moments, ridge, "relative", 1, parts)
+    for name in ("weight", "own", "bias"):
+        one, other = getattr(by_part, name), getattr(whole, name)
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert by_part.explained_variance == pytest.approx(whole.explained_variance, abs=1e-12)
