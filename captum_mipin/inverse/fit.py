@@ -15,12 +15,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_mipin.errors import FitError
-from captum_mipin.graph.validate import finite
 from captum_mipin.inverse.information import SharedInformation
 from captum_mipin.inverse.passes import Passes
 from captum_mipin.inverse.request import FitRequest, Fitted
 from captum_mipin.inverse.sgd import Descent, descend
-from captum_mipin.regression.dual import Rows, RowSolution, solve_rows, solve_table
+from captum_mipin.inverse.tables import Table
+from captum_mipin.regression.dual import Rows, RowSolution
 from captum_mipin.regression.lag_gram import CHUNK
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Solution, solve
@@ -307,34 +307,19 @@ class Fit:
         batches: Iterable[_Batch],
     ) -> _Solved:
         """Return the inverses of a step with fewer rows than signals, by the dual."""
-        xs: list[Tensor] = []
-        parts: dict[Target, list[tuple[Tensor, list[Tensor]]]] = {target: [] for target in targets}
+        table = Table(inverter, self._rows.get(key))
         for index, (_, x, signals) in enumerate(batches):
             for target in targets:
-                rows, s, own = inverter.rows(x, signals(target))
-                parts[target].append((s[0], own))
-                if not all(map(finite, (s, x, *own))):
+                if not table.add(x, target, signals(target)):
                     raise _not_finite(index, key, target)
-            xs.append(rows)
-        x, settings = torch.cat(xs, 1), self._request.settings
         solved: _Solved = {}
-        unit = settings.ridge, settings.ridge_scale
+        settings = self._request.settings
         for target in targets:
-            columns, owns = zip(*parts.pop(target), strict=True)
-            s, own = torch.cat(columns), [torch.cat(o, 1) for o in zip(*owns, strict=True)]
-            solution: Solution | RowSolution
-            if isinstance(inverter, Dense) and not own:
-                rows = self._rows.get(key) or Rows(x[0])
-                if self._request.activations is not None:
-                    self._rows[key] = rows
-                live = s.any(0).nonzero().squeeze(1)
-                solution, silent = solve_rows(rows, s[:, live], *unit), s.shape[1] - len(live)
-                inverse = inverter.inverse_of_rows(solution, live, rows)
-            else:
-                solution, silent = solve_table(torch.cat([x, *own]), s, *unit), 0
-                inverse = inverter.inverse(solution, x)
-            layer = _layer_fit(key, target, inverter, len(s), solution, silent=silent)
+            inverse, solution, silent = table.solve(target, settings.ridge, settings.ridge_scale)
+            layer = _layer_fit(key, target, inverter, table.count, solution, silent=silent)
             solved[target] = inverse, layer
+        if self._request.activations is not None and table.rows is not None:
+            self._rows[key] = table.rows
         return solved
 
     def _descend(

@@ -11,7 +11,7 @@ and channel, or 0 if the index of S is outside of S or not an integer.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -79,12 +79,6 @@ class Geometry:
         """
         x, s = self.channels
         return x, s * prod(self.kernel)
-
-    def places(self) -> Iterator[tuple[int, ...]]:
-        """Yield for each tap the positions p of x that see it, as p modulo the stride."""
-        sizes = zip(self.kernel, self.dilation, self.padding, self.stride, strict=True)
-        along = [[(d * j - p) % step for j in range(k)] for k, d, p, step in sizes]
-        return itertools.product(*along)
 
     def full(self, s: Tensor) -> Tensor:
         """Return ``s`` with zeros added for the first outputs, which the operation drops."""
@@ -198,3 +192,43 @@ def _spread(s: Tensor, stride: tuple[int, ...]) -> Tensor:
     places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
     result[places] = s
     return result
+
+
+def parts_by_position(
+    convolutions: Sequence[Geometry], x_size: torch.Size
+) -> list[tuple[Tensor, float]]:
+    """Return the parts of the signals that different positions of x see.
+
+    For a stride above 1, a position p sees the taps j for which p + padding − dilation·j is a
+    multiple of the stride: taps with the same remainder of dilation·j − padding form a part.
+
+    Args:
+        convolutions: Convolutions of the same x.
+        x_size: Size of x; only its spatial part is used.
+
+    Returns:
+        For each part the indices of its signals, which are the channels times taps of each
+        convolution in turn, and its share of the positions. The list is empty if all positions see
+        the same taps, or if the strides differ.
+    """
+    stride, *others = {conv.stride for conv in convolutions}
+    if others or max(stride) == 1 or any(conv.transposed for conv in convolutions):
+        return []
+    parts: dict[tuple[int, ...], list[Tensor]] = {}
+    first = 0
+    for conv in convolutions:
+        channels, signals = conv.channels[1], conv.features[1]
+        sizes = zip(conv.kernel, conv.dilation, conv.padding, stride, strict=True)
+        along = [[(d * j - p) % step for j in range(k)] for k, d, p, step in sizes]
+        index = torch.arange(first, first + signals).view(channels, -1)
+        for offset, column in zip(itertools.product(*along), index.unbind(1), strict=True):
+            parts.setdefault(offset, []).append(column)
+        first += signals
+    shares = {
+        offset: prod(
+            max(0, -(-(z - p) // step)) / z
+            for p, step, z in zip(offset, stride, x_size[2:], strict=True)
+        )
+        for offset in parts
+    }
+    return [(torch.cat(parts[offset]), share) for offset, share in shares.items() if share]

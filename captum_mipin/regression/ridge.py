@@ -328,7 +328,8 @@ def _norm_of_inverse(factor: Tensor) -> Tensor:
     def inverse(x: Tensor) -> Tensor:
         """Return A^-1 x; ``torch.cholesky_solve`` would copy the factor, which takes longer."""
         half = torch.linalg.solve_triangular(factor, x, upper=False)
-        return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        whole: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        return whole
 
     x = torch.full_like(factor[..., :1], 1 / factor.shape[-1])
     norm = torch.zeros_like(x[..., 0, 0])

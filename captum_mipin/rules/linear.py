@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from captum_mipin.regression.convolution import moments_of_patches, moments_of_tiles
 from captum_mipin.regression.dual import Rows, RowSolution
-from captum_mipin.regression.geometry import Geometry
+from captum_mipin.regression.geometry import Geometry, parts_by_position
 from captum_mipin.regression.lag_gram import CHUNK
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Part, Solution
@@ -77,12 +77,7 @@ class Dense(Inverter):
         return replace(moments, live=(live, count)) if some else moments
 
     def rows(self, x: Tensor, signals: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the rows of the regression of one batch; the arguments are those of ``moments``.
-
-        Returns:
-            Tensors (1, rows, features), (1, rows, signals), and (1, rows, features) for each branch
-            without weights.
-        """
+        """Return the features, the shared and the own signals of a batch, as (1, rows, ...)."""
         s, own = self._divided(signals)
         x, s, *own = (t.flatten(0, -2).unsqueeze(0) for t in (x, s, *own))
         return x, s, own
@@ -173,28 +168,7 @@ class Convolution(Inverter):
 
     @property
     def parts(self) -> list[Part]:
-        """Return the signals by position: with a stride, each position of x sees only some taps."""
-        stride, *others = {conv.stride for conv in self.geometries}
-        if others or self.tied > 1 or any(conv.transposed for conv in self.geometries):
-            return []
-        places: dict[tuple[int, ...], list[Tensor]] = {}
-        first = 0
-        for conv in self.geometries:
-            channels, taps = conv.channels[1], prod(conv.kernel)
-            for tap, place in enumerate(conv.places()):
-                index = first + tap + taps * torch.arange(channels)
-                places.setdefault(place, []).append(index)
-            first += channels * taps
-        sizes = list(zip(stride, self.x_size[2:], strict=True))
-        counts = {
-            place: prod(-(-(z - p) // step) for p, (step, z) in zip(place, sizes, strict=True))
-            for place in places
-        }
-        return [
-            (torch.cat(index), counts[place] / prod(self.x_size[2:]))
-            for place, index in places.items()
-            if counts[place] > 0
-        ]
+        return [] if self.tied > 1 else parts_by_position(self.geometries, self.x_size)
 
     def moments(
         self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor | None = None
@@ -224,12 +198,7 @@ class Convolution(Inverter):
     def rows(
         self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the rows of the regression of one batch; the arguments are those of ``moments``.
-
-        Returns:
-            Tensors (groups, rows, channels) of the features, (groups, rows, signals) of the
-            patches, and (groups, rows, channels) of the signal of each branch without weights.
-        """
+        """Return the features, the patches and the own signals of a batch, (groups, rows, ...)."""
         pairs = zip(self.geometries, signals, strict=False)
         patches = [conv.patches(s, x.shape, places) for conv, s in pairs]
         own = [self._rows(t, places) for t in signals[len(patches) :]]

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
-from captum_mipin.inverse import fit
+from captum_mipin.inverse import tables
 from captum_mipin.regression.moments import Moments
 from captum_mipin.rules.linear import Convolution
 
@@ -220,8 +220,8 @@ def test_windows_that_tile_equal_the_oracle(groups, scale):
 def test_a_convolution_with_fewer_rows_than_signals_equals_the_oracle(ridge, monkeypatch):
     """6 x 9 rows and 16 x 9 signals: solved by rows, on all examples at once."""
     used = []
-    table = fit.solve_table
-    monkeypatch.setattr(fit, "solve_table", lambda *a: used.append(a[0].shape) or table(*a))
+    table = tables.solve_table
+    monkeypatch.setattr(tables, "solve_table", lambda *a: used.append(a[0].shape) or table(*a))
     wide = nn.Conv2d(8, 16, 3, padding=1)
     model = cnn(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), wide, nn.ReLU(), size=(3, 3))
     assert_like_oracle(model, normal(6, 2, 3, 3), tolerance=1e-8, ridge=ridge)
