@@ -10,6 +10,7 @@ from captum_mipin.comparison import compare
 from captum_mipin.errors import MIPINError
 from captum_mipin.inverse import InverseNetwork, NeighbourInverse
 from captum_mipin.methods import LRP
+from captum_mipin.photographs import for_photographs
 from captum_mipin.propagation.check import check
 from captum_mipin.rules import register_rule
 from captum_mipin.version import __version__
@@ -26,5 +27,6 @@ __all__ = [
     "__version__",
     "check",
     "compare",
+    "for_photographs",
     "register_rule",
 ]

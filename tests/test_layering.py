@@ -17,6 +17,7 @@ TOWER = (
     "methods",
     "bottleneck",
     "attribution",
+    "photographs",
     "comparison",
     "cli",
 )

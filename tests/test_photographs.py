@@ -1,0 +1,107 @@
+"""The layer and the reading that are proposed for photographs."""
+
+import copy
+
+import pytest
+import torch
+from captum.attr import LayerGradientXActivation, NoiseTunnel
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_mipin import InverseNetwork, LayerMIPINAttribution, compare, for_photographs
+from captum_mipin.errors import InputError
+from captum_mipin.photographs import photograph_layer
+
+
+def network():
+    """A network with three stages, of 8, 16 and 32 pixels per place."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(4, 5, 3, stride=2, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(5, 6, 3, stride=2, padding=1), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    model, x = network(), torch.rand(24, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return model, x, for_photographs(model, x, targets=[0, 2], progress=False)
+
+
+def test_the_map_is_a_times_gradient_of_absolute_values(fitted):
+    """From Captum's gradient and the plain attribution at the same layer."""
+    model, x, mipin = fitted
+    assert mipin.picked == "MIP-IN, A × gradient at 1"
+    inverse = InverseNetwork(model, layer=model[1]).fit(x, targets=[0, 2], progress=False)
+    a = LayerMIPINAttribution(model, inverse).attribute(x[:4], target=[0, 2, 0, 0])
+    slope = LayerGradientXActivation(model, model[1], multiply_by_inputs=False)
+    expected = (a * slope.attribute(x[:4], target=[0, 2, 0, 0])).abs().sum(1, keepdim=True)
+    maps = mipin.attribute(x[:4], target=[0, 2, 0, 0])
+    assert maps.shape == (4, 1, 4, 4)
+    torch.testing.assert_close(maps, expected.detach())
+    plain = mipin.attribute(x[:4], target=[0, 2, 0, 0], multiply_by_gradients=False)
+    torch.testing.assert_close(plain, a.abs().sum(1, keepdim=True))
+
+
+def test_classes_are_fitted_when_they_are_explained(fitted):
+    """From a loader with labels and from a generator of batches, with the same maps."""
+    model, x, mipin = fitted
+    loader = DataLoader(TensorDataset(x, torch.zeros(24)), batch_size=8)
+    for data in (loader, (part for part in x.split(8))):
+        lazy = for_photographs(model, data, progress=False)
+        expected = mipin.attribute(x[:2], target=2)
+        torch.testing.assert_close(lazy.attribute(x[:2], target=2), expected)
+
+
+def test_it_is_a_method_as_any_other(fitted):
+    model, x, mipin = fitted
+    before = copy.deepcopy(model.state_dict())
+    found = compare({mipin.picked: mipin}, x[:3], 0, metrics=[], progress=False)
+    assert [row.name for row in found.rows][-1] == "pattern only"
+    assert not any(row.errors for row in found.rows)
+    assert NoiseTunnel(mipin).attribute(x[:1], nt_samples=2, target=0).shape == (1, 1, 4, 4)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", "layer3"),
+        ("squeezenet1_1", "features.11"),
+        ("mobilenet_v2", "features.13"),
+        ("mobilenet_v3_small", "features.8"),
+        ("shufflenet_v2_x0_5", "stage3"),
+        ("vgg11", "features.19"),
+        ("alexnet", "features.11"),
+        ("densenet121", "features.denseblock3"),
+        ("regnet_y_400mf", "trunk_output.block3"),
+    ],
+)
+def test_it_is_the_last_layer_of_about_14_places_before_another_window(name, expected):
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model = models.get_model(name, weights=None).eval()
+    assert photograph_layer(model, (torch.rand(1, 3, 224, 224),)) == expected
+
+
+def test_a_layer_may_be_named(fitted):
+    model, x, _ = fitted
+    mipin = for_photographs(model, x, 0, layer="2.1", progress=False)
+    assert mipin.picked == "MIP-IN, A × gradient at 2.1"
+    assert mipin.attribute(x[:1], target=0).shape == (1, 1, 2, 2)
+    with pytest.raises(InputError, match=r"no layer '5\.weight'.*named_modules"):
+        for_photographs(model, x, 0, layer="5.weight", progress=False)
+
+
+def test_what_has_no_such_layer_is_refused_with_the_way_out():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(InputError, match=r"12 to 20 pixels.*0 \(62\), 1 \(62\).*layer="):
+        for_photographs(model.eval(), torch.rand(4, 3, 64, 64), 0, progress=False)
+    with pytest.raises(InputError, match=r"shape \(4, 9\), expected images"):
+        for_photographs(nn.Linear(9, 2).eval(), torch.rand(4, 9), 0, progress=False)
