@@ -133,7 +133,7 @@ def test_the_command_line_runs(capsys, tmp_path, monkeypatch):
     text = section("From the command line").split("```")[1]
     install, *commands = text.removeprefix("bash\n").replace("\\\n", "").splitlines()
     assert install.startswith("pip install")
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         name, *arguments = shlex.split(
             command.replace("--weights torchvision", "--weights weights.pt")
