@@ -1,0 +1,247 @@
+"""Tries the package on models of other packages, as they come, with random weights.
+
+    python benchmarks/wild.py [FAMILIES] [--package NAME] [--processes N] [--seconds N] [--check]
+
+The packages are those of benchmarks/wild.txt, in an environment of their own; nothing is
+downloaded. Each family runs in a process of its own: ``check``, MIP-IN fitted on 32 inputs (from a
+late layer where the network is large), LRP-ε, Guided Backprop and IBA. A method works if its map is
+finite, has the shape of what it explains, is the same for an example alone as in a batch, and
+leaves the model as it was. Families that are named replace their rows of the results; the other
+rows stay.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from common import RESULTS, parser_of, read, write
+from torch import Tensor, nn
+from torch.export import Dim, export
+from wild_models import Sample, families
+
+from captum_mipin import (
+    IBA,
+    LRP,
+    InverseNetwork,
+    LayerMIPINAttribution,
+    MIPINAttribution,
+    MIPINError,
+    check,
+)
+from captum_mipin.methods import GuidedBackprop, LayerPropagation
+
+LARGE = 1_500_000  # parameters; beyond that MIP-IN is fitted from a late layer
+TOLERANCE = 1e-3  # of a map's largest value, float32
+
+
+def late_layer(sample: Sample) -> nn.Module | None:
+    """Return the block before the last one, of the longest row of blocks that ends latest."""
+    ended: list[nn.Module] = []
+    blocks = {
+        child
+        for module in sample.model.modules()
+        if isinstance(module, nn.Sequential | nn.ModuleList)
+        for child in module
+        if any(True for _ in child.parameters())
+    }
+    hooks = [b.register_forward_hook(lambda m, _, out: keep(m, out)) for b in blocks]
+
+    def keep(module: nn.Module, out: Any) -> None:
+        if isinstance(out, Tensor) and out.is_floating_point() and out.dim() > 2:
+            ended.append(module)
+
+    with torch.no_grad():
+        sample.model(*(x[:2] for x in sample.inputs))
+    for hook in hooks:
+        hook.remove()
+    inner = {sub for module in ended for sub in module.modules() if sub is not module}
+    outer = [module for module in dict.fromkeys(ended) if module not in inner]
+    return outer[-2] if len(outer) > 1 else None
+
+
+def state(model: nn.Module) -> tuple[object, ...]:
+    """Return what a method must not change: weights' versions, names and hooks of all modules."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    weights = [(name, id(t), t._version, t.grad is None) for name, t in tensors.items()]
+    modules = [
+        (name, m.training, sorted(vars(m)), len(m._forward_hooks), len(m._backward_hooks))
+        for name, m in model.named_modules()
+    ]
+    return weights, modules
+
+
+def examine(attribute: Callable[[tuple[Tensor, ...]], Any], sample: Sample) -> str:
+    """Return "works", or what is wrong with the maps."""
+    before = state(sample.model)
+    batch = attribute(tuple(x[:2] for x in sample.inputs))
+    alone = attribute(tuple(x[1:2] for x in sample.inputs))
+    if state(sample.model) != before:
+        return "failed: the model was changed"
+    for one, many in zip(_maps(alone), _maps(batch), strict=True):
+        if not bool(many.isfinite().all()):
+            return "failed: not finite"
+        if many.shape[0] != 2 or one.shape[1:] != many.shape[1:]:
+            return f"failed: shape {tuple(many.shape)}"
+        if not torch.allclose(one[0], many[1], rtol=0, atol=TOLERANCE * float(one.abs().max())):
+            error = float((one[0] - many[1]).abs().max() / one.abs().max())
+            return f"failed: alone and in a batch differ by {error:.1g}"
+    return "works"
+
+
+def _maps(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def methods(sample: Sample, late: nn.Module | None, large: bool) -> dict[str, Callable[[], str]]:
+    """Return name of the method → function that tries it."""
+    layer = late if large else None
+    model, output, target, place = sample.model, sample.output, sample.target, sample.embedding
+
+    def mipin() -> str:
+        start = place if layer is None else layer
+        inverse = InverseNetwork(model, layer=start, output=output)
+        inverse.fit(sample.inputs, target, batch_size=8, progress=False)
+        method: Any = (
+            MIPINAttribution(model, inverse)
+            if start is None
+            else LayerMIPINAttribution(model, inverse)
+        )
+        return examine(lambda x: method.attribute(x, target=target), sample)
+
+    def propagated(kind: Any) -> str:
+        method = kind(model, output=output)
+        method = method if place is None else LayerPropagation(method, place)
+        return examine(lambda x: method.attribute(x, target=target), sample)
+
+    def bottleneck() -> str:
+        at = late or place
+        if at is None:
+            return "not tried: no layer"
+        iba = IBA(model, at, settings="fast", output=output)
+        iba.estimate(sample.inputs, batch_size=8, progress=False)
+        return examine(lambda x: iba.attribute(x, target=target), sample)
+
+    tries = {
+        "MIP-IN": mipin,
+        "LRP": lambda: propagated(LRP),
+        "Guided Backprop": lambda: propagated(GuidedBackprop),
+    }
+    # IBA is defined for the cross entropy of classes
+    return tries | ({"IBA": bottleneck} if isinstance(target, int) else {})
+
+
+def verdict(attempt: Callable[[], str]) -> str:
+    """Return "works", "refused: ..." in the package's words, or "failed: ..."."""
+    try:
+        return attempt()
+    except MIPINError as error:
+        return f"refused: {str(error)[:600]}"
+    except Exception as error:  # anything else is a fault
+        return f"failed: {type(error).__name__}: {str(error)[:300]}"
+
+
+def export_seconds(sample: Sample) -> float | None:
+    """Return the processor seconds of an export with a free batch size, None if it fails."""
+    few = tuple(x[:3] for x in sample.inputs)
+    sizes = tuple({0: Dim.DYNAMIC} for _ in few)
+    start = time.process_time()
+    try:
+        export(sample.model, few, dynamic_shapes=sizes, strict=False)
+    except Exception:  # models that cannot be exported with a free batch size
+        return None
+    return time.process_time() - start
+
+
+def measure(package: str, name: str, only_check: bool) -> dict[str, Any]:
+    """Return the row of one family."""
+    sys.path.append(sys.path.pop(0))  # or packages find this folder's modules in place of theirs
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    family = next(f for p, n, f in families() if (p, n) == (package, name))
+    row: dict[str, Any] = {"package": package, "family": name}
+    row["version"] = importlib.metadata.version(package)
+    sample = family()
+    model, inputs = sample.model, sample.inputs
+    row["model"] = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
+    count = sum(p.numel() for p in model.parameters())
+    row["parameters"] = count
+    row["export s"] = export_seconds(sample)
+    start = time.process_time()
+
+    def checked() -> str:
+        report = check(
+            model, tuple(x[:2] for x in inputs), layer=sample.embedding, output=sample.output
+        )
+        first = f"{report.refused[0]} ({len(report.refused)} in all)" if report.refused else ""
+        return f"refused: {first}" if first else "works"
+
+    row["check"] = verdict(checked)
+    row["check s"] = time.process_time() - start
+    if only_check:
+        return row
+    for method, attempt in methods(sample, late_layer(sample), count > LARGE).items():
+        row[method] = verdict(attempt)
+    return row
+
+
+def in_process(package: str, name: str, seconds: int, only_check: bool) -> dict[str, Any]:
+    """Return the row of one family, measured in a process of its own."""
+    command = [sys.executable, __file__, "--one", package, name]
+    command += ["--check"] if only_check else []
+    row: dict[str, Any] = {"package": package, "family": name}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return row | {"check": f"failed: more than {seconds} s"}
+    with contextlib.suppress(IndexError, json.JSONDecodeError):
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return result
+    return row | {"check": f"not built: {done.stderr.strip().splitlines()[-1:]}"}
+
+
+def main() -> None:
+    """Try the chosen families, and write their rows."""
+    parser = parser_of(__doc__)
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--package")
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--seconds", type=int, default=900, help="limit for one family")
+    parser.add_argument("--check", action="store_true", help="no maps; nothing is written")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        package, name = options.one
+        print(json.dumps(measure(package, name, options.check)))
+        return
+    known = [(package, name) for package, name, _ in families()]
+    chosen = [
+        (package, name)
+        for package, name in known
+        if options.package in (None, package) and (not options.families or name in options.families)
+    ]
+    rows = {}
+    if (RESULTS / "wild.json").exists():
+        rows = {(row["package"], row["family"]): row for row in read("wild")["rows"]}
+    with ThreadPoolExecutor(options.processes) as pool:
+        for row in pool.map(
+            lambda key: in_process(key[0], key[1], options.seconds, options.check), chosen
+        ):
+            rows[row["package"], row["family"]] = row
+            print(json.dumps(row), flush=True)
+            if not options.check:
+                write("wild", [rows[key] for key in known if key in rows], inputs=32)
+
+
+if __name__ == "__main__":
+    main()
