@@ -164,7 +164,7 @@ def export_seconds(sample: Sample) -> float | None:
 
 def measure(package: str, name: str, only_check: bool) -> dict[str, Any]:
     """Return the row of one family."""
-    sys.path.append(sys.path.pop(0))  # or packages find this folder's modules in place of theirs
+    sys.path.pop(0)  # or packages find modules of this folder in place of theirs
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
