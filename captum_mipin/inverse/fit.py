@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from math import prod
@@ -16,17 +14,19 @@ from tqdm.auto import tqdm
 
 from captum_mipin.errors import FitError
 from captum_mipin.inverse.information import SharedInformation
+from captum_mipin.inverse.memory import Plan, check_memory
 from captum_mipin.inverse.passes import Passes
 from captum_mipin.inverse.request import FitRequest, Fitted
 from captum_mipin.inverse.sgd import Descent, descend
 from captum_mipin.inverse.tables import Table
+from captum_mipin.inverse.trace import Trace
 from captum_mipin.regression.dual import Rows, RowSolution
 from captum_mipin.regression.lag_gram import CHUNK
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Solution, solve
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse, Inverter
-from captum_mipin.rules.linear import Convolution, Dense
+from captum_mipin.rules.linear import Convolution, Dense, PooledDense
 from captum_mipin.targets import target_label
 from captum_mipin.types import Inputs, Target
 
@@ -126,6 +126,8 @@ class Fit:
         bounds: Tensor | None = None  # maximum of the output, and of the negative output
         with processes.fail_together():
             for trace in self._passes.first():
+                if bounds is None:  # large convolutions: do not run all the data first
+                    self._check_memory(trace)
                 output = trace.output.detach()
                 both = torch.stack([output.amax(0), -output.amin(0)])
                 bounds = both if bounds is None else torch.maximum(bounds, both)
@@ -134,6 +136,8 @@ class Fit:
         rows = self._passes.agree()
         if rows < 2:
             raise FitError(f"the data has {rows} example, expected at least two: pass more data")
+        with processes.fail_together():
+            self._check_memory(self._passes.example(self._request.surrogate.learned))
         known = processes.gather(None if bounds is None else bounds.cpu())
         extremes = torch.stack([part for part in known if part is not None]).amax(0)
         high, low = extremes[0], -extremes[1]
@@ -171,7 +175,7 @@ class Fit:
     ) -> _Solved:
         """Return the inverses of one step for as many of the first targets as memory allows."""
         request, batches = self._request, self._batches(key, fitted, bar)
-        shared = request.settings.sharing and key != request.surrogate.learned[0]
+        shared = self._shared(key)
         with request.processes.fail_together():
             first = next(batches, None)
             if first is None:  # this process has no data
@@ -179,25 +183,14 @@ class Fit:
                 inverter, x = seen.inverter, seen.x.detach()
             else:
                 inverter, x, _ = first
-            rows = self._regressed_rows(key, inverter, x)
-            signals = inverter.size[2]
-            # With fewer rows than signals, the Gram matrix of the rows is smaller: dual of eq. 6.
-            by_rows = (
-                request.processes.count == 1
-                and not shared
-                and isinstance(inverter, (Dense, Convolution))
-                and inverter.by_rows(rows)
-            )
-            needed = 8 * rows * signals if by_rows else Moments.bytes_needed(*inverter.size)
-            _check_memory(key, needed, signals, x.device)
+            plan = self._plan(key, inverter, x)
         batches = batches if first is None else chain([first], batches)
-        targets = targets if shared else targets[: max(1, request.memory // needed)]
+        targets = targets if shared else targets[: plan.classes(request.memory)]
         names = shorten(", ".join(str(target_label(t)) for t in targets), 30, placeholder=" ...")
         bar.set_description(f"{key} · class {names}")
-        sgd = request.settings.solver == "sgd"
-        if sgd and isinstance(inverter, Convolution) and inverter.plain:
+        if plan.solver == "sgd":
             return self._descend(key, targets, fitted, batches, bar)
-        if isinstance(inverter, (Dense, Convolution)) and by_rows:
+        if isinstance(inverter, (Dense, Convolution)) and plan.solver == "rows":
             return self._solve_by_rows(key, inverter, targets, batches)
         groups = [targets] if shared else [[target] for target in targets]
         with request.processes.fail_together():
@@ -292,12 +285,38 @@ class Fit:
             moments = moments.whole()
         return moments.pooled(self._request.processes.sum)
 
+    def _shared(self, key: str) -> bool:
+        """Return True if all classes share the inverse of a step."""
+        return self._request.settings.sharing and key != self._request.surrogate.learned[0]
+
+    def _plan(self, key: str, inverter: Inverter, x: Tensor) -> Plan:
+        """Return the plan of a step; ``x`` has the features of a batch."""
+        alone = self._request.processes.count == 1 and not self._shared(key)
+        rows = self._regressed_rows(key, inverter, x) if alone else None
+        return Plan.of(inverter, rows, self._request.settings.solver == "sgd")
+
     def _regressed_rows(self, key: str, inverter: Inverter, x: Tensor) -> int:
         """Return the number of rows of a step's regression; ``x`` has the features of a batch."""
         layout = self._request.surrogate.steps[key].layout
         groups, features, *_ = inverter.size
         examples = max(1, x.shape[layout.dim] // (layout.outer * layout.inner))
-        return x.numel() // (groups * features) * (self._passes.rows or 0) // examples
+        return x.numel() // (groups * features) * (self._passes.rows or examples) // examples
+
+    def _check_memory(self, trace: Trace) -> None:
+        """Raise FitError if a regression needs more memory than is free.
+
+        Args:
+            trace: A forward pass that recorded all learned steps.
+        """
+        request, plans = self._request, {}
+        for key in request.surrogate.learned:
+            seen = trace.seen(key)
+            # Of the logits of a dense layer, the regression of a class uses only one.
+            dense = isinstance(seen.inverter, (Dense, PooledDense))
+            if not (dense and seen.outputs[0].shape == trace.output.shape):
+                plans[key] = self._plan(key, seen.inverter, seen.x)
+        classes = 1 if request.activations is not None else len(self._targets)
+        check_memory(plans, classes, request.memory, trace.output.device)
 
     def _solve_by_rows(
         self,
@@ -375,22 +394,3 @@ def _not_finite(index: int, key: str, target: Target) -> FitError:
         f"batch {index}: NaN or Inf in the features or the signal of {key}, target "
         f"{target_label(target)}: scale the inputs as in training, or use a wider dtype"
     )
-
-
-def _check_memory(key: str, needed: int, signals: int, device: torch.device) -> None:
-    """Raise FitError if a regression needs more bytes than the device has."""
-    available = _memory_of(device)
-    if needed > available:
-        raise FitError(
-            f"the moments of {key} take {needed / 2**30:,.0f} GiB, this machine has "
-            f"{available / 2**30:,.0f}: one regression has {signals:,} signals. Stop at a layer "
-            "closer to the output, with InverseNetwork(model, layer=...)"
-        )
-
-
-def _memory_of(device: torch.device) -> int:
-    """Return the bytes of memory of a GPU, or of the machine if the device is the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    known = hasattr(os, "sysconf")  # not on Windows
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else sys.maxsize

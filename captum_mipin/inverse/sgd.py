@@ -12,6 +12,9 @@ from captum_mipin.rules.linear import Convolution
 from captum_mipin.targets import target_label
 from captum_mipin.types import Target
 
+#: Number of steps of the power iteration that estimates the largest curvature.
+_POWERS = 20
+
 #: The family of inverses, the features, and target → signals.
 _Batch = tuple[Inverter, Tensor, Callable[[Target], tuple[Tensor, ...]]]
 
@@ -84,12 +87,22 @@ class Descent:
         return Inverse(self._weight.flatten(), self._bias)
 
     def _curvature(self, x: Tensor, s: Tensor) -> float:
-        """Return an upper bound of the largest eigenvalue of the loss's Hessian."""
-        moments = self.inverter.moments(x, (s,))
-        mean = moments.mean_s
-        # E[ssᵀ] = cov(s, s) + E[s] E[s]ᵀ; the bias has curvature E[1²] = 1, which is added
-        gram = moments.ss / moments.count + mean.unsqueeze(2) * mean.unsqueeze(1)
-        return float(torch.linalg.matrix_norm(gram, 2).max()) / self.inverter.tied + 1
+        """Return the largest eigenvalue of the loss's Hessian, by power iteration.
+
+        The estimate is from below by a few percent; with momentum 0.9, descent is stable up to a
+        rate of 3.8 / L. The Gram matrix of the patches, which may be large, is not computed.
+        """
+        elements = x.numel() // x.shape[1]
+        draw = torch.Generator(x.device).manual_seed(0)
+        weight = torch.randn(self._weight.shape, generator=draw, device=x.device, dtype=x.dtype)
+        largest = 0.0
+        for _ in range(_POWERS):
+            weight /= torch.linalg.vector_norm(weight).clamp(min=torch.finfo(x.dtype).tiny)
+            # H w = E[s sᵀ] w: the gradient of ½ mean ‖w ∗ᵀ S‖²
+            y = self._geometry.apply(s, weight, x.shape)
+            weight = self._geometry.gradient(s, y, self._weight, of=1) / elements
+            largest = float(torch.linalg.vector_norm(weight))
+        return largest + 1  # the bias has the curvature E[1²] = 1
 
     def step(self, epoch: int, x: Tensor, s: Tensor) -> None:
         """Take one step of descent on a batch.

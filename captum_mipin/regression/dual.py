@@ -94,6 +94,15 @@ class RowSolution:
     condition: float
 
 
+def bytes_by_rows(rows: int, features: int, signals: int) -> tuple[int, int]:
+    """Return the bytes of the rows in float64, and of what :func:`solve_rows` allocates for them.
+
+    Both are upper bounds. The second counts copies of the rows of signals and their Gram matrix.
+    """
+    stored = 8 * rows * signals
+    return stored, 5 * stored + 6 * 8 * rows * (rows + features)
+
+
 def solve_rows(
     rows: Rows,
     s: Tensor,

@@ -46,6 +46,16 @@ class Solution:
     live: Tensor | None = None
 
 
+def solving_bytes(groups: int, features: int, signals: int, own: int = 0) -> int:
+    """Return an upper bound of the bytes that one regression takes, besides its moments.
+
+    :func:`solve` takes up to five copies of the moments: divided by the number of rows, with the
+    penalty, factored, copied by the solver, and for tied features once more. The moments of one
+    more batch take no more than that before they are added.
+    """
+    return 5 * Moments.bytes_needed(groups, features, signals, own)
+
+
 def solve(
     moments: Moments,
     ridge: float = 1e-3,

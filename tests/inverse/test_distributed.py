@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from captum_mipin import InverseNetwork
 from captum_mipin.methods import Patterns
 from captum_mipin.inverse import fit as fitting
+from captum_mipin.inverse import memory
 
 distributed.init_process_group("gloo")
 rank, folder = distributed.get_rank(), sys.argv[1]
@@ -48,11 +49,11 @@ class Fails:
                 raise OSError("no such image")
             yield batch
 
-def only_in_the_second(name, instead):  # in the place of a function of the fit
-    original = getattr(fitting, name)
+def only_in_the_second(name, instead, module=fitting):  # in the place of a function of the fit
+    original = getattr(module, name)
     if rank == 1:
-        setattr(fitting, name, instead)
-    return lambda: setattr(fitting, name, original)
+        setattr(module, name, instead)
+    return lambda: setattr(module, name, original)
 
 def broken(*arguments):
     raise MemoryError("too large for this machine")
@@ -100,7 +101,7 @@ scenario("one example", [x[:1]])
 restore = only_in_the_second("solve", broken)
 scenario("cannot solve", x)
 restore()
-restore = only_in_the_second("_memory_of", lambda device: 1)
+restore = only_in_the_second("free_memory", lambda device: 1, memory)
 scenario("a smaller machine", x)
 restore()
 early = InverseNetwork(network())
@@ -270,8 +271,8 @@ def test_all_end_with_the_inverse_of_one_process(run, alone, name):
         ),
         (
             "a smaller machine",
-            "FitError: the fit failed in process 1 of 2: FitError: the moments",
-            "FitError: the moments",
+            "FitError: the fit failed in process 1 of 2: FitError: this machine",
+            "FitError: this machine",
         ),
         (
             "earlier classes",

@@ -1,0 +1,210 @@
+"""The memory guard: what a fit takes, what is free, and an error before the fit begins."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from captum_mipin import InverseNetwork
+from captum_mipin.errors import FitError
+from captum_mipin.inverse import memory
+from captum_mipin.inverse.memory import Plan, free_memory
+from captum_mipin.rules.linear import Dense
+from tests.small import normal
+
+CPU = torch.device("cpu")
+
+
+def files(root: Path, contents: dict[str, str]) -> Path:
+    for name, text in contents.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+SYSTEM = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n"}
+FREE = {
+    "no control group": (SYSTEM, 5000 * 1024),
+    "version 2": (
+        {
+            **SYSTEM,
+            "proc/self/cgroup": "0::/jobs/one\n",
+            "sys/fs/cgroup/jobs/one/memory.max": "max\n",
+            "sys/fs/cgroup/jobs/one/memory.current": "10\n",
+            "sys/fs/cgroup/jobs/memory.max": "1000\n",
+            "sys/fs/cgroup/jobs/memory.current": "700\n",
+            "sys/fs/cgroup/jobs/memory.stat": "anon 500\ninactive_file 90\n",
+        },
+        1000 - 700 + 90,
+    ),
+    "a container whose path is that outside": (
+        {
+            **SYSTEM,
+            "proc/self/cgroup": "0::/outside\n",
+            "sys/fs/cgroup/memory.max": "2000\n",
+            "sys/fs/cgroup/memory.current": "500\n",
+        },
+        1500,
+    ),
+    "version 1": (
+        {
+            **SYSTEM,
+            "proc/self/cgroup": "9:cpu,cpuacct:/other\n4:memory:/job\n0::/\n",
+            "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "3000\n",
+            "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "2900\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2**63 - 4096}\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "2900\n",
+        },
+        100,
+    ),
+    "more in use than allowed": (
+        {
+            **SYSTEM,
+            "proc/self/cgroup": "0::/a\n",
+            "sys/fs/cgroup/a/memory.max": "10\n",
+            "sys/fs/cgroup/a/memory.current": "12\n",
+        },
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FREE)
+def test_free_memory_is_what_the_system_and_the_control_groups_leave(case, tmp_path):
+    contents, free = FREE[case]
+    assert free_memory(CPU, files(tmp_path, contents)) == free
+
+
+def test_without_the_files_of_linux_the_whole_memory_counts(tmp_path):
+    assert free_memory(CPU, tmp_path) > 1 << 27
+
+
+def overlapping() -> nn.Sequential:
+    """Patches like those of a vision transformer, 768 channels times 32 x 32 taps, that overlap."""
+    return nn.Sequential(
+        nn.Conv2d(3, 768, 32, stride=31),
+        nn.ReLU(),
+        nn.Conv2d(768, 2048, 2, groups=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2048, 2),
+    ).eval()
+
+
+class Data:
+    """Three batches; counts how many were read."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __iter__(self):
+        for _ in range(3):
+            self.read += 1
+            yield normal(3, 3, 63, 63)
+
+
+def test_a_regression_larger_than_free_memory_is_refused_before_the_fit():
+    model, data = overlapping(), Data()
+    inverse = InverseNetwork(model)
+    with pytest.raises(FitError) as raised:
+        inverse.fit(data, 0, progress=False)
+    text = str(raised.value)
+    assert "0/conv2d: 27," in text
+    assert "786,432 signals" in text
+    assert "layer=" in text
+    assert 'fit 0/conv2d with solver="sgd"' in text
+    assert data.read == 2  # the first batch for its shape, and again for the fit
+    assert inverse.targets == []
+    above = InverseNetwork(model, layer=model[3]).fit(normal(3, 3, 63, 63), 0, progress=False)
+    assert above.targets == [0]
+
+
+def test_gradient_descent_is_not_stopped():
+    model, x = overlapping()[:2], normal(3, 3, 63, 63)
+    model = nn.Sequential(*model, nn.Flatten(), nn.Linear(768 * 4, 2)).eval()
+    inverse = InverseNetwork(model, solver="sgd", epochs=3).fit(x, 0, progress=False)
+    first, last = inverse.report.layers
+    assert (first.solver, last.solver) == ("exact", "sgd")
+    assert 0 < last.explained_variance < 1
+
+
+def test_all_layers_that_need_too_much_are_named_at_once(monkeypatch):
+    torch.manual_seed(0)
+    layers = nn.Conv1d(1, 20, 5), nn.ReLU(), nn.Conv1d(20, 30, 5), nn.ReLU(), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(30 * 12, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    free = 6 * 100 * 101 * 8
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    x = normal(12, 1, 20)
+    with pytest.raises(FitError) as raised:
+        InverseNetwork(model).fit(x, 0, progress=False)
+    assert [line.split(":")[0] for line in str(raised.value).splitlines()[1:3]] == [
+        "  2/conv1d",
+        "  0/conv1d",
+    ]
+    # One class fits; the moments of all classes, which memory= allows, do not.
+    monkeypatch.setattr(memory, "free_memory", lambda device: 7 * 150 * 170 * 8)
+    with pytest.raises(FitError, match="lower memory="):
+        InverseNetwork(model).fit(x, [0, 1, 2], progress=False)
+    InverseNetwork(model).fit(x, [0, 1, 2], memory=1000, progress=False)
+
+
+def test_of_the_logits_of_a_class_one_counts(monkeypatch):
+    """A head of many classes does not need a Gram matrix of all of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 500)).eval()
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100_000)
+    assert InverseNetwork(model).fit(normal(600, 3), 7, progress=False).targets == [7]
+
+
+def test_the_dual_counts_rows():
+    few, many = Plan.of(Dense(8, (1000,)), 10, False), Plan.of(Dense(8, (1000,)), None, False)
+    assert (few.solver, many.solver) == ("rows", "moments")
+    assert few.stored + few.further < 0.02 * (many.stored + many.further)
+
+
+MEASURED = """
+import torch
+from torch import nn
+from captum_mipin import InverseNetwork
+from captum_mipin.inverse import fit
+torch.manual_seed(0)
+layers = {layers}
+model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(2)).eval()
+x = torch.randn(*{size})
+model(x)
+InverseNetwork(model, layer=layers[-1]).fit(x, 0, progress=False)
+plans = []
+check = fit.check_memory
+fit.check_memory = lambda *request: (plans.append(request[0]), check(*request))
+def status(name):
+    (line,) = (line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) * 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak is from now on
+before = status("VmRSS")
+InverseNetwork(model).fit(x, 0, batch_size=20, progress=False)
+plan = max(plans[-1].values(), key=lambda plan: plan.stored)
+print(status("VmHWM") - before, plan.stored + plan.further, plan.solver)
+"""
+LAYERS = {
+    "convolution": ("nn.Conv1d(2, 32, 40), nn.ReLU()", (40, 2, 80), "moments"),
+    "dense, few rows": ("nn.Linear(1500, 3000), nn.ReLU()", (400, 1500), "rows"),
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("case", LAYERS)
+def test_the_estimate_is_what_a_fit_takes(case):
+    """Its peak is measured in a process of its own."""
+    layers, size, solver = LAYERS[case]
+    code = MEASURED.format(layers=f"[{layers}]", size=size)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100
+    )
+    taken, counted, how = done.stdout.split()
+    assert how == solver
+    share = int(taken) / int(counted)
+    assert 0.5 < share < 1.1, share
