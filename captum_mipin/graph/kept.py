@@ -18,7 +18,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils import _pytree as pytree
 
 from captum_mipin.graph.modules import OWN
-from captum_mipin.graph.twin import FOREIGN, package
+from captum_mipin.graph.twin import FOREIGN, attributes_of, package
 
 #: Attributes of recurrent layers that contain their parameters again; torch exchanges these itself.
 _AGAIN = frozenset({"_flat_weights", "_flat_weight_refs"})
@@ -143,11 +143,12 @@ class Kept:
     def _attributes(self, value: Any) -> Iterator[Any]:
         """Note the attributes of an object; yield their values, and what its calls run."""
         module = isinstance(value, nn.Module)
-        try:
-            names = vars(value)
-        except TypeError:  # an object without a dictionary of attributes
-            return
-        if isinstance(value, ModuleType) or (package(type(value)) in FOREIGN and not module):
+        names = attributes_of(value)
+        if (
+            names is None
+            or isinstance(value, ModuleType)
+            or (package(type(value)) in FOREIGN and not module)
+        ):
             return
         hidden = OWN | _AGAIN if module else frozenset()
         self._note_names(names, lambda: [name for name in names if name not in hidden])

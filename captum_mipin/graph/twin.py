@@ -54,6 +54,15 @@ def package(kind: Any) -> str:
     return str(getattr(kind, "__module__", None)).partition(".")[0]
 
 
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """Return the dictionary of an object's attributes, or None if it has none to be read."""
+    try:
+        names = vars(value)
+    except Exception:  # of any type: a class may define the look-up of attributes
+        return None
+    return names if isinstance(names, dict) else None
+
+
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """Return a copy of a value.
 
@@ -104,7 +113,7 @@ def _is_plain(value: Any) -> bool:
     kind = type(value)
     return (
         package(kind) not in FOREIGN
-        and isinstance(getattr(value, "__dict__", None), dict)
+        and attributes_of(value) is not None
         and all(getattr(kind, n, None) is getattr(object, n, None) for n in _OWN_WAY)
     )
 

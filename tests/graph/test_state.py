@@ -295,3 +295,19 @@ def test_modules_are_reached_through_other_objects(kind: str) -> None:
     model.layer.weight.data.mul_(2)  # the graph reads the layer's own weight
     (expected,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
     torch.testing.assert_close(GuidedBackprop(model).attribute(X[:3], target=1), expected)
+
+
+class Secretive:
+    """Raises its own error for every attribute that it does not have, ``__dict__`` among them."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+@pytest.mark.captured_anew
+def test_objects_whose_attributes_cannot_be_listed_are_passed_over() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
+    model.settings = Secretive()
+    assert not check(model, X[:2]).refused
