@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captum_mipin._captum import NoFuture, captum_entry, describe_common
 from captum_mipin.errors import InputError
-from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.graph.signature import select
 from captum_mipin.graph.validate import as_extras, as_inputs, like
 from captum_mipin.inverse.base import ModelInverse
@@ -213,10 +213,10 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
             ``torch.compile``.
         inverse: The fitted :class:`~captum_mipin.InverseNetwork` of ``model``. If it was made with
             ``layer=``, the model's inputs may be integers, such as the tokens of a text.
-        layer: A module of the model with one output tensor, in the part that ``inverse`` inverts.
-            By default the layer with which ``inverse`` was made. The forward mask (equation 9)
-            applies to the layer's output. If ``layer`` is a convolution before a batch norm, the
-            signal is in units of the batch norm's output.
+        layer: A module of the model, or its name, with one output tensor, in the part that
+            ``inverse`` inverts. By default the layer with which ``inverse`` was made. The forward
+            mask (equation 9) applies to the layer's output. If ``layer`` is a convolution before a
+            batch norm, the signal is in units of the batch norm's output.
 
     Raises:
         InputError: ``inverse`` was made for another model object, or there is no layer.
@@ -234,7 +234,7 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
     """
 
     def __init__(
-        self, model: nn.Module, inverse: ModelInverse[Any], layer: nn.Module | None = None
+        self, model: nn.Module, inverse: ModelInverse[Any], layer: nn.Module | str | None = None
     ) -> None:
         _MIPIN.__init__(self, model, inverse)
         layer = inverse.layer if layer is None else layer
@@ -243,7 +243,7 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
                 "layer is None and the inverse was made without layer=, expected a module of the "
                 "model: pass layer="
             )
-        LayerAttribution.__init__(self, model, unwrapped(layer))
+        LayerAttribution.__init__(self, model, module_of(layer, self.model))
 
     @captum_entry
     def attribute(

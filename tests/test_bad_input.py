@@ -110,7 +110,6 @@ def test_a_model_that_is_a_function(mlp: Any) -> None:
     for function in (
         lambda x: x,
         torch.nn.functional.relu,
-        mlp.model.forward,
         torch.compile(lambda x: x),
     ):
         with pytest.raises(

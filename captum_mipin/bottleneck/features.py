@@ -18,7 +18,7 @@ from captum_mipin.errors import FitError, InputError, NotFittedError
 from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.modes import plain_modes
-from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.modules import layer_or_tensor, unwrapped
 from captum_mipin.graph.signature import Signature
 from captum_mipin.graph.subgraph import tensor_name
 from captum_mipin.graph.validate import check_model, device_of, finite, generator_kept
@@ -112,7 +112,7 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
             )
         Attribution.__init__(self, model)
         self.model = unwrapped(model)
-        self.layer = layer if isinstance(layer, str) else unwrapped(layer)
+        self.layer = layer_or_tensor(layer, self.model)
         self.settings: Settings = self._resolved(settings)
         self.output, self.channels, self.classes = output, channels, classes
         self.across, self.min_std, self.active = tuple(across), min_std, active

@@ -31,8 +31,8 @@ class IBA(LayerBottleneck[Bottleneck, Optimised]):
     Args:
         model: A ``torch.nn.Module`` in evaluation mode that returns logits. If it is wrapped by
             ``nn.DataParallel`` or ``torch.compile``, the module inside is used.
-        layer: A module of the model with one output tensor, or the name of any tensor of the
-            captured graph. The method is published for convolutional layers of medium depth:
+        layer: A module of the model with one output tensor, its name, or the name of a tensor of
+            the captured graph. The method is published for convolutional layers of medium depth:
             conv4_1 of VGG16, layer2 of ResNet50.
         settings: "published" (the default), "fast", or a
             :class:`~captum_mipin.bottleneck.Bottleneck`.

@@ -17,7 +17,7 @@ from captum_mipin.bottleneck.gaussian import Bottleneck, Noise, Optimised, mask
 from captum_mipin.bottleneck.maps import at_input, finished, positions
 from captum_mipin.bottleneck.samples import Parts, Samples
 from captum_mipin.errors import InputError
-from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.modules import layer_or_tensor
 from captum_mipin.graph.subgraph import tensor_name
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import as_inputs, like
@@ -84,12 +84,12 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
     Args:
         model: A ``torch.nn.Module`` in evaluation mode that returns logits, as for
             :class:`~captum_mipin.IBA`.
-        layer: A module of the model with one output tensor, or the name of a tensor of the
-            captured graph, as for :class:`~captum_mipin.IBA`.
+        layer: A module of the model with one output tensor, its name, or the name of a tensor of
+            the captured graph, as for :class:`~captum_mipin.IBA`.
         settings: "images" (the default), "text", "fast" (images), or a
             :class:`~captum_mipin.bottleneck.ThreeStages`.
-        input_layer: A module whose output is explained instead of the input, such as the embedding
-            of tokens; or the name of a tensor of the captured graph.
+        input_layer: A module, in the same forms as ``layer``, whose output is explained instead of
+            the input, such as the embedding of tokens.
         options: ``output``, ``channels``, ``input_channels``, ``classes``, ``across``, ``min_std``
             and ``active``, as for :class:`~captum_mipin.IBA`. If there is an ``input_layer``,
             ``input_channels`` is the dimension of its output that holds the channels.
@@ -129,9 +129,7 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
                 "its channels: pass that dimension as input_channels="
             )
         self._channels: int = self.input_channels
-        if isinstance(input_layer, nn.Module):
-            input_layer = unwrapped(input_layer)
-        self.input_layer = input_layer
+        self.input_layer = None if input_layer is None else layer_or_tensor(input_layer, self.model)
 
     @captum_entry
     def attribute(

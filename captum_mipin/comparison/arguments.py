@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -12,14 +11,11 @@ from torch import Tensor, nn
 from captum_mipin.comparison.methods import CONTROLS, METHODS, known_name, label_of
 from captum_mipin.comparison.names import class_name
 from captum_mipin.errors import InputError, TargetError, TrainingModeError
-from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.metrics.case import Case, attribution_of, raw_outputs
 from captum_mipin.metrics.examples import Examples
 from captum_mipin.targets import per_example
-
-#: Number of module names that an error lists; these are the names closest to the user's.
-_NAMES_SHOWN = 8
 
 
 def named_methods(methods: Any) -> dict[str, Any]:
@@ -111,7 +107,7 @@ def compared_model(
     return model
 
 
-def module_of(layer: nn.Module | str | None, model: Any) -> nn.Module | None:
+def layer_of(layer: nn.Module | str | None, model: Any) -> nn.Module | None:
     """Return a layer of the network.
 
     Args:
@@ -121,25 +117,12 @@ def module_of(layer: nn.Module | str | None, model: Any) -> nn.Module | None:
     Raises:
         InputError: The layer is not a module of the network.
     """
-    if layer is None or (isinstance(layer, nn.Module) and not isinstance(model, nn.Module)):
+    if isinstance(unwrapped(model), nn.Module):
+        return None if layer is None else module_of(layer, model)
+    if layer is None or isinstance(layer, nn.Module):
         return layer
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"layer={layer!r} cannot be looked up without the network, a torch.nn.Module: pass "
-            "model="
-        )
-    modules = unwrapped(model).named_modules()
-    names: dict[str, nn.Module] = {name: module for name, module in modules if name}
-    if isinstance(layer, str) and layer in names:
-        return names[layer]
-    if isinstance(layer, nn.Module) and any(layer is module for module in model.modules()):
-        return layer
-    described = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
-    closest = get_close_matches(str(layer), names, _NAMES_SHOWN, cutoff=0)
     raise InputError(
-        f"layer is {described}, expected a module of the {type(model).__name__} that is explained, "
-        "or its name as in model.named_modules(): pass for example one of "
-        f"{', '.join(map(repr, closest))}"
+        f"layer={layer!r} cannot be looked up without the network, a torch.nn.Module: pass model="
     )
 
 

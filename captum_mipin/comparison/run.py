@@ -14,7 +14,7 @@ from captum_mipin.comparison.arguments import (
     check_targets,
     compared_model,
     image_titles,
-    module_of,
+    layer_of,
     named_methods,
 )
 from captum_mipin.comparison.methods import CONTROLS, METHODS, Setup
@@ -81,7 +81,7 @@ def compare(
     named, functions = named_methods(methods), metric_functions(metrics, case.examples.x, boxes)
     model = compared_model(case.user_model, inverse, named.values())
     titles = image_titles(extent.titles, case.examples, class_names(extent.names, model))
-    module = module_of(layer, model)
+    module = layer_of(layer, model)
     check_targets(case, model, named.values())
     lines = _with_controls(_made(named, model, inverse, module), model, controls)
     known = {**arguments, "boxes": boxes, "model": model, "steps": extent.steps}

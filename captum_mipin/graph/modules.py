@@ -1,10 +1,17 @@
 """Functions that read a model: its modules, its tensors, and the state its graph depends on."""
 
+from difflib import get_close_matches
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from captum_mipin.errors import InputError
+
+#: Number of module names that an error lists; these are the names closest to the user's.
+_NAMES_SHOWN = 8
 
 #: Attributes that every module has.
 OWN = frozenset(vars(nn.Module()))
@@ -13,20 +20,60 @@ OWN = frozenset(vars(nn.Module()))
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside ``DataParallel``, ``DistributedDataParallel``, ``torch.compile``.
 
-    A module without such a wrapper is returned itself.
+    The module of a bound method ``model.forward`` is returned too, and any other model itself.
 
     Examples:
         >>> model = nn.Linear(2, 1)
         >>> unwrapped(nn.DataParallel(torch.compile(model))) is unwrapped(model) is model
         True
+        >>> unwrapped(model.forward) is model
+        True
     """
     while True:
+        if isinstance(model, MethodType) and model.__name__ == "forward":
+            model = model.__self__
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
         else:
             return model
+
+
+def module_of(layer: nn.Module | str, model: nn.Module) -> nn.Module:
+    """Return a layer that the user passed as a module, or by its name in the model.
+
+    Args:
+        layer: The module, or its dotted name as in ``model.named_modules()``.
+        model: The model.
+
+    Raises:
+        InputError: The model has no such module.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 1))
+        >>> module_of("0", model) is module_of(model[0], model) is model[0]
+        True
+    """
+    model = unwrapped(model)
+    modules = {name: module for name, module in tree(model) if name}
+    module = modules.get(layer) if isinstance(layer, str) else unwrapped(layer)
+    if module is not None and (module is model or module in modules.values()):
+        return module
+    described = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
+    closest = get_close_matches(str(layer), modules, _NAMES_SHOWN, cutoff=0)
+    raise InputError(
+        f"layer is {described}, expected a module of the {type(model).__name__} that is explained, "
+        "or its name as in model.named_modules(): pass for example one of "
+        f"{', '.join(map(repr, closest))}"
+    )
+
+
+def layer_or_tensor(layer: nn.Module | str, model: nn.Module) -> nn.Module | str:
+    """Return a module of the model, also for its name; another name is that of a tensor."""
+    if isinstance(layer, str) and layer not in dict(tree(model)):
+        return layer
+    return module_of(layer, model)
 
 
 def tree(model: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:

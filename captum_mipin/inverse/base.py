@@ -1,7 +1,5 @@
 """The base class of inverses: one forward pass, then backward passes to the input or a layer."""
 
-import sys
-import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,12 +11,11 @@ from torch import Tensor, nn
 from captum_mipin.errors import (
     InputError,
     ModelChangedError,
-    ModelChangedWarning,
     NotFittedError,
 )
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modes import plain_modes
-from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.graph.signature import plain
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import (
@@ -41,7 +38,6 @@ from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale
 from captum_mipin.rules import MIPIN, Options, table
 from captum_mipin.storage.saved import Saved
-from captum_mipin.storage.watch import fingerprint
 from captum_mipin.targets import per_example, target_label
 from captum_mipin.types import Extras, Inputs, Output, Target
 from captum_mipin.version import __version__
@@ -77,24 +73,22 @@ class ModelInverse(Saved, Generic[S]):
     """
 
     def __init__(
-        self, model: nn.Module, *, layer: nn.Module | None = None, output: Output = None,
+        self, model: nn.Module, *, layer: nn.Module | str | None = None, output: Output = None,
         ridge: float = 1e-3, ridge_scale: RidgeScale = "relative",
         pooling: Literal["shares", "even"] = "shares", forks: Literal["joint", "sum"] = "joint",
         precision: Literal["model", "double"] = "model",
-        changed: Literal["refuse", "warn", "ignore"] = "refuse",
     ) -> None:  # fmt: skip
         check_choice("pooling", pooling, ("shares", "even"))
         check_choice("forks", forks, ("joint", "sum"))
         check_choice("precision", precision, ("model", "double"))
-        check_choice("changed", changed, ("refuse", "warn", "ignore"))
         check_output(output)
         self.settings = Settings(
             ridge=ridge, ridge_scale=ridge_scale, shares=pooling == "shares",
             joint=forks == "joint", double=precision == "double",
         )  # fmt: skip
         self.model = unwrapped(model)
-        self.layer = None if layer is None else unwrapped(layer)
-        self.output, self.changed = output, changed
+        self.layer = None if layer is None else module_of(layer, self.model)
+        self.output = output
         self._state: S | None = None
         self._surrogates = Surrogates(self.model, output)
 
@@ -269,24 +263,11 @@ class ModelInverse(Saved, Generic[S]):
         return self._state
 
     def _check_weights(self, state: S) -> None:
-        """Warn or raise if the weights have changed since the fit, depending on ``changed``."""
-        if self.changed == "warn" and state.origin.watch.newly_changed(self.model):
-            warnings.warn(
-                "the model's weights have changed since the inverse was fitted: explanations mix "
-                "the old model with the new one. Fit a new InverseNetwork to explain the new "
-                f"weights, whose fingerprint is {fingerprint(self.model)[:12]}",
-                ModelChangedWarning,
-                stacklevel=_level_of_caller(),
-            )
-        elif self.changed not in ("warn", "ignore"):
-            self._check_unchanged(state)
-
-    def _check_unchanged(self, state: S) -> None:
         """Raise ModelChangedError if the weights have changed since the fit."""
         if state.origin.watch.changed(self.model):
             raise ModelChangedError(
                 "the model's weights have changed since the inverse was fitted: fit a new "
-                "InverseNetwork, or use the old one with changed='ignore'"
+                f"{type(self).__name__}"
             )
 
     def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> Surrogate:
@@ -327,12 +308,3 @@ class ModelInverse(Saved, Generic[S]):
             "output": self.output,
             "settings": asdict(self.settings),
         }
-
-
-def _level_of_caller() -> int:
-    """Return the stack level of the first caller outside this package."""
-    package = f"{__name__.partition('.')[0]}."
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
-        frame, level = frame.f_back, level + 1
-    return level

@@ -1,23 +1,41 @@
 """Inverses that all examples of a class share, and the global maps of a class."""
 
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
-from captum_mipin.errors import InputError, InverseFileError, ModelChangedError
+from torch import nn
+
+from captum_mipin.errors import (
+    InputError,
+    InverseFileError,
+    ModelChangedError,
+    ModelChangedWarning,
+)
 from captum_mipin.graph.modes import plain_modes
-from captum_mipin.graph.validate import as_extras, as_inputs, device_of
+from captum_mipin.graph.validate import as_extras, as_inputs, check_choice, device_of
 from captum_mipin.inverse.base import Groups, ModelInverse
 from captum_mipin.inverse.explain import Request
 from captum_mipin.inverse.state import State
 from captum_mipin.propagation.runtime import Inverses
 from captum_mipin.propagation.surrogate import Surrogate
+from captum_mipin.storage.watch import fingerprint
 from captum_mipin.targets import target_index
 from captum_mipin.types import Inputs, Target
 
 
 class ClassInverse(ModelInverse[State]):
-    """An inverse that all examples of a class share."""
+    """An inverse that all examples of a class share; :class:`InverseNetwork` has its arguments."""
+
+    def __init__(
+        self, model: nn.Module, *, changed: Literal["refuse", "warn", "ignore"] = "refuse",
+        **options: Any,
+    ) -> None:  # fmt: skip
+        check_choice("changed", changed, ("refuse", "warn", "ignore"))
+        super().__init__(model, **options)
+        self.changed = changed
 
     def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
         """Return the global, unmasked map of a class (figure 3): the map for a logit of 1.
@@ -127,6 +145,27 @@ class ClassInverse(ModelInverse[State]):
             classes.update(lazy.get(own, lambda: self._unchanged_marks(state)))
         return classes
 
+    def _check_weights(self, state: State) -> None:
+        """Warn or raise if the weights have changed since the fit, depending on ``changed``."""
+        if self.changed == "warn" and state.origin.watch.newly_changed(self.model):
+            warnings.warn(
+                "the model's weights have changed since the inverse was fitted: explanations mix "
+                "the old model with the new one. Fit a new InverseNetwork to explain the new "
+                f"weights, whose fingerprint is {fingerprint(self.model)[:12]}",
+                ModelChangedWarning,
+                stacklevel=_level_of_caller(),
+            )
+        elif self.changed not in ("warn", "ignore"):
+            self._check_unchanged(state)
+
+    def _check_unchanged(self, state: State) -> None:
+        """Raise ModelChangedError if the weights have changed since the fit."""
+        if state.origin.watch.changed(self.model):
+            raise ModelChangedError(
+                "the model's weights have changed since the inverse was fitted: fit a new "
+                "InverseNetwork, or use the old one with changed='ignore'"
+            )
+
     def _unchanged_marks(self, state: State) -> list[Any]:
         """Return the version marks of the weights.
 
@@ -139,3 +178,12 @@ class ClassInverse(ModelInverse[State]):
                 "activations, so no class can be fitted from them: call fit again"
             )
         return state.origin.watch.marks
+
+
+def _level_of_caller() -> int:
+    """Return the stack level of the first caller outside this package."""
+    package = f"{__name__.partition('.')[0]}."
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level

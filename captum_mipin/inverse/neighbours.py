@@ -8,7 +8,7 @@ neighbours they are small, and :mod:`captum_mipin.inverse.replay` avoids running
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,11 +18,10 @@ from tqdm.auto import tqdm
 from captum_mipin.errors import (
     FitError,
     InputError,
-    ModelChangedError,
     NotFittedError,
 )
 from captum_mipin.graph.modes import plain_modes
-from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.signature import Signature
 from captum_mipin.graph.subgraph import module_output
 from captum_mipin.graph.turns import TURNS
@@ -76,8 +75,8 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         metric: "cosine" to choose the neighbours of largest cosine, "euclidean" for those of
             smallest distance. The choice among equally similar ones is not defined. Also an
             attribute, which may be changed at any time.
-        feature: The module whose outputs are compared, or "input" to compare the inputs. None for
-            ``layer``, or for the inputs if ``layer`` is None.
+        feature: The module, or its name, whose outputs are compared, or "input" to compare the
+            inputs. None for ``layer``, or for the inputs if ``layer`` is None.
         options: ``layer``, ``output``, ``ridge``, ``ridge_scale``, ``pooling``, ``forks`` and
             ``precision``, as for :class:`InverseNetwork`.
 
@@ -101,18 +100,14 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         *,
         neighbours: int = 60,
         metric: Metric = "cosine",
-        feature: nn.Module | Literal["input"] | None = None,
+        feature: nn.Module | str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
         _check_search(neighbours, metric)
-        if not (feature is None or feature == "input" or isinstance(feature, nn.Module)):
-            raise InputError(
-                f"feature={feature!r} is neither a module nor 'input': pass a module of the model, "
-                "'input' or None"
-            )
         self.neighbours, self.metric = operator.index(neighbours), metric
-        self.feature = unwrapped(feature) if isinstance(feature, nn.Module) else feature
+        by_itself = feature is None or feature == "input"
+        self.feature = feature if by_itself else module_of(feature, self.model)
         self._replays = WeakKeyDictionary[Surrogate, Replay]()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -170,7 +165,7 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
             raise InputError(f"batch_size={batch_size!r} must be at least 1")
         model = check_model(self.model)
         if self._state is not None:
-            self._check_unchanged(self._state)
+            self._check_weights(self._state)
         with generator_kept(), plain_modes(device_of(model)):
             batches = Batches(
                 data, batch_size, unpack, device_of(model), explained=self.layer is None
@@ -281,14 +276,6 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
             [super(NeighbourInverse, self)._back(state, request.pick(g, shared)) for g in groups]
         )
 
-    def _check_unchanged(self, state: NeighbourState) -> None:
-        if state.origin.watch.changed(self.model):
-            raise ModelChangedError(
-                "the model's weights have changed since fit stored the activations of its data, "
-                "which a NeighbourInverse does not allow for any value of changed=: fit a new "
-                "NeighbourInverse"
-            )
-
     def _inverses(
         self, state: NeighbourState, request: Request, surrogate: Surrogate, features: Inputs
     ) -> tuple[Mapping[Target, Inverses], Groups]:
@@ -302,8 +289,6 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
                 f"the inputs are {shapes(signature)}, expected {shapes(origin.signature)} as in "
                 "the data that the inverse was fitted on: resize or convert the inputs"
             )
-        if self.changed != "refuse":
-            self._check_unchanged(state)
         fitted = self._surrogate(*call, self.layer)
         values, replay = captured.values(self.model, *call), self._replay(fitted)
         if surrogate is fitted and self.feature is None:

@@ -45,10 +45,10 @@ class InverseNetwork(ClassInverse):
     Args:
         model: A ``torch.nn.Module`` in evaluation mode that returns logits (batch, classes) or
             (batch,). It may be in ``nn.DataParallel`` or ``torch.compile``; nothing is compiled.
-        layer: The module at whose output the backward pass stops, instead of at the input (the
-            paper's setting on ImageNet). Only the part of the model after this module is inverted,
-            and the forward mask also applies to the module's output. The inputs may then be
-            integers, for example the tokens of a text that is explained at its embedding.
+        layer: The module, or its name, at whose output the backward pass stops, instead of at the
+            input (the paper's setting on ImageNet). Only the part of the model after this module is
+            inverted, and the forward mask also applies to the module's output. The inputs may then
+            be integers, for example the tokens of a text that is explained at its embedding.
         output: The output to explain, if the model returns several tensors: index, key or field of
             a tuple, list, dictionary, named tuple or dataclass; a tuple of these for nested ones.
         ridge: λ of equation 6.
@@ -104,7 +104,7 @@ class InverseNetwork(ClassInverse):
         self,
         model: nn.Module,
         *,
-        layer: nn.Module | None = None,
+        layer: nn.Module | str | None = None,
         output: Output = None,
         ridge: float = 1e-3,
         ridge_scale: RidgeScale = "relative",

@@ -18,7 +18,7 @@ from captum_mipin.errors import InputError
 from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.marks import value_of
-from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.graph.signature import Signature, plain
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import (
@@ -328,8 +328,9 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
 
     Args:
         method: A method at the input, such as ``LRP(model)``.
-        layer: A module of the model with one output tensor. A batch norm that follows it is not
-            folded into it. The model's inputs may be integers, such as the tokens of a text.
+        layer: A module of the model, or its name, with one output tensor. A batch norm that follows
+            it is not folded into it. The model's inputs may be integers, such as the tokens of a
+            text.
 
     Raises:
         InputError: ``method`` is not a :class:`Propagation`.
@@ -342,13 +343,13 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
         torch.Size([2, 4, 6, 6])
     """
 
-    def __init__(self, method: Propagation, layer: nn.Module) -> None:
+    def __init__(self, method: Propagation, layer: nn.Module | str) -> None:
         if not isinstance(method, Propagation):
             raise InputError(
                 f"method is a {type(method).__name__}, expected a method of this package, such as "
                 "LRP(model)"
             )
-        LayerAttribution.__init__(self, method.forward_func, unwrapped(layer))
+        LayerAttribution.__init__(self, method.forward_func, module_of(layer, method.model))
         GradientAttribution.__init__(self, method.forward_func)
         self.method = method
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError
+from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.validate import as_inputs, check_inputs, like
 from captum_mipin.types import Inputs
 
@@ -94,15 +95,15 @@ class GradCAM(NoFuture, Attribution):
 
     Args:
         model: The network, a ``torch.nn.Module``.
-        layer: A module of the model with output (batch, channels, height, width), such as the last
-            convolution.
+        layer: A module of the model, or its name, with output (batch, channels, height, width),
+            such as the last convolution.
 
     Source: Selvaraju et al., ICCV 2017.
     """
 
-    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:
         Attribution.__init__(self, model)
-        self.layer = layer
+        self.layer = module_of(layer, model)
 
     @captum_entry
     def attribute(

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_mipin.graph.capture import CapturedGraph, capture
-from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.graph.subgraph import module_output
 from captum_mipin.graph.validate import as_extras, as_inputs
 from captum_mipin.propagation.passes import MARKING, draft
@@ -21,7 +21,7 @@ def check(
     example_inputs: Tensor | Inputs,
     additional_forward_args: Any = None,
     *,
-    layer: nn.Module | None = None,
+    layer: nn.Module | str | None = None,
     output: Output = None,
     method: Any = None,
 ) -> CheckReport:
@@ -32,8 +32,8 @@ def check(
         example_inputs: Tensor (batch, ...) or tuple of such tensors. Only their shapes, dtypes and
             devices matter.
         additional_forward_args: Further arguments of the model.
-        layer: A module of the model. If it is given, only the operations between its output and the
-            model's output are checked.
+        layer: A module of the model, or its name. If it is given, only the operations between its
+            output and the model's output are checked.
         output: Index, key or field name of the model's output, see
             :class:`~captum_mipin.InverseNetwork`.
         method: A method of this package: its class, or an object such as ``LRP(model, ...)`` with
@@ -58,7 +58,7 @@ def check(
     model, inputs = unwrapped(model), as_inputs(example_inputs)
     extras = as_extras(additional_forward_args)
     graph = capture(model, inputs, extras, output=output, explained=layer is None)
-    start = None if layer is None else module_output(graph, model, unwrapped(layer))
+    start = None if layer is None else module_output(graph, model, module_of(layer, model))
     if method is None:
         return CheckReport(tuple(survey(graph, table(), start)))
     method = method(model) if isinstance(method, type) else method

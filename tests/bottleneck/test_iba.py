@@ -623,7 +623,6 @@ def test_nothing_estimated_yet(model, x, tmp_path):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (lambda model: nn.Linear(2, 2), "layer Linear is not a module of this Sequential"),
         (lambda model: model[5], "layer '5' .Dropout. has no operation in the graph"),
         (lambda model: "p_0_weight", "tensor 'p_0_weight' is a parameter or buffer in the graph"),
         (lambda model: model, "does not depend on tensor"),
@@ -633,6 +632,11 @@ def test_a_layer_that_cannot_be_taken(model, x, layer, message, untouched):
     iba = IBA(model, layer(model))
     with pytest.raises(errors.CaptureError, match=message), untouched(model, x):
         iba.estimate(x, progress=False)
+
+
+def test_a_layer_of_another_model(model):
+    with pytest.raises(errors.InputError, match="a Linear, expected a module of the Sequential"):
+        IBA(model, nn.Linear(2, 2))
 
 
 def test_a_layer_that_is_never_reached_or_twice(x):

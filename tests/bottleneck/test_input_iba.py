@@ -468,12 +468,11 @@ def test_inputs_that_cannot_be_masked(iba, text, x):
         iba.attribute(x[:2], 0, kind="both")
 
 
-def test_an_input_layer_of_another_model(model, x, tmp_path):
-    iba = InputIBA(model, model[4], SHORT, input_layer=nn.Linear(2, 2))
-    with pytest.raises(CaptureError, match=r"^layer Linear is not a module of this Sequential"):
-        iba.estimate(x, progress=False)
+def test_an_input_layer_of_another_model(model, tmp_path):
+    with pytest.raises(InputError, match="a Linear, expected a module of the Sequential"):
+        InputIBA(model, model[4], SHORT, input_layer=nn.Linear(2, 2))
     with pytest.raises(NotFittedError):
-        iba.save(tmp_path / "file")
+        InputIBA(model, model[4], SHORT).save(tmp_path / "file")
 
 
 def test_each_stage_is_grouped_by_what_it_masks(model, monkeypatch):

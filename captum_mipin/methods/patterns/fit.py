@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_mipin.errors import FitError, InputError, ModelChangedError, NotFittedError
-from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.graph.signature import Signature, first_example
 from captum_mipin.graph.validate import (
     check_choice,
@@ -119,13 +119,13 @@ class Patterns(Saved):
         model: nn.Module,
         *,
         estimator: Estimator = "positive",
-        layer: nn.Module | None = None,
+        layer: nn.Module | str | None = None,
         output: Output = None,
     ) -> None:
         check_choice("estimator", estimator, ("linear", "positive"))
         check_output(output)
         self.model, self.estimator, self.output = unwrapped(model), estimator, output
-        self.layer = None if layer is None else unwrapped(layer)
+        self.layer = None if layer is None else module_of(layer, self.model)
         self.state: State | None = None
 
     def __getitem__(self, layer: str) -> Tensor:

@@ -1,0 +1,59 @@
+"""A layer may be passed as a module or by its dotted name, and a model as its bound forward."""
+
+from typing import Any
+
+import pytest
+import torch
+from captum.attr import LayerGradCam
+from torch import nn
+
+from captum_mipin import IBA, InverseNetwork, LayerMIPINAttribution, MIPINAttribution, check
+from captum_mipin.bottleneck import InputIBA
+from captum_mipin.errors import CaptureError, InputError
+from captum_mipin.inverse import NeighbourInverse
+from captum_mipin.methods import LRP, GradCAM, LayerPropagation, Patterns
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model, layer: InverseNetwork(model, layer=layer).layer,
+        lambda model, layer: NeighbourInverse(model, layer=layer).layer,
+        lambda model, layer: NeighbourInverse(model, feature=layer).feature,
+        lambda model, layer: LayerMIPINAttribution(model, InverseNetwork(model), layer).layer,
+        lambda model, layer: LayerPropagation(LRP(model), layer).layer,
+        lambda model, layer: GradCAM(model, layer).layer,
+        lambda model, layer: Patterns(model, layer=layer).layer,
+        lambda model, layer: IBA(model, layer).layer,
+        lambda model, layer: InputIBA(model, "1", input_layer=layer).input_layer,
+    ],
+)
+def test_a_layer_by_name(make: Any) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 3)).eval()
+    for wrapped in (model, nn.DataParallel(model)):
+        assert make(wrapped, "0.1") is make(wrapped, model[0][1]) is model[0][1]
+    if "iba" not in str(make.__code__.co_names).lower():  # there another name is that of a tensor
+        with pytest.raises(InputError, match=r"layer is '0\.2', expected .*one of '0\.1', '0\.0'"):
+            make(model, "0.2")
+    with pytest.raises(InputError, match=r"a Linear, expected a module of the Sequential that is"):
+        make(model, nn.Linear(4, 4))
+
+
+def test_maps_of_a_layer_by_name() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+    x = torch.randn(20, 1, 4, 4)
+    expected = LayerGradCam(model, model[1]).attribute(x, 0, relu_attributions=True)
+    assert torch.equal(GradCAM(model, "1").attribute(x, 0).amax((2, 3)), expected.amax((2, 3)))
+    assert str(check(model, x, layer="1")) == str(check(model, x, layer=model[1]))
+
+
+def test_a_bound_forward_stands_for_its_model(mlp: Any) -> None:
+    model, x = mlp.model, mlp.x
+    inverse = InverseNetwork(model.forward).fit(x, progress=False)
+    expected = mlp.mipin.attribute(x[:2], 0)
+    assert torch.equal(MIPINAttribution(model.forward, inverse).attribute(x[:2], 0), expected)
+    assert torch.equal(LRP(model.forward).attribute(x, 0), LRP(model).attribute(x, 0))
+    assert not check(model.forward, x).refused
+    with pytest.raises(CaptureError, match="the model is a method, expected"):
+        LRP(model.state_dict).attribute(x, 0)
