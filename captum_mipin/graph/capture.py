@@ -6,8 +6,6 @@ The export runs on a copy of the model that shares its parameters, so the model 
 changed.
 """
 
-import linecache
-import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError
+from captum_mipin.graph.diagnosis import failure, quiet
 from captum_mipin.graph.functional import NotRewritableError, functional
 from captum_mipin.graph.kept import Kept
 from captum_mipin.graph.marks import inherit, mark, value_of
@@ -30,7 +29,7 @@ from captum_mipin.graph.modules import OWN, named_tensors, tree
 from captum_mipin.graph.signature import per_example, plain, select
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.twin import twin_of
-from captum_mipin.graph.validate import check_exportable, check_inputs, check_model, described
+from captum_mipin.graph.validate import check_exportable, check_inputs, check_model
 from captum_mipin.training import settle
 from captum_mipin.types import Extras, Inputs, Output
 
@@ -161,12 +160,8 @@ def trace(
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__} for inputs {described(inputs)}"
-            f"{_where(error, twin)}:\n{error}\nControl flow must not depend on the data, the batch "
-            "size must be free (x.shape[0] keeps it so, len(x) does not), and inputs must have the "
-            "shape, dtype and device that the model takes."
-        ) from error
+        handle.remove()
+        raise failure(error, twin, inputs, extras, shared) from error
     finally:
         kept.restore()
         handle.remove()
@@ -245,7 +240,10 @@ def _export(
 ) -> tuple[ExportedProgram, fx.Graph]:
     """Return a model's program, and its graph without operations that write to memory."""
     device = pytree.tree_leaves(arguments)[0].device.type
-    with TURNS.exporting(), warnings.catch_warnings(), torch.autocast(device, enabled=False):
+    with (
+        TURNS.exporting(), warnings.catch_warnings(), quiet(),
+        torch.autocast(device, enabled=False),
+    ):  # fmt: skip
         warnings.filterwarnings("ignore", message=_RECURRENT)
         program = export(model, arguments, dynamic_shapes=shapes, strict=False)
         if detached:
@@ -296,24 +294,6 @@ def _check_registered(program: ExportedProgram, model: nn.Module) -> None:
                         "expected a registered module: put it into an nn.ModuleList or "
                         "nn.ModuleDict"
                     )
-
-
-def _where(error: Exception, model: nn.Module) -> str:
-    """Return the innermost module and the line where a model failed; "" if they are unknown."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    frames = [
-        (frame, line)
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if id(frame.f_locals.get("self")) in paths
-    ]
-    if not frames:
-        return ""
-    frame, number = frames[-1]
-    module = frame.f_locals["self"]
-    path = paths[id(module)]
-    name = f"module {path!r} ({type(module).__name__})" if path else "the model itself"
-    line = linecache.getline(frame.f_code.co_filename, number).strip()
-    return f", at {line!r} in {name}" if line else f", in {name}"
 
 
 @cache

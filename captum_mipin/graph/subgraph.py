@@ -178,7 +178,12 @@ class Part:
         for node in graph.nodes:
             if node.op == "call_function" and following & set(node.all_input_nodes):
                 following.add(node)
-        if last not in following or last is first:
+        if last is first:
+            raise CaptureError(
+                "the layer is the model's output, so nothing follows that could be explained: name "
+                "a layer closer to the input"
+            )
+        if last not in following:
             raise CaptureError(
                 f"tensor {last.name!r} does not depend on tensor {first.name!r}, so there is "
                 "nothing to explain: name a layer on the path to the output"

@@ -149,10 +149,11 @@ def check_inputs(inputs: Inputs, explained: bool = True) -> None:
     """
     if not inputs:
         raise InputError("no input tensor was given, expected at least one: pass inputs=")
+    mixed = any(isinstance(x, Tensor) and x.is_floating_point() for x in inputs)
     for index, x in enumerate(inputs):
         if not isinstance(x, Tensor):
             raise InputError(f"input {index} is a {type(x).__name__}, expected a torch.Tensor")
-        if problem := _problem(x, explained):
+        if problem := _problem(x, explained, mixed):
             raise InputError(f"input {index} {problem}")
         if len(x) != len(inputs[0]):
             raise InputError(
@@ -161,16 +162,24 @@ def check_inputs(inputs: Inputs, explained: bool = True) -> None:
             )
 
 
-def _problem(x: Tensor, explained: bool) -> str:
-    """Return the reason why a tensor cannot be an input; "" if it can."""
+def _problem(x: Tensor, explained: bool, mixed: bool) -> str:
+    """Return the reason why a tensor cannot be an input; "" if it can.
+
+    Args:
+        x: The tensor.
+        explained: Whether the tensor itself is explained.
+        mixed: Whether there are inputs of a floating dtype.
+    """
     if x.is_meta:
         return "is on the meta device, where tensors have no values: move it to a real device"
     if x.is_complex() or (explained and not x.is_floating_point()):
-        return (
-            f"has dtype {x.dtype}, expected a floating dtype: integers carry no signal. Convert "
-            "it, or explain the output of a layer instead, such as its embedding: "
-            "InverseNetwork(model, layer=...). An argument that is not to be explained, such as a "
-            "mask, goes into additional_forward_args, which fit takes by unpack=."
+        further = "additional_forward_args, which fit takes by unpack="
+        return f"has dtype {x.dtype}, expected a floating dtype: integers carry no signal. " + (
+            f"An argument that is not to be explained, such as a mask, goes into {further}. "
+            "Labels are no input: leave them out."
+            if mixed
+            else "Convert it, or explain the output of a layer instead, such as its embedding, by "
+            "layer= of InverseNetwork or LayerPropagation(method, layer)."
         )
     if x.is_nested:
         return "is a nested tensor, expected the same shape for all examples: pad them"

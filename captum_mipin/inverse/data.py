@@ -94,7 +94,15 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Inputs, Extras]]:
         empty, (rank, count) = True, self._shard
         for index, batch in enumerate(islice(self._data, rank, None, count)):
-            inputs, extras = self._unpack(batch)
+            unpacked = self._unpack(batch)
+            if not isinstance(unpacked, (tuple, list)) or len(unpacked) != 2:
+                count = f" of {len(unpacked)}" if isinstance(unpacked, (tuple, list)) else ""
+                raise FitError(
+                    f"unpack= returned a {type(unpacked).__name__}{count} for batch {index}, "
+                    "expected a pair (inputs, additional_forward_args): write for example "
+                    "unpack=lambda batch: (batch[0], None)"
+                )
+            inputs, extras = unpacked
             inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             extras = () if extras is None else extras if isinstance(extras, tuple) else (extras,)
             self._check(inputs, index)

@@ -67,7 +67,7 @@ class Surrogates:
 
         def find() -> Signature:
             fitted = origin.signature if origin else None
-            hint = (lambda: size_hint(origin)) if origin else str
+            hint = (lambda: size_hint(origin, call[1])) if origin else str
             return self.graphs.find(*call, self._capture, fitted=fitted, accept=accept, hint=hint)
 
         def build(graph: CapturedGraph, start: str | None) -> Surrogate:
@@ -115,12 +115,23 @@ class Surrogates:
             raise CaptureError(
                 f"for inputs and further arguments {shapes(signature)} the model's operations "
                 "differ from those for the inputs that the inverse was fitted on, first at "
-                f"{place}.\n{size_hint(origin)}"
+                f"{place}.\n{size_hint(origin, call[1])}"
             )
 
 
-def size_hint(origin: Origin) -> str:
-    """Return advice, for error messages, about inputs that differ in kind from those of the fit."""
+def size_hint(origin: Origin, extras: Extras) -> str:
+    """Return advice, for error messages, about a call that differs in kind from those of the fit.
+
+    Args:
+        origin: The model and inputs of the fit.
+        extras: Further arguments of the call.
+    """
+    if bool(extras) != bool(origin.signature.structure):
+        return (
+            f"The inverse was fitted {'without' if extras else 'with'} additional_forward_args: "
+            + ("leave them out" if extras else "pass them")
+            + ", or fit another InverseNetwork with such calls by unpack=."
+        )
     return (
         f"The inverse was fitted on {shapes(origin.signature)}. Resize the inputs to these shapes, "
         "or fit another InverseNetwork on inputs of the new size. A network accepts any size if it "

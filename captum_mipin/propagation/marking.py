@@ -69,6 +69,13 @@ def check_ends(draft: Draft) -> None:
     """
     lost = [node for node in draft.starts if not marks(node).signal]
     if lost or not marks(draft.output).signal:
+        detached = [n for n in descendants(lost) if str(n.target) == "aten.detach.default"]
+        if any(not draft.carriers(node) for node in detached):
+            raise CaptureError(
+                "the model computes its output from the inputs under torch.no_grad() or behind "
+                "detach(), where every gradient is 0; expected a path with gradients: remove "
+                "no_grad() from forward, or use a method without gradients, such as LRP or MIP-IN"
+            )
         text = without_signal(lost, draft.output)
         if draft.starts == draft.inputs and 0 < len(lost) < len(draft.starts):
             text += (
