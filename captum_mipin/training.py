@@ -60,8 +60,9 @@ def _mode_matters(module: nn.Module) -> bool:
     own += module._forward_pre_hooks.values()
     if _readers([(nn.Module, function) for function in own]):
         return True
-    for base in _readers_of(type(module)):
-        rules = (rule for kind, rule in _MATTERS.items() if issubclass(base, kind))
+    kind: type = type(module)
+    for base in _readers_of(kind):
+        rules = (rule for torchs, rule in _MATTERS.items() if issubclass(base, torchs))
         if not base.__module__.startswith("torch.nn.") or next(rules, bool)(module):
             return True
     return False

@@ -106,8 +106,9 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         super().__init__(model, **options)
         _check_search(neighbours, metric)
         self.neighbours, self.metric = operator.index(neighbours), metric
-        by_itself = feature is None or feature == "input"
-        self.feature = feature if by_itself else module_of(feature, self.model)
+        self.feature: nn.Module | str | None = feature
+        if feature is not None and feature != "input":
+            self.feature = module_of(feature, self.model)
         self._replays = WeakKeyDictionary[Surrogate, Replay]()
 
     def __getstate__(self) -> dict[str, Any]:
