@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from captum_mipin._captum import NoFuture, captum_entry, describe_common
 from captum_mipin.errors import InputError
-from captum_mipin.graph.modules import module_of, unwrapped
+from captum_mipin.graph.layers import Layer, at_places
+from captum_mipin.graph.modules import modules_of, unwrapped
 from captum_mipin.graph.signature import select
 from captum_mipin.graph.validate import as_extras, as_inputs, like
 from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.inverse.explain import Explanation
-from captum_mipin.methods.base import summed
+from captum_mipin.methods.base import single, summed
 from captum_mipin.methods.gradients import Gradient
 from captum_mipin.propagation.runtime import seed
 from captum_mipin.targets import per_example
@@ -49,7 +50,7 @@ class _MIPIN(NoFuture, GradientAttribution):
         *,
         features: bool,
         gradients: bool,
-        layer: nn.Module | None = None,
+        layer: Layer = None,
     ) -> Inputs:
         """Return the attribution A, multiplied by features or gradients according to the options.
 
@@ -58,7 +59,7 @@ class _MIPIN(NoFuture, GradientAttribution):
             call: The call that is explained.
             features: True to multiply by the values at the inputs or at the layer's output.
             gradients: True to multiply by the gradient of the target's logit with respect to them.
-            layer: The layer; None for the inputs.
+            layer: The place that is explained.
         """
         maps = explanation.signals[0]
         if features:
@@ -213,7 +214,7 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
             ``torch.compile``.
         inverse: The fitted :class:`~captum_mipin.InverseNetwork` of ``model``. If it was made with
             ``layer=``, the model's inputs may be integers, such as the tokens of a text.
-        layer: A module of the model, or its name, with one output tensor, in the part that
+        layer: A module of the model, or its name, or a list of several, in the part that
             ``inverse`` inverts. By default the layer with which ``inverse`` was made. The forward
             mask (equation 9) applies to the layer's output. If ``layer`` is a convolution before a
             batch norm, the signal is in units of the batch norm's output.
@@ -233,9 +234,7 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
         torch.Size([2, 1, 8, 8])
     """
 
-    def __init__(
-        self, model: nn.Module, inverse: ModelInverse[Any], layer: nn.Module | str | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, inverse: ModelInverse[Any], layer: Any = None) -> None:
         _MIPIN.__init__(self, model, inverse)
         layer = inverse.layer if layer is None else layer
         if layer is None:
@@ -243,17 +242,20 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
                 "layer is None and the inverse was made without layer=, expected a module of the "
                 "model: pass layer="
             )
-        LayerAttribution.__init__(self, model, module_of(layer, self.model))
+        LayerAttribution.__init__(self, model, modules_of(layer, self.model))
 
     @captum_entry
     def attribute(
-        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
-        local: bool = True, multiply_by_features: bool = False, multiply_by_gradients: bool = False,
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False, *, local: bool = True,
+        multiply_by_features: bool = False, multiply_by_gradients: bool = False,
         evidence: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Any:  # fmt: skip
         """Return A, the attribution of the target's logit to the layer's output (algorithm 1).
 
         Args:
+            attribute_to_layer_input: True to explain the input of the layer, False its output. The
+                forward mask (equation 9) applies to either.
             local: True to adapt the inverse to each example. False for the global view.
             multiply_by_features: True to return A ⊙ features, with the layer's output as features.
             multiply_by_gradients: True to return A ⊙ the gradient at the layer.
@@ -261,28 +263,39 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
                 :meth:`MIPINAttribution.attribute`.
 
         Returns:
-            Tensor shaped like the layer's output.
+            Tensor shaped like the layer's output or input; a tuple if the layer has several such
+            tensors; a list of these for a list of layers.
 
         Raises:
-            CaptureError: The layer has not exactly one output tensor.
+            CaptureError: The layer is called several times, or never.
             NotFittedError: The inverse was not fitted for this target, or does not reach the layer.
             ModelChangedError: The model's weights changed since the fit.
         """
         call = as_inputs(inputs), target, as_extras(additional_forward_args)
-        explanation = self.inverse.explain(*call, local=local, layer=self.layer, evidence=evidence)
         features, gradients = multiply_by_features, multiply_by_gradients
-        return self._products(
-            explanation, call, features=features, gradients=gradients, layer=self.layer
-        )[0]
+
+        def at(place: Layer) -> Any:
+            explanation = self.inverse.explain(*call, local=local, layer=place, evidence=evidence)
+            return single(
+                self._products(
+                    explanation, call, features=features, gradients=gradients, layer=place
+                )
+            )
+
+        return at_places(at, self.layer, attribute_to_layer_input)
 
     def source_signal(
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
         local: bool = True,
-    ) -> Tensor:  # fmt: skip
+    ) -> Any:  # fmt: skip
         """Return the source signal S of the target's logit, shaped like the layer's output."""
         call = as_inputs(inputs), target, as_extras(additional_forward_args)
-        explanation = self.inverse.explain(*call, biases=(True,), local=local, layer=self.layer)
-        return explanation.signals[0][0]
+        options = {"biases": (True,), "local": local}
+
+        def at(place: Layer) -> Any:
+            return single(self.inverse.explain(*call, layer=place, **options).signals[0])
+
+        return at_places(at, self.layer)
 
     @classmethod
     def get_name(cls) -> str:

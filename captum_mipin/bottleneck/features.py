@@ -17,10 +17,10 @@ from captum_mipin.bottleneck.samples import Parts
 from captum_mipin.errors import FitError, InputError, NotFittedError
 from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
+from captum_mipin.graph.layers import tensor_name
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import layer_or_tensor, unwrapped
 from captum_mipin.graph.signature import Signature
-from captum_mipin.graph.subgraph import tensor_name
 from captum_mipin.graph.validate import check_model, device_of, finite, generator_kept
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
 from captum_mipin.regression.statistics import Statistics
@@ -279,7 +279,10 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
         def find() -> Signature:
             return self._graphs.find(inputs, extras, make, fitted=known)
 
-        return self._graphs.build(self.model, None, None, find, lambda graph, _: Parts(graph))[1]
+        def build(graph: CapturedGraph, _: Any) -> Parts:
+            return Parts(graph)
+
+        return self._graphs.build(self.model, lambda graph: graph.inputs, None, find, build)[1]
 
     def _check_graph(self, parts: Parts) -> None:
         """Raise CaptureError if a tensor that :meth:`attribute` needs is not in the graph."""

@@ -17,8 +17,8 @@ from captum_mipin.bottleneck.gaussian import Bottleneck, Noise, Optimised, mask
 from captum_mipin.bottleneck.maps import at_input, finished, positions
 from captum_mipin.bottleneck.samples import Parts, Samples
 from captum_mipin.errors import InputError
+from captum_mipin.graph.layers import tensor_name
 from captum_mipin.graph.modules import layer_or_tensor
-from captum_mipin.graph.subgraph import tensor_name
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import as_inputs, like
 from captum_mipin.types import Inputs

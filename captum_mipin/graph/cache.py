@@ -14,7 +14,6 @@ from captum_mipin.errors import CaptureError
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.modules import snapshot
 from captum_mipin.graph.signature import Signature
-from captum_mipin.graph.subgraph import module_output
 from captum_mipin.types import Extras, Inputs
 
 #: Largest number of graphs in a cache; each is for other shapes of the inputs.
@@ -22,6 +21,9 @@ _GRAPHS = 8
 
 #: (inputs, extras, shared) → the graph for a call with these arguments.
 Capture = Callable[[Inputs, Extras, bool], CapturedGraph]
+
+#: Names of the nodes that are explained.
+Starts = tuple[str, ...]
 
 Built = TypeVar("Built")
 
@@ -36,7 +38,7 @@ class Graphs(Generic[Built]):
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[Signature, CapturedGraph] = OrderedDict()
-        self._built: dict[tuple[Signature, str | None], Built] = {}
+        self._built: dict[tuple[Signature, Starts], Built] = {}
         self._made_of: list[Any] = []
         self._lock = Lock()
 
@@ -50,21 +52,20 @@ class Graphs(Generic[Built]):
     def build(
         self,
         model: nn.Module,
-        layer: nn.Module | None,
+        starts: Callable[[CapturedGraph], Starts],
         rules: Any,
         find: Callable[[], Signature],
-        build: Callable[[CapturedGraph, str | None], Built],
+        build: Callable[[CapturedGraph, Starts], Built],
     ) -> tuple[CapturedGraph, Built]:
         """Return a graph and the object that is built from it.
 
         Args:
             model: The model.
-            layer: The layer whose output is explained; None for the inputs.
+            starts: Function graph → names of the nodes that are explained.
             rules: The rules, and all other settings on which graphs and objects depend. They are
                 compared by ``==``.
             find: Function that returns the signature of the graph, see :meth:`find`.
-            build: Function (graph, name of the layer's node) → object. The name is None for the
-                inputs.
+            build: Function (graph, names of the nodes that are explained) → object.
         """
         with self._lock:
             made_of = [snapshot(model), rules]
@@ -74,7 +75,7 @@ class Graphs(Generic[Built]):
                 self._made_of = made_of
             signature = find()
             graph = self._graphs[signature]
-            start = None if layer is None else module_output(graph, model, layer)
+            start = starts(graph)
             if (signature, start) not in self._built:
                 self._built[signature, start] = build(graph, start)
             built = self._built[signature, start]

@@ -8,7 +8,7 @@ changed.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -61,6 +61,8 @@ class CapturedGraph:
         output: Node of the model's output.
         batch: The symbol of the batch size.
         shared: See :func:`captum_mipin.graph.signature.per_example`.
+        places: The nodes at the places of modules that were looked up before, see
+            :func:`captum_mipin.graph.layers.tensors_at`.
     """
 
     graph: fx.Graph
@@ -70,6 +72,7 @@ class CapturedGraph:
     output: fx.Node
     batch: str
     shared: bool
+    places: dict[tuple[str, bool], tuple[str, ...]] = field(default_factory=dict)
 
     def values(self, model: nn.Module, inputs: Inputs, extras: Extras) -> dict[str, Any]:
         """Return the values of all placeholders for a call, by name of the placeholder."""

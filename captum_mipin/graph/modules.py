@@ -69,6 +69,13 @@ def module_of(layer: nn.Module | str, model: nn.Module) -> nn.Module:
     )
 
 
+def modules_of(layer: Any, model: nn.Module) -> Any:
+    """Return a layer as :func:`module_of` does, and a list of layers as a list of modules."""
+    if isinstance(layer, (list, tuple)):
+        return [module_of(one, model) for one in layer]
+    return module_of(layer, model)
+
+
 def layer_or_tensor(layer: nn.Module | str, model: nn.Module) -> nn.Module | str:
     """Return a module of the model, also for its name; another name is that of a tensor."""
     if isinstance(layer, str) and layer not in dict(tree(model)):

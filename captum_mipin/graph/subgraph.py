@@ -1,4 +1,4 @@
-"""Parts of a captured graph as functions, and the graph's tensor that is a layer's output."""
+"""Parts of a captured graph as functions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,88 +8,11 @@ from torch import Tensor, fx, nn
 
 from captum_mipin.errors import CaptureError, InputError
 from captum_mipin.graph.capture import CapturedGraph
-from captum_mipin.graph.layout import batched, first_dimension
-from captum_mipin.graph.marks import module_stack, value_of
-from captum_mipin.graph.nodes import ancestors, is_size, place
+from captum_mipin.graph.layout import batched
+from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.nodes import ancestors, is_size
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import described
-
-
-def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -> str:
-    """Return the name of the node that is the output of ``layer``.
-
-    Raises:
-        CaptureError: ``layer`` is not a module of the model, or does not have exactly one output in
-            the graph.
-    """
-    modules = model.named_modules(remove_duplicate=False)
-    paths = {path for path, module in modules if module is layer}
-    kind = type(layer).__name__
-    if not paths:
-        raise CaptureError(
-            f"layer {kind} is not a module of this {type(model).__name__}, expected one of its "
-            "modules: pass layer=model.get_submodule(path)"
-        )
-    if layer is model:
-        return str(captured.output.name)
-    inside = {node for node in captured.graph.nodes if paths & set(place(node).stack)}
-    stacks = [module_stack(node).items() for node in inside]
-    calls = {call for stack in stacks for call, (path, _) in stack if path in paths}
-    leaving = [
-        node
-        for node in captured.graph.nodes
-        if node in inside
-        and isinstance(value_of(node), Tensor)
-        and not inside.issuperset(node.users)
-    ]
-    if len(leaving) == len(calls) == 1:
-        return str(leaving[0].name)
-    reason = (
-        f"is called {len(calls)} times and has {len(leaving)} outputs in the graph, expected one "
-        "call and one output: name another module"
-        if inside
-        else "has no operation in the graph: it is not called, or does nothing at inference. "
-        "Name the module before it"
-    )
-    raise CaptureError(f"layer {min(paths)!r} ({kind}) {reason}")
-
-
-def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | str) -> str:
-    """Return the name of a floating tensor of the graph with the batch as its first dimension.
-
-    Args:
-        captured: The model's graph.
-        model: The model.
-        layer: A module, whose output is meant; or the name of a tensor of the graph.
-
-    Raises:
-        CaptureError: The graph has no such tensor, its dtype is not floating, or its first
-            dimension is not the batch.
-    """
-    nodes = {node.name: node for node in captured.graph.nodes}
-    name = layer if isinstance(layer, str) else module_output(captured, model, layer)
-    shown = f"the output of {type(layer).__name__}" if layer is not name else f"tensor {name!r}"
-    values = {n: value_of(node) for n, node in nodes.items() if n not in captured.constants}
-    tensors = {n: value for n, value in values.items() if isinstance(value, Tensor)}
-    if name not in tensors:
-        kind = "a parameter or buffer" if name in captured.constants else "missing"
-        raise CaptureError(
-            f"{shown} is {kind} in the graph of this {type(model).__name__}; choose one of its "
-            f"tensors: {', '.join(tensors)}"
-        )
-    value = tensors[name]
-    if not value.is_floating_point():
-        raise CaptureError(
-            f"{shown} has dtype {value.dtype}, expected a floating dtype, because noise is added "
-            "to it: name another layer"
-        )
-    if not first_dimension(value, captured.batch):
-        shape = tuple(map(str, value.shape))
-        raise CaptureError(
-            f"{shown} has shape {shape}, expected the batch as its first dimension: name another "
-            "layer"
-        )
-    return name
 
 
 def extract(

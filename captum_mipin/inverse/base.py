@@ -13,6 +13,7 @@ from captum_mipin.errors import (
     ModelChangedError,
     NotFittedError,
 )
+from captum_mipin.graph.layers import Layer, LayerInput
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import module_of, unwrapped
@@ -242,9 +243,7 @@ class ModelInverse(Saved, Generic[S]):
                     f"Add it with fit(data, targets=[{label}])"
                 )
 
-    def _check_reaches(
-        self, surrogate: Surrogate, keys: Mapping[str, Any], layer: nn.Module | None
-    ) -> None:
+    def _check_reaches(self, surrogate: Surrogate, keys: Mapping[str, Any], layer: Layer) -> None:
         """Raise NotFittedError if an inverse is missing between the output and ``layer``."""
         missing = [key for key in surrogate.learned if key not in keys]
         if missing:
@@ -270,12 +269,11 @@ class ModelInverse(Saved, Generic[S]):
                 f"{type(self).__name__}"
             )
 
-    def _surrogate(self, inputs: Inputs, extras: Extras, layer: nn.Module | None) -> Surrogate:
+    def _surrogate(self, inputs: Inputs, extras: Extras, layer: Layer) -> Surrogate:
         """Return the surrogate for inputs of this kind, which is stored for the next call."""
         origin = None if self._state is None else self._state.origin
-        calibrate, joint = layer is self.layer, self.settings.joint
         return self._surrogates.of(
-            (inputs, extras), layer, origin, calibrate=calibrate, joint=joint
+            (inputs, extras), layer, origin, stop=self.layer, joint=self.settings.joint
         )
 
     @classmethod
@@ -293,8 +291,10 @@ class ModelInverse(Saved, Generic[S]):
         """Return the path of a module; "" for the model itself or a module outside the model."""
         return next((path for path, part in self.model.named_modules() if part is module), "")
 
-    def _name(self, layer: nn.Module | None) -> str:
-        """Return the name of a layer, or of the input for None, for error messages."""
+    def _name(self, layer: Layer) -> str:
+        """Return the name of a place, for error messages."""
+        if isinstance(layer, LayerInput):
+            return f"the input of {self._name(layer.module)}"
         return "the input" if layer is None else f"layer {self._path(layer)!r}"
 
     def _head(self, origin: Origin) -> dict[str, Any]:

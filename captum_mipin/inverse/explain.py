@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from captum_mipin.graph.layers import Layer
 from captum_mipin.graph.signature import pick
 from captum_mipin.types import Extras, Inputs
 
@@ -26,7 +27,7 @@ class Request:
             any case.
         mask: True to apply equation 9 to the inputs as well. With ``local``, it always applies to
             the output of ``layer``.
-        layer: The module at whose output the backward passes stop; None for the inputs.
+        layer: The place where the backward passes stop.
         evidence: True to send back only the evidence for the target at each position. This needs a
             model whose output is an average over positions.
         unit: True to send back 1 instead of the logit.
@@ -38,7 +39,7 @@ class Request:
     biases: Sequence[bool] = (False,)
     local: bool = True
     mask: bool = False
-    layer: nn.Module | None = None
+    layer: Layer = None
     evidence: bool = False
     unit: bool = False
 

@@ -20,10 +20,10 @@ from captum_mipin.errors import (
     InputError,
     NotFittedError,
 )
+from captum_mipin.graph.layers import module_output
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.signature import Signature
-from captum_mipin.graph.subgraph import module_output
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import check_choice, check_model, device_of, finite, generator_kept
 from captum_mipin.inverse.base import Groups, ModelInverse

@@ -10,8 +10,9 @@ from contextlib import suppress
 from torch import nn
 
 from captum_mipin.errors import CaptureError, ModelChangedError
-from captum_mipin.graph.cache import Graphs
+from captum_mipin.graph.cache import Graphs, Starts
 from captum_mipin.graph.capture import CapturedGraph, capture
+from captum_mipin.graph.layers import Layer, tensors_at
 from captum_mipin.graph.signature import Signature, first_example
 from captum_mipin.inverse.state import Origin
 from captum_mipin.propagation.fingerprint import difference, structure
@@ -38,20 +39,19 @@ class Surrogates:
     def of(
         self,
         call: Call,
-        layer: nn.Module | None,
+        layer: Layer,
         origin: Origin | None,
         *,
-        calibrate: bool,
+        stop: Layer,
         joint: bool,
     ) -> Surrogate:
         """Return the surrogate for the inputs of a call.
 
         Args:
             call: Inputs and further arguments.
-            layer: The module at whose output backward passes stop; None for the inputs.
+            layer: The place where backward passes stop.
             origin: The model and inputs of the fit; None before the first fit.
-            calibrate: True to learn the scale of the signal at ``layer``, because the inverse
-                stops there.
+            stop: The place where the inverse stops. There the scale of the signal is learned.
             joint: True to learn the signal of a tensor with several branches in one regression.
 
         Raises:
@@ -70,10 +70,14 @@ class Surrogates:
             hint = (lambda: size_hint(origin, call[1])) if origin else str
             return self.graphs.find(*call, self._capture, fitted=fitted, accept=accept, hint=hint)
 
-        def build(graph: CapturedGraph, start: str | None) -> Surrogate:
+        def starts(graph: CapturedGraph, place: Layer = layer) -> Starts:
+            return tensors_at(graph, self._model, place, call)
+
+        def build(graph: CapturedGraph, start: Starts) -> Surrogate:
+            calibrate = start == starts(graph, stop)
             return Surrogate(graph, rules, start, calibrate=calibrate, joint=joint)
 
-        return self.graphs.build(self._model, layer, rules, find, build)[1]
+        return self.graphs.build(self._model, starts, rules, find, build)[1]
 
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
         return capture(self._model, inputs, extras, shared, output=self._output, explained=False)

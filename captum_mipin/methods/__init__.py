@@ -1,6 +1,6 @@
 """Further attribution methods for Captum; most of them are tables of rules, like MIP-IN."""
 
-from captum_mipin.methods.base import LayerPropagation
+from captum_mipin.methods.at_layer import LayerPropagation
 from captum_mipin.methods.excitation import ExcitationBackprop
 from captum_mipin.methods.gradients import Deconvnet, GuidedBackprop
 from captum_mipin.methods.lrp.lrp import LRP, DeepTaylor

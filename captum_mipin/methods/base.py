@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from captum.attr import GradientAttribution, LayerAttribution
+from captum.attr import GradientAttribution
 from torch import Tensor, fx, nn
 
 from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError
-from captum_mipin.graph.cache import Graphs
+from captum_mipin.graph.cache import Graphs, Starts
 from captum_mipin.graph.capture import CapturedGraph, capture
+from captum_mipin.graph.layers import Layer, tensors_at
 from captum_mipin.graph.marks import value_of
-from captum_mipin.graph.modules import module_of, unwrapped
+from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import Signature, plain
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import (
@@ -161,15 +162,16 @@ class Propagation(NoFuture, GradientAttribution):
         self._graphs = Graphs[Surrogate]()
 
     def explain(
-        self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None
+        self, inputs: Inputs, target: Any, extras: Extras = (), layer: Layer = None
     ) -> Explanation:
-        """Run one forward and one backward pass, to the inputs or to the output of ``layer``.
+        """Run one forward and one backward pass, to the inputs or to the tensors at ``layer``.
 
         Args:
             inputs: Tensors (batch, ...), the model's inputs.
             target: The output to explain, in any form that Captum takes.
             extras: Further arguments of the model.
-            layer: A module of the model with one output tensor; None to explain the inputs.
+            layer: A module of the model, whose output is explained; its
+                :class:`~captum_mipin.graph.layers.LayerInput`; or None to explain the inputs.
 
         Returns:
             The explained tensors, the results of the backward pass, and its start.
@@ -209,7 +211,7 @@ class Propagation(NoFuture, GradientAttribution):
                 summed(start),
             )
 
-    def survey(self, captured: CapturedGraph, start: str | None = None) -> list[CheckRow]:
+    def survey(self, captured: CapturedGraph, start: Sequence[str] | None = None) -> list[CheckRow]:
         """Return one row per operation of a graph, with the method's rule for this operation."""
         return survey(captured, self._table(), start)
 
@@ -222,9 +224,9 @@ class Propagation(NoFuture, GradientAttribution):
         return seed(output, targets, unit=self._unit)
 
     def _surrogate(
-        self, inputs: Inputs, extras: Extras, layer: nn.Module | None
+        self, inputs: Inputs, extras: Extras, layer: Layer
     ) -> tuple[CapturedGraph, Surrogate]:
-        def build(graph: CapturedGraph, start: str | None) -> Surrogate:
+        def build(graph: CapturedGraph, start: Starts) -> Surrogate:
             return Surrogate(graph, self._table(), start, joint=False)
 
         def graph_of(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
@@ -233,12 +235,15 @@ class Propagation(NoFuture, GradientAttribution):
                 output=self.output, explained=False, detached=self._detached,
             )  # fmt: skip
 
+        def starts(graph: CapturedGraph) -> Starts:
+            return tensors_at(graph, self.model, layer, (inputs, extras))
+
         def find() -> Signature:
             return self._graphs.find(inputs, extras, graph_of)
 
         # The table depends on the options: if one has changed, a new surrogate is built.
         options = [_ByIdentity(v) for name, v in vars(self).items() if not name.startswith("_")]
-        return self._graphs.build(self.model, layer, options, find, build)
+        return self._graphs.build(self.model, starts, options, find, build)
 
     @classmethod
     def get_name(cls) -> str:
@@ -277,8 +282,8 @@ class Relevance(Propagation):
 
     @captum_entry
     def attribute(
-        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
-        return_convergence_delta: bool = False,
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
+        return_convergence_delta: bool = False, verbose: bool = False,
     ) -> Any:  # fmt: skip
         """Return the relevance of each input feature for the target's output.
 
@@ -286,6 +291,8 @@ class Relevance(Propagation):
             return_convergence_delta: True to return delta = R − Σ A as well, the part of the
                 relevance R at the output that is lost between output and input, per example. The
                 input gets the share 1 − delta / R of R.
+            verbose: Only False is supported: :func:`~captum_mipin.check` with ``method=`` shows
+                the rule of each operation.
 
         Returns:
             Attributions with the shape, dtype and device of ``inputs``. With
@@ -294,6 +301,7 @@ class Relevance(Propagation):
         Raises:
             UnsupportedOperationError: The method has no rule for an operation of the model.
         """
+        check_silent(verbose)
         explanation = self.explain(as_inputs(inputs), target, as_extras(additional_forward_args))
         maps = like(inputs, explanation.signals)
         if not return_convergence_delta:
@@ -323,70 +331,18 @@ class Relevance(Propagation):
         return output.flatten() - total
 
 
-class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
-    """A method of this package at the output of a layer.
+def single(tensors: Inputs) -> Tensor | Inputs:
+    """Return the only tensor of a tuple, or the tuple if there are several."""
+    return tensors[0] if len(tensors) == 1 else tensors
 
-    Args:
-        method: A method at the input, such as ``LRP(model)``.
-        layer: A module of the model, or its name, with one output tensor. A batch norm that follows
-            it is not folded into it. The model's inputs may be integers, such as the tokens of a
-            text.
 
-    Raises:
-        InputError: ``method`` is not a :class:`Propagation`.
-
-    Examples:
-        >>> from captum_mipin.methods import GuidedBackprop
-        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
-        >>> guided = LayerPropagation(GuidedBackprop(model.eval()), model[1])
-        >>> guided.attribute(torch.randn(2, 1, 8, 8), target=0).shape
-        torch.Size([2, 4, 6, 6])
-    """
-
-    def __init__(self, method: Propagation, layer: nn.Module | str) -> None:
-        if not isinstance(method, Propagation):
-            raise InputError(
-                f"method is a {type(method).__name__}, expected a method of this package, such as "
-                "LRP(model)"
-            )
-        LayerAttribution.__init__(self, method.forward_func, module_of(layer, method.model))
-        GradientAttribution.__init__(self, method.forward_func)
-        self.method = method
-
-    @captum_entry
-    def attribute(
-        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False, *, multiply_by_features: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Return the method's map at the layer's output.
-
-        Args:
-            attribute_to_layer_input: Only False is supported. For the input of a layer, use the
-                layer before it.
-            multiply_by_features: True to return the map ⊙ features, with the layer's output as
-                features.
-
-        Returns:
-            Tensor shaped like the layer's output.
-
-        Raises:
-            CaptureError: The layer has not exactly one output tensor.
-            UnsupportedOperationError: The method has no rule for an operation after the layer.
-        """
-        if attribute_to_layer_input:
-            raise InputError(
-                "attribute_to_layer_input=True is not supported, expected False: pass the layer "
-                "before this one as layer instead"
-            )
-        call = as_inputs(inputs), target, as_extras(additional_forward_args)
-        explanation = self.method.explain(*call, self.layer)
-        (a,), (x,) = explanation.signals, explanation.features
-        return a * x if multiply_by_features else a
-
-    @classmethod
-    def get_name(cls) -> str:
-        """Return the name that Captum's tools show."""
-        return "Layer propagation"
+def check_silent(verbose: bool) -> None:
+    """Raise InputError if ``verbose`` is set."""
+    if verbose:
+        raise InputError(
+            "verbose=True is not supported, because this package prints nothing: "
+            "print(check(model, inputs, method=...)) shows the rule of each operation"
+        )
 
 
 def summed(values: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """The public function :func:`check`: a table of the operations of a model and their support."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from captum_mipin.graph.capture import CapturedGraph, capture
+from captum_mipin.graph.layers import tensors_at
 from captum_mipin.graph.modules import module_of, unwrapped
-from captum_mipin.graph.subgraph import module_output
 from captum_mipin.graph.validate import as_extras, as_inputs
 from captum_mipin.propagation.passes import MARKING, draft
 from captum_mipin.propagation.treatments import treatments
@@ -58,7 +58,8 @@ def check(
     model, inputs = unwrapped(model), as_inputs(example_inputs)
     extras = as_extras(additional_forward_args)
     graph = capture(model, inputs, extras, output=output, explained=layer is None)
-    start = None if layer is None else module_output(graph, model, module_of(layer, model))
+    module = None if layer is None else module_of(layer, model)
+    start = tensors_at(graph, model, module, (inputs, extras))
     if method is None:
         return CheckReport(tuple(survey(graph, table(), start)))
     method = method(model) if isinstance(method, type) else method
@@ -66,13 +67,13 @@ def check(
 
 
 def survey(
-    captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None = None
+    captured: CapturedGraph, rules: Mapping[str, Rule], start: Sequence[str] | None = None
 ) -> list[CheckRow]:
     """Return one row per operation between the explained node and the output, in their order.
 
     Args:
         captured: The model's graph.
         rules: Operation → rule.
-        start: Name of the node whose value is explained; None for the inputs.
+        start: Names of the nodes whose values are explained; None for the inputs.
     """
     return treatments(draft(captured, rules, start, MARKING))

@@ -30,7 +30,7 @@ class Draft:
         graph: The copy; its nodes have the marks "key" and "origin".
         rules: Operation → rule.
         inputs: The placeholders of the model's inputs.
-        starts: The explained nodes: the inputs, or the output of a layer. In the backward pass, the
+        starts: The explained nodes: the inputs, or tensors of a layer. In the backward pass, the
             signal ends at these nodes.
         batch: The symbol of the batch size.
         calibrate: True to learn one factor per channel that scales the signal to the units of the
@@ -51,14 +51,18 @@ class Draft:
 
     @classmethod
     def of(
-        cls, captured: CapturedGraph, rules: Mapping[str, Rule], start: str | None, **options: Any
+        cls,
+        captured: CapturedGraph,
+        rules: Mapping[str, Rule],
+        start: Sequence[str] | None,
+        **options: Any,
     ) -> "Draft":
         """Return a draft of a captured graph.
 
         Args:
             captured: The graph, which is copied.
             rules: Operation → rule.
-            start: Name of the node whose value is explained; None for the inputs.
+            start: Names of the nodes whose values are explained; None for the inputs.
             options: The attributes ``calibrate`` and ``joint``.
         """
         graph, copies, calls = fx.Graph(), dict[fx.Node, fx.Node](), Counter[str]()
@@ -72,7 +76,7 @@ class Draft:
             mark(node, origin=source.name, key=key)  # the copy may have another name
         named = {source.name: node for source, node in copies.items()}
         inputs = tuple(named[name] for name in captured.inputs)
-        starts = inputs if start is None else (named[start],)
+        starts = inputs if start is None else tuple(named[name] for name in start)
         return cls(graph, rules, inputs, starts, captured.batch, **options)
 
     @property

@@ -4,7 +4,7 @@ Each pass is a function of a :class:`~captum_mipin.propagation.draft.Draft`. It 
 rewrites the graph, or raises an error. The function ``check`` runs only the marking passes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.propagation.batch_layout import lay_out_batch
@@ -46,7 +46,7 @@ PASSES = (*MARKING, *REWRITING)
 def draft(
     captured: CapturedGraph,
     rules: Mapping[str, Rule],
-    start: str | None = None,
+    start: Sequence[str] | None = None,
     passes: tuple[Pass, ...] = PASSES,
     **options: bool,
 ) -> Draft:
@@ -55,7 +55,7 @@ def draft(
     Args:
         captured: The graph, which is copied.
         rules: Operation → rule.
-        start: Name of the node whose value is explained; None for the inputs.
+        start: Names of the nodes whose values are explained; None for the inputs.
         passes: The passes, in their order.
         options: The attributes ``calibrate`` and ``joint`` of
             :class:`~captum_mipin.propagation.draft.Draft`.

@@ -12,7 +12,7 @@ One call of ``torch.autograd.grad`` from the seeded output then computes the who
 gradient with respect to a tensor is the signal at this tensor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -68,7 +68,7 @@ class Surrogate:
     Args:
         captured: The graph of the model.
         rules: Operation → rule.
-        start: Name of the node whose value is explained; None for the inputs.
+        start: Names of the nodes whose values are explained; None for the inputs.
         calibrate: Learn a factor per channel for the signal at the explained tensors, if the signal
             does not have the units of their values.
         joint: Learn one regression on the signals of all branches of a tensor; if False, the
@@ -100,7 +100,7 @@ class Surrogate:
         self,
         captured: CapturedGraph,
         rules: Mapping[str, Rule],
-        start: str | None = None,
+        start: Sequence[str] | None = None,
         calibrate: bool = True,
         joint: bool = True,
     ) -> None:

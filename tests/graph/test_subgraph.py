@@ -6,8 +6,9 @@ from torch import Tensor, fx, nn
 
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.capture import capture
+from captum_mipin.graph.layers import module_output
 from captum_mipin.graph.nodes import place
-from captum_mipin.graph.subgraph import Part, extract, module_output
+from captum_mipin.graph.subgraph import Part, extract
 
 
 def test_module_output_finds_a_layer_and_says_why_not() -> None:

@@ -304,7 +304,7 @@ def test_steps_keep_their_names_wherever_the_signal_stops():
     graph = capture(model, (normal(2, 4),))
     whole = Surrogate(graph, MIPIN).learned
     start = next(node.name for node in graph.graph.nodes if node.name.startswith("add"))
-    part = Surrogate(graph, MIPIN, start).learned
+    part = Surrogate(graph, MIPIN, (start,)).learned
     assert part == whole[: len(part)]
     assert len(part) == 2
     assert len(whole) == 4
