@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captum_mipin._captum import NoFuture, captum_entry, describe_common
 from captum_mipin.errors import InputError
-from captum_mipin.graph.layers import Layer, at_places
+from captum_mipin.graph.layers import Site, at_places
 from captum_mipin.graph.modules import modules_of, unwrapped
 from captum_mipin.graph.signature import select
 from captum_mipin.graph.validate import as_extras, as_inputs, like
@@ -50,7 +50,7 @@ class _MIPIN(NoFuture, GradientAttribution):
         *,
         features: bool,
         gradients: bool,
-        layer: Layer = None,
+        layer: Site = None,
     ) -> Inputs:
         """Return the attribution A, multiplied by features or gradients according to the options.
 
@@ -274,7 +274,7 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
         call = as_inputs(inputs), target, as_extras(additional_forward_args)
         features, gradients = multiply_by_features, multiply_by_gradients
 
-        def at(place: Layer) -> Any:
+        def at(place: Site) -> Any:
             explanation = self.inverse.explain(*call, local=local, layer=place, evidence=evidence)
             return single(
                 self._products(
@@ -290,10 +290,10 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
     ) -> Any:  # fmt: skip
         """Return the source signal S of the target's logit, shaped like the layer's output."""
         call = as_inputs(inputs), target, as_extras(additional_forward_args)
-        options = {"biases": (True,), "local": local}
 
-        def at(place: Layer) -> Any:
-            return single(self.inverse.explain(*call, layer=place, **options).signals[0])
+        def at(place: Site) -> Any:
+            explanation = self.inverse.explain(*call, biases=(True,), local=local, layer=place)
+            return single(explanation.signals[0])
 
         return at_places(at, self.layer)
 

@@ -42,13 +42,15 @@ class PhotographAttribution(LayerMIPINAttribution):
 
     @captum_entry
     def attribute(
-        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
-        local: bool = True, multiply_by_features: bool = False, multiply_by_gradients: bool = True,
+        self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False, *, local: bool = True,
+        multiply_by_features: bool = False, multiply_by_gradients: bool = True,
         evidence: bool = False,
     ) -> Tensor:  # fmt: skip
         """Return maps (batch, 1, height, width), by default the sum of |A ⊙ gradient| of channels.
 
         Args:
+            attribute_to_layer_input: True to explain the input of the layer, False its output.
             local: True to adapt the inverse to each example. False for the global view.
             multiply_by_features: True to multiply A by the layer's output.
             multiply_by_gradients: True to multiply A by the gradient at the layer.
@@ -62,8 +64,9 @@ class PhotographAttribution(LayerMIPINAttribution):
             NotFittedError: The inverse was not fitted for this target.
             ModelChangedError: The model's weights changed since the fit.
         """
-        maps = super().attribute(
-            inputs, target, additional_forward_args, local=local, evidence=evidence,
+        maps: Tensor = super().attribute(
+            inputs, target, additional_forward_args, attribute_to_layer_input, local=local,
+            evidence=evidence,
             multiply_by_features=multiply_by_features, multiply_by_gradients=multiply_by_gradients,
         )  # fmt: skip
         return maps.abs().sum(1, keepdim=True)

@@ -28,11 +28,11 @@ class LayerInput:
 
 
 #: A place in a model: the output or the input of a module, or None for the model's inputs.
-Layer = nn.Module | LayerInput | None
+Site = nn.Module | LayerInput | None
 
 
 def at_places(
-    function: Callable[[Layer], Any], layer: nn.Module | list[nn.Module], at_input: bool = False
+    function: Callable[[Site], Any], layer: nn.Module | list[nn.Module], at_input: bool = False
 ) -> Any:
     """Return the result of a function at a layer, or the list of its results at several layers.
 
@@ -102,7 +102,7 @@ def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | st
 
 
 def tensors_at(
-    captured: CapturedGraph, model: nn.Module, layer: Layer, call: tuple[Inputs, Extras]
+    captured: CapturedGraph, model: nn.Module, layer: Site, call: tuple[Inputs, Extras]
 ) -> tuple[str, ...]:
     """Return the names of the nodes at a place, in the order of the module's arguments or outputs.
 

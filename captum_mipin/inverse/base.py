@@ -13,7 +13,7 @@ from captum_mipin.errors import (
     ModelChangedError,
     NotFittedError,
 )
-from captum_mipin.graph.layers import Layer, LayerInput
+from captum_mipin.graph.layers import LayerInput, Site
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import module_of, unwrapped
@@ -243,7 +243,7 @@ class ModelInverse(Saved, Generic[S]):
                     f"Add it with fit(data, targets=[{label}])"
                 )
 
-    def _check_reaches(self, surrogate: Surrogate, keys: Mapping[str, Any], layer: Layer) -> None:
+    def _check_reaches(self, surrogate: Surrogate, keys: Mapping[str, Any], layer: Site) -> None:
         """Raise NotFittedError if an inverse is missing between the output and ``layer``."""
         missing = [key for key in surrogate.learned if key not in keys]
         if missing:
@@ -269,7 +269,7 @@ class ModelInverse(Saved, Generic[S]):
                 f"{type(self).__name__}"
             )
 
-    def _surrogate(self, inputs: Inputs, extras: Extras, layer: Layer) -> Surrogate:
+    def _surrogate(self, inputs: Inputs, extras: Extras, layer: Site) -> Surrogate:
         """Return the surrogate for inputs of this kind, which is stored for the next call."""
         origin = None if self._state is None else self._state.origin
         return self._surrogates.of(
@@ -291,7 +291,7 @@ class ModelInverse(Saved, Generic[S]):
         """Return the path of a module; "" for the model itself or a module outside the model."""
         return next((path for path, part in self.model.named_modules() if part is module), "")
 
-    def _name(self, layer: Layer) -> str:
+    def _name(self, layer: Site) -> str:
         """Return the name of a place, for error messages."""
         if isinstance(layer, LayerInput):
             return f"the input of {self._name(layer.module)}"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_mipin.graph.layers import Layer
+from captum_mipin.graph.layers import Site
 from captum_mipin.graph.signature import pick
 from captum_mipin.types import Extras, Inputs
 
@@ -39,7 +39,7 @@ class Request:
     biases: Sequence[bool] = (False,)
     local: bool = True
     mask: bool = False
-    layer: Layer = None
+    layer: Site = None
     evidence: bool = False
     unit: bool = False
 

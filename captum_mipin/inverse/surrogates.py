@@ -12,7 +12,7 @@ from torch import nn
 from captum_mipin.errors import CaptureError, ModelChangedError
 from captum_mipin.graph.cache import Graphs, Starts
 from captum_mipin.graph.capture import CapturedGraph, capture
-from captum_mipin.graph.layers import Layer, tensors_at
+from captum_mipin.graph.layers import Site, tensors_at
 from captum_mipin.graph.signature import Signature, first_example
 from captum_mipin.inverse.state import Origin
 from captum_mipin.propagation.fingerprint import difference, structure
@@ -39,10 +39,10 @@ class Surrogates:
     def of(
         self,
         call: Call,
-        layer: Layer,
+        layer: Site,
         origin: Origin | None,
         *,
-        stop: Layer,
+        stop: Site,
         joint: bool,
     ) -> Surrogate:
         """Return the surrogate for the inputs of a call.
@@ -70,7 +70,7 @@ class Surrogates:
             hint = (lambda: size_hint(origin, call[1])) if origin else str
             return self.graphs.find(*call, self._capture, fitted=fitted, accept=accept, hint=hint)
 
-        def starts(graph: CapturedGraph, place: Layer = layer) -> Starts:
+        def starts(graph: CapturedGraph, place: Site = layer) -> Starts:
             return tensors_at(graph, self._model, place, call)
 
         def build(graph: CapturedGraph, start: Starts) -> Surrogate:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError
-from captum_mipin.graph.layers import Layer, at_places
+from captum_mipin.graph.layers import Site, at_places
 from captum_mipin.graph.modules import modules_of
 from captum_mipin.graph.validate import as_extras, as_inputs
 from captum_mipin.methods.base import Propagation, Relevance, check_silent, single, summed
@@ -82,7 +82,7 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
             )
         call = as_inputs(inputs), target, as_extras(additional_forward_args)
 
-        def at(place: Layer) -> tuple[Any, Tensor]:
+        def at(place: Site) -> tuple[Any, Tensor]:
             explanation = self.method.explain(*call, place)
             maps = explanation.signals
             delta = explanation.output - torch.stack([*map(summed, maps)]).sum(0)

@@ -17,7 +17,7 @@ from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError
 from captum_mipin.graph.cache import Graphs, Starts
 from captum_mipin.graph.capture import CapturedGraph, capture
-from captum_mipin.graph.layers import Layer, tensors_at
+from captum_mipin.graph.layers import Site, tensors_at
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import Signature, plain
@@ -162,7 +162,7 @@ class Propagation(NoFuture, GradientAttribution):
         self._graphs = Graphs[Surrogate]()
 
     def explain(
-        self, inputs: Inputs, target: Any, extras: Extras = (), layer: Layer = None
+        self, inputs: Inputs, target: Any, extras: Extras = (), layer: Site = None
     ) -> Explanation:
         """Run one forward and one backward pass, to the inputs or to the tensors at ``layer``.
 
@@ -224,7 +224,7 @@ class Propagation(NoFuture, GradientAttribution):
         return seed(output, targets, unit=self._unit)
 
     def _surrogate(
-        self, inputs: Inputs, extras: Extras, layer: Layer
+        self, inputs: Inputs, extras: Extras, layer: Site
     ) -> tuple[CapturedGraph, Surrogate]:
         def build(graph: CapturedGraph, start: Starts) -> Surrogate:
             return Surrogate(graph, self._table(), start, joint=False)

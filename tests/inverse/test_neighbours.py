@@ -453,8 +453,8 @@ def test_features_that_cannot_be_compared_are_refused():
         match=r"input inputs_0/input, of dtype torch.int64 .* pass another feature=",
     ):
         NeighbourInverse(model, feature="input", **options).fit(words, progress=False)
-    with pytest.raises(errors.CaptureError, match="not a module of this"):
-        NeighbourInverse(model, feature=nn.Linear(1, 1), **options).fit(words, progress=False)
+    with pytest.raises(errors.InputError, match="a Linear, expected a module of the Function"):
+        NeighbourInverse(model, feature=nn.Linear(1, 1), **options)
     inverse = NeighbourInverse(model, **options).fit(words, progress=False)
     assert LayerMIPINAttribution(model, inverse).attribute(words[:2], 0).shape == (2, 4, 6)
 

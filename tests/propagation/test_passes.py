@@ -60,7 +60,7 @@ class Network:
         constants = {node.name: torch.ones(tuple(value_of(node).shape)) for node in self.weights}
         arguments = (("x",), ("x",), output, self.batch, False)
         captured = CapturedGraph(self.graph, constants, *arguments)
-        draft = Draft.of(captured, rules, start and start.name, **options)
+        draft = Draft.of(captured, rules, start and (start.name,), **options)
         names = [one.__name__ for one in PASSES]
         for one in PASSES[: names.index(upto) + 1]:
             one(draft)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from captum_mipin.errors import InputError, NotFittedError
+from captum_mipin.graph.layers import Site
 from captum_mipin.methods.base import Explanation, Propagation, Relevance, Signal, Table
 from captum_mipin.methods.layers import Layer, Neurons, Scale
 from captum_mipin.methods.patterns.fit import Patterns
@@ -36,7 +37,7 @@ class _WithPatterns(Propagation):
         self.patterns = patterns
 
     def explain(
-        self, inputs: Inputs, target: Any, extras: Extras = (), layer: nn.Module | None = None
+        self, inputs: Inputs, target: Any, extras: Extras = (), layer: Site = None
     ) -> Explanation:
         """Run one forward and one backward pass, see :meth:`Propagation.explain`.
 
