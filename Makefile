@@ -7,11 +7,14 @@
 #   make test-oldest   tests with the oldest dependencies that pyproject.toml allows
 #   make lint          ruff and mypy alone
 #   make format        mend what ruff can mend
-#   make docs          write docs/operations.md, and the tables of all pages from benchmarks/results/
+#   make docs          write docs/operations.md, the tables of all pages from benchmarks/results/, and
+#                      the site, build/site/index.html, which needs no network
 #   make notebooks     run the notebooks and keep what they show
 #   make bench [BENCH=speed_methods] [ARGS="..."]
 #                      run a script of benchmarks/, which writes benchmarks/results/
 #   make dist          build the sdist and the wheel, and check them
+#   make release-check the same, then install the wheel in a fresh environment and run README's
+#                      first example from it
 #   make clean         remove what these targets made
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +24,7 @@ BENCH ?= speed_methods
 BIN := $(VENV)/bin
 PYTEST := -m pytest -q -n 2 --dist loadfile
 
-.PHONY: demo test test-all test-oldest lint format docs notebooks bench dist clean
+.PHONY: demo test test-all test-oldest lint format docs notebooks bench dist release-check clean
 
 demo: $(VENV)/demo
 	$(BIN)/python benchmarks/demo.py $(DATA) --out demo_output $(if $(FOLDER),--data $(FOLDER))
@@ -46,9 +49,10 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/dev
+docs: $(VENV)/docs
 	$(BIN)/python docs/operations.py
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python docs/make_site.py
 
 notebooks: $(VENV)/dev
 	$(BIN)/python notebooks/execute.py
@@ -62,6 +66,9 @@ dist: $(VENV)/dev
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
+release-check: dist
+	$(BIN)/python .ci/release_check.py dist
+
 clean:
 	rm -rf $(VENV) $(OLDEST) demo_output build dist *.egg-info
 
@@ -74,6 +81,10 @@ $(VENV)/dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@ $(VENV)/demo
+
+$(VENV)/docs: $(VENV)/dev
+	$(BIN)/pip install --quiet -e '.[docs]'
+	touch $@
 
 # "torch>=2.9" in pyproject.toml becomes torch==2.9.*, and so on: needs Python 3.10 to 3.12
 $(OLDEST)/dev: pyproject.toml

@@ -20,59 +20,180 @@ Each message has three parts: what was found, what was expected, and what to do.
 
 
 class MIPINError(Exception):
-    """Base class of every error of this package."""
+    """Base class of every error of this package.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import check
+        >>> try:
+        ...     check(torch.nn.Linear(3, 2), torch.rand(1, 4))
+        ... except MIPINError as error:
+        ...     print(type(error).__name__)
+        CaptureError
+    """
 
 
 class CaptureError(MIPINError, RuntimeError):
-    """The model cannot be turned into a graph of operations."""
+    """The model cannot be turned into a graph of operations.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import check
+        >>> check(torch.nn.Linear(3, 2), torch.rand(1, 4))  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.CaptureError: ...
+    """
 
 
 class TrainingModeError(CaptureError):
-    """The model or one of its modules is in training mode: call ``model.eval()``."""
+    """The model or one of its modules is in training mode: call ``model.eval()``.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import InverseNetwork
+        >>> inverse = InverseNetwork(torch.nn.Dropout())
+        >>> inverse.fit(torch.rand(9, 3))  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.TrainingModeError: ...
+    """
 
 
 class UnsupportedOperationError(CaptureError, NotImplementedError):
-    """The model uses an operation without a rule: see :func:`captum_mipin.register_rule`."""
+    """The model uses an operation without a rule: see :func:`captum_mipin.register_rule`.
+
+    Examples:
+        >>> issubclass(UnsupportedOperationError, (CaptureError, NotImplementedError))
+        True
+    """
 
 
 class RuleError(MIPINError, ValueError):
-    """A rule cannot be registered, or its result differs from that of its operation."""
+    """A rule cannot be registered, or its result differs from that of its operation.
+
+    Examples:
+        >>> from captum_mipin import register_rule
+        >>> register_rule("aten::relu", None)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.RuleError: ...
+    """
 
 
 class InputError(MIPINError, AssertionError, ValueError):
     """Inputs have the wrong type, shape, dtype or device, are empty, or contain NaN or Inf.
 
     Also raised for options that do not exist, or that cannot be combined.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import InverseNetwork
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+        >>> InverseNetwork(model, ridge=-1)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.InputError: ...
     """
 
 
 class TargetError(MIPINError, AssertionError, ValueError):
-    """A target does not fit the model's output."""
+    """A target does not fit the model's output.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import InverseNetwork
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+        >>> inverse = InverseNetwork(model)
+        >>> inverse.fit(torch.randn(9, 3), targets=(0, 1))  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.TargetError: ...
+    """
 
 
 class TargetRangeError(TargetError, IndexError):
-    """The index of a target is outside the model's output."""
+    """The index of a target is outside the model's output.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import InverseNetwork
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+        >>> inverse = InverseNetwork(model)
+        >>> inverse.fit(torch.randn(9, 3), targets=2)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.TargetRangeError: ...
+    """
 
 
 class NotFittedError(MIPINError, ValueError):
-    """No inverse has been fitted for this class or layer: call ``fit`` first."""
+    """No inverse has been fitted for this class or layer: call ``fit`` first.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import InverseNetwork
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+        >>> inverse = InverseNetwork(model)
+        >>> inverse.source_signal(torch.rand(1, 3), target=0)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.NotFittedError: ...
+    """
 
 
 class FitError(MIPINError, ValueError):
-    """The data passed to ``fit`` cannot be used."""
+    """The data passed to ``fit`` cannot be used.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import InverseNetwork
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+        >>> inverse = InverseNetwork(model)
+        >>> inverse.fit([], targets=0)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.FitError: ...
+    """
 
 
 class ModelChangedError(MIPINError, RuntimeError):
-    """The model is not the one the inverse was fitted to, or its weights have changed since."""
+    """The model is not the one the inverse was fitted to, or its weights have changed since.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import InverseNetwork
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+        >>> inverse = InverseNetwork(model)
+        >>> _ = inverse.fit(torch.randn(9, 3), targets=0, progress=False)
+        >>> _ = model[0].weight.data.mul_(2)
+        >>> inverse.source_signal(torch.rand(1, 3), target=0)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.ModelChangedError: ...
+    """
 
 
 class ModelChangedWarning(UserWarning):
-    """The model's weights have changed since the fit, and ``changed="warn"`` was chosen."""
+    """The model's weights have changed since the fit, and ``changed="warn"`` was chosen.
+
+    Examples:
+        >>> import warnings
+        >>> warnings.simplefilter("ignore", ModelChangedWarning)
+    """
 
 
 class ChanceWarning(UserWarning):
-    """A random map scores above 0.9, so a high score is no evidence of a good method."""
+    """A random map scores above 0.9, so a high score is no evidence of a good method.
+
+    Examples:
+        >>> import warnings
+        >>> warnings.simplefilter("error", ChanceWarning)
+    """
 
 
 class InverseFileError(MIPINError, ValueError):
-    """A file is not a saved inverse, or it is damaged."""
+    """A file is not a saved inverse, or it is damaged.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import InverseNetwork
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+        >>> inverse = InverseNetwork(model)
+        >>> import tempfile
+        >>> file = tempfile.NamedTemporaryFile()
+        >>> InverseNetwork.load(file.name, model)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.InverseFileError: ...
+    """

@@ -49,6 +49,12 @@ class Adversary:
 
     Raises:
         InputError: A value is out of its range.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> short = replace(Adversary(), epochs=2)
+        >>> short.epochs
+        2
     """
 
     samples: int = 200

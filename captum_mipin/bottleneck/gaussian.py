@@ -63,6 +63,10 @@ class Bottleneck:
 
     Raises:
         InputError: A value is out of its range.
+
+    Examples:
+        >>> Bottleneck(beta=5).beta
+        5
     """
 
     beta: float = 10.0

@@ -32,6 +32,12 @@ class ThreeStages:
         feature: The settings of the bottleneck at the layer.
         prior: The settings of the adversarial training that gives the prior.
         input: The settings of the bottleneck at the input.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> settings = ThreeStages()
+        >>> replace(settings, prior=replace(settings.prior, epochs=2)).prior.epochs
+        2
     """
 
     feature: Bottleneck = field(default_factory=lambda: Bottleneck(beta=20, sigma=0))

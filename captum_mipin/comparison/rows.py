@@ -54,6 +54,11 @@ class Row:
         errors: Name of a metric that failed, or "" for the method -> text of the error.
         seconds: Time to compute the maps, in seconds.
         missing: Reason -> indices of images for which the method failed; their maps are NaN.
+
+    Examples:
+        >>> import torch
+        >>> Row("mine", control=False, maps=torch.rand(2, 1, 8, 8)).error
+        ''
     """
 
     name: str

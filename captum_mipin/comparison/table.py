@@ -27,6 +27,16 @@ class Comparison:
         images: The explained images (images, ...).
         titles: One title per image, by default the name of its target.
         note: Says why not all images were used; empty if all were.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import compare
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(6, 2)).eval(), torch.rand(4, 6)
+        >>> result = compare(["Saliency"], x, 0, model=model, progress=False)
+        >>> result["Saliency"].maps.shape, result.metrics
+        (torch.Size([4, 6]), ('deletion',))
+        >>> len(result.differences("deletion", to="random"))
+        3
     """
 
     rows: tuple[Row, ...]

@@ -99,6 +99,12 @@ class GradCAM(NoFuture, Attribution):
             such as the last convolution.
 
     Source: Selvaraju et al., ICCV 2017.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+        >>> GradCAM(model.eval(), model[1]).attribute(torch.rand(2, 1, 8, 8), target=0).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:

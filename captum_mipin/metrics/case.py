@@ -41,6 +41,13 @@ class Options(TypedDict, total=False):
         generator: The only source of random numbers; by default a generator with seed 0.
         batch_size: Number of examples per call of the method, and of inputs per call of the model;
             by default 32 examples, and as many inputs as the processor's caches hold.
+
+    Examples:
+        >>> from captum_mipin.metrics import deletion
+        >>> options: Options = {"model": lambda x: x.sum(1), "batch_size": 8}
+        >>> x = torch.tensor([[3.0, 2.0, 1.0]])
+        >>> deletion(x, x, score="logit", **options).curves.tolist()
+        [[6.0, 3.0, 1.0, 0.0]]
     """
 
     model: Model | None

@@ -26,6 +26,14 @@ class Mosaics:
         x: Mosaics (mosaics, channels, n * height, n * width).
         cells: Integers (mosaics,): the cell of the image to find, counted row by row from 0.
         targets: Integers (mosaics,): the class of the image to find.
+
+    Examples:
+        >>> x = torch.rand(1, 3, 8, 8)  # 2 x 2 images; the target's is at the right
+        >>> found = Mosaics(2, x, cells=torch.tensor([1]), targets=torch.tensor([7]))
+        >>> maps = torch.zeros(1, 1, 8, 8)
+        >>> maps[..., :4, 4:] = 1
+        >>> grid_pointing_game(maps, found).mean
+        1.0
     """
 
     n: int
@@ -61,6 +69,10 @@ def mosaics(
 
     Raises:
         InputError: Fewer than n² classes, or none of ``classes``, have a recognised image.
+
+    Examples:
+        >>> mosaics(lambda x: 99 * x.mean((2, 3)), torch.eye(4)[..., None, None], range(4), n=2).n
+        2
     """
     generator = generator or seeded()
     by_class = _recognised(model, images, labels, confidence, batch_size)

@@ -49,7 +49,7 @@ def deletion(
 
     Args:
         method: Any method.
-        inputs: Tensor (examples, channels, *places) or (examples, features).
+        inputs: Tensor ``(examples, channels, *places)`` or (examples, features).
         target: The class, as Captum takes it; in RISE it is the most probable class.
         baseline: Values that replace pixels: a number (0 is the mean image if inputs are
             normalised), a tensor that can be expanded to the inputs, a function inputs -> such a

@@ -89,6 +89,13 @@ class Fork:
         inverters: Function that makes the inverse of one operation alone, per operation.
         plain: Number of the other branches, which get the tensor itself.
         dim: The dimension of the channels; None if the tensor has a single channel.
+
+    Examples:
+        >>> import torch
+        >>> fork = Fork((torch.nn.functional.linear,), (), plain=1, dim=1)
+        >>> first, second = fork(torch.ones(1, 2), ((torch.ones(3, 2),), {}))
+        >>> first.tolist(), second.tolist()
+        ([[2.0, 2.0, 2.0]], [[1.0, 1.0]])
     """
 
     operations: tuple[Callable[..., Any], ...]

@@ -34,6 +34,10 @@ class Options:
         packed: Store masks as bits, to save memory.
         evidence: For an output that is an average: send back the evidence for the output at each
             position, instead of the position's share in it.
+
+    Examples:
+        >>> Options().shares, Options(shares=False).shares
+        (True, False)
     """
 
     local: bool = True
@@ -57,6 +61,10 @@ class Inverse:
             single feature each; None if there are no such signals.
         rows: Tensor (rows, features), or None. It is used if the fit had fewer examples than
             signals: then ``weight`` is (rows, signals), and W = rowsᵀ weight. All classes share it.
+
+    Examples:
+        >>> Inverse(torch.ones(2, 3), torch.zeros(3)).weight.shape
+        torch.Size([2, 3])
     """
 
     weight: Tensor
@@ -95,6 +103,13 @@ class Inverter(Protocol):
     Attributes:
         joins: Whether :meth:`moments` depends only on its arguments. Then the arguments of several
             batches can be concatenated and passed at once.
+
+    Examples:
+        >>> from captum_mipin.rules import table
+        >>> rule = table()["aten.linear.default"]
+        >>> inverter = rule.inverter(Options(), torch.rand(9, 3), torch.rand(2, 3))
+        >>> inverter.tied, inverter.joins
+        (1, True)
     """
 
     joins: ClassVar[bool] = False
@@ -176,6 +191,12 @@ class Rule:
             mark it as one choice of several.
         caveat: Function: node → the property of the method that does not hold at this node, or
             None.
+
+    Examples:
+        >>> from captum_mipin.rules import table
+        >>> rule = table()["aten.relu.default"]
+        >>> isinstance(rule, Rule), rule.records
+        (True, False)
     """
 
     note: str
@@ -189,7 +210,16 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Passes(Rule):
-    """The rule of a linear operation without weights: its adjoint sends the signal back."""
+    """The rule of a linear operation without weights: its adjoint sends the signal back.
+
+    Examples:
+        >>> from captum_mipin.rules import register_rule, unregister_rule
+        >>> @torch.library.custom_op("doctest::turn", mutates_args=())
+        ... def turn(x: Tensor) -> Tensor:
+        ...     return x.flip(1)
+        >>> register_rule("doctest::turn", Passes(note="turned back"))
+        >>> unregister_rule("doctest::turn")
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +232,14 @@ class Recorded(Rule):
             position the model passes it; ``operation`` must be called with x first as well.
         several: Whether several arguments carry signal. Then x is the tuple of these arguments, and
             the function returns a tuple of signals.
+
+    Examples:
+        >>> def send_back(options, operation, x):
+        ...     share = torch.sigmoid(x)  # the share of x in x * sigmoid(x)
+        ...     return operation(x), lambda s: s * share
+        >>> value, back = send_back(Options(), lambda x: x * torch.sigmoid(x), torch.zeros(2))
+        >>> Recorded(run=send_back, note="recorded gate").note, back(torch.ones(2)).tolist()
+        ('recorded gate', [0.5, 0.5])
     """
 
     run: Callable[..., tuple[Tensor, Callable[[Tensor], Any]]]
@@ -215,6 +253,13 @@ class Learned(Rule):
     Attributes:
         inverter: Function (options, x, \\*arguments) → the family of the inverse. x is the argument
             that carries signal.
+
+    Examples:
+        >>> from captum_mipin.rules import table
+        >>> rule = table()["aten.linear.default"]
+        >>> inverter = rule.inverter(Options(), torch.rand(9, 3), torch.rand(2, 3))
+        >>> inverter.size  # one regression of 3 features on 2 signals
+        (1, 3, 2, 0)
     """
 
     inverter: Callable[..., Inverter]

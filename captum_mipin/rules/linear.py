@@ -331,6 +331,11 @@ class PooledLinear:
 
     ``pooled`` is the average of x. The arguments are x, pooled, weight, bias, and the dimension of
     the features in x. Its inverse is :class:`PooledDense`.
+
+    Examples:
+        >>> x, weight = torch.ones(1, 2, 4, 4), torch.ones(3, 2)
+        >>> PooledLinear()(x, x.mean((2, 3)), weight, None, 1).tolist()
+        [[2.0, 2.0, 2.0]]
     """
 
     __name__ = "pooled_linear"

@@ -118,6 +118,13 @@ def unregister_rule(operation: str | torch._ops.OpOverload) -> None:
 
     Raises:
         RuleError: No rule was registered for this operation.
+
+    Examples:
+        >>> @torch.library.custom_op("doctest::twice", mutates_args=())
+        ... def twice(x: torch.Tensor) -> torch.Tensor:
+        ...     return 2 * x
+        >>> register_rule("doctest::twice", Passes(note="times 2"))
+        >>> unregister_rule("doctest::twice")
     """
     name = _name(operation)
     with _LOCK:
@@ -129,7 +136,12 @@ def unregister_rule(operation: str | torch._ops.OpOverload) -> None:
 
 
 def table() -> Mapping[str, Rule]:
-    """Return all rules, the built-in and the registered ones."""
+    """Return all rules, the built-in and the registered ones.
+
+    Examples:
+        >>> table()["aten.relu.default"].note
+        'forward mask'
+    """
     with _LOCK:
         return {**MIPIN, **_REGISTERED}
 

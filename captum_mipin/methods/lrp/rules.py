@@ -105,6 +105,10 @@ class Epsilon(LayerRule):
 
     Args:
         epsilon: ε, at least 0. With ε = 0 (LRP-0), the relevance of an output with z_j = 0 is lost.
+
+    Examples:
+        >>> Epsilon(0.25).note
+        'LRP-ε, ε = 0.25'
     """
 
     epsilon: float = 1e-6
@@ -128,6 +132,10 @@ class AlphaBeta(LayerRule):
         alpha: α, at least 1.
         beta: β, which must be α − 1. With α = 1 and β = 0 the rule is :class:`ZPlus`.
         epsilon: ε, at least 0; ε is added to z_j⁺ and subtracted from z_j⁻.
+
+    Examples:
+        >>> AlphaBeta(2, 1).note
+        'LRP-α2β1'
     """
 
     alpha: float = 1.0
@@ -159,6 +167,10 @@ class ZPlus(AlphaBeta):
 
     Args:
         epsilon: ε, at least 0, which is added to z_j⁺.
+
+    Examples:
+        >>> ZPlus().note
+        'z⁺'
     """
 
     label = "z⁺"
@@ -186,12 +198,16 @@ class Gamma(LayerRule):
     """LRP-γ: R_i = Σ_j x_i (w_ij + γ w_ij⁺) / Σ_i' x_i' (w_i'j + γ w_i'j⁺) R_j, for x_i, z_j ≥ 0.
 
     For x_i and z_j of any sign, x_i (w_ij + γ w_ij⁺) is replaced by
-    c_ij + γ (c_ij + σ_j |c_ij|) / 2 in numerator and denominator, where c_ij = x_i w_ij and σ_j is
-    the sign of z_j. Contributions with the sign of z_j get a greater share.
+    ``c_ij + γ (c_ij + σ_j |c_ij|) / 2`` in numerator and denominator, where c_ij = x_i w_ij and
+    σ_j is the sign of z_j. Contributions with the sign of z_j get a greater share.
 
     Args:
         gamma: γ, at least 0.
         epsilon: ε, at least 0, which is added to each denominator with the denominator's sign.
+
+    Examples:
+        >>> Gamma(0.5).note
+        'LRP-γ, γ = 0.5'
     """
 
     gamma: float = 0.25
@@ -241,6 +257,10 @@ class Flat(LayerRule):
     """The flat rule: R_i = Σ_j 1 / n_j R_j, where n_j is the number of inputs of output j.
 
     All weights and inputs are replaced by 1.
+
+    Examples:
+        >>> Flat().note
+        'flat'
     """
 
     label = "flat"
@@ -252,7 +272,12 @@ class Flat(LayerRule):
 
 @dataclass(frozen=True)
 class WSquare(LayerRule):
-    """The w² rule: R_i = Σ_j w_ij² / (Σ_i' w_i'j²) R_j, for inputs without bounds."""
+    """The w² rule: R_i = Σ_j w_ij² / (Σ_i' w_i'j²) R_j, for inputs without bounds.
+
+    Examples:
+        >>> WSquare().note
+        'w²'
+    """
 
     label = "w²"
 
@@ -272,6 +297,10 @@ class ZBox(LayerRule):
             that broadcasts against one example, such as (3, 1, 1).
         high: h, the upper bound of the layer's input, in the same form as ``low``.
         epsilon: ε, at least 0, which is added to each denominator with the denominator's sign.
+
+    Examples:
+        >>> ZBox(low=0.0, high=1.0).note
+        'z^B'
     """
 
     low: float | Tensor

@@ -140,6 +140,15 @@ class PatternNet(_WithPatterns, Signal):
         patterns: The fitted :class:`Patterns` of ``model``.
 
     Source: Kindermans et al., ICLR 2018.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin.methods import Patterns
+        >>> _ = torch.manual_seed(0)
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 2)).eval(), torch.randn(99, 4)
+        >>> patterns = Patterns(model, estimator="linear").fit(x, progress=False)
+        >>> PatternNet(model, patterns).attribute(x[:3], target=0).shape
+        torch.Size([3, 4])
     """
 
     _name = "PatternNet"
@@ -158,6 +167,15 @@ class PatternAttribution(_WithPatterns, Relevance):
         patterns: The fitted :class:`Patterns` of ``model``.
 
     Source: Kindermans et al., ICLR 2018.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin.methods import Patterns
+        >>> _ = torch.manual_seed(0)
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 2)).eval(), torch.randn(99, 4)
+        >>> patterns = Patterns(model, estimator="linear").fit(x, progress=False)
+        >>> PatternAttribution(model, patterns).attribute(x[:3], target=0).shape
+        torch.Size([3, 4])
     """
 
     _name = "PatternAttribution"
