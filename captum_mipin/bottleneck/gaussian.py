@@ -114,8 +114,10 @@ class Optimised:
     """The optimised bottlenecks of some samples.
 
     Attributes:
-        information: (batch, ...) the information of each element, in bits.
-        alpha: (batch, ...) the parameter α of the masks; the mask is λ = sigmoid(α), smoothed.
+        information: (batch, ...) the information of each element, in bits. As in the released
+            code, it is that of the last forward pass, so of the masks before their last step.
+        alpha: (batch, ...) the parameter α of the masks after their last step; the mask is
+            λ = sigmoid(α), smoothed.
         losses: (steps, batch) the loss before each step; NaN after a sample has stopped.
         cross_entropy: (steps, batch) the cross entropy in this loss; NaN after a sample has
             stopped.
@@ -257,6 +259,8 @@ def optimise(
     alpha = torch.full_like(masked.r, settings.start).requires_grad_()
     adam = torch.optim.Adam([alpha], lr=settings.learning_rate)
     stopped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    with torch.no_grad():
+        told = masked(alpha, torch.zeros_like(masked.r))[0]  # the result without any step
     losses = torch.full((2, settings.steps, len(x)), math.nan, dtype=masked.dtype, device=x.device)
     for step in range(settings.steps):
         draw = normal(generator, settings.copies, 1, *x.shape[1:]).to(masked.dtype)
@@ -280,9 +284,7 @@ def optimise(
             bar.update(len(x))
         if bool(stopped.all()):
             break
-    with torch.no_grad():
-        bits = masked(alpha, torch.zeros_like(masked.r))[0] / math.log(2)
-    return Optimised(bits, alpha.detach(), *losses)
+    return Optimised(told.detach() / math.log(2), alpha.detach(), *losses)
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:

@@ -87,6 +87,9 @@ class IBA(LayerBottleneck[Bottleneck, Optimised]):
     ) -> Any:
         """Return the bits of the layer's features that the prediction of the target needs.
 
+        As in the released code, the bits are those of the last forward pass, before the last of
+        the optimiser's steps.
+
         Samples are optimised together, but the map of one does not depend on the others: all get
         the same noise. For a model with one logit, the sign of the logit is explained.
 

@@ -154,8 +154,9 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
         The model must have one input tensor, unless there is an ``input_layer``.
 
         Args:
-            kind: "mask": sigmoid(α) of each element; the map of the released code is its mean over
-                channels. "information": bits of each element, without those of the prior.
+            kind: "mask": sigmoid(α) of each element after the last step; the map of the released
+                code is its mean over channels. "information": bits of each element in the last
+                forward pass, as in the released code, without those of the prior.
             return_information: True to return also the total bits of each sample.
             per_position: True for maps without channels: (batch, height, width), (batch, tokens).
                 Masks are averaged over channels, and bits are summed. Token ids have no channels,

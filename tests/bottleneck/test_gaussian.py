@@ -238,6 +238,18 @@ def test_a_sample_that_has_settled_stays_as_it_is():
     torch.testing.assert_close(found.losses[: taken - 1], same.losses)
 
 
+def test_bits_are_those_of_the_last_forward_pass_and_masks_have_taken_its_step():
+    """As in the released code: it reports what the last forward pass measured."""
+    x, weight = normal(3, 8, dtype=DOUBLE), normal(8, seed=1, dtype=DOUBLE)
+    how = Bottleneck(sigma=0, learning_rate=0.5)
+    results = [
+        optimise(x, standard(8), linear(weight), replace(how, steps=steps)) for steps in (4, 5)
+    ]
+    before, after = (information(x, *mask(result.alpha, 0, ())) / math.log(2) for result in results)
+    torch.testing.assert_close(results[1].information, before)
+    assert float((results[1].information - after).abs().max()) > 0.1
+
+
 def test_a_sample_that_has_settled_may_overflow_while_others_go_on():
     """Alone it would not be asked again."""
     steps = []
