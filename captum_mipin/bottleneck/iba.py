@@ -87,9 +87,6 @@ class IBA(LayerBottleneck[Bottleneck, Optimised]):
     ) -> Any:
         """Return the bits of the layer's features that the prediction of the target needs.
 
-        As in the released code, the bits are those of the last forward pass, before the last of
-        the optimiser's steps.
-
         Samples are optimised together, but the map of one does not depend on the others: all get
         the same noise. For a model with one logit, the sign of the logit is explained.
 
@@ -108,8 +105,8 @@ class IBA(LayerBottleneck[Bottleneck, Optimised]):
             progress: True to show a progress bar.
 
         Returns:
-            Maps in bits, shaped according to ``at`` and ``per_position``. With
-            ``return_information``, a pair of maps and total bits (batch,).
+            Maps in bits, those of the last forward pass as in the released code, shaped according
+            to ``at`` and ``per_position``; with ``return_information``, also total bits (batch,).
 
         Raises:
             NotFittedError: :meth:`estimate` was not called yet.
