@@ -164,6 +164,27 @@ def test_arguments_that_the_fit_did_not_have(mlp: Any) -> None:
         MIPINAttribution(model, inverse).attribute(ROWS, 0)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda parts, x, y: x + y,
+        lambda parts, x, y: x + y.expand(4),
+        lambda parts, x, y: x * y.reshape(1, 1),
+        lambda parts, x, y: x + torch.cat([y] * 4),
+        lambda parts, x, y: x * y.view(-1, 1),
+        lambda parts, x, y: x * y[0],
+    ],
+)
+def test_an_argument_as_long_as_a_batch_of_one(function: Any) -> None:
+    """The model decides whether all examples share the argument."""
+    torch.manual_seed(0)
+    model, x, y = Of(function).eval(), ROWS[:1], torch.tensor([1.5])
+    assert not check(model, x, y).refused
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(leaf, y)[:, 1].sum(), leaf)
+    assert torch.allclose(Gradient(model).attribute(x, 1, y), expected)
+
+
 def test_a_layer_with_nothing_behind() -> None:
     model = _net()
     with pytest.raises(CaptureError, match=r"layer is the model's output, .*closer to the input"):

@@ -244,8 +244,19 @@ class ModelInverse(Saved, Generic[S]):
                 )
 
     def _check_reaches(self, surrogate: Surrogate, keys: Mapping[str, Any], layer: Site) -> None:
-        """Raise NotFittedError if an inverse is missing between the output and ``layer``."""
+        """Raise an error if an inverse is missing between the output and ``layer``.
+
+        Raises:
+            NotFittedError: The inverse stops closer to the output.
+            ModelChangedError: The inverse stops at ``layer``, but its steps have other names.
+        """
         missing = [key for key in surrogate.learned if key not in keys]
+        if missing and layer is self.layer:  # then the fit has learned all of them
+            raise ModelChangedError(
+                f"the inverse has no {', '.join(missing[:4])}, though the model is the one that it "
+                "was fitted to: an older captum-mipin wrote the file. Fit a new "
+                f"{type(self).__name__}"
+            )
         if missing:
             raise NotFittedError(
                 f"this inverse stops at {self._name(self.layer)}, and did not learn "

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.layers import tensors_at
 from captum_mipin.graph.modules import module_of, unwrapped
@@ -13,7 +14,7 @@ from captum_mipin.propagation.passes import MARKING, draft
 from captum_mipin.propagation.treatments import treatments
 from captum_mipin.report import CheckReport, CheckRow
 from captum_mipin.rules import Rule, table
-from captum_mipin.types import Inputs, Output
+from captum_mipin.types import Extras, Inputs, Output
 
 
 def check(
@@ -57,7 +58,13 @@ def check(
     """
     model, inputs = unwrapped(model), as_inputs(example_inputs)
     extras = as_extras(additional_forward_args)
-    graph = capture(model, inputs, extras, output=output, explained=layer is None)
+    graphs = Graphs[None]()
+
+    def graph_of(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
+        return capture(model, inputs, extras, shared, output=output, explained=layer is None)
+
+    graph = graphs.get(graphs.find(inputs, extras, graph_of))
+    assert graph is not None  # for mypy: find has captured the graph
     module = None if layer is None else module_of(layer, model)
     start = tensors_at(graph, model, module, (inputs, extras))
     if method is None:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -847,3 +848,22 @@ def test_options_set_after_a_call_count():
     first = lrp.attribute(x, 0)
     lrp.input_rule = ZBox(torch.full((4,), -9.0), torch.full((4,), 9.0))
     assert not torch.equal(lrp.attribute(x, 0), first)
+
+
+def test_rules_of_captum_on_modules_are_told_as_a_composite():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    x = torch.randn(5, 4)
+    method = LRP(model.eval())
+    before = method.attribute(x, 1)
+    model[0].rule, model[2].rule = GammaRule(0.5), Alpha1_Beta0_Rule()
+    model[4].rule = CaptumsEpsilon(1e-4)
+    composite = "[('0', Gamma(0.5)), ('2', AlphaBeta(1, 0)), ('4', Epsilon(0.0001))]"
+    message = f"module '0' has rule = GammaRule.*composite={re.escape(composite)}"
+    for call in (method, DeepTaylor(model), LayerPropagation(LRP(model), "0")):
+        with pytest.raises(InputError, match=message):
+            call.attribute(x, 1)
+    del model[0].rule, model[2].rule, model[4].rule
+    assert torch.equal(method.attribute(x, 1), before)
+    model[0].rule = "a rule of the user"
+    assert torch.equal(method.attribute(x, 1), before)

@@ -112,3 +112,15 @@ def test_a_chunk_has_the_structure_that_earlier_files_name() -> None:
     captured = capture(Halves().eval(), (torch.zeros(2, 8),))
     expected = "1e93a7a30a2d9f48bbf9f3adda5c41b1e7c789d95e07a4dd4d15382c60224074"
     assert structure(captured, table()) == expected
+
+
+def test_a_fit_with_other_names_of_steps_is_told_to_be_of_an_older_version(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    tensors, content = files.load(path_of("inverse"))
+    for entry in content["targets"]:
+        entry["keys"] = [key.replace("3/linear", "3/addmm") for key in entry["keys"]]
+    files.save(tmp_path / "old", tensors, content)
+    inverse = InverseNetwork.load(tmp_path / "old", model)
+    with pytest.raises(ModelChangedError, match=r"has no 3/linear, .*older captum-mipin wrote"):
+        inverse.source_signal(X, 0)

@@ -5,12 +5,15 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
+from captum.attr._utils.lrp_rules import PropagationRule
 from torch import Tensor, fx, nn
 
 from captum_mipin.errors import InputError
+from captum_mipin.graph.layers import Site
+from captum_mipin.graph.modules import tree
 from captum_mipin.graph.nodes import operation
 from captum_mipin.graph.validate import check_choice
-from captum_mipin.methods.base import Relevance, Table
+from captum_mipin.methods.base import Explanation, Relevance, Table
 from captum_mipin.methods.layers import Layer, Scale, replace_layers
 from captum_mipin.methods.lrp.rules import (
     AlphaBeta,
@@ -25,7 +28,7 @@ from captum_mipin.methods.lrp.rules import (
 from captum_mipin.methods.lrp.table import innvestigate, relevance
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.base import Back
-from captum_mipin.types import Output, Target
+from captum_mipin.types import Extras, Inputs, Output, Target
 
 #: A selection of layers: a type of modules, a pattern of module paths ("features.*"), or a function
 #: (path, module) → bool.
@@ -114,6 +117,17 @@ class LRP(Relevance):
                 )
         for checked in (self.rule, input_rule or self.rule, *(rule for _, rule in self.composite)):
             _check_rule(checked)
+
+    def explain(
+        self, inputs: Inputs, target: Any, extras: Extras = (), layer: Site = None
+    ) -> Explanation:
+        """Run one forward and one backward pass, see :meth:`Propagation.explain`.
+
+        Raises:
+            InputError: A module has a rule of Captum's LRP as its attribute ``rule``.
+        """
+        _check_no_captum_rules(self.model)
+        return super().explain(inputs, target, extras, layer)
 
     def _table(self) -> Table:
         takes = self.bias == "take"
@@ -254,6 +268,32 @@ class DeepTaylor(LRP):
     def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
         start = super()._start(output, targets)
         return start.clamp(min=0) if self.preset else start
+
+
+def _check_no_captum_rules(model: nn.Module) -> None:
+    """Raise InputError if a module has an attribute ``rule`` that Captum's LRP would read."""
+    rules = {
+        path: module.rule
+        for path, module in tree(model)
+        if isinstance(vars(module).get("rule"), PropagationRule)
+    }
+    if not rules:
+        return
+    same = {
+        "EpsilonRule": lambda rule: f"Epsilon({rule.STABILITY_FACTOR:g})",
+        "GammaRule": lambda rule: f"Gamma({rule.gamma:g})",
+        "Alpha1_Beta0_Rule": lambda rule: "AlphaBeta(1, 0)",
+    }
+    pairs = [
+        f"({path!r}, {same.get(type(rule).__name__, lambda rule: '...')(rule)})"
+        for path, rule in rules.items()
+    ]
+    path, rule = next(iter(rules.items()))
+    raise InputError(
+        f"module {path!r} has rule = {type(rule).__name__}, which only Captum's LRP reads; "
+        f"expected rules as arguments: pass composite=[{', '.join(pairs)}] to LRP, and delete "
+        "these attributes, as in del module.rule"
+    )
 
 
 def _check_rule(rule: Any) -> None:
