@@ -1,5 +1,8 @@
 # For users
-#   make demo [DATA=digits|mnist|fashion-mnist|cifar10] [FOLDER=where the files are]
+#   make demo [PHOTOS=folder]
+#                      explain photographs by a network that was trained on ImageNet: those that
+#                      installed packages ship, or your own
+#   make demo DATA=digits|mnist|fashion-mnist|cifar10 [FOLDER=where the files are]
 #                      draw MIP-IN beside other methods, and print how complete its signal is
 # For maintainers
 #   make test          lint, types, tests and doctests, as continuous integration runs them
@@ -19,7 +22,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
-DATA ?= digits
+DATA ?= photographs
 BENCH ?= speed_methods
 BIN := $(VENV)/bin
 PYTEST := -m pytest -q -n 2 --dist loadfile
@@ -27,7 +30,7 @@ PYTEST := -m pytest -q -n 2 --dist loadfile
 .PHONY: demo test test-all test-oldest lint format docs notebooks bench dist release-check clean
 
 demo: $(VENV)/demo
-	$(BIN)/python benchmarks/demo.py $(DATA) --out demo_output $(if $(FOLDER),--data $(FOLDER))
+	$(BIN)/python benchmarks/demo.py $(DATA) --out demo_output $(if $(FOLDER),--data $(FOLDER)) $(if $(PHOTOS),--photos "$(PHOTOS)")
 
 test test-all test-oldest: export OMP_NUM_THREADS = 1
 

