@@ -401,21 +401,35 @@ def bottlenecks() -> str:
     )
 
 
-def comparison() -> str:
-    """Return a summary of :func:`bottlenecks`."""
-    rows = read("bottleneck-images")["rows"]
-    return show(
-        [
-            {
-                "method": row["method"],
-                "at": row["layer, reduction"].partition(",")[0],
-                "box accuracy ↑": f"{row['box accuracy']:.2f} ± {row['standard error']:.2f}",
-                "insertion ↑": f"{row['insertion']:.2f}",
-                "deletion ↓": f"{row['deletion']:.2f}",
-            }
-            for row in sorted(rows, key=lambda row: -row["box accuracy"])
-        ]
-    )
+def photographs() -> str:
+    """Return the box accuracy of the map for photographs, and of the methods that come closest.
+
+    Where the map for photographs does not apply, on a dense head, MIP-IN is as chosen there.
+    """
+    picked = {
+        "SqueezeNet 1.0": ("squeezenet1_0", "features.11"),
+        "MobileNetV2": ("mobilenet_v2", "features.13"),
+        "EfficientNet-Lite0": ("efficientnet_lite0", "_blocks.10"),
+        "dense head": ("head", "not this map, see below"),
+    }
+    rows = []
+    for title, (name, layer) in picked.items():
+        chosen = [row for row in read(f"paper-boxes-{name}")["rows"] if row["chosen"]]
+        (own,) = (row for row in chosen if row["method"] == "MIP-IN")
+        if name != "head":  # the setting of `for_photographs`
+            assert own["reading"] == "A × gradient, shares"
+            assert own["reduction"] == "sum_of_abs"
+        cells = {"network": title, "picked layer": layer, "**MIP-IN**": _with_error(own)}
+        for method in ("LRP-γ", "LayerCAM", "Grad-CAM", "centre prior", "random"):
+            known = [row for row in chosen if row["method"] == method and row["where"] != "pixels"]
+            cells[method] = _with_error(known[0])
+        rows.append(cells)
+    return show(rows)
+
+
+def _with_error(row: dict[str, Any]) -> str:
+    """Return an accuracy ± its standard error."""
+    return f"{row['accuracy']:.2f} ± {row['standard error']:.2f}"
 
 
 def bottlenecks_text() -> str:
@@ -743,7 +757,7 @@ def main() -> None:
         bottlenecks,
         bottlenecks_text,
         bottlenecks_speed,
-        comparison,
+        photographs,
     ):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         places = [page for page, text in texts.items() if begin in text and end in text]

@@ -33,11 +33,37 @@ def run(title):
     return names
 
 
-def test_the_ten_lines_run(capsys):
-    pytest.importorskip("sklearn", reason="the digits come with it; the package does not need it")
+def small_network(weights):
+    """A network in place of torchvision's, whose weights would have to be downloaded."""
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 4, 16, stride=16), torch.nn.ReLU(), torch.nn.Conv2d(4, 8, 3)
+    pooled = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 1000)
+    return torch.nn.Sequential(*layers, *pooled)
+
+
+def test_the_ten_lines_run(capsys, tmp_path, monkeypatch):
+    """On a folder of photographs, with a small network in place of MobileNetV2."""
+    models, image = (
+        pytest.importorskip(name, reason="the example needs it; the package does not")
+        for name in ("torchvision.models", "PIL.Image")
+    )
+    (tmp_path / "photos").mkdir()
+    pixels = torch.randint(256, (12, 60, 80, 3), generator=torch.Generator().manual_seed(0))
+    for number, array in enumerate(pixels.byte().numpy()):
+        image.fromarray(array).save(tmp_path / "photos" / f"{number}.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "mobilenet_v2", small_network)
     names = run("Ten lines")
-    assert names["attribution"].shape == names["signal"].shape == (5, 64)
-    assert "0/linear" in capsys.readouterr().out
+    assert names["mipin"].picked == "MIP-IN, A × gradient at 1"
+    assert names["maps"].shape == (6, 1, 14, 14)
+    assert not any(row.errors for row in names["found"].rows)
+    assert "pattern only" in capsys.readouterr().out
+    with image.open(tmp_path / "maps.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_the_readme_fits_on_a_few_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
 
 def test_an_operation_of_your_own_runs(capsys):
