@@ -102,7 +102,7 @@ def compared(
         logits = model(x)
     targets = logits.argmax(1)
     best = zip(targets.tolist(), logits.softmax(1).amax(1), logits.amax(1), strict=True)
-    titles = [f"{names[t]}\nsoftmax {p:.2f}, logit {logit:.1f}" for t, p, logit in best]
+    titles = [f"{names[t]}\nsoftmax {p:.2f}\nlogit {logit:.1f}" for t, p, logit in best]
     mipin = for_photographs(model, fit, targets.unique().tolist(), batch_size=16)
     cam: Any = LayerGradCam(model, model.get_submodule("_bn1"))
     methods: dict[str, Any] = {
@@ -111,8 +111,8 @@ def compared(
         "Saliency": "Saliency",
     }
     metrics: Any = {
-        "insertion": partial(insertion, steps=28),
-        "deletion": partial(deletion, steps=28),
+        "insertion": partial(insertion, steps=12),
+        "deletion": partial(deletion, steps=12),
     }
     found = compare(methods, x, targets, model=model, metrics=metrics, titles=titles)
     return Comparison(found.rows, found.metrics, pictures, found.titles), mipin.picked

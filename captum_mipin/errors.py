@@ -174,6 +174,15 @@ class ModelChangedWarning(UserWarning):
     """
 
 
+class DataWarning(UserWarning):
+    """A fit has very few examples, or explained inputs have quite another scale than the fit's.
+
+    Examples:
+        >>> import warnings
+        >>> warnings.simplefilter("error", DataWarning)
+    """
+
+
 class ChanceWarning(UserWarning):
     """A random map scores above 0.9, so a high score is no evidence of a good method.
 

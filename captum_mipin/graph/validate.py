@@ -1,5 +1,6 @@
 """Checks and conversions of the arguments that users pass."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -197,3 +198,12 @@ def check_finite(inputs: Inputs) -> None:
             raise InputError(
                 f"input {index} contains NaN or Inf, expected finite values: remove those examples"
             )
+
+
+def level_of_caller() -> int:
+    """Return the stack level of the first caller outside this package."""
+    package = f"{__name__.partition('.')[0]}."
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -32,6 +32,7 @@ from captum_mipin.graph.validate import (
 )
 from captum_mipin.inverse.explain import Explanation, Request
 from captum_mipin.inverse.request import Settings
+from captum_mipin.inverse.scale import warn_of_scale
 from captum_mipin.inverse.state import Origin
 from captum_mipin.inverse.surrogates import Surrogates
 from captum_mipin.propagation.runtime import Inverses, Run, seed
@@ -158,6 +159,7 @@ class ModelInverse(Saved, Generic[S]):
         state = self._fitted()
         check_inputs(inputs, explained=self.layer is None)
         check_finite(inputs)
+        warn_of_scale(inputs, state.origin.scale)
         if request.layer is None and self.layer is not None:
             raise NotFittedError(
                 f"this inverse stops at {self._name(self.layer)}, it does not reach the input: use "

@@ -1,6 +1,5 @@
 """Inverses that all examples of a class share, and the global maps of a class."""
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -15,7 +14,13 @@ from captum_mipin.errors import (
     ModelChangedWarning,
 )
 from captum_mipin.graph.modes import plain_modes
-from captum_mipin.graph.validate import as_extras, as_inputs, check_choice, device_of
+from captum_mipin.graph.validate import (
+    as_extras,
+    as_inputs,
+    check_choice,
+    device_of,
+    level_of_caller,
+)
 from captum_mipin.inverse.base import Groups, ModelInverse
 from captum_mipin.inverse.explain import Request
 from captum_mipin.inverse.state import State
@@ -153,7 +158,7 @@ class ClassInverse(ModelInverse[State]):
                 "the old model with the new one. Fit a new InverseNetwork to explain the new "
                 f"weights, whose fingerprint is {fingerprint(self.model)[:12]}",
                 ModelChangedWarning,
-                stacklevel=_level_of_caller(),
+                stacklevel=level_of_caller(),
             )
         elif self.changed not in ("warn", "ignore"):
             self._check_unchanged(state)
@@ -178,12 +183,3 @@ class ClassInverse(ModelInverse[State]):
                 "activations, so no class can be fitted from them: call fit again"
             )
         return state.origin.watch.marks
-
-
-def _level_of_caller() -> int:
-    """Return the stack level of the first caller outside this package."""
-    package = f"{__name__.partition('.')[0]}."
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
-        frame, level = frame.f_back, level + 1
-    return level

@@ -22,6 +22,7 @@ from torch.utils.data import (
 from captum_mipin.errors import FitError, InputError
 from captum_mipin.graph.signature import pick, plain
 from captum_mipin.graph.validate import check_inputs, finite
+from captum_mipin.inverse.scale import Scale
 from captum_mipin.storage import files
 from captum_mipin.types import Extras, Inputs
 
@@ -46,6 +47,9 @@ class Batches:
         shard: Pair (rank r, number n) of the processes. Process r takes the batches r, r + n,
             r + 2n, ..., or these examples of a ``DataLoader``, unless the ``DataLoader`` has a
             ``DistributedSampler``. A shard may be empty.
+
+    Attributes:
+        scale: Mean and standard deviation of the inputs of all batches so far.
 
     Raises:
         FitError: The data is empty or not of a supported kind, or a batch differs from the first.
@@ -90,6 +94,7 @@ class Batches:
             shard = (0, 1)
         self._data, self._unpack, self._shard = data, unpack or _unpack, shard
         self._kind: list[tuple[Any, ...]] = []
+        self.scale = Scale()
 
     def __iter__(self) -> Iterator[tuple[Inputs, Extras]]:
         empty, (rank, count) = True, self._shard
@@ -106,6 +111,7 @@ class Batches:
             inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             extras = () if extras is None else extras if isinstance(extras, tuple) else (extras,)
             self._check(inputs, index)
+            self.scale.add(inputs, index)
             extras = tuple(self._moved(e) if isinstance(e, Tensor) else e for e in extras)
             yield plain((tuple(map(self._moved, inputs)), extras))
             empty = False

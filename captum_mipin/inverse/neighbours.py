@@ -178,6 +178,7 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
             chosen = target_indices(targets, origin.dims)
             bar = tqdm(batches, unit="batch", disable=not progress)
             kept = self._keep(bar, surrogate, origin.signature, memory)
+        origin = replace(origin, scale=batches.scale.moments())
         self._state = NeighbourState(origin, chosen, kept)
         return self
 

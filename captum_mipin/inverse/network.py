@@ -24,6 +24,7 @@ from captum_mipin.inverse.distributed import Processes
 from captum_mipin.inverse.fit import Fit
 from captum_mipin.inverse.lazy import Lazy
 from captum_mipin.inverse.request import FitRequest, Fitted, Solver
+from captum_mipin.inverse.scale import FEW, warn_of_few
 from captum_mipin.inverse.state import PARTS, Origin, State, packed, unpacked
 from captum_mipin.inverse.surrogates import shapes
 from captum_mipin.propagation.surrogate import Surrogate
@@ -268,7 +269,9 @@ class InverseNetwork(ClassInverse):
                 if activations is not None:
                     activations.clear()
                 raise
+            warn_of_few(batches.scale.examples if processes.count == 1 else FEW)
             head = self._head(origin)
+            origin = replace(origin, scale=batches.scale.moments())
             checkpoint = Checkpoint(options.checkpoint, head, unfinished, processes)
             fitted = checkpoint.read(self._shared_inverses(surrogate, chosen), device_of(model))
             if options.lazy:
@@ -326,7 +329,8 @@ class InverseNetwork(ClassInverse):
                 "are explained, and cannot be saved: fit the classes to save without lazy=True"
             )
         tensors, content = packed(state.fitted)
-        return tensors, {**self._head(state.origin), **content, "unfinished": None}
+        scale = {} if state.origin.scale is None else {"scale": state.origin.scale}
+        return tensors, {**self._head(state.origin), **scale, **content, "unfinished": None}
 
     @classmethod
     def _unpack(

@@ -1,6 +1,6 @@
 """The result of a fit, and its conversion to and from the content of a file."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -36,6 +36,8 @@ class Origin:
         extras: Further arguments of the first example; None if the inverse was loaded from a file,
             which does not contain them.
         watch: Detector of changes of the model's weights.
+        scale: Mean and standard deviation of each input of the fit, see
+            :class:`~captum_mipin.inverse.scale.Scale`; None if they are not known.
     """
 
     dims: tuple[int, ...]
@@ -44,6 +46,7 @@ class Origin:
     example: Inputs
     extras: Extras | None
     watch: Watch
+    scale: Sequence[tuple[float, float] | None] | None = None
 
     @classmethod
     def of(cls, graph: CapturedGraph, inputs: Inputs, extras: Extras, watch: Watch) -> "Origin":
@@ -89,7 +92,8 @@ class Origin:
         )
         extras = None if content["extras"] else ()
         watch = Watch(model, content["fingerprint"])
-        return cls(dims, signature, content["structure"], example, extras, watch)
+        scale = content.get("scale")
+        return cls(dims, signature, content["structure"], example, extras, watch, scale)
 
 
 @dataclass

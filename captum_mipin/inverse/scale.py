@@ -1,0 +1,106 @@
+"""The scale of the data of a fit, with which the scale of explained inputs is compared."""
+
+import warnings
+from collections.abc import Sequence
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from captum_mipin.errors import DataWarning
+from captum_mipin.graph.validate import level_of_caller
+from captum_mipin.types import Inputs
+
+#: A fit on fewer examples gives a warning.
+FEW = 10
+#: Root mean square distance from the mean of the fit, in standard deviations of the fit, above
+#: which inputs have another scale; and the share of these deviations below which they do.
+_FAR, _NARROW = 20.0, 1 / 50
+
+
+class Scale:
+    """Mean and standard deviation of all values of each input, added up batch by batch.
+
+    Attributes:
+        examples: Number of examples.
+    """
+
+    def __init__(self) -> None:
+        self.examples = self._batches = 0
+        self._sums: list[Tensor | None] = []
+
+    def add(self, inputs: Inputs, index: int) -> None:
+        """Add the batch with number ``index``, unless it has been added in an earlier pass."""
+        if index < self._batches:
+            return
+        self._batches = index + 1
+        self.examples += len(inputs[0])
+        sums = [_sums(x) for x in inputs]
+        before = self._sums or [None] * len(sums)
+        pairs = zip(before, sums, strict=True)
+        self._sums = [new if old is None or new is None else old + new for old, new in pairs]
+
+    def moments(self) -> list[tuple[float, float] | None]:
+        """Return the mean and the standard deviation of each input; None for integers."""
+        found: list[tuple[float, float] | None] = []
+        for sums in self._sums:
+            if sums is None:
+                found.append(None)
+                continue
+            count, first, second = sums.tolist()
+            mean = first / count
+            found.append((mean, max(second / count - mean**2, 0.0) ** 0.5))
+        return found
+
+
+def _sums(x: Tensor) -> Tensor | None:
+    """Return the count, the sum and the sum of squares of the values; None for integers."""
+    if not x.is_floating_point():
+        return None
+    # float64 from the means of float32 or wider: sums of a large batch would lose digits
+    deviation, mean = torch.var_mean(
+        x.detach().flatten().to(torch.promote_types(x.dtype, torch.float32)), correction=0
+    )
+    deviation, mean = deviation.double(), mean.double()
+    ones = torch.ones_like(mean)
+    return x.numel() * torch.stack([ones, mean, deviation + mean**2])
+
+
+def warn_of_few(examples: int) -> None:
+    """Warn of a fit on so few examples that its regressions only remember them."""
+    if examples < FEW:
+        warnings.warn(
+            f"the fit has only {examples} examples, expected a few hundred: the inverse remembers "
+            "these examples and says little of others. Pass more data",
+            DataWarning,
+            stacklevel=level_of_caller(),
+        )
+
+
+def warn_of_scale(inputs: Inputs, fitted: Sequence[tuple[float, float] | None] | None) -> None:
+    """Warn if explained inputs have quite another scale than the data of the fit.
+
+    Args:
+        inputs: The explained inputs.
+        fitted: Mean and standard deviation of each input of the fit, None for integers; or None if
+            they are not known.
+    """
+    for number, (x, moments) in enumerate(zip(inputs, fitted or (), strict=False)):
+        if moments is None or not x.numel() or not moments[1] > 0:
+            continue
+        mean, deviation = moments
+        variance, own = (float(t) for t in torch.var_mean(x.detach().float(), correction=0))
+        # √E[(x − mean)²] in standard deviations of the fit
+        far = (variance + (own - mean) ** 2) ** 0.5 / deviation
+        # inputs of one value, such as a black image, have no scale
+        narrow = 0 < variance**0.5 < _NARROW * deviation and len(x.unique()) > 2
+        # values that overflow have an error of their own
+        if (far > _FAR and isfinite(far)) or narrow:
+            name = f"input {number} has" if len(inputs) > 1 else "the inputs have"
+            warnings.warn(
+                f"{name} mean {own:.3g} and standard deviation {variance**0.5:.3g}, expected about "
+                f"{mean:.3g} and {deviation:.3g} as in the fit: scale the inputs as for the fit, "
+                "for example to 0 ... 1 instead of 0 ... 255",
+                DataWarning,
+                stacklevel=level_of_caller(),
+            )
