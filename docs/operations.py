@@ -6,6 +6,7 @@ Run it by ``python docs/operations.py``.
 from pathlib import Path
 
 from captum_mipin.rules import MIPIN, Passes
+from captum_mipin.rules.linear_maps import COPIES, MIXES
 
 TABLE = Path(__file__).with_name("operations.md")
 
@@ -65,6 +66,8 @@ TESTS = {
 }
 
 #: The tests of operations that are not in ``TESTS``: of exact `Passes` rules, and of other rules.
+MAPS = "rules/test_linear_maps.py::test_copies_and_mixtures_come_back_as_weighted_means"
+SWITCHES = "rules/test_selection.py::test_a_selection_sends_back_to_the_position_it_chose_by_hand"
 PASSES = "rules/test_operations.py::test_what_passes_exactly_gives_back_what_was_kept"
 EVERY = "rules/test_operations.py::test_every_operation_carries_the_signal"
 
@@ -90,6 +93,10 @@ def test_of(operation: str) -> str:
     for test, names in TESTS.items():
         if name in names.split():
             return test
+    if operation in COPIES or operation in MIXES:
+        return MAPS
+    if rule.note.startswith("recorded switch"):
+        return SWITCHES
     return PASSES if rule.exact and isinstance(rule, Passes) else EVERY
 
 

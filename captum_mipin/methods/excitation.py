@@ -12,9 +12,10 @@ from captum_mipin.methods.layers import Layer
 from captum_mipin.methods.lrp.lrp import LRP
 from captum_mipin.methods.lrp.rules import LayerCall, LayerRule, quotient
 from captum_mipin.methods.lrp.table import relevance, share
-from captum_mipin.rules import Recorded, Rule
+from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.base import Back
+from captum_mipin.rules.linear_maps import SIZES
 from captum_mipin.types import Output
 
 
@@ -100,7 +101,8 @@ class ExcitationBackprop(LRP):
         table = relevance(takes=False)
         for name, rule in table.items():
             if isinstance(rule, Recorded) and rule.several:
-                run = partial(run_operator, _combined if name in ARITHMETIC else _averaged)
+                run: Any = partial(run_operator, _combined if name in ARITHMETIC else _averaged)
+                run = partial(_excited, SIZES[name]) if name in SIZES else run
                 table[name] = replace(rule, run=run, note="by excitation")
         return table
 
@@ -118,6 +120,27 @@ def _averaged(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
     # P_i = x_i⁺ Σ_j a_ij P_j / Σ_i' a_i'j x_i'⁺
     excited = tuple(part.clamp(min=0) for part in x)
     return operator(x), share(False, operator, excited)[1]
+
+
+def _excited(
+    sizes: Callable[..., Any], options: Options, run: Any, x: tuple[Tensor, ...], *arguments: Any
+) -> Any:
+    """Distribute P through a linear operator L of both signs, by the shares of x⁺ L⁺.
+
+    Args:
+        sizes: Function (operation, x, \\*arguments) → the operator |L|.
+        options: The options of the pass, which have no influence.
+        run: The operation.
+        x: All arguments that get probability.
+        arguments: The other arguments.
+    """
+    size = sizes(run, x, *arguments)
+
+    def positive(parts: tuple[Tensor, ...]) -> Tensor:
+        result: Tensor = (run(parts, *arguments) + size(parts)) / 2  # L⁺ = (L + |L|) / 2
+        return result
+
+    return run(x, *arguments), _averaged(positive, x)[1]
 
 
 def _combined(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:

@@ -190,14 +190,6 @@ def run_operator(
     return back_of(lambda t: operation(t, *arguments, **named), x)
 
 
-def derivative(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
-    """Return an operator's value, and autograd's backward function: s → one tensor per ``x``."""
-    with torch.enable_grad():
-        probes = tuple(part.detach().requires_grad_() for part in x)
-        value = operator(probes)
-    return value.detach(), lambda s: torch.autograd.grad(value, probes, s, retain_graph=True)
-
-
 def _rectifier(
     masked: bool,
     back_of: Callable[..., tuple[Tensor, Back]],

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from captum_mipin.graph.layout import Layout, folded_batch
 from captum_mipin.graph.marks import mark, marks, original, value_of
-from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.graph.nodes import argument, is_size, operation
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.trial import mixes_examples
 from captum_mipin.rules import MIPIN, RECORDABLE
@@ -37,12 +37,35 @@ _ALONG_DIMS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("slice", "cat", "unbind"), (1, "dim", 0)),
     **dict.fromkeys(("split", "unsafe_split", "split_with_sizes", "chunk"), (2, "dim", 0)),
     **dict.fromkeys(("softmax", "_softmax", "sum", "mean", "amax", "select"), (1, "dim")),
-    "index_select": (1, "dim"),
+    **dict.fromkeys(
+        ("index_select", "gather", "scatter", "scatter_add", "scatter_reduce", "index_add",
+         "index_copy", "index_fill", "amin", "cumsum", "cummax", "cummin", "max.dim", "min.dim",
+         "median.dim", "nanmedian.dim", "aminmax"),
+        (1, "dim"),
+    ),
+    **dict.fromkeys(("topk", "kthvalue"), (2, "dim", -1)),
+    **dict.fromkeys(("sort", "mode", "argsort"), (1, "dim", -1)),
+    **dict.fromkeys(("sort.stable", "argsort.stable"), (9, "dim", -1)),  # an argument by name
+    **dict.fromkeys(("argmax", "argmin", "any", "all"), (1, "dim")),
+    **dict.fromkeys(("slice_scatter", "select_scatter"), (2, "dim", 0)),
+    "unfold": (1, "dimension"),
     "linalg_vector_norm": (2, "dim"),
     "flip": (1, "dims"),
-    "roll": (2, "dims"),
+    **dict.fromkeys(("roll", "rot90"), (2, "dims", (0, 1))),
     "glu": (1, "dim", -1),
+}  # fmt: skip
+#: Operation on two dimensions → positions of their numbers among the arguments, and the defaults.
+_ALONG_TWO = {
+    **dict.fromkeys(("tril", "triu"), (9, 9, -2, -1)),
+    **dict.fromkeys(("diagonal", "diagonal_copy"), (2, 3, 0, 1)),
+    "diagonal_scatter": (3, 4, 0, 1),
 }
+
+#: Operations that put one argument into a part of the other.
+_PARTIAL = frozenset(
+    {"slice_scatter", "select_scatter", "diagonal_scatter", "scatter", "scatter_add", "index_put",
+     "scatter_reduce", "index_add", "index_copy"}
+)  # fmt: skip
 
 #: Operations for which the first dimension of their argument is always the batch.
 _FIRST = frozenset(
@@ -58,6 +81,15 @@ _FIRST = frozenset(
     }
     | {"_native_batch_norm_legit_no_training", "group_norm", "native_group_norm", "instance_norm"}
     | {"max_pool2d_with_indices", "max_pool3d_with_indices", "pixel_shuffle", "channel_shuffle"}
+    | {"pixel_unshuffle", "im2col", "col2im", "grid_sampler"}
+    | {"grid_sampler_2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"}
+    | {f"{kind}_pad{dims}d" for kind in ("reflection", "replication") for dims in (1, 2, 3)}
+    | {
+        f"{kind}{dims}d"
+        for kind in ("upsample_nearest", "_upsample_nearest_exact")
+        for dims in (1, 2, 3)
+    }
+    | {f"upsample_{kind}" for kind in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")}
 )
 
 
@@ -143,12 +175,22 @@ def _works_along(node: fx.Node, source: fx.Node, layout: Layout) -> bool:
     """
     name, at = operation(node), marks(source).layout.dim
     ndim: int = _tensor(source).ndim
-    if name in _ALONG_DIMS:  # without the argument, an operation is along all dimensions
-        dims = argument(node, *_ALONG_DIMS[name])
+    if name in _PARTIAL:  # their dimensions are those of the result, of which it may be a part
+        at, ndim = layout.dim, _tensor(node).ndim
+    along = _ALONG_DIMS.get(str(node.target).removeprefix("aten."), _ALONG_DIMS.get(name))
+    if along is not None:  # without the argument, an operation is along all dimensions
+        dims = argument(node, *along)
         dims = [dims] if isinstance(dims, int) else dims or range(ndim)
         whole = name == "slice" and takes_all(node)
         return not whole and any(dim % ndim == at for dim in dims)
-    if name in ("constant_pad_nd", "pad"):
+    if name in _ALONG_TWO:
+        *positions, one, other = _ALONG_TWO[name]
+        pairs = zip(positions, (one, other), strict=True)
+        return at in [argument(node, position, "", dim) % ndim for position, dim in pairs]
+    if name in ("index", "_unsafe_index", "index_put"):
+        indices: Any = node.args[1]
+        return at < len(indices) and not (indices[at] is None or _counts(indices[at], layout))
+    if name in ("constant_pad_nd", "pad", "_pad_circular"):
         pads = argument(node, 1, "pad")  # two numbers per dimension, last dimension first
         return any(pads[2 * (ndim - 1 - at) :][:2])
     if name in _PRODUCTS:
@@ -160,7 +202,25 @@ def _works_along(node: fx.Node, source: fx.Node, layout: Layout) -> bool:
         return at >= ndim - len(normalized)
     if name == "scaled_dot_product_attention":
         return at >= ndim - 2
+    if name == "diag_embed":
+        return at == ndim - 1
     return name in _FIRST and (at != 0 or layout.dim != 0)
+
+
+def _counts(index: fx.Node, layout: Layout) -> bool:
+    """Return True if an index is 0, 1, ..., n − 1 for n examples, so that each takes its own.
+
+    Args:
+        index: The node of the index, for the dimension of the examples.
+        layout: The layout of the operation's result.
+    """
+    while operation(index) in ("unsqueeze", "view", "reshape", "alias"):
+        index = index.all_input_nodes[0]
+    if operation(index) != "arange" or layout.outer * layout.inner != 1:
+        return False
+    bounds = (0, *index.args)[-2:] if len(index.args) < 3 else index.args
+    start, end, step = (*bounds, 1)[:3]
+    return (start, step) == (0, 1) and is_size(end)
 
 
 def _is_known(node: fx.Node) -> bool:

@@ -65,5 +65,10 @@ RECORDABLE = frozenset(
         "exp.default", "sqrt.default", "rsqrt.default", "pow.Tensor_Scalar", "masked_fill.Scalar",
         "amax.default", "maximum.default", "abs.default", "log.default", "reciprocal.default",
         "square.default",
+        # indices and conditions, through which no signal could be sent
+        "argmax.default", "argmin.default", "argsort.default", "argsort.stable",
+        "logical_xor.default", "isnan.default", "isinf.default", "one_hot.default",
+        *(f"bitwise_{name}.Tensor" for name in ("and", "or", "xor")), "bitwise_not.default",
+        "any.dim", "any.dims", "all.dim", "all.dims",
     )
 )  # fmt: skip

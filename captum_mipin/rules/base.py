@@ -355,6 +355,19 @@ def value_and_adjoint(operator: Callable[[Tensor], Tensor], x: Tensor) -> tuple[
     return value.detach(), lambda s: torch.autograd.grad(value, probe, s, retain_graph=True)[0]
 
 
+def derivative(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+    """Return an operator's value, and autograd's backward function: s → one tensor per ``x``."""
+    with torch.enable_grad():
+        probes = tuple(part.detach().requires_grad_() for part in x)
+        value = operator(probes)
+    return value.detach(), lambda s: torch.autograd.grad(value, probes, s, retain_graph=True)
+
+
+def ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Return above / below, and 0 where below is 0."""
+    return above / below.masked_fill(below == 0, torch.inf)
+
+
 def along(values: Tensor, x: Tensor, dim: int) -> Tensor:
     """Return ``values``, one per channel, in a shape that broadcasts along ``dim`` of ``x``."""
     return values.view(-1, *(1,) * (x.ndim - 1 - dim % x.ndim))

@@ -11,7 +11,15 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from captum_mipin.graph.nodes import argument
-from captum_mipin.rules.base import Back, Options, Recorded, Recording, adjoint, value_and_adjoint
+from captum_mipin.rules.base import (
+    Back,
+    Options,
+    Recorded,
+    Recording,
+    adjoint,
+    ratio,
+    value_and_adjoint,
+)
 from captum_mipin.rules.geometry import pool_geometry
 
 
@@ -47,7 +55,7 @@ def max_pool(
         return F.pad(field, [n for pair in reversed(ends) for n in pair]).reshape(size)
 
     # without switches: the mean of S over all windows that contain the element
-    return value, lambda s: _ratio(cover(s), cover(torch.ones_like(s)))
+    return value, lambda s: ratio(cover(s), cover(torch.ones_like(s)))
 
 
 def adaptive_max_pool(
@@ -66,7 +74,7 @@ def adaptive_max_pool(
         count = count * count.new_tensor(width).view(-1, *(1,) * (-dim - 1))
     even: Any = getattr(F, f"adaptive_avg_pool{dims}d")
     cover = adjoint(lambda t: even(t, size) * count, x)
-    return value, lambda s: _ratio(cover(s), cover(torch.ones_like(s)))
+    return value, lambda s: ratio(cover(s), cover(torch.ones_like(s)))
 
 
 def _to_switches(switches: Tensor, size: torch.Size, dims: int, overlap: bool) -> Back:
@@ -154,10 +162,10 @@ def shared_out(
     weight = adjoint(operator, x[one])(torch.ones_like(value[one]))  # Σ_w P_wi
 
     def share(origin: Tensor | float, total: Tensor) -> Back:
-        return lambda s: origin * _ratio(back_through(_ratio(s, total)), weight)
+        return lambda s: origin * ratio(back_through(ratio(s, total)), weight)
 
     def speaking(s: Tensor) -> Tensor:
-        mean = _ratio(back_through(s), weight)
+        mean = ratio(back_through(s), weight)
         return x * mean.abs() * (x * mean > 0)
 
     if evidence:
@@ -172,11 +180,6 @@ def shared_out(
     total = operator(positive)
     above, below = share(positive, total), share(positive - x, total - value)
     return value, lambda s: above(s * (value > 0)) + below(s * (value < 0))
-
-
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Return above / below, and 0 where below is 0."""
-    return above / below.masked_fill(below == 0, torch.inf)
 
 
 def _negative(node: fx.Node) -> str | None:

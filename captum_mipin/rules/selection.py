@@ -50,6 +50,12 @@ def _filled(node: fx.Node) -> str | None:
 
 
 _NOTE = "recorded switch: to where each value came from"
+#: Operations that select elements along a dimension.
+_EXTREME = (
+    "max.dim", "min.dim", "amax.default", "amin.default", "sort.default", "sort.stable",
+    "topk.default", "kthvalue.default", "median.dim", "nanmedian.dim",
+    "mode.default", "cummax.default", "cummin.default", "aminmax.default",
+)  # fmt: skip
 _WHERE = Passes(note=_NOTE, carriers=_chosen, records=True, refuse=_constants, exact=True)
 _LARGER = Passes(
     note=_NOTE + "; half to each of equals", carriers=at(0, 1), refuse=_bound, exact=True
@@ -61,4 +67,5 @@ SELECTION = {
         f"aten.{name}": _LARGER
         for name in ("maximum.default", "minimum.default", "max.other", "min.other")
     },
+    **{f"aten.{name}": Passes(note=_NOTE, exact=True) for name in _EXTREME},
 }

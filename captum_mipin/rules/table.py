@@ -17,6 +17,7 @@ from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION
 from captum_mipin.rules.base import Learned, Passes, Recorded, Rule
 from captum_mipin.rules.linear import LINEAR
+from captum_mipin.rules.linear_maps import COPIES, MIXES
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
 from captum_mipin.rules.rearrangement import REARRANGEMENT
@@ -32,6 +33,8 @@ MIPIN: Mapping[str, Rule] = MappingProxyType(
         **ARITHMETIC,
         **SELECTION,
         **REARRANGEMENT,
+        **COPIES,
+        **MIXES,
         **ATTENTION,
     }
 )

@@ -89,8 +89,8 @@ def test_examples_that_depend_on_each_other_are_refused(name):
 @pytest.mark.parametrize(
     ("name", "operation", "reason"),
     [
-        ("maximum in a gate", "aten.max.dim", "no rule covers it"),
-        ("sort in a gate", "aten.sort.default", "no rule covers it"),
+        ("maximum in a gate", "aten.max.dim", "one dimension that contains the batch"),
+        ("sort in a gate", "aten.sort.default", "computes along the batch"),
         ("parts of the batch in a gate", "aten.chunk.default", "computes along the batch"),
         ("shifted", "aten.pad.default", "computes along the batch"),
         ("shifted in a gate", "aten.pad.default", "computes along the batch"),
@@ -110,6 +110,64 @@ def test_check_names_what_mixes_examples(name, operation, reason):
         Mixing(MIXING[name]).double().eval(), torch.randn(4, 6, dtype=torch.float64)
     ).refused
     assert (operation, True) in [(row.operation, reason in row.note) for row in refused]
+
+
+def backwards(h):
+    return torch.arange(h.shape[0] - 1, -1, -1)
+
+
+#: Functions of h (batch, 8) that return h in another order, or changed by other examples.
+REORDERED = {
+    "sort": lambda h: h.sort(0)[0],
+    "cumsum": lambda h: h.cumsum(0),
+    "cummax": lambda h: h.cummax(0)[0],
+    "index": lambda h: h[backwards(h)],
+    "index_select": lambda h: h.index_select(0, backwards(h)),
+    "gather": lambda h: h.gather(0, h.argsort(0)),
+    "index_fill": lambda h: h.index_fill(0, torch.tensor([0]), 0.0),
+    "scatter": lambda h: h.scatter(0, h.argsort(0), h),
+    "tril": lambda h: h.tril(),
+    "slice_scatter": lambda h: h.slice_scatter(h[:1], 0, 0, 1),
+    "index_put": lambda h: h.index_put([backwards(h)], h),
+    "select_scatter": lambda h: h.select_scatter(torch.zeros(8).to(h), 0, 0),
+    "unfold": lambda h: h.t().unfold(1, 1, 1).squeeze(2).t(),
+    "diagonal_scatter": lambda h: h.diagonal_scatter(torch.zeros(2).to(h)),
+}
+
+
+@pytest.fixture(scope="module")
+def reordered():
+    """The operations that check refuses, in the sum of all functions of REORDERED."""
+    model = Mixing(lambda m, x: m.o(sum(run(m.a(x)) for run in REORDERED.values()))).double()
+    rows = check(model.eval(), torch.randn(4, 6, dtype=torch.float64)).refused
+    return {row.operation.split(".")[1] for row in rows if "along the batch" in row.note}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_operations_along_the_batch_are_refused(name, reordered):
+    assert name in reordered
+
+
+def test_each_example_may_choose_its_own_entry():
+    """o[arange(n), y] is o.gather(1, y), in each spelling."""
+    torch.manual_seed(0)
+    x, model = torch.randn(30, 6, dtype=torch.float64), Mixing(None).double().eval()
+    results = []
+    for run in (
+        lambda m, x: m.o(
+            m.a(x).reshape(-1, 4, 2)[torch.arange(x.shape[0]), x[:, :4].argmax(1)].repeat(1, 4)
+        ),
+        lambda m, x: m.o(
+            m.a(x)
+            .reshape(-1, 4, 2)
+            .gather(1, x[:, :4].argmax(1)[:, None, None].expand(-1, 1, 2))
+            .squeeze(1)
+            .repeat(1, 4)
+        ),
+    ):
+        model.run = run
+        results.append(behaves(model, x).source_signal(x[:5], target=1))
+    torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize(

@@ -79,3 +79,49 @@ def test_a_switch_that_spreads_a_value_is_refused(name):
     data = torch.randn(60, 4), torch.randn(60, 8, 4)
     with pytest.raises(UnsupportedOperationError, match=r"spreads a smaller value.*expand"):
         InverseNetwork(model).fit(data, 0, progress=False)
+
+
+SELECTED = {
+    "max": lambda h: h.max(1)[0],
+    "min": lambda h: h.min(1)[0],
+    "amax": lambda h: h.amax(1),
+    "amin": lambda h: h.amin(1),
+    "median": lambda h: h.median(1)[0],
+    "kthvalue": lambda h: h.kthvalue(2, 1)[0],
+    "topk": lambda h: h.topk(3, 1)[0].flatten(1),
+    "sort": lambda h: h.sort(1)[0][:, 1:3].flatten(1),
+    "maximum so far": lambda h: h.cummax(1)[0].flatten(1),
+    "gathered": lambda h: h.gather(1, h.argmax(1, keepdim=True)).flatten(1),
+    "sorted and indexed": lambda h: h.gather(1, h.argsort(1)[:, -2:]).flatten(1),
+}
+
+
+@pytest.fixture(scope="module")
+def selections():
+    """One network of a sum over all selections, each of its own positions, and what S is there."""
+    torch.manual_seed(0)
+    model = Function(
+        lambda m, *xs: sum(
+            m[name](SELECTED[name](x)) for name, x in zip(SELECTED, xs, strict=True)
+        ),
+        **{name: nn.Linear(run(torch.ones(1, 5, 3)).shape[1], 2) for name, run in SELECTED.items()},
+    ).double()
+    inputs = tuple(torch.randn(40, 5, 3).double() for _ in SELECTED)
+    inverse = InverseNetwork(model.eval(), ridge=0).fit(inputs, 1, progress=False)
+    return model, inputs, inverse.source_signal(inputs, 1)
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_a_selection_sends_back_to_the_position_it_chose_by_hand(name, selections):
+    """Regress what was chosen on the output, and put the result where each value came from."""
+    model, inputs, signals = selections
+    at = list(SELECTED).index(name)
+    x, y = inputs[at], model(*inputs)[:, 1:].detach()
+    chosen = SELECTED[name](x)
+    weight, bias = regress(chosen.numpy(), y.numpy(), 0)
+    signal = torch.as_tensor(y.numpy() @ weight.T + bias)
+    expected = torch.zeros_like(x)
+    for example, values in enumerate(chosen):
+        for position, value in enumerate(values):
+            expected[example][x[example] == value] += signal[example, position]
+    torch.testing.assert_close(signals[at], expected, rtol=1e-6, atol=1e-6)

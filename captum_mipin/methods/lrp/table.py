@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.methods.gradients import derivative, run_operator
+from captum_mipin.methods.gradients import run_operator
 from captum_mipin.methods.lrp.rules import quotient
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION
-from captum_mipin.rules.base import Back, factors, varies
+from captum_mipin.rules.base import Back, derivative, factors, varies
+from captum_mipin.rules.linear_maps import COPIES, MIXES, among, linear_in
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
 
@@ -48,6 +49,10 @@ def relevance(takes: bool) -> dict[str, Rule]:
     for name, rule in POOLING.items():
         by_shares = _by_contribution(rule, carriers=varying)
         table[name] = Passes(note="to its switches") if "max_pool" in name else by_shares
+    for name, rule in COPIES.items():
+        table[name] = adjoint_of(rule, "to the copied value")
+    for name, rule in MIXES.items():
+        table[name] = _by_contribution(rule, carriers=among(*linear_in(name), counts=varies))
     for name, rule in ARITHMETIC.items():
         if "neg" in name:
             table[name] = _by_contribution(rule, carriers=varying)
@@ -123,6 +128,11 @@ def _by_contribution(
         records=rule.records,
         **options,
     )
+
+
+def adjoint_of(rule: Rule, note: str) -> Passes:
+    """Return a rule that adds up the signals of all copies, in place of ``rule``."""
+    return Passes(note=note, carriers=rule.carriers, records=rule.records, refuse=rule.refuse)
 
 
 #: Function of :class:`Recorded` for operations whose input gets the relevance of the output.

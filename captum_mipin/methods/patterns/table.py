@@ -20,13 +20,14 @@ from captum_mipin.methods.gates import replace_smooth_gate
 from captum_mipin.methods.gradients import run_operator
 from captum_mipin.methods.layers import Neurons, Scale, replace_layers
 from captum_mipin.methods.lrp.rules import quotient
-from captum_mipin.methods.lrp.table import PASS_ON, gated, outside, values, varying
+from captum_mipin.methods.lrp.table import PASS_ON, adjoint_of, gated, outside, values, varying
 from captum_mipin.propagation.channels import channels
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION
 from captum_mipin.rules.base import Back, value_and_adjoint, varies
+from captum_mipin.rules.linear_maps import COPIES, MIXES, mixed, sizes
 from captum_mipin.rules.normalization import NORMALIZATION, SCALES
 from captum_mipin.rules.pooling import POOLING, shared_out
 
@@ -77,6 +78,11 @@ def pattern_rules(
         run: Any = partial(run_operator, partial(_averaged, attribution))
         average = Recorded(run=run, note="evenly", refuse=pool.refuse)
         rules[name] = Passes(note="to its switches") if "max_pool" in name else average
+    for name, rule in COPIES.items():
+        rules[name] = adjoint_of(rule, "to the copied value") if attribution else rule
+    for name, rule in MIXES.items():
+        run = partial(mixed, sizes(name), not attribution)
+        rules[name] = replace(rule, run=run, note="evenly" if attribution else rule.note)
     for name, rule in ARITHMETIC.items():
         if any(part in name for part in ("mul", "div", "neg")):
             rules[name] = Recorded(
