@@ -70,6 +70,30 @@ _ACTIVATIONS = {
         ),
         Case(FLAT),
     ),
+    **dict.fromkeys(
+        (
+            "square",
+            "abs",
+            "expm1",
+            "erf",
+            "erfc",
+            "sin",
+            "cos",
+            "tan",
+            "atan",
+            "sinh",
+            "cosh",
+            "asinh",
+            "softshrink",
+            "hardshrink",
+            "nan_to_num",
+        ),
+        Case(FLAT),
+    ),
+    **{
+        name: Case(FLAT, lambda op, x: op(torch.sigmoid(x) / 2))
+        for name in ("sqrt", "log1p", "asin", "acos", "atanh")
+    },
     "clamp": _on(FLAT, -1, 2),
     "clamp_min": _on(FLAT, 0),
     "clamp_max": _on(FLAT, 1),
@@ -180,6 +204,7 @@ CASES: dict[str, Case] = {
     "addmm.default": Case(FLAT, lambda op, x: op(BIAS, x, WEIGHT)),
     **_CONVOLUTIONS,
     **{f"{name}.default": case for name, case in (_ACTIVATIONS | _POOLS).items()},
+    "pow.Tensor_Scalar": _on(FLAT, 3),
     "mean.dim": _on(IMAGE, [3]),
     "sum.dim_IntList": _on(IMAGE, [2, 3]),
     "_native_batch_norm_legit_no_training.default": _on(

@@ -181,7 +181,7 @@ def _works_along(node: fx.Node, source: fx.Node, layout: Layout) -> bool:
     if along is not None:  # without the argument, an operation is along all dimensions
         dims = argument(node, *along)
         dims = [dims] if isinstance(dims, int) else dims or range(ndim)
-        whole = name == "slice" and takes_all(node)
+        whole = name in ("slice", "slice_scatter") and takes_all(node)
         return not whole and any(dim % ndim == at for dim in dims)
     if name in _ALONG_TWO:
         *positions, one, other = _ALONG_TWO[name]
@@ -218,9 +218,9 @@ def _counts(index: fx.Node, layout: Layout) -> bool:
         index = index.all_input_nodes[0]
     if operation(index) != "arange" or layout.outer * layout.inner != 1:
         return False
-    bounds = (0, *index.args)[-2:] if len(index.args) < 3 else index.args
+    bounds: Any = (0, *index.args)[-2:] if len(index.args) < 3 else index.args
     start, end, step = (*bounds, 1)[:3]
-    return (start, step) == (0, 1) and is_size(end)
+    return (start, step) == (0, 1) and isinstance(end, fx.Node) and is_size(end)
 
 
 def _is_known(node: fx.Node) -> bool:
@@ -228,7 +228,8 @@ def _is_known(node: fx.Node) -> bool:
 
 
 def takes_all(node: fx.Node) -> bool:
-    """Return True if a slice takes all entries of its dimension."""
-    start, stop = argument(node, 2, "start"), argument(node, 3, "end")
+    """Return True if a slice, or what is put in its place, has all entries of its dimension."""
+    at = 3 if operation(node) == "slice_scatter" else 2
+    start, stop = argument(node, at, "start"), argument(node, at + 1, "end")
     endless = stop is None or (isinstance(stop, int) and stop >= 2**62)
-    return start in (None, 0) and endless and argument(node, 4, "step", 1) == 1
+    return start in (None, 0) and endless and argument(node, at + 2, "step", 1) == 1

@@ -11,6 +11,7 @@ from captum_mipin.propagation.batch_layout import lay_out_batch
 from captum_mipin.propagation.canonical import canonicalise
 from captum_mipin.propagation.channels import find_channels
 from captum_mipin.propagation.draft import Draft
+from captum_mipin.propagation.elementwise import join_elementwise
 from captum_mipin.propagation.marking import (
     check_ends,
     drop_unused,
@@ -18,6 +19,7 @@ from captum_mipin.propagation.marking import (
     mark_varying,
     rewrite_for_method,
 )
+from captum_mipin.propagation.products import rewrite_constant_products
 from captum_mipin.propagation.rewriting import cut_recordings, move_constants_first, place_steps
 from captum_mipin.propagation.treatments import check_supported
 from captum_mipin.rules import Rule
@@ -27,6 +29,8 @@ Pass = Callable[[Draft], None]
 MARKING: tuple[Pass, ...] = (
     mark_varying,
     drop_unused,
+    rewrite_constant_products,
+    join_elementwise,
     rewrite_for_method,
     mark_signal,
     lay_out_batch,

@@ -1,6 +1,7 @@
 """Activations: the forward mask (equation 9), and the gate, which is its general form."""
 
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -90,6 +91,37 @@ def glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> Recording
     return operation(x, dim), lambda s: torch.cat([s * share, torch.zeros_like(s)], dim)
 
 
+class Elementwise:
+    """A function that a model computes from one tensor x, element by element.
+
+    Args:
+        module: The function of x and of constants, as a module that returns a tuple.
+    """
+
+    __name__ = "elementwise"
+    name = f"captum_mipin.{__name__}.default"
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor, *constants: Any) -> Tensor:
+        """Return f(x)."""
+        result: Tensor = self.module(x, *constants)[0]
+        return result
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _infinite_at_zero(node: fx.Node) -> str | None:
+    """Return the reason to refuse an operation f with an infinite f(0)."""
+    operation: Any = node.target
+    args = [torch.zeros(()) if n is node.args[0] else n for n in node.args]
+    if any(isinstance(n, fx.Node) for n in args) or isfinite(float(operation(*args))):
+        return None
+    return "it is infinite at 0, expected an operation that is finite there: add a constant before"
+
+
 def _moves_zero(node: fx.Node) -> str | None:
     """Return the reason to refuse an operation f with f(0) ≠ 0; None if f(0) = 0.
 
@@ -112,6 +144,15 @@ _FROM_ZERO = (
     "relu6", "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "mish", "tanh",
     "_prelu_kernel", "prelu", "rrelu",
 )  # fmt: skip
+#: Functions that are no activation of torch.nn. ``exp`` is not among them: its product with a sum
+#: over several elements is a softmax, which no rule covers.
+CURVES = (
+    "pow.Tensor_Scalar", "square.default", "sqrt.default", "abs.default", "expm1.default",
+    "log1p.default", "erf.default", "erfc.default", "sin.default", "cos.default", "tan.default",
+    "asin.default", "acos.default", "atan.default", "sinh.default", "cosh.default",
+    "asinh.default", "atanh.default", "softshrink.default", "hardshrink.default",
+    "nan_to_num.default",
+)  # fmt: skip
 _SHIFTED = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid")
 
 ACTIVATIONS = {
@@ -129,4 +170,11 @@ ACTIVATIONS = {
         f"aten.{name}.default": Recorded(run=partial(gate, rest=True), note=_GATE, restores=False)
         for name in _SHIFTED
     },
+    **{
+        f"aten.{name}": Recorded(
+            run=partial(gate, rest=True), note=_GATE, restores=False, refuse=_infinite_at_zero
+        )
+        for name in CURVES
+    },
+    Elementwise.name: Recorded(run=partial(gate, rest=True), note=_GATE, restores=False),
 }

@@ -78,11 +78,11 @@ def pattern_rules(
         run: Any = partial(run_operator, partial(_averaged, attribution))
         average = Recorded(run=run, note="evenly", refuse=pool.refuse)
         rules[name] = Passes(note="to its switches") if "max_pool" in name else average
-    for name, rule in COPIES.items():
-        rules[name] = adjoint_of(rule, "to the copied value") if attribution else rule
-    for name, rule in MIXES.items():
+    for name, copy in COPIES.items():
+        rules[name] = adjoint_of(copy, "to the copied value") if attribution else copy
+    for name, mix in MIXES.items():
         run = partial(mixed, sizes(name), not attribution)
-        rules[name] = replace(rule, run=run, note="evenly" if attribution else rule.note)
+        rules[name] = replace(mix, run=run, note="evenly" if attribution else mix.note)
     for name, rule in ARITHMETIC.items():
         if any(part in name for part in ("mul", "div", "neg")):
             rules[name] = Recorded(

@@ -1,0 +1,133 @@
+"""The pass that finds activations written by hand, such as GELU by ``pow``, ``tanh`` and products.
+
+If a product or a quotient is computed from a single tensor x, element by element, it is a function
+f(x) of each element. It is treated as one operation: by a built-in activation with the same values
+if there is one, else as the function itself.
+"""
+
+from collections.abc import Iterator
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import fx
+
+from captum_mipin.graph.marks import mark, marks, original, value_of
+from captum_mipin.graph.nodes import nodes_in, operation
+from captum_mipin.graph.subgraph import extract
+from captum_mipin.propagation.draft import Draft, is_tensor
+from captum_mipin.propagation.marking import mark_signal
+from captum_mipin.rules.activations import ACTIVATIONS, CURVES, Elementwise
+from captum_mipin.rules.base import factors, varies
+
+#: Operations that compute each element of their result from the same element of their arguments.
+_ELEMENTWISE = frozenset(
+    {name.split(".")[1] for name in ACTIVATIONS} - {"glu"}
+    | {name.split(".")[0] for name in CURVES}
+    | {"add", "sub", "rsub", "mul", "div", "neg", "maximum", "minimum", "where", "masked_fill",
+       "_to_copy", "clone", "alias", "detach", "contiguous", "gt", "ge", "lt", "le", "eq", "ne",
+       "logical_and", "logical_or", "logical_not", "sign", "exp", "log", "reciprocal", "rsqrt"}
+)  # fmt: skip
+#: Activations that are recognised, with their arguments by name.
+_KNOWN: tuple[tuple[Any, dict[str, Any]], ...] = tuple(
+    (getattr(torch.ops.aten, name).default, named)
+    for name, named in (
+        ("relu", {}), ("gelu", {}), ("gelu", {"approximate": "tanh"}), ("silu", {}), ("mish", {}),
+        ("hardswish", {}), ("tanh", {}), ("sigmoid", {}), ("softplus", {}),
+    )
+)  # fmt: skip
+#: Largest difference to a recognised activation: constants are often written with few digits.
+_TOLERANCE = 1e-6
+
+
+def join_elementwise(draft: Draft) -> None:
+    """Replace operations that are, with others before them, a function of a single tensor."""
+    mark_signal(draft)
+    for node in reversed(list(draft.graph.nodes)):  # the outermost operation of a function first
+        product = operation(node) == "mul" and len(factors(node, counts=varies)) > 1
+        quotient = operation(node) == "div" and varies(node.args[1])
+        curve = operation(node) in ("reciprocal", "log")
+        written = (product or quotient or curve) and marks(node).signal and node.users
+        if written and node not in draft.starts:
+            # a factor that follows may be a part of the function: x * (1 + tanh(...)) / 2
+            outer = reversed(_scaled(draft, node))
+            if not any(_replace(draft, n, recognised=True) for n in outer):
+                _replace(draft, node)
+    draft.graph.eliminate_dead_code(lambda n: n in draft.starts or n.is_impure())
+
+
+def _scaled(draft: Draft, node: fx.Node) -> list[fx.Node]:
+    """Return the operations that multiply the result of ``node`` by numbers, in their order."""
+    chain: list[fx.Node] = []
+    while len(node.users) == 1 and node not in draft.starts:
+        (node,) = node.users
+        if operation(node) not in ("mul", "div") or node.all_input_nodes[1:]:
+            break
+        chain.append(node)
+    return chain
+
+
+def _replace(draft: Draft, node: fx.Node, recognised: bool = False) -> bool:
+    """Replace an operation if it is a function of a single tensor; return True if replaced.
+
+    Args:
+        draft: The draft, whose graph is changed.
+        node: The operation.
+        recognised: Whether to replace only by a built-in activation.
+    """
+    general = Elementwise.name in list(draft.rules) and not recognised
+    chosen: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
+    for x, inside in _arguments(draft, node):
+        sources = dict.fromkeys(n for one in inside for n in one.all_input_nodes)
+        constants = [n for n in sources if n not in inside and n is not x]
+        function = Elementwise(extract(draft.graph, [x, *constants], [node]))
+        activation = None if constants else _recognised(function)
+        if activation is not None:
+            chosen = activation[0], (x,), activation[1]
+            break
+        # a function with constants of the model is known only when it runs
+        finite = constants or isfinite(float(function(torch.zeros((), dtype=torch.float64))))
+        if chosen is None and general and finite:
+            chosen = function, (x, *constants), {}
+    if chosen is None:
+        return False
+    mark(node, original=original(node))
+    node.target, node.args, node.kwargs = chosen
+    return True
+
+
+def _arguments(draft: Draft, node: fx.Node) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
+    """Yield each tensor of which ``node`` is a function, element by element, the nearest first.
+
+    Yields:
+        The node x of the tensor; the nodes of the operations from x to ``node``, with ``node``.
+    """
+    order = {n: at for at, n in enumerate(draft.graph.nodes)}
+    shape, inside, ends = str(value_of(node).shape), {node}, _varying(node)
+    while ends:
+        last = max(ends, key=order.__getitem__)
+        if not is_tensor(last) or str(value_of(last).shape) != shape:
+            return
+        if len(ends) == 1 and value_of(last).is_floating_point():
+            yield last, set(inside)
+        if last in draft.starts or operation(last) not in _ELEMENTWISE:
+            return
+        inside.add(last)
+        ends = ends - {last} | _varying(last)
+
+
+def _varying(node: fx.Node) -> set[fx.Node]:
+    return {n for n in nodes_in((node.args, node.kwargs)) if varies(n)}
+
+
+def _recognised(function: Elementwise) -> tuple[Any, dict[str, Any]] | None:
+    """Return the activation with the same values and its arguments by name; None if none has."""
+    points = torch.linspace(-8, 8, 101, dtype=torch.float64)  # 0 is among them
+    try:
+        values = function(points)
+    except RuntimeError:  # for a dtype that the model names, or a size
+        return None
+    for activation, named in _KNOWN:
+        if torch.allclose(values, activation(points, **named), rtol=0, atol=_TOLERANCE):
+            return activation, named
+    return None

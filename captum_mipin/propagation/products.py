@@ -1,0 +1,82 @@
+"""The pass that turns products with constant matrices into operations with weights.
+
+A constant matrix is a layer with weights, however the product is written. ``x @ W`` is ``linear``
+with the weight Wᵀ. ``W @ x``, as in graph networks, is ``linear`` on the transposed x. A product of
+several matrices side by side, one per head, is a convolution with groups.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from captum_mipin.graph.marks import inherit, mark, original, set_value, value_of
+from captum_mipin.graph.nodes import operation
+from captum_mipin.propagation.draft import Draft
+from captum_mipin.rules.base import varies
+
+aten = torch.ops.aten
+
+
+def rewrite_constant_products(draft: Draft) -> None:
+    """Replace each product of a tensor and a constant matrix by ``linear`` or ``conv1d``."""
+    for node in list(draft.graph.nodes):
+        if operation(node) not in ("matmul", "mm", "bmm") or node in draft.starts:
+            continue
+        left, right = node.args[:2]
+        if varies(left) == varies(right) or (operation(node) == "mm" and varies(left)):
+            continue  # mm with the matrix on the right has a rule of its own
+        x, weight = (left, right) if varies(left) else (right, left)
+        if value_of(x).ndim > 1 and value_of(weight).ndim > 1:
+            _replace(draft.graph, node, x, weight, flipped=weight is left)
+
+
+def _replace(graph: fx.Graph, node: Any, x: fx.Node, weight: fx.Node, flipped: bool) -> None:
+    """Replace a product of ``x`` and a constant ``weight``.
+
+    Args:
+        graph: The graph, which is changed.
+        node: The product.
+        x: The factor that is computed from the model's inputs.
+        weight: The constant factor.
+        flipped: Whether the weight is the left factor: then W x = (xᵀ Wᵀ)ᵀ.
+    """
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        with graph.inserting_before(node):
+            new = graph.call_function(target, args)
+        with value_of(node).fake_mode:
+            value = target(*fx.map_arg(args, value_of))
+        inherit(new, node, added=True, varies=any(map(varies, new.all_input_nodes)))
+        set_value(new, value)
+        return new
+
+    def transposed(source: fx.Node) -> fx.Node:
+        return call(aten.transpose.int, source, -2, -1)
+
+    while operation(weight) == "expand":
+        weight = weight.all_input_nodes[0]
+    sizes, shape = list(value_of(weight).shape), list(value_of(x).shape)
+    heads = [n for n in sizes[:-2] if n != 1]
+    if heads and (len(heads) > 1 or heads != sizes[-3:-2] or heads != shape[-3:-2]):
+        return  # it is left to the rule of products, which refuses it
+    x = transposed(x) if flipped else x
+    weight = weight if flipped else transposed(weight)
+    if not heads:
+        weight = call(aten.reshape.default, weight, list(value_of(weight).shape[-2:]))
+        result = layer = call(aten.linear.default, x, weight)
+    else:
+        (count,), (rows, columns), ndim = heads, value_of(weight).shape[-2:], len(shape)
+        # x (..., heads, M, K) → (... · M, heads · K, 1), whose heads are the groups of channels
+        order = [*range(ndim - 3), ndim - 2, ndim - 3, ndim - 1]
+        flat = call(aten.reshape.default, call(aten.permute.default, x, order),
+                    [-1, count * columns, 1])  # fmt: skip
+        kernel = call(aten.reshape.default, weight, [count * rows, columns, 1])
+        layer = call(aten.conv1d.default, flat, kernel, None, [1], [0], [1], count)
+        size = [value_of(x).shape[dim] for dim in order[:-2]]
+        size = [n if isinstance(n, int) else -1 for n in size]
+        result = call(aten.reshape.default, layer, [*size, count, rows])
+        result = call(aten.permute.default, result, order)
+    mark(layer, added=False, original=original(node))
+    node.replace_all_uses_with(transposed(result) if flipped else result)
+    graph.erase_node(node)

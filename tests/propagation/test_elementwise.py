@@ -1,0 +1,122 @@
+"""Activations written by hand are treated like those of torch, and any function like one."""
+
+import math
+
+import pytest
+import torch
+from oracle import regress
+from small import Function
+from torch import nn
+from torch.nn import functional as F
+
+from captum_mipin import InverseNetwork, check
+from captum_mipin.errors import UnsupportedOperationError
+from captum_mipin.methods import LRP, GuidedBackprop, PatternNet, Patterns
+
+ROOT = math.sqrt(2 / math.pi)
+
+
+def tanh_gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+#: Name → (a function written by hand, the same function of torch).
+SPELLED = {
+    "GELU of GPT-2": (
+        lambda x: 0.5 * x * (1.0 + torch.tanh(ROOT * (x + 0.044715 * torch.pow(x, 3.0)))),
+        tanh_gelu,
+    ),
+    "GELU by products": (
+        lambda x: x * (1 + torch.tanh(0.7978845608 * x * (1 + 0.044715 * x * x))) * 0.5,
+        tanh_gelu,
+    ),
+    "GELU by erf": (lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2, F.gelu),
+    "Mish": (lambda x: x * torch.tanh(F.softplus(x)), F.mish),
+    "Mish by exp": (lambda x: x * torch.tanh(torch.log(1 + torch.exp(x))), F.mish),
+    "SiLU by exp": (lambda x: x / (1 + torch.exp(-x)), F.silu),
+    "sigmoid by exp": (lambda x: 1 / (1 + torch.exp(-x)), torch.sigmoid),
+    "softplus by exp": (lambda x: torch.log(1 + torch.exp(x)), F.softplus),
+    "Hardswish": (lambda x: x * F.relu6(x + 3) / 6, F.hardswish),
+    "square": (lambda x: x * x, torch.square),
+    "squared ReLU": (lambda x: x.relu() * x.relu(), lambda x: x.relu().square()),
+}
+
+
+def network(which):
+    """A network that sums up all functions, each with layers of its own, and no biases in them."""
+    torch.manual_seed(0)
+    first, last = (
+        {f"{where} {name}": nn.Linear(*size, bias=False) for name in SPELLED}
+        for where, size in (("first", (4, 6)), ("last", (6, 2)))
+    )
+
+    def run(m, *xs):
+        pairs = zip(SPELLED.items(), xs, strict=True)
+        return sum(m[f"last {name}"](fs[which](m[f"first {name}"](x))) for (name, fs), x in pairs)
+
+    return Function(run, **first, **last).double().eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    torch.manual_seed(1)
+    return tuple(torch.randn(40, 4, dtype=torch.float64) for _ in SPELLED)
+
+
+@pytest.mark.parametrize("method", ["MIP-IN", "LRP", "Guided Backprop", "PatternNet"])
+def test_an_activation_written_by_hand_is_that_of_torch(method, inputs):
+    few, maps = tuple(x[:5] for x in inputs), []
+    for which in (0, 1):
+        model = network(which)
+        if method == "MIP-IN":
+            inverse = InverseNetwork(model).fit(inputs, 1, progress=False)
+            maps.append(inverse.source_signal(few, 1))
+        elif method == "PatternNet":
+            patterns = Patterns(model).fit(inputs, progress=False)
+            maps.append(PatternNet(model, patterns).attribute(few, 1))
+        else:
+            kind = LRP if method == "LRP" else GuidedBackprop
+            maps.append(kind(model).attribute(few, 1))
+    for name, one, other in zip(SPELLED, *maps, strict=True):
+        # constants with 10 digits in the formulas
+        torch.testing.assert_close(
+            one, other, rtol=1e-7, atol=1e-7 * float(other.abs().max()), msg=name
+        )
+
+
+def test_any_function_of_a_single_tensor_is_one_activation_by_hand():
+    """For w · f(U x) with f(h) = h / (a + |h|) + b: regress h's signal on f's share (f − b) / h."""
+    torch.manual_seed(0)
+    scale = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    model = Function(
+        lambda m, x: m["last"]((lambda h: h / (scale + h.abs()))(m["first"](x))),
+        first=nn.Linear(4, 3),
+        last=nn.Linear(3, 1),
+    ).double()
+    x = torch.randn(60, 4, dtype=torch.float64)
+    s = InverseNetwork(model.eval(), ridge=0).fit(x, progress=False).source_signal(x)
+    with torch.no_grad():
+        h, y = model.layers["first"](x), model(x).numpy()
+        f = h / (scale + h.abs())
+    weight, bias = regress(f.numpy(), y, 0)
+    signal = torch.as_tensor(y @ weight.T + bias) * (f / h)
+    weight, bias = regress(x.numpy(), signal.numpy(), 0)
+    torch.testing.assert_close(s, torch.as_tensor(signal.numpy() @ weight.T + bias))
+
+
+def test_functions_are_joined_only_where_they_have_a_single_argument():
+    model = Function(
+        lambda m, x: m["last"](m["a"](x) * torch.tanh(m["b"](x))),
+        a=nn.Linear(4, 3), b=nn.Linear(4, 3), last=nn.Linear(3, 1),
+    ).eval()  # fmt: skip
+    rows = check(model, torch.ones(2, 4)).rows
+    assert [row.operation for row in rows].count("aten.mul.Tensor") == 1
+    assert {row.operation for row in rows} >= {"aten.tanh.default", "aten.mul.Tensor"}
+
+
+def test_a_function_that_is_infinite_at_zero_is_refused():
+    model = Function(
+        lambda m, x: m["last"](m["first"](x).pow(-2)), first=nn.Linear(4, 3), last=nn.Linear(3, 1)
+    ).eval()
+    with pytest.raises(UnsupportedOperationError, match="infinite at 0"):
+        InverseNetwork(model).fit(torch.randn(20, 4), progress=False)
