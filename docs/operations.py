@@ -5,6 +5,8 @@ Run it by ``python docs/operations.py``.
 
 from pathlib import Path
 
+import torch
+
 from captum_mipin.rules import MIPIN, Passes
 from captum_mipin.rules.linear_maps import COPIES, MIXES
 
@@ -71,6 +73,56 @@ SWITCHES = "rules/test_selection.py::test_a_selection_sends_back_to_the_position
 PASSES = "rules/test_operations.py::test_what_passes_exactly_gives_back_what_was_kept"
 EVERY = "rules/test_operations.py::test_every_operation_carries_the_signal"
 
+#: Reason → operations of ATen's core opset that have no rule for it.
+REASONS = {
+    "Recorded where it makes a gate, a condition, an index or attention weights": (
+        "eq.Tensor eq.Scalar ne.Tensor ne.Scalar ge.Tensor ge.Scalar gt.Tensor gt.Scalar le.Tensor "
+        "le.Scalar lt.Tensor lt.Scalar logical_and logical_or logical_not logical_xor isinf isnan "
+        "any.dim any.dims bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor bitwise_not "
+        "argmax argmin _softmax exp log reciprocal rsqrt"
+    ),
+    "Refused: it rounds, or returns conditions or indices, through which no signal can be sent": (
+        "ceil floor round trunc sign nonzero any bitwise_and.Scalar bitwise_or.Scalar "
+        "bitwise_xor.Scalar div.Tensor_mode div.Scalar_mode fmod.Tensor fmod.Scalar "
+        "remainder.Tensor remainder.Scalar _local_scalar_dense"
+    ),
+    "Refused: infinite at 0, so that no share of the input passes": "acosh log2 log10",
+    "Refused: it multiplies elements, or combines pairs of them, and which of them gets the signal "
+    "is not defined": (
+        "prod prod.dim_int pow.Tensor_Tensor pow.Scalar atan2 atan2.out _cdist_forward "
+        "_pdist_forward _log_softmax var.dim var.correction"
+    ),
+    "Refused: complex numbers": "_fft_c2r _fft_r2c",
+    "Refused: it computes with all examples of the batch": (
+        "mean masked_scatter _native_batch_norm_legit _native_batch_norm_legit.no_stats"
+    ),
+    "Refused: its bounds are tensors; use maximum and minimum": "clamp.Tensor",
+    "Refused: its result depends on memory, not on values": "as_strided",
+    "Refused: random": "native_dropout rand randn randperm",
+    "Without an argument that gets a signal: it makes constants, or takes integers": (
+        "arange.start_step empty.memory_format empty_strided fill.Scalar full full_like "
+        "scalar_tensor embedding _embedding_bag sym_numel sym_size.int sym_storage_offset "
+        "sym_stride.int sym_is_contiguous"
+    ),
+    "Replaced by another operation, or a part of another operation, which has a rule": (
+        "convolution copy native_group_norm native_layer_norm"
+    ),
+    "A part of training: it computes gradients": (
+        "_adaptive_avg_pool2d_backward avg_pool2d_backward convolution_backward "
+        "embedding_dense_backward max_pool2d_with_indices_backward native_group_norm_backward "
+        "native_layer_norm_backward"
+    ),
+}
+
+CORE = """
+## Operations of ATen's core opset without a rule
+
+All other operations with PyTorch's tag `core` are in the table above.
+
+| | operations |
+| --- | --- |
+"""
+
 HEADER = """# Operations
 
 All operations with a rule, by the names of `torch.export`. The command
@@ -106,7 +158,29 @@ def text() -> str:
         f"| `{name}` | {rule.note} | {'exact' if rule.exact else 'decided'} | `{test_of(name)}` |\n"
         for name, rule in MIPIN.items()
     )
-    return HEADER + "".join(rows)
+    return (
+        HEADER
+        + "".join(rows)
+        + CORE
+        + "".join(
+            f"| {reason} | {', '.join(f'`{name}`' for name in sorted(names.split()))} |\n"
+            for reason, names in REASONS.items()
+        )
+    )
+
+
+def without_rule() -> set[str]:
+    """Return the operations of the installed PyTorch's core opset without a rule."""
+    aten = torch.ops.aten
+    packets = [getattr(aten, name) for name in dir(aten)]
+    operations = [
+        getattr(packet, overload)
+        for packet in packets
+        if isinstance(packet, torch._ops.OpOverloadPacket)
+        for overload in packet.overloads()
+    ]
+    names = {str(op) for op in operations if torch.Tag.core in op.tags} - MIPIN.keys()
+    return {name.removeprefix("aten.").removesuffix(".default") for name in names}
 
 
 if __name__ == "__main__":

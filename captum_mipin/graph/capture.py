@@ -301,13 +301,21 @@ def _check_registered(program: ExportedProgram, model: nn.Module) -> None:
 
 @cache
 def _decompositions() -> Mapping[Any, Any]:
-    """Return the composite operations to replace by their parts: einsum and recurrent layers.
+    """Return the composite operations to replace by their parts, such as einsum and LSTM.
 
     Returns:
         Operation → function that computes it from simpler operations.
     """
     kinds = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    apart = {"einsum", *kinds, *(f"{kind}_cell" for kind in kinds)}
+    apart = {
+        "einsum",
+        "addcmul",
+        "addcdiv",
+        "lerp",
+        "take_along_dim",
+        *kinds,
+        *(f"{kind}_cell" for kind in kinds),
+    }
     table = default_decompositions().items()
     return MappingProxyType({op: how for op, how in table if str(op).split(".")[1] in apart})
 

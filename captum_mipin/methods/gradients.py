@@ -259,13 +259,6 @@ _GATES: dict[str, Callable[..., tuple[Tensor, Back]]] = {
 }  # fmt: skip
 
 
-def _copied(
-    options: Options, operation: Any, x: Tensor, over: Tensor, *arguments: Any
-) -> tuple[Tensor, Back]:
-    """Copy x over another tensor; the backward function returns s in the shape and dtype of x."""
-    return operation(x, over, *arguments), lambda s: s.sum_to_size(x.shape).to(x.dtype)
-
-
 # ------------------------------------------------------------------------- derivatives and caveats
 
 
@@ -322,12 +315,9 @@ def _gate_caveat(node: Any) -> str | None:
     return None
 
 
-#: Rules of ``detach``, which has no derivative, and of assignments to a part of a tensor.
+#: The rule of ``detach``, which has no derivative.
 _OWN: dict[str, Rule] = {
     "aten.detach.default": Passes(
         note="no derivative", carriers=lambda node: (), records=True, exact=True
-    ),
-    "aten.copy.default": Recorded(
-        run=_copied, note="derivative", carriers=lambda node: (1,), records=True, exact=True
     ),
 }

@@ -13,6 +13,7 @@ from captum_mipin.graph.marks import mark, marks, value_of
 from captum_mipin.graph.nodes import is_size, nodes_in, operation, place
 from captum_mipin.propagation.runtime import Step
 from captum_mipin.rules import Rule
+from captum_mipin.rules.base import is_floating
 
 #: Operations whose result depends only on the shape of their argument.
 _CONSTANT = frozenset(
@@ -114,13 +115,6 @@ class Draft:
 def is_constant(node: fx.Node) -> bool:
     """Return True if a node's value depends only on the shapes of its arguments."""
     return is_size(node) or operation(node) in _CONSTANT
-
-
-def is_floating(value: Any) -> bool:
-    """Return True if a traced value is a floating tensor, or a list or tuple with such a tensor."""
-    if isinstance(value, (tuple, list)):
-        return any(map(is_floating, value))
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def is_tensor(node: fx.Node) -> bool:

@@ -9,7 +9,8 @@ from captum_mipin.graph.layout import Layout, first_dimension
 from captum_mipin.graph.marks import mark, marks, value_of
 from captum_mipin.graph.nodes import ancestors
 from captum_mipin.propagation.averages import join_averages
-from captum_mipin.propagation.draft import Draft, descendants, is_constant, is_floating
+from captum_mipin.propagation.draft import Draft, descendants, is_constant
+from captum_mipin.rules.base import is_floating
 
 
 def mark_varying(draft: Draft) -> None:

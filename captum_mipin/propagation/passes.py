@@ -19,8 +19,8 @@ from captum_mipin.propagation.marking import (
     mark_varying,
     rewrite_for_method,
 )
-from captum_mipin.propagation.products import rewrite_constant_products
 from captum_mipin.propagation.rewriting import cut_recordings, move_constants_first, place_steps
+from captum_mipin.propagation.spelling import replace_copies, rewrite_constant_products
 from captum_mipin.propagation.treatments import check_supported
 from captum_mipin.rules import Rule
 
@@ -29,6 +29,7 @@ Pass = Callable[[Draft], None]
 MARKING: tuple[Pass, ...] = (
     mark_varying,
     drop_unused,
+    replace_copies,
     rewrite_constant_products,
     join_elementwise,
     rewrite_for_method,

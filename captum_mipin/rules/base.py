@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.graph.marks import marks
+from captum_mipin.graph.marks import marks, value_of
 from captum_mipin.graph.nodes import operation
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Part, Solution
@@ -283,13 +283,34 @@ def varies(value: Any) -> bool:
 def is_gate(node: Any, counts: Callable[[Any], bool] = depends) -> bool:
     """Return True if a value is a gate: the result of a sigmoid, softmax or comparison.
 
-    Rearrangements, and scales and shifts by constants, may follow this operation.
+    Rearrangements, and scales and shifts by constants, may follow this operation. A value that is
+    chosen by conditions or indices alone, such as a mask made by ``scatter``, is a gate as well.
 
     Args:
         node: The value.
         counts: Function that returns False for constants.
     """
-    return operation(gate_source(node, counts)) in _GATES
+    return operation(gate_source(node, counts)) in _GATES or _is_chosen(node, counts)
+
+
+def _is_chosen(node: Any, counts: Callable[[Any], bool]) -> bool:
+    """Return True if a value depends on the input only by conditions and indices."""
+    waiting, seen = [node], set[Any]()
+    while waiting and isinstance(node, fx.Node):
+        sources = [n for n in waiting.pop().all_input_nodes if counts(n)]
+        if not sources:  # an input of the model, or an explained tensor
+            return False
+        floating = [n for n in sources if is_floating(value_of(n)) and n not in seen]
+        seen.update(floating)
+        waiting.extend(floating)
+    return isinstance(node, fx.Node)
+
+
+def is_floating(value: Any) -> bool:
+    """Return True if a traced value is a floating tensor, or a list or tuple with such a tensor."""
+    if isinstance(value, (tuple, list)):
+        return any(map(is_floating, value))
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def gate_source(node: Any, counts: Callable[[Any], bool]) -> Any:

@@ -110,6 +110,14 @@ def test_the_table_in_docs_is_that_of_the_rules(written: Any) -> None:
     assert written.TABLE.read_text() == written.text(), "run python docs/operations.py"
 
 
+def test_every_operation_of_the_core_opset_has_a_rule_or_a_reason(written: Any) -> None:
+    named = [name for names in written.REASONS.values() for name in names.split()]
+    assert len(named) == len(set(named)), "one reason an operation"
+    assert not {f"aten.{name}" for name in named} & MIPIN.keys()
+    assert not {f"aten.{name}.default" for name in named} & MIPIN.keys()
+    assert written.without_rule() <= set(named)
+
+
 def test_the_table_names_tests_that_are_there(written: Any) -> None:
     for test in (*written.TESTS, written.MAPS, written.SWITCHES, written.PASSES, written.EVERY):
         module, _, name = test.partition("::")

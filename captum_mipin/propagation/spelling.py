@@ -1,10 +1,14 @@
-"""The pass that turns products with constant matrices into operations with weights.
+"""Passes that replace operations by others that compute the same, and that have rules.
 
 A constant matrix is a layer with weights, however the product is written. ``x @ W`` is ``linear``
 with the weight Wᵀ. ``W @ x``, as in graph networks, is ``linear`` on the transposed x. A product of
 several matrices side by side, one per head, is a convolution with groups.
+
+An assignment, ``h[:, 0] = x``, and ``x.type_as(h)`` copy x in the shape or the dtype of h. Where a
+method has no rule for ``detach()``, it is left out: the value is the same.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +35,45 @@ def rewrite_constant_products(draft: Draft) -> None:
             _replace(draft.graph, node, x, weight, flipped=weight is left)
 
 
+def replace_copies(draft: Draft) -> None:
+    """Replace each copy of a tensor x in the shape and dtype of another tensor by x itself."""
+    #: operation → position of x
+    copies = {"copy": 1, "fill": 1, "type_as": 0, "detach": 0}
+    if str(aten.detach.default) in list(draft.rules):
+        del copies["detach"]
+    graph = draft.graph
+    for node in list(graph.nodes):
+        if operation(node) not in copies or node in draft.starts:
+            continue
+        source: Any = node.args[copies[operation(node)]]
+        if not isinstance(source, fx.Node):  # h[:, 0] = 0.0
+            node.target = aten.full_like.default
+            continue
+        value, before = value_of(node), value_of(source)
+        if str(value.shape) != str(before.shape):
+            sizes: list[Any] = list(value.shape)
+            for dim, size in enumerate(value.shape):
+                if not isinstance(size, int):  # the size of the batch
+                    sizes[dim] = _insert(graph, node, aten.sym_size.int, node.args[0], dim)
+            source = _insert(graph, node, aten.expand.default, source, sizes)
+        if value.dtype != before.dtype:
+            source = _insert(graph, node, aten._to_copy.default, source, dtype=value.dtype)
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+
+
+def _insert(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **named: Any) -> fx.Node:
+    """Add an operation before ``node``, with the key and the module of ``node``."""
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args, named)
+    with value_of(node).fake_mode:
+        value = target(*fx.map_arg(args, value_of), **named)
+    computed = [n for n in new.all_input_nodes if varies(n)]
+    inherit(new, node, added=True, varies=bool(computed) and isinstance(value, torch.Tensor))
+    set_value(new, value)
+    return new
+
+
 def _replace(graph: fx.Graph, node: Any, x: fx.Node, weight: fx.Node, flipped: bool) -> None:
     """Replace a product of ``x`` and a constant ``weight``.
 
@@ -41,15 +84,7 @@ def _replace(graph: fx.Graph, node: Any, x: fx.Node, weight: fx.Node, flipped: b
         weight: The constant factor.
         flipped: Whether the weight is the left factor: then W x = (xᵀ Wᵀ)ᵀ.
     """
-
-    def call(target: Any, *args: Any) -> fx.Node:
-        with graph.inserting_before(node):
-            new = graph.call_function(target, args)
-        with value_of(node).fake_mode:
-            value = target(*fx.map_arg(args, value_of))
-        inherit(new, node, added=True, varies=any(map(varies, new.all_input_nodes)))
-        set_value(new, value)
-        return new
+    call = partial(_insert, graph, node)
 
     def transposed(source: fx.Node) -> fx.Node:
         return call(aten.transpose.int, source, -2, -1)
