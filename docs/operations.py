@@ -132,7 +132,14 @@ rule is *decided* if it is one of several possible rules. The test in the last c
 rule a second time, or checks an identity that must hold. In addition,
 `test_every_operation_carries_the_signal` fits and explains a network with each of PyTorch's
 operations. `pooled_linear` is not an operation of PyTorch: it is a `linear` on averages over all
-positions; its inverse returns a value for each position.
+positions; its inverse returns a value for each position. `elementwise` is a function of a single
+tensor, element by element, that the model writes by hand, such as x / (1 + |x|); a function with
+the values of a known activation, such as GELU by `tanh` and products, has the rule of that activation.
+A product with a constant matrix, on either side, is a `linear`.
+
+An operation that copies or mixes values, y = L x, sends back the mean over its outputs, weighted by
+its coefficients: S_x = Lᵀ (S / |L| 1) / |L|ᵀ 1. `detach()` and `torch.no_grad()` change no value:
+only gradients, Deconvnet and Guided Backprop stop there.
 
 | operation | the signal | | test |
 | --- | --- | --- | --- |

@@ -52,7 +52,8 @@ class LRP(Relevance):
     A batch norm that directly follows a layer with weights is folded into it, without changing the
     model. Any other batch norm has the rule LRP-ε. Sums and averages distribute relevance over
     their terms in proportion to the terms. Maximum pooling gives it to the maxima, and ``cat`` and
-    other rearrangements to the original positions. Activations, and layer, group, instance and RMS
+    other rearrangements to the original positions. Interpolation and other weighted sums distribute
+    relevance in proportion to their terms. Activations, and layer, group, instance and RMS
     norms, give the relevance of each output to the input at the same position. In a product with a
     gate (squeeze-and-excite, ``x * sigmoid(x)``) and in attention, the values get all relevance,
     and the gate or the attention weights get none.
