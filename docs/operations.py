@@ -134,7 +134,8 @@ rule a second time, or checks an identity that must hold. In addition,
 operations. `pooled_linear` is not an operation of PyTorch: it is a `linear` on averages over all
 positions; its inverse returns a value for each position. `elementwise` is a function of a single
 tensor, element by element, that the model writes by hand, such as x / (1 + |x|); a function with
-the values of a known activation, such as GELU by `tanh` and products, has the rule of that activation.
+the values of a known activation, such as GELU by `tanh` and products, has the rule of that
+activation.
 A product with a constant matrix, on either side, is a `linear`.
 
 An operation that copies or mixes values, y = L x, sends back the mean over its outputs, weighted by
