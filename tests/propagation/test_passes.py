@@ -88,6 +88,9 @@ def test_the_passes_and_their_order() -> None:
     assert [one.__name__ for one in PASSES] == [
         "mark_varying",
         "drop_unused",
+        "replace_copies",
+        "rewrite_constant_products",
+        "join_elementwise",
         "rewrite_for_method",
         "mark_signal",
         "lay_out_batch",

@@ -218,7 +218,6 @@ REFUSED = {
         lambda m, x: m["a"](x.clamp(min=1)),
         "maps 0 to 1, expected an operation that maps 0 to 0",
     ),
-    "product": (lambda m, x: m["a"](x * x), "both depend on the input"),
     "gate": (lambda m, x: m["a"](x * m["b"](x)), "both depend on the input"),
     "ratio": (lambda m, x: m["a"](1 / x), "reciprocal|depends on the input"),
     "mean over the batch": (
@@ -254,7 +253,7 @@ REFUSED = {
     "own mask as a term": (lambda m, x: m["a"](x + (x > 0)), "turns the input into torch.bool"),
     "hidden coupling": (
         lambda m, x: m["a"](x * (x > 0).to(x.dtype).mean(0)),
-        "turns the input into torch.bool",
+        "expected one dimension that contains the batch",
     ),
     "batch size": (lambda m, x: m["a"](x) / x.shape[0], "size of the batch"),
     "squeeze": (lambda m, x: m["a"](x.unsqueeze(1).squeeze()), "aten.squeeze"),
