@@ -97,7 +97,7 @@ REASONS = {
         "mean masked_scatter _native_batch_norm_legit _native_batch_norm_legit.no_stats"
     ),
     "Refused: its bounds are tensors; use maximum and minimum": "clamp.Tensor",
-    "Refused: its result depends on memory, not on values": "as_strided",
+    "Refused: it works on memory, and not on values": "as_strided resize_",
     "Refused: random": "native_dropout rand randn randperm",
     "Without an argument that gets a signal: it makes constants, or takes integers": (
         "arange.start_step empty.memory_format empty_strided fill.Scalar full full_like "
@@ -179,16 +179,14 @@ def text() -> str:
 
 def without_rule() -> set[str]:
     """Return the operations of the installed PyTorch's core opset without a rule."""
-    aten = torch.ops.aten
-    packets = [getattr(aten, name) for name in dir(aten)]
-    operations = [
-        getattr(packet, overload)
-        for packet in packets
-        if isinstance(packet, torch._ops.OpOverloadPacket)
-        for overload in packet.overloads()
-    ]
-    names = {str(op) for op in operations if torch.Tag.core in op.tags} - MIPIN.keys()
-    return {name.removeprefix("aten.").removesuffix(".default") for name in names}
+    names = [name.split(".") for name in torch._C._dispatch_get_all_op_names()]
+    operations = []
+    for name, *overload in names:
+        packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
+        if name.startswith("aten::") and packet is not None:
+            operations.append(getattr(packet, (*overload, "default")[0], None))
+    tagged = {str(op) for op in operations if op is not None and torch.Tag.core in op.tags}
+    return {name.removeprefix("aten.").removesuffix(".default") for name in tagged - MIPIN.keys()}
 
 
 if __name__ == "__main__":
