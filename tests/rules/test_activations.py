@@ -9,7 +9,7 @@ from small import Function
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import InverseNetwork, check
+from captum_mipin import InverseNetwork
 
 GATES = {
     "relu": ((), lambda x: x > 0),
@@ -91,7 +91,7 @@ SPELLINGS = {
     "GELU": (
         F.gelu,
         nn.GELU(),
-        lambda x: x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
     ),
 }
 
@@ -108,9 +108,6 @@ def test_spelling_of_an_activation_does_not_matter(kind):
 
         modules = {"act": spelling} if isinstance(spelling, nn.Module) else {}
         model = Function(run, first=first, last=last, **modules).double().eval()
-        if kind == "GELU" and spelling is SPELLINGS[kind][-1]:
-            assert not check(model, x).ok  # neither factor is a gate: refused, not guessed
-            continue
         result.append(
             InverseNetwork(model).fit(x, targets=1, progress=False).source_signal(x[:7], target=1)
         )
