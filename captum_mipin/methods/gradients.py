@@ -12,6 +12,7 @@ derivative. The same holds for bounds other than 0, and for bounds of a divisor,
 ``x / norm.clamp(min=0)``.
 """
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -33,6 +34,10 @@ _RECTIFIERS = (
 )  # fmt: skip
 #: Activations that are not rectifiers.
 _OTHERS = ("tanh", "sigmoid", "hardsigmoid", "log_sigmoid", "glu")
+#: Operations that return the positions of elements that they select, alone or as second result.
+_POSITIONS = frozenset(
+    {"argmax", "argmin", "argsort", "max", "min", "sort", "topk", "kthvalue", "median", "mode"}
+)
 #: Operations without a derivative in autograd.
 _NO_DERIVATIVE = ("heaviside", "nextafter")
 
@@ -276,7 +281,8 @@ def _hides_rectifier(node: fx.Node) -> str | None:
     """Return the reason why an operation may be part of a rectifier; None if it is not."""
     if operation(node) in _NO_DERIVATIVE:
         return "it has no derivative, and may be part of a rectifier: use relu, clamp or maximum"
-    if any(depends(n) and not is_floating(n) for n in node.all_input_nodes):
+    discrete = [n for n in node.all_input_nodes if depends(n) and not is_floating(n)]
+    if not all(map(_is_position, discrete)):
         return (
             "it chooses by a comparison of values that depend on the input, as a rectifier does: "
             "use relu, clamp or maximum"
@@ -284,6 +290,21 @@ def _hides_rectifier(node: fx.Node) -> str | None:
     if any(depends(n) and is_floating(n) for n in node.kwargs.values()):
         return "a keyword argument also depends on the input, expected a positional one"
     return None
+
+
+def _is_position(node: fx.Node) -> bool:
+    """Return True if a discrete value is computed from positions of selected elements alone."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        source: Any = node.args[0] if node.target is operator.getitem else node
+        if operation(source) in _POSITIONS:
+            continue
+        sources = [n for n in node.all_input_nodes if depends(n)]
+        if not sources or any(map(is_floating, sources)):
+            return False
+        waiting.extend(sources)
+    return True
 
 
 def _relative(node: fx.Node) -> str:

@@ -46,6 +46,8 @@ class OfItsClass(nn.Module):
             mask = torch.zeros_like(out).scatter_(1, largest, 1)
         elif self.spelling == "one_hot":
             mask = F.one_hot(largest.squeeze(1), 3).permute(0, 3, 1, 2).to(out)
+        elif self.spelling == "fixed":
+            mask = self.mask
         else:
             mask = (largest == torch.arange(3).view(1, 3, 1, 1)).to(out.dtype)
         return (out * mask).sum((2, 3))
@@ -86,6 +88,10 @@ def test_the_sum_over_the_mask_of_a_class_is_the_sum_of_its_pixels(spelling, x):
         one = method(net)
         total = sum(one.attribute(few, (1, *pixel)) for pixel in pixels)
         torch.testing.assert_close(method(model).attribute(few, 1), total, rtol=1e-6, atol=1e-8)
+    guided = GuidedBackprop(model).attribute(few, 1)
+    fixed = OfItsClass(net, "fixed").eval()
+    fixed.mask = F.one_hot(net(few).argmax(1), 3).permute(0, 3, 1, 2).double().detach()
+    torch.testing.assert_close(GuidedBackprop(fixed).attribute(few, 1), guided)
     s = InverseNetwork(model).fit(x, 1, progress=False).source_signal(few, 1)
     assert s.isfinite().all()
     assert s.abs().max() > 0
