@@ -172,7 +172,7 @@ def localization() -> str:
         for row in result["rows"]:
             line = lines.setdefault(row["method"], {"method": row["method"]})
             for grid in ("2x2", "3x3"):
-                line[f"{row['layer']} {grid}"] = (
+                line[f"{_place(row)} {grid}"] = (
                     f"{row[grid]:.2f} ({row[f'{grid}, positive logit']:.2f})"
                 )
         settings = result["settings"]
@@ -224,8 +224,13 @@ def mosaics() -> str:
                 else ""
                 for name, group in groups.items()
             }
-            rows.append({"network": title, "at": layer, **cells})
+            rows.append({"network": title, "at": _place(next(iter(found.values()))), **cells})
     return show(rows)
+
+
+def _place(row: dict[str, Any]) -> str:
+    """Return where the maps of a row lie: "input", or "middle" or "last" with the module's name."""
+    return f"{row['layer']}, `{row['path']}`" if row["path"] else str(row["layer"])
 
 
 def _mosaics() -> dict[str, dict[str, Any]]:

@@ -31,6 +31,7 @@ from captum_mipin.cli.words import plainly
 from captum_mipin.comparison import Comparison, Row
 from captum_mipin.comparison.methods import label_of, reading
 from captum_mipin.comparison.names import class_name
+from captum_mipin.errors import NotFittedError
 from captum_mipin.metrics.case import Case
 from captum_mipin.report import table
 
@@ -190,9 +191,9 @@ def explain(args: Namespace) -> Outcome:
     targets, scores = predict(args, model, x)
     classes = [None] * len(x) if targets is None else targets
     # images whose class was not fitted are left out: the others are explained
-    known = [i for i, c in enumerate(classes) if c is None or c in inverse.targets] or [
-        *range(len(x))
-    ]
+    known = [i for i, c in enumerate(classes) if c is None or c in inverse.targets]
+    if not known:
+        raise NotFittedError(_not_fitted(classes))
     kept, chosen = x[known], None if targets is None else [targets[i] for i in known]
     method = reading(mipin, args.reading or "A")
     (maps,) = Case.of(method, kept, chosen, batch_size=args.batch_size).maps
@@ -229,12 +230,17 @@ def _explained(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    missing = sorted({row["target"] for row in rows if not row["explained"]})
+    missing = [row["target"] for row in rows if not row["explained"]]
     text = table(header, cells, left=2)
-    if missing:
-        classes = ",".join(map(str, missing))
-        text += f"\n\nnot fitted are the classes {classes}: captum-mipin fit --targets {classes}"
-    return text
+    return f"{text}\n\n{_not_fitted(missing)}" if missing else text
+
+
+def _not_fitted(classes: Sequence[Any]) -> str:
+    """Return the sentence about classes that were not fitted."""
+    named = ",".join(map(str, sorted({*classes})))
+    return (
+        f"no inverse was fitted for target {named}: fit it with captum-mipin fit --targets {named}"
+    )
 
 
 def compare(args: Namespace) -> Outcome:
@@ -262,7 +268,8 @@ def compare(args: Namespace) -> Outcome:
         """Write the files of ``--out`` if the last time lies ``every`` seconds ago."""
         nonlocal written
         if perf_counter() - written >= every:
-            shown = replace(comparison, images=images.denormalise(x[: len(comparison.images)]))
+            pixels = images.denormalise(x[: len(comparison.images)])
+            shown = replace(_in_plain_words(comparison), images=pixels)
             for path in args.out:
                 _write(shown, path)
             written = perf_counter()
@@ -282,9 +289,23 @@ def compare(args: Namespace) -> Outcome:
         batch_size=args.batch_size,
         progress=not args.quiet,
     )
+    comparison = _in_plain_words(comparison)
     write(comparison, 0)
     data = {**comparison.to_dict(), "files": images.names, "out": list(map(str, args.out))}
     return Outcome(comparison.table(), data, _failure(comparison))
+
+
+def _in_plain_words(comparison: Comparison) -> Comparison:
+    """Return a comparison whose errors name options of the command line."""
+    rows = (
+        replace(
+            row,
+            errors={what: plainly(why) for what, why in row.errors.items()},
+            missing={plainly(why): images for why, images in row.missing.items()},
+        )
+        for row in comparison.rows
+    )
+    return replace(comparison, rows=tuple(rows))
 
 
 def _methods(args: Namespace, layer: bool) -> list[str]:
