@@ -189,12 +189,12 @@ def test_signal_through_another_argument_than_the_first(register: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["aten::sin", "aten.sin", "aten.sin.default", torch.ops.aten.sin.default], ids=str
+    "name", ["aten::exp", "aten.exp", "aten.exp.default", torch.ops.aten.exp.default], ids=str
 )
 def test_an_operation_of_pytorch_by_any_of_its_names(register: Any, name: Any) -> None:
-    model = _model(torch.sin)
+    model = _model(torch.exp)
     with pytest.raises(
-        UnsupportedOperationError, match=r"(?s)aten\.sin\.default.*captum_mipin\.register_rule"
+        UnsupportedOperationError, match=r"(?s)aten\.exp\.default.*captum_mipin\.register_rule"
     ):
         InverseNetwork(model).fit(_data(), progress=False)
     register(name, GATE)
@@ -218,7 +218,7 @@ def test_an_operation_of_pytorch_by_any_of_its_names(register: Any, name: Any) -
         (torch.ops.aten.add.Tensor, GATE, r"aten\.add\.Tensor has a built-in rule"),
         ("own::swissh", GATE, r"there is no operation 'own::swissh': define or import it first"),
         ("swish", GATE, r"there is no operation 'swish'.*write 'namespace::name'"),
-        ("aten::sin.nothing", GATE, r"there is no operation 'aten::sin.nothing'"),
+        ("aten::exp.nothing", GATE, r"there is no operation 'aten::exp.nothing'"),
         ("own::swish.default.more", GATE, r"there is no operation"),
         ("", GATE, r"there is no operation ''"),
         (swish, GATE, r"the operation is a CustomOpDef, expected 'namespace::name'"),
