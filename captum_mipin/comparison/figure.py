@@ -35,7 +35,7 @@ _PARTS: dict[str, Callable[[Tensor], Tensor]] = {
 #: Method of this package, beside those of ``visualize_image_attr``.
 _OVERLAY = "overlay"
 #: Width of a picture in inches, and letters of a title that fit above it.
-_INCHES, _LETTERS = 1.5, 19
+_INCHES, _LETTERS = 1.5, 20
 
 
 class Figure(figure.Figure):

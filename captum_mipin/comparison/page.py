@@ -114,6 +114,7 @@ def write(
     numbers: Sequence[int],
     title: str,
     notes: Sequence[str],
+    controls: bool = False,
 ) -> None:
     """Write the HTML page.
 
@@ -126,8 +127,10 @@ def write(
         numbers: Indices of the images to show.
         title: Heading of the page.
         notes: Texts below the maps: settings of the results, and errors.
+        controls: True to show also the maps of controls.
     """
     colours = pictures(images[list(numbers)])
+    shown = [row for row in rows if row.maps is not None and (controls or not row.control)]
     styles = (f".i{i}{{background-image:url({png(image)})}}" for i, image in enumerate(colours))
     template = resources.files("captum_mipin.comparison").joinpath("page.html").read_text("utf-8")
     text = Template(template).substitute(
@@ -136,7 +139,7 @@ def write(
         pictures="\n".join(styles),
         table=_table(rows, columns),
         small="pixel" if max(colours.shape[1:3]) < SMALL else "",
-        grid=_grid([row for row in rows if row.maps is not None], images, titles, numbers),
+        grid=_grid(shown, images, titles, numbers),
         notes="\n".join(f"<li>{escape(note)}</li>" for note in notes),
     )
     Path(path).write_text(text, encoding="utf-8")
@@ -196,9 +199,11 @@ def _grid(
     lines = []
     for place, number in enumerate(numbers):
         title = titles[number]
-        name = escape(f"image {place + 1}" + (f", target {title}" if title else ""))
-        frame = f'<div class="frame i{place}" style="aspect-ratio:{width}/{height}"'
-        label = f'{frame} role="img" aria-label="{name}"></div>{escape(title)}'
+        target = f", target {title}" if title else ""
+        name = escape(f"image {place + 1}{target}".replace("\n", ", "))
+        shape = f'i{place}" style="aspect-ratio:{width}/{height}"'
+        label = f'<div class="frame {shape} role="img" aria-label="{name}"></div>'
+        label += escape(title).replace("\n", "<br>")
         line = f'<th scope="row">{label}</th>'
         for row in rows:
             heat = row.heat(number, images)
@@ -207,7 +212,7 @@ def _grid(
                 if isinstance(heat, Tensor)
                 else f"<span>{escape(heat)}</span>"
             )
-            line += f"<td>{frame}>{inside}</div></td>"
+            line += f'<td><div class="frame map {shape}>{inside}</div></td>'
         lines.append(f"<tr>{line}</tr>")
     return _body(f'<th scope="col">image</th>{heads}', lines)
 

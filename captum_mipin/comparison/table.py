@@ -172,6 +172,8 @@ class Comparison:
         title: str = "Attributions side by side",
         images: Sequence[int] | None = None,
         parts: bool = False,
+        *,
+        controls: bool = False,
     ) -> None:
         """Write an HTML page, one file with a sortable table and the maps over the images.
 
@@ -181,6 +183,7 @@ class Comparison:
             images: Indices of the images to show, by default the first 24. The scores in the table
                 are those of all images.
             parts: True to show the parts of each result as well.
+            controls: True to show also the maps of controls, which have rows in the table anyway.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -198,6 +201,7 @@ class Comparison:
             titles=self.titles,
             numbers=range(min(24, len(self.images))) if images is None else images,
             title=title,
+            controls=controls,
             notes=[*self._notes(), *(str(result).splitlines()[0] for result in results)],
         )
 

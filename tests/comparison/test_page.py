@@ -81,7 +81,7 @@ def test_images_of_any_kind_become_pictures():
 class Reader(HTMLParser):
     """Notes each tag with its attributes, and checks that all are closed."""
 
-    VOID = ("meta", "img", "input")
+    VOID = ("meta", "img", "input", "br")
 
     def __init__(self, text):
         super().__init__()
@@ -126,7 +126,7 @@ def test_a_page_is_whole_and_needs_nothing_else(html, found):
         assert tag not in ("link", "iframe", "object", "a")
     assert "http:" not in text.replace("http-equiv", "")
     assert "https:" not in text
-    assert len(read.all("img")) == 3 * 6  # of eight rows with maps, NaN and zeros have none
+    assert len(read.all("img")) == 3 * 2  # of four methods with maps, NaN and zeros have none
     assert "Digits & <others>" in "".join(read.text)
     assert "this network <i>is not</i> supported" in "".join(read.text)
     assert not read.all("i") and not read.all("b")
@@ -145,6 +145,11 @@ def test_a_page_is_whole_and_needs_nothing_else(html, found):
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in read.all(
         "meta"
     )
+
+
+def test_a_page_shows_controls_where_asked_for(found, tmp_path):
+    found.save_html(tmp_path / "page.html", controls=True)
+    assert len(Reader((tmp_path / "page.html").read_text()).all("img")) == 3 * 6
 
 
 def test_a_page_marks_the_best_method_of_each_metric(html, found):
