@@ -1,0 +1,104 @@
+"""Drawings of tokens, signals, table rows and volumes: what stands where, in which colour."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from captum_mipin.comparison import drawing
+from captum_mipin.errors import InputError
+
+BLUE, RED = (5, 48, 97), (103, 0, 31)
+
+
+def near(colour, expected):
+    return np.abs(255 * np.array(colour[:3]) - expected).max() < 3
+
+
+def test_tokens_have_the_colours_of_their_attributions(tmp_path):
+    """Positive is blue, negative is red, and 0 is transparent; $ and < are letters."""
+    tokens, values = ["costs", "$5", "<i>", "a$"], torch.tensor([2.0, -2.0, 0.0, 0.0])
+    figure = drawing.draw_tokens(tokens, values)
+    texts = figure.axes[0].texts
+    assert [text.get_text().replace("\\", "") for text in texts] == tokens
+    boxes = [text.get_bbox_patch().get_facecolor() for text in texts]
+    assert near(boxes[0], BLUE) and near(boxes[1], RED) and boxes[2][3] == boxes[3][3] == 0
+    figure.savefig(tmp_path / "tokens.png")
+    html = drawing.tokens_html(tokens, values)
+    assert "rgba(5,48,97,0.90)" in html and "rgba(103,0,31,0.90)" in html
+    assert ">&lt;i&gt;</span>" in html and "<i>" not in html
+    many = drawing.tokens_html(tokens, torch.stack([values, values], 1))
+    assert many == html.replace('"2"', '"4"').replace('"-2"', '"-4"')
+
+
+def test_long_texts_have_several_lines_and_nothing_overlaps():
+    tokens = [f"word{number}" for number in range(60)]
+    figure = drawing.draw_tokens(tokens, torch.randn(60))
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    extents = [text.get_window_extent(renderer) for text in figure.axes[0].texts]
+    width, height = figure.canvas.get_width_height()
+    for index, one in enumerate(extents):
+        assert one.x0 >= 0 and one.x1 <= width and one.y0 >= 0 and one.y1 <= height
+        assert not any(one.overlaps(other) for other in extents[index + 1 :])
+
+
+def test_a_signal_is_drawn_over_its_attributions(tmp_path):
+    x, a = torch.randn(2, 30), torch.zeros(2, 30)
+    a[0, 3], a[1, 7] = 4.0, -2.0
+    figure = drawing.draw_signal(x, a, names=["C3", "C4"])
+    figure.savefig(tmp_path / "signal.png")
+    for axis, name, signal, row in zip(figure.axes, ("C3", "C4"), x, a / 4, strict=True):
+        assert axis.get_ylabel() == name
+        assert np.allclose(axis.lines[0].get_ydata(), signal)
+        assert np.allclose(axis.images[0].get_array()[0], row)  # one scale for all channels
+        assert axis.images[0].get_extent()[:2] == [-0.5, 29.5]
+    assert len(drawing.draw_signal(x[0], a[0]).axes) == 1
+    assert drawing.draw_signal(torch.ones(1, 5), torch.zeros(1, 5)).axes[0].get_ylim()[0] == 0
+
+
+def test_a_table_row_is_drawn_as_bars_the_largest_first(tmp_path):
+    names, values = ["a", "b$", "c", "d"], torch.tensor([0.5, -3.0, 0.1, 0.2])
+    figure = drawing.draw_row(names, values, row=[1, 2, 3, 4], largest=2)
+    figure.savefig(tmp_path / "row.png")
+    (axis,) = figure.axes
+    labels = [label.get_text().replace("\\", "") for label in axis.get_yticklabels()]
+    assert labels == ["b$ = 2", "a = 1", "2 others"]
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([-3.0, 0.5, 0.3])
+    assert near(axis.patches[0].get_facecolor(), RED)
+    assert near(axis.patches[1].get_facecolor(), BLUE)
+
+
+def test_a_volume_is_drawn_as_slices_of_one_scale(tmp_path):
+    volume, a = torch.rand(5, 6, 7), torch.zeros(2, 5, 6, 7)
+    a[:, 0, 1, 1], a[:, 4, 2, 2] = 3.0, -1.5
+    figure = drawing.draw_volume(volume, a, slices=3)
+    figure.savefig(tmp_path / "volume.png")
+    for axis, depth in zip(figure.axes, (0, 2, 4), strict=True):
+        grey, heat = axis.images
+        assert np.allclose(grey.get_array(), volume[depth])
+        assert np.allclose(heat.get_array(), a[0, depth] / 3)
+        assert (grey.get_clim(), heat.get_clim()) == (
+            (float(volume.min()), float(volume.max())), (-1, 1)
+        )  # fmt: skip
+    assert len(drawing.draw_volume(volume, a).axes) == 5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: drawing.draw_tokens(["a"], torch.ones(2)), "1 tokens, but attributions of shape"),
+        (lambda: drawing.tokens_html(["a"], torch.ones(1, 1, 3)), "shape \\(1, 1, 3\\)"),
+        (lambda: drawing.draw_row(["a", "b"], torch.ones(1)), "2 features"),
+        (lambda: drawing.draw_signal(torch.ones(2, 3), torch.ones(3)), "expected the same shape"),
+        (
+            lambda: drawing.draw_signal(torch.ones(2, 3), torch.ones(2, 3), names=["a"]),
+            "1 names, but 2 channels",
+        ),
+        (lambda: drawing.draw_volume(torch.ones(4, 4), torch.ones(4, 4)), "depth, height, width"),
+        (lambda: drawing.draw_volume(torch.ones(4, 4, 4), torch.ones(2, 2, 2)), "interpolate"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
