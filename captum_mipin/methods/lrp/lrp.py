@@ -5,7 +5,12 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
-from captum.attr._utils.lrp_rules import PropagationRule
+from captum.attr._utils.lrp_rules import (
+    Alpha1_Beta0_Rule,
+    EpsilonRule,
+    GammaRule,
+    PropagationRule,
+)
 from torch import Tensor, fx, nn
 
 from captum_mipin.errors import InputError
@@ -127,7 +132,8 @@ class LRP(Relevance):
         Raises:
             InputError: A module has a rule of Captum's LRP as its attribute ``rule``.
         """
-        _check_no_captum_rules(self.model)
+        alone = not self.composite and self.input_rule is None
+        _check_captum_rules(self.model, self.rule if alone else None)
         return super().explain(inputs, target, extras, layer)
 
     def _table(self) -> Table:
@@ -271,30 +277,36 @@ class DeepTaylor(LRP):
         return start.clamp(min=0) if self.preset else start
 
 
-def _check_no_captum_rules(model: nn.Module) -> None:
-    """Raise InputError if a module has an attribute ``rule`` that Captum's LRP would read."""
+def _check_captum_rules(model: nn.Module, same: LayerRule | None) -> None:
+    """Raise InputError if a module has another rule of Captum's LRP as its attribute ``rule``.
+
+    Args:
+        model: The model.
+        same: The rule of all layers, which Captum's rules may be; None if layers have other rules.
+    """
     rules = {
         path: module.rule
         for path, module in tree(model)
-        if isinstance(vars(module).get("rule"), PropagationRule)
+        if isinstance(module.__dict__.get("rule"), PropagationRule)
     }
-    if not rules:
+    if all(type(r) is EpsilonRule and Epsilon(r.STABILITY_FACTOR) == same for r in rules.values()):
         return
-    same = {
-        "EpsilonRule": lambda rule: f"Epsilon({rule.STABILITY_FACTOR:g})",
-        "GammaRule": lambda rule: f"Gamma({rule.gamma:g})",
-        "Alpha1_Beta0_Rule": lambda rule: "AlphaBeta(1, 0)",
-    }
-    pairs = [
-        f"({path!r}, {same.get(type(rule).__name__, lambda rule: '...')(rule)})"
-        for path, rule in rules.items()
-    ]
+    pairs = [f"({path!r}, {_ours(rule)})" for path, rule in rules.items()]
     path, rule = next(iter(rules.items()))
     raise InputError(
         f"module {path!r} has rule = {type(rule).__name__}, which only Captum's LRP reads; "
         f"expected rules as arguments: pass composite=[{', '.join(pairs)}] to LRP, and delete "
         "these attributes, as in del module.rule"
     )
+
+
+def _ours(rule: PropagationRule) -> str:
+    """Return the code of the rule of this package that is like a rule of Captum."""
+    if type(rule) is EpsilonRule:
+        return f"Epsilon({rule.STABILITY_FACTOR:g})"
+    if type(rule) is GammaRule:
+        return f"Gamma({rule.gamma:g})"
+    return "AlphaBeta(1, 0)" if type(rule) is Alpha1_Beta0_Rule else "..."
 
 
 def _check_rule(rule: Any) -> None:
