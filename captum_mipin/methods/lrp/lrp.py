@@ -284,7 +284,7 @@ def _check_captum_rules(model: nn.Module, same: LayerRule | None) -> None:
         model: The model.
         same: The rule of all layers, which Captum's rules may be; None if layers have other rules.
     """
-    rules = {
+    rules: dict[str, Any] = {
         path: module.rule
         for path, module in tree(model)
         if isinstance(module.__dict__.get("rule"), PropagationRule)
