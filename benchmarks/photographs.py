@@ -3,7 +3,7 @@
     python benchmarks/photographs.py NETWORK boxes|mosaics --data FOLDER
 
 Box accuracy on photographs whose boxes cover at most a third, and the grid pointing game on mosaics
-of 2 x 2 and 3 x 3 photographs. MIP-IN, Grad-CAM, LayerCAM and LRP-γ are measured at the layer that
+of 2 x 2 photographs. MIP-IN, Grad-CAM, LayerCAM and LRP-γ are measured at the layer that
 the package picks and at the last one. The photographs are split into two halves: settings are
 chosen on the first half, figures are reported on the second. The mosaics of a half are made of its
 photographs alone.
@@ -96,7 +96,7 @@ def of_mosaics(
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     halves = boxes.halves(labels, torch.Generator().manual_seed(0))
     for half, index in zip(("choosing", "reported"), halves, strict=True):
-        for n, count in ((2, 24), (3, 10)):
+        for n, count in ((2, 12),):
             make = partial(mosaics, confidence=CONFIDENCE, classes=classes, batch_size=20)
             seed = torch.Generator().manual_seed(n)
             grid: Mosaics = make(model, x[index], labels[index], n, count, generator=seed)

@@ -432,6 +432,32 @@ def photographs() -> str:
     return show(rows)
 
 
+def photographs_mosaics() -> str:
+    """Return the mosaics of the map for photographs, and of its peers at their best settings."""
+    rows = []
+    for path in sorted(RESULTS.glob("photographs-mosaics-*.json")):
+        result = read(path.stem)
+        known, (layer, *_) = result["rows"], dict.fromkeys(row["layer"] for row in result["rows"])
+        own = {"layer": layer, "method": "MIP-IN, A × gradient", "reduction": "sum_of_abs"}
+        (picked,) = (row for row in known if own.items() <= row.items())
+        cells = {
+            "network": result["settings"]["network"],
+            "picked layer": layer,
+            "**MIP-IN**": _mosaic(picked),
+        }
+        for method in ("Grad-CAM", "LRP-γ", "LayerCAM"):
+            settings = [row for row in known if row["method"] == method]
+            best = max(settings, key=lambda row: row["choosing 2x2"])
+            cells[method] = f"{_mosaic(best)}, {best['layer']}"
+        rows.append(cells)
+    return show(rows)
+
+
+def _mosaic(row: dict[str, Any]) -> str:
+    """Return a score on mosaics ± its standard error."""
+    return f"{row['reported 2x2']:.2f} ± {row['reported 2x2, standard error']:.2f}"
+
+
 def _with_error(row: dict[str, Any]) -> str:
     """Return an accuracy ± its standard error."""
     return f"{row['accuracy']:.2f} ± {row['standard error']:.2f}"
@@ -763,6 +789,7 @@ def main() -> None:
         bottlenecks_text,
         bottlenecks_speed,
         photographs,
+        photographs_mosaics,
     ):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         places = [page for page, text in texts.items() if begin in text and end in text]
