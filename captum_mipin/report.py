@@ -4,6 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_SINGLE = (
+    "The model takes no free batch size, so it was captured for one example: each example of a "
+    "batch is computed as if it were alone."
+)
+
 
 @dataclass(frozen=True)
 class LayerFit:
@@ -97,9 +102,16 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The results of ``check`` for every operation between input and output of a model."""
+    """The results of ``check`` for every operation between input and output of a model.
+
+    Attributes:
+        rows: One row per operation.
+        single: Whether the model takes no free batch size. Then each example of a batch is
+            explained as if it were alone.
+    """
 
     rows: tuple[CheckRow, ...]
+    single: bool = False
 
     @property
     def refused(self) -> tuple[CheckRow, ...]:
@@ -123,7 +135,8 @@ class CheckReport:
             for row in self.rows
         ]
         columns = 5 if self.caveats else 4
-        return table(header[:columns], [row[:columns] for row in rows], left=columns)
+        text = table(header[:columns], [row[:columns] for row in rows], left=columns)
+        return f"{text}\n{_SINGLE}" if self.single else text
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -6,45 +6,36 @@ The export runs on a copy of the model that shares its parameters, so the model 
 changed.
 """
 
-import warnings
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection, default_decompositions, export
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError
-from captum_mipin.graph.diagnosis import failure, quiet
-from captum_mipin.graph.functional import NotRewritableError, functional
-from captum_mipin.graph.kept import Kept
-from captum_mipin.graph.marks import inherit, mark, value_of
-from captum_mipin.graph.modes import plain_modes
-from captum_mipin.graph.modules import OWN, named_tensors, tree
-from captum_mipin.graph.signature import per_example, plain, select
-from captum_mipin.graph.turns import TURNS
-from captum_mipin.graph.twin import twin_of
+from captum_mipin.graph.diagnosis import failure
+from captum_mipin.graph.exporting import check_registered, export_graph, free_batch
+from captum_mipin.graph.lifting import NotLiftableError, lifted
+from captum_mipin.graph.marks import mark, value_of
+from captum_mipin.graph.modules import is_quantised, tree
+from captum_mipin.graph.signature import per_example
+from captum_mipin.graph.trials import EXAMPLES, Trial, close, examples_like, joined
 from captum_mipin.graph.validate import check_exportable, check_inputs, check_model
-from captum_mipin.training import settle
 from captum_mipin.types import Extras, Inputs, Output
 
-#: Batch size of the example for the capture. torch.export treats sizes 0 and 1 as constants.
-_EXAMPLE_BATCH = 3
+_LOGGER = logging.getLogger(__name__)
+
+#: Arguments of a call: inputs, further arguments, and whether examples share these.
+_Call = tuple[Inputs, Extras, bool]
 
 #: A model must accept all batch sizes up to this one. For larger batches torch itself uses other
 #: kernels of normalisation on GPUs.
 _LARGEST_BATCH = 65535
-
-#: Pattern of a harmless warning about recurrent layers, whose weights are plain attributes as well.
-_RECURRENT = (
-    r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, )?)+ (was|were) assigned during "
-    "export"
-)
 
 
 @dataclass(frozen=True)
@@ -63,6 +54,8 @@ class CapturedGraph:
         shared: See :func:`captum_mipin.graph.signature.per_example`.
         places: The nodes at the places of modules that were looked up before, see
             :func:`captum_mipin.graph.layers.tensors_at`.
+        single: Whether the model takes no free batch size. Then the graph was made from the graph
+            for one example, see :mod:`captum_mipin.graph.lifting`.
     """
 
     graph: fx.Graph
@@ -73,6 +66,16 @@ class CapturedGraph:
     batch: str
     shared: bool
     places: dict[tuple[str, bool], tuple[str, ...]] = field(default_factory=dict)
+    single: bool = False
+
+    def run(self, values: Mapping[str, Any]) -> Tensor:
+        """Return the output for the values of all placeholders, see :meth:`values`."""
+        module = fx.GraphModule(nn.Module(), self.graph)
+        arguments = [values.get(n.name) for n in self.graph.find_nodes(op="placeholder")]
+        with torch.no_grad():
+            (output,) = module.forward(*arguments)
+        result: Tensor = output
+        return result
 
     def values(self, model: nn.Module, inputs: Inputs, extras: Extras) -> dict[str, Any]:
         """Return the values of all placeholders for a call, by name of the placeholder."""
@@ -91,6 +94,7 @@ class CapturedGraph:
                 # looking into _parameters first takes a third of the time of getattr
                 source = modules[path]._parameters.get(attribute)
                 source = getattr(modules[path], attribute) if source is None else source
+            source = source.dequantize() if is_quantised(source) else source
             values[name] = source.detach() if source.requires_grad else source
         return values
 
@@ -147,177 +151,105 @@ def trace(
     All graphs of this package are made by calls of ``captum_mipin.graph.capture.trace``. Replace
     this one name to share graphs between models, as the tests do.
     """
-    twin = twin_of(model)
-    settle(twin)
-    kept, arguments = Kept(twin), _examples(inputs, extras, shared)
-    written: list[str] = []
-
-    def finish(module: nn.Module, arguments: Any, value: Any) -> Tensor:
-        # before torch compares the attributes of the model with those before the call
-        written.extend(kept.restore())
-        return select(value, output)
-
-    handle = twin.register_forward_hook(finish)
+    trial, call = Trial(model, output), (inputs, extras, shared)
+    trial.dequantise(examples_like(*call)[0])
     try:
-        program, graph = _export(twin, *arguments, detached)
+        return _capture_any(trial, call, detached)
+    except _FixedBatchError as error:
+        return _capture_one(trial, call, detached, error)
+
+
+class _FixedBatchError(CaptureError):
+    """The model cannot be captured for any batch size; ``sizes`` are worth a trial."""
+
+    sizes: tuple[int, ...] = ()
+
+
+def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
+    """Return the graph of a model for any batch size."""
+    arguments, shapes = free_batch(*call)
+    try:
+        program, graph = export_graph(trial.twin, arguments, shapes, detached)
     except CaptureError:
         raise
     except Exception as error:
-        handle.remove()
-        raise failure(error, twin, inputs, extras, shared) from error
+        raise _FixedBatchError(str(failure(error, trial.twin, *call))) from error
     finally:
-        kept.restore()
-        handle.remove()
-    if written:
-        _check_forgets(twin, kept, arguments[0], written)
+        trial.restore()
+    if trial.written:
+        trial.check_forgets(arguments)
     for symbol, bounds in program.range_constraints.items():
         if bounds.lower > 2 or bounds.upper < _LARGEST_BATCH:
-            raise CaptureError(
+            refusal = _FixedBatchError(
                 f"the model accepts only sizes {bounds} of {symbol}, or computes differently for "
                 f"other sizes; expected all from 2 to {_LARGEST_BATCH}: the batch size must be "
                 "free, so remove conditions on x.shape[0]"
             )
-    _check_registered(program, twin)
-    return _from_program(program, graph, len(inputs), shared)
+            sizes = [bounds.lower - 1, bounds.upper + 1]
+            refusal.sizes = tuple(int(n) for n in sizes if 1 < n <= _LARGEST_BATCH)
+            raise refusal
+    check_registered(program, trial.twin)
+    return _from_program(program, graph, len(call[0]), call[2])
 
 
-def _examples(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Any, ShapesCollection]:
-    """Return the arguments for the export, and the dimensions whose size is not fixed."""
-    leaves, structure = pytree.tree_flatten(plain((*inputs, *extras)))
-    shapes = ShapesCollection()
-    for index, own in enumerate(per_example(inputs, extras, shared)):
-        if own:
-            ones = (1,) * (leaves[index].ndim - 1)
-            leaves[index] = leaves[index][:1].repeat(_EXAMPLE_BATCH, *ones)
-            shapes[leaves[index]] = {0: Dim.DYNAMIC}
-    return pytree.tree_unflatten(leaves, structure), shapes
+def _capture_one(
+    trial: Trial, call: _Call, detached: bool, refusal: _FixedBatchError
+) -> CapturedGraph:
+    """Return a graph for any batch size, made from the graph for one example.
 
-
-def _check_forgets(twin: nn.Module, kept: Kept, arguments: Any, written: list[str]) -> None:
-    """Raise CaptureError if a call of the model changes the results of later calls.
-
-    Args:
-        twin: The copy of the model.
-        kept: The places that calls of the copy write to.
-        arguments: The arguments of a call.
-        written: Names of the attributes and variables that a call writes tensors to.
+    Raises:
+        CaptureError: ``refusal``, if there is no such graph either; or the model mixes the examples
+            of a batch.
     """
-    device = pytree.tree_leaves(arguments)[0].device
-    devices = [device] if device.type == "cuda" else []
-    others = pytree.tree_map_only(Tensor, _other, arguments)
-
-    def run(arguments: Any) -> list[Any]:
-        torch.manual_seed(0)
-        return pytree.tree_leaves(twin(*arguments))
-
+    examples, count = examples_like(*call), len(call[0])
     try:
-        with plain_modes(device), torch.no_grad(), torch.random.fork_rng(devices):
-            expected = run(arguments)
-            kept.restore()
-            run(others)
-            results = run(arguments)
-        same = all(
-            torch.equal(x, y) if isinstance(x, Tensor) else x is y
-            for x, y in zip(expected, results, strict=True)
-        )
-    except Exception:  # of any type: the second call fails, the first one did not
-        same = False
+        program, graph = export_graph(trial.twin, examples[0], None, detached)
+        one = _from_program(program, graph, count, call[2])
+        named = zip(one.arguments, per_example(*call), strict=True)
+        graph = lifted(one.graph, [name for name, own in named if own and name is not None])
+        captured = _for_batches(one, graph)
+        results = [trial.run(example) for example in examples]
+        batch = joined(examples, EXAMPLES)
+        found = captured.run(captured.values(trial.twin, batch[:count], batch[count:]))
+        checked = close(found, joined(results, EXAMPLES))
+    except NotLiftableError as error:
+        reason = f"The model was captured for one example, but not for several: {error}"
+        raise CaptureError(f"{refusal}\n{reason}.") from refusal.__cause__
+    except Exception as error:  # of any type: the reason of the first way is the clearer one
+        raise CaptureError(str(refusal)) from (refusal.__cause__ or error)
     finally:
-        kept.restore()
-    if not same:
+        trial.restore()
+    if trial.written:
+        trial.check_forgets(examples[0])
+    further = any(per_example(*call)[count:])
+    sizes = {EXAMPLES, *refusal.sizes}
+    if any(trial.mixes(examples, results, size, further) for size in sizes):
         raise CaptureError(
-            f"the model writes a tensor to {', '.join(map(repr, dict.fromkeys(written)))} while it "
-            "runs, and its next call reads that tensor, so that an explanation would depend on "
-            "earlier calls; expected a forward whose result depends on its arguments alone: pass "
-            "the tensor as an argument, or clear it at the beginning of forward"
-        )
+            "the model's results for an example depend on the other examples of its batch or on "
+            "their number, or are random; expected those for the example alone. Make the model "
+            f"independent of the batch.\n{refusal}"
+        ) from refusal.__cause__
+    if not checked:
+        raise CaptureError(str(refusal)) from refusal.__cause__
+    check_registered(program, trial.twin)
+    _LOGGER.info(
+        "%s takes no free batch size: it was captured for one example. Each example of a batch is "
+        "computed as if it were alone.",
+        type(trial.twin).__name__,
+    )
+    return captured
 
 
-def _other(x: Tensor) -> Tensor:
-    """Return another tensor of the same shape that a model that takes ``x`` takes as well."""
-    return x / 2 + 0.25 if x.is_floating_point() else x.flip(-1) if x.ndim else x
-
-
-def _export(
-    model: nn.Module, arguments: Any, shapes: ShapesCollection, detached: bool
-) -> tuple[ExportedProgram, fx.Graph]:
-    """Return a model's program, and its graph without operations that write to memory."""
-    device = pytree.tree_leaves(arguments)[0].device.type
-    with (
-        TURNS.exporting(), warnings.catch_warnings(), quiet(),
-        torch.autocast(device, enabled=False),
-    ):  # fmt: skip
-        warnings.filterwarnings("ignore", message=_RECURRENT)
-        program = export(model, arguments, dynamic_shapes=shapes, strict=False)
-        if detached:
-            _detach(program.graph)
-        try:
-            return program, functional(program.graph, _decompositions())
-        except NotRewritableError:  # then torch traces the program again, which takes longer
-            # Without example inputs torch does not check guards: torch 2.9 fails at that check for
-            # a model whose forward takes *inputs.
-            program.example_inputs = None
-            program = program.run_decompositions(dict(_decompositions()))
-            return program, program.graph
-
-
-def _detach(graph: fx.Graph) -> None:
-    """Detach the inputs of those parts of a graph that run under ``torch.no_grad()``."""
-    for node in list(graph.nodes):
-        without = node.target is torch.ops.higher_order.wrap_with_set_grad_enabled
-        if not without or node.args[0] is not False:
-            continue
-        for source in node.all_input_nodes:
-            if isinstance(value_of(source), Tensor):
-                with graph.inserting_before(node):
-                    cut = graph.call_function(torch.ops.aten.detach.default, (source,))
-                inherit(cut, source)
-                node.replace_input_with(source, cut)
-
-
-def _check_registered(program: ExportedProgram, model: nn.Module) -> None:
-    """Raise CaptureError if the model uses weights of a module that it has not registered.
-
-    A module in a plain list or dictionary is not registered. Changes of its weights would not be
-    noticed, and a fitted inverse would be used with weights that it does not belong to.
-    """
-    constants = [tensor for tensor in program.constants.values() if isinstance(tensor, Tensor)]
-    used = {tensor.data_ptr() for tensor in constants if tensor.numel()}
-    used -= {tensor.data_ptr() for _, tensor in named_tensors(model)}
-    known = set(model.modules())
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            for leaf in () if name in OWN else pytree.tree_leaves(value):
-                hidden = isinstance(leaf, nn.Module) and leaf not in known
-                if hidden and used & {t.data_ptr() for _, t in named_tensors(leaf)}:
-                    where = f"{path}.{name}".lstrip(".")
-                    raise CaptureError(
-                        f"the model computes with a {type(leaf).__name__} in {where!r} that is not "
-                        "registered, so that a change of its weights would not be noticed; "
-                        "expected a registered module: put it into an nn.ModuleList or "
-                        "nn.ModuleDict"
-                    )
-
-
-@cache
-def _decompositions() -> Mapping[Any, Any]:
-    """Return the composite operations to replace by their parts, such as einsum and LSTM.
-
-    Returns:
-        Operation → function that computes it from simpler operations.
-    """
-    kinds = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    apart = {
-        "einsum",
-        "addcmul",
-        "addcdiv",
-        "lerp",
-        "take_along_dim",
-        *kinds,
-        *(f"{kind}_cell" for kind in kinds),
-    }
-    table = default_decompositions().items()
-    return MappingProxyType({op: how for op, how in table if str(op).split(".")[1] in apart})
+def _for_batches(one: CapturedGraph, graph: fx.Graph) -> CapturedGraph:
+    """Return the graph for batches that was made from the graph for one example."""
+    first = next(node for node in graph.nodes if node.name == one.inputs[0])
+    return replace(
+        one,
+        graph=graph,
+        output=graph.output_node().all_input_nodes[0],
+        batch=str(value_of(first).shape[0]),
+        single=True,
+    )
 
 
 def _from_program(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from captum_mipin.errors import InputError
 
@@ -101,6 +102,21 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
         if isinstance(value, Tensor)
     ]
     return [*model.named_parameters(), *model.named_buffers(), *attributes]
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Return True for weights of a tensor subclass that can be dequantised, as torchao makes."""
+    return (
+        is_traceable_wrapper_subclass(tensor) and type(tensor).dequantize is not Tensor.dequantize
+    )
+
+
+def parts_of(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Return the plain tensors that a tensor consists of, by name."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [(name, tensor)]
+    inner = [(f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0]]
+    return [pair for one in inner for pair in parts_of(*one)]
 
 
 def snapshot(model: nn.Module) -> list[Any]:

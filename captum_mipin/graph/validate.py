@@ -8,16 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from captum_mipin.errors import CaptureError, InputError
 from captum_mipin.training import check_evaluation
 from captum_mipin.types import Extras, Inputs
-
-#: Hooks that compute the weight of a module before each call.
-_WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 def as_inputs(inputs: Any) -> Inputs:
@@ -122,7 +116,7 @@ def check_model(model: object) -> nn.Module:
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise CaptureError if a module is a TorchScript module or computes its weight in a hook."""
+    """Raise CaptureError if a module is a TorchScript module."""
     for path, module in model.named_modules():
         name = f"module {path!r}" if path else "the model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -130,14 +124,6 @@ def check_exportable(model: nn.Module) -> None:
                 f"{name} is compiled by TorchScript, which torch.export cannot read; expected a "
                 "Python module: use the module from before torch.jit.script or torch.jit.trace"
             )
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _WEIGHT_HOOKS):
-                raise CaptureError(
-                    f"{name} computes its weight at each call in a hook, {type(hook).__name__}, "
-                    "which torch.export cannot follow; expected a fixed weight: call "
-                    "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils, "
-                    "or use torch.nn.utils.parametrizations"
-                )
 
 
 def check_inputs(inputs: Inputs, explained: bool = True) -> None:

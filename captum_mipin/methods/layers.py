@@ -100,9 +100,13 @@ class Layer(Neurons):
     """
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Return y for the arguments x, weight, bias and batch norm."""
-        x, *parameters = arguments
-        return self.apply(x, *self.parameters(*parameters))
+        """Return y for the arguments x, weight, bias and batch norm, in the dtype of x."""
+        return self.exact(*arguments).to(arguments[0].dtype)
+
+    def exact(self, x: Tensor, *parameters: Any) -> Tensor:
+        """Return y in the dtype of the weights, which is wider if the model uses autocast."""
+        weight, bias = self.parameters(*parameters)
+        return self.apply(x.to(weight.dtype), weight, bias)
 
     def parameters(
         self, weight: Tensor | None, bias: Tensor | None, norm: Norm | None

@@ -175,6 +175,9 @@ def _works_along(node: fx.Node, source: fx.Node, layout: Layout) -> bool:
     """
     name, at = operation(node), marks(source).layout.dim
     ndim: int = _tensor(source).ndim
+    parts: Any = node.args[0] if name == "cat" else value_of(node)
+    if name in ("cat", "chunk", "split", "split_with_sizes") and len(parts) == 1:
+        return False  # the only part is the whole
     if name in _PARTIAL:  # their dimensions are those of the result, of which it may be a part
         at, ndim = layout.dim, _tensor(node).ndim
     along = _ALONG_DIMS.get(str(node.target).removeprefix("aten."), _ALONG_DIMS.get(name))

@@ -68,9 +68,9 @@ def check(
     module = None if layer is None else module_of(layer, model)
     start = tensors_at(graph, model, module, (inputs, extras))
     if method is None:
-        return CheckReport(tuple(survey(graph, table(), start)))
+        return CheckReport(tuple(survey(graph, table(), start)), graph.single)
     method = method(model) if isinstance(method, type) else method
-    return CheckReport(tuple(method.survey(graph, start)))
+    return CheckReport(tuple(method.survey(graph, start)), graph.single)
 
 
 def survey(

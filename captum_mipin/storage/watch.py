@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_mipin.graph.modules import tree
+from captum_mipin.graph.modules import parts_of, tree
 from captum_mipin.storage.files import digest_of
 
 #: All tensors with fewer 8-byte words than this number are concatenated and summed together.
@@ -80,7 +80,8 @@ class _Snapshot:
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
+    tensors = *model.named_parameters(), *model.named_buffers()
+    return [part for name, tensor in tensors for part in parts_of(name, tensor)]
 
 
 def _marks(model: nn.Module) -> list[Any]:

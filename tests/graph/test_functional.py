@@ -10,7 +10,7 @@ from torch.export import Dim, export
 from torch.nn import functional as F
 
 from captum_mipin.errors import CaptureError
-from captum_mipin.graph import capture as capturing
+from captum_mipin.graph import exporting
 from captum_mipin.graph.capture import capture
 from captum_mipin.graph.functional import NotRewritableError, functional
 from captum_mipin.graph.nodes import operation
@@ -215,7 +215,7 @@ def test_both_ways_give_the_same_operations(monkeypatch: pytest.MonkeyPatch) -> 
     def in_doubt(*arguments: Any) -> fx.Graph:
         raise NotRewritableError
 
-    monkeypatch.setattr(capturing, "functional", in_doubt)
+    monkeypatch.setattr(exporting, "functional", in_doubt)
     there = capture(model, (x,))
 
     def named(graph: fx.Graph) -> list[str]:

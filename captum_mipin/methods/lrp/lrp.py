@@ -341,17 +341,17 @@ def _run(
     The backward function computes all tensors that the rule needs, and frees them at its end, so
     that memory never holds those of all layers at once.
     """
-    value = layer(x, *parameters)
+    value = layer.exact(x, *parameters)
     recorded = value.detach()
 
     def back(r: Tensor) -> Tensor:
         weight, bias = layer.parameters(*parameters)
         if bias is None:
             bias = recorded.new_zeros(recorded.shape[layer.dim])
-        call = LayerCall(layer, x, weight, bias if takes else None, recorded)
-        return rule.back(call)(r)
+        call = LayerCall(layer, x.to(recorded), weight, bias if takes else None, recorded)
+        return rule.back(call)(r.to(recorded))
 
-    return value, back
+    return value.to(x.dtype), back
 
 
 def _bias_caveat(node: Any) -> str | None:

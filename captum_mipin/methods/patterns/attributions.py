@@ -66,10 +66,11 @@ class _WithPatterns(Propagation):
     ) -> tuple[Tensor, Back]:
         """Run a layer; return its value and the backward function with its patterns."""
         w, b = layer.parameters(*parameters)
-        value = layer.apply(x, w, b)
+        narrow, x = x.dtype, x.to(w)  # w is wider if the model uses autocast
+        value = layer.apply(x, w, b).to(narrow)
         if isinstance(layer, Scale):  # pattern a = 1 / w; for attributions a w = 1
             factor = (w != 0).to(w) if self._attribution else reciprocal(w)
-            return value, lambda s: layer.adjoint(s, x, factor)
+            return value, lambda s: layer.adjoint(s.to(w), x, factor)
         a = self._pattern(layer.key).to(w)
         if a.shape != w.shape:
             raise InputError(
@@ -80,7 +81,7 @@ class _WithPatterns(Propagation):
 
         def back(s: Tensor) -> Tensor:
             self._check_live(layer, s, a, w)
-            return layer.adjoint(s, x, factor)
+            return layer.adjoint(s.to(w), x, factor)
 
         return value, back
 

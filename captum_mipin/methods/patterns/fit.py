@@ -328,11 +328,12 @@ class _Fitting(Signal):
         self, options: Options, layer: Layer, x: Tensor, *parameters: Any
     ) -> tuple[Tensor, Back]:
         weight, bias = layer.parameters(*parameters)
-        linear = layer.apply(x, weight)
+        exact = x.to(weight)  # the weight is wider if the model uses autocast
+        linear = layer.apply(exact, weight)
         value = layer.shifted(linear, bias)
         if not isinstance(layer, Scale):
-            self._add(layer, x, weight, linear, value)
-        return value, lambda s: s
+            self._add(layer, exact, weight, linear, value)
+        return value.to(x), lambda s: s
 
     def _merge(self, options: Options, operation: Any, x: tuple[Tensor, ...], **named: Any) -> Any:
         value, merge = operation(x, **named), Merge.of(operation)

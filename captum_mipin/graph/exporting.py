@@ -1,0 +1,124 @@
+"""The export of a model by ``torch.export``, and the reasons why an export is refused."""
+
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection, default_decompositions, export
+from torch.utils import _pytree as pytree
+
+from captum_mipin.errors import CaptureError
+from captum_mipin.graph.diagnosis import quiet
+from captum_mipin.graph.functional import NotRewritableError, functional
+from captum_mipin.graph.marks import inherit, value_of
+from captum_mipin.graph.modules import OWN, named_tensors
+from captum_mipin.graph.signature import per_example, plain
+from captum_mipin.graph.turns import TURNS
+from captum_mipin.types import Extras, Inputs
+
+#: Batch size of the example for the capture. torch.export treats sizes 0 and 1 as constants.
+_EXAMPLE_BATCH = 3
+
+#: Pattern of a harmless warning about recurrent layers, whose weights are plain attributes as well.
+_RECURRENT = (
+    r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, )?)+ (was|were) assigned during "
+    "export"
+)
+
+
+def free_batch(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Any, ShapesCollection]:
+    """Return the arguments for the export, and the dimensions whose size is not fixed."""
+    leaves, structure = pytree.tree_flatten(plain((*inputs, *extras)))
+    shapes = ShapesCollection()
+    for index, own in enumerate(per_example(inputs, extras, shared)):
+        if own:
+            ones = (1,) * (leaves[index].ndim - 1)
+            leaves[index] = leaves[index][:1].repeat(_EXAMPLE_BATCH, *ones)
+            shapes[leaves[index]] = {0: Dim.DYNAMIC}
+    return pytree.tree_unflatten(leaves, structure), shapes
+
+
+def export_graph(
+    model: nn.Module, arguments: Any, shapes: ShapesCollection | None, detached: bool
+) -> tuple[ExportedProgram, fx.Graph]:
+    """Return a model's program, and its graph without operations that write to memory."""
+    device = pytree.tree_leaves(arguments)[0].device.type
+    with (
+        TURNS.exporting(), warnings.catch_warnings(), quiet(),
+        torch.autocast(device, enabled=False),
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", message=_RECURRENT)
+        program = export(model, arguments, dynamic_shapes=shapes, strict=False)
+        if detached:
+            _detach(program.graph)
+        try:
+            return program, functional(program.graph, _decompositions())
+        except NotRewritableError:  # then torch traces the program again, which takes longer
+            # Without example inputs torch does not check guards: torch 2.9 fails at that check for
+            # a model whose forward takes *inputs.
+            program.example_inputs = None
+            program = program.run_decompositions(dict(_decompositions()))
+            return program, program.graph
+
+
+def _detach(graph: fx.Graph) -> None:
+    """Detach the inputs of those parts of a graph that run under ``torch.no_grad()``."""
+    for node in list(graph.nodes):
+        without = node.target is torch.ops.higher_order.wrap_with_set_grad_enabled
+        if not without or node.args[0] is not False:
+            continue
+        for source in node.all_input_nodes:
+            if isinstance(value_of(source), Tensor):
+                with graph.inserting_before(node):
+                    cut = graph.call_function(torch.ops.aten.detach.default, (source,))
+                inherit(cut, source)
+                node.replace_input_with(source, cut)
+
+
+def check_registered(program: ExportedProgram, model: nn.Module) -> None:
+    """Raise CaptureError if the model uses weights of a module that it has not registered.
+
+    A module in a plain list or dictionary is not registered. Changes of its weights would not be
+    noticed, and a fitted inverse would be used with weights that it does not belong to.
+    """
+    constants = [tensor for tensor in program.constants.values() if isinstance(tensor, Tensor)]
+    used = {tensor.data_ptr() for tensor in constants if tensor.numel()}
+    used -= {tensor.data_ptr() for _, tensor in named_tensors(model)}
+    known = set(model.modules())
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            for leaf in () if name in OWN else pytree.tree_leaves(value):
+                hidden = isinstance(leaf, nn.Module) and leaf not in known
+                if hidden and used & {t.data_ptr() for _, t in named_tensors(leaf)}:
+                    where = f"{path}.{name}".lstrip(".")
+                    raise CaptureError(
+                        f"the model computes with a {type(leaf).__name__} in {where!r} that is not "
+                        "registered, so that a change of its weights would not be noticed; "
+                        "expected a registered module: put it into an nn.ModuleList or "
+                        "nn.ModuleDict"
+                    )
+
+
+@cache
+def _decompositions() -> Mapping[Any, Any]:
+    """Return the composite operations to replace by their parts, such as einsum and LSTM.
+
+    Returns:
+        Operation → function that computes it from simpler operations.
+    """
+    kinds = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    apart = {
+        "einsum",
+        "addcmul",
+        "addcdiv",
+        "lerp",
+        "take_along_dim",
+        *kinds,
+        *(f"{kind}_cell" for kind in kinds),
+    }
+    table = default_decompositions().items()
+    return MappingProxyType({op: how for op, how in table if str(op).split(".")[1] in apart})

@@ -1,0 +1,170 @@
+"""Calls of a copy of a model with real values, which show what a graph does not show."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from captum_mipin.errors import CaptureError
+from captum_mipin.graph.kept import Kept
+from captum_mipin.graph.modes import plain_modes
+from captum_mipin.graph.modules import is_quantised
+from captum_mipin.graph.signature import per_example, plain, select
+from captum_mipin.graph.twin import twin_of
+from captum_mipin.training import settle
+from captum_mipin.types import Extras, Inputs, Output
+
+#: Number of different examples in a batch for a trial.
+EXAMPLES = 3
+
+
+class Trial:
+    """A copy of a model that returns one tensor, and whose calls change nothing.
+
+    Args:
+        model: The model.
+        output: Which output, see :func:`captum_mipin.graph.signature.select`.
+
+    Attributes:
+        twin: The copy.
+        written: Names of the attributes and variables that calls have written tensors to.
+    """
+
+    def __init__(self, model: nn.Module, output: Output) -> None:
+        self.twin, self.written = twin_of(model), list[str]()
+        settle(self.twin)
+        self._kept, self._restores = Kept(self.twin), True
+
+        def finish(module: nn.Module, arguments: Any, value: Any) -> Tensor:
+            # before torch compares the attributes of the model with those before the call
+            if self._restores:
+                self.restore()
+            return select(value, output)
+
+        self.twin.register_forward_hook(finish)
+
+    def restore(self) -> None:
+        """Write back all that calls have written."""
+        self.written += self._kept.restore()
+
+    def run(self, arguments: Any) -> Tensor:
+        """Return the result of a call of the copy, without gradients and from a fixed seed."""
+        device = pytree.tree_leaves(arguments)[0].device
+        devices = [device] if device.type == "cuda" else []
+        with plain_modes(device), torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            result: Tensor = self.twin(*arguments)
+        return result
+
+    def dequantise(self, arguments: Any) -> None:
+        """Replace quantised weights of the copy by the floating weights that they stand for.
+
+        Raises:
+            CaptureError: The result for ``arguments`` changes, because the model does not only keep
+                its weights in a quantised form, but also computes in it.
+        """
+        weights = [
+            (module, name, weight)
+            for module in self.twin.modules()
+            for name, weight in module._parameters.items()
+            if weight is not None and is_quantised(weight)
+        ]
+        if not weights:
+            return
+        expected = self.run(arguments)
+        for module, name, weight in weights:
+            module._parameters[name] = nn.Parameter(weight.dequantize(), requires_grad=False)
+        if not close(self.run(arguments), expected):
+            kind = type(weights[0][2]).__name__
+            raise CaptureError(
+                f"the model has weights of the type {kind}, and computes something else with them "
+                "than with the floating weights that they stand for: its activations are quantised "
+                "as well. Expected weights alone to be quantised: explain the model from before "
+                "the quantisation"
+            )
+
+    def check_forgets(self, arguments: Any) -> None:
+        """Raise CaptureError if a call of the model changes the results of later calls."""
+        others = pytree.tree_map_only(Tensor, lambda x: _variants(x)[1], arguments)
+        try:
+            expected = self.run(arguments)
+            self._restores = False
+            self.run(others)
+            same = torch.equal(expected, self.run(arguments))
+        except Exception:  # of any type: the second call fails, the first one did not
+            same = False
+        finally:
+            self._restores = True
+            self.restore()
+        if not same:
+            names = ", ".join(map(repr, dict.fromkeys(self.written)))
+            raise CaptureError(
+                f"the model writes a tensor to {names} while it runs, and its next call reads that "
+                "tensor, so that an explanation would depend on earlier calls; expected a forward "
+                "whose result depends on its arguments alone: pass the tensor as an argument, or "
+                "clear it at the beginning of forward"
+            )
+
+    def mixes(self, examples: list[Any], results: list[Tensor], size: int, further: bool) -> bool:
+        """Return True if the results for a batch differ from those for each example alone.
+
+        A model that takes no batch of this size does not mix examples. If it takes further
+        arguments, it may fail because a tensor has a meaning for the whole batch.
+
+        Args:
+            examples: Batches of one example each.
+            results: The result for each of them.
+            size: Number of examples in the batch; the examples follow each other in turn.
+            further: Whether further arguments have one row per example.
+        """
+        try:
+            found = self.run(joined(examples, size))
+        except Exception:  # of any type: the model does not take such a batch
+            return further
+        return not close(found, joined(results, size))
+
+
+def examples_like(inputs: Inputs, extras: Extras, shared: bool) -> list[Any]:
+    """Return different batches of one example each, like the first example of a call.
+
+    Args:
+        inputs: Tensors (batch, ...).
+        extras: Further arguments of ``forward``.
+        shared: See :func:`captum_mipin.graph.signature.per_example`.
+    """
+    leaves, structure = pytree.tree_flatten(plain((*inputs, *extras)))
+    own = per_example(inputs, extras, shared)
+    variants = [
+        _variants(leaf[:1]) if one else [leaf] * EXAMPLES
+        for leaf, one in zip(leaves, own, strict=True)
+    ]
+    return [pytree.tree_unflatten(list(row), structure) for row in zip(*variants, strict=True)]
+
+
+def joined(examples: list[Any], size: int) -> Any:
+    """Return a batch of ``size`` examples, taken from batches of one example in turn."""
+
+    def join(*leaves: Any) -> Any:
+        different = any(leaf is not leaves[0] for leaf in leaves)
+        if not different or not isinstance(leaves[0], Tensor):
+            return leaves[0]
+        return torch.cat([leaves[index % len(leaves)] for index in range(size)])
+
+    return pytree.tree_map(join, *examples)
+
+
+def close(x: Tensor, y: Tensor) -> bool:
+    """Return True if two tensors have one shape and differ by rounding errors only."""
+    if x.shape != y.shape or not x.is_floating_point():
+        return torch.equal(x, y)
+    # |x − y| ≤ √eps · max |y|
+    largest = float(y.abs().max()) if y.numel() else 0.0
+    return torch.allclose(x, y, 0, largest * torch.finfo(y.dtype).eps ** 0.5, equal_nan=True)
+
+
+def _variants(x: Tensor) -> list[Tensor]:
+    """Return ``x`` and two other tensors that a model that takes ``x`` takes as well."""
+    if x.is_floating_point():
+        return [x, x / 2 + 0.25, x * 0.75 - 0.125]
+    return [x, x.flip(-1), x.roll(1, -1)] if x.ndim else [x] * EXAMPLES

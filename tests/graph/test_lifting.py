@@ -1,0 +1,245 @@
+"""Models without a free batch size are explained as the same network with one is."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small import Function
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from captum_mipin import InverseNetwork, MIPINAttribution, check
+from captum_mipin.bottleneck import IBA
+from captum_mipin.errors import CaptureError
+from captum_mipin.methods import LRP, GuidedBackprop
+
+
+def _parts() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    parts: dict[str, nn.Module] = {
+        "conv": nn.Conv2d(2, 3, 3),
+        "norm": nn.BatchNorm2d(3),
+        "head": nn.Linear(27, 4),
+        "dense": nn.Linear(25, 6),
+        "layer": nn.LayerNorm(25),
+        "last": nn.Linear(6, 4),
+        "attention": nn.MultiheadAttention(6, 2, batch_first=True),
+        "recurrent": nn.GRU(25, 6, batch_first=True),
+        "frames": nn.Conv2d(1, 3, 3),
+        "out": nn.Linear(3, 4),
+    }
+    return {name: part.double() for name, part in parts.items()}
+
+
+def _body(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = m["head"](torch.relu(m["norm"](m["conv"](x))).flatten(1))
+    return y
+
+
+def _tokens(m: Any, x: Tensor) -> Tensor:
+    return torch.relu(m["dense"](m["layer"](x.flatten(2))))
+
+
+def _frames(m: Any, x: Tensor) -> Tensor:
+    """Take the channels of an image (C, H, W) for frames of a film."""
+    h = torch.relu(m["frames"](x[:, None]))
+    return m["out"](h.mean((0, 2, 3)))
+
+
+Spelling = Callable[[Any, Tensor], Tensor]
+
+#: Name → the spelling without and the one with a free batch size.
+PAIRS: dict[str, tuple[Spelling, Spelling]] = {
+    "loop over batches of one": (
+        lambda m, x: torch.cat([_body(m, x[i : i + 1]) for i in range(len(x))]),
+        _body,
+    ),
+    "loop over examples": (
+        lambda m, x: torch.stack(
+            [m["head"](F.relu(m["norm"](m["conv"](one)[None]))[0].flatten()) for one in x]
+        ),
+        _body,
+    ),
+    "chunks": (
+        lambda m, x: torch.cat([_body(m, part) for part in x.chunk(max(1, len(x) // 2))]),
+        _body,
+    ),
+    "chunks of at least four": (
+        lambda m, x: torch.cat(
+            [_body(m, part) for part in x.chunk(math.ceil(x.shape[0] / 4))]
+        ),
+        _body,
+    ),
+    "split": (lambda m, x: torch.cat([_body(m, part) for part in x.split([1] * len(x))]), _body),
+    "number in a shape": (
+        lambda m, x: m["head"](F.relu(m["norm"](m["conv"](x))).view(len(x), 27)),
+        lambda m, x: m["head"](F.relu(m["norm"](m["conv"](x))).view(x.shape[0], 27)),
+    ),
+    "zeros": (
+        lambda m, x: _body(m, x) + torch.zeros(len(x), 4, dtype=x.dtype),
+        _body,
+    ),
+    "vmap": (
+        lambda m, x: torch.vmap(lambda one: m["last"](_tokens(m, one[None])[0].mean(0)))(x),
+        lambda m, x: m["last"](_tokens(m, x).mean(1)),
+    ),
+    "class token": (
+        lambda m, x: m["last"](
+            torch.cat([m["last"].weight[None, :1].expand(len(x), -1, -1), _tokens(m, x)], 1).mean(1)
+        ),
+        lambda m, x: m["last"](
+            torch.cat(
+                [m["last"].weight[None, :1].expand(x.shape[0], -1, -1), _tokens(m, x)], 1
+            ).mean(1)
+        ),
+    ),
+    "attention of one at a time": (
+        lambda m, x: torch.stack(
+            [m["last"](m["attention"](h, h, h, need_weights=False)[0].mean(0))
+             for h in _tokens(m, x.view(len(x), 2, 5, 5))]
+        ),
+        lambda m, x: m["last"](
+            m["attention"](h := _tokens(m, x), h, h, need_weights=False)[0].mean(1)
+        ),
+    ),
+    "recurrent, one at a time": (
+        lambda m, x: torch.stack([m["last"](m["recurrent"](one.flatten(1))[0][-1]) for one in x]),
+        lambda m, x: m["last"](m["recurrent"](x.flatten(2))[0][:, -1]),
+    ),
+    "frames": (
+        lambda m, x: torch.stack([_frames(m, one) for one in x]),
+        lambda m, x: m["out"](
+            torch.relu(m["frames"](x.flatten(0, 1)[:, None])).unflatten(0, (-1, 2)).mean((1, 3, 4))
+        ),
+    ),
+    "sums of scalars": (
+        lambda m, x: torch.stack(
+            [torch.stack([(w[0, 0, 0] * one).sum() for w in m["conv"].weight]) for one in x]
+        ),
+        lambda m, x: torch.stack([(w[0, 0, 0] * x).sum((1, 2, 3)) for w in m["conv"].weight], 1),
+    ),
+}  # fmt: skip
+
+
+#: The hidden states are (batch, 1, 6) in one spelling, and (1, batch, 6) in the other. So other
+#: dimensions count as their channels, and the factors of the branches differ.
+OTHER_FORKS = ("recurrent, one at a time",)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(40, 2, 5, 5, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_fixed_batch_size_gives_the_maps_of_a_free_one(name: str, x: Tensor) -> None:
+    one, free = (Function(spelling, **_parts()).eval() for spelling in PAIRS[name])
+    assert torch.allclose(one(x[:3]), free(x[:3]))
+    if name != "chunks of at least four":  # of these, torch makes a single one for any batch
+        assert "captured for one example" in str(check(one, x[:3]))
+    assert "captured for one example" not in str(check(free, x[:3]))
+    maps: list[list[Tensor]] = []
+    for model in (one, free):
+        maps.append([GuidedBackprop(model).attribute(x[:4], target=[0, 1, 2, 1])])
+        if name not in OTHER_FORKS:
+            inverse = InverseNetwork(model).fit(x, targets=[0, 2], progress=False)
+            maps[-1].append(MIPINAttribution(model, inverse).attribute(x[:4], target=[0, 2, 2, 0]))
+    for found, expected in zip(*maps, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_other_methods_give_the_maps_of_a_free_batch_size(x: Tensor) -> None:
+    one, free = (Function(spelling, **_parts()).eval() for spelling in PAIRS["loop over examples"])
+    maps = [LRP(model).attribute(x[:4], target=[0, 1, 2, 3]) for model in (one, free)]
+    torch.testing.assert_close(*maps, rtol=1e-7, atol=1e-10)
+    maps = []
+    for model in (one, free):
+        iba = IBA(model, model.layers["norm"]).estimate(x, progress=False)
+        maps.append(iba.attribute(x[:4], target=[0, 1, 2, 3]))
+    torch.testing.assert_close(*maps, rtol=1e-6, atol=1e-9)
+
+
+class Several(nn.Module):
+    """Takes two inputs, one tensor with a row per example, and one that all examples share."""
+
+    def __init__(self, free: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.free, self.a, self.b = free, nn.Linear(3, 5), nn.Linear(4, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, y: Tensor, scale: Tensor, shared: Tensor) -> Tensor:
+        if self.free:
+            return self._forward(x, y, scale, shared)
+        rows = [self._forward(*row, shared) for row in zip(x, y, scale, strict=True)]
+        return torch.stack(rows)
+
+    def _forward(self, x: Tensor, y: Tensor, scale: Tensor, shared: Tensor) -> Tensor:
+        h = torch.relu(self.a(x) * scale + self.b(y) + shared)
+        result: Tensor = self.head(h)
+        return result
+
+
+def test_several_inputs_and_further_arguments_are_taken_by_example() -> None:
+    one, free = Several(False).eval().double(), Several(True).eval().double()
+    x, y = torch.randn(30, 3, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
+    scale, shared = torch.rand(30, 1, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    call = ((x[:4], y[:4]), [0, 1, 2, 0], (scale[:4], shared))
+    maps = [GuidedBackprop(model).attribute(*call) for model in (one, free)]
+    by_hand = [
+        GuidedBackprop(one).attribute(
+            (x[i : i + 1], y[i : i + 1]), i % 3, (scale[i : i + 1], shared)
+        )
+        for i in range(4)
+    ]
+    torch.testing.assert_close(*maps)
+    torch.testing.assert_close(maps[0], tuple(map(torch.cat, zip(*by_hand, strict=True))))
+
+
+def test_a_tensor_as_long_as_the_batch_that_is_no_row_per_example_is_shared() -> None:
+    def run(m: Any, x: Tensor, w: Tensor) -> Tensor:
+        return torch.stack([m["out"](one * w) for one in x])
+
+    model, x, w = Function(run, **_parts()).eval(), torch.randn(3, 3).double(), torch.rand(3)
+    expected = (model.layers["out"].weight[[0, 1, 2]] * w).detach()
+    torch.testing.assert_close(GuidedBackprop(model).attribute(x, [0, 1, 2], w.double()), expected)
+
+
+def _carries(m: Any, x: Tensor) -> Tensor:
+    rows, last = [], torch.zeros(4, dtype=x.dtype)
+    for one in x:
+        last = last * 0.5 + _body(m, one[None])[0]
+        rows.append(last)
+    return torch.stack(rows)
+
+
+MIXING: dict[str, Spelling] = {
+    "mean of the batch": lambda m, x: _body(m, x - x.sum(0) / len(x)),
+    "divided by the batch size": lambda m, x: _body(m, x) / len(x),
+    "a state carried on": _carries,
+    "statistics of chunks": lambda m, x: torch.cat(
+        [_body(m, F.batch_norm(h, None, None, training=True)) for h in x.chunk(max(1, len(x) // 2))]
+    ),
+    "branch": lambda m, x: _body(m, x) * (2 if x.shape[0] > 20 else 1),
+    "branch for few": lambda m, x: _body(m, x) * (2 if x.shape[0] < 12 else 1),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_really_mixes_examples_is_refused(name: str, x: Tensor) -> None:
+    model = Function(MIXING[name], **_parts()).eval()
+    with pytest.raises(CaptureError, match="other examples of its batch or on their number"):
+        check(model, x[:4])
+
+
+def test_the_capture_for_one_example_is_logged(x: Tensor, caplog: Any) -> None:
+    model = Function(lambda m, x: torch.cat([m["head"](o.view(1, 27)) for o in x]), **_parts())
+    with caplog.at_level(logging.INFO, logger="captum_mipin"):
+        check(model.eval(), x.new_ones(2, 3, 3, 3))
+    messages = [r.getMessage() for r in caplog.records if r.name.startswith("captum_mipin")]
+    assert len(messages) == 1
+    assert "Function takes no free batch size: it was captured for one example" in messages[0]
