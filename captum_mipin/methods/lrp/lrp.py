@@ -17,7 +17,7 @@ from captum_mipin.errors import InputError
 from captum_mipin.graph.layers import Site
 from captum_mipin.graph.modules import tree
 from captum_mipin.graph.nodes import operation
-from captum_mipin.graph.validate import check_choice
+from captum_mipin.graph.validate import check_choice, check_model
 from captum_mipin.methods.base import Explanation, Relevance, Table
 from captum_mipin.methods.layers import Layer, Scale, replace_layers
 from captum_mipin.methods.lrp.rules import (
@@ -133,7 +133,7 @@ class LRP(Relevance):
             InputError: A module has a rule of Captum's LRP as its attribute ``rule``.
         """
         alone = not self.composite and self.input_rule is None
-        _check_captum_rules(self.model, self.rule if alone else None)
+        _check_captum_rules(check_model(self.model), self.rule if alone else None)
         return super().explain(inputs, target, extras, layer)
 
     def _table(self) -> Table:
