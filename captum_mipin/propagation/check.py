@@ -9,7 +9,7 @@ from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.layers import tensors_at
 from captum_mipin.graph.modules import module_of, unwrapped
-from captum_mipin.graph.validate import as_extras, as_inputs
+from captum_mipin.graph.validate import as_extras, as_inputs, check_inputs
 from captum_mipin.propagation.passes import MARKING, draft
 from captum_mipin.propagation.treatments import treatments
 from captum_mipin.report import CheckReport, CheckRow
@@ -58,6 +58,7 @@ def check(
     """
     model, inputs = unwrapped(model), as_inputs(example_inputs)
     extras = as_extras(additional_forward_args)
+    check_inputs(inputs, explained=layer is None)
     graphs = Graphs[None]()
 
     def graph_of(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
