@@ -168,6 +168,15 @@ class _FixedBatchError(CaptureError):
 def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
     """Return the graph of a model for any batch size."""
     arguments, shapes = free_batch(*call)
+
+    def equal_lengths(module: nn.Module, arguments: Any) -> None:
+        # else gather(1, labels) would have a batch of its own, the length of the labels
+        leaves, own = pytree.tree_leaves(arguments), per_example(*call)
+        first, *others = [x for x, each in zip(leaves, own, strict=True) if each]
+        for x in others:
+            torch._check(x.shape[0] == first.shape[0])
+
+    handle = trial.twin.register_forward_pre_hook(equal_lengths)
     try:
         program, graph = export_graph(trial.twin, arguments, shapes, detached)
     except CaptureError:
@@ -175,6 +184,7 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
     except Exception as error:
         raise _FixedBatchError(str(failure(error, trial.twin, *call))) from error
     finally:
+        handle.remove()
         trial.restore()
     if trial.written:
         trial.check_forgets(arguments)

@@ -20,7 +20,7 @@ SHAPE = (
 
 #: Operation without a rule → advice, appended to the reason for its refusal.
 _HINTS = dict.fromkeys(
-    ("softmax", "_softmax", "log_softmax", "_log_softmax"),
+    ("softmax", "_softmax", "log_softmax", "_log_softmax", "cross_entropy_loss", "nll_loss_nd"),
     "; where it ends the model, return the logits that go into it",
 )
 

@@ -867,3 +867,28 @@ def test_rules_of_captum_on_modules_are_told_as_a_composite():
     assert torch.equal(method.attribute(x, 1), before)
     model[0].rule = "a rule of the user"
     assert torch.equal(method.attribute(x, 1), before)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda o, y: o[torch.arange(o.shape[0]), y],
+        lambda o, y: o.gather(1, y[:, None]).squeeze(1),
+        lambda o, y: (o * F.one_hot(y, 3)).sum(1),
+    ],
+)
+def test_a_model_that_returns_the_logit_of_a_label_is_explained_as_for_this_target(chosen):
+    layers = {"first": nn.Linear(4, 6), "last": nn.Linear(6, 3)}
+    logits = Function(lambda m, x: m["last"](m["first"](x).relu()), **layers).eval()
+    model = Function(lambda m, x, y: chosen(m["last"](m["first"](x).relu()), y), **layers).eval()
+    x, y = normal(5, 4), torch.tensor([2, 0, 1, 1, 0])
+    one = LRP(model).attribute(x, additional_forward_args=y)
+    torch.testing.assert_close(one, LRP(logits).attribute(x, y))
+
+
+def test_a_loss_is_refused_with_the_advice_to_return_the_logits():
+    model = Function(
+        lambda m, x, y: F.cross_entropy(m["last"](x), y, reduction="none"), last=nn.Linear(4, 3)
+    ).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"cross_entropy_loss.*return the logits"):
+        LRP(model).attribute(normal(2, 4), additional_forward_args=torch.tensor([0, 2]))
