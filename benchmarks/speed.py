@@ -35,6 +35,7 @@ from captum_mipin.inverse import fit as fitting
 from captum_mipin.inverse import surrogates
 from captum_mipin.inverse.information import SharedInformation
 from captum_mipin.inverse.passes import Passes
+from captum_mipin.inverse.tables import Table
 from captum_mipin.inverse.trace import Trace
 from captum_mipin.rules.linear import Convolution, Dense
 from captum_mipin.storage import watch
@@ -139,8 +140,8 @@ def parts(row: dict[str, Any]) -> Iterator[None]:
         (Dense, "moments", "moments s"),
         (Convolution, "moments", "moments s"),
         (fitting, "solve", "solve s"),
-        (fitting, "solve_rows", "solve s"),
-        (fitting, "Rows", "moments s"),
+        (Table, "add", "moments s"),
+        (Table, "solve", "solve s"),
         (SharedInformation, "add", "information s"),
         (watch, "fingerprint", "fingerprint s"),
     ):

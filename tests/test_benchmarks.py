@@ -277,3 +277,22 @@ def test_the_parts_of_a_fit_that_are_timed_are_there(monkeypatch):
     with speed.parts(row):
         speed.InverseNetwork(model).fit(torch.randn(40, 1, 6, 6), progress=False)
     assert row.keys() >= {f"{part} s" for part in ("capture", "forward", "moments", "solve")}
+
+
+def test_the_script_for_gpus_runs_on_the_cpu(monkeypatch):
+    """With small settings, on which the CPU differs from itself by nothing."""
+    pytest.importorskip("torchvision", reason="the script measures its networks")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+    ).eval()  # fmt: skip
+    row = gpu.measure(model, torch.randn(8, 3, 9, 9), batch=4, rounds=1)
+    assert row["images"] == 8 and row["fit s"] > 0
+    assert set(row) >= {f"attribute / Saliency, {count} images" for count in (2, 8)}
+    assert row["largest difference from the CPU"] == 0
+    for name in ("gpu", "common"):
+        sys.modules.pop(name, None)

@@ -123,10 +123,16 @@ def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Ten
     )
     # Entries of a tap that has no nonzero signal are set to exact zeros instead of rounding errors.
     sizes = _correlate(conv, s.abs().sum(0, keepdim=True).double(), z_ones)[:, 0]
-    unseen = sizes == 0
-    if unseen.any():
+    unseen, some = _unseen(sizes)
+    if some:
         ss.masked_fill_(unseen.unsqueeze(1) | unseen.unsqueeze(2), 0.0)
     return mean, zs, ss
+
+
+def _unseen(sizes: Tensor) -> tuple[Tensor, bool]:
+    """Return where ``sizes`` is 0, and False if it is 0 nowhere; GPUs are not waited for."""
+    unseen = sizes == 0
+    return unseen, unseen.device.type != "cpu" or bool(unseen.any())
 
 
 def _correlate(conv: Geometry, s: Tensor, x: Tensor) -> Tensor:

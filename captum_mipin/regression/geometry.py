@@ -13,6 +13,7 @@ and channel, or 0 if the index of S is outside of S or not an integer.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -50,7 +51,7 @@ class Geometry:
     output_padding: tuple[int, ...] = ()
     skip: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def kernel(self) -> tuple[int, ...]:
         """Return the number of taps along each spatial dimension."""
         return self.weight_shape[2:]
@@ -60,18 +61,18 @@ class Geometry:
         """Return the number of spatial dimensions."""
         return len(self.kernel)
 
-    @property
+    @cached_property
     def reach(self) -> tuple[int, ...]:
         """Return the distance from the first tap to the last along each spatial dimension."""
         return tuple((k - 1) * d for k, d in zip(self.kernel, self.dilation, strict=True))
 
-    @property
+    @cached_property
     def channels(self) -> tuple[int, int]:
         """Return the channels of x and of s in each group."""
         first, second = self.weight_shape[:2]
         return (first // self.groups, second) if self.transposed else (second, first // self.groups)
 
-    @property
+    @cached_property
     def features(self) -> tuple[int, int]:
         """Return the numbers of features and of signals of the regression in each group.
 
@@ -88,7 +89,7 @@ class Geometry:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return y, the result of the convolution of ``x``."""
-        y = torch.convolution(x, weight, bias, *self._arguments())
+        y = torch.convolution(x, weight, bias, *self._arguments)
         for dim, n in enumerate(self.skip, 2):
             y = y.narrow(dim, n, y.shape[dim] - n)
         return y
@@ -103,7 +104,7 @@ class Geometry:
             of: 0 for the gradient with respect to x, 1 for that with respect to the weight.
         """
         result: Tensor = torch.ops.aten.convolution_backward(
-            self.full(s), x, weight, None, *self._arguments(), [of == 0, of == 1, False]
+            self.full(s), x, weight, None, *self._arguments, [of == 0, of == 1, False]
         )[of]
         return result
 
@@ -175,6 +176,7 @@ class Geometry:
         whole = all((d == 1 or k == 1) and p == 0 and z % k == 0 for k, d, p, z in sizes)
         return whole and prod(self.kernel) > 1
 
+    @cached_property
     def _arguments(self) -> tuple[Any, ...]:
         """Return the arguments of ``torch.convolution`` that follow the bias."""
         output_padding = self.output_padding or (0,) * self.dims

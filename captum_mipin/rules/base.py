@@ -89,6 +89,8 @@ class Inverse:
 
     def to(self, other: Tensor) -> "Inverse":
         """Return this inverse in the dtype and on the device of ``other``."""
+        if self.weight.dtype == other.dtype and self.weight.device == other.device:
+            return self
         parts: dict[str, Any] = {
             name: part.to(other if part.is_floating_point() else other.device)
             for name, part in vars(self).items()

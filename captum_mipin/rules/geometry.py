@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import fx
@@ -59,25 +60,37 @@ class ConvolutionArguments:
             The parsed arguments, in which the defaults are filled in.
         """
         passed = {**dict(zip(_CONVOLUTION[transposed], arguments, strict=False)), **named}
-        weight = passed["weight"]
-        shape = tuple((value_of(weight) if isinstance(weight, fx.Node) else weight).shape)
-        dims = len(shape) - 2
-        stride, dilation, output_padding = (
-            per_dimension(passed.get(name, default), dims)
-            for name, default in (("stride", 1), ("dilation", 1), ("output_padding", 0))
-        )
-        padding, skip = passed.get("padding", 0), ()
-        if padding == "same":
-            # For an even kernel, "same" pads one zero less in front than behind. This is equal to a
-            # convolution with the larger padding on both sides, without its first output.
-            total = [d * (k - 1) for k, d in zip(shape[2:], dilation, strict=True)]
-            padding, skip = [n - n // 2 for n in total], tuple(n % 2 for n in total)
-        padding = per_dimension(0 if padding == "valid" else padding, dims)
-        groups = passed.get("groups", 1)
-        geometry = Geometry(
-            shape, stride, padding, dilation, groups, transposed, output_padding, skip
-        )
-        return cls(weight, passed.get("bias"), geometry)
+        weight, bias = passed.pop("weight"), passed.pop("bias", None)
+        shape = (value_of(weight) if isinstance(weight, fx.Node) else weight).shape
+        options = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in passed.items())
+        return cls(weight, bias, _geometry(tuple(shape), options, transposed))
+
+
+@lru_cache(maxsize=1024)
+def _geometry(
+    shape: tuple[int, ...], options: tuple[tuple[str, Any], ...], transposed: bool
+) -> Geometry:
+    """Return the geometry of a convolution; calls of a network repeat the same few arguments.
+
+    Args:
+        shape: Shape of the weight.
+        options: Names and values of the other arguments.
+        transposed: Whether the operation is a transposed convolution.
+    """
+    passed, dims = dict(options), len(shape) - 2
+    stride, dilation, output_padding = (
+        per_dimension(passed.get(name, default), dims)
+        for name, default in (("stride", 1), ("dilation", 1), ("output_padding", 0))
+    )
+    padding, skip = passed.get("padding", 0), ()
+    if padding == "same":
+        # For an even kernel, "same" pads one zero less in front than behind. This is equal to a
+        # convolution with the larger padding on both sides, without its first output.
+        total = [d * (k - 1) for k, d in zip(shape[2:], dilation, strict=True)]
+        padding, skip = [n - n // 2 for n in total], tuple(n % 2 for n in total)
+    padding = per_dimension(0 if padding == "valid" else padding, dims)
+    groups = passed.get("groups", 1)
+    return Geometry(shape, stride, padding, dilation, groups, transposed, output_padding, skip)
 
 
 def pool_geometry(

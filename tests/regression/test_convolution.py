@@ -4,9 +4,10 @@ import pytest
 import torch
 from designs import covered, rows_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_mipin import InverseNetwork
-from captum_mipin.regression import lag_gram
+from captum_mipin.regression import convolution, lag_gram
 from captum_mipin.regression.convolution import moments_of_patches
 from captum_mipin.regression.geometry import Geometry
 from captum_mipin.regression.moments import Moments
@@ -210,3 +211,31 @@ def test_signals_solved_by_position_give_the_solution_of_all_at_once(parameters,
         one, other = getattr(by_part, name), getattr(whole, name)
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     assert by_part.explained_variance == pytest.approx(whole.explained_variance, abs=1e-12)
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuse what copies a value from the device to the host, if tensors were on a device."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        assert function not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.is_nonzero.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.equal.default,
+        ), f"{function} waits for the device"
+        return function(*arguments, **(named or {}))
+
+
+@SOME
+def test_moments_copy_nothing_to_the_host(parameters, monkeypatch):
+    """A GPU would have to finish all work before: the only question is asked on CPUs alone."""
+    _, geometry, x, s = case(*parameters)
+    monkeypatch.setattr(convolution, "_unseen", lambda sizes: (sizes == 0, True))
+    inverter = Convolution((geometry,), x.shape, 1)
+    with OnDevice():
+        inverter.moments(x, (s, torch.randn_like(x)))
+
+
+def test_what_copies_to_the_host_is_noticed():
+    with OnDevice(), pytest.raises(AssertionError, match="waits for the device"):
+        bool(torch.ones(3).any())
