@@ -1,6 +1,6 @@
 """Speed, as ratios within one run: attribution ÷ gradient, fit ÷ matrix multiplication and SGD.
 
-    python benchmarks/speed.py [--data FOLDER] [attribute] [fit] [positions] [sgd]
+    python benchmarks/speed.py [--data FOLDER] [attribute] [fit] [positions] [sgd] [guards]
 
 - attribute: MIP-IN's ``attribute`` ÷ ``captum.attr.Saliency``, in turn, medians. Small trained
   networks at batch 64 (one class for the batch, and all ten mixed); VGG-11 and ResNet-18 at 224 x
@@ -15,12 +15,14 @@
   4, one class: time of the whole fit (both solve the dense layers exactly), the variance of each
   convolution's input left unexplained on the fitting images (SGD: averaged over its last epoch),
   and the error on test images.
+- guards: milliseconds of each call that go into checks that the model is unchanged.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,6 +33,8 @@ from networks import RECIPES, trained
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.graph.modules import snapshot
+from captum_mipin.graph.validate import check_model
 from captum_mipin.inverse import fit as fitting
 from captum_mipin.inverse import surrogates
 from captum_mipin.inverse.information import SharedInformation
@@ -246,6 +250,25 @@ def positions(folder: str | None) -> list[dict[str, Any]]:
     return rows
 
 
+def guards(folder: str | None) -> list[dict[str, Any]]:
+    """Measure what each call takes to see that a model is unchanged, in processor time."""
+    import torchvision
+
+    rows = []
+    for name in ("resnet18", "resnet50"):
+        model = torchvision.models.get_model(name, weights=None).eval()
+        weights = watch.Watch(model)
+        calls = [
+            partial(check_model, model),
+            partial(snapshot, model),
+            partial(weights.changed, model),
+        ]
+        taken = sum(map(statistics.median, seconds(calls, 201, time.process_time)))
+        count = len(list(model.modules()))
+        rows.append({"network": name, "modules": count, "guards ms": 1e3 * taken})
+    return rows
+
+
 def sgd(folder: str | None, count: int = 500) -> list[dict[str, Any]]:
     images = load("mnist", folder)
     model = trained("cnn-mnist", images)
@@ -294,7 +317,7 @@ def _unexplained(x: Tensor, s: Tensor) -> float:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument(
-        "parts", nargs="*", default=[], help="attribute, fit, positions, sgd; default: all"
+        "parts", nargs="*", default=[], help="attribute, fit, positions, sgd, guards; default: all"
     )
     parser.add_argument(
         "--data",
@@ -306,6 +329,7 @@ def main() -> None:
         ("fit", fit),
         ("positions", positions),
         ("sgd", sgd),
+        ("guards", guards),
     ):
         if not arguments.parts or name in arguments.parts:
             rows = part(arguments.data)

@@ -2,10 +2,14 @@
 
 import gc
 import weakref
+from collections.abc import Callable
+from typing import Any
 
+import pytest
+import torch
 from torch import nn
 
-from captum_mipin.graph.modules import tree
+from captum_mipin.graph.modules import snapshot, tree
 
 
 def test_the_tree_of_modules_is_torchs_and_keeps_none_of_them() -> None:
@@ -22,3 +26,36 @@ def test_the_tree_of_modules_is_torchs_and_keeps_none_of_them() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+class Rich(nn.Module):
+    """A module with attributes of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number, self.share, self.name = 2, float("nan"), "a"
+        self.sizes, self.nested = (1, 2), {"a": [1, (2.0, None)]}
+        self.tensors, self.shape = [torch.ones(2)], torch.Size([1, 2])
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "number": lambda m: setattr(m, "number", 3),
+    "sign of zero": lambda m: setattr(m, "share", 0.0),
+    "tuple": lambda m: setattr(m, "sizes", (1, 3)),
+    "tuple of floats": lambda m: setattr(m, "sizes", (1.0, 2.0)),
+    "nested list": lambda m: m.nested["a"].append(3),
+    "key": lambda m: m.nested.update(b=1),
+    "tensor in a list": lambda m: m.tensors[0].add_(1),
+    "other tensor in a list": lambda m: m.tensors.append(torch.ones(1)),
+    "shape": lambda m: setattr(m, "shape", torch.Size([1, 3])),
+    "hook": lambda m: m.register_forward_hook(lambda *arguments: None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_snapshot_differs_after_any_change_and_only_then(change: str) -> None:
+    model = Rich()
+    before = snapshot(model)
+    assert snapshot(model) == before
+    CHANGES[change](model)
+    assert snapshot(model) != before
