@@ -249,13 +249,11 @@ def zoo() -> str:
     rows = []
     for row in read("zoo")["rows"]:
         if "failed" in row or "refused" in row:
-            rows.append({"network": row["network"], "capture": row.get("failed") or row["refused"]})
+            rows.append({"network": row["network"], "time": row.get("failed") or row["refused"]})
             continue
         rows.append(
             {
                 "network": row["network"],
-                "capture": f"{row['capture s']:.1f} s",
-                "fit": f"{row['fit s']:.0f} s, {row['fit images']} images",
                 "time": f"{row['time / Saliency']:.2f} × Saliency",
                 "time, 8 images": f"{row['time / Saliency, 8 images']:.2f} × Saliency",
                 "memory": f"{row['memory / Saliency']:.2f} × Saliency",
@@ -325,21 +323,24 @@ def thousand() -> str:
     return show(rows)
 
 
-def floor() -> str:
-    """Return the times of whole fits, against matrix products and one pass forward."""
-    parts = ("capture", "forward", "signals down", "moments", "solve")
-    return show(
-        [
-            {
-                "network": f"{row['network']}, {row['images']:,} images, {row['targets']} class"
-                + "es" * (row["targets"] > 1),
-                "fit": f"{row['fit s']:.1f} s",
-                "floor ÷ fit": f"{row['ratio']:.2f}",
-                **{part: f"{100 * row[f'{part} s'] / row['fit s']:.0f} %" for part in parts},
-            }
-            for row in read("speed-fit")["rows"]
-        ]
-    )
+def fits() -> str:
+    """Return the cost of whole fits beside a pass forward and beside an earlier commit."""
+    rows = []
+    for row in read("speed-networks")["rows"]:
+        shown = {
+            "network": row["network"],
+            "classes": row["classes"],
+            "fit": f"{row['fit s'] / row['forward s']:.1f} × forward",
+            "limit": f"{row['limit s'] / row['forward s']:.1f} × forward",
+            "peak": f"{row['peak GiB']:.1f} GiB",
+        }
+        if "base fit s" in row:
+            shown["fit before"] = f"{row['base fit s'] / row['base forward s']:.1f} × forward"
+            shown["peak before"] = f"{row['base peak GiB']:.1f} GiB"
+        if "R² held out" in row:
+            shown["R² held out"] = f"{row['R² held out']:.2f}"
+        rows.append(shown)
+    return show(rows)
 
 
 def sampled() -> str:
@@ -770,7 +771,7 @@ def main() -> None:
         neighbours,
         scale,
         thousand,
-        floor,
+        fits,
         sampled,
     )
     paper = (
