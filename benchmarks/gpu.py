@@ -29,11 +29,12 @@ ROUNDS = 21
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Return the wall time of a call, and of all that it started on the device."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     run()
-    wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -93,7 +93,7 @@ def limit(model: nn.Module, x: Tensor) -> float:
         model(x)
     for hook in hooks:
         hook.remove()
-    return sum(lags) + 3 * counter.get_total_flops()
+    return float(sum(lags) + 3 * counter.get_total_flops())
 
 
 def measure(name: str, classes: int, data: Path) -> dict[str, Any]:

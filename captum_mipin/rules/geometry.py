@@ -63,7 +63,9 @@ class ConvolutionArguments:
         weight, bias = passed.pop("weight"), passed.pop("bias", None)
         shape = (value_of(weight) if isinstance(weight, fx.Node) else weight).shape
         options = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in passed.items())
-        return cls(weight, bias, _geometry(tuple(shape), options, transposed))
+        # a node's sizes may be symbols, which cannot be looked up
+        make = _geometry.__wrapped__ if isinstance(weight, fx.Node) else _geometry
+        return cls(weight, bias, make(tuple(shape), options, transposed))
 
 
 @lru_cache(maxsize=1024)
@@ -77,12 +79,13 @@ def _geometry(
         options: Names and values of the other arguments.
         transposed: Whether the operation is a transposed convolution.
     """
-    passed, dims = dict(options), len(shape) - 2
+    passed: dict[str, Any] = dict(options)
+    dims, skip = len(shape) - 2, tuple[int, ...]()
     stride, dilation, output_padding = (
         per_dimension(passed.get(name, default), dims)
         for name, default in (("stride", 1), ("dilation", 1), ("output_padding", 0))
     )
-    padding, skip = passed.get("padding", 0), ()
+    padding = passed.get("padding", 0)
     if padding == "same":
         # For an even kernel, "same" pads one zero less in front than behind. This is equal to a
         # convolution with the larger padding on both sides, without its first output.
