@@ -183,6 +183,15 @@ class DataWarning(UserWarning):
     """
 
 
+class LogitsWarning(UserWarning):
+    """The model ends in a sigmoid or softmax, and the logits that go into it are explained.
+
+    Examples:
+        >>> import warnings
+        >>> warnings.simplefilter("ignore", LogitsWarning)
+    """
+
+
 class ChanceWarning(UserWarning):
     """A random map scores above 0.9, so a high score is no evidence of a good method.
 

@@ -23,6 +23,7 @@ from captum_mipin.graph.modules import layer_or_tensor, unwrapped
 from captum_mipin.graph.signature import Signature
 from captum_mipin.graph.validate import check_model, device_of, finite, generator_kept
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
+from captum_mipin.propagation.final import require_logits
 from captum_mipin.regression.statistics import Statistics
 from captum_mipin.storage.saved import Saved
 from captum_mipin.storage.watch import Watch
@@ -274,7 +275,8 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
         known = next(iter(self._state.structures)) if self._state else None
 
         def make(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-            return capture(self.model, inputs, extras, shared, output=self.output, explained=False)
+            graph = capture(self.model, inputs, extras, shared, output=self.output, explained=False)
+            return require_logits(graph)
 
         def find() -> Signature:
             return self._graphs.find(inputs, extras, make, fitted=known)

@@ -15,6 +15,7 @@ from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.layers import Site, tensors_at
 from captum_mipin.graph.signature import Signature, first_example
 from captum_mipin.inverse.state import Origin
+from captum_mipin.propagation.final import require_logits
 from captum_mipin.propagation.fingerprint import difference, structure
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.rules import Rule, table
@@ -80,7 +81,8 @@ class Surrogates:
         return self.graphs.build(self._model, starts, rules, find, build)[1]
 
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-        return capture(self._model, inputs, extras, shared, output=self._output, explained=False)
+        graph = capture(self._model, inputs, extras, shared, output=self._output, explained=False)
+        return require_logits(graph)
 
     def _check_same_model(
         self,

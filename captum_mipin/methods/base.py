@@ -33,6 +33,7 @@ from captum_mipin.graph.validate import (
     like,
 )
 from captum_mipin.propagation.check import survey
+from captum_mipin.propagation.final import require_logits
 from captum_mipin.propagation.runtime import Run, seed
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.report import CheckRow
@@ -151,6 +152,8 @@ class Propagation(NoFuture, GradientAttribution):
     _name = "Propagation"
     #: Whether the backward pass starts with 1 at the target, instead of the target's output.
     _unit = False
+    #: Whether the method starts from logits, so that a final sigmoid or softmax is left out.
+    _logits = True
     #: Whether the derivative of ``detach()`` is 0, as in autograd.
     _detached = False
 
@@ -230,10 +233,11 @@ class Propagation(NoFuture, GradientAttribution):
             return Surrogate(graph, self._table(), start, joint=False)
 
         def graph_of(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-            return capture(
+            graph = capture(
                 self.model, inputs, extras, shared,
                 output=self.output, explained=False, detached=self._detached,
             )  # fmt: skip
+            return require_logits(graph) if self._logits else graph
 
         def starts(graph: CapturedGraph) -> Starts:
             return tensors_at(graph, self.model, layer, (inputs, extras))

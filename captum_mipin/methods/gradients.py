@@ -43,9 +43,13 @@ _NO_DERIVATIVE = ("heaviside", "nextafter")
 
 
 class _Derived(Signal):
-    """Base class of gradients and their variants, which start with 1 and respect ``detach()``."""
+    """Base class of gradients and their variants, which start with 1 and respect ``detach()``.
+
+    They are derivatives of what the model returns, also if that is a probability.
+    """
 
     _unit = True
+    _logits = False
     _detached = True
 
 

@@ -10,6 +10,7 @@ from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.layers import tensors_at
 from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.graph.validate import as_extras, as_inputs, check_inputs
+from captum_mipin.propagation.final import below_final
 from captum_mipin.propagation.passes import MARKING, draft
 from captum_mipin.propagation.treatments import treatments
 from captum_mipin.report import CheckReport, CheckRow
@@ -50,11 +51,12 @@ def check(
 
     Examples:
         >>> import torch
-        >>> model = nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)).eval()
+        >>> model = nn.Sequential(nn.Linear(4, 2), nn.Softmax(1), nn.Linear(2, 2)).eval()
         >>> print(check(model, torch.ones(1, 4)))  # doctest: +ELLIPSIS
         module  operation            status     what happens to the signal
         0       aten.linear.default  supported  learned dense inverse
-        1       aten.softmax.int     refused    no rule covers it; where it ends the model, ...
+        1       aten.softmax.int     refused    no rule covers it; ...
+        2       aten.linear.default  supported  learned dense inverse
     """
     model, inputs = unwrapped(model), as_inputs(example_inputs)
     extras = as_extras(additional_forward_args)
@@ -66,12 +68,13 @@ def check(
 
     graph = graphs.get(graphs.find(inputs, extras, graph_of))
     assert graph is not None  # for mypy: find has captured the graph
+    graph, final = below_final(graph) if getattr(method, "_logits", True) else (graph, None)
     module = None if layer is None else module_of(layer, model)
     start = tensors_at(graph, model, module, (inputs, extras))
-    if method is None:
-        return CheckReport(tuple(survey(graph, table(), start)), graph.single)
-    method = method(model) if isinstance(method, type) else method
-    return CheckReport(tuple(method.survey(graph, start)), graph.single)
+    if isinstance(method, type):
+        method = method(model)
+    rows = survey(graph, table(), start) if method is None else method.survey(graph, start)
+    return CheckReport((*rows, *([final] if final else [])), graph.single)
 
 
 def survey(

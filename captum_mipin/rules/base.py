@@ -326,8 +326,8 @@ def gate_source(node: Any, counts: Callable[[Any], bool]) -> Any:
         The node before all these operations; None if one of them combines several such nodes.
     """
     # Follow the arguments of operations after which a gate is still a gate: 1 − σ(x), 2 σ(x).
-    while operation(node) in _REARRANGED | _SCALED:
-        rearranged = operation(node) in _REARRANGED
+    while operation(node) in REARRANGED | _SCALED:
+        rearranged = operation(node) in REARRANGED
         sources = node.args[:1] if rearranged else [n for n in node.args if counts(n)]
         if len(sources) != 1 or (operation(node) == "div" and sources[0] is not node.args[0]):
             return None
@@ -357,7 +357,7 @@ _GATES = frozenset(
      "logical_and", "logical_or", "logical_not"}
 )  # fmt: skip
 _SCALED = frozenset({"mul", "div", "add", "sub", "neg"})
-_REARRANGED = frozenset(
+REARRANGED = frozenset(
     {"view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute", "transpose",
      "clone", "dropout", "contiguous", "flatten", "unflatten", "rsub", "slice", "select", "getitem",
      "chunk", "split", "unsafe_split", "alias", "_to_copy"}

@@ -209,7 +209,6 @@ def test_each_of_two_inputs_that_are_added_is_reconstructed():
 
 REFUSED = {
     "softmax": (lambda m, x: m["a"](F.softmax(x, 1)), "aten.softmax.int"),
-    "softmax of logits": (lambda m, x: m["a"](x).softmax(1), "aten.softmax.int"),
     "clamp to one": (
         lambda m, x: m["a"](x.clamp(min=0.5, max=1)),
         "maps 0 to 0.5, expected an operation that maps 0 to 0",
