@@ -64,7 +64,11 @@ TESTS = {
     "rules/test_attention.py::test_attention_sends_each_value_its_recorded_weight_by_hand": (
         "scaled_dot_product_attention"
     ),
-    "rules/test_attention.py::test_spelling_of_attention_does_not_matter": "matmul bmm baddbmm",
+    "rules/test_attention.py::test_spelling_of_attention_does_not_matter": "matmul bmm",
+    "propagation/test_forms.py::test_spelling_of_a_weighted_sum_does_not_matter": (
+        "captum_mipin.weighted_sum"
+    ),
+    "rules/test_products.py::test_a_divisor_is_recorded_as_a_scale_by_hand": "captum_mipin.divided",
 }
 
 #: The tests of operations that are not in ``TESTS``: of exact `Passes` rules, and of other rules.
@@ -131,12 +135,15 @@ defines it or no other rule is possible: least squares, masks, and adjoints that
 rule is *decided* if it is one of several possible rules. The test in the last column derives the
 rule a second time, or checks an identity that must hold. In addition,
 `test_every_operation_carries_the_signal` fits and explains a network with each of PyTorch's
-operations. `pooled_linear` is not an operation of PyTorch: it is a `linear` on averages over all
-positions; its inverse returns a value for each position. `elementwise` is a function of a single
-tensor, element by element, that the model writes by hand, such as x / (1 + |x|); a function with
-the values of a known activation, such as GELU by `tanh` and products, has the rule of that
-activation.
-A product with a constant matrix, on either side, is a `linear`.
+operations. The operations of `captum_mipin` are not PyTorch's. `pooled_linear` is a `linear` on
+averages over all positions; its inverse returns a value for each position. `elementwise` is a
+function of a single tensor, element by element, that the model writes by hand, such as
+x / (1 + |x|); a function with the values of a known activation, such as GELU by `tanh` and
+products, has the rule of that activation. `divided` is a ratio whose divisor depends on the input,
+and `weighted_sum` the sum of a product of two values of the input. A product with a constant
+matrix, on either side, is a `linear`. Operations that only stand for others (`einsum`, `addcmul`,
+`addcdiv`, `baddbmm`, `lerp`, `cosine_similarity`, norms written by hand, sums of stacked tensors)
+are replaced by those.
 
 An operation that copies or mixes values, y = L x, sends back the mean over its outputs, weighted by
 its coefficients: S_x = Lᵀ (S / |L| 1) / |L|ᵀ 1. `detach()` and `torch.no_grad()` change no value:

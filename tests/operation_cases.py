@@ -230,9 +230,6 @@ CASES: dict[str, Case] = {
             ("min", "other"),
         )
     },
-    "baddbmm.default": Case(
-        SEQUENCE, lambda op, x: op(x[:, :, :1], torch.softmax(x @ x.mT, -1), x)
-    ),
     "neg.default": Case(FLAT),
     "mul.Tensor": Case(FLAT, lambda op, x: op(x, torch.sigmoid(x))),
     "div.Tensor": _on(FLAT, _weight(6)),

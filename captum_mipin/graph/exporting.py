@@ -103,6 +103,14 @@ def check_registered(program: ExportedProgram, model: nn.Module) -> None:
                     )
 
 
+#: Operations that stand for several simpler ones, and other names of operations with rules.
+_COMPOSITE = frozenset(
+    {"einsum", "addcmul", "addcdiv", "baddbmm", "take_along_dim", "inner", "tensordot",
+     "linalg_vecdot", "linalg_norm", "cosine_similarity", "multiply", "divide", "true_divide",
+     "subtract", "negative"}
+)  # fmt: skip
+
+
 @cache
 def _decompositions() -> Mapping[Any, Any]:
     """Return the composite operations to replace by their parts, such as einsum and LSTM.
@@ -111,14 +119,11 @@ def _decompositions() -> Mapping[Any, Any]:
         Operation → function that computes it from simpler operations.
     """
     kinds = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    apart = {
-        "einsum",
-        "addcmul",
-        "addcdiv",
-        "lerp",
-        "take_along_dim",
-        *kinds,
-        *(f"{kind}_cell" for kind in kinds),
-    }
+    apart = {*_COMPOSITE, *kinds, *(f"{kind}_cell" for kind in kinds)}
     table = default_decompositions().items()
-    return MappingProxyType({op: how for op, how in table if str(op).split(".")[1] in apart})
+    parts = {op: how for op, how in table if str(op).split(".")[1] in apart}
+    parts |= dict.fromkeys(
+        (torch.ops.aten.lerp.Scalar, torch.ops.aten.lerp.Tensor),
+        lambda a, b, w: (1 - w) * a + w * b,
+    )
+    return MappingProxyType(parts)

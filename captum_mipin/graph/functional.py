@@ -100,6 +100,8 @@ def functional(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]
             _evaluate_batch_norm(result, node)
         elif _is_composite_view(node) or operation(node) == "unsafe_chunk":
             _take_apart(result, node, {}, known)
+        elif node.target in decompositions:  # such as addcmul, from addcmul_
+            _take_apart(result, node, decompositions, known)
     result.eliminate_dead_code()
     result = _renamed(result)
     pairs = zip(

@@ -28,6 +28,9 @@ class Marks:
         origin: Name of the node in the captured graph; a copy of the node may have another name.
         original: The model's own operation, if a rewrite replaced it; else None.
         varies: Whether the value is computed from the model's inputs.
+        gates: Smallest number of gates and scales (sigmoid, softmax, comparison, norm, ...) on a
+            path from the model's inputs to the value. In a product, the factors with the smallest
+            number carry signal, and all others are recorded.
         depends: Whether the value is computed from the explained tensors.
         signal: Whether a signal is sent to the value in the backward pass.
         recorded: Whether the value depends on the explained tensors, but gets no signal because it
@@ -46,6 +49,7 @@ class Marks:
     origin: str = ""
     original: Any = None
     varies: bool = False
+    gates: int = 0
     depends: bool = False
     signal: bool = False
     recorded: bool = False

@@ -11,7 +11,7 @@ from captum_mipin.methods.gradients import run_operator
 from captum_mipin.methods.layers import Layer
 from captum_mipin.methods.lrp.lrp import LRP
 from captum_mipin.methods.lrp.rules import LayerCall, LayerRule, quotient
-from captum_mipin.methods.lrp.table import relevance, share
+from captum_mipin.methods.lrp.table import relevance, uniform, values
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.base import Back
@@ -102,6 +102,8 @@ class ExcitationBackprop(LRP):
         for name, rule in table.items():
             if isinstance(rule, Recorded) and rule.several:
                 run: Any = partial(run_operator, _combined if name in ARITHMETIC else _averaged)
+                if rule.carriers is values and name in ARITHMETIC:
+                    run = partial(run_operator, _multiplied)
                 run = partial(_excited, SIZES[name]) if name in SIZES else run
                 table[name] = replace(rule, run=run, note="by excitation")
         return table
@@ -119,7 +121,12 @@ def _averaged(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
     """
     # P_i = x_i⁺ Σ_j a_ij P_j / Σ_i' a_i'j x_i'⁺
     excited = tuple(part.clamp(min=0) for part in x)
-    return operator(x), share(False, operator, excited)[1]
+    return operator(x), uniform(operator, excited)[1]
+
+
+def _multiplied(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
+    """Distribute P over the factors of an elementwise product, in equal parts."""
+    return (_averaged if len(x) > 1 else _combined)(operator, x)
 
 
 def _excited(

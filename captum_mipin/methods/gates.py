@@ -15,21 +15,21 @@ from torch import Tensor, fx
 from captum_mipin.graph.marks import mark, original, value_of
 from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.methods.base import NamedOperation
-from captum_mipin.rules.base import gate_source, varies
+from captum_mipin.rules.base import varies
+from captum_mipin.rules.gates import DIVISIONS, gate_source
 
 #: Operations that are rectifiers if their lower bound is 0.
 _CLAMPS = ("clamp", "clamp_min", "clip", "clamp_max", "hardtanh", "relu6")
 _COMPARISONS = ("gt", "ge", "lt", "le")
 #: Comparison → the equivalent comparison with exchanged sides.
 _EXCHANGED = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
-#: Divisions, whose second argument is a divisor.
-_DIVISIONS = ("div", "divide", "true_divide")
 #: Operations f for which a value x is only a divisor if all their results f(x) are only divisors.
 _TOWARDS_DIVISORS = frozenset(
-    {"sqrt", "square", "pow", "abs", "add", "sub", "mul", "neg", "sum", "mean", "expand",
-     "expand_as", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten",
-     "permute", "transpose", "select", "slice", "clone", "contiguous", "alias", "_to_copy"}
-    | {*_CLAMPS, *_DIVISIONS, "maximum", "minimum", "where", "masked_fill"}
+    {"sqrt", "square", "pow", "abs", "add", "sub", "mul", "neg", "sum", "weighted_sum", "mean",
+     "expand", "expand_as", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten",
+     "unflatten", "permute", "transpose", "select", "slice", "clone", "contiguous", "alias",
+     "_to_copy"}
+    | {*_CLAMPS, *DIVISIONS, "maximum", "minimum", "where", "masked_fill"}
 )  # fmt: skip
 #: Operations that make a tensor of zeros. Operations that make a tensor of one number → the
 #: position of the number in their arguments.
@@ -189,7 +189,7 @@ def _divides_by(user: Any, source: fx.Node) -> bool:
     if name == "pow":
         exponent = user.args[1]
         return user.args[0] is source and isinstance(exponent, (int, float)) and exponent < 0
-    if name in _DIVISIONS:
+    if name in DIVISIONS:
         return user.args[1] is source and user.args[0] is not source
     return name in ("rsqrt", "reciprocal")
 

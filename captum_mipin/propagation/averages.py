@@ -12,7 +12,7 @@ from torch import fx
 from captum_mipin.graph.layout import batch_dimension
 from captum_mipin.graph.marks import inherit, mark, marks, set_value, value_of
 from captum_mipin.graph.nodes import argument, operation
-from captum_mipin.rules import PooledLinear
+from captum_mipin.rules import POOLED_LINEAR
 from captum_mipin.rules.geometry import per_dimension
 
 #: Operations allowed between an average and a dense layer; they change nothing but shapes.
@@ -23,7 +23,7 @@ def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
     """Replace each dense layer on an average by one operation on the averaged tensor.
 
     Args:
-        graph: The graph, which is changed; see :class:`~captum_mipin.rules.PooledLinear` for the
+        graph: The graph, which is changed; see :data:`~captum_mipin.rules.POOLED_LINEAR` for the
             new operation.
         batch: The symbol of the batch size.
         starts: The explained nodes; an average that contains one of them is not joined.
@@ -44,7 +44,7 @@ def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
         if at != 0:
             x = _batch_first(graph, x, at)
         mark(node, original=node.target)
-        node.target, node.kwargs = PooledLinear(), {}
+        node.target, node.kwargs = POOLED_LINEAR, {}
         # (x, pooled, weight, bias, dim): dim is the dimension of the channels in x.
         node.args = (x, *(*node.args, None)[:3], kept[0])
         for part in chain:

@@ -6,8 +6,8 @@ across this dimension, examples influence each other, and the operation is refus
 
 An operation without a built-in rule is known only by the shapes of its argument and its result: it
 must return the examples along the same dimension as in its argument. Each fit also checks on its
-data that the operation does not mix examples. Gradients need no fit; for them, such an operation is
-tried on random numbers (:mod:`captum_mipin.propagation.trial`).
+data that the operation does not mix examples. Gradients need no fit; for them, and where its result
+is recorded, such an operation is tried on random numbers (:mod:`captum_mipin.propagation.trial`).
 """
 
 import operator
@@ -27,7 +27,7 @@ from captum_mipin.rules import MIPIN, RECORDABLE
 _ALONG = "it computes along the batch, so that examples would depend on each other"
 
 #: Matrix product → position of its first factor among the arguments.
-_PRODUCTS = {"matmul": 0, "bmm": 0, "mm": 0, "linear": 0, "addmm": 1, "baddbmm": 1}
+_PRODUCTS = {"matmul": 0, "bmm": 0, "mm": 0, "linear": 0, "addmm": 1}
 
 _RESHAPES = frozenset({"reshape", "flatten", "unflatten"})
 
@@ -49,6 +49,7 @@ _ALONG_DIMS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("argmax", "argmin", "any", "all"), (1, "dim")),
     **dict.fromkeys(("slice_scatter", "select_scatter"), (2, "dim", 0)),
     "unfold": (1, "dimension"),
+    "weighted_sum": (2, "dims"),
     "linalg_vector_norm": (2, "dim"),
     "flip": (1, "dims"),
     **dict.fromkeys(("roll", "rot90"), (2, "dims", (0, 1))),
@@ -99,9 +100,11 @@ def lay_out_batch(draft: Draft) -> None:
         if not marks(node).depends:
             continue
         lay_out(node, draft.batch, draft.starts)
-        # A rule for all other operations (as gradients have) does not show if examples are mixed.
+        # Recorded values, and a rule for all other operations (as gradients have), do not show if
+        # examples are mixed.
         untold = node not in draft.starts and not _is_known(node) and not marks(node).mixes
-        if untold and getattr(draft.rules, "other", None) and mixes_examples(node, draft.batch):
+        tried = marks(node).recorded or getattr(draft.rules, "other", None)
+        if untold and tried and mixes_examples(node, draft.batch):
             mark(node, mixes=_ALONG)
 
 

@@ -19,7 +19,7 @@ from captum_mipin.errors import CaptureError
 from captum_mipin.graph.marks import inherit, marks, set_value, value_of
 from captum_mipin.graph.nodes import argument, operation, place
 from captum_mipin.propagation.batch_layout import lay_out, takes_all
-from captum_mipin.propagation.draft import Draft, is_tensor
+from captum_mipin.propagation.draft import Draft, is_tensor, permutation
 from captum_mipin.propagation.marking import without_signal
 
 #: Operations that return a copy of their argument if its shape and dtype do not change.
@@ -44,7 +44,7 @@ def canonicalise(draft: Draft) -> None:
         if node in starts or node.op != "call_function" or _leaves_module(node):
             continue
         same = node
-        if _is_copy(node):
+        if is_copy(node):
             same = node.all_input_nodes[0]
         elif operation(node) == "select":
             same = _picked(graph, node, starts)
@@ -63,23 +63,6 @@ def canonicalise(draft: Draft) -> None:
         raise CaptureError(without_signal(lost, draft.output))
 
 
-def permutation(node: fx.Node) -> list[int] | None:
-    """Return the order of dimensions in a transposition; None for other operations.
-
-    Returns:
-        For each dimension of the result, the number of that dimension in the argument.
-    """
-    if operation(node) not in ("transpose", "permute") or not is_tensor(node):
-        return None
-    ndim = value_of(node).ndim
-    if operation(node) == "permute":
-        return [dim % ndim for dim in argument(node, 1, "dims")]
-    order = list(range(ndim))
-    a, b = (argument(node, at, f"dim{at - 1}") for at in (1, 2))
-    order[a], order[b] = order[b], order[a]
-    return order
-
-
 def _leaves_module(node: fx.Node) -> bool:
     """Return True if a node is the output of a module, which other calls may explain."""
     inside = set(place(node).stack)
@@ -93,7 +76,7 @@ def _spelling(node: fx.Node) -> Any:
     return str(call), known.depends, known.signal, known.recorded, known.discrete
 
 
-def _is_copy(node: fx.Node) -> bool:
+def is_copy(node: fx.Node) -> bool:
     """Return True if an operation returns a copy of its argument."""
     source = next(iter(node.all_input_nodes), None)
     if source is None or node.args[0] is not source or not (is_tensor(node) and is_tensor(source)):

@@ -7,6 +7,8 @@ from torch import fx
 from captum_mipin.graph.marks import mark, marks, value_of
 from captum_mipin.graph.nodes import operation
 from captum_mipin.propagation.draft import Draft, is_tensor
+from captum_mipin.rules.base import varies
+from captum_mipin.rules.gates import factors
 
 #: Operation → dimension of the channels, in its argument and in its result.
 _CHANNELS = {
@@ -14,7 +16,7 @@ _CHANNELS = {
         ("linear", "layer_norm", "rms_norm", "scaled_dot_product_attention"),
         -1,
     ),
-    **dict.fromkeys(("matmul", "bmm", "mm", "addmm", "baddbmm"), -1),
+    **dict.fromkeys(("mm", "addmm"), -1),
     **{
         f"{kind}{dims}d": 1
         for dims in (1, 2, 3)
@@ -78,7 +80,34 @@ def _channels_of(user: fx.Node, node: fx.Node) -> int | None:
         user: An operation that uses ``node``, or ``node`` itself.
         node: The node.
     """
-    if operation(user) == "pooled_linear":  # its last argument is the dimension: see PooledLinear
+    if operation(user) == "pooled_linear":  # its last argument is the dimension: see POOLED_LINEAR
         dim: Any = user.args[-1]
         return int(dim) if user.args[0] is node else None
+    if operation(user) in ("matmul", "bmm", "weighted_sum"):
+        return _free_dimension(user, node)
     return _CHANNELS.get(operation(user))
+
+
+def _free_dimension(user: Any, node: fx.Node) -> int | None:
+    """Return the dimension of the values that a product weights: it is not summed over.
+
+    Args:
+        user: The matrix product, or the weighted sum.
+        node: One of its factors, or the product itself.
+
+    Returns:
+        The number of the dimension; None if there is none.
+    """
+    carriers = factors(user, varies)
+    if not carriers:
+        return None
+    if operation(user) != "weighted_sum":
+        return -2 if carriers == (0,) else -1  # V P or P V
+    values, weights = user.args[carriers[0]], user.args[1 - carriers[0]]
+    dims, keepdim = user.args[2:]
+    sizes = list(enumerate(value_of(weights).shape))
+    free = [dim for dim, size in sizes if dim not in dims and type(size) is int and size == 1]
+    if not free or node not in (values, user):
+        return None
+    removed = 0 if keepdim or node is values else sum(dim < free[-1] for dim in dims)
+    return free[-1] - removed

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from captum_mipin.errors import RuleError
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.marks import mark, marks, value_of
-from captum_mipin.graph.nodes import is_size, nodes_in, operation, place
+from captum_mipin.graph.nodes import argument, is_size, nodes_in, operation, place
 from captum_mipin.propagation.runtime import Step
 from captum_mipin.rules import Rule
 from captum_mipin.rules.base import is_floating
@@ -120,6 +120,23 @@ def is_constant(node: fx.Node) -> bool:
 def is_tensor(node: fx.Node) -> bool:
     """Return True if a node's value is one tensor."""
     return isinstance(value_of(node), Tensor)
+
+
+def permutation(node: fx.Node) -> list[int] | None:
+    """Return the order of dimensions in a transposition; None for other operations.
+
+    Returns:
+        For each dimension of the result, the number of that dimension in the argument.
+    """
+    if operation(node) not in ("transpose", "permute") or not is_tensor(node):
+        return None
+    ndim = value_of(node).ndim
+    if operation(node) == "permute":
+        return [dim % ndim for dim in argument(node, 1, "dims")]
+    order = list(range(ndim))
+    a, b = (argument(node, at, f"dim{at - 1}") for at in (1, 2))
+    order[a], order[b] = order[b], order[a]
+    return order
 
 
 def descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:

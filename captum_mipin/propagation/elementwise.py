@@ -18,7 +18,8 @@ from captum_mipin.graph.subgraph import extract
 from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.marking import mark_signal
 from captum_mipin.rules.activations import ACTIVATIONS, CURVES, Elementwise
-from captum_mipin.rules.base import factors, varies
+from captum_mipin.rules.base import varies
+from captum_mipin.rules.gates import factors
 
 #: Operations that compute each element of their result from the same element of their arguments.
 _ELEMENTWISE = frozenset(

@@ -19,7 +19,7 @@ from captum_mipin.graph.nodes import argument, operation, place
 from captum_mipin.graph.validate import level_of_caller
 from captum_mipin.propagation.draft import descendants
 from captum_mipin.report import CheckRow
-from captum_mipin.rules.base import REARRANGED
+from captum_mipin.rules.gates import REARRANGED
 
 #: Operation on logits → its name in messages. Each has the logits as its first argument.
 _NAMES = {

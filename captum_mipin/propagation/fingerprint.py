@@ -21,7 +21,7 @@ from captum_mipin.graph.nodes import argument, operation, place
 from captum_mipin.propagation.averages import whole_dims
 from captum_mipin.propagation.treatments import SHAPE
 from captum_mipin.rules import MIPIN, Learned, Passes, Rule
-from captum_mipin.rules.base import gate_source, is_gate
+from captum_mipin.rules.gates import gate_source, is_gate
 
 #: Elementwise operations, which copy a smaller argument along the dimensions of the result.
 _SPREADING = ("add", "sub", "rsub", "neg", "mul", "div", "expand")

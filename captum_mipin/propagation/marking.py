@@ -7,17 +7,44 @@ from torch import Tensor, fx
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.layout import Layout, first_dimension
 from captum_mipin.graph.marks import mark, marks, value_of
-from captum_mipin.graph.nodes import ancestors
+from captum_mipin.graph.nodes import ancestors, operation
 from captum_mipin.propagation.averages import join_averages
 from captum_mipin.propagation.draft import Draft, descendants, is_constant
-from captum_mipin.rules.base import is_floating
+from captum_mipin.rules.base import is_floating, varies
+from captum_mipin.rules.gates import DIVISIONS, GATES_AND_SCALES
 
 
 def mark_varying(draft: Draft) -> None:
-    """Mark the nodes that are computed from the model's inputs; all others are constant."""
-    varying = descendants(draft.inputs)
+    """Mark the nodes that are computed from the model's inputs, and count their gates.
+
+    All other nodes are constant.
+    """
     for node in draft.graph.nodes:
-        mark(node, varies=node in varying)
+        mark_as_varying(node, node in draft.inputs)
+
+
+def mark_as_varying(node: fx.Node, is_input: bool = False) -> None:
+    """Set the marks "varies" and "gates" of a node, by those of its arguments."""
+    follows = not is_constant(node) and any(map(varies, node.all_input_nodes))
+    mark(node, varies=is_input or follows, gates=_gates(node) if follows else 0)
+
+
+def _gates(node: fx.Node) -> int:
+    """Return the smallest number of gates and scales on a path from the inputs to a value.
+
+    All that is computed from gates alone is a gate as well, by whatever operations.
+
+    Args:
+        node: An operation, whose arguments are marked already.
+    """
+    ratio = operation(node) in DIVISIONS
+    if ratio and varies(node.args[0]):
+        return marks(node.all_input_nodes[0]).gates  # the divisor only scales the dividend
+    varying, value = [n for n in node.all_input_nodes if varies(n)], value_of(node)
+    whole = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+    compares = whole and any(is_floating(value_of(n)) for n in varying)  # also argmax, isnan, ...
+    makes = ratio or compares or operation(node) in GATES_AND_SCALES
+    return makes + min(marks(n).gates for n in varying)
 
 
 def drop_unused(draft: Draft) -> None:

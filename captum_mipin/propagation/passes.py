@@ -12,6 +12,7 @@ from captum_mipin.propagation.canonical import canonicalise
 from captum_mipin.propagation.channels import find_channels
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.elementwise import join_elementwise
+from captum_mipin.propagation.forms import spell
 from captum_mipin.propagation.marking import (
     check_ends,
     drop_unused,
@@ -19,6 +20,7 @@ from captum_mipin.propagation.marking import (
     mark_varying,
     rewrite_for_method,
 )
+from captum_mipin.propagation.norms import recognise_norms
 from captum_mipin.propagation.rewriting import cut_recordings, move_constants_first, place_steps
 from captum_mipin.propagation.spelling import replace_copies, rewrite_constant_products
 from captum_mipin.propagation.treatments import check_supported
@@ -32,6 +34,8 @@ MARKING: tuple[Pass, ...] = (
     replace_copies,
     rewrite_constant_products,
     join_elementwise,
+    spell,
+    recognise_norms,
     rewrite_for_method,
     mark_signal,
     lay_out_batch,

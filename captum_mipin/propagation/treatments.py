@@ -10,7 +10,7 @@ from captum_mipin.graph.marks import marks, original, value_of
 from captum_mipin.graph.nodes import is_random, is_size, nodes_in, operation, place
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.report import CheckRow
-from captum_mipin.rules import RECORDABLE, Passes, Recorded, Rule
+from captum_mipin.rules import Passes, Recorded, Rule
 
 #: Operations that change nothing but shapes. Their arguments may depend on the batch size.
 SHAPE = (
@@ -18,11 +18,18 @@ SHAPE = (
     "expand",
 )  # fmt: skip
 
-#: Operation without a rule → advice, appended to the reason for its refusal.
-_HINTS = dict.fromkeys(
-    ("softmax", "_softmax", "log_softmax", "_log_softmax", "cross_entropy_loss", "nll_loss_nd"),
-    "; where it ends the model, return the logits that go into it",
-)
+#: Operation without a rule → reason or advice, appended to the reason for its refusal.
+_HINTS = {
+    **dict.fromkeys(
+        ("softmax", "_softmax", "log_softmax", "_log_softmax", "cross_entropy_loss", "nll_loss_nd"),
+        "; where it ends the model, return the logits that go into it; elsewhere its values depend "
+        "only on differences of its inputs, so that no input has a share of its own",
+    ),
+    **dict.fromkeys(
+        ("reciprocal", "rsqrt"),
+        "; a divisor is recorded as a scale, so that no value is left that a signal could go to",
+    ),
+}
 
 #: Advice for refused operations; a method may have another text, in ``way_out`` of its table.
 _WAY_OUT = (
@@ -112,7 +119,7 @@ def _objection(draft: Draft, node: fx.Node, rule: Rule | None) -> str | None:
     known, value = marks(node), value_of(node)
     if known.discrete:
         return f"it turns the input into {value.dtype}, through which no signal can be sent"
-    if rule is None and not (known.recorded and str(node.target) in RECORDABLE):
+    if rule is None and not known.recorded:
         return "no rule covers it" + _HINTS.get(operation(node), "")
     further = nodes_in((node.args[1:], node.kwargs))
     if operation(node) not in SHAPE and any(map(is_size, further)):

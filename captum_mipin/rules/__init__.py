@@ -6,8 +6,8 @@ ReLU, the switches of maximum pooling, the shares in an average. A linear rearra
 transposition, sends the signal back by its adjoint. Users can register rules for more operations.
 """
 
-from captum_mipin.rules.arithmetic import Fork
-from captum_mipin.rules.attention import RECORDABLE
+from captum_mipin.rules.arithmetic import DIVIDED, Fork
+from captum_mipin.rules.attention import RECORDABLE, WEIGHTED_SUM
 from captum_mipin.rules.base import (
     Back,
     Inverse,
@@ -18,12 +18,15 @@ from captum_mipin.rules.base import (
     Recorded,
     Rule,
 )
-from captum_mipin.rules.linear import PooledLinear
+from captum_mipin.rules.linear import POOLED_LINEAR
 from captum_mipin.rules.table import MIPIN, register_rule, table, unregister_rule
 
 __all__ = [
+    "DIVIDED",
     "MIPIN",
+    "POOLED_LINEAR",
     "RECORDABLE",
+    "WEIGHTED_SUM",
     "Back",
     "Fork",
     "Inverse",
@@ -31,7 +34,6 @@ __all__ = [
     "Learned",
     "Options",
     "Passes",
-    "PooledLinear",
     "Recorded",
     "Rule",
     "register_rule",

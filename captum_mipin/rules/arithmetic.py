@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from captum_mipin.regression.moments import Moments
@@ -22,12 +23,15 @@ from captum_mipin.rules.base import (
     Inverter,
     Learned,
     Options,
+    OwnOperation,
     Passes,
+    Recorded,
+    Recording,
     along,
     depends,
     every,
-    factors,
 )
+from captum_mipin.rules.gates import factors
 from captum_mipin.rules.linear import Convolution, Dense, add_own
 
 
@@ -130,20 +134,45 @@ class Fork:
         )
 
 
-def _two_signals(node: fx.Node) -> str | None:
+def divided(options: Options, operation: Any, x: Tensor, divisor: Tensor) -> Recording:
+    """Send back S ⊙ d for y = x / d, where the divisor d is recorded, as a normalisation does."""
+    value = operation(x, divisor)
+    if not options.local:
+        return value, lambda s: s.sum_to_size(x.shape)
+    return value, lambda s: (s * divisor).sum_to_size(x.shape)
+
+
+#: The operation ``div`` where the divisor depends on the input: a scale of the sample.
+DIVIDED = OwnOperation("divided", torch.div)
+
+
+def two_signals(node: fx.Node) -> str | None:
+    """Return the caveat of a product of which several factors carry signal."""
     if len(factors(node)) < 2:
         return None
-    reason = (
-        "it multiplies two values that both depend on the input, "
-        "and neither is a gate that a sigmoid made"
+    return "neither factor is a gate: each gets the signal times the other, as recorded"
+
+
+def mere_scale(node: fx.Node) -> str | None:
+    """Return the reason to refuse a product with an input itself, which may be a mere scale."""
+    inputs = [n for n in node.all_input_nodes if n.op == "placeholder" and depends(n)]
+    signals = {node.args[at] for at in factors(node)}  # only one for x · x
+    if len(signals) < 2 or all(len(n.users) > 1 for n in inputs):
+        return None
+    return (
+        "it multiplies two values that both depend on the input, and one of them is an input that "
+        "is used nowhere else, as a signal or as a mere scale: pass a mere scale by "
+        "additional_forward_args, which fit takes by unpack="
     )
-    if any(n.op == "placeholder" and len(n.users) == 1 for n in node.all_input_nodes):
-        reason += ": pass a mere scale by additional_forward_args, which fit takes by unpack="
-    return reason
 
 
-def _divides_by_signal(node: fx.Node) -> str | None:
-    return "it divides by a value that depends on the input" if depends(node.args[1]) else None
+def _constant_dividend(node: fx.Node) -> str | None:
+    if depends(node.args[0]) or not depends(node.args[1]):
+        return None
+    return (
+        "it divides a constant by a value that depends on the input: a divisor is recorded as a "
+        "scale, so no value is left that a signal could go to"
+    )
 
 
 _SUM = Passes(
@@ -154,10 +183,15 @@ _SCALE = Passes(
     carriers=factors,
     records=True,
     restores=False,
-    refuse=_two_signals,
+    refuse=mere_scale,
+    caveat=two_signals,
 )
 _RATIO = Passes(
-    note="adjoint; its scale is learned", records=True, restores=False, refuse=_divides_by_signal
+    note="adjoint; its scale is learned",
+    records=True,
+    restores=False,
+    carriers=factors,
+    refuse=_constant_dividend,
 )
 
 ARITHMETIC = {
@@ -168,4 +202,8 @@ ARITHMETIC = {
         (_RATIO, "div.Tensor div.Scalar"),
     )
     for name in names.split()
+} | {
+    str(DIVIDED): Recorded(
+        run=divided, note="times the recorded divisor", records=True, restores=False
+    )
 }

@@ -1,13 +1,28 @@
-"""Attention: a mean of values with recorded weights. Queries and keys get no signal.
+"""Matrix products and weighted sums of values that depend on the input.
 
-The weights are the result of a softmax. Products of a gate and a tensor are treated in the same
-way: the gate is recorded, and only the tensor gets a signal.
+In attention, a softmax makes the weights of a mean of values: the weights are recorded, and get no
+signal; nor do queries and keys. Any other gate is treated in the same way. If neither factor is
+made by a gate, each of them gets the signal through the other one, which is recorded.
 """
 
-from torch import fx
+from typing import Any
 
+from torch import Tensor, fx
+
+from captum_mipin.graph.layout import batched
+from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.nodes import argument
-from captum_mipin.rules.base import Passes, at, depends, factors, is_gate
+from captum_mipin.rules.arithmetic import mere_scale, two_signals
+from captum_mipin.rules.base import OwnOperation, Passes, at, varies
+from captum_mipin.rules.gates import factors
+
+
+def _sum_of_product(a: Tensor, b: Tensor, dims: Any, keepdim: bool = False) -> Tensor:
+    return (a * b).sum(dims, keepdim)
+
+
+#: The operation ``(a * b).sum(dims, keepdim)``, whose rule is that of a matrix product.
+WEIGHTED_SUM = OwnOperation("weighted_sum", _sum_of_product)
 
 
 def _random(node: fx.Node) -> str | None:
@@ -17,44 +32,35 @@ def _random(node: fx.Node) -> str | None:
 
 
 def _no_weights(node: fx.Node) -> str | None:
-    if not any(map(is_gate, node.args[:2])) and not all(map(depends, node.args[:2])):
-        return (
-            "it multiplies by a constant matrix, whose inverse would have to be learned: "
-            "use nn.Linear"
-        )
-    if len(factors(node)) > 1:
-        return "it multiplies two values that both depend on the input, and neither is a softmax"
-    return None
+    # A tensor that is passed to the model with each example is recorded, as attention weights are.
+    if all(varies(n) or (isinstance(n, fx.Node) and batched(value_of(n))) for n in node.args[:2]):
+        return mere_scale(node)
+    return (
+        "it multiplies by a constant matrix, whose inverse would have to be learned: use nn.Linear"
+    )
 
 
-def _term_and_values(node: fx.Node) -> tuple[int, ...]:
-    return (0,) * depends(node.args[0]) + factors(node, 1)
-
-
-def _no_weights_in_product(node: fx.Node) -> str | None:
-    if not any(map(is_gate, node.args[1:3])) or len(factors(node, 1)) > 1:
-        return "it multiplies two values, of which exactly one must be a softmax"
-    return None
-
-
-_TREATED = {
-    "scaled_dot_product_attention": (at(2), _random),
-    "matmul": (factors, _no_weights),
-    "bmm": (factors, _no_weights),
-    "baddbmm": (_term_and_values, _no_weights_in_product),
-}
+_PRODUCT = Passes(
+    note="adjoint, weights and gates as recorded; its scale is learned",
+    carriers=factors,
+    records=True,
+    restores=False,
+    refuse=_no_weights,
+    caveat=two_signals,
+)
 ATTENTION = {
-    f"aten.{name}.default": Passes(
+    "aten.scaled_dot_product_attention.default": Passes(
         note="adjoint with the recorded attention weights; its scale is learned",
-        carriers=carriers,
+        carriers=at(2),
         records=True,
         restores=False,
-        refuse=refuse,
-    )
-    for name, (carriers, refuse) in _TREATED.items()
+        refuse=_random,
+    ),
+    **dict.fromkeys(("aten.matmul.default", "aten.bmm.default", str(WEIGHTED_SUM)), _PRODUCT),
 }
 
-#: Operations without a rule that may compute recorded values: gates and attention weights.
+#: Operations without a rule that often compute recorded values, and never mix examples unless they
+#: work along the batch.
 RECORDABLE = frozenset(
     f"aten.{name}"
     for name in (

@@ -8,8 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, fx
 
-from captum_mipin.graph.marks import marks, value_of
-from captum_mipin.graph.nodes import operation
+from captum_mipin.graph.marks import marks
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Part, Solution
 
@@ -282,32 +281,6 @@ def varies(value: Any) -> bool:
     return isinstance(value, fx.Node) and marks(value).varies
 
 
-def is_gate(node: Any, counts: Callable[[Any], bool] = depends) -> bool:
-    """Return True if a value is a gate: the result of a sigmoid, softmax or comparison.
-
-    Rearrangements, and scales and shifts by constants, may follow this operation. A value that is
-    chosen by conditions or indices alone, such as a mask made by ``scatter``, is a gate as well.
-
-    Args:
-        node: The value.
-        counts: Function that returns False for constants.
-    """
-    return operation(gate_source(node, counts)) in _GATES or _is_chosen(node, counts)
-
-
-def _is_chosen(node: Any, counts: Callable[[Any], bool]) -> bool:
-    """Return True if a value depends on the input only by conditions and indices."""
-    waiting, seen = [node], set[Any]()
-    while waiting and isinstance(node, fx.Node):
-        sources = [n for n in waiting.pop().all_input_nodes if counts(n)]
-        if not sources:  # an input of the model, or an explained tensor
-            return False
-        floating = [n for n in sources if is_floating(value_of(n)) and n not in seen]
-        seen.update(floating)
-        waiting.extend(floating)
-    return isinstance(node, fx.Node)
-
-
 def is_floating(value: Any) -> bool:
     """Return True if a traced value is a floating tensor, or a list or tuple with such a tensor."""
     if isinstance(value, (tuple, list)):
@@ -315,53 +288,28 @@ def is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def gate_source(node: Any, counts: Callable[[Any], bool]) -> Any:
-    """Return the node from which a value was rearranged, scaled or shifted.
+@dataclass(frozen=True)
+class OwnOperation:
+    """An operation that a rewrite inserts, with a rule of its own.
 
-    Args:
-        node: The value.
-        counts: Function that returns False for constants.
-
-    Returns:
-        The node before all these operations; None if one of them combines several such nodes.
+    Attributes:
+        name: Name of the operation; its rule is that of "captum_mipin.<name>.default".
+        run: Function that computes the operation.
     """
-    # Follow the arguments of operations after which a gate is still a gate: 1 − σ(x), 2 σ(x).
-    while operation(node) in REARRANGED | _SCALED:
-        rearranged = operation(node) in REARRANGED
-        sources = node.args[:1] if rearranged else [n for n in node.args if counts(n)]
-        if len(sources) != 1 or (operation(node) == "div" and sources[0] is not node.args[0]):
-            return None
-        node = sources[0]
-    return node
 
+    name: str
+    run: Callable[..., Any]
 
-def factors(
-    node: fx.Node, first: int = 0, counts: Callable[[Any], bool] = depends
-) -> tuple[int, ...]:
-    """Return the positions of those factors of a product that carry signal.
+    @property
+    def __name__(self) -> str:
+        return self.name
 
-    These are the factors that are neither constants nor gates; if all factors that are not constant
-    are gates, all of them carry signal.
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the operation."""
+        return self.run(*arguments)
 
-    Args:
-        node: The product.
-        first: Position of its first factor.
-        counts: Function that returns False for constants.
-    """
-    positions = [i for i, n in enumerate(node.args) if i >= first and counts(n)]
-    return tuple(i for i in positions if not is_gate(node.args[i], counts)) or tuple(positions)
-
-
-_GATES = frozenset(
-    {"sigmoid", "hardsigmoid", "softmax", "_softmax", "gt", "ge", "lt", "le", "eq", "ne",
-     "logical_and", "logical_or", "logical_not"}
-)  # fmt: skip
-_SCALED = frozenset({"mul", "div", "add", "sub", "neg"})
-REARRANGED = frozenset(
-    {"view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute", "transpose",
-     "clone", "dropout", "contiguous", "flatten", "unflatten", "rsub", "slice", "select", "getitem",
-     "chunk", "split", "unsafe_split", "alias", "_to_copy"}
-)  # fmt: skip
+    def __repr__(self) -> str:
+        return f"captum_mipin.{self.name}.default"
 
 
 def adjoint(operator: Callable[[Tensor], Tensor], like: Tensor) -> Back:

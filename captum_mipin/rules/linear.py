@@ -20,7 +20,7 @@ from captum_mipin.regression.geometry import Geometry, parts_by_position
 from captum_mipin.regression.lag_gram import CHUNK
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Part, Solution
-from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, along, at
+from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, OwnOperation, along, at
 from captum_mipin.rules.geometry import ConvolutionArguments
 from captum_mipin.rules.pooling import shared_out
 
@@ -326,30 +326,18 @@ class PooledDense(Inverter):
         return shared_out(lambda t: t.mean(over), y, recorded, options.evidence, leading=1)[1](s)
 
 
-class PooledLinear:
-    """The operation ``linear(pooled, weight, bias)`` with the averaged tensor x as first argument.
+def _linear_of_pooled(x: Tensor, *arguments: Any) -> Tensor:
+    return F.linear(*arguments[:3])
 
-    ``pooled`` is the average of x. The arguments are x, pooled, weight, bias, and the dimension of
-    the features in x. Its inverse is :class:`PooledDense`.
 
-    Examples:
-        >>> x, weight = torch.ones(1, 2, 4, 4), torch.ones(3, 2)
-        >>> PooledLinear()(x, x.mean((2, 3)), weight, None, 1).tolist()
-        [[2.0, 2.0, 2.0]]
-    """
-
-    __name__ = "pooled_linear"
-
-    def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
-        """Return ``linear(pooled, weight, bias)``."""
-        return F.linear(*arguments[:3])
-
-    def __repr__(self) -> str:
-        return f"captum_mipin.{self.__name__}.default"
+#: The operation ``linear(pooled, weight, bias)`` with the averaged tensor x as first argument. The
+#: arguments are x, pooled (the average of x), weight, bias, and the dimension of the features in x.
+#: Its inverse is :class:`PooledDense`.
+POOLED_LINEAR = OwnOperation("pooled_linear", _linear_of_pooled)
 
 
 def pooled_dense(options: Options, x: Tensor, *arguments: Any) -> PooledDense:
-    """Return the inverse of :class:`PooledLinear` for the arguments of that operation."""
+    """Return the inverse of :data:`POOLED_LINEAR` for the arguments of that operation."""
     _, weight, bias, dim = arguments
     inverse = dense(options, x, weight)
     return PooledDense(inverse, x.detach().movedim(dim, -1), weight, bias, options, dim)
@@ -388,7 +376,7 @@ _CONVOLUTION = Learned(inverter=convolution, note="learned transposed convolutio
 _TRANSPOSED = Learned(inverter=transposed_convolution, note="learned convolution", exact=True)
 LINEAR = {
     "aten.linear.default": Learned(inverter=dense, note=_DENSE, exact=True),
-    str(PooledLinear()): Learned(
+    str(POOLED_LINEAR): Learned(
         inverter=pooled_dense,
         note="learned dense inverse at each place, where the output came from",
         records=True,

@@ -667,11 +667,11 @@ def test_bad_rules():
 
 def test_what_lrp_has_no_rule_for_is_refused():
     model = Function(
-        lambda m, x: m["a"](x) * m["b"](x), a=nn.Linear(4, 3), b=nn.Linear(4, 3)
+        lambda m, x: m["b"](m["a"](x).softmax(1)), a=nn.Linear(4, 3), b=nn.Linear(3, 3)
     ).eval()
     with pytest.raises(
         UnsupportedOperationError,
-        match="multiplies two values .*LayerPropagation".replace(" .*", r"[\s\S]*"),
+        match="no rule covers it; .*LayerPropagation".replace(" .*", r"[\s\S]*"),
     ):
         LRP(model).attribute(normal(2, 4), 0)
 

@@ -330,13 +330,24 @@ def test_bad_input(untouched):
     normed = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double().eval()
     own = Patterns(normed).fit(x, progress=False)
     assert PatternAttribution(normed, own).attribute(x, 0).any()
-    product = (
-        Function(lambda m, x: m["a"](x) * m["b"](x), a=nn.Linear(6, 2), b=nn.Linear(6, 2))
-        .double()
-        .eval()
-    )
-    with pytest.raises(UnsupportedOperationError, match=r"aten\.mul"):
-        Patterns(product).fit(x, progress=False)
+    mixed = nn.Sequential(nn.Linear(6, 4), nn.Softmax(1), nn.Linear(4, 2)).double().eval()
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.softmax"):
+        Patterns(mixed).fit(x, progress=False)
+
+
+def test_each_factor_of_a_product_gets_half_the_signal_by_hand():
+    """Patterns of a ⊙ b are 1 / 2b and 1 / 2a; for attributions each factor gets half."""
+    torch.manual_seed(0)
+    a, b = (normal(40, 3, seed=seed, dtype=torch.float64).abs() for seed in (1, 2))
+    model = Function(lambda m, a, b: m["last"](a.relu() * b.relu()), last=nn.Linear(3, 2))
+    patterns = Patterns(model.double().eval(), estimator="linear").fit((a, b), progress=False)
+    y, p = model(a, b).detach()[:, :1], patterns["layers.last/linear"][0]
+    w = model.layers["last"].weight[0].detach()
+    s = PatternNet(model, patterns).attribute((a, b), 0)
+    r = PatternAttribution(model, patterns).attribute((a, b), 0)
+    for at, other in enumerate((b, a)):
+        torch.testing.assert_close(s[at], y * p / (2 * other))
+        torch.testing.assert_close(r[at], y * p * w / 2)
 
 
 NORMS = {

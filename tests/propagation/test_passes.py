@@ -14,6 +14,7 @@ from captum_mipin.errors import CaptureError, RuleError, UnsupportedOperationErr
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.layout import Layout
 from captum_mipin.graph.marks import marks, original, set_value, value_of
+from captum_mipin.graph.nodes import operation
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.passes import PASSES
 from captum_mipin.propagation.runtime import source, step
@@ -91,6 +92,8 @@ def test_the_passes_and_their_order() -> None:
         "replace_copies",
         "rewrite_constant_products",
         "join_elementwise",
+        "spell",
+        "recognise_norms",
         "rewrite_for_method",
         "mark_signal",
         "lay_out_batch",
@@ -131,6 +134,36 @@ def test_what_the_output_does_not_need_is_dropped() -> None:
     drafted = net.draft(y, "drop_unused")
     assert y in drafted
     assert unused not in drafted
+
+
+def test_products_ratios_and_sums_take_one_form() -> None:
+    net = Network(5, 4)
+    weights = net.call(aten.softmax.int, net.x, 1)
+    pooled = net.call(aten.sum.dim_IntList, net.call(aten.mul.Tensor, weights, net.x), [1])
+    length = net.call(aten.linalg_vector_norm.default, pooled, 2, [1], True)
+    ratio = net.call(aten.div.Tensor, pooled, length)
+    stack = net.call(aten.stack.default, [pooled, ratio])
+    drafted = net.draft(net.call(aten.sum.dim_IntList, stack, [0]), "spell")
+    names = ["softmax", "weighted_sum", "linalg_vector_norm", "divided", "add", "alias"]
+    assert [operation(node) for node in drafted.calls] == names
+    assert original(drafted[pooled]) is aten.sum.dim_IntList
+    gates = {node: marks(drafted[node]).gates for node in (net.x, weights, pooled, length, ratio)}
+    assert gates == {net.x: 0, weights: 1, pooled: 0, length: 1, ratio: 0}
+
+
+def test_norms_by_hand_are_named() -> None:
+    net = Network(4)
+    centred = net.call(aten.sub.Tensor, net.x, net.call(aten.mean.dim, net.x, [1], True))
+    square = net.call(aten.mean.dim, net.call(aten.mul.Tensor, centred, centred), [1], True)
+    root = net.call(aten.sqrt.default, net.call(aten.add.Tensor, square, 1e-3))
+    ratio = net.call(aten.div.Tensor, centred, root)
+    scaled = net.call(aten.mul.Tensor, ratio, net.weight(4))
+    drafted = net.draft(scaled, "recognise_norms")
+    *_, norm = drafted.calls
+    assert norm.target is aten.layer_norm.default
+    assert norm.args[0] is drafted[net.x]
+    assert norm.args[1:2] + norm.args[3:] == ([4], None, 1e-3)
+    assert original(norm) is aten.div.Tensor
 
 
 def test_a_dense_layer_on_averages_is_joined_with_them() -> None:

@@ -93,6 +93,8 @@ SPELLINGS = {
         nn.GELU(),
         lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
     ),
+    "Mish": (F.mish, lambda x: x * torch.tanh(F.softplus(x)), lambda x: F.softplus(x).tanh() * x),
+    "Hardswish by clamp": (F.hardswish, lambda x: x * F.relu6(x + 3) / 6),
 }
 
 

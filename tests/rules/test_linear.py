@@ -38,7 +38,7 @@ NOT_TREATED = {
     "exp": (torch.exp, r"aten\.exp\.default .*no rule covers it"),
     "logarithm": (torch.log, r"aten\.log\.default .*no rule covers it"),
     "reciprocal": (lambda h: 1 / h, r"aten\.reciprocal\.default .*no rule covers it"),
-    "product": (lambda h: h * h.flip(1), "multiplies two values that both depend on the input"),
+    "softmax": (lambda h: h.softmax(1), r"aten\.softmax\.int .*no rule covers it"),
     "maximum with a constant": (
         lambda h: torch.maximum(h, torch.zeros(5)),
         "compares with a constant.*use clamp, or relu",
@@ -58,10 +58,6 @@ NOT_TREATED = {
     "matrix of the input": (
         lambda h: torch.mm(h[:, :5], h.t() @ h),
         "computes along the batch|depends on the input as well",
-    ),
-    "baddbmm of three signals": (
-        lambda h: torch.baddbmm(h[:, None], h[:, None, :1], h[:, None]).squeeze(1),
-        "of which exactly one must be a softmax",
     ),
     "glu of the batch": (lambda h: torch.cat([F.glu(torch.cat([h, h], 0), 0)], 1), "batch"),
     "a choice of constants": (

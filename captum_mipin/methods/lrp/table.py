@@ -5,7 +5,8 @@ R_i = x_i Σ_j a_ij R_j / z_j with z_j = Σ_i a_ij x_i, where a_ij is the operat
 input i in output j. Activations, and normalisations by the sample's own deviation, give the
 relevance of an output to the input at the same position. Maximum pooling and rearrangements give it
 to the input that was copied. In a product with a gate or with attention weights, the value gets all
-relevance.
+relevance, and so does the dividend of a ratio. In a product of two values of which neither is a
+gate, each gets half of the relevance (the uniform rule of AttnLRP: Achtibat et al., ICML 2024).
 """
 
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION
-from captum_mipin.rules.base import Back, derivative, factors, varies
+from captum_mipin.rules.base import Back, derivative, varies
+from captum_mipin.rules.gates import factors
 from captum_mipin.rules.linear_maps import COPIES, MIXES, among, linear_in
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
@@ -64,10 +66,11 @@ def relevance(takes: bool) -> dict[str, Rule]:
                 caveat=_constant if takes else no_caveat,
             )
         else:
-            table[name] = _by_contribution(rule, carriers=values, caveat=gated)
+            table[name] = _by_contribution(rule, run=uniform, carriers=values, caveat=gated)
     for name, rule in ATTENTION.items():
+        carriers = values if rule.carriers is factors else rule.carriers
         note = "to the values, by the recorded weights"
-        table[name] = _by_contribution(rule, note, carriers=rule.carriers, caveat=outside)
+        table[name] = _by_contribution(rule, note, run=uniform, carriers=carriers, caveat=outside)
     return table
 
 
@@ -107,6 +110,21 @@ def share(without_constants: bool, operator: Callable[..., Tensor], x: tuple[Ten
     return value, lambda r: tuple(part * g for part, g in zip(x, back(quotient(r, z)), strict=True))
 
 
+def uniform(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
+    """Distribute relevance by contribution through a product, in equal parts to its factors.
+
+    Args:
+        operator: The product as a function of the tuple ``x``, linear in each of its entries.
+        x: The factors that get relevance.
+
+    Returns:
+        The product, and the backward function: relevance → one tensor per factor.
+    """
+    value, back = share(False, operator, x)
+    # n factors: R_i = x_i Σ_j (∂z_j / ∂x_i) R_j / (n z_j), which conserves relevance
+    return value, lambda r: back(r / len(x))
+
+
 def hand_on(operator: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Back]:
     """Return an operator's value, and the backward function R_i = R_j at the same position."""
     value = operator(x)
@@ -118,10 +136,15 @@ def _glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> tuple[Te
 
 
 def _by_contribution(
-    rule: Rule, note: str = "by shares", *, without_constants: bool = False, **options: Any
+    rule: Rule,
+    note: str = "by shares",
+    *,
+    run: Callable[..., Any] | None = None,
+    without_constants: bool = False,
+    **options: Any,
 ) -> Recorded:
     return Recorded(
-        run=partial(run_operator, partial(share, without_constants)),
+        run=partial(run_operator, run or partial(share, without_constants)),
         note=note,
         several=True,
         refuse=rule.refuse,
@@ -151,7 +174,7 @@ def varying(node: fx.Node) -> tuple[int, ...]:
 
 
 def values(node: fx.Node) -> tuple[int, ...]:
-    """Return the positions of factors that are neither constants nor gates."""
+    """Return the positions of factors that are neither constants nor gates, see ``factors``."""
     return factors(node, counts=varies)
 
 
@@ -169,10 +192,11 @@ def outside(node: fx.Node) -> str | None:
 
 
 def gated(node: fx.Node) -> str | None:
-    """Return the caveat of products with a gate."""
-    if len(varying(node)) > 1:
-        return "outside of the definition: the gate gets nothing"
-    return None
+    """Return the caveat of products with a gate, and of ratios and products of two signals."""
+    if len(varying(node)) < 2:
+        return None
+    what = "the gate or divisor gets nothing" if len(values(node)) < 2 else "half to each factor"
+    return f"outside of the definition: {what}"
 
 
 def _constant(node: fx.Node) -> str | None:

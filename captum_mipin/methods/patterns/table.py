@@ -26,7 +26,8 @@ from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION
-from captum_mipin.rules.base import Back, value_and_adjoint, varies
+from captum_mipin.rules.base import Back, derivative, value_and_adjoint, varies
+from captum_mipin.rules.gates import factors
 from captum_mipin.rules.linear_maps import COPIES, MIXES, mixed, sizes
 from captum_mipin.rules.normalization import NORMALIZATION, SCALES
 from captum_mipin.rules.pooling import POOLING, shared_out
@@ -86,8 +87,9 @@ def pattern_rules(
     for name, rule in ARITHMETIC.items():
         if any(part in name for part in ("mul", "div", "neg")):
             rules[name] = Recorded(
-                run=partial(run_operator, partial(_scaled, attribution)),
+                run=partial(run_operator, partial(_multiplied, attribution)),
                 note="passed on" if attribution else "divided by what it was multiplied by",
+                several=True,
                 carriers=values,
                 records=rule.records,
                 refuse=rule.refuse,
@@ -101,7 +103,15 @@ def pattern_rules(
                 refuse=rule.refuse,
             )
     for name, rule in ATTENTION.items():
-        rules[name] = replace(rule, note="adjoint with the recorded weights", caveat=outside)
+        rules[name] = Recorded(
+            run=partial(run_operator, _adjoint),
+            note="adjoint with the recorded weights",
+            several=True,
+            carriers=values if rule.carriers is factors else rule.carriers,
+            records=True,
+            refuse=rule.refuse,
+            caveat=outside,
+        )
     for name in NORMALIZATION if attribution else SCALES:
         run = PASS_ON if attribution else partial(_normalised, SCALES[name])
         note = "passed on" if attribution else "divided by the scale of the sample"
@@ -147,6 +157,29 @@ def _scaled(
     # pattern a = 1 / g; for attributions a g = 1
     factor = (g != 0).to(g) if attribution else reciprocal(g)
     return operator(x), lambda s: (s * factor).sum_to_size(x.shape)
+
+
+def _multiplied(
+    attribution: bool, operator: Callable[..., Tensor], x: tuple[Tensor, ...]
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """Run y = x_1 ⊙ ... ⊙ x_n; each factor gets the n-th part of the signal by :func:`_scaled`.
+
+    So the patterns a of the factors satisfy wᵀa = 1 together, where w is the derivative of y.
+    """
+
+    def alone(at: int) -> Callable[[Tensor], Tensor]:
+        return lambda t: operator((*x[:at], t, *x[at + 1 :]))
+
+    backs = [_scaled(attribution, alone(at), part)[1] for at, part in enumerate(x)]
+    return operator(x), lambda s: tuple(back(s / len(x)) for back in backs)
+
+
+def _adjoint(
+    operator: Callable[..., Tensor], x: tuple[Tensor, ...]
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """Run a matrix product of n signals; each factor gets the n-th part of the adjoint."""
+    value, back = derivative(operator, x)
+    return value, lambda s: back(s / len(x))
 
 
 def _shifted(

@@ -1,0 +1,280 @@
+"""The pass that writes products, ratios and sums in one form, before rules are looked up.
+
+The rule of an operation must not depend on the way in which a model writes it. Therefore
+
+- a ratio whose divisor depends on the input, and a product with such a reciprocal, become the
+  operation ``divided``;
+- each result of ``var_mean`` becomes an operation of its own;
+- the sum of a product of two values that depend on the input becomes ``weighted_sum``, which has
+  the rule of a matrix product;
+- the sum or the mean of stacked tensors becomes a sum of these tensors.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from captum_mipin.graph.layout import batched
+from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
+from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.propagation.draft import Draft, permutation
+from captum_mipin.propagation.marking import mark_as_varying, mark_varying
+from captum_mipin.rules import DIVIDED, WEIGHTED_SUM
+from captum_mipin.rules.base import varies
+from captum_mipin.rules.gates import gate_source
+
+_aten = torch.ops.aten
+
+#: The explained nodes, which no rewrite may leave out.
+Starts = Collection[fx.Node]
+
+
+def spell(draft: Draft) -> None:
+    """Rewrite products, ratios and sums of values that depend on the model's inputs."""
+    node: Any
+    for node in list(draft.graph.nodes):
+        if node.op == "call_function" and varies(node) and node not in draft.starts:
+            any(rewrite(node, draft.starts) for rewrite in _REWRITES.get(operation(node), ()))
+    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    mark_varying(draft)
+
+
+def _product_with_one(node: Any, starts: Starts) -> bool:
+    """Rewrite x · 1, a part of other operations, as x."""
+    for x, factor in (node.args, node.args[::-1]):
+        if not isinstance(factor, fx.Node) and factor == 1:
+            become(node, _aten.alias.default, x)
+            return True
+    return False
+
+
+def _ratio(node: Any, starts: Starts) -> bool:
+    """Rewrite a ratio x / d as the operation ``divided`` if d depends on the example."""
+    x, divisor = node.args
+    if node.kwargs or not varies(x) or not _is_of_example(divisor):
+        return False
+    _divide(node, x, divisor, starts)
+    return True
+
+
+def _product_with_reciprocal(node: Any, starts: Starts) -> bool:
+    """Rewrite x · r as x divided by 1 / r, if r is a reciprocal of a value of the input."""
+    for x, factor in (node.args, node.args[::-1]):
+        if not varies(x) or not varies(factor):
+            continue
+        r, scale = _unscaled(factor, starts)
+        if _is_reciprocal(r):
+            _divide(node, x, insert(node, _aten.reciprocal.default, r), starts, scale)
+            return True
+    return False
+
+
+def _divide(node: fx.Node, x: Any, divisor: Any, starts: Starts, *scales: Any) -> None:
+    """Rewrite a node as x / d times constants; a constant factor of x comes behind the ratio."""
+    x, scale = _unscaled(x, starts)
+    factors = [factor for factor in (scale, *scales) if factor is not None]
+    if not factors:
+        become(node, DIVIDED, x, divisor)
+        return
+    value = insert(node, DIVIDED, x, divisor)
+    for factor in factors[:-1]:
+        value = insert(node, _aten.mul.Tensor, value, factor)
+    become(node, _aten.mul.Tensor, value, factors[-1])
+
+
+def _unscaled(node: Any, starts: Starts) -> tuple[Any, Any]:
+    """Return x and c for a product of a value x of the input and a constant c; else node, None."""
+    if operation(node) == "mul" and node not in starts and len(node.users) == 1:
+        for x, scale in (node.args, node.args[::-1]):
+            if varies(x) and not varies(scale):
+                return x, scale
+    return node, None
+
+
+def _moment(node: Any, starts: Starts) -> bool:
+    """Rewrite one result of ``var_mean`` or ``std_mean`` as an operation of its own."""
+    both, which = node.args
+    name = operation(both)
+    if name not in ("var_mean", "std_mean") or node.target is not getitem:
+        return False
+    x, *others = both.args
+    if which == 1:
+        dims, keepdim = argument(both, 1, "dim"), both.kwargs.get("keepdim", False)
+        if not dims:
+            return False
+        if len(others) > 2:  # var_mean.dim(x, dim, unbiased, keepdim)
+            keepdim = others[2]
+        become(node, _aten.mean.dim, x, dims, keepdim)
+    else:
+        alone = getattr(getattr(_aten, name[:3]), str(both.target).split(".")[-1])
+        kwargs = dict(both.kwargs)
+        become(node, alone, *both.args)
+        node.kwargs = kwargs
+    return True
+
+
+def _is_reciprocal(node: Any) -> bool:
+    while operation(node) in _SAME_NUMBERS:
+        node = node.args[0]
+    if operation(node) == "pow":
+        return isinstance(node.args[1], (int, float)) and node.args[1] < 0
+    return operation(node) in ("rsqrt", "reciprocal")
+
+
+def _sum_of_product(node: Any, starts: Starts) -> bool:
+    """Rewrite Σ w ⊙ h as a weighted sum, if w and h both depend on the example."""
+    if node.kwargs or not argument(node, 1, "dim"):
+        return False
+    product, dims = _unpermuted(node.args[0], node.args[1], starts)
+    if operation(product) != "mul" or product in starts or not _both_vary(product, dims):
+        return False
+    average = operation(node) == "mean"
+    if average and not any(_is_softmax(n) for n in product.args):
+        return False
+    ndim, keepdim = value_of(product).ndim, argument(node, 2, "keepdim", False)
+    args = (*(_with_dims(node, n, ndim) for n in product.args), dims, keepdim)
+    if not average:
+        become(node, WEIGHTED_SUM, *args)
+        return True
+    count = 1
+    for dim in dims:
+        count *= value_of(product).shape[dim]
+    become(node, _aten.div.Tensor, insert(node, WEIGHTED_SUM, *args), count)
+    return True
+
+
+def _with_dims(before: fx.Node, node: Any, ndim: int) -> fx.Node:
+    """Return the node of a value with dimensions of size 1 added in front, up to ``ndim``."""
+    while value_of(node).ndim < ndim:
+        node = insert(before, _aten.unsqueeze.default, node, 0)
+    result: fx.Node = node
+    return result
+
+
+def _unpermuted(node: Any, dims: Sequence[int], starts: Starts) -> tuple[Any, list[int]]:
+    """Return the value before transpositions, and the dimensions ``dims`` of the node in it."""
+    kept: list[int] = [dim % value_of(node).ndim for dim in dims]
+    while node not in starts and (order := permutation(node)) is not None:
+        rest = [order[dim] for dim in range(len(order)) if dim not in kept]
+        if rest != sorted(rest):
+            break
+        node, kept = node.args[0], [order[dim] for dim in kept]
+    return node, kept
+
+
+def _both_vary(product: Any, dims: Sequence[int]) -> bool:
+    """Return True if both factors depend on the example, and neither is copied along ``dims``.
+
+    If a factor is the same for all entries of the sum, it is a scale of the whole sum.
+    """
+    a, b = product.args
+    if not _is_of_example(a) or not _is_of_example(b):
+        return False
+    ndim = value_of(product).ndim
+    shapes = [(1,) * (ndim - value_of(n).ndim) + tuple(value_of(n).shape) for n in (a, b)]
+    return any(all(shape[dim] != 1 for shape in shapes) for dim in dims)
+
+
+def _is_of_example(node: Any) -> bool:
+    """Return True for a value of the input, and for a constant that is passed per example."""
+    return isinstance(node, fx.Node) and (varies(node) or batched(value_of(node)))
+
+
+def _is_softmax(node: Any) -> bool:
+    return "softmax" in operation(gate_source(node, varies))
+
+
+def _sum_of_stack(node: Any, starts: Starts) -> bool:
+    """Rewrite the sum or the mean of stacked tensors as a sum of these tensors."""
+    if node.kwargs or len(argument(node, 1, "dim") or ()) != 1:
+        return False
+    source: Any = node.args[0]
+    dim = node.args[1][0] % value_of(source).ndim
+    scale = None
+    if source not in starts and operation(source) == "mul" and sum(map(varies, source.args)) == 1:
+        source, scale = source.args if varies(source.args[0]) else source.args[::-1]
+    parts = None if source in starts else _stacked(source, dim, starts)
+    same = str(value_of(source).shape) == str(value_of(node.args[0]).shape)
+    if parts is None or not same:
+        return False
+    if scale is not None:
+        parts = [_scaled(node, part, scale, dim, at) for at, part in enumerate(parts)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = insert(node, _aten.add.Tensor, total, part)
+    if operation(node) == "mean":
+        total = insert(node, _aten.div.Tensor, total, len(parts))
+    if argument(node, 2, "keepdim", False):
+        become(node, _aten.unsqueeze.default, total, dim)
+    else:
+        become(node, _aten.alias.default, total)
+    return True
+
+
+def _stacked(node: Any, dim: int, starts: Starts) -> list[Any] | None:
+    """Return the tensors that are stacked along a dimension; None if ``node`` is no such stack."""
+    along = argument(node, 1, "dim", 0) if operation(node) in ("stack", "cat") else None
+    if along is None or along % value_of(node).ndim != dim:
+        return None
+    parts = list(node.args[0])
+    if operation(node) == "stack":
+        return parts
+    if any(operation(part) != "unsqueeze" or value_of(part).shape[dim] != 1 for part in parts):
+        return None
+    if any(part.args[1] % value_of(part).ndim != dim or part in starts for part in parts):
+        return None
+    return [part.args[0] for part in parts]
+
+
+def _scaled(node: fx.Node, part: Any, scale: Any, dim: int, at: int) -> fx.Node:
+    """Return the node of a stacked tensor times its entry of a constant scale.
+
+    Args:
+        node: The operation before which nodes are inserted.
+        part: The stacked tensor number ``at``.
+        scale: The scale: a number, or a node that broadcasts with the stack.
+        dim: The dimension of the stack.
+        at: Number of the tensor.
+    """
+    behind = value_of(part).ndim - dim  # number of dimensions after that of the stack
+    if isinstance(scale, fx.Node) and value_of(scale).ndim > behind:
+        along = value_of(scale).ndim - 1 - behind
+        at = at if value_of(scale).shape[along] != 1 else 0
+        scale = insert(node, _aten.select.int, scale, along, at)
+    return insert(node, _aten.mul.Tensor, part, scale)
+
+
+def insert(before: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Return a new node with all marks, inserted before another node."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
+    inherit(node, before, original=original(before), key=f"{marks(before).key}/{node.name}")
+    values = fx.map_arg(args, value_of)
+    with next(value_of(n) for n in node.all_input_nodes).fake_mode:
+        set_value(node, target(*values))
+    mark_as_varying(node)
+    return node
+
+
+def become(node: fx.Node, target: Any, *args: Any) -> None:
+    """Replace the operation of a node by another one with the same value."""
+    mark(node, original=original(node))
+    node.target, node.args, node.kwargs = target, args, {}
+
+
+#: Operations whose result has the same numbers as their argument.
+_SAME_NUMBERS = frozenset(
+    {"view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute", "transpose",
+     "clone", "contiguous", "flatten", "unflatten", "alias", "_to_copy"}
+)  # fmt: skip
+
+_REWRITES: dict[str, tuple[Callable[[fx.Node, Starts], bool], ...]] = {
+    "div": (_ratio,),
+    "mul": (_product_with_one, _product_with_reciprocal),
+    "getitem": (_moment,),
+    "sum": (_sum_of_stack, _sum_of_product),
+    "mean": (_sum_of_stack, _sum_of_product),
+}
