@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, original, set_value, value_of
 from captum_mipin.graph.nodes import operation
 from captum_mipin.propagation.draft import Draft
@@ -31,6 +32,8 @@ def rewrite_constant_products(draft: Draft) -> None:
         if varies(left) == varies(right) or (operation(node) == "mm" and varies(left)):
             continue  # mm with the matrix on the right has a rule of its own
         x, weight = (left, right) if varies(left) else (right, left)
+        if batched(value_of(weight)):
+            continue  # a matrix that is passed with each example is recorded
         if value_of(x).ndim > 1 and value_of(weight).ndim > 1:
             _replace(draft.graph, node, x, weight, flipped=weight is left)
 

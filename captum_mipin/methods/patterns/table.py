@@ -102,16 +102,7 @@ def pattern_rules(
                 carriers=varying,
                 refuse=rule.refuse,
             )
-    for name, rule in ATTENTION.items():
-        rules[name] = Recorded(
-            run=partial(run_operator, _adjoint),
-            note="adjoint with the recorded weights",
-            several=True,
-            carriers=values if rule.carriers is factors else rule.carriers,
-            records=True,
-            refuse=rule.refuse,
-            caveat=outside,
-        )
+    rules.update({name: _product(rule) for name, rule in ATTENTION.items()})
     for name in NORMALIZATION if attribution else SCALES:
         run = PASS_ON if attribution else partial(_normalised, SCALES[name])
         note = "passed on" if attribution else "divided by the scale of the sample"
@@ -157,6 +148,19 @@ def _scaled(
     # pattern a = 1 / g; for attributions a g = 1
     factor = (g != 0).to(g) if attribution else reciprocal(g)
     return operator(x), lambda s: (s * factor).sum_to_size(x.shape)
+
+
+def _product(rule: Rule) -> Recorded:
+    """Return the rule of a matrix product, by its rule in MIP-IN."""
+    return Recorded(
+        run=partial(run_operator, _adjoint),
+        note="adjoint with the recorded weights",
+        several=True,
+        carriers=values if rule.carriers is factors else rule.carriers,
+        records=True,
+        refuse=rule.refuse,
+        caveat=outside,
+    )
 
 
 def _multiplied(
