@@ -19,6 +19,7 @@ from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.marking import mark_signal
 from captum_mipin.rules.activations import ACTIVATIONS, CURVES, Elementwise
 from captum_mipin.rules.base import varies
+from captum_mipin.rules.gates import is_gate
 
 #: Operations that compute each element of their result from the same element of their arguments.
 _ELEMENTWISE = frozenset(
@@ -45,6 +46,7 @@ def join_elementwise(draft: Draft) -> None:
     mark_signal(draft)
     for node in reversed(list(draft.graph.nodes)):  # the outermost operation of a function first
         product = operation(node) == "mul" and all(map(varies, node.args))
+        product = product and not any(is_gate(n, varies) for n in node.args)
         quotient = operation(node) == "div" and varies(node.args[1])
         curve = operation(node) in ("reciprocal", "log")
         written = (product or quotient or curve) and marks(node).signal and node.users
