@@ -51,7 +51,7 @@ def main(folder: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         venv.create(f"{temporary}/fresh", with_pip=True)
         python = f"{temporary}/fresh/bin/python"
-        install = [python, "-m", "pip", "install", "--quiet", f"{wheel}[cli]", "scikit-learn"]
+        install = [python, "-m", "pip", "install", "--quiet", "--no-compile", f"{wheel}[cli]"]
         subprocess.run(install, check=True)
         where = "import captum_mipin, sys; assert sys.prefix in captum_mipin.__file__\n"
         script = Path(temporary, "example.py")

@@ -1,6 +1,6 @@
-"""Time of ``compare`` for a method: six photographs, MobileNetV2, the default metrics.
+"""Time of ``compare`` for a method: a few photographs, MobileNetV2, the default metrics.
 
-    python benchmarks/speed_compare.py [--threads 2]
+    python benchmarks/speed_compare.py [--images 2] [--threads 1]
 
 Images are smooth noise of 224 x 224 and weights are torchvision's random ones: the time depends on
 neither. "32 steps" is the default of ``compare``, "one row a step" the published protocol
@@ -23,8 +23,8 @@ METHODS = ("Saliency", "Grad-CAM", "LRP", "random")
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--images", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--images", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
