@@ -1,6 +1,5 @@
 """The notebooks run from top to bottom, and show what they were committed with."""
 
-import ast
 import base64
 import json
 import math
@@ -125,16 +124,6 @@ def test_pretrained_weights_take_the_place_of_the_small_network(elsewhere):
     assert output.output_type == "execute_result"
     # two photographs by image, MIP-IN and Grad-CAM, and the legend
     assert re.fullmatch(r"<Figure size [\d.]+x[\d.]+ with 7 Axes>", text(output))
-
-
-def test_the_first_holds_the_ten_lines_of_the_readme():
-    readme = (NOTEBOOKS[0].parents[1] / "README.md").read_text()
-    lines = re.search(r"## Ten lines\n\n```python\n(.*?)```", readme, re.DOTALL)[1]
-    expected, found = (
-        [ast.unparse(statement) for statement in ast.parse(source).body]
-        for source in (lines, code(read(NOTEBOOKS[0]))[0].source)
-    )
-    assert [statement for statement in found if statement in expected] == expected
 
 
 def test_outputs_that_differ_are_noticed():

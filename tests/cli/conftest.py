@@ -20,8 +20,12 @@ def seeded():
         torch.manual_seed(7)
         return build()
 
-def softmax():
-    return nn.Sequential(seeded(), nn.Softmax(1))
+class Refused(nn.Module):
+    def forward(self, x):
+        return x.cumprod(1)
+
+def refused():
+    return nn.Sequential(seeded(), Refused())
 
 def single():
     return nn.Sequential(*seeded()[:-1], nn.Linear(144, 1), nn.Flatten(0))

@@ -64,10 +64,10 @@ def test_what_a_model_prints_is_no_result(capsys):
 
 
 def test_check_fails_where_an_operation_is_refused(capsys):
-    assert call(f"check tiny_networks:softmax {FORM} --json") == 1
+    assert call(f"check tiny_networks:refused {FORM} --json") == 1
     out, err = capsys.readouterr()
     assert not json.loads(out)["ok"]
-    assert err == "captum-mipin: 1 of 5 operations are refused: 1/aten.softmax.int\n"
+    assert err == "captum-mipin: 1 of 5 operations are refused: 1/aten.cumprod.default\n"
 
 
 def test_fit_writes_the_inverse_of_the_library(folder, model, capsys):

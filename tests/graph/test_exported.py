@@ -142,7 +142,13 @@ def test_layers_weights_and_one_image(x, capsys):
     with torch.no_grad():
         score = float(model(x[:1])[0, 2])
     assert json.loads(capsys.readouterr().out)["images"] == [
-        {"image": "00.png", "target": 2, "score": pytest.approx(score)}
+        {
+            "image": "00.png",
+            "target": 2,
+            "name": "2",
+            "score": pytest.approx(score),
+            "explained": True,
+        }
     ]
 
 
