@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,7 @@ def compared(
         names: Names of the classes.
     """
     with torch.no_grad():
-        logits = model(x)
-    targets = logits.argmax(1)
-    best = zip(targets.tolist(), logits.softmax(1).amax(1), logits.amax(1), strict=True)
-    titles = [f"{names[t]}\nsoftmax {p:.2f}\nlogit {logit:.1f}" for t, p, logit in best]
+        targets = model(x).argmax(1)
     mipin = for_photographs(model, fit, targets.unique().tolist(), batch_size=16)
     cam: Any = LayerGradCam(model, model.get_submodule("_bn1"))
     methods: dict[str, Any] = {
@@ -114,8 +112,8 @@ def compared(
         "insertion": partial(insertion, steps=12),
         "deletion": partial(deletion, steps=12),
     }
-    found = compare(methods, x, targets, model=model, metrics=metrics, titles=titles)
-    return Comparison(found.rows, found.metrics, pictures, found.titles), mipin.picked
+    found = compare(methods, x, targets, model=model, metrics=metrics, names=names)
+    return replace(found, images=pictures), mipin.picked
 
 
 def run(out: Path, folder: Path | None) -> None:

@@ -26,6 +26,8 @@ MIPIN_METHODS = tuple(name for name in METHODS if name.startswith("MIP-IN"))
 DEFAULT_READINGS = ("MIP-IN", "MIP-IN × gradient")
 #: Value of ``--targets`` for the classes that the network predicts.
 PREDICTED = "predicted"
+#: The value of ``--layer`` that has a layer picked for photographs.
+PHOTOGRAPHS = "photographs"
 DEFAULT_METHODS = ("Saliency", "SmoothGrad", "Integrated Gradients")
 
 #: Metrics that the command line does not have, because they need boxes or mosaics of images.
@@ -121,7 +123,8 @@ def _add_inputs(add: Callable[..., None]) -> None:
     """
     add("", "model", "torchvision:NAME, package.module:FACTORY or FILE.pt2", metavar="MODEL")
     add("", "--weights", 'file of a state dict; "torchvision" for the weights of torchvision')
-    text = "module, such as layer4, at which the inverse stops (default: the pixels)"
+    text = f"module, such as layer4, at which the inverse stops; {PHOTOGRAPHS} picks the one that "
+    text += "for_photographs picks (default: the pixels)"
     add("check fit", "--layer", text)
     add("explain", "--layer", "module to explain (default: the layer at which the inverse stops)")
     add("compare", "--layer", "module, such as layer4, for Grad-CAM and Grad×Feature")

@@ -30,7 +30,7 @@ from captum_mipin.cli.models import load_model, outputs_of, predict, read_names
 from captum_mipin.cli.words import plainly
 from captum_mipin.comparison import Comparison, Row
 from captum_mipin.comparison.methods import label_of, reading
-from captum_mipin.comparison.names import class_name
+from captum_mipin.comparison.names import captions, class_name
 from captum_mipin.errors import NotFittedError
 from captum_mipin.metrics.case import Case
 from captum_mipin.report import table
@@ -196,10 +196,12 @@ def explain(args: Namespace) -> Outcome:
         raise NotFittedError(_not_fitted(classes))
     kept, chosen = x[known], None if targets is None else [targets[i] for i in known]
     method = reading(mipin, args.reading or "A")
-    (maps,) = Case.of(method, kept, chosen, batch_size=args.batch_size).maps
+    case = Case.of(method, kept, chosen, model=model, batch_size=args.batch_size)
+    (maps,) = case.maps
     row = Row(label_of(method), control=False, maps=maps.cpu())
     titles = tuple(class_name(names, classes[i]) for i in known)
-    shown = Comparison((row,), (), images.denormalise(kept), titles)
+    texts = tuple(captions(case, titles))
+    shown = Comparison((row,), (), images.denormalise(kept), titles, captions=texts)
     for path in args.out:
         if path.suffix.lower() in PICTURES:
             _write(shown, path)

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from captum_mipin.cli.arguments import PREDICTED
+from captum_mipin.cli.arguments import PHOTOGRAPHS, PREDICTED
 from captum_mipin.cli.optional import require_module
 from captum_mipin.comparison.names import class_names
 from captum_mipin.errors import InputError
 from captum_mipin.graph import exported
 from captum_mipin.graph.signature import select
+from captum_mipin.photographs import photograph_layer
 from captum_mipin.targets import per_example
 
 
@@ -59,7 +60,11 @@ def load_model(args: Namespace) -> tuple[nn.Module, nn.Module | None]:
         model = _from_torchvision(name, pretrained)
     if args.weights is not None and not pretrained:
         _load_weights(model, args.weights)
-    return model.to(args.device).eval(), _find_layer(model, getattr(args, "layer", None))
+    model, path = model.to(args.device).eval(), getattr(args, "layer", None)
+    if path == PHOTOGRAPHS and PHOTOGRAPHS not in dict(model.named_modules()):
+        blank = torch.zeros(1, len(args.mean), *args.size, device=args.device)
+        path = photograph_layer(model, (blank,))
+    return model, _find_layer(model, path)
 
 
 def outputs_of(args: Namespace, model: nn.Module, x: Tensor) -> Tensor:
@@ -215,6 +220,6 @@ def _find_layer(model: nn.Module, path: str | None) -> nn.Module | None:
         names = ", ".join(name for name, _ in model.named_children())
         raise InputError(
             f"the model has no layer {path!r}, expected the name of a submodule: pass for example "
-            f"one of {type(model).__name__}: {names}"
+            f"one of {type(model).__name__}: {names}; or {PHOTOGRAPHS}, to have a layer picked"
         )
     return modules[path]

@@ -81,9 +81,11 @@ def sentences(rows: Sequence[Row], metric: str) -> list[str]:
     first, control = best(methods, metric), best([row for row in rows if row.control], metric)
     if first is None:
         return []
+    title, told = metric.replace("_", " "), list[str]()
+    if first.results[metric].n < 3:
+        return [f"{title}: fewer than three images tell no difference from noise"]
     scored = [row for row in methods if metric in row.results]
     same = [row.name for row in scored if row is not first and _is_noise(row, first, metric)]
-    title, told = metric.replace("_", " "), []
     if len(scored) > 1:
         rest = f"within noise of it: {', '.join(same)}" if same else "no other is within noise"
         told.append(f"{title}: best is {first.name}; {rest}")

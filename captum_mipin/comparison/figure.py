@@ -81,7 +81,8 @@ def draw(
     height, width = colours.shape[1:3]
     tall = _INCHES * min(max(height / width, 0.4), 2.5)
     # each line of pictures has room for a title below it, and the figure for its legend
-    size = (_INCHES + 0.1) * shape[1], (tall + (0.05 if across else 0.35)) * shape[0] + 0.9
+    below = 0.2 + 0.13 * max((_wrapped(titles[n]).count("\n") + 1 for n in numbers), default=1)
+    size = (_INCHES + 0.1) * shape[1], (tall + (0.05 if across else below)) * shape[0] + 0.9
     drawn = Figure(figsize=size, layout="constrained")
     grid = drawn.subplots(*shape, squeeze=False)
     axes = grid.T if across else grid

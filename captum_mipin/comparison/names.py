@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Literal
 
+from torch import Tensor
+
 from captum_mipin.errors import InputError
 from captum_mipin.graph.modules import unwrapped
+from captum_mipin.metrics.case import Case, target_scores
 
 #: Names of classes as users pass them: one name per class in the order of the classes, a dictionary
 #: class -> name, "imagenet", or None for the names that the network itself knows.
@@ -72,6 +75,35 @@ def class_name(names: Mapping[int, str], target: Any) -> str:
     if isinstance(index, int) and index < 0 and names and set(names) == set(range(len(names))):
         index += len(names)  # as Captum counts classes from the end
     return names.get(index, str(target)) if isinstance(index, int) else str(target)
+
+
+def captions(case: Case, titles: Sequence[str]) -> list[str]:
+    """Return the titles of images, each with the model's output for the target in lines below.
+
+    The lines are softmax and logit; or the output alone, if all outputs lie in [0, 1] or are not
+    those of several classes. If the model cannot be run, the titles are returned.
+
+    Args:
+        case: The images, their targets and the model.
+        titles: One title per image.
+    """
+    try:
+        outputs = case.outputs(case.examples).detach()
+        scores = target_scores(outputs, case.examples.target)
+    except Exception:  # of any type: a model that fails has its error in the rows
+        return list(titles)
+    lines = _output_lines(outputs, scores, case.examples.target)
+    return [f"{title}\n{line}".strip() for title, line in zip(titles, lines, strict=True)]
+
+
+def _output_lines(outputs: Tensor, scores: Tensor, target: Any) -> list[str]:
+    """Return the text for each image that :func:`captions` adds."""
+    are_shares = bool(((outputs >= 0) & (outputs <= 1)).all())
+    if outputs.ndim != 2 or outputs.shape[1] == 1 or are_shares:
+        return [f"output {score:.3g}" for score in scores.tolist()]
+    shares = target_scores(outputs, target, "softmax").tolist()
+    pairs = zip(shares, scores.tolist(), strict=True)
+    return [f"softmax {share:.2f}\nlogit {score:.1f}" for share, score in pairs]
 
 
 def _is_imagenet(model: Any) -> bool:

@@ -2,19 +2,25 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from captum_mipin.comparison.names import ClassNames
 from captum_mipin.comparison.table import Comparison
+from captum_mipin.errors import InputError
 from captum_mipin.metrics import Options
 from captum_mipin.metrics.case import check_at_least
+
+#: Keywords that ``compare`` itself names.
+_NAMED = "metrics", "boxes", "inverse", "layer", "controls"
 
 
 class Settings(Options, total=False):
     """Keyword arguments of ``compare``, together with those of all metrics.
 
     Attributes:
-        titles: Text for each image; by default the name of its target.
+        titles: Text for each image; by default the name of its target, with softmax and logit
+            below it in figures and pages.
         names: Names of the classes, see :func:`~captum_mipin.comparison.names.class_names`.
         steps: Largest number of steps of insertion and deletion, by default 32. None for their own
             protocol, one row of pixels per step.
@@ -49,8 +55,17 @@ class Extent:
         """Return the extent, and the keyword arguments that all metrics take.
 
         Raises:
-            InputError: ``steps`` or ``budget`` is out of range.
+            InputError: A keyword is not known, or ``steps`` or ``budget`` is out of range.
         """
+        known = {**Settings.__annotations__, **Options.__annotations__}
+        for name in options:
+            if name not in known:
+                near = get_close_matches(name, [*known, *_NAMED], 1)
+                guess = f"did you mean {near[0]}=? " if near else ""
+                raise InputError(
+                    f"compare has no keyword {name}=: {guess}Its keywords are "
+                    f"{', '.join([*_NAMED, *known])}"
+                )
         shared = {name: options[name] for name in Options.__annotations__ if name in options}
         extent = cls(**{name: value for name, value in options.items() if name not in shared})
         if extent.steps is not None:

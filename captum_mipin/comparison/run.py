@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from captum_mipin.comparison.arguments import (
 )
 from captum_mipin.comparison.methods import CONTROLS, METHODS, Setup
 from captum_mipin.comparison.methods import controls as control_methods
-from captum_mipin.comparison.names import class_names
+from captum_mipin.comparison.names import captions, class_names
 from captum_mipin.comparison.options import Extent, Settings
 from captum_mipin.comparison.scores import Metric, metric_functions
 from captum_mipin.comparison.table import Comparison
@@ -66,7 +67,8 @@ def compare(
             same for all methods.
 
     Raises:
-        InputError: Names are not known, an option is out of range, or boxes or titles do not fit.
+        InputError: Names or keywords are not known, an option is out of range, or boxes or titles
+            do not fit.
         TargetError: The targets do not fit the images or the outputs.
         TrainingModeError: The model is in training mode.
 
@@ -100,11 +102,17 @@ def _run(work: Work, extent: Extent, titles: Sequence[str]) -> Comparison:
         KeyboardInterrupt: The work was interrupted before anything was done.
     """
     x, targets = work.case.examples.x.detach(), work.case.examples.targets
+    case, told = replace(work.case, user_model=work.arguments["model"]), list[str]()
 
     def so_far(count: int, note: str = "") -> Comparison:
         """Return the comparison on the first ``count`` images."""
         rows = tuple(ln.row(targets[:count]) for ln in work.lines if ln.reached >= count)
-        return Comparison(rows, tuple(work.metrics), x[:count].cpu(), tuple(titles[:count]), note)
+        if extent.titles is None and count > len(told):
+            index = torch.arange(len(told), count)
+            part = replace(case, examples=case.examples.select(index))
+            told.extend(captions(part, titles[len(told) : count]))
+        texts = tuple(titles[:count]), note, tuple(told[:count])
+        return Comparison(rows, tuple(work.metrics), x[:count].cpu(), *texts)
 
     done, note, hidden = 0, "", not extent.progress
     with tqdm(total=work.units, desc="compare", disable=hidden, leave=False, smoothing=0) as bar:

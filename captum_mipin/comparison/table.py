@@ -27,6 +27,7 @@ class Comparison:
         images: The explained images (images, ...).
         titles: One title per image, by default the name of its target.
         note: Says why not all images were used; empty if all were.
+        captions: One text per image for figures and pages; empty if they are the titles.
 
     Examples:
         >>> import torch
@@ -44,6 +45,7 @@ class Comparison:
     images: Tensor
     titles: tuple[str, ...]
     note: str = ""
+    captions: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -164,7 +166,8 @@ class Comparison:
         names = [methods] if isinstance(methods, str) else methods
         rows = rows if names is None else [self[name] for name in names]
         numbers = range(min(8, len(self.images))) if images is None else images
-        return draw(rows, self.images, self.titles, numbers, options, across=across)
+        captions = self.captions or self.titles
+        return draw(rows, self.images, captions, numbers, options, across=across)
 
     def save_html(
         self,
@@ -198,7 +201,7 @@ class Comparison:
             self.rows,
             columns(self.rows, self.metrics, parts),
             images=self.images,
-            titles=self.titles,
+            titles=self.captions or self.titles,
             numbers=range(min(24, len(self.images))) if images is None else images,
             title=title,
             controls=controls,

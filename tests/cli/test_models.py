@@ -10,6 +10,7 @@ from command import FORM, call, parsed, refused
 from safetensors.torch import save_file
 
 from captum_mipin.cli.models import load_model
+from captum_mipin.photographs import photograph_layer
 
 BUILT = f"check tiny_networks:build {FORM}"
 
@@ -45,6 +46,10 @@ def test_networks_of_torchvision(monkeypatch, capsys, network):
     assert call("check torchvision:squeezenet1_1 --size 64 --layer features --json") == 0
     untrained = "fit torchvision:squeezenet1_1 few --out a.safetensors"
     assert "random weights" in refused(capsys, untrained)
+    line = "check torchvision:squeezenet1_1 --layer photographs --size 96x128"
+    squeezenet, layer = load_model(parsed(line))
+    picked = photograph_layer(squeezenet, (torch.rand(1, 3, 96, 128),))
+    assert layer is squeezenet.get_submodule(picked)
     assert "no network 'resnet'" in refused(capsys, "check torchvision:resnet")
     calls = []
     monkeypatch.setattr(

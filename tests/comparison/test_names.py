@@ -3,10 +3,12 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from captum_mipin import compare
 from captum_mipin.comparison.names import class_name, class_names
 from captum_mipin.errors import InputError
 
@@ -41,3 +43,47 @@ def test_a_class_without_a_name_keeps_its_number():
     told = [class_name(names, target) for target in (1, (1,), -1, 5, (1, 2), None)]
     assert told == ["dog", "dog", "dog", "5", "(1, 2)", ""]
     assert class_name({4: "bird"}, -1) == "-1"
+
+
+def test_captions_give_softmax_and_logit_of_each_target(cnn):
+    """Against numpy; a name of the user's stays alone, and so does one without a network."""
+    with torch.no_grad():
+        logits = cnn.model(cnn.x[:3]).double().numpy()
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    options = {"metrics": [], "controls": False, "progress": False}
+    found = compare(["Saliency"], cnn.x[:3], [0, 1, 2], model=cnn.model, **options)
+    for n, text in enumerate(found.captions):
+        name, softmax, logit = text.split("\n")
+        assert name == str(n)
+        assert float(softmax.removeprefix("softmax ")) == pytest.approx(shares[n, n], abs=0.006)
+        assert float(logit.removeprefix("logit ")) == pytest.approx(logits[n, n], abs=0.06)
+    assert found.titles == ("0", "1", "2")
+    drawn = [axis.get_xlabel() for axis in found.figure().axes[:6:2]]
+    assert drawn == list(found.captions)
+    maps = {"m": cnn.x[:3]}
+    named = compare(maps, cnn.x[:3], 0, model=cnn.model, titles=["a", "b", "c"], **options)
+    alone = compare(maps, cnn.x[:3], 0, **options)
+    assert [axis.get_xlabel() for axis in named.figure().axes[:6:2]] == ["a", "b", "c"]
+    assert [axis.get_xlabel() for axis in alone.figure().axes[:6:2]] == ["0"] * 3
+
+
+def test_captions_do_not_call_shares_logits(cnn):
+    """Outputs that are a softmax already are not put through another one."""
+    shares = torch.nn.Sequential(cnn.model, torch.nn.Softmax(1)).eval()
+    options = {"metrics": [], "controls": False, "progress": False}
+    maps = {"m": cnn.x[:2]}
+    found = compare(maps, cnn.x[:2], 0, model=shares, **options)
+    for output, text in zip(shares(cnn.x[:2])[:, 0].tolist(), found.captions, strict=True):
+        assert text == f"0\noutput {output:.3g}"
+    single = compare(maps, cnn.x[:2], model=lambda x: cnn.model(x)[:, 1], **options)
+    assert [float(text.split()[1]) for text in single.captions] == pytest.approx(
+        cnn.model(cnn.x[:2])[:, 1].tolist(), rel=1e-2
+    )
+
+
+def test_two_images_tell_nothing_from_noise(cnn):
+    """The lines below a table name no best method and no control for them; for three they do."""
+    methods, options = ["Saliency", "random"], {"metrics": ["deletion"], "progress": False}
+    few, three = (str(compare(methods, cnn.x[:n], 0, model=cnn.model, **options)) for n in (2, 3))
+    assert few.splitlines()[-1].startswith("deletion: fewer than three images")
+    assert "fewer" not in three
