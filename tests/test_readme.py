@@ -66,6 +66,16 @@ def test_the_readme_fits_on_a_few_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
 
+def test_the_question_of_which_map_has_one_answer():
+    """README and the recipes hold the same table."""
+    readme, recipes = (
+        [line for line in section(title).splitlines() if line.startswith("|")]
+        for title in ("Which map do I read?", "Which map to read")
+    )
+    assert len(readme) > 5
+    assert readme == recipes
+
+
 def test_an_operation_of_your_own_runs(capsys):
     try:
         names = run("An operation of your own")
