@@ -10,6 +10,7 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from captum_mipin.copies import copy_memo
@@ -46,6 +47,8 @@ def twin_of(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         for name in _BACKWARD:
             getattr(module, name).clear()
+        if isinstance(module, torch._dynamo.OptimizedModule):  # the user's module would run
+            vars(module)["forward"] = module._orig_mod.__call__
     return twin
 
 

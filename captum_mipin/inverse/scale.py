@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from math import isfinite
+from math import hypot, isfinite
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Scale:
                 continue
             count, first, second = sums.tolist()
             mean = first / count
-            found.append((mean, max(second / count - mean**2, 0.0) ** 0.5))
+            found.append((mean, max(second / count - mean * mean, 0.0) ** 0.5))
         return found
 
 
@@ -91,7 +91,7 @@ def warn_of_scale(inputs: Inputs, fitted: Sequence[tuple[float, float] | None] |
         mean, deviation = moments
         variance, own = (float(t) for t in torch.var_mean(x.detach().float(), correction=0))
         # √E[(x − mean)²] in standard deviations of the fit
-        far = (variance + (own - mean) ** 2) ** 0.5 / deviation
+        far = hypot(variance**0.5, own - mean) / deviation
         # inputs of one value, such as a black image, have no scale
         narrow = 0 < variance**0.5 < _NARROW * deviation and len(x.unique()) > 2
         # values that overflow have an error of their own

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -93,6 +94,14 @@ class Origin:
         extras = None if content["extras"] else ()
         watch = Watch(model, content["fingerprint"])
         scale = content.get("scale")
+        if scale is not None and not (
+            [len(moments or (0.0, 0.0)) for moments in scale] == [2] * len(inputs)
+            and all(type(n) is float and isfinite(n) for moments in scale for n in moments or ())
+        ):
+            raise ValueError(
+                f"the file has scale {scale}, expected a finite mean and standard deviation of "
+                "each input: save it again"
+            )
         return cls(dims, signature, content["structure"], example, extras, watch, scale)
 
 

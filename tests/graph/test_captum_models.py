@@ -1,6 +1,8 @@
 """Captum's own toy models: each works, or is refused for a reason that names what to do."""
 
+import copy
 import inspect
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +11,7 @@ from captum.attr import Saliency
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution, MIPINError, check
-from captum_mipin.errors import CaptureError, FitError, UnsupportedOperationError
+from captum_mipin.errors import CaptureError, FitError, LogitsWarning, UnsupportedOperationError
 
 helpers, reason = "captum.testing.helpers", "Captum 0.8 comes without its models for tests"
 basic = pytest.importorskip(f"{helpers}.basic_models", reason=reason)
@@ -27,6 +29,7 @@ class Case(NamedTuple):
         target: The output explained.
         extras: Further arguments.
         refused: Error and pattern of its message; None for a model that works.
+        ending: Name of the softmax or sigmoid that ends the model.
     """
 
     model: nn.Module
@@ -34,12 +37,9 @@ class Case(NamedTuple):
     target: Any = None
     extras: tuple[Any, ...] = ()
     refused: tuple[type[MIPINError], str] | None = None
+    ending: str = ""
 
 
-LOGITS = (
-    UnsupportedOperationError,
-    r"aten\.softmax\.int in softmax: no rule covers it; .*return the logits that go into it",
-)
 INTEGERS = (
     FitError,
     r"dtype torch\.int64, expected a floating dtype.*"
@@ -155,18 +155,20 @@ CASES = {
     "BasicModel_ConvNetWithPaddingDilation": Case(
         basic.BasicModel_ConvNetWithPaddingDilation(), ((1, 5, 5),), 0
     ),
-    "BasicModel_ConvNet": Case(basic.BasicModel_ConvNet(), ((1, 10, 10),), 0, refused=LOGITS),
+    "BasicModel_ConvNet": Case(basic.BasicModel_ConvNet(), ((1, 10, 10),), 0, ending="softmax"),
     "BasicModel_ConvNet_MaxPool1d": Case(
-        basic.BasicModel_ConvNet_MaxPool1d(), ((1, 10),), 0, refused=LOGITS
+        basic.BasicModel_ConvNet_MaxPool1d(), ((1, 10),), 0, ending="softmax"
     ),
     "BasicModel_ConvNet_MaxPool3d": Case(
-        basic.BasicModel_ConvNet_MaxPool3d(), ((1, 10, 10, 10),), 0, refused=LOGITS
+        basic.BasicModel_ConvNet_MaxPool3d(), ((1, 10, 10, 10),), 0, ending="softmax"
     ),
-    "SigmoidModel": Case(classification.SigmoidModel(4, 5, 3), ((4,),), 1),
-    "SoftmaxModel": Case(classification.SoftmaxModel(4, 5, 3), ((4,),), 1, refused=LOGITS),
-    "SigmoidDeepLiftModel": Case(classification.SigmoidDeepLiftModel(4, 5, 3), ((4,),), 1),
+    "SigmoidModel": Case(classification.SigmoidModel(4, 5, 3), ((4,),), 1, ending="sigmoid"),
+    "SoftmaxModel": Case(classification.SoftmaxModel(4, 5, 3), ((4,),), 1, ending="softmax"),
+    "SigmoidDeepLiftModel": Case(
+        classification.SigmoidDeepLiftModel(4, 5, 3), ((4,),), 1, ending="sigmoid"
+    ),
     "SoftmaxDeepLiftModel": Case(
-        classification.SoftmaxDeepLiftModel(4, 5, 3), ((4,),), 1, refused=LOGITS
+        classification.SoftmaxDeepLiftModel(4, 5, 3), ((4,),), 1, ending="softmax"
     ),
 }
 
@@ -195,11 +197,23 @@ def test_toy_models_of_captum(name: str, untouched: Any) -> None:
         with pytest.raises(error, match=message), untouched(model, *inputs):
             fit()
         return
+    warned = (
+        pytest.warns(LogitsWarning, match=f"{case.ending} ends the model: the logits")
+        if case.ending
+        else nullcontext()
+    )
     with untouched(model, *inputs):
         assert check(model, inputs, extras).ok
-        fit()
+        with warned:
+            fit()
         mipin = MIPINAttribution(model, inverse)
         a, s = mipin.attribute(inputs, target, extras), mipin.source_signal(inputs, target, extras)
+    if case.ending:
+        bare = copy.deepcopy(model)
+        setattr(bare, case.ending, nn.Identity())
+        logits = InverseNetwork(bare).fit(inputs, target, progress=False)
+        expected = MIPINAttribution(bare, logits).attribute(inputs, target)
+        torch.testing.assert_close(a, expected)
     for found, x in zip((*a, *s), (*inputs, *inputs), strict=True):
         assert found.shape == x.shape
         assert torch.isfinite(found).all()

@@ -217,7 +217,7 @@ REFUSED = {
         lambda m, x: m["a"](x.clamp(min=1)),
         "maps 0 to 1, expected an operation that maps 0 to 0",
     ),
-    "gate": (lambda m, x: m["a"](x * m["b"](x)), "both depend on the input"),
+    "power": (lambda m, x: m["a"](x ** m["b"](x)), "aten.pow.Tensor_Tensor"),
     "ratio": (lambda m, x: m["a"](1 / x), "reciprocal|depends on the input"),
     "mean over the batch": (
         lambda m, x: m["a"](x - x.mean(0, keepdim=True)),

@@ -75,6 +75,7 @@ def places(value, path=()):
         yield from places(entry, (*path, key))
 
 
+@pytest.mark.filterwarnings("ignore::captum_mipin.errors.DataWarning")  # of another scale
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_other_content_is_refused_or_explains(files, data):
