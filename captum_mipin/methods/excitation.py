@@ -11,9 +11,10 @@ from captum_mipin.methods.gradients import run_operator
 from captum_mipin.methods.layers import Layer
 from captum_mipin.methods.lrp.lrp import LRP
 from captum_mipin.methods.lrp.rules import LayerCall, LayerRule, quotient
-from captum_mipin.methods.lrp.table import relevance, uniform, values
+from captum_mipin.methods.lrp.table import relevance, share, values
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.arithmetic import ARITHMETIC
+from captum_mipin.rules.attention import ATTENTION
 from captum_mipin.rules.base import Back
 from captum_mipin.rules.linear_maps import SIZES
 from captum_mipin.types import Output
@@ -101,9 +102,10 @@ class ExcitationBackprop(LRP):
         table = relevance(takes=False)
         for name, rule in table.items():
             if isinstance(rule, Recorded) and rule.several:
-                run: Any = partial(run_operator, _combined if name in ARITHMETIC else _averaged)
-                if rule.carriers is values and name in ARITHMETIC:
-                    run = partial(run_operator, _multiplied)
+                part = _combined if name in ARITHMETIC else _averaged
+                if name in ATTENTION or (name in ARITHMETIC and rule.carriers is values):
+                    part = partial(_multiplied, part)
+                run: Any = partial(run_operator, part)
                 run = partial(_excited, SIZES[name]) if name in SIZES else run
                 table[name] = replace(rule, run=run, note="by excitation")
         return table
@@ -121,12 +123,15 @@ def _averaged(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
     """
     # P_i = x_i⁺ Σ_j a_ij P_j / Σ_i' a_i'j x_i'⁺
     excited = tuple(part.clamp(min=0) for part in x)
-    return operator(x), uniform(operator, excited)[1]
+    return operator(x), share(False, operator, excited)[1]
 
 
-def _multiplied(operator: Callable[..., Tensor], x: tuple[Tensor, ...]) -> Any:
-    """Distribute P over the factors of an elementwise product, in equal parts."""
-    return (_averaged if len(x) > 1 else _combined)(operator, x)
+def _multiplied(
+    alone: Callable[..., Any], operator: Callable[..., Tensor], x: tuple[Tensor, ...]
+) -> Any:
+    """Distribute P over the factors of a product, in equal parts; by ``alone`` to a single one."""
+    value, back = (_averaged if len(x) > 1 else alone)(operator, x)
+    return value, lambda p: back(p / len(x))
 
 
 def _excited(

@@ -35,9 +35,9 @@ _TOLERANCE, _ROUNDING = 1e-7, 1e-50
 #: them are smooth, so that the random examples decide.
 _OPERATIONS = 24
 _PARTS = frozenset(
-    {"add", "sub", "mul", "div", "divided", "neg", "pow", "sqrt", "rsqrt", "reciprocal", "mean",
-     "sum", "weighted_sum", "var", "std", "linalg_vector_norm", "expand", "expand_as", "view",
-     "reshape", "unsqueeze", "squeeze", "alias", "clone", "contiguous", "_to_copy"}
+    {"add", "sub", "mul", "div", "divided", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal",
+     "mean", "sum", "weighted_sum", "var", "std", "linalg_vector_norm", "expand", "expand_as",
+     "view", "reshape", "unsqueeze", "squeeze", "alias", "clone", "contiguous", "_to_copy"}
 )  # fmt: skip
 
 #: Name of the operation, the dimensions that it normalises, and ε.

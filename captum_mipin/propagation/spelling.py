@@ -32,10 +32,12 @@ def rewrite_constant_products(draft: Draft) -> None:
         if varies(left) == varies(right) or (operation(node) == "mm" and varies(left)):
             continue  # mm with the matrix on the right has a rule of its own
         x, weight = (left, right) if varies(left) else (right, left)
+        while operation(weight) == "expand":  # one matrix, expanded to the size of the batch
+            weight = weight.all_input_nodes[0]
         if batched(value_of(weight)):
             continue  # a matrix that is passed with each example is recorded
         if value_of(x).ndim > 1 and value_of(weight).ndim > 1:
-            _replace(draft.graph, node, x, weight, flipped=weight is left)
+            _replace(draft.graph, node, x, weight, flipped=varies(right))
 
 
 def replace_copies(draft: Draft) -> None:
@@ -92,8 +94,6 @@ def _replace(graph: fx.Graph, node: Any, x: fx.Node, weight: fx.Node, flipped: b
     def transposed(source: fx.Node) -> fx.Node:
         return call(aten.transpose.int, source, -2, -1)
 
-    while operation(weight) == "expand":
-        weight = weight.all_input_nodes[0]
     sizes, shape = list(value_of(weight).shape), list(value_of(x).shape)
     heads = [n for n in sizes[:-2] if n != 1]
     if heads and (len(heads) > 1 or heads != sizes[-3:-2] or heads != shape[-3:-2]):
