@@ -262,10 +262,18 @@ RATIOS = {
 }
 
 
-def test_spelling_of_a_norm_by_length_does_not_matter():
+#: A length plus a constant: its reciprocal is finite at 0, and is still a scale of h alone.
+GUARDED = {
+    "by a sum": lambda h: h / (h.norm(dim=-1, keepdim=True) + 0.1),
+    "times a reciprocal": lambda h: h * (1 / (h.norm(dim=-1, keepdim=True) + 0.1)),
+}
+
+
+@pytest.mark.parametrize("spellings", [RATIOS, GUARDED], ids=["bare", "plus a constant"])
+def test_spelling_of_a_norm_by_length_does_not_matter(spellings):
     torch.manual_seed(0)
     modules = {"a": nn.Linear(4, 6), "n": nn.Identity(), "last": nn.Linear(18, 2)}
-    runs = [normed(lambda n, h, how=how: how(h)) for how in RATIOS.values()]
+    runs = [normed(lambda n, h, how=how: how(h)) for how in spellings.values()]
     alike(runs, normal(80, 3, 4, dtype=torch.float64), **modules)
 
 
