@@ -90,7 +90,7 @@ def selected(metric: Metric, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if function in METRICS.values():
         known |= Options.__annotations__.keys()
     else:
-        known -= {"steps"}  # the limit of `compare` for its own metrics
+        known -= {"steps", "ends"}  # what `compare` passes to its own metrics
     known -= bound.keys()
     return {name: value for name, value in arguments.items() if name in known and value is not None}
 

@@ -4,6 +4,7 @@ Groups make what is done usable at any time: after an interruption, or when a bu
 used up, all methods have been measured on the same images.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -19,6 +20,7 @@ from captum_mipin.comparison.scores import Metric, by_image, selected, uses_maps
 from captum_mipin.errors import InputError, MIPINError, NotFittedError
 from captum_mipin.metrics import Result
 from captum_mipin.metrics.case import Case, attribution_of
+from captum_mipin.metrics.replacement import Ends
 from captum_mipin.metrics.result import joined
 
 #: Number of input elements in a group of images; a group has 4 to 32 images, with a budget 1 to 32.
@@ -91,6 +93,8 @@ class Work:
         metrics: Name -> metric.
         arguments: Keyword arguments; each metric gets those that it has as parameters.
         seed: Seed of the generator that each metric gets.
+        ends: Address of a model and indices of images -> scores of these images that all methods
+            share, with no and with all pixels replaced.
     """
 
     case: Case
@@ -98,6 +102,7 @@ class Work:
     metrics: Mapping[str, Metric]
     arguments: Mapping[str, Any]
     seed: int
+    ends: defaultdict[Any, Ends] = field(default_factory=lambda: defaultdict(Ends))
 
     @property
     def units(self) -> int:
@@ -215,6 +220,8 @@ class Work:
         attribution = attribution_of(line.method)
         if attribution is not None:  # each method is measured on the network that it explains
             arguments["model"] = attribution.forward_func
+        if by_image(metric):  # not if it has a model of its own
+            arguments["ends"] = self.ends[id(arguments.get("model")), tuple(group)]
         return metric(source, examples.x, examples.target, **selected(metric, arguments))
 
 

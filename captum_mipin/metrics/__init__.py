@@ -11,6 +11,7 @@ other, :class:`~captum_mipin.errors.TargetError` for targets that do not fit the
 """
 
 from captum_mipin.metrics.apc import completeness
+from captum_mipin.metrics.baselines import Baseline
 from captum_mipin.metrics.boxes import (
     Boxes,
     bounding_box_accuracy,
@@ -23,7 +24,7 @@ from captum_mipin.metrics.classes import class_sensitivity
 from captum_mipin.metrics.grid import Mosaics, grid_pointing_game, mosaics
 from captum_mipin.metrics.noise import infidelity, sensitivity_max
 from captum_mipin.metrics.random_weights import randomization
-from captum_mipin.metrics.replacement import Baseline, deletion, insertion, sensitivity_n
+from captum_mipin.metrics.replacement import deletion, insertion, sensitivity_n
 from captum_mipin.metrics.result import Result
 
 __all__ = [

@@ -28,7 +28,7 @@ _EXPLAINED = 32
 #: larger batch does not fit the processor's caches, and convolutions get slower.
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 17, 1 << 25
 #: Least number of examples per call of the model, even if an example has many elements.
-_LEAST_EXAMPLES = 4
+_LEAST_EXAMPLES = 2
 
 
 class Options(TypedDict, total=False):

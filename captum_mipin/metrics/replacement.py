@@ -3,15 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from captum_mipin.errors import InputError
+from captum_mipin.metrics.baselines import Baseline, replacement_of
 from captum_mipin.metrics.case import (
     Case,
     Method,
@@ -26,9 +26,28 @@ from captum_mipin.metrics.maps import Reduction, heat, hottest_first, positions,
 from captum_mipin.metrics.result import Better, Result, finite_rows
 from captum_mipin.metrics.similarity import pearson
 
-#: Values that replace pixels: a number, a tensor that can be expanded to the inputs, a function
-#: inputs -> such a tensor, or "blur".
-Baseline = float | Tensor | Callable[[Tensor], Tensor] | Literal["blur"]
+
+class Ends:
+    """Scores of examples with no and with all pixels replaced, kept from method to method.
+
+    One object serves one model, and the same examples with the same targets.
+    """
+
+    def __init__(self) -> None:
+        self._scores: dict[Any, tuple[Tensor, Any]] = {}
+
+    def get(self, replaced: Any, score: Score) -> Tensor | None:
+        """Return the scores (examples,), or None if no call has computed them."""
+        return self._scores.get(self._key(replaced, score), (None,))[0]
+
+    def keep(self, replaced: Any, score: Score, scores: Tensor) -> None:
+        """Keep scores (examples,); ``replaced`` is the baseline, or None for the inputs."""
+        # the objects are kept too, since the key has only their addresses
+        self._scores[self._key(replaced, score)] = scores, (replaced, score)
+
+    @staticmethod
+    def _key(*parts: Any) -> tuple[Any, ...]:
+        return tuple(p if isinstance(p, (str, int, float)) else id(p) for p in parts)
 
 
 def deletion(
@@ -41,6 +60,7 @@ def deletion(
     steps: int | None = None,
     score: Score = "softmax",
     reduction: Reduction = "sum",
+    ends: Ends | None = None,
     **options: Unpack[Options],
 ) -> Result:
     """Return the area under the curve of the score as pixels are replaced, the hottest first.
@@ -61,6 +81,7 @@ def deletion(
         score: "softmax" for the target's probability, "logit", or a function outputs -> scores,
             either one per class or one per example.
         reduction: Reduction over channels, see :func:`~captum_mipin.metrics.maps.heat`.
+        ends: Scores of both ends of the curve that ``compare`` keeps; None for all other callers.
         **options: See :class:`~captum_mipin.metrics.case.Options`. The generator gives the order of
             places with equal heat.
 
@@ -77,7 +98,7 @@ def deletion(
         ([[6.0, 3.0, 1.0, 0.0]], 2.3333333333333335)
     """
     pixels = _Pixels.of(Case.of(method, inputs, target, **options), baseline, score, reduction)
-    return _area("deletion", "lower", pixels, step, steps)
+    return _area("deletion", "lower", pixels, (step, steps), ends or Ends())
 
 
 def insertion(
@@ -90,12 +111,14 @@ def insertion(
     steps: int | None = None,
     score: Score = "softmax",
     reduction: Reduction = "sum",
+    ends: Ends | None = None,
     **options: Unpack[Options],
 ) -> Result:
     """Return the area under the curve of the score as pixels are added, the hottest first.
 
     Args:
-        method, inputs, target, step, steps, score, reduction, options: As for :func:`deletion`.
+        method, inputs, target, step, steps, score, reduction, ends, options: As for
+            :func:`deletion`.
         baseline: Values of the pixels before they are added, as for :func:`deletion`.
 
     Returns:
@@ -110,8 +133,8 @@ def insertion(
         [[0.0, 3.0, 5.0, 6.0]]
     """
     pixels = _Pixels.of(Case.of(method, inputs, target, **options), baseline, score, reduction)
-    back = replace(pixels, start=pixels.finish, finish=pixels.start)
-    return _area("insertion", "higher", back, step, steps)
+    back = replace(pixels, start=pixels.finish, finish=pixels.start, replaced=pixels.replaced[::-1])
+    return _area("insertion", "higher", back, (step, steps), ends or Ends())
 
 
 def sensitivity_n(
@@ -187,6 +210,7 @@ class _Pixels:
         start: Inputs (examples, channels, places) with no place replaced.
         finish: Inputs (examples, channels, places) with all places replaced.
         is_shared: True if the model's output for the baseline is the same for all examples.
+        replaced: What replaces pixels at the start and at the finish: None, or the baseline.
         score: The score of a target, as users pass it.
         settings: Settings of the result.
     """
@@ -197,6 +221,7 @@ class _Pixels:
     start: Tensor
     finish: Tensor
     is_shared: bool
+    replaced: tuple[Any, Any]
     score: Score
     settings: dict[str, Any]
 
@@ -213,7 +238,7 @@ class _Pixels:
                 f"inputs have shape {tuple(x.shape)}, but this metric needs inputs (examples, "
                 "features) or (examples, channels, *places): add the missing dimensions"
             )
-        replacement = _baseline(baseline, x)
+        replacement = replacement_of(baseline, x)
         if len(case.maps) != 1:
             raise InputError(
                 f"the method gives {len(case.maps)} tensors of maps, but this metric needs one: "
@@ -240,7 +265,8 @@ class _Pixels:
             maps=case.maps, reduction=reduction, score=score, baseline=baseline_name
         )
         ties = case.uniform(*flat.shape)
-        return cls(case, flat, ties, start, finish, is_shared, score, settings)
+        ends = None, baseline
+        return cls(case, flat, ties, start, finish, is_shared, ends, score, settings)
 
     def scores(self, rows: Tensor, ranks: Tensor, orders: Tensor, counts: Tensor) -> Tensor:
         """Return the scores (sets,) of examples with sets of places replaced, in batches.
@@ -264,7 +290,11 @@ class _Pixels:
 
 
 def _area(
-    metric: str, better: Better, pixels: _Pixels, step: int | None, steps: int | None
+    metric: str,
+    better: Better,
+    pixels: _Pixels,
+    sizes: tuple[int | None, int | None],
+    ends: Ends,
 ) -> Result:
     """Return the result of `deletion` or `insertion`: places are replaced, hottest first.
 
@@ -275,9 +305,10 @@ def _area(
         metric: "deletion" or "insertion".
         better: Direction of better scores.
         pixels: Examples; places of ``start`` are replaced by places of ``finish``.
-        step, steps: As for `deletion`.
+        sizes: The arguments ``step`` and ``steps`` of `deletion`.
+        ends: Scores that earlier calls have computed; this call adds its own.
     """
-    x, places = pixels.case.examples.x, pixels.heat.shape[1]
+    (step, steps), x, places = sizes, pixels.case.examples.x, pixels.heat.shape[1]
     if step is None:
         step = x.shape[-1] if x.ndim > 3 else 1
         if steps is not None:
@@ -292,12 +323,37 @@ def _area(
     changes = (ranks // step + 1) * (pixels.start != pixels.finish).any(1)
     baseline = 0 if metric == "insertion" else points - 1
     rows, point, number = _distinct_inputs(changes, points, baseline if pixels.is_shared else None)
-    curves = pixels.scores(rows, ranks, rows, point * step)[number]
+    curves = _scores(pixels, ends, number, lambda i: (rows[i], ranks, rows[i], point[i] * step))
     # area = mean over k of (y_k + y_{k+1}) / 2, y_k the score after k steps
     values = (curves[:, 1:] + curves[:, :-1]).sum(1) / (2 * (points - 1))
     settings = {**pixels.settings, "step": step, "ties": "random"}
     unscored = {"NaN": ~finite_rows(pixels.heat)}
     return Result.of(metric, values, better, settings, unscored, curves=curves)
+
+
+def _scores(
+    pixels: _Pixels, ends: Ends, number: Tensor, sets: Callable[[Tensor], tuple[Tensor, ...]]
+) -> Tensor:
+    """Return the scores of curves (examples, points); those of both ends are computed only once.
+
+    Args:
+        pixels: The examples.
+        ends: Scores that earlier calls have computed.
+        number: Index (examples, points) of each point's input among the distinct inputs.
+        sets: Function that returns the arguments of ``pixels.scores`` for some distinct inputs.
+    """
+    scores = torch.zeros(int(number.max()) + 1, dtype=torch.float64, device=number.device)
+    left = torch.ones_like(scores, dtype=torch.bool)
+    outer = [(number[:, column], pixels.replaced[column]) for column in (0, -1)]
+    for index, replaced in outer:
+        known = ends.get(replaced, pixels.score)
+        if known is not None:
+            scores[index], left[index] = known, False
+    index = left.nonzero().flatten()
+    scores[index] = pixels.scores(*sets(index)) if len(index) else scores[index]
+    for index, replaced in outer:
+        ends.keep(replaced, pixels.score, scores[index])
+    return scores[number]
 
 
 def _distinct_inputs(
@@ -326,65 +382,6 @@ def _distinct_inputs(
     _, *indices = np.unique(inputs.numpy(force=True), return_index=True, return_inverse=True)
     first, number = (torch.from_numpy(index).to(changes.device) for index in indices)
     return first // points, first % points, number.view(len(changes), points)
-
-
-def _baseline(baseline: Baseline, x: Tensor) -> Tensor:
-    """Return the baseline with the shape of the inputs ``x``.
-
-    Raises:
-        InputError: The baseline is not known, or its shape or values do not fit the inputs.
-    """
-    if isinstance(baseline, str):
-        if baseline != "blur":
-            raise InputError(
-                f"baseline={baseline!r} is not known: pass 'blur', a number, a tensor or a function"
-            )
-        if x.ndim != 4:
-            raise InputError(
-                f"inputs have shape {tuple(x.shape)}, but a blur needs images (examples, channels, "
-                "height, width): pass for example baseline=0.0"
-            )
-        return blur(x)
-    values = baseline(x) if callable(baseline) else torch.as_tensor(baseline, dtype=torch.float64)
-    # without this check, a baseline such as 0.5 would be rounded for integer inputs
-    if not x.is_floating_point() and (values != values.to(x)).any():
-        raise InputError(
-            f"the baseline is {values!r}, which inputs of dtype {x.dtype} cannot hold; expected "
-            "values of this dtype: pass whole numbers as baseline=, or inputs of a float dtype"
-        )
-    try:
-        return values.detach().to(x).expand_as(x)
-    except RuntimeError as error:
-        raise InputError(
-            f"the baseline has shape {tuple(values.shape)}, which does not fit inputs of shape "
-            f"{tuple(x.shape)}: pass a number, or a tensor that can be expanded to this shape"
-        ) from error
-
-
-def blur(x: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
-    """Return images (images, channels, height, width) blurred as in RISE, with zero padding.
-
-    RISE's kernel is the result of SciPy's Gaussian filter on one pixel in the centre of ``size`` x
-    ``size`` pixels: a Gaussian cut at 4 σ, whose tails are reflected at the border.
-
-    Args:
-        x: Images (images, channels, height, width).
-        size: Side of the kernel, in pixels; odd.
-        sigma: Standard deviation σ of the Gaussian, in pixels.
-    """
-    reach = int(4 * sigma + 0.5)
-    offset = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    weight = torch.exp(-(offset**2) / (2 * sigma**2))
-    # reflect the tails: ... 1 0 | 0 1 ... size-1 | size-1 size-2 ...
-    place = (offset.long() + size // 2) % (2 * size)
-    place = torch.where(place < size, place, 2 * size - 1 - place)
-    line = torch.zeros(size, dtype=torch.float64).index_add_(0, place, weight / weight.sum()).to(x)
-    # a Gaussian is separable: first along the height, then along the width
-    for kernel in (line[:, None], line[None]):
-        padding = (kernel.shape[0] // 2, kernel.shape[1] // 2)
-        kernels = kernel.expand(x.shape[1], 1, -1, -1)
-        x = F.conv2d(x, kernels, padding=padding, groups=x.shape[1])
-    return x
 
 
 def _log_spaced(places: int) -> list[int]:

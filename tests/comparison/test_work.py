@@ -11,7 +11,8 @@ from torch import nn
 from captum_mipin import InverseNetwork, MIPINAttribution, compare
 from captum_mipin.comparison import work
 from captum_mipin.errors import InputError
-from captum_mipin.metrics import bounding_box_accuracy, deletion
+from captum_mipin.metrics import bounding_box_accuracy, deletion, insertion
+from captum_mipin.metrics.baselines import blur
 
 BOXES = [(0, 0, 4, 4), (2, 2, 6, 6), (4, 4, 8, 8), (0, 0, 8, 8), (1, 1, 3, 3)]
 METRICS = [
@@ -203,3 +204,46 @@ def test_the_bar_shows_method_metric_and_the_time_left(net, x, capsys, groups_of
     err = capsys.readouterr().err
     assert "Saliency, insertion" in err
     assert re.search(r"[1-9]/10 \[00:0\d<00:0\d", err)  # done, time so far, time left
+
+
+def test_ends_of_curves_are_computed_once_for_all_methods(x):
+    rows = []
+
+    def model(x):
+        rows.extend(row.numpy().tobytes() for row in x)
+        return torch.stack([x.flatten(1).sum(1).sin(), x.flatten(1).square().sum(1)], 1)
+
+    targets, n = [0, 1, 0, 1, 1], len(x)
+    methods = {f"maps {seed}": torch.randn(5, 1, 8, 8) for seed in range(3)}
+    found = compare(
+        methods, x, targets, model=model, metrics=["insertion", "deletion"], titles=[""] * n,
+        controls=False, progress=False,
+    )  # fmt: skip
+    # 9 points a curve; of two curves of an image, 7 points each and 3 ends: itself, blurred, 0
+    blank = torch.zeros(1, 8, 8).numpy().tobytes()
+    ends = [row.numpy().tobytes() for row in (*x, *blur(x))]
+    # and the first image once more, to check the targets
+    assert len(rows) == 3 * n * 14 + 3 * n + 1
+    assert [rows.count(row) for row in ends] == [2] + [1] * (2 * n - 1)
+    assert rows.count(blank) == n  # of the two targets
+    for name, row in zip(methods, found.rows, strict=True):
+        for metric in (insertion, deletion):
+            alone = metric(methods[name], x, targets, model=model)
+            torch.testing.assert_close(row.results[metric.__name__].curves, alone.curves)
+
+
+def test_ends_of_curves_belong_to_one_model_score_and_baseline(net, x):
+    other, constant = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), torch.ones(1, 8, 8)
+    metrics = {
+        "net": deletion,
+        "other": partial(deletion, model=other),
+        "logit": partial(deletion, score="logit"),
+        "ones": partial(deletion, baseline=1.0),
+        "tensor": partial(deletion, baseline=constant),
+    }
+    maps = torch.randn(5, 1, 8, 8)
+    found = compare(maps, x, 0, model=net, metrics=metrics, controls=False, progress=False)
+    for name, metric in metrics.items():
+        model = {} if name == "other" else {"model": net}
+        alone = metric(maps, x, 0, **model)
+        torch.testing.assert_close(found.rows[0].results[name].curves, alone.curves)

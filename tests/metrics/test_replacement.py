@@ -13,7 +13,8 @@ from torch import nn
 
 from captum_mipin.errors import InputError
 from captum_mipin.metrics import deletion, infidelity, insertion, sensitivity_n
-from captum_mipin.metrics.replacement import _log_spaced, blur
+from captum_mipin.metrics.baselines import blur
+from captum_mipin.metrics.replacement import _log_spaced
 
 
 def generator(seed=0):
