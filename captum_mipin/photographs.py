@@ -16,6 +16,7 @@ from captum_mipin.errors import InputError
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.validate import check_model, device_of
 from captum_mipin.inverse import InverseNetwork
+from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.inverse.data import Batches, Unpack
 from captum_mipin.types import Inputs
 
@@ -36,9 +37,9 @@ class PhotographAttribution(LayerMIPINAttribution):
         picked: The reading and the layer, as a label of figures and tables.
     """
 
-    def __init__(self, model: nn.Module, inverse: InverseNetwork) -> None:
-        super().__init__(model, inverse)
-        self.picked = f"MIP-IN, A × gradient at {inverse._path(inverse.layer)}"
+    def __init__(self, model: nn.Module, inverse: ModelInverse[Any], layer: Any = None) -> None:
+        super().__init__(model, inverse, layer)
+        self.picked = f"MIP-IN, A × gradient at {inverse._path(self.layer)}"
 
     @captum_entry
     def attribute(

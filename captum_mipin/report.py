@@ -8,6 +8,7 @@ _SINGLE = (
     "The model takes no free batch size, so it was captured for one example: each example of a "
     "batch is computed as if it were alone."
 )
+_DEAD = "dead: signals that never vary on the data of the fit; the inverse learns nothing from them"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class LayerFit:
         signals: Number of signals that each feature is regressed on.
         explained_variance: Share of the features' variance that the inverse explains on the
             fitting data, before the forward mask; at most 1.
-        dead: Number of signals that never vary.
+        dead: Number of signals that never vary, such as those of a ReLU that is never active. The
+            inverse learns nothing from them.
         condition: 1-norm condition number of the regularised Gram matrix; None for SGD.
         solver: "exact" or "sgd".
     """
@@ -48,6 +50,7 @@ class FitReport:
         >>> print(FitReport((LayerFit(3, "0/linear", 100, 784, 512, 0.81, 12, 5.2e3, "exact"),)))
         layer     rows  features  signals  explained variance  dead  condition  solver  targets
         0/linear   100       784      512               0.810    12    5.2e+03   exact        1
+        dead: signals that never vary on the data of the fit; the inverse learns nothing from them
     """
 
     layers: tuple[LayerFit, ...]
@@ -73,7 +76,8 @@ class FitReport:
                 len(fits),
             )
             rows.append([str(cell) for cell in row])
-        return table(header, rows)
+        text = table(header, rows)
+        return f"{text}\n{_DEAD}" if any(fit.dead for fit in self.layers) else text
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Return one dictionary per layer and target."""

@@ -18,7 +18,8 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".
 class ImageFolder(Dataset[Tensor]):
     """The images of a folder and its subfolders, in the order of their paths.
 
-    Each image is scaled to cover the size, cropped around its centre, and normalised.
+    Each image is scaled to cover the size, cropped around its centre, and normalised. What is
+    transparent becomes white.
 
     Args:
         path: Path of a folder or of one image; by default ``args.images``.
@@ -67,6 +68,10 @@ class ImageFolder(Dataset[Tensor]):
                 if file.mode.startswith(("I", "F")):
                     raise ValueError(f"it has mode {file.mode}, expected 8 bits per channel")
                 upright = self._operations.exif_transpose(file)
+                # what is transparent may have any colour: it is shown on white
+                if "A" in upright.getbands() or "transparency" in upright.info:
+                    white = self._image.new("RGBA", upright.size, "white")
+                    upright = self._image.alpha_composite(white, upright.convert("RGBA"))
                 image = upright.convert("L" if len(self._mean) == 1 else "RGB")
         except (OSError, SyntaxError, ValueError) as error:  # Pillow raises errors of these types
             raise InputError(

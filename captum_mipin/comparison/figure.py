@@ -83,7 +83,7 @@ def draw(
     # each line of pictures has room for a title below it, and the figure for its legend
     below = 0.2 + 0.13 * max((_wrapped(titles[n]).count("\n") + 1 for n in numbers), default=1)
     size = (_INCHES + 0.1) * shape[1], (tall + (0.05 if across else below)) * shape[0] + 0.9
-    drawn = Figure(figsize=size, layout="constrained")
+    drawn = Figure(figsize=size, layout="compressed")
     grid = drawn.subplots(*shape, squeeze=False)
     axes = grid.T if across else grid
     settings = {"method": _OVERLAY, "sign": "all", "cmap": "RdBu", **options, "use_pyplot": False}
@@ -200,7 +200,9 @@ def _add_legend(drawn: Figure, axes: Any, sign: str) -> None:
     maps = [image for image in last if image.get_array().ndim == 2]
     if not maps:
         return
-    bar = drawn.colorbar(maps[0], ax=axes, location="bottom", shrink=0.4, aspect=30)
+    # the distance is a share of the height: 0.1 inches, also below many images
+    pad = 0.1 / drawn.get_figheight()
+    bar = drawn.colorbar(maps[0], ax=axes, location="bottom", shrink=0.4, aspect=30, pad=pad)
     if maps[0].get_cmap() is OVERLAY:  # a symmetric scale: show the part that occurs in the maps
         values = [image.get_array() for image in maps]
         signs = {int(np.sign(v)) for array in values for v in (array.min(), array.max())}

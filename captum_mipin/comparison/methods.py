@@ -22,6 +22,7 @@ from captum_mipin.methods import (
 )
 from captum_mipin.metrics import Method
 from captum_mipin.metrics.case import attribution_of, method_name
+from captum_mipin.photographs import PhotographAttribution
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,17 @@ def reading(mipin: Any, name: str) -> Method:
         mipin: A :class:`~captum_mipin.MIPINAttribution` or a
             :class:`~captum_mipin.LayerMIPINAttribution`.
         name: A name in :data:`READINGS`.
+
+    Raises:
+        InputError: The reading is that of a layer, and the inverse stops at the pixels.
     """
+    if name == UNSIGNED:
+        if isinstance(mipin, MIPINAttribution):
+            raise InputError(
+                f"the reading {name!r} is a map of a layer, but the inverse goes down to the "
+                "input: pass an inverse that was fitted with layer="
+            )
+        return PhotographAttribution(mipin.forward_func, mipin.inverse, mipin.layer)
     if name == "S":
         signal: Method = mipin.source_signal
         return signal
@@ -94,12 +105,15 @@ def reading(mipin: Any, name: str) -> Method:
     return _with(mipin, **options) if options else mipin
 
 
+#: The reading of ``for_photographs``: absolute values, summed over the channels.
+UNSIGNED = "unsigned × gradient"
 #: Name of a reading of MIP-IN -> options of ``attribute``; S is the source signal.
 READINGS: dict[str, tuple[str, ...]] = {
     "A": (),
     "S": (),
     "A × feature": ("multiply_by_features",),
     "A × gradient": ("multiply_by_gradients",),
+    UNSIGNED: (),
     "evidence": ("evidence",),
     "evidence × feature": ("evidence", "multiply_by_features"),
     "evidence × gradient": ("evidence", "multiply_by_gradients"),
@@ -167,6 +181,8 @@ def _reading_of(method: Any) -> str:
         method = method.func
     if getattr(method, "__name__", "") == "source_signal":
         return " S"
+    if isinstance(attribution_of(method), PhotographAttribution):
+        return f" {UNSIGNED}" * (options <= {"multiply_by_gradients"})
     options = {option.replace("inputs", "features") for option in options}
     names = (name for name, known in READINGS.items() if known and {*known} == options)
     return "".join(f" {name.removeprefix('A ')}" for name in names)

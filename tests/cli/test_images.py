@@ -39,6 +39,22 @@ def test_images_stand_upright_and_may_be_grey(tmp_path):
     assert torch.equal(images[0, 0], (upright / 255 - 0.5) / 2)
 
 
+def test_what_is_transparent_is_white(tmp_path):
+    """Half of each image is transparent, with black behind; in colours, grey and a palette."""
+    pixels = np.zeros((8, 8, 4), dtype=np.uint8)
+    pixels[:, :4] = (51, 51, 51, 255)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
+    image.convert("LA").save(tmp_path / "b.png")
+    palette = Image.fromarray((pixels[..., 3] == 0).astype(np.uint8)).convert("P")
+    palette.putpalette([51, 51, 51, 0, 0, 0])
+    palette.save(tmp_path / "c.png", transparency=1)
+    expected = torch.ones(3, 8, 8)
+    expected[:, :, :4] = 0.2
+    found = load(tmp_path, "--size 8 --mean 0,0,0 --std 1,1,1")
+    torch.testing.assert_close(found, expected.expand(3, 3, 8, 8))
+
+
 def test_grey_networks_take_grey_images():
     grey = "tiny_networks:grey --size 8 --mean 0.5 --std 0.5"
     assert call(f"check {grey}") == 0

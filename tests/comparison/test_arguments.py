@@ -11,10 +11,11 @@ from captum.attr import IntegratedGradients, Saliency
 from small import Function
 from torch import nn
 
-from captum_mipin import LRP, compare
+from captum_mipin import LRP, InverseNetwork, LayerMIPINAttribution, compare
 from captum_mipin.comparison.arguments import named_methods
 from captum_mipin.errors import InputError, TargetError, TrainingModeError
 from captum_mipin.metrics import deletion
+from captum_mipin.photographs import PhotographAttribution
 
 ASK = {"metrics": ["deletion"], "controls": False, "progress": False}
 
@@ -184,6 +185,25 @@ def test_a_model_in_training_mode_is_refused_and_left_alone(own_cnn, noting, ask
 def test_a_model_that_cannot_be_asked_leaves_its_error_in_the_rows(cnn):
     found = compare([half], cnn.x[:2], 0, model=lambda x: [x], **ASK)
     assert "the model gives a list" in found["half"].errors["deletion"]
+
+
+def test_the_unsigned_reading_is_the_map_for_photographs():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 2)
+    ).eval()
+    x = torch.rand(20, 3, 8, 8)
+    inverse = InverseNetwork(model, layer=model[1]).fit(x, 0, progress=False)
+    mipin = LayerMIPINAttribution(model, inverse)
+    name = "MIP-IN unsigned × gradient"
+    ask = {"inverse": inverse, "metrics": [], "controls": False, "progress": False}
+    found = compare(["mip-in Unsigned x gradient"], x[:3], 0, **ask)
+    expected = mipin.attribute(x[:3], target=0, multiply_by_gradients=True).abs().sum(1, True)
+    assert list(named_methods([PhotographAttribution(model, inverse)])) == [name]
+    torch.testing.assert_close(found[name].maps, expected)
+    pixels = InverseNetwork(model).fit(x, 0, progress=False)
+    found = compare([name, "Saliency"], x[:3], 0, **{**ask, "inverse": pixels})
+    assert "fitted with layer=" in found[name].error
 
 
 def test_labels_are_names_that_compare_takes(cnn, side_by_side):

@@ -236,3 +236,17 @@ def test_small_maps_are_drawn_without_a_warning(cnn):
         {"tiny": lambda x, t: 1e-9 * x}, cnn.x[:1], 0, metrics=[], model=cnn.model, progress=False
     )
     assert found.figure(["tiny"]).axes[1].images
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("count", [1, 6])
+def test_there_is_no_blank_strip_above_the_colour_scale(cnn, count, across):
+    maps = torch.rand(count, 1, 8, 8)
+    x = cnn.x[:1].expand(count, -1, -1, -1)
+    found = compare({"maps": maps}, x, 0, metrics=[], controls=False, progress=False,
+                    model=cnn.model)  # fmt: skip
+    figure = found.figure(across=across)
+    figure.savefig(io.BytesIO(), format="png")
+    *pictures, legend = (axis.get_tightbbox().transformed(figure.dpi_scale_trans.inverted())
+                         for axis in figure.axes)  # fmt: skip
+    assert 0 <= min(box.y0 for box in pictures) - legend.y1 < 0.3  # inches
