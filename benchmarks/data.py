@@ -71,14 +71,24 @@ def load(
     if name == "digits":
         return _digits()
     if folder is not None:
-        if name == "mnist":
-            return _mnist_npz(Path(folder))
-        if name == "cifar10":
-            return _cifar10_webp(Path(folder))
+        readers = {"mnist": _mnist_npz, "cifar10": _cifar10_webp}
+        try:
+            if name in readers:
+                return readers[name](Path(folder))
+        except FileNotFoundError as error:
+            raise SystemExit(
+                f"{error.filename} is missing: pass a folder with it, or leave --data (FOLDER= of "
+                "make) out to download the data set"
+            ) from error
         raise SystemExit(
             f"--data holds no {name!r}; leave it out to download {name!r} with torchvision"
         )
-    return _torchvision(name, Path(cache))
+    try:
+        return _torchvision(name, Path(cache))
+    except (OSError, RuntimeError) as error:  # of torchvision, if all its mirrors fail
+        way_out = f"pass --data (FOLDER= of make) with the files of {name}, or take digits"
+        way_out = "take digits, which need no download" if name == "fashion-mnist" else way_out
+        raise SystemExit(f"{name} cannot be downloaded ({error}): {way_out}") from error
 
 
 def _digits() -> Images:

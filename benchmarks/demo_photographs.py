@@ -53,15 +53,29 @@ def photographs(folder: Path | None) -> list[Image.Image]:
         paths = packaged()
     else:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise SystemExit(
-                f"{folder} holds no photograph: name a folder with files of {SUFFIXES}"
-            )
-    images = []
-    for path in paths:
-        with Image.open(path) as image:
-            images.append(ImageOps.exif_transpose(image).convert("RGB"))
+    images = [image for image in map(_opened, paths) if image is not None]
+    if not images:
+        raise SystemExit(
+            f"{folder} holds no photograph that can be read: pass PHOTOS=, a folder with files of "
+            f"{', '.join(SUFFIXES)}"
+        )
     return images
+
+
+def _opened(path: Path) -> Image.Image | None:
+    """Return a photograph, upright, in colours and on white where it is transparent.
+
+    None if the file is no image, which is printed.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):  # Pillow would clip such pixels to 255
+                raise ValueError(f"it has mode {file.mode}, expected 8 bits per channel")
+            image = ImageOps.exif_transpose(file).convert("RGBA")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises errors of these types
+        print(f"left out {path}: {error}")
+        return None
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def whole(image: Image.Image) -> Tensor:

@@ -1,139 +1,200 @@
-"""Which layer and which reading of MIP-IN to propose for photographs.
+"""Whether the map that is proposed for photographs finds one of several of them.
 
-    python benchmarks/photographs.py NETWORK boxes|mosaics --data FOLDER
+    python benchmarks/photographs.py NETWORK --data FOLDER
 
-Box accuracy on photographs whose boxes cover at most a third, and the grid pointing game on mosaics
-of 2 x 2 photographs. MIP-IN, Grad-CAM, LayerCAM and LRP-γ are measured at the layer that
-the package picks and at the last one. The photographs are split into two halves: settings are
-chosen on the first half, figures are reported on the second. The mosaics of a half are made of its
-photographs alone.
+The grid pointing game on mosaics of 2 x 2 and 3 x 3 photographs: the share of the map in the cell
+of the class asked for. MIP-IN, Grad-CAM, LayerCAM and LRP-γ are asked at several layers. The
+photographs are split into two halves, and the mosaics of a half are made of its photographs alone.
+The layer and the reduction over channels of each method are chosen on the first half, for each size
+of mosaic; figures are reported on the second half. One photograph may be in several mosaics:
+standard errors count the mosaics of one photograph to find as one.
 """
 
-from collections.abc import Iterator
-from functools import partial
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import boxes
-import pretrained
 import torch
-from captum.attr import LayerGradientXActivation
 from common import show, write
-from localization_grid import features, network_and_photos, network_parser
+from localization_grid import network_parser, photos
 from torch import Tensor, nn
 
 from captum_mipin import LRP, InverseNetwork, LayerMIPINAttribution
 from captum_mipin.methods import Gamma, LayerPropagation
-from captum_mipin.metrics import Mosaics, bounding_box_accuracy, grid_pointing_game, mosaics
+from captum_mipin.metrics import Mosaics, grid_pointing_game, mosaics
 from captum_mipin.metrics.maps import heat
 
-#: Network -> the picked layer, and the last one with places.
+#: Network -> names of layers, and their numbers in the chain of steps. The second is the one that
+#: `for_photographs` picks.
 LAYERS = {
-    "squeezenet1_0": ("features.11", "features.12"),
-    "mobilenet_v2": ("features.13", "features.18"),
-    "efficientnet_lite0": ("_blocks.10", "_blocks.15"),
+    "squeezenet1_0": {"features.6": 6, "features.11": 11, "features.10": 10, "features.12": 12},
+    "mobilenet_v2": {"features.6": 6, "features.13": 13, "features.17": 17, "features.18": 18},
+    "efficientnet_lite0": {"_blocks.4": 7, "_blocks.10": 13, "_blocks.15": 18, "head": 21},
 }
 REDUCTIONS: tuple[Any, ...] = ("relu_of_sum", "sum_of_relu", "sum_of_abs")
 #: Reductions that define a method; all others take the best one.
 FIXED: dict[str, tuple[Any, ...]] = {"Grad-CAM": ("relu_of_sum",), "LayerCAM": ("sum_of_relu",)}
+METHODS = "MIP-IN, A", "MIP-IN, A × gradient", "Grad-CAM", "LayerCAM", "LRP-γ"
 CONFIDENCE = 0.9
+#: Layer, method, reduction.
+Setting = tuple[str, str, str]
 
 
+@dataclass(frozen=True)
 class Maps:
-    """All maps of a network at its layers, for one batch at a time."""
+    """All maps of a network, at the layers with these names."""
 
-    def __init__(self, model: nn.Module, paths: tuple[str, ...], fit: Tensor, classes: list[int]):
-        self._model, self._paths = model, paths
-        inverse = InverseNetwork(model, layer=model.get_submodule(paths[0]))
-        inverse.fit(fit, classes, batch_size=20, progress=False)
-        lrp: Any = LRP(model, rule=Gamma(0.25))
-        layers = {path: model.get_submodule(path) for path in paths}
-        self._mipin = {p: LayerMIPINAttribution(model, inverse, m) for p, m in layers.items()}
-        self._lrp = {path: LayerPropagation(lrp, module) for path, module in layers.items()}
+    chain: boxes.Chain
+    layers: dict[str, int]
+    inverse: InverseNetwork
 
-    def __call__(self, x: Tensor, t: Tensor) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (path, method, maps with channels) of a batch."""
-        for path in self._paths:
-            layer = self._model.get_submodule(path)
-            slope: Any = LayerGradientXActivation(self._model, layer, multiply_by_inputs=False)
-            g, f = slope.attribute(x, t).detach(), features(self._model, layer, x)
-            a = self._mipin[path].attribute(x, t)
-            yield path, "MIP-IN, A", a
-            yield path, "MIP-IN, A × gradient", a * g
-            yield path, "Grad-CAM", g.mean((2, 3), keepdim=True) * f
-            yield path, "LayerCAM", g.relu() * f
-            yield path, "LRP-γ", self._lrp[path].attribute(x, t)
+    def slopes(self, x: Tensor, t: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return name -> (features, gradient of the logits ``t`` by the features)."""
+        names = {number: name for name, number in self.layers.items()}
+        kept, x = {}, x.clone().requires_grad_()
+        for number, step in enumerate(self.chain.steps):
+            x = step(x)
+            if number in names:
+                kept[names[number]] = x
+        score = x.gather(1, t[:, None]).sum()
+        gradients = torch.autograd.grad(score, list(kept.values()))
+        return {
+            name: (features.detach(), slope)
+            for (name, features), slope in zip(kept.items(), gradients, strict=True)
+        }
 
-
-def reduced(
-    maps: Maps, x: Tensor, t: Tensor, batch: int
-) -> Iterator[tuple[tuple[str, str, str], Tensor]]:
-    """Yield (path, method, reduction), maps without channels (images, height, width)."""
-    found: dict[tuple[str, str, str], list[Tensor]] = {}
-    for some, own in zip(x.split(batch), t.split(batch), strict=True):
-        for path, method, values in maps(some, own):
-            for reduction in FIXED.get(method, REDUCTIONS):
-                one = heat(values, some, reduction).float()
-                found.setdefault((path, method, reduction), []).append(one)
-    yield from ((key, torch.cat(parts)) for key, parts in found.items())
-
-
-def of_boxes(model: nn.Module, about: boxes.Photographs, maps: Maps) -> list[dict[str, Any]]:
-    rows = []
-    for (path, method, reduction), found in reduced(maps, about.x, about.labels, 16):
-        row: dict[str, Any] = {"layer": path, "method": method, "reduction": reduction}
-        for half, index in (("choosing", about.choice), ("reported", about.report)):
-            result = bounding_box_accuracy(
-                found[index], about.x[index], boxes=about.boxes[index], largest=boxes.LARGEST
-            )
-            row[half], row[f"{half}, standard error"] = result.mean, result.standard_error
-        rows.append(row)
-    return rows
+    def __call__(
+        self, x: Tensor, t: Tensor, wanted: Collection[Setting]
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield (layer, method, maps with channels) of a batch, those that ``wanted`` needs."""
+        model, lrp = self.chain.steps, LRP(self.chain.steps, rule=Gamma(0.25))
+        for name, (f, g) in self.slopes(x, t).items():
+            layer, asked = model[self.layers[name]], {m for n, m, _ in wanted if n == name}
+            if asked & set(METHODS[:2]):
+                a = LayerMIPINAttribution(model, self.inverse, layer).attribute(x, t)
+                yield name, "MIP-IN, A", a
+                yield name, "MIP-IN, A × gradient", a * g
+            yield name, "Grad-CAM", g.mean((2, 3), keepdim=True) * f
+            yield name, "LayerCAM", g.relu() * f
+            if "LRP-γ" in asked:
+                yield name, "LRP-γ", LayerPropagation(lrp, layer).attribute(x, t)
 
 
-def of_mosaics(
-    model: nn.Module, x: Tensor, labels: Tensor, classes: list[int], maps: Maps
-) -> list[dict[str, Any]]:
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    halves = boxes.halves(labels, torch.Generator().manual_seed(0))
-    for half, index in zip(("choosing", "reported"), halves, strict=True):
-        for n, count in ((2, 12),):
-            make = partial(mosaics, confidence=CONFIDENCE, classes=classes, batch_size=20)
-            seed = torch.Generator().manual_seed(n)
-            grid: Mosaics = make(model, x[index], labels[index], n, count, generator=seed)
-            for key, found in reduced(maps, grid.x, grid.targets, 5):
-                row = rows.setdefault(
-                    key, dict(zip(("layer", "method", "reduction"), key, strict=True))
-                )
-                result = grid_pointing_game(found, grid)
-                row[f"{half} {n}x{n}"] = result.mean
-                row[f"{half} {n}x{n}, standard error"] = result.standard_error
-    return list(rows.values())
+def scores(maps: Maps, grid: Mosaics, wanted: Collection[Setting]) -> dict[Setting, Tensor]:
+    """Return the score of each mosaic, for each of the settings."""
+    found: dict[Setting, list[Tensor]] = {}
+    for x, t in zip(grid.x.split(5), grid.targets.split(5), strict=True):
+        for layer, method, values in maps(x, t, wanted):
+            for reduction in REDUCTIONS:
+                if (layer, method, reduction) in wanted:
+                    one = heat(values.detach(), x, reduction).float()
+                    found.setdefault((layer, method, reduction), []).append(one)
+    return {key: grid_pointing_game(torch.cat(m), grid).values for key, m in found.items()}
+
+
+def recognised(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    """Return which photographs the model gives their label with :data:`CONFIDENCE`."""
+    with torch.no_grad():
+        parts = [model(some).softmax(1) for some in x.split(20)]
+    return torch.cat(parts).gather(1, labels[:, None])[:, 0] >= CONFIDENCE
+
+
+def cells(grid: Mosaics) -> Tensor:
+    """Return the photographs (mosaics, cells, channels, height, width) of mosaics."""
+    rows = torch.stack(grid.x.chunk(grid.n, 2), 1)
+    found: Tensor = torch.stack(rows.chunk(grid.n, 4), 2).flatten(1, 2)
+    return found
+
+
+def sought(grid: Mosaics) -> Tensor:
+    """Return for each mosaic the number of the photograph to find, the same for the same one."""
+    own = cells(grid)[torch.arange(len(grid.x)), grid.cells]
+    _, numbers = own.flatten(1).unique(dim=0, return_inverse=True)
+    found: Tensor = numbers
+    return found
+
+
+def error(values: Tensor, group: Tensor) -> float:
+    """Return the standard error of a mean whose values depend on each other within groups."""
+    # (Σ_g (Σ_{i in g} v_i - mean)²)^½ / n, times the correction for few groups
+    sums = torch.zeros(int(group.max()) + 1, dtype=values.dtype)
+    sums.index_add_(0, group, values - values.mean())
+    g = len(group.unique())
+    return float((sums.square().sum() * g / (g - 1)).sqrt() / len(values))
+
+
+def best(choosing: dict[Setting, Tensor]) -> dict[str, Setting]:
+    """Return each method's best setting of the choosing half; "MIP-IN" is the best of its own."""
+    found: dict[str, Setting] = {}
+    for key in sorted(choosing, key=lambda key: -float(choosing[key].mean())):
+        found.setdefault(key[1].partition(",")[0], key)
+    return found
 
 
 def main() -> None:
     parser = network_parser(__doc__, fit=60, networks=LAYERS)
-    parser.add_argument("part", choices=("boxes", "mosaics"))
+    parser.add_argument("--choosing", type=int, default=20, help="mosaics to choose settings on")
+    parser.add_argument("--mosaics", type=int, default=100, help="mosaics to report")
     arguments = parser.parse_args()
-    model, normalise, images = network_and_photos(arguments)
-    model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, (nn.ReLU, nn.ReLU6)):
-            module.inplace = False  # Captum's hooks would see what a later ReLU wrote
-    about = boxes.photographs(arguments.network, arguments.data, normalise, arguments.fit)
-    maps = Maps(model, LAYERS[arguments.network], about.fit, sorted(about.classes))
-    if arguments.part == "boxes":
-        rows = of_boxes(model, about, maps)
-    else:
-        x = normalise(images.test)
-        rows = of_mosaics(model, x, images.labels, sorted(about.classes), maps)
-    write(
-        f"photographs-{arguments.part}-{arguments.network}", rows,
-        data="600 ILSVRC2012 validation images of 20 classes", size=224, fit=arguments.fit,
-        classes=sorted(about.classes), target="the label; of a mosaic the class of the cell",
-        split="two halves, class by class at random", confidence=CONFIDENCE,
-        network=arguments.network, title=pretrained.NETWORKS[arguments.network].file,
-    )  # fmt: skip
-    print(show(rows))
+    chain, layers = boxes.chain(arguments.network, arguments.data), LAYERS[arguments.network]
+    model, generator = chain.steps, torch.Generator().manual_seed(0)
+    about = boxes.photographs(arguments.network, arguments.data, chain.normalise, arguments.fit)
+    images = photos(arguments.network, arguments.data, 1, generator)
+    x, labels, classes = chain.normalise(images.test), images.labels, sorted(about.classes)
+    sure = recognised(model, x, labels)
+    inverse = InverseNetwork(model, layer=model[min(layers.values())])
+    print(f"{time.process_time():.0f} s: to fit", flush=True)
+    maps = Maps(chain, layers, inverse.fit(about.fit, classes, batch_size=20, progress=False))
+    settings = {
+        (layer, method, reduction)
+        for layer in layers for method in METHODS for reduction in FIXED.get(method, REDUCTIONS)
+    }  # fmt: skip
+    own = (list(layers)[1], "MIP-IN, A × gradient", "sum_of_abs")
+    rows: list[dict[str, Any]] = []
+    halves = boxes.halves(labels, torch.Generator().manual_seed(0))
+    for n in (2, 3):
+        one, two = (
+            mosaics(
+                lambda batch: torch.zeros(len(batch), 1000),  # all of them are recognised
+                x[index[sure[index]]], labels[index[sure[index]]], n, count, confidence=0,
+                classes=classes, generator=torch.Generator().manual_seed(n),
+            )
+            for index, count in zip(halves, (arguments.choosing, arguments.mosaics), strict=True)
+        )  # fmt: skip
+        choosing = scores(maps, one, settings)
+        print(f"{n}x{n}, {time.process_time():.0f} s: settings are chosen", flush=True)
+        chosen = best(choosing)
+        reported = scores(maps, two, {own, *chosen.values()})
+        group = sought(two)
+        counted = {
+            "mosaics": len(two.x),
+            "photographs": len(cells(two).flatten(0, 1).flatten(1).unique(dim=0)),
+            "photographs to find": len(group.unique()),
+        }
+        for key, values in choosing.items():
+            row: dict[str, Any] = {"size": f"{n}x{n}"}
+            row |= dict(zip(("layer", "method", "reduction"), key, strict=True))
+            row |= {"default": key == own, "chosen": key in chosen.values()}
+            row["choosing half"] = float(values.mean())
+            if key in reported:
+                less = reported[own] - reported[key]
+                row |= counted | {
+                    "score": float(reported[key].mean()),
+                    "standard error": error(reported[key], group),
+                    "default less this": float(less.mean()),
+                    "its standard error": error(less, group),
+                }
+            rows.append(row)
+        write(
+            f"photographs-mosaics-{arguments.network}", rows,
+            data="600 ILSVRC2012 validation images of 20 classes", size=224, fit=arguments.fit,
+            classes=classes, target="the class of the cell", confidence=CONFIDENCE,
+            split="two halves, class by class at random", network=arguments.network,
+            choosing=arguments.choosing,
+        )  # fmt: skip
+        print(show([row for row in rows if "score" in row]), flush=True)
 
 
 if __name__ == "__main__":

@@ -433,30 +433,99 @@ def photographs() -> str:
     return show(rows)
 
 
+def which_map() -> str:
+    """Return the table of questions and maps."""
+    mipin, others, pixels = _chosen("head"), [], []
+    for name in ("squeezenet1_0", "mobilenet_v2", "efficientnet_lite0"):
+        pixels.append(_chosen(name, "MIP-IN, whole network")["accuracy"])
+        centre = _chosen(name, "centre prior")["accuracy"]
+    others = [_chosen("head", method)["accuracy"] for method in ("LRP-γ", "LayerCAM", "Grad-CAM")]
+    head = f"{max(others):.2f} against {mipin['accuracy']:.2f}"
+    places = f"{min(pixels):.2f} to {max(pixels):.2f} against {centre:.2f}"
+    layer, whole = "LayerMIPINAttribution(model, inverse)", "MIPINAttribution(model, inverse)"
+    answers = (
+        (
+            "Where is what the class was told by?",
+            "`for_photographs(model, data).attribute(x, target)`",
+            "for or against: it has no sign. On dense heads others find the object better "
+            f"({head})",
+        ),
+        (
+            "Which places speak for the class, which against?",
+            f"`{layer}.attribute(x, target, multiply_by_gradients=True)`",
+            "what would change the score",
+        ),
+        (
+            "Which of several objects?",
+            "the same with `evidence=True` (networks that end in an average)",
+            "best below the last layer: `ExcitationBackprop(model, contrastive=True)`",
+        ),
+        (
+            "What do inputs with this score have in common?",
+            f"`{whole}.attribute(x, target)`: A",
+            "for or against: the sign of A says whether a feature is larger or smaller where the "
+            "score is larger, and turns with the sign of the score",
+        ),
+        (
+            "A sharp picture at the pixels?",
+            "the same with `multiply_by_inputs=True`",
+            "where: the photograph makes it sharp. At the pixels, MIP-IN finds objects hardly "
+            f"better than a blob in the centre does ({places})",
+        ),
+        (
+            "What of the input does the score depend on, what not?",
+            "`.source_signal(x, target)`, `.distractor(x, target)`",
+            "on convolutional networks, S is hardly better than its masks alone",
+        ),
+        (
+            "What would change the score?",
+            "no map of this package's inverse: `SmoothGrad`, occlusion",
+            "",
+        ),
+    )
+    columns = "question", "call", "what it cannot tell"
+    return show([dict(zip(columns, answer, strict=True)) for answer in answers])
+
+
+def _chosen(name: str, method: str = "MIP-IN") -> Any:
+    """Return the row of a method's chosen setting on photographs with boxes."""
+    rows = read(f"paper-boxes-{name}")["rows"]
+    return next(row for row in rows if row["chosen"] and row["method"] == method)
+
+
 def photographs_mosaics() -> str:
     """Return the mosaics of the map for photographs, and of its peers at their best settings."""
     rows = []
     for path in sorted(RESULTS.glob("photographs-mosaics-*.json")):
         result = read(path.stem)
-        known, (layer, *_) = result["rows"], dict.fromkeys(row["layer"] for row in result["rows"])
-        own = {"layer": layer, "method": "MIP-IN, A × gradient", "reduction": "sum_of_abs"}
-        (picked,) = (row for row in known if own.items() <= row.items())
-        cells = {
-            "network": result["settings"]["network"],
-            "picked layer": layer,
-            "**MIP-IN**": _mosaic(picked),
-        }
-        for method in ("Grad-CAM", "LRP-γ", "LayerCAM"):
-            settings = [row for row in known if row["method"] == method]
-            best = max(settings, key=lambda row: row["choosing 2x2"])
-            cells[method] = f"{_mosaic(best)}, {best['layer']}"
-        rows.append(cells)
+        for size in dict.fromkeys(row["size"] for row in result["rows"]):
+            known = [r for r in result["rows"] if r["size"] == size and "score" in r]
+            (own,) = (row for row in known if row["default"])
+            (best,) = (r for r in known if r["chosen"] and r["method"].startswith("MIP-IN"))
+            cells = {
+                "network, picked layer": f"{result['settings']['network']}, {own['layer']}",
+                "mosaics": f"{own['mosaics']} of {size}",
+                "of photographs": str(own.get("photographs", "")),
+                "**MIP-IN**": _score(own),
+            }
+            for method in ("Grad-CAM", "LRP-γ", "LayerCAM"):
+                (peer,) = (row for row in known if row["chosen"] and row["method"] == method)
+                cells[method] = f"{_score(peer)}, {peer['layer']}"
+                if "default less this" in peer:
+                    less = f"{peer['default less this']:+.2f} ± {peer['its standard error']:.2f}"
+                    cells[method] += f" ({less})"
+            cells["MIP-IN's own best setting"] = (
+                "the same" if best is own else
+                f"{_score(best)}: {best['method'].partition(', ')[2]}, {best['reduction']}, "
+                f"{best['layer']}"
+            )  # fmt: skip
+            rows.append(cells)
     return show(rows)
 
 
-def _mosaic(row: dict[str, Any]) -> str:
-    """Return a score on mosaics ± its standard error."""
-    return f"{row['reported 2x2']:.2f} ± {row['reported 2x2, standard error']:.2f}"
+def _score(row: dict[str, Any]) -> str:
+    """Return a score ± its standard error."""
+    return f"{row['score']:.2f} ± {row['standard error']:.2f}"
 
 
 def _with_error(row: dict[str, Any]) -> str:
@@ -791,16 +860,18 @@ def main() -> None:
         bottlenecks_speed,
         photographs,
         photographs_mosaics,
+        which_map,
     ):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         places = [page for page, text in texts.items() if begin in text and end in text]
-        if len(places) != 1:
+        if not places or (len(places) > 1 and table is not which_map):
             raise SystemExit(
                 f"the table {table.__name__!r} has {len(places)} places on "
                 f"{', '.join(page.name for page in texts)}"
             )
-        before, _, rest = texts[places[0]].partition(begin)
-        texts[places[0]] = before + begin + "\n" + table() + "\n\n" + end + rest.partition(end)[2]
+        for page in places:
+            before, _, rest = texts[page].partition(begin)
+            texts[page] = before + begin + "\n" + table() + "\n\n" + end + rest.partition(end)[2]
     for page, text in texts.items():
         page.write_text(text)
 

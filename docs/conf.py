@@ -8,6 +8,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "off"  # `make notebooks` runs them and keeps what they show
 html_theme, html_title = "furo", "captum-mipin"
 html_theme_options = {"source_repository": "", "top_of_page_buttons": []}
+html_static_path, html_css_files = ["static"], ["site.css"]
 html_copy_source = False
 html_show_search_summary = False  # summaries would be fetched, which browsers refuse for file://
 autodoc_typehints = "none"  # signatures have them

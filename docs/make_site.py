@@ -45,9 +45,16 @@ REFERENCE = {
 
 
 def public(module: str) -> dict[str, object]:
-    """Return name -> class or function, for the public ones of a module."""
+    """Return name -> class or function, for the public ones of a module.
+
+    Names are in the order in which the pages use them, first docs/api.md; all others come last.
+    """
     found = importlib.import_module(module)
     names = getattr(found, "__all__", [name for name in vars(found) if name[0] != "_"])
+    pages = (ROOT / "docs" / f"{page}.md" for page in ("api", "metrics", "methods"))
+    text = "\n".join(page.read_text("utf-8") for page in pages)
+    places = {name: re.search(rf"\b{name}\b", text) for name in names}
+    names = sorted(names, key=lambda n: place.start() if (place := places[n]) else len(text))
     things = {name: getattr(found, name) for name in names}
     return {
         name: thing

@@ -34,6 +34,12 @@ def test_the_reference_has_every_subpackage_with_public_names(site):
     assert {f"captum_mipin.{room}" for room in rooms - inside} < set(site.REFERENCE)
 
 
+def test_the_reference_is_in_the_order_of_use(site):
+    first = ["for_photographs", "InverseNetwork", "MIPINAttribution", "LayerMIPINAttribution"]
+    assert [*site.public("captum_mipin")][:4] == first
+    assert next(iter(site.public("captum_mipin.methods"))) == "LRP"
+
+
 def test_every_page_and_notebook_is_part_of_the_site(site):
     pages = {page for part in site.PARTS.values() for page in part}
     docs = {path.stem for path in (ROOT / "docs").glob("*.md")}
