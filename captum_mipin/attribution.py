@@ -16,6 +16,7 @@ from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.inverse.explain import Explanation
 from captum_mipin.methods.base import single, summed
 from captum_mipin.methods.gradients import Gradient
+from captum_mipin.options import type_of
 from captum_mipin.propagation.runtime import seed
 from captum_mipin.targets import per_example
 from captum_mipin.types import Extras, Inputs
@@ -30,7 +31,7 @@ class _MIPIN(NoFuture, GradientAttribution):
     def __init__(self, model: nn.Module, inverse: ModelInverse[Any]) -> None:
         if not isinstance(inverse, ModelInverse):
             raise InputError(
-                f"inverse is a {type(inverse).__name__}, expected an InverseNetwork: pass "
+                f"inverse is {type_of(inverse)}, expected an InverseNetwork: pass "
                 "InverseNetwork(model).fit(data)"
             )
         if inverse.model is not unwrapped(model):

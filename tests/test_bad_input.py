@@ -429,7 +429,7 @@ def test_a_buffer_of_nan_is_no_change(mlp: Any) -> None:
         (lambda x: (x, x), MIPINError, None),
         (lambda x: (x, 1.0), InputError, "input 1 is a float"),
         (lambda x: [x], InputError, "inputs are a list, expected"),
-        (lambda x: x.numpy(), InputError, "inputs are a ndarray, expected"),
+        (lambda x: x.numpy(), InputError, "inputs are a numpy array, expected"),
         (lambda x: x / 0, InputError, "input 0 contains NaN or Inf"),
         (lambda x: x * float("nan"), InputError, "input 0 contains NaN or Inf"),
     ],
@@ -515,8 +515,8 @@ def test_a_result_is_finite_or_an_error(mlp: Any, scale: float) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (lambda x: 5, "cannot fit on a int: expected a tensor"),
-        (lambda x: None, "cannot fit on a NoneType: expected a tensor"),
+        (lambda x: 5, "cannot fit on an int: expected a tensor"),
+        (lambda x: None, "cannot fit on None: expected a tensor"),
         (lambda x: "images", "cannot fit on a str: expected a tensor"),
         (lambda x: {"x": x}, "cannot fit on a dict: expected a tensor"),
         (
@@ -529,7 +529,7 @@ def test_a_result_is_finite_or_an_error(mlp: Any, scale: float) -> None:
         ),
         (
             lambda x: [x.numpy()],
-            r"a batch is a ndarray, expected a tensor or a tuple .*unpack=lambda batch",
+            r"a batch is a numpy array, expected a tensor or a tuple .*unpack=lambda batch",
         ),
         (lambda x: x[:0], "input 0 is empty: its shape is .0, 6."),
         (lambda x: [], "yields no batch, expected at least one: pass more data"),
@@ -827,7 +827,7 @@ def test_unknown_classes_to_fit(
         ({"ridge_scale": "max"}, "ridge_scale='max' is not one of 'relative', 'mean', 'sum'"),
         ({"pooling": "max"}, "pooling='max' is not one of 'shares', 'even'"),
         ({"solver": "adam"}, "solver='adam' is not one of 'exact', 'sgd'"),
-        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"epochs": 0}, "epochs=0 must be a whole number of at least 1"),
     ],
 )
 def test_options_out_of_range(mlp: Any, options: Any, message: str) -> None:

@@ -582,7 +582,7 @@ def test_check_looks_at_the_chosen_output(alone):
         (
             "dataclass",
             "states",
-            r"has for output='states' a NoneType, expected one tensor\. Wrap it",
+            r"has for output='states' None, expected one tensor\. Wrap it",
         ),
         (
             "nested",

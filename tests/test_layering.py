@@ -6,7 +6,17 @@ from pathlib import Path
 import captum_mipin
 
 PACKAGE = Path(captum_mipin.__file__).parent
-BOTTOM = ("_captum", "errors", "version", "types", "targets", "report", "copies", "training")
+BOTTOM = (
+    "_captum",
+    "errors",
+    "version",
+    "types",
+    "options",
+    "targets",
+    "report",
+    "copies",
+    "training",
+)
 #: From the bottom up; each room may use those before it.
 TOWER = (
     "graph",

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_mipin.bottleneck.gaussian import check_settings, is_whole, normal, settled
+from captum_mipin.bottleneck.gaussian import check_tolerance, normal, settled
 from captum_mipin.errors import InputError
+from captum_mipin.options import check_choice, check_number
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,14 @@ class Adversary:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        rules = {}
         least = {"samples": 1, "groups": 1, "epochs": 0, "batch": 2, "critic_steps": 1}
         for name, low in least.items():
-            whole = is_whole(getattr(self, name), low)
-            rules[name] = whole, f"must be a whole number of at least {low}"
+            check_number(name, getattr(self, name), low, whole=True)
         for name in ("critic_rate", "clip", "mask_rate", "mean_rate", "std_rate", "width"):
-            rules[name] = 0 < getattr(self, name) < math.inf, "must be above 0"
-        tolerance = self.tolerance is None or 0 < self.tolerance < math.inf
-        rules["tolerance"] = tolerance, "must be above 0, or None"
-        channel, passed = self.noise in ("channel", "position"), ("capacity", "passed")
-        rules["noise"] = channel, "is not one of 'channel', 'position'"
-        rules["bottleneck"] = self.bottleneck in passed, "is not one of 'capacity', 'passed'"
-        check_settings(self, rules)
+            check_number(name, getattr(self, name), above=True)
+        check_tolerance(self.tolerance)
+        check_choice("noise", self.noise, ("channel", "position"))
+        check_choice("bottleneck", self.bottleneck, ("capacity", "passed"))
         if self.samples % self.groups:
             raise InputError(
                 f"samples={self.samples} must be a multiple of groups={self.groups}: change one "

@@ -13,7 +13,6 @@ from captum_mipin.bottleneck.gaussian import (
     Bottleneck,
     Noise,
     Optimised,
-    is_whole,
     joined,
     optimise,
 )
@@ -32,6 +31,7 @@ from captum_mipin.graph.validate import (
     check_model,
     device_of,
 )
+from captum_mipin.options import check_number
 from captum_mipin.targets import per_example
 from captum_mipin.types import Inputs
 
@@ -122,8 +122,8 @@ class LayerBottleneck(LayerFeatures[Settings], Generic[Settings, Result]):
         """Return the samples to explain, after checks of inputs, target, ``size`` and model."""
         state, inputs, extras = self._estimated(), as_inputs(inputs), as_extras(extras)
         check_inputs(inputs, explained=False)
-        if size is not None and not is_whole(size, 1):
-            raise InputError(f"internal_batch_size={size!r} must be a whole number of at least 1")
+        if size is not None:
+            check_number("internal_batch_size", size, 1, whole=True)
         check_finite(inputs)
         check_model(self.model)
         if state.watch.changed(self.model):

@@ -23,6 +23,7 @@ from captum_mipin.graph.modules import layer_or_tensor, unwrapped
 from captum_mipin.graph.signature import Signature
 from captum_mipin.graph.validate import check_model, device_of, finite, generator_kept
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
+from captum_mipin.options import check_choice, check_number, type_of
 from captum_mipin.propagation.final import require_logits
 from captum_mipin.regression.statistics import Statistics
 from captum_mipin.storage.saved import Saved
@@ -101,10 +102,10 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
         min_std: float = 0.01,
         active: float = 0.01,
     ) -> None:
-        if not 0 < min_std < float("inf"):
-            raise InputError(f"min_std={min_std!r} must be above 0")
-        if not 0 <= active < 1:
-            raise InputError(f"active={active!r} must be at least 0 and below 1")
+        check_number("min_std", min_std, above=True)
+        check_number("active", active)
+        if active >= 1:
+            raise InputError(f"active={active!r} must be at least 0 and below 1: change it")
         if 0 in (channels, input_channels, classes, *across):
             raise InputError(
                 f"channels={channels}, input_channels={input_channels}, classes={classes} and "
@@ -125,16 +126,14 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
     def _resolved(cls, settings: Any) -> Any:
         """Return the settings for a name, or the default for None; return settings unchanged."""
         default = next(iter(cls._named))
-        if isinstance(settings, str) and settings not in cls._named:
-            names = ", ".join(map(repr, cls._named))
-            raise InputError(f"settings={settings!r} is not one of {names}: pass one of them")
         if settings is None or isinstance(settings, str):
+            check_choice("settings", settings or default, tuple(cls._named))
             return cls._named[settings or default]
         expected = type(cls._named[default])
         if not isinstance(settings, expected):
             raise InputError(
-                f"settings is a {type(settings).__name__}, expected a {expected.__name__} or one "
-                f"of the names {', '.join(map(repr, cls._named))}"
+                f"settings is {type_of(settings)}, expected {expected.__name__}(...) or one of the "
+                f"names {', '.join(map(repr, cls._named))}: pass one of these"
             )
         return settings
 
@@ -175,8 +174,7 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
             CaptureError: The model cannot be captured, or has no such layer.
         """
         device = device_of(check_model(self.model))
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size!r} must be at least 1")
+        check_number("batch_size", batch_size, 1, whole=True)
         statistics: Statistics | None = None
         structures: dict[Signature, str] = {}
         bar = tqdm(unit="row", disable=not progress, desc="features")

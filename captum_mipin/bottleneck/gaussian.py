@@ -10,7 +10,7 @@ Source: Schulz et al., "Restricting the Flow: Information Bottlenecks for Attrib
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from captum_mipin.errors import CaptureError, InputError, TargetError
+from captum_mipin.options import check_number
 from captum_mipin.types import Target
 
 #: Number of steps in each of the two windows whose mean losses decide if a sample has converged.
@@ -29,21 +30,10 @@ _WINDOW = 3
 _WIDEST = 80
 
 
-def check_settings(settings: object, rules: Mapping[str, tuple[bool, str]]) -> None:
-    """Raise InputError for the first setting that is out of its range.
-
-    Args:
-        settings: An object with settings as attributes.
-        rules: Name of a setting → (True if its value is valid, description of the valid values).
-    """
-    for name, (valid, expected) in rules.items():
-        if not valid:
-            raise InputError(f"{name}={getattr(settings, name)!r} {expected}")
-
-
-def is_whole(value: object, least: int) -> bool:
-    """Return True if ``value`` is an int of at least ``least``, and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def check_tolerance(tolerance: float | None) -> None:
+    """Raise InputError unless a tolerance is a finite number above 0, or None."""
+    if tolerance is not None:
+        check_number("tolerance", tolerance, above=True)
 
 
 @dataclass(frozen=True)
@@ -78,19 +68,18 @@ class Bottleneck:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        number, whole = "must be a number of at least 0", "must be a whole number of at least"
-        between = f"must be between {-_WIDEST} and {_WIDEST}: the gradient of others is 0"
-        settles = self.tolerance is None or self.tolerance > 0
-        rules = {
-            "beta": (0 <= self.beta < math.inf, number),
-            "steps": (is_whole(self.steps, 0), f"{whole} 0"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "must be above 0"),
-            "copies": (is_whole(self.copies, 1), f"{whole} 1"),
-            "sigma": (0 <= self.sigma < math.inf, number),
-            "start": (abs(self.start) <= _WIDEST, between),
-            "tolerance": (settles, "must be above 0, or None"),
-        }
-        check_settings(self, rules)
+        check_number("beta", self.beta)
+        check_number("steps", self.steps, whole=True)
+        check_number("learning_rate", self.learning_rate, above=True)
+        check_number("copies", self.copies, 1, whole=True)
+        check_number("sigma", self.sigma)
+        check_number("start", self.start, -_WIDEST)
+        check_tolerance(self.tolerance)
+        if self.start > _WIDEST:
+            raise InputError(
+                f"start={self.start!r} must be between {-_WIDEST} and {_WIDEST}, because beyond "
+                "the gradient is 0: change it"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from captum_mipin.bottleneck.base import LayerBottleneck, Run
 from captum_mipin.bottleneck.gaussian import Bottleneck, Optimised
 from captum_mipin.bottleneck.maps import at_input, finished, spread
 from captum_mipin.bottleneck.samples import Samples
-from captum_mipin.errors import InputError
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.validate import as_inputs, device_of, like
+from captum_mipin.options import check_choice
 from captum_mipin.types import Inputs
 
 #: Name → settings: the published ones, and faster ones. docs/bottlenecks.md compares the two.
@@ -113,8 +113,7 @@ class IBA(LayerBottleneck[Bottleneck, Optimised]):
             ModelChangedError: The model's weights changed since the call of :meth:`estimate`, or
                 the model runs other operations for inputs of the same shape.
         """
-        if at not in ("input", "layer"):
-            raise InputError(f"at={at!r} is not one of 'input', 'layer': pass one of them")
+        check_choice("at", at, ("input", "layer"))
         tensors = as_inputs(inputs)
         with plain_modes(device_of(self.model)):
             samples = self._samples(tensors, target, additional_forward_args, internal_batch_size)

@@ -21,6 +21,7 @@ from captum_mipin.graph.layers import tensor_name
 from captum_mipin.graph.modules import layer_or_tensor
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import as_inputs, like
+from captum_mipin.options import check_choice
 from captum_mipin.types import Inputs
 
 
@@ -172,8 +173,7 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
             NotFittedError: :meth:`estimate` was not called yet.
             ModelChangedError: The model has changed, as for :meth:`IBA.attribute`.
         """
-        if kind not in ("mask", "information"):
-            raise InputError(f"kind={kind!r} is not one of 'mask', 'information': pass one of them")
+        check_choice("kind", kind, ("mask", "information"))
         tensors, masks = as_inputs(inputs), kind == "mask"
         found = self.explain(tensors, target, additional_forward_args, **run).input
         x, total = tensors[0], found.information.flatten(1).sum(1)

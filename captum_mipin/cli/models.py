@@ -18,6 +18,7 @@ from captum_mipin.comparison.names import class_names
 from captum_mipin.errors import InputError
 from captum_mipin.graph import exported
 from captum_mipin.graph.signature import select
+from captum_mipin.options import type_of
 from captum_mipin.photographs import photograph_layer
 from captum_mipin.targets import per_example
 
@@ -169,8 +170,7 @@ def _call_factory(source: str, name: str) -> nn.Module:
         sys.path = before
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"{source}:{name} gives a {type(model).__name__}, expected a torch.nn.Module: return "
-            "the network"
+            f"{source}:{name} gives {type_of(model)}, expected a torch.nn.Module: return one"
         )
     return model
 

@@ -15,6 +15,7 @@ from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.metrics.case import Case, attribution_of, raw_outputs
 from captum_mipin.metrics.examples import Examples
+from captum_mipin.options import type_of
 from captum_mipin.targets import per_example
 
 
@@ -35,7 +36,7 @@ def named_methods(methods: Any) -> dict[str, Any]:
         is_one = isinstance(methods, (str, Attribution, Tensor)) or callable(methods)
         if not is_one and not isinstance(methods, Iterable):
             raise InputError(
-                f"methods is a {type(methods).__name__}, expected methods or their names: pass a "
+                f"methods is {type_of(methods)}, expected methods or their names: pass a "
                 "list, or a dictionary label -> method"
             )
         pairs = [(label_of(method), method) for method in ([methods] if is_one else methods)]
@@ -70,7 +71,7 @@ def _check_method(label: str, method: Any) -> None:
         )
     elif not (isinstance(method, (Attribution, Tensor, tuple)) or callable(method)):
         raise InputError(
-            f"method {label!r} is a {type(method).__name__}, expected a name, a Captum "
+            f"method {label!r} is {type_of(method)}, expected a name, a Captum "
             "Attribution, a function (inputs, target) -> maps, or maps: pass one of these"
         )
 
@@ -90,7 +91,7 @@ def compared_model(
     """
     if inverse is not None and not isinstance(inverse, ModelInverse):
         raise InputError(
-            f"inverse is a {type(inverse).__name__}, expected an InverseNetwork or a "
+            f"inverse is {type_of(inverse)}, expected an InverseNetwork or a "
             "NeighbourInverse: pass a fitted inverse"
         )
     methods = list(methods)
@@ -100,7 +101,7 @@ def compared_model(
         owners = (attribution_of(method) for method in methods)
         model = next((owner.forward_func for owner in owners if owner is not None), None)
     if any(isinstance(method, str) for method in methods) and not isinstance(model, nn.Module):
-        found = "no network" if model is None else f"a {type(model).__name__}"
+        found = "no network" if model is None else f"{type_of(model)}"
         raise InputError(
             f"methods by name need the network, a torch.nn.Module, found {found}: pass model="
         )

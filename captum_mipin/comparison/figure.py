@@ -16,7 +16,7 @@ from torch import Tensor
 
 from captum_mipin.comparison.page import OVERLAY, SMALL, pictures, strength
 from captum_mipin.comparison.rows import ALL_ZERO, Row
-from captum_mipin.errors import InputError
+from captum_mipin.options import check_choice
 
 #: Option ``sign`` -> labels of the colour scale, from its lower to its upper end.
 _ENDS = {
@@ -87,9 +87,7 @@ def draw(
     grid = drawn.subplots(*shape, squeeze=False)
     axes = grid.T if across else grid
     settings = {"method": _OVERLAY, "sign": "all", "cmap": "RdBu", **options, "use_pyplot": False}
-    if settings["sign"] not in _ENDS:
-        known = ", ".join(map(repr, _ENDS))
-        raise InputError(f"sign={settings['sign']!r} is not known: pass one of {known}")
+    check_choice("sign", settings["sign"], tuple(_ENDS))
     for line, number in zip(axes, numbers, strict=True):
         line[0].imshow(colours[number], interpolation=_interpolation(colours))
         # names of images stand at the images: below them, or above the columns

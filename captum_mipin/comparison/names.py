@@ -9,6 +9,7 @@ from torch import Tensor
 from captum_mipin.errors import InputError
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.metrics.case import Case, target_scores
+from captum_mipin.options import type_of
 
 #: Names of classes as users pass them: one name per class in the order of the classes, a dictionary
 #: class -> name, "imagenet", or None for the names that the network itself knows.
@@ -53,7 +54,7 @@ def class_names(names: ClassNames, model: Any = None) -> dict[int, str]:
     if isinstance(names, Sequence):
         return {index: str(name) for index, name in enumerate(names)}
     raise InputError(
-        f"names is a {type(names).__name__}, expected names of classes: pass a list of names, a "
+        f"names is {type_of(names)}, expected names of classes: pass a list of names, a "
         "dictionary class -> name, or 'imagenet'"
     )
 

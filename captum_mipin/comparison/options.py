@@ -9,7 +9,7 @@ from captum_mipin.comparison.names import ClassNames
 from captum_mipin.comparison.table import Comparison
 from captum_mipin.errors import InputError
 from captum_mipin.metrics import Options
-from captum_mipin.metrics.case import check_at_least
+from captum_mipin.options import check_number
 
 #: Keywords that ``compare`` itself names.
 _NAMED = "metrics", "boxes", "inverse", "layer", "controls"
@@ -69,7 +69,7 @@ class Extent:
         shared = {name: options[name] for name in Options.__annotations__ if name in options}
         extent = cls(**{name: value for name, value in options.items() if name not in shared})
         if extent.steps is not None:
-            check_at_least("steps", extent.steps, 1)
+            check_number("steps", extent.steps, 1, whole=True)
         if extent.budget is not None:
-            check_at_least("budget", extent.budget, 0)
+            check_number("budget", extent.budget, 0)
         return extent, shared

@@ -11,6 +11,7 @@ from captum_mipin import metrics as library
 from captum_mipin.errors import InputError
 from captum_mipin.metrics import Boxes, Options, Result
 from captum_mipin.metrics.boxes import image_masks
+from captum_mipin.options import type_of
 
 Metric = Callable[..., Result]
 
@@ -60,7 +61,7 @@ def metric_functions(metrics: Any, images: Tensor, boxes: Boxes | None) -> dict[
     for title, metric in metrics.items():
         if not callable(metric):
             raise InputError(
-                f"metric {title!r} is a {type(metric).__name__}, expected a function: pass a "
+                f"metric {title!r} is {type_of(metric)}, expected a function: pass a "
                 "dictionary name -> function"
             )
     return {str(title): metric for title, metric in metrics.items()}

@@ -12,6 +12,7 @@ from captum_mipin import report
 from captum_mipin.comparison.differences import Difference, best, difference, sentences
 from captum_mipin.comparison.rows import Row, columns
 from captum_mipin.errors import InputError
+from captum_mipin.options import check_choice
 
 #: Entries of a difference in `Comparison.to_dict`.
 _SHOWN = ("mean", "standard error", "n")
@@ -79,10 +80,7 @@ class Comparison:
         """
         if form == "pandas":
             return self._frame(parts)
-        if form not in ("text", "markdown"):
-            raise InputError(
-                f"form={form!r} is not known: pass one of 'text', 'markdown', 'pandas'"
-            )
+        check_choice("form", form, ("text", "markdown", "pandas"))
         chosen = columns(self.rows, self.metrics, parts)
         header = ["method", *(column.heading for column in chosen)]
         cells = [[row.name, *map(row.cell, chosen)] for row in self.rows]

@@ -18,6 +18,7 @@ from captum_mipin.graph.marks import inherit, value_of
 from captum_mipin.graph.modules import OWN, named_tensors
 from captum_mipin.graph.signature import per_example, plain
 from captum_mipin.graph.turns import TURNS
+from captum_mipin.options import type_of
 from captum_mipin.types import Extras, Inputs
 
 #: Batch size of the example for the capture. torch.export treats sizes 0 and 1 as constants.
@@ -96,7 +97,7 @@ def check_registered(program: ExportedProgram, model: nn.Module) -> None:
                 if hidden and used & {t.data_ptr() for _, t in named_tensors(leaf)}:
                     where = f"{path}.{name}".lstrip(".")
                     raise CaptureError(
-                        f"the model computes with a {type(leaf).__name__} in {where!r} that is not "
+                        f"the model computes with {type_of(leaf)} in {where!r} that is not "
                         "registered, so that a change of its weights would not be noticed; "
                         "expected a registered module: put it into an nn.ModuleList or "
                         "nn.ModuleDict"

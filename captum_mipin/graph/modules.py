@@ -1,7 +1,6 @@
 """Functions that read a model: its modules, its tensors, and the state its graph depends on."""
 
 import marshal
-from difflib import get_close_matches
 from types import MethodType
 from typing import Any
 
@@ -11,9 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from captum_mipin.errors import InputError
-
-#: Number of module names that an error lists; these are the names closest to the user's.
-_NAMES_SHOWN = 8
+from captum_mipin.options import closest, type_of
 
 #: Attributes that every module has.
 OWN = frozenset(vars(nn.Module()))
@@ -65,12 +62,10 @@ def module_of(layer: nn.Module | str, model: nn.Module) -> nn.Module:
     module = modules.get(layer) if isinstance(layer, str) else unwrapped(layer)
     if module is not None and (module is model or module in modules.values()):
         return module
-    described = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
-    closest = get_close_matches(str(layer), modules, _NAMES_SHOWN, cutoff=0)
+    shown = repr(layer) if isinstance(layer, str) else type_of(layer)
     raise InputError(
-        f"layer is {described}, expected a module of the {type(model).__name__} that is explained, "
-        "or its name as in model.named_modules(): pass for example one of "
-        f"{', '.join(map(repr, closest))}"
+        f"layer is {shown}, expected a module of the {type(model).__name__} that is explained, or "
+        f"its name as in model.named_modules(): pass for example one of {closest(layer, modules)}"
     )
 
 

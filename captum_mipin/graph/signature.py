@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError
+from captum_mipin.options import type_of
 from captum_mipin.types import Extras, Inputs, Output
 
 
@@ -151,7 +152,7 @@ def select(value: Any, output: Output) -> Tensor:
     choices = _choices(value, path)
     choose = f"Choose one by output=, out of {choices}. " if choices else ""
     raise CaptureError(
-        f"the model {returns} a {type(value).__name__}, expected one tensor. {choose}"
+        f"the model {returns} {type_of(value)}, expected one tensor. {choose}"
         "Wrap it in a module that returns only the logits."
     )
 

@@ -1,7 +1,7 @@
 """Checks and conversions of the arguments that users pass."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from captum_mipin.errors import CaptureError, InputError
+from captum_mipin.options import type_of
 from captum_mipin.training import check_evaluation
 from captum_mipin.types import Extras, Inputs
 
@@ -24,7 +25,7 @@ def as_inputs(inputs: Any) -> Inputs:
         return (inputs,)
     if not isinstance(inputs, tuple):
         raise InputError(
-            f"inputs are a {type(inputs).__name__}, expected a torch.Tensor or a tuple of them: "
+            f"inputs are {type_of(inputs)}, expected a torch.Tensor or a tuple of them: "
             "convert them, for example by torch.as_tensor(inputs)"
         )
     return inputs
@@ -85,12 +86,6 @@ def check_output(output: Any) -> None:
         )
 
 
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raise InputError if the value of the option ``name`` is not one of ``choices``."""
-    if value not in choices:
-        raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-
-
 def check_model(model: object) -> nn.Module:
     """Return ``model`` if it is a module that computes what it computes in evaluation mode.
 
@@ -107,7 +102,7 @@ def check_model(model: object) -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise CaptureError(
-            f"the model is a {type(model).__name__}, expected a torch.nn.Module, whose layers can "
+            f"the model is {type_of(model)}, expected a torch.nn.Module, whose layers can "
             "be read. Wrap a function in an nn.Module that has the network as an attribute and "
             "calls it in forward()."
         )
@@ -139,7 +134,7 @@ def check_inputs(inputs: Inputs, explained: bool = True) -> None:
     mixed = any(isinstance(x, Tensor) and x.is_floating_point() for x in inputs)
     for index, x in enumerate(inputs):
         if not isinstance(x, Tensor):
-            raise InputError(f"input {index} is a {type(x).__name__}, expected a torch.Tensor")
+            raise InputError(f"input {index} is {type_of(x)}, expected a torch.Tensor")
         if problem := _problem(x, explained, mixed):
             raise InputError(f"input {index} {problem}")
         if len(x) != len(inputs[0]):

@@ -22,7 +22,6 @@ from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import (
     as_extras,
     as_inputs,
-    check_choice,
     check_finite,
     check_inputs,
     check_model,
@@ -35,6 +34,7 @@ from captum_mipin.inverse.request import Settings
 from captum_mipin.inverse.scale import warn_of_scale
 from captum_mipin.inverse.state import Origin
 from captum_mipin.inverse.surrogates import Surrogates
+from captum_mipin.options import check_choice
 from captum_mipin.propagation.runtime import Inverses, Run, seed
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale

@@ -13,6 +13,7 @@ from captum_mipin.inverse.data import Unpack
 from captum_mipin.inverse.distributed import Processes
 from captum_mipin.inverse.request import Fitted, Settings
 from captum_mipin.inverse.state import packed, unpacked
+from captum_mipin.options import check_number
 from captum_mipin.storage import files
 
 
@@ -32,10 +33,8 @@ class FitOptions:
 
     def check(self, settings: Settings) -> None:
         """Raise InputError if an option is not allowed, or excludes another one."""
-        if self.batch_size < 1:
-            raise InputError(f"batch_size={self.batch_size!r} must be at least 1")
-        if self.cache < 0:
-            raise InputError(f"cache={self.cache!r} must be at least 0")
+        check_number("batch_size", self.batch_size, 1, whole=True)
+        check_number("cache", self.cache)
         if self.keep is not None and not self.lazy:
             raise InputError(
                 "keep= needs lazy=True, which stores activations in this folder: pass both or none"

@@ -17,13 +17,13 @@ from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.validate import (
     as_extras,
     as_inputs,
-    check_choice,
     device_of,
     level_of_caller,
 )
 from captum_mipin.inverse.base import Groups, ModelInverse
 from captum_mipin.inverse.explain import Request
 from captum_mipin.inverse.state import State
+from captum_mipin.options import check_choice
 from captum_mipin.propagation.runtime import Inverses
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.storage.watch import fingerprint

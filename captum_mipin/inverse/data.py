@@ -23,6 +23,7 @@ from captum_mipin.errors import FitError, InputError
 from captum_mipin.graph.signature import pick, plain
 from captum_mipin.graph.validate import check_inputs, finite
 from captum_mipin.inverse.scale import Scale
+from captum_mipin.options import type_of
 from captum_mipin.storage import files
 from captum_mipin.types import Extras, Inputs
 
@@ -82,7 +83,7 @@ class Batches:
             data = list(data)  # an iterator yields its items once, but each layer needs them
         if not isinstance(data, Iterable) or isinstance(data, (str, dict)):
             raise FitError(
-                f"cannot fit on a {type(data).__name__}: expected a tensor, a tuple of tensors, a "
+                f"cannot fit on {type_of(data)}: expected a tensor, a tuple of tensors, a "
                 "Dataset, a DataLoader or an iterable of batches. Convert the data to one of these"
             )
         if (
@@ -103,7 +104,7 @@ class Batches:
             if not isinstance(unpacked, (tuple, list)) or len(unpacked) != 2:
                 count = f" of {len(unpacked)}" if isinstance(unpacked, (tuple, list)) else ""
                 raise FitError(
-                    f"unpack= returned a {type(unpacked).__name__}{count} for batch {index}, "
+                    f"unpack= returned {type_of(unpacked)}{count} for batch {index}, "
                     "expected a pair (inputs, additional_forward_args): write for example "
                     "unpack=lambda batch: (batch[0], None)"
                 )
@@ -260,7 +261,7 @@ def _unpack(batch: Any) -> tuple[Any, Any]:
     if all(map(_is_tensor, parts)):
         return first, None
     raise FitError(
-        f"a batch is a {type(batch).__name__}, expected a tensor or a tuple whose first element is "
+        f"a batch is {type_of(batch)}, expected a tensor or a tuple whose first element is "
         "the input; pass unpack=lambda batch: (inputs, additional_forward_args)"
     )
 

@@ -25,7 +25,7 @@ from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.signature import Signature
 from captum_mipin.graph.turns import TURNS
-from captum_mipin.graph.validate import check_choice, check_model, device_of, finite, generator_kept
+from captum_mipin.graph.validate import check_model, device_of, finite, generator_kept
 from captum_mipin.inverse.base import Groups, ModelInverse
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
 from captum_mipin.inverse.examples import Examples, Metric, belonging
@@ -33,6 +33,7 @@ from captum_mipin.inverse.explain import Explanation, Request
 from captum_mipin.inverse.replay import Replay
 from captum_mipin.inverse.state import Origin
 from captum_mipin.inverse.surrogates import shapes
+from captum_mipin.options import check_choice, check_number
 from captum_mipin.propagation.runtime import Inverses, Run
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.rules import Options
@@ -162,8 +163,7 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
                 "over the data in one process, and stores activations in memory. Leave this option "
                 "out"
             )
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size!r} must be at least 1")
+        check_number("batch_size", batch_size, 1, whole=True)
         model = check_model(self.model)
         if self._state is not None:
             self._check_weights(self._state)
@@ -362,9 +362,6 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
 
 def _check_search(neighbours: Any, metric: Any) -> None:
     """Raise InputError unless the number of neighbours and the metric are valid."""
-    if isinstance(neighbours, bool) or not hasattr(neighbours, "__index__") or neighbours < 2:
-        raise InputError(
-            f"neighbours={neighbours!r} must be an integer of at least 2, because a regression "
-            "needs variance"
-        )
+    # a regression needs variance, so at least two examples
+    check_number("neighbours", neighbours, 2, whole=True)
     check_choice("metric", metric, ("cosine", "euclidean"))

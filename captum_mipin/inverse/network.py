@@ -16,7 +16,7 @@ from captum_mipin.errors import (
 )
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.signature import first_example
-from captum_mipin.graph.validate import check_choice, check_model, device_of, generator_kept
+from captum_mipin.graph.validate import check_model, device_of, generator_kept
 from captum_mipin.inverse.checkpoint import Checkpoint, FitOptions
 from captum_mipin.inverse.classes import ClassInverse
 from captum_mipin.inverse.data import Activations, Batches, Unpack
@@ -27,6 +27,7 @@ from captum_mipin.inverse.request import FitRequest, Fitted, Solver
 from captum_mipin.inverse.scale import FEW, warn_of_few
 from captum_mipin.inverse.state import PARTS, Origin, State, packed, unpacked
 from captum_mipin.inverse.surrogates import shapes
+from captum_mipin.options import check_choice, check_number, type_of
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale
 from captum_mipin.report import FitReport
@@ -128,10 +129,9 @@ class InverseNetwork(ClassInverse):
         check_choice("autocast", autocast, (None, torch.bfloat16, torch.float16))
         check_choice("sharing", sharing, ("nothing", "classes"))
         check_choice("solver", solver, ("exact", "sgd"))
-        if epochs < 1:
-            raise InputError(f"epochs={epochs!r} must be at least 1")
-        if learning_rate is not None and not learning_rate > 0:
-            raise InputError(f"learning_rate={learning_rate!r} must be above 0")
+        check_number("epochs", epochs, 1, whole=True)
+        if learning_rate is not None:
+            check_number("learning_rate", learning_rate, above=True)
         if solver == "sgd" and (sharing == "classes" or positions is not None):
             option = "positions=" if sharing == "nothing" else 'sharing="classes"'
             raise InputError(f'{option} needs solver="exact", got solver="sgd": change one of them')
@@ -362,7 +362,7 @@ def _seed(generator: torch.Generator | None) -> int:
         return 0
     if not isinstance(generator, torch.Generator):
         raise InputError(
-            f"generator is a {type(generator).__name__}, expected a torch.Generator: pass "
+            f"generator is {type_of(generator)}, expected a torch.Generator: pass "
             "torch.Generator().manual_seed(0)"
         )
     return int(torch.randint(2**62, (), generator=generator))

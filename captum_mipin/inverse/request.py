@@ -6,10 +6,9 @@ from typing import Literal
 
 from torch import nn
 
-from captum_mipin.errors import InputError
-from captum_mipin.graph.validate import check_choice
 from captum_mipin.inverse.data import Activations
 from captum_mipin.inverse.distributed import Processes
+from captum_mipin.options import check_choice, check_number
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale
 from captum_mipin.report import LayerFit
@@ -62,8 +61,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_choice("ridge_scale", self.ridge_scale, ("relative", "mean", "sum"))
-        if not 0 <= self.ridge < float("inf"):
-            raise InputError(f"ridge={self.ridge!r} must be a finite number of at least 0")
+        check_number("ridge", self.ridge)
 
 
 @dataclass

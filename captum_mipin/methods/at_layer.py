@@ -13,6 +13,7 @@ from captum_mipin.graph.layers import Site, at_places
 from captum_mipin.graph.modules import modules_of
 from captum_mipin.graph.validate import as_extras, as_inputs
 from captum_mipin.methods.base import Propagation, Relevance, check_silent, single, summed
+from captum_mipin.options import type_of
 from captum_mipin.types import Inputs
 
 
@@ -41,8 +42,7 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
     ) -> None:
         if not isinstance(method, Propagation):
             raise InputError(
-                f"method is a {type(method).__name__}, expected a method of this package, such as "
-                "LRP(model)"
+                f"method is {type_of(method)}, expected a method of this package: pass LRP(model)"
             )
         modules = modules_of(layer, method.model)
         LayerAttribution.__init__(self, method.forward_func, modules)

@@ -11,6 +11,7 @@ from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError
 from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.validate import as_inputs, check_inputs, like
+from captum_mipin.options import check_number, type_of
 from captum_mipin.types import Inputs
 
 
@@ -42,11 +43,8 @@ class SmoothGrad(NoFuture, GradientAttribution):
     def __init__(
         self, model: nn.Module, *, samples: int = 50, noise: float = 0.15, seed: int = 0
     ) -> None:
-        if not isinstance(samples, int) or samples < 1 or not 0 <= noise < float("inf"):
-            raise InputError(
-                f"samples={samples!r} must be an integer of at least 1, and noise={noise!r} must "
-                "be a finite number of at least 0"
-            )
+        check_number("samples", samples, 1, whole=True)
+        check_number("noise", noise)
         GradientAttribution.__init__(self, model)
         self.samples, self.noise, self.seed = samples, noise, seed
 
@@ -123,7 +121,7 @@ class GradCAM(NoFuture, Attribution):
         if not isinstance(inputs, Tensor) or inputs.ndim != 4:
             shape = f" of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else ""
             raise InputError(
-                f"inputs is a {type(inputs).__name__}{shape}, expected one tensor (batch, "
+                f"inputs is {type_of(inputs)}{shape}, expected one tensor (batch, "
                 "channels, height, width): use Grad-CAM only for images"
             )
         cam = LayerGradCam(self.forward_func, self.layer)

@@ -8,9 +8,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from captum_mipin.errors import InputError
-from captum_mipin.metrics.case import Case, Options, check_choice, explain, target_scores
+from captum_mipin.metrics.case import Case, Options, explain, target_scores
 from captum_mipin.metrics.examples import Inputs
 from captum_mipin.metrics.result import Result, class_numbers
+from captum_mipin.options import check_choice
 from captum_mipin.targets import per_example
 
 

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from captum_mipin.errors import ChanceWarning, InputError
-from captum_mipin.metrics.case import Case, Method, Options, check_at_least, check_choice
+from captum_mipin.metrics.case import Case, Method, Options
 from captum_mipin.metrics.maps import Reduction, heat, hottest_first, resized
 from captum_mipin.metrics.result import Result, class_numbers, finite_rows
+from captum_mipin.options import check_choice, check_number
 
 #: Masks (examples, height, width); or per example one or more boxes (left, top, right, bottom) in
 #: pixels, where right and bottom are the first pixels outside the box.
@@ -169,7 +170,7 @@ def pointing_game(
     """
     check_choice("average", average, ("samples", "classes"))
     if tolerance is not None:
-        check_at_least("tolerance", tolerance, 0)
+        check_number("tolerance", tolerance, 0)
     case = Case.of(method, inputs, target, **options)
     heats, masks = _heat_and_masks(case, boxes, reduction)
     if tolerance is None:

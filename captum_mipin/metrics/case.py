@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.examples import Examples, Inputs
+from captum_mipin.options import check_number, type_of
 from captum_mipin.targets import per_example
 from captum_mipin.training import check_evaluation
 
@@ -94,10 +95,10 @@ class Case:
             TargetError: The number or shape of the targets does not fit the examples.
         """
         if batch_size is not None:
-            check_at_least("batch_size", batch_size, 1)
+            check_number("batch_size", batch_size, 1, whole=True)
         if model is not None and not callable(model):
             raise InputError(
-                f"model is a {type(model).__name__}, expected a torch.nn.Module or a function "
+                f"model is {type_of(model)}, expected a torch.nn.Module or a function "
                 "inputs -> outputs: pass the network"
             )
         examples = Examples.of(inputs, target, additional_forward_args)
@@ -221,7 +222,7 @@ def explain(method: Any, examples: Examples) -> tuple[Tensor, ...]:
     call = method.attribute if isinstance(method, Attribution) else method
     if not callable(call):
         raise InputError(
-            f"the method is a {type(method).__name__}, expected a Captum Attribution, a callable, "
+            f"the method is {type_of(method)}, expected a Captum Attribution, a callable, "
             "or maps: pass for example captum.attr.Saliency(model)"
         )
     with torch.inference_mode(False), torch.enable_grad():
@@ -249,7 +250,7 @@ def _checked(maps: Any, examples: Examples) -> tuple[Tensor, ...]:
     for tensor in maps:
         if not isinstance(tensor, Tensor):
             raise InputError(
-                f"the method gave a {type(tensor).__name__}, expected a tensor of maps, or a tuple "
+                f"the method gave {type_of(tensor)}, expected a tensor of maps, or a tuple "
                 "of tensors: return one map per example"
             )
         if tensor.ndim < 2 or len(tensor) != len(examples):
@@ -337,16 +338,3 @@ def _user_scores(score: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
 def seeded() -> torch.Generator:
     """Return the default generator of metrics, a new one with seed 0."""
     return torch.Generator().manual_seed(0)
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Raise InputError if an option is below its least value."""
-    if not value >= least:
-        raise InputError(f"{name}={value!r} must be at least {least}: pass a larger number")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raise InputError if the value of an option is not among its choices."""
-    if value not in choices:
-        known = ", ".join(map(repr, choices))
-        raise InputError(f"{name}={value!r} is not known: pass one of {known}")

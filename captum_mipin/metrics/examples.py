@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_mipin.errors import InputError, TargetError
+from captum_mipin.options import type_of
 
 Inputs = Tensor | tuple[Tensor, ...]
 
@@ -40,7 +41,7 @@ class Examples:
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         if not tensors or not all(isinstance(x, Tensor) for x in tensors):
             raise InputError(
-                f"inputs are a {type(inputs).__name__}, expected a torch.Tensor or a tuple of "
+                f"inputs are {type_of(inputs)}, expected a torch.Tensor or a tuple of "
                 "tensors: convert them with torch.as_tensor"
             )
         lengths = {len(x) if x.ndim else 0 for x in tensors}

@@ -11,10 +11,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from captum_mipin.errors import InputError
-from captum_mipin.metrics.case import Case, Method, Options, check_at_least, explain
+from captum_mipin.metrics.case import Case, Method, Options, explain
 from captum_mipin.metrics.examples import Examples, Inputs
 from captum_mipin.metrics.maps import flattened
 from captum_mipin.metrics.result import Result, finite_rows
+from captum_mipin.options import check_number
 
 
 def infidelity(
@@ -48,7 +49,7 @@ def infidelity(
         >>> infidelity(weight.expand(2, 5), x, model=lambda x: x @ weight).mean < 1e-9
         True
     """
-    check_at_least("samples", samples, 1)
+    check_number("samples", samples, 1, whole=True)
     case = Case.of(method, inputs, target, **options)
     model, random, x = case.model, case.generator, case.examples.inputs
     _check_shapes(case.maps, x)
@@ -112,8 +113,8 @@ def sensitivity_max(
         >>> sensitivity_max(lambda x, target: torch.ones_like(x), torch.rand(3, 4)).mean
         0.0
     """
-    check_at_least("samples", samples, 1)
-    check_at_least("radius", radius, 0)
+    check_number("samples", samples, 1, whole=True)
+    check_number("radius", radius, 0)
     if isinstance(method, (Tensor, tuple)):
         raise InputError(
             "the method is a tensor of maps, but sensitivity_max needs maps of changed inputs: "

@@ -23,7 +23,6 @@ from captum_mipin.metrics.case import (
     Method,
     Options,
     attribution_of,
-    check_choice,
     method_name,
     raw_outputs,
 )
@@ -31,6 +30,7 @@ from captum_mipin.metrics.examples import Examples, Inputs
 from captum_mipin.metrics.maps import flattened
 from captum_mipin.metrics.result import Result, finite_rows
 from captum_mipin.metrics.similarity import spearman, ssim, ssim_inputs
+from captum_mipin.options import check_choice, type_of
 
 Refit = Callable[[nn.Module], Method]
 #: Function (parameter, generator) -> random values of the parameter's shape.
@@ -107,7 +107,7 @@ def _module(case: Case, refit: Refit | None) -> nn.Module:
     trained = case.model
     if not isinstance(trained, nn.Module):
         raise InputError(
-            f"the model is a {type(trained).__name__}, expected a torch.nn.Module with weights to "
+            f"the model is {type_of(trained)}, expected a torch.nn.Module with weights to "
             "make random: pass the network as model="
         )
     attribution = attribution_of(case.method)

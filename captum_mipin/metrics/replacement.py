@@ -17,7 +17,6 @@ from captum_mipin.metrics.case import (
     Method,
     Options,
     Score,
-    check_at_least,
     raw_outputs,
     seeded,
     target_scores,
@@ -25,6 +24,7 @@ from captum_mipin.metrics.case import (
 from captum_mipin.metrics.maps import Reduction, heat, hottest_first, positions, resized
 from captum_mipin.metrics.result import Better, Result, finite_rows
 from captum_mipin.metrics.similarity import pearson
+from captum_mipin.options import check_number
 
 
 class Ends:
@@ -172,7 +172,7 @@ def sensitivity_n(
         >>> result.values.allclose(torch.ones(2).double())
         True
     """
-    check_at_least("samples", samples, 2)
+    check_number("samples", samples, 2, whole=True)
     case = Case.of(method, inputs, target, **options)
     pixels = _Pixels.of(case, baseline, score, reduction)
     places = pixels.heat.shape[1]
@@ -312,10 +312,10 @@ def _area(
     if step is None:
         step = x.shape[-1] if x.ndim > 3 else 1
         if steps is not None:
-            check_at_least("steps", steps, 1)
+            check_number("steps", steps, 1, whole=True)
             # several default steps become one: step · ceil(places / (step · steps))
             step *= ceil(places / (step * steps))
-    check_at_least("step", step, 1)
+    check_number("step", step, 1, whole=True)
     ranks = positions(hottest_first(pixels.heat.nan_to_num(), pixels.ties))
     points = -(-places // step) + 1
     # number of the curve's first point at which a place is changed; 0 for a place that keeps its

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from captum_mipin.errors import InputError, RuleError
 from captum_mipin.graph.layout import Layout
+from captum_mipin.options import type_of
 from captum_mipin.rules import Inverse, Inverter, Learned, Options, Recorded
 from captum_mipin.types import Target
 
@@ -252,7 +253,7 @@ def _check_value(key: str, result: Any, expected: Any) -> None:
     value, back = result if isinstance(result, tuple) and len(result) == 2 else (None, None)
     if not isinstance(value, Tensor) or not callable(back):
         raise RuleError(
-            f"the rule of {key} returns a {type(result).__name__}, expected a tuple of the "
+            f"the rule of {key} returns {type_of(result)}, expected a tuple of the "
             "operation's value and a function that sends the signal back: correct run="
         )
     # |value − expected| ≤ √eps · max |expected|. NaN passes, for other checks test the user's data.
@@ -348,7 +349,7 @@ def _cut(run: Run, call: Call, x: Tensor) -> Any:
         value = run.operate(call, x)
     if not callable(getattr(inverter, "moments", None)):
         raise RuleError(
-            f"the function inverter= of the rule of {key} returned a {type(inverter).__name__}, "
+            f"the function inverter= of the rule of {key} returned {type_of(inverter)}, "
             "expected an Inverter: see captum_mipin.rules.linear.dense for an example"
         )
     several = isinstance(value, tuple)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from captum_mipin.errors import RuleError
+from captum_mipin.options import type_of
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
 from captum_mipin.rules.attention import ATTENTION
@@ -106,7 +107,7 @@ def _check_rule(name: str, rule: object) -> None:
     """Raise RuleError if ``rule`` is not a rule, or if the operation has a built-in rule."""
     if not isinstance(rule, (Passes, Recorded, Learned)):
         raise RuleError(
-            f"the rule for {name} is a {type(rule).__name__}, "
+            f"the rule for {name} is {type_of(rule)}, "
             "expected a Passes, Recorded or Learned of captum_mipin.rules"
         )
     if name in MIPIN:
@@ -159,7 +160,7 @@ def _name(operation: object) -> str:
         return str(operation)
     if not isinstance(operation, str):
         raise RuleError(
-            f"the operation is a {type(operation).__name__}, "
+            f"the operation is {type_of(operation)}, "
             "expected 'namespace::name' or torch.ops.namespace.name.default"
         )
     parts = operation.replace("::", ".", 1).split(".")

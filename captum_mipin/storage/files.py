@@ -19,6 +19,7 @@ from torch import Tensor
 
 from captum_mipin.errors import InverseFileError
 from captum_mipin.graph.modules import tensor_bytes
+from captum_mipin.options import type_of
 
 FORMAT = "captum-mipin-inverse-3"
 
@@ -118,8 +119,7 @@ def load(
         ) from error
     if not isinstance(content, dict):
         raise InverseFileError(
-            f"the content of {name} is a {type(content).__name__}, expected a dictionary: save it "
-            "again"
+            f"the content of {name} is {type_of(content)}, expected a dictionary: save it again"
         )
     # Tensors of a file are not aligned in memory, and their matrix products would round differently
     # from those of aligned tensors: copy them.

@@ -824,7 +824,7 @@ def test_examples_that_depend_on_each_other(x):
     [
         ({"settings": "best"}, "settings='best' is not one of 'published', 'fast'"),
         ({"settings": 10}, "settings is a int, expected a Bottleneck"),
-        ({"min_std": 0}, "min_std=0 must be above 0"),
+        ({"min_std": 0}, "min_std=0 must be a finite number above 0"),
         ({"active": 1}, "active=1 must be"),
         ({"channels": 0}, "contain 0, which is the batch"),
         ({"across": (0,)}, "contain 0, which is the batch"),

@@ -227,7 +227,7 @@ def test_an_empty_map_is_drawn_where_all_are(plain):
 
 
 def test_a_sign_that_is_none_is_refused(plain):
-    with pytest.raises(InputError, match="sign='plus' is not known: pass one of 'all', 'positive'"):
+    with pytest.raises(InputError, match="sign='plus' is not one of 'all', 'positive'"):
         plain.figure(sign="plus")
 
 

@@ -351,5 +351,5 @@ def test_folders_and_generators_of_another_kind(tmp_path):
     for keep in (7, tmp_path / "file"):
         with pytest.raises(InputError, match="is not a folder: pass the path of an empty folder"):
             InverseNetwork(model).fit(x, lazy=True, keep=keep, progress=False)
-    with pytest.raises(InputError, match=r"generator is a int, expected a torch.Generator"):
+    with pytest.raises(InputError, match=r"generator is an int, expected a torch.Generator"):
         InverseNetwork(model, positions=0.5, generator=7)

@@ -367,7 +367,7 @@ def test_what_is_kept_is_a_copy():
 def test_options_out_of_range_are_refused():
     model, (x, q) = head(12, 7, 5, 3), data(12)
     for count in (1, 0, -3, 2.5, True, "all"):
-        with pytest.raises(errors.InputError, match="must be an integer of at least 2"):
+        with pytest.raises(errors.InputError, match="must be a whole number of at least 2"):
             NeighbourInverse(model, neighbours=count)
     with pytest.raises(errors.InputError, match="'cosine', 'euclidean'"):
         NeighbourInverse(model, metric="manhattan")

@@ -459,10 +459,13 @@ def test_what_cannot_be_disturbed_is_refused(cnn):
     x = cnn.x[:2]
     for bad, message in (
         (lambda: infidelity(LayerGradCam(cnn.model, cnn.model[3]), x, 0), "shaped like the inputs"),
-        (lambda: infidelity(x, x, 0, model=cnn.model, samples=0), "samples=0 must be at least 1"),
+        (
+            lambda: infidelity(x, x, 0, model=cnn.model, samples=0),
+            "samples=0 must be a whole number of at least 1",
+        ),
         (
             lambda: sensitivity_n(x, x, 0, model=cnn.model, samples=1),
-            "samples=1 must be at least 2",
+            "samples=1 must be a whole number of at least 2",
         ),
         (lambda: deletion(x, x, 0, model=cnn.model, step=0), "step=0"),
         (lambda: deletion(x, x, 0), "pass model="),

@@ -17,7 +17,7 @@ from captum_mipin.errors import InputError
 from captum_mipin.graph.layers import Site
 from captum_mipin.graph.modules import tree
 from captum_mipin.graph.nodes import operation
-from captum_mipin.graph.validate import check_choice, check_model
+from captum_mipin.graph.validate import check_model
 from captum_mipin.methods.base import Explanation, Relevance, Table
 from captum_mipin.methods.layers import Layer, Scale, replace_layers
 from captum_mipin.methods.lrp.rules import (
@@ -31,6 +31,7 @@ from captum_mipin.methods.lrp.rules import (
     ZPlus,
 )
 from captum_mipin.methods.lrp.table import innvestigate, relevance
+from captum_mipin.options import check_choice, type_of
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.base import Back
 from captum_mipin.types import Extras, Inputs, Output, Target
@@ -117,7 +118,7 @@ class LRP(Relevance):
         for which, _ in self.composite:
             if not isinstance(which, str) and not callable(which):
                 raise InputError(
-                    f"composite contains {which!r}, which is a {type(which).__name__}: pass a "
+                    f"composite contains {which!r}, which is {type_of(which)}: pass a "
                     "type of modules, a pattern of module paths, or a function (path, module) → "
                     "bool"
                 )

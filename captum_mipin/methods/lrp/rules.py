@@ -7,7 +7,6 @@ relevances. v⁺ = max(v, 0) and v⁻ = min(v, 0). x_i w_ij is the contribution 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from captum_mipin.errors import InputError
 from captum_mipin.methods.layers import Layer
+from captum_mipin.options import check_number
 from captum_mipin.rules.base import Back
 
 
@@ -85,9 +85,7 @@ class LayerRule:
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "gamma", "alpha", "beta"):
-            value: Any = getattr(self, name, 0)
-            if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
-                raise InputError(f"{name}={value!r} must be a finite number of at least 0")
+            check_number(name, getattr(self, name, 0))
 
     @property
     def note(self) -> str:

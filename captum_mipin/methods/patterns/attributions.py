@@ -10,6 +10,7 @@ from captum_mipin.methods.base import Explanation, Propagation, Relevance, Signa
 from captum_mipin.methods.layers import Layer, Neurons, Scale
 from captum_mipin.methods.patterns.fit import Patterns
 from captum_mipin.methods.patterns.table import Merge, pattern_rules, reciprocal
+from captum_mipin.options import type_of
 from captum_mipin.rules import Options
 from captum_mipin.rules.base import Back
 from captum_mipin.types import Extras, Inputs
@@ -24,7 +25,7 @@ class _WithPatterns(Propagation):
     def __init__(self, model: nn.Module, patterns: Patterns) -> None:
         if not isinstance(patterns, Patterns):
             raise InputError(
-                f"patterns is a {type(patterns).__name__}, expected Patterns: pass "
+                f"patterns is {type_of(patterns)}, expected Patterns: pass "
                 "Patterns(model).fit(data)"
             )
         super().__init__(model, output=patterns.output)

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_mipin.errors import FitError, InputError, ModelChangedError, NotFittedError
+from captum_mipin.errors import FitError, ModelChangedError, NotFittedError
 from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.graph.signature import Signature, first_example
 from captum_mipin.graph.validate import (
-    check_choice,
     check_model,
     check_output,
     device_of,
@@ -24,6 +23,7 @@ from captum_mipin.methods.base import Signal, Table
 from captum_mipin.methods.layers import Layer, Neurons, Scale
 from captum_mipin.methods.patterns.sums import Sums, solve, sums_of
 from captum_mipin.methods.patterns.table import Merge, pattern_rules
+from captum_mipin.options import check_choice, check_number
 from captum_mipin.propagation.runtime import Run
 from captum_mipin.report import table
 from captum_mipin.rules import Options
@@ -185,8 +185,7 @@ class Patterns(Saved):
         processes = Processes(distributed)
         with processes.fail_together():
             model = check_model(self.model)
-            if batch_size < 1:
-                raise InputError(f"batch_size={batch_size!r} must be at least 1")
+            check_number("batch_size", batch_size, 1, whole=True)
             watch = Watch(model)
         processes.check_same("weights", watch.fingerprint)
         processes.check_same("estimators", self.estimator)
