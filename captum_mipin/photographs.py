@@ -13,7 +13,7 @@ from captum_mipin._captum import captum_entry
 from captum_mipin.attribution import LayerMIPINAttribution
 from captum_mipin.copies import copy_memo
 from captum_mipin.errors import InputError
-from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.graph.validate import check_model, device_of
 from captum_mipin.inverse import InverseNetwork
 from captum_mipin.inverse.base import ModelInverse
@@ -124,25 +124,13 @@ def for_photographs(
     if layer is None:
         call = next(iter(Batches(data, batch_size, unpack, device_of(network))))
         layer = photograph_layer(network, *call)
-    layer = _module(network, layer) if isinstance(layer, str) else layer
+    layer = None if layer is None else module_of(layer, network)
     inverse = InverseNetwork(model, layer=layer).fit(
         data, targets, unpack=unpack, batch_size=batch_size, progress=progress, lazy=targets is None
     )  # fmt: skip
     mipin = PhotographAttribution(model, inverse)
     logger.info("picked %s", mipin.picked)
     return mipin
-
-
-def _module(model: nn.Module, path: str) -> nn.Module:
-    """Return the module with a dotted name, or raise InputError if there is none."""
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    if path not in modules:
-        known = ", ".join(name for name, _ in model.named_children())
-        raise InputError(
-            f"the model has no layer {path!r}: pass the name of a module, as in "
-            f"model.named_modules(), for example one of {known}"
-        )
-    return modules[path]
 
 
 def photograph_layer(model: nn.Module, inputs: Inputs, extras: tuple[Any, ...] = ()) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_mipin.errors import TargetError, TargetRangeError
+from captum_mipin.options import type_of
 from captum_mipin.types import Target
 
 
@@ -44,14 +45,15 @@ def per_example(target: Any, output: Tensor) -> list[Target]:
         target = torch.from_numpy(target) if target.dtype.kind in "iufb" else target.tolist()
     if isinstance(target, Tensor):
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            convert = "target.long()" if target.ndim < 2 else "target.argmax(1)"
             raise TargetError(
-                f"the target is a tensor of dtype {target.dtype}, expected integers: convert it, "
-                "for example with target.long()"
+                f"the target is a tensor of dtype {target.dtype} and shape {tuple(target.shape)}, "
+                f"expected integers, one index per example: pass {convert}"
             )
         if target.ndim > 1:
             raise TargetError(
                 f"the target is a tensor of shape {tuple(target.shape)}, expected one dimension "
-                "with one index per example: pass targets of several indices as a list of tuples"
+                f"with one index per example: {one_dimension(target, batch)}"
             )
         target = target.item() if target.numel() == 1 else target.tolist()
     if not isinstance(target, list):
@@ -59,9 +61,24 @@ def per_example(target: Any, output: Tensor) -> list[Target]:
     if len(target) != batch:
         raise TargetError(
             f"{len(target)} targets were given for {batch} examples: pass one target per example, "
-            "or one for all"
+            "or one int for all"
         )
     return [target_index(label, dims) for label in target]
+
+
+def one_dimension(target: Tensor, batch: int) -> str:
+    """Return what to do about a tensor of targets that has several dimensions.
+
+    Args:
+        target: The tensor.
+        batch: Number of examples.
+    """
+    if target.numel() == batch:
+        return "pass target.flatten()"
+    return (
+        "if each row marks one class, pass target.argmax(1); if each row is the index of an output "
+        "with several dimensions, pass list(map(tuple, target.tolist()))"
+    )
 
 
 def target_index(target: Any, dims: Sequence[int]) -> Target:
@@ -94,9 +111,10 @@ def target_index(target: Any, dims: Sequence[int]) -> Target:
             f"outputs of shape {shape}; pass several classes as a list"
         )
     if not all(-size <= i < size for i, size in zip(index, shape, strict=True)):
+        ranges = ", ".join(f"{-size} to {size - 1}" for size in shape)
         raise TargetRangeError(
-            f"target {target!r} is outside the model's outputs of shape {shape}: expected each "
-            "index to be smaller than the size of its dimension"
+            f"target {target!r} is outside the model's outputs of shape {shape}, expected an index "
+            f"from {ranges}: pass the index of an output, counted from 0"
         )
     return tuple(i % size for i, size in zip(index, shape, strict=True))
 
@@ -133,9 +151,10 @@ def _integer(value: Any, target: Any) -> int:
     """Return one index of ``target`` as an int; raise TargetError for a bool, as Captum does."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
         value = value.item()
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+    unfit = isinstance(value, (bool, np.bool_, Tensor)) or not hasattr(value, "__index__")
+    if unfit:
         raise TargetError(
-            f"target {target!r} of type {type(target).__name__} is not valid: expected integers, "
-            "such as target=3"
+            f"target {target!r} is {type_of(target)}, expected integers: pass for example target=3 "
+            "for all examples, or a list with one index per example"
         )
     return operator.index(value)

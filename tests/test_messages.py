@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from captum.attr import Saliency
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -14,13 +15,22 @@ from captum_mipin import (
     InverseNetwork,
     LayerMIPINAttribution,
     MIPINAttribution,
+    NeighbourInverse,
     check,
     compare,
+    for_photographs,
 )
 from captum_mipin.errors import CaptureError, FitError, InputError, TargetError
-from captum_mipin.methods import LRP, GuidedBackprop
+from captum_mipin.methods import LRP, Gamma, GuidedBackprop, Patterns
 from captum_mipin.methods.gradients import Gradient
-from captum_mipin.metrics import completeness, deletion
+from captum_mipin.metrics import (
+    completeness,
+    deletion,
+    mosaics,
+    pointing_game,
+    randomization,
+    sensitivity_n,
+)
 
 
 def _net() -> nn.Module:
@@ -61,7 +71,7 @@ ROWS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
         (X.movedim(1, -1), "to have 3 channels, but got 4", r"pass x\.movedim\(-1, 1\)\.$"),
         (X[:, :1], "to have 3 channels, but got 1", r"pass x\.repeat\(1, 3, 1, 1\)\.$"),
         (X.double(), r"Input type \(double\)", r"pass x\.to\(torch\.float32\)\.$"),
-        (torch.randn(5, 3, 5, 5), "mat1 and mat2 shapes", "Pass inputs of the shape"),
+        (torch.randn(5, 3, 5, 5), "mat1 and mat2 shapes", "Pass inputs of a shape, dtype and"),
     ],
     ids=["no batch", "channels last", "grey", "float64", "size"],
 )
@@ -218,3 +228,148 @@ def test_metrics_and_tables(mlp: Any) -> None:
         InputError, match=r"inverse stops at a layer: pass a method whose inverse rea"
     ):
         completeness(LayerMIPINAttribution(mlp.model, inverse), x, 0)
+
+
+@pytest.mark.parametrize(
+    ("target", "advice"),
+    [
+        (torch.eye(3)[:2], r"shape \(2, 3\), expected .*pass target\.argmax\(1\)"),
+        (
+            torch.eye(3)[:2].long(),
+            r"if each row marks one class, pass target\.argmax\(1\)",
+        ),
+        (torch.zeros(2), r"of dtype torch\.float32.*pass target\.long\(\)"),
+        (torch.zeros(2, 1).long(), r"shape \(2, 1\).*pass target\.flatten\(\)"),
+        (torch.zeros(2, 3).max(1), "is a max, expected integers: pass for example target=3"),
+        ("cat", "'cat' is a str, expected integers: pass for example target=3 for all"),
+        (3, r"outputs of shape \(3,\), expected an index from -3 to 2: pass .* from 0"),
+    ],
+)
+def test_targets_that_are_no_index(target: Any, advice: str) -> None:
+    for call in (
+        lambda: LRP(_net()).attribute(X[:2], target),
+        lambda: deletion(Saliency(_net()), X[:2], target),
+    ):
+        with pytest.raises(TargetError, match=advice):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"ridge": "low"}, r"ridge='low' must be a finite number of at least 0: change it"),
+        ({"ridge": None}, "ridge=None must be a finite number"),
+        ({"ridge": True}, "ridge=True must be a finite number"),
+        ({"epochs": 2.5}, r"epochs=2\.5 must be a whole number of at least 1: change it"),
+        ({"learning_rate": 0}, "learning_rate=0 must be a finite number above 0"),
+        ({"pooling": 3}, "pooling=3 is not one of 'shares', 'even': pass one of them"),
+    ],
+)
+def test_options_that_are_no_numbers(options: Any, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        InverseNetwork(_net(), **options)
+
+
+def test_options_of_a_fit_and_of_metrics_that_are_no_numbers() -> None:
+    for size in ("8", 8.0, 0):
+        message = f"batch_size={size!r} must be a whole number of at least 1"
+        for fit in (InverseNetwork(_net()), NeighbourInverse(_net()), Patterns(_net())):
+            with pytest.raises(InputError, match=message):
+                fit.fit(X, batch_size=size, progress=False)
+        with pytest.raises(InputError, match=message):
+            IBA(_net(), "0").estimate(X, batch_size=size, progress=False)
+    with pytest.raises(InputError, match="steps='3' must be a whole number of at least 1"):
+        deletion(Saliency(_net()), X, 0, steps="3")
+    with pytest.raises(InputError, match=r"n=2, expected a list of sizes.* n=\[1, 16\]"):
+        sensitivity_n(Saliency(_net()), X, 0, n=2)
+
+
+def test_data_of_another_type_is_told_how_to_convert() -> None:
+    inverse = InverseNetwork(_net())
+    for data, advice in (
+        (X.numpy(), r"a numpy array: expected .*Pass torch\.as_tensor\(data, dtype=torch\.float32"),
+        ({"image": X}, r"a dict: expected .*such as data\['image'\]"),
+        ([{"image": X}], r"a batch is a dict, .*unpack=lambda batch: \(batch\['image'\], None\)"),
+        (None, "cannot fit on None: expected a tensor"),
+    ):
+        with pytest.raises(FitError, match=advice):
+            inverse.fit(data, progress=False)
+    with pytest.raises(FitError, match="unpack= is a str, expected a function: pass for example"):
+        inverse.fit([X], unpack="image", progress=False)
+    with pytest.raises(InputError, match=r"inputs are a list.*torch\.stack\(inputs\) for several"):
+        LRP(_net()).attribute(list(X), 0)
+
+
+def test_calls_that_differ_from_those_of_the_fit() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    mipin = MIPINAttribution(model, InverseNetwork(model).fit(ROWS, progress=False))
+    with pytest.raises(CaptureError, match=r"pass x\.unsqueeze\(0\)\n.*a batch of such examples"):
+        mipin.attribute(ROWS[0], 0)
+    with pytest.raises(InputError, match=r"Double and Float\. Pass x\.to\(torch\.float32\), the d"):
+        mipin.attribute(ROWS.double(), 0)
+
+
+def test_metrics_tell_inputs_that_the_model_does_not_take() -> None:
+    for x in (X[0], torch.randn(2, 3, 5, 5)):
+        with pytest.raises(CaptureError, match=r"cannot run on inputs of shape .*x\.unsqueeze"):
+            deletion(Saliency(_net()), x, 0)
+    for method, found in (("Saliency", "a str"), (Saliency, "the class Saliency")):
+        with pytest.raises(InputError, match=f"the method is {found}, expected a Captum Attr"):
+            deletion(method, X, 0)
+    for boxes in (["left"] * 5, [None] * 5):
+        with pytest.raises(InputError, match=r"expected four finite numbers.*an empty list for"):
+            pointing_game(Saliency(_net()), X, 0, boxes=boxes)
+    with pytest.raises(InputError, match=r"labels have shape \(1,\), .*each of the 5 images"):
+        mosaics(_net(), X, [0])
+
+
+def test_control_flow_that_depends_on_values() -> None:
+    model = Of(lambda parts, x: x if x.sum() > 0 else -x).eval()
+    with pytest.raises(CaptureError, match=r"depends on the values of a tensor, .*torch\.where"):
+        check(model, ROWS)
+
+
+class Misspelt(nn.Module):
+    """Uses a layer that it does not have."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.absent(x)
+
+
+def test_the_line_of_the_model_that_fails() -> None:
+    with pytest.raises(CaptureError, match=r"at 'return self\.absent\(x\)' in the model itself"):
+        check(Misspelt().eval(), ROWS)
+
+
+def test_names_of_layers_are_the_closest_at_any_depth() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 2, 16, 16)), nn.Flatten(), nn.Linear(8, 3))
+    photographs = torch.randn(2, 3, 32, 32)
+    for call in (
+        lambda: InverseNetwork(model.eval(), layer="0.O"),
+        lambda: for_photographs(model, photographs, layer="0.O"),
+        lambda: randomization(Saliency(model), photographs, 0, layers=["0.O"]),
+    ):
+        with pytest.raises(InputError, match=r"pass for example (one of )?('0', '0\.0'|'0\.0')"):
+            call()
+    with pytest.raises(CaptureError, match=r"'0\.O' is missing in the graph .*'0\.0'.*tensors: "):
+        IBA(model, "0.O").estimate(photographs, progress=False)
+
+
+def test_rules_that_do_not_come_in_pairs() -> None:
+    for composite in ({"0": Gamma()}, "epsilon_plus", [("0", Gamma(), 1)]):
+        with pytest.raises(InputError, match=r"expected pairs \(layers, rule\): pass for example"):
+            LRP(_net(), composite=composite)
+    with pytest.raises(
+        InputError, match=r"'features' matches no layer .*one of the paths '0', '3'"
+    ):
+        LRP(_net(), composite=[("features", Gamma())]).attribute(X, 0)
+
+
+def test_a_folder_in_place_of_a_file(tmp_path: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    inverse = InverseNetwork(model).fit(ROWS, progress=False)
+    with pytest.raises(IsADirectoryError, match="it is a folder; pass the path of a file in it"):
+        inverse.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is a folder, expected a file that this package"):
+        InverseNetwork.load(tmp_path, model)

@@ -18,7 +18,7 @@ from captum_mipin.comparison.names import class_names
 from captum_mipin.errors import InputError
 from captum_mipin.graph import exported
 from captum_mipin.graph.signature import select
-from captum_mipin.options import type_of
+from captum_mipin.options import closest, type_of
 from captum_mipin.photographs import photograph_layer
 from captum_mipin.targets import per_example
 
@@ -217,9 +217,10 @@ def _find_layer(model: nn.Module, path: str | None) -> nn.Module | None:
         return None
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if not path or path not in modules:
-        names = ", ".join(name for name, _ in model.named_children())
+        names = closest(path, filter(None, modules))
         raise InputError(
-            f"the model has no layer {path!r}, expected the name of a submodule: pass for example "
-            f"one of {type(model).__name__}: {names}; or {PHOTOGRAPHS}, to have a layer picked"
+            f"the model has no layer {path!r}, expected the name of a module of this "
+            f"{type(model).__name__}: pass for example one of {names}; or {PHOTOGRAPHS}, to have a "
+            "layer picked"
         )
     return modules[path]

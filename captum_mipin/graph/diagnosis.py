@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_mipin.errors import CaptureError
+from captum_mipin.errors import CaptureError, MIPINError
 from captum_mipin.graph.signature import pick, plain
 from captum_mipin.graph.validate import described, device_of
 from captum_mipin.types import Extras, Inputs
@@ -28,6 +28,9 @@ _CONSTANT = re.compile(r"specialized it to be a constant|inferred to be a consta
 
 #: What Python says of a call with too few or too many arguments.
 _MISSING, _MANY = re.compile(r"missing \d+ required"), re.compile(r"takes .* positional argument")
+
+#: What torch says of control flow that depends on values.
+_VALUES = re.compile(r"data-dependent|unbacked symint|Could not guard")
 
 #: Loggers of torch that print a traceback for an error that is reported in one line here.
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
@@ -63,6 +66,8 @@ def failure(
     few = torch.arange(min(_FEW, len(inputs[0])), device=inputs[0].device)
     inputs, extras = plain(pick(inputs, extras, few, shared))
     own = _output(model, inputs, extras)
+    if isinstance(own, MIPINError):
+        return CaptureError(str(own))
     if isinstance(own, Exception):
         hint = _advice(own, model, inputs, extras)
         return CaptureError(f"{name} cannot run on inputs {shown}{_where(own, model)}: "
@@ -78,6 +83,11 @@ def failure(
         return CaptureError(
             f"{start}the model computes with the batch size as a fixed number, expected any batch "
             f"size. {_advice_on_batch(model, inputs, extras)}"
+        )
+    if _VALUES.search(str(error)):
+        return CaptureError(
+            f"{start}an if, a loop or a shape depends on the values of a tensor, expected the same "
+            "operations for all inputs. Write if as torch.where, and leave out checks of values."
         )
     return CaptureError(
         f"{start}{_line(error)}. Control flow must not depend on the data, and the batch size must "
@@ -111,8 +121,8 @@ def _advice(error: Exception, model: nn.Module, inputs: Inputs, extras: Extras) 
     if isinstance(error, TypeError) and _MANY.search(str(error)):
         return (
             f"The call has {len(inputs)} input(s) and {len(extras)} additional_forward_args: leave "
-            "out those that the model does not take; the function unpack= returns a pair (inputs, "
-            "additional_forward_args)."
+            "out those that the model does not take. Labels of data are no input. In fit, the "
+            "function unpack= returns a pair (inputs, additional_forward_args)."
         )
     for form, change in _forms(model):
         changed = [x if y is None else y for x in inputs for y in (change(x),)]
@@ -120,7 +130,7 @@ def _advice(error: Exception, model: nn.Module, inputs: Inputs, extras: Extras) 
         if not same and not isinstance(_output(model, tuple(changed), extras), Exception):
             shapes = ", ".join(str(("batch", *x.shape[1:])).replace("'", "") for x in changed)
             return f"The model takes {form}, of shape {shapes}: pass {form}."
-    return "Pass inputs of the shape, dtype and device that the model takes."
+    return "Pass inputs of a shape, dtype and device with which model(inputs) runs."
 
 
 def _forms(model: nn.Module) -> list[tuple[str, Callable[[Tensor], Tensor | None]]]:
@@ -165,6 +175,7 @@ def _where(error: Exception, model: nn.Module) -> str:
         (frame, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
         if id(frame.f_locals.get("self")) in paths
+        and frame.f_code.co_filename != nn.Module.__getattr__.__code__.co_filename
     ]
     if not frames or _MISSING.search(str(error)) or _MANY.search(str(error)):
         return ""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from captum_mipin.graph.nodes import place
 from captum_mipin.graph.signature import pick
 from captum_mipin.graph.subgraph import extract
 from captum_mipin.graph.twin import twin_of
+from captum_mipin.options import closest
 from captum_mipin.types import Extras, Inputs
 
 
@@ -26,6 +28,9 @@ class LayerInput:
 
     module: nn.Module
 
+
+#: Number of tensors that an error lists.
+_SHOWN = 8
 
 #: A place in a model: the output or the input of a module, or None for the model's inputs.
 Site = nn.Module | LayerInput | None
@@ -81,10 +86,12 @@ def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | st
     values = {n: value_of(node) for n, node in nodes.items() if n not in captured.constants}
     tensors = {n: value for n, value in values.items() if isinstance(value, Tensor)}
     if name not in tensors:
+        modules = [path for path, _ in model.named_modules() if path]
         kind = "a parameter or buffer" if name in captured.constants else "missing"
         raise CaptureError(
-            f"{shown} is {kind} in the graph of this {type(model).__name__}; choose one of its "
-            f"tensors: {', '.join(tensors)}"
+            f"{shown} is {kind} in the graph of this {type(model).__name__}, expected a module "
+            f"or a tensor: pass for example one of {closest(name, modules)}, or one of its "
+            f"tensors: {', '.join(islice(tensors, _SHOWN))}"
         )
     value = tensors[name]
     if not value.is_floating_point():

@@ -1,6 +1,7 @@
 """Parts of a captured graph as functions."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def run_part(module: fx.GraphModule, arguments: Iterable[Any], shown: Iterable[A
     Raises:
         InputError: The model does not take tensors of these shapes, dtypes and devices.
     """
+    arguments, shown = list(arguments), list(shown)
     try:
         return module.forward(*arguments)
     except torch.OutOfMemoryError:
@@ -60,8 +62,26 @@ def run_part(module: fx.GraphModule, arguments: Iterable[Any], shown: Iterable[A
     except RuntimeError as error:
         raise InputError(
             f"the model cannot run on inputs of shape, dtype and device {described(shown)}: {error}"
-            ". Pass inputs such as the model takes"
+            f". {_advice(shown, arguments)}"
         ) from error
+
+
+def _advice(shown: Iterable[Any], arguments: Iterable[Any]) -> str:
+    """Return what to do about inputs on which a model cannot run.
+
+    Args:
+        shown: The inputs, and further arguments.
+        arguments: All values that the model's graph takes, parameters included.
+    """
+    inputs = [x for x in shown if isinstance(x, Tensor)]
+    own = set(map(id, inputs))
+    values = (a for a in arguments if isinstance(a, Tensor) and id(a) not in own)
+    for weight in islice(filter(torch.is_floating_point, values), 1):
+        if any(x.is_floating_point() and x.dtype != weight.dtype for x in inputs):
+            return f"Pass x.to({weight.dtype}), the dtype of the model's weights"
+        if any(x.device != weight.device for x in inputs):
+            return f"Pass x.to({str(weight.device)!r}), the device of the model's weights"
+    return "Pass inputs of a shape, dtype and device with which model(inputs) runs"
 
 
 class Part:

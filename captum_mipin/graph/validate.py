@@ -24,9 +24,12 @@ def as_inputs(inputs: Any) -> Inputs:
     if isinstance(inputs, Tensor):
         return (inputs,)
     if not isinstance(inputs, tuple):
+        advice = "torch.as_tensor(inputs)" if hasattr(inputs, "__len__") else "the model's inputs"
+        if isinstance(inputs, list) and inputs and all(isinstance(x, Tensor) for x in inputs):
+            advice = "tuple(inputs) for several inputs, torch.stack(inputs) for several examples"
         raise InputError(
-            f"inputs are {type_of(inputs)}, expected a torch.Tensor or a tuple of them: "
-            "convert them, for example by torch.as_tensor(inputs)"
+            f"inputs are {type_of(inputs)}, expected a torch.Tensor or a tuple of them: pass "
+            f"{advice}"
         )
     return inputs
 
@@ -102,9 +105,9 @@ def check_model(model: object) -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise CaptureError(
-            f"the model is {type_of(model)}, expected a torch.nn.Module, whose layers can "
-            "be read. Wrap a function in an nn.Module that has the network as an attribute and "
-            "calls it in forward()."
+            f"the model is {type_of(model)}, expected a torch.nn.Module: pass the network object, "
+            "with its weights loaded. Wrap a function in an nn.Module that has the network as an "
+            "attribute and calls it in forward()."
         )
     check_evaluation(model)
     return model
@@ -134,7 +137,10 @@ def check_inputs(inputs: Inputs, explained: bool = True) -> None:
     mixed = any(isinstance(x, Tensor) and x.is_floating_point() for x in inputs)
     for index, x in enumerate(inputs):
         if not isinstance(x, Tensor):
-            raise InputError(f"input {index} is {type_of(x)}, expected a torch.Tensor")
+            raise InputError(
+                f"input {index} is {type_of(x)}, expected a torch.Tensor: pass a tensor, or a "
+                "tuple with one tensor for each input of the model"
+            )
         if problem := _problem(x, explained, mixed):
             raise InputError(f"input {index} {problem}")
         if len(x) != len(inputs[0]):
@@ -154,7 +160,9 @@ def _problem(x: Tensor, explained: bool, mixed: bool) -> str:
     """
     if x.is_meta:
         return "is on the meta device, where tensors have no values: move it to a real device"
-    if x.is_complex() or (explained and not x.is_floating_point()):
+    if x.is_complex():
+        return f"has dtype {x.dtype}, expected a floating dtype: pass torch.view_as_real(x)"
+    if explained and not x.is_floating_point():
         further = "additional_forward_args, which fit takes by unpack="
         return f"has dtype {x.dtype}, expected a floating dtype: integers carry no signal. " + (
             f"An argument that is not to be explained, such as a mask, goes into {further}. "

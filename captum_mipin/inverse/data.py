@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -81,11 +82,13 @@ class Batches:
             data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
         elif isinstance(data, Iterator):
             data = list(data)  # an iterator yields its items once, but each layer needs them
-        if not isinstance(data, Iterable) or isinstance(data, (str, dict)):
+        if not isinstance(data, Iterable) or isinstance(data, (str, dict, np.ndarray)):
             raise FitError(
-                f"cannot fit on {type_of(data)}: expected a tensor, a tuple of tensors, a "
-                "Dataset, a DataLoader or an iterable of batches. Convert the data to one of these"
+                f"cannot fit on {type_of(data)}: expected a tensor, a tuple of tensors, a Dataset, "
+                f"a DataLoader or an iterable of batches. {_conversion(data)}"
             )
+        if unpack is not None and not callable(unpack):
+            raise FitError(f"unpack= is {type_of(unpack)}, expected a function: {_unpacking(None)}")
         if (
             self._shared_out
             and isinstance(data, DataLoader)
@@ -105,8 +108,7 @@ class Batches:
                 count = f" of {len(unpacked)}" if isinstance(unpacked, (tuple, list)) else ""
                 raise FitError(
                     f"unpack= returned {type_of(unpacked)}{count} for batch {index}, "
-                    "expected a pair (inputs, additional_forward_args): write for example "
-                    "unpack=lambda batch: (batch[0], None)"
+                    f"expected a pair (inputs, additional_forward_args): {_unpacking(batch)}"
                 )
             inputs, extras = unpacked
             inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
@@ -261,9 +263,27 @@ def _unpack(batch: Any) -> tuple[Any, Any]:
     if all(map(_is_tensor, parts)):
         return first, None
     raise FitError(
-        f"a batch is {type_of(batch)}, expected a tensor or a tuple whose first element is "
-        "the input; pass unpack=lambda batch: (inputs, additional_forward_args)"
+        f"a batch is {type_of(batch)}, expected a tensor or a tuple whose first element is the "
+        f"input: {_unpacking(batch)}"
     )
+
+
+def _unpacking(batch: Any) -> str:
+    """Return advice on ``unpack=`` for a batch that needs it."""
+    key = repr(next(iter(batch))) if isinstance(batch, Mapping) and batch else "0"
+    return (
+        f"pass for example unpack=lambda batch: (batch[{key}], None), a function that returns a "
+        "pair (inputs, additional_forward_args) of tensors"
+    )
+
+
+def _conversion(data: Any) -> str:
+    """Return what to do with data of a type that cannot be fitted on."""
+    if isinstance(data, np.ndarray):
+        return "Pass torch.as_tensor(data, dtype=torch.float32)"
+    if isinstance(data, Mapping) and data:
+        return f"Pass its tensor of inputs, such as data[{next(iter(data))!r}]"
+    return "Pass the inputs in one of these forms"
 
 
 def check_independent(

@@ -4,6 +4,7 @@ An inverse that was fitted on inputs of one size also explains inputs of another
 model's operations are the same for both.
 """
 
+from ast import literal_eval
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -68,7 +69,7 @@ class Surrogates:
 
         def find() -> Signature:
             fitted = origin.signature if origin else None
-            hint = (lambda: size_hint(origin, call[1])) if origin else str
+            hint = (lambda: size_hint(origin, *call)) if origin else str
             return self.graphs.find(*call, self._capture, fitted=fitted, accept=accept, hint=hint)
 
         def starts(graph: CapturedGraph, place: Site = layer) -> Starts:
@@ -121,15 +122,16 @@ class Surrogates:
             raise CaptureError(
                 f"for inputs and further arguments {shapes(signature)} the model's operations "
                 "differ from those for the inputs that the inverse was fitted on, first at "
-                f"{place}.\n{size_hint(origin, call[1])}"
+                f"{place}.\n{size_hint(origin, *call)}"
             )
 
 
-def size_hint(origin: Origin, extras: Extras) -> str:
+def size_hint(origin: Origin, inputs: Inputs, extras: Extras) -> str:
     """Return advice, for error messages, about a call that differs in kind from those of the fit.
 
     Args:
         origin: The model and inputs of the fit.
+        inputs: Inputs of the call.
         extras: Further arguments of the call.
     """
     if bool(extras) != bool(origin.signature.structure):
@@ -138,10 +140,14 @@ def size_hint(origin: Origin, extras: Extras) -> str:
             + ("leave them out" if extras else "pass them")
             + ", or fit another InverseNetwork with such calls by unpack=."
         )
+    fitted = f"The inverse was fitted on examples of shape and dtype {shapes(origin.signature)}"
+    dims = [literal_eval(leaf[1]) for leaf in origin.signature.leaves[: len(inputs)]]
+    if [x.ndim - 1 for x in inputs] != list(map(len, dims)):
+        return f"{fitted}: pass a batch of such examples, (batch, ...)."
     return (
-        f"The inverse was fitted on {shapes(origin.signature)}. Resize the inputs to these shapes, "
-        "or fit another InverseNetwork on inputs of the new size. A network accepts any size if it "
-        "pools to a fixed size (nn.AdaptiveAvgPool2d) before its dense layers."
+        f"{fitted}. Resize the inputs to this shape, or fit another InverseNetwork on the new "
+        "size. A network accepts any size if it pools to a fixed size (nn.AdaptiveAvgPool2d) "
+        "before its dense layers."
     )
 
 

@@ -60,14 +60,18 @@ def box_masks(boxes: Boxes, size: Sequence[int]) -> Tensor:
         return masks > 0
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
     for mask, example_boxes in zip(masks, boxes, strict=True):
-        rows = torch.as_tensor(example_boxes, dtype=torch.float64).cpu()
+        try:
+            rows = torch.as_tensor(example_boxes, dtype=torch.float64).cpu()
+        except (TypeError, ValueError, RuntimeError):  # no numbers, or lists of several lengths
+            rows = torch.full((1, 4), torch.nan)
         # no box, or one box without a list around it
         if rows.numel() == 0 or tuple(rows.shape) == (4,):
             rows = rows.reshape(-1, 4)
         if rows.ndim != 2 or rows.shape[1] != 4 or not rows.isfinite().all():
             raise InputError(
                 f"the box of an example is {example_boxes!r}, expected four finite numbers (left, "
-                "top, right, bottom), or a list of such boxes: pass boxes in pixels"
+                "top, right, bottom), or a list of such boxes: pass boxes in pixels, and an empty "
+                "list for an image without one"
             )
         for left, top, right, bottom in rows.round().long().clamp(min=0).tolist():
             mask[top:bottom, left:right] = True

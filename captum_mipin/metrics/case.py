@@ -10,7 +10,7 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from captum_mipin.errors import InputError
+from captum_mipin.errors import CaptureError, InputError, MIPINError, TargetError
 from captum_mipin.metrics.examples import Examples, Inputs
 from captum_mipin.options import check_number, type_of
 from captum_mipin.targets import per_example
@@ -114,7 +114,14 @@ class Case:
         # the user passed maps instead of a method
         if isinstance(self.method, (Tensor, tuple)):
             return _checked(self.method, self.examples)
-        maps = [explain(self.method, batch) for _, batch in self.batches()]
+        try:
+            maps = [explain(self.method, batch) for _, batch in self.batches()]
+        except MIPINError:
+            raise
+        except Exception as error:  # of any type: the method is the user's
+            if problem := self._problem():
+                raise problem from error
+            raise
         return tuple(torch.cat(parts) for parts in zip(*maps, strict=True))
 
     @cached_property
@@ -129,6 +136,7 @@ class Case:
         if model is None:
             attribution = attribution_of(self.method)
             if attribution is None:
+                check_method(self.method)
                 raise InputError(
                     f"the method {method_name(self.method)} does not contain its model, expected "
                     "a Captum Attribution or the argument model: pass model="
@@ -137,6 +145,16 @@ class Case:
         if isinstance(model, nn.Module):
             check_evaluation(model)
         return model
+
+    def _problem(self) -> MIPINError | None:
+        """Return the error of inputs or targets that do not fit the model; None if they do."""
+        try:
+            per_example(self.examples.target, self.outputs(self.examples))
+        except (CaptureError, TargetError) as error:
+            return error
+        except Exception:  # of any type: the error of the method says more
+            return None
+        return None
 
     @property
     def rows_per_call(self) -> int:
@@ -213,18 +231,24 @@ def method_name(method: Any) -> str:
     return getattr(method, "__name__", type(method).__name__)
 
 
+def check_method(method: Any) -> None:
+    """Raise InputError unless a method is an ``Attribution``, a function or maps."""
+    known = isinstance(method, (Tensor, tuple, Attribution)) or callable(method)
+    if isinstance(method, type) or not known:
+        raise InputError(
+            f"the method is {type_of(method)}, expected a Captum Attribution, a function (inputs, "
+            "target) -> maps, or maps: pass for example captum.attr.Saliency(model)"
+        )
+
+
 def explain(method: Any, examples: Examples) -> tuple[Tensor, ...]:
     """Return the maps of a method, detached, by one call: one tensor (examples, ...) per input.
 
     Raises:
         InputError: The method is not callable, or it does not give one map per example.
     """
+    check_method(method)
     call = method.attribute if isinstance(method, Attribution) else method
-    if not callable(call):
-        raise InputError(
-            f"the method is {type_of(method)}, expected a Captum Attribution, a callable, "
-            "or maps: pass for example captum.attr.Saliency(model)"
-        )
     with torch.inference_mode(False), torch.enable_grad():
         # copy the inputs: a method that writes to them would change the user's tensors
         inputs = tuple(x.detach().clone() for x in examples.inputs)
@@ -267,8 +291,17 @@ def raw_outputs(model: Model, examples: Examples) -> Tensor:
     Raises:
         InputError: The model does not return one tensor with a row per example.
     """
-    with torch.no_grad():
-        output = model(*examples.inputs, *examples.extras)
+    try:
+        with torch.no_grad():
+            output = model(*examples.inputs, *examples.extras)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in examples.inputs)
+        raise CaptureError(
+            f"the model cannot run on inputs of shape {shapes}: {error}. Pass a batch of inputs "
+            "with which model(inputs) runs; one example is x.unsqueeze(0)"
+        ) from error
     if isinstance(output, Tensor) and output.ndim and len(output) == len(examples):
         return output
     is_tensor = isinstance(output, Tensor)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from captum_mipin.errors import InputError, TargetError
 from captum_mipin.options import type_of
+from captum_mipin.targets import one_dimension
 
 Inputs = Tensor | tuple[Tensor, ...]
 
@@ -53,9 +54,10 @@ class Examples:
         if isinstance(target, np.ndarray):
             target = torch.from_numpy(target)
         if isinstance(target, Tensor) and target.ndim > 1:
+            count = len(tensors[0])
             raise TargetError(
                 f"the target is a tensor of shape {tuple(target.shape)}, expected one dimension, "
-                f"with one index for each of the {len(tensors[0])} examples: {_advice(target)}"
+                f"with one index for each of the {count} examples: {one_dimension(target, count)}"
             )
         # a tensor with one element is one target for all examples
         several = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() != 1)
@@ -126,10 +128,3 @@ class Examples:
     def _has_rows(self, value: Any) -> bool:
         """Return True if the value is a tensor with one row per example."""
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self)
-
-
-def _advice(target: Tensor) -> str:
-    """Return advice for the error about a tensor of targets of several dimensions."""
-    if target.numel() == len(target):
-        return "pass target.flatten()"
-    return "for outputs of several dimensions, pass a list with a tuple for each example"

@@ -108,7 +108,13 @@ def _recognised(
     model: Model, images: Tensor, labels: Any, confidence: float, batch_size: int
 ) -> dict[int, list[int]]:
     """Return class -> indices of recognised images; the arguments are those of `mosaics`."""
-    examples = Examples.of(images, torch.as_tensor(labels).long().cpu())
+    classes = torch.as_tensor(labels).long().cpu()
+    if classes.shape != (len(images),):
+        raise InputError(
+            f"labels have shape {tuple(classes.shape)}, expected one class for each of the "
+            f"{len(images)} images: pass a list or a tensor of that length"
+        )
+    examples = Examples.of(images, classes)
     by_class: dict[int, list[int]] = {int(label): [] for label in examples.target.unique()}
     for index in torch.arange(len(images)).split(batch_size):
         probabilities = raw_outputs(model, examples.select(index)).softmax(1).cpu()

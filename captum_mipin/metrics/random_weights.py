@@ -30,7 +30,7 @@ from captum_mipin.metrics.examples import Examples, Inputs
 from captum_mipin.metrics.maps import flattened
 from captum_mipin.metrics.result import Result, finite_rows
 from captum_mipin.metrics.similarity import spearman, ssim, ssim_inputs
-from captum_mipin.options import check_choice, type_of
+from captum_mipin.options import check_choice, closest, type_of
 
 Refit = Callable[[nn.Module], Method]
 #: Function (parameter, generator) -> random values of the parameter's shape.
@@ -167,8 +167,8 @@ def _paths(model: nn.Module, layers: Sequence[str | nn.Module] | None) -> list[s
         path = next((path for path, module in modules.items() if layer in (path, module)), None)
         if path is None:
             raise InputError(
-                f"layers contains {layer!r}, which is not a module of the model: pass modules of "
-                "the model, or their names as in model.named_modules()"
+                f"layers contains {layer!r}, expected modules of the model or their names as in "
+                f"model.named_modules(): pass for example {closest(layer, filter(None, modules))}"
             )
         paths.append(path)
     return paths

@@ -1,6 +1,6 @@
 """Metrics that replace pixels and compare the change of the output with the attribution."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -176,9 +176,12 @@ def sensitivity_n(
     case = Case.of(method, inputs, target, **options)
     pixels = _Pixels.of(case, baseline, score, reduction)
     places = pixels.heat.shape[1]
-    numbers = _log_spaced(places) if n is None else list(n)
-    if not numbers or not all(1 <= number <= places for number in numbers):
-        raise InputError(f"n={n!r}, expected sizes of sets from 1 to {places}: pass a list")
+    numbers = _log_spaced(places) if n is None else list(n) if isinstance(n, Iterable) else []
+    if not numbers or not all(isinstance(k, int) and 1 <= k <= places for k in numbers):
+        raise InputError(
+            f"n={n!r}, expected a list of sizes of sets, each from 1 to {places}: pass for example "
+            f"n=[1, {places}]"
+        )
     counts = torch.tensor(numbers, device=pixels.heat.device)
     sample = torch.arange(samples, device=counts.device).repeat(len(numbers))
     whole = case.scores(case.examples, score)

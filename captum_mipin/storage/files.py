@@ -43,6 +43,10 @@ def save(
         OSError: The file cannot be written. An existing file is not changed.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"cannot write {os.fspath(path)!r}: it is a folder; pass the path of a file in it"
+        )
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"cannot write {os.fspath(path)!r}: there is no folder {os.fspath(path.parent)!r}; "
@@ -85,7 +89,8 @@ def load(
     """
     name = repr(os.fspath(path))
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {name}: pass the path of a file that save() wrote")
+        found = f"{name} is a folder" if Path(path).is_dir() else f"there is no file {name}"
+        raise FileNotFoundError(f"{found}, expected a file that this package wrote: pass its path")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -97,8 +102,9 @@ def load(
         ) from error
     if metadata.get("format") != FORMAT:
         raise InverseFileError(
-            f"{name} has format {metadata.get('format')!r}, expected {FORMAT!r}: "
-            "save it again with this version of captum-mipin"
+            f"{name} has format {metadata.get('format')!r}, expected {FORMAT!r}: fit again and "
+            "save with this version of captum-mipin, if save() wrote the file; else pass the path "
+            "of a file that save() wrote"
         )
     if digest is not None and metadata.get("digest") != digest:
         raise InverseFileError(

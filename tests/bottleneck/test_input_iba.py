@@ -503,7 +503,7 @@ def test_an_input_layer_that_is_not_there_is_told_when_features_are_estimated(mo
     iba = InputIBA(model, model[4], SHORT, input_layer="embedding").estimate
     with pytest.raises(
         CaptureError,
-        match="tensor 'embedding' is missing in the graph of this Sequential; choose one of its",
+        match="tensor 'embedding' is missing in the graph of this Sequential, expected a module",
     ):
         iba(x, progress=False)
 

@@ -89,13 +89,13 @@ def test_labels_are_text(cnn, tmp_path):
 def test_what_is_no_method_is_refused_before_any_work(cnn, noting, asked):
     x, model = cnn.x[:2], cnn.model
     for methods, options, message in (
-        (5, {}, "methods is a int, expected methods or their names: pass a list"),
+        (5, {}, "methods is an int, expected methods or their names: pass a list"),
         ([], {}, "methods is empty, expected at least one method"),
         ([noting, "Saliencey"], {}, "no method has the name 'Saliencey'; known are MIP-IN,"),
         ("Saliencey", {}, "no method has the name 'Saliencey'"),
         ([noting, LRP], {}, r"method 'LRP' is the class LRP, .* pass for example LRP\(model\)"),
-        ({"a": noting, "b": 3}, {}, "method 'b' is a int, expected a name, a Captum Attribution"),
-        ([noting, None], {}, "method 'NoneType' is a NoneType, expected a name"),
+        ({"a": noting, "b": 3}, {}, "method 'b' is an int, expected a name, a Captum Attribution"),
+        ([noting, None], {}, "method 'NoneType' is None, expected a name"),
         (noting, {"model": "resnet"}, "model is a str, expected a torch.nn.Module or a function"),
         (noting, {"inverse": model}, "inverse is a Sequential, expected an InverseNetwork"),
         (noting, {"metrics": [deletion]}, "expected a list of names among bounding_box_accuracy"),
@@ -128,7 +128,7 @@ def test_a_layer_that_is_not_of_the_model_is_refused_before_any_work(cnn, noting
     for layer, message in (
         ("layer4", "layer is 'layer4', expected a module of the Sequential that is explained, or"),
         ("", "layer is '', expected a module"),
-        (3, "layer is a int, expected a module"),
+        (3, "layer is an int, expected a module"),
         (torch.nn.Linear(2, 2), r"layer is a Linear, expected .*model.named_modules\(\): pass"),
     ):
         with pytest.raises(InputError, match=message):

@@ -235,8 +235,8 @@ def test_what_cannot_be_explained_is_refused_with_the_way_out(folder, capsys):
         ("is no exported program, is damaged", "state.pt2"),
         ("do not fit the model", "Functional.pt2 --weights other.pt"),
         (
-            "has no layer 'stem.7', expected the name of a submodule: pass for example one of "
-            "UnflattenedModule: stem, conv, relu, head",
+            "has no layer 'stem.7', expected the name of a module of this UnflattenedModule: pass "
+            "for example one of 'stem.",
             "Residual.pt2 --layer stem.7",
         ),
     ):

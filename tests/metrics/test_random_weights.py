@@ -266,11 +266,11 @@ def test_what_cannot_be_randomised_is_refused(cnn):
         (lambda: randomization(Saliency(cnn.model), x, 0, init="xavier"), "init='xavier'"),
         (
             lambda: randomization(Saliency(cnn.model), x, 0, layers=["head"]),
-            "which is not a module of the model",
+            "expected modules of the model or their names",
         ),
         (
             lambda: randomization(Saliency(cnn.model), x, 0, layers=[nn.Linear(1, 1)]),
-            "which is not a module of the model",
+            "expected modules of the model or their names",
         ),
         (lambda: randomization(Saliency(cnn.model), x, 0, layers=["1"]), "nothing to make random"),
         (

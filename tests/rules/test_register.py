@@ -484,7 +484,7 @@ def test_a_way_back_of_another_kind_is_refused(register: Any, other: Any) -> Non
 def test_what_is_no_inverter_is_refused(register: Any) -> None:
     register("own::swish", Learned(inverter=lambda options, x: None, note="wrong"))
     with pytest.raises(
-        RuleError, match=r"rule of \(model\)/swish returned a NoneType, expected an Inverter"
+        RuleError, match=r"rule of \(model\)/swish returned None, expected an Inverter"
     ):
         _fitted(swish)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 from captum.attr._utils.lrp_rules import (
@@ -35,6 +36,9 @@ from captum_mipin.options import check_choice, type_of
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.base import Back
 from captum_mipin.types import Extras, Inputs, Output, Target
+
+#: Number of paths of layers that an error lists.
+_SHOWN = 8
 
 #: A selection of layers: a type of modules, a pattern of module paths ("features.*"), or a function
 #: (path, module) → bool.
@@ -115,6 +119,11 @@ class LRP(Relevance):
         check_choice("bias", bias, ("take", "none"))
         self.rule, self.input_rule, self.bias = rule or Epsilon(), input_rule, bias
         self.composite = tuple(composite)
+        if isinstance(composite, (str, Mapping)) or not all(map(_is_pair, self.composite)):
+            raise InputError(
+                f"composite is {type_of(composite)}, expected pairs (layers, rule): pass for "
+                "example composite=[(nn.Conv2d, Gamma(0.25))]"
+            )
         for which, _ in self.composite:
             if not isinstance(which, str) and not callable(which):
                 raise InputError(
@@ -172,12 +181,14 @@ class LRP(Relevance):
     ) -> None:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         unmatched = dict(enumerate(which for which, _ in self.composite))
+        paths: list[str] = []
 
         def choose(layer: Layer, first: bool, last: bool) -> str:
             if isinstance(layer, Scale):
                 return _SCALE
             path = layer.key.rpartition("/")[0]
             path = "" if path == "(model)" else path
+            paths.append(path)
             rules = []
             for index, (which, rule) in enumerate(self.composite):
                 if _matches(which, path, modules[path], layer):
@@ -189,7 +200,8 @@ class LRP(Relevance):
         if unmatched:
             raise InputError(
                 f"composite: {', '.join(map(repr, unmatched.values()))} matches no layer with "
-                "weights of the model: compare with the paths of model.named_modules()"
+                "weights of the model, expected a type or a pattern of paths: pass for example one "
+                f"of the paths {', '.join(map(repr, islice(paths, _SHOWN)))}"
             )
 
 
@@ -308,6 +320,10 @@ def _ours(rule: PropagationRule) -> str:
     if type(rule) is GammaRule:
         return f"Gamma({rule.gamma:g})"
     return "AlphaBeta(1, 0)" if type(rule) is Alpha1_Beta0_Rule else "..."
+
+
+def _is_pair(entry: object) -> bool:
+    return isinstance(entry, (tuple, list)) and len(entry) == 2
 
 
 def _check_rule(rule: Any) -> None:
