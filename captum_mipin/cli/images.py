@@ -45,8 +45,9 @@ class ImageFolder(Dataset[Tensor]):
         files = folder.rglob("*") if folder.is_dir() else [folder]
         self._paths = sorted(p for p in files if p.suffix.lower() in _SUFFIXES and p.is_file())
         if not self._paths:
+            found = "holds no image" if folder.exists() else "does not exist"
             raise InputError(
-                f"{str(folder)!r} holds no image, expected files of {', '.join(_SUFFIXES)}: pass "
+                f"{str(folder)!r} {found}, expected files of {', '.join(_SUFFIXES)}: pass "
                 "an image, or a folder with images"
             )
         base = folder if folder.is_dir() else folder.parent

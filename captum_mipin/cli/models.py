@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from captum_mipin.cli.arguments import PHOTOGRAPHS, PREDICTED
 from captum_mipin.cli.optional import require_module
 from captum_mipin.comparison.names import class_names
-from captum_mipin.errors import InputError
+from captum_mipin.errors import InputError, MIPINError
 from captum_mipin.graph import exported
 from captum_mipin.graph.signature import select
 from captum_mipin.options import closest, type_of
@@ -48,7 +48,7 @@ def load_model(args: Namespace) -> tuple[nn.Module, nn.Module | None]:
     elif not source or not name or source.startswith(".") or "/" in source:
         raise InputError(
             f"MODEL is {args.model!r}, expected torchvision:NAME, module:FACTORY or FILE.pt2: pass "
-            "for example torchvision:resnet50"
+            "for example torchvision:resnet50, and a file of weights as --weights FILE"
         )
     elif source != "torchvision":
         model = _call_factory(source, name)
@@ -133,7 +133,8 @@ def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
     if name not in models.list_models():
         raise InputError(
             f"torchvision has no network {name!r}, expected a name of "
-            "torchvision.models.list_models(): pass one of these names"
+            "torchvision.models.list_models(): pass for example one of "
+            f"{closest(name, models.list_models())}"
         )
     model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
     return model
@@ -157,10 +158,26 @@ def _call_factory(source: str, name: str) -> nn.Module:
         try:
             factory: Any = operator.attrgetter(name)(module)
         except AttributeError as error:
+            public = [known for known in vars(module) if not known.startswith("_")]
             raise InputError(
-                f"{source}:{name} does not exist: {error}. Pass a name that the module contains"
+                f"{source}:{name} does not exist: {error}. Pass a name that the module contains, "
+                f"for example one of {closest(name, public)}"
             ) from error
         model = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{source}.".startswith(f"{error.name}."):
+            raise
+        raise InputError(
+            f"there is no Python module {error.name!r}, expected {source} in the current folder or "
+            "installed: change to the folder that contains it"
+        ) from error
+    except (MIPINError, ImportError, SyntaxError):
+        raise
+    except Exception as error:  # of any type: the factory is the user's
+        raise InputError(
+            f"{source}:{name} fails with {type(error).__name__}: {error}. Pass a function that "
+            "builds the network without arguments"
+        ) from error
     except SystemExit as error:
         raise InputError(
             f"{source}:{name} ends the process, expected a network: move the calls of a script "
@@ -202,8 +219,8 @@ def _load_weights(model: nn.Module, weights: str) -> None:
         model.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise InputError(
-            f"the weights in {weights!r} do not fit the model: {error}. Pass the weights of this "
-            "model"
+            f"the weights in {weights!r} do not fit the model: {str(error).strip().rstrip('.')}. "
+            "Pass the weights of this model"
         ) from error
 
 

@@ -68,7 +68,7 @@ def test_files_that_are_no_images_are_refused(folder, capsys):
     pixels = np.full((8, 8), 20_000, dtype=np.uint16)
     Image.fromarray(pixels).save(folder / "deep" / "a.png")
     for message, images in (
-        ("'nowhere' holds no image, expected files of .bmp", "nowhere"),
+        ("'nowhere' does not exist, expected files of .bmp", "nowhere"),
         ("'empty' holds no image", "empty"),
         ("cannot be read as an image", "bad"),
         ("mode I;16, expected 8 bits", "deep"),

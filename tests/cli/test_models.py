@@ -65,10 +65,13 @@ def test_models_and_layers_that_do_not_exist_are_refused(capsys):
         ("expected torchvision:NAME, module:FACTORY or", "check resnet50"),
         ("expected torchvision:NAME, module:FACTORY or", "check ../tiny_networks:build"),
         ("ends the process", "check tiny_networks:script"),
-        ("No module named 'no_such_networks'", "check no_such_networks:build"),
+        ("there is no Python module 'no_such_networks'", "check no_such_networks:build"),
         ("'tiny_networks' has no attribute 'bild'", "check tiny_networks:bild"),
         ("gives a str, expected a torch.nn.Module", "check tiny_networks:Zoo.name"),
-        ("LookupError: no such thing", "check tiny_networks:broken"),
+        (
+            "tiny_networks:broken fails with LookupError: no such thing. Pass a function",
+            "check tiny_networks:broken",
+        ),
         ("needs a model torchvision:NAME", f"{BUILT} --weights torchvision"),
         ("one of Sequential: 0, 1, 2, 3, 4", f"{BUILT} --layer layer4"),
     ):
