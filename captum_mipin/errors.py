@@ -68,7 +68,7 @@ class UnsupportedOperationError(CaptureError, NotImplementedError):
 
 
 class RuleError(MIPINError, ValueError):
-    """A rule cannot be registered, or its result differs from that of its operation.
+    """A rule cannot be registered, or computes another value than its operation.
 
     Examples:
         >>> from captum_mipin import register_rule
@@ -150,7 +150,7 @@ class FitError(MIPINError, ValueError):
 
 
 class ModelChangedError(MIPINError, RuntimeError):
-    """The model is not the one the inverse was fitted to, or its weights have changed since.
+    """The model differs from the model of the fit, or its weights have changed since the fit.
 
     Examples:
         >>> import torch
@@ -175,7 +175,7 @@ class ModelChangedWarning(UserWarning):
 
 
 class DataWarning(UserWarning):
-    """A fit has very few examples, or explained inputs have quite another scale than the fit's.
+    """A fit has very few examples, or explained inputs are scaled differently than in the fit.
 
     Examples:
         >>> import warnings

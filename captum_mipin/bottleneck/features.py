@@ -206,7 +206,7 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
         return [features, part.above(features, others)] if above else [features]
 
     def _added(self, before: Statistics | None, features: Tensor, index: int) -> Statistics:
-        """Return the statistics of all batches before, together with those of one more batch.
+        """Add one more batch to the statistics of earlier batches, and return the sum.
 
         Args:
             before: The statistics of the batches before; None for the first batch.

@@ -150,7 +150,7 @@ class InputIBA(LayerBottleneck[ThreeStages, Stages]):
         per_position: bool = False,
         **run: Any,
     ) -> Any:
-        """Return the optimised masks of the input, or the bits that pass them.
+        """Return the optimised masks of the input, or the bits that pass through the masks.
 
         The model must have one input tensor, unless there is an ``input_layer``.
 

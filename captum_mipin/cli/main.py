@@ -322,7 +322,7 @@ def _methods(args: Namespace, layer: bool) -> list[str]:
 
 
 def _failure(comparison: Comparison) -> str:
-    """Return why the command failed: interrupted, or nothing was measured; empty if it did not."""
+    """Return why the command failed: interrupted, or nothing measured. Empty after success."""
     if "interrupted" in comparison.note:
         return comparison.note
     rows = [row for row in comparison.rows if not row.control]

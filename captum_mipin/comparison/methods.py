@@ -163,7 +163,7 @@ def known_name(name: str) -> str | None:
 
 
 def label_of(method: Any) -> str:
-    """Return the default label of a method: its name, where possible one that ``compare`` takes."""
+    """Return the default label of a method: its name in ``compare``, if any, or its own name."""
     if isinstance(method, str):
         return known_name(method) or method
     # remove "<" and ">": browsers and Markdown would read "<lambda>" as a tag

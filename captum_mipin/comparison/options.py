@@ -16,7 +16,7 @@ _NAMED = "metrics", "boxes", "inverse", "layer", "controls"
 
 
 class Settings(Options, total=False):
-    """Keyword arguments of ``compare``, together with those of all metrics.
+    """The keyword arguments of ``compare``, together with the keyword arguments of all metrics.
 
     Attributes:
         titles: Text for each image; by default the name of its target, with softmax and logit

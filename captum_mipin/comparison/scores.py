@@ -82,7 +82,7 @@ def by_image(metric: Metric) -> bool:
 
 
 def selected(metric: Metric, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the keyword arguments that a metric takes and ``partial`` has not bound.
+    """Return the keyword arguments that a metric takes, without those bound by ``partial``.
 
     A user's metric gets the arguments that are among its parameters.
     """

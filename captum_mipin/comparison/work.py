@@ -110,7 +110,7 @@ class Work:
         return len(self.lines) * len(self.case.examples) * max(1, len(self.metrics))
 
     def groups(self, budget: float | None, bar: Any) -> Iterator[int]:
-        """Do the work, and yield after each piece of it the number of images that are done.
+        """Do the work in steps, and yield the number of finished images after each step.
 
         In the first group, a piece is a line; after it, a piece is a group. Metrics that need all
         images at once come last, line by line.
@@ -226,7 +226,7 @@ class Work:
 
 
 def _part(method: Any, group: Sequence[int]) -> Any:
-    """Return a method for a group of images: of maps that the user passed, those of the group."""
+    """Return a method for a group of images; for maps by the user, the maps of the group."""
     if isinstance(method, Tensor):
         return method[list(group)]
     if isinstance(method, tuple):

@@ -160,7 +160,11 @@ def trace(
 
 
 class _FixedBatchError(CaptureError):
-    """The model cannot be captured for any batch size; ``sizes`` are worth a trial."""
+    """The model cannot be captured for a free batch size.
+
+    Attributes:
+        sizes: Batch sizes at which the model may compute differently; they are tried.
+    """
 
     sizes: tuple[int, ...] = ()
 

@@ -212,7 +212,7 @@ def _remove_write(
 
 
 def _views(x: fx.Node) -> Iterator[fx.Node]:
-    """Yield ``x`` if it is a slice, then the tensor it was taken from if that is a slice, etc."""
+    """Yield a slice ``x``, then the slice from which ``x`` was taken, and so on."""
     while x.op == "call_function" and x.target in _SCATTERS:
         yield x
         x = x.all_input_nodes[0]

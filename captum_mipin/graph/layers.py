@@ -24,7 +24,7 @@ from captum_mipin.types import Extras, Inputs
 
 @dataclass(frozen=True)
 class LayerInput:
-    """The input of a module, where a module alone stands for its output."""
+    """The input of a module as a place in a model; a plain module is the place of its output."""
 
     module: nn.Module
 

@@ -77,7 +77,7 @@ def modules_of(layer: Any, model: nn.Module) -> Any:
 
 
 def layer_or_tensor(layer: nn.Module | str, model: nn.Module) -> nn.Module | str:
-    """Return a module of the model, also for its name; another name is that of a tensor."""
+    """Return a module of the model for a module or its name, and other names unchanged."""
     if isinstance(layer, str) and layer not in dict(tree(model)):
         return layer
     return module_of(layer, model)

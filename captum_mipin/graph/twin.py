@@ -58,7 +58,7 @@ def package(kind: Any) -> str:
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
-    """Return the dictionary of an object's attributes, or None if it has none to be read."""
+    """Return the dictionary of an object's attributes; None if it cannot be read."""
     try:
         names = vars(value)
     except Exception:  # of any type: a class may define the look-up of attributes
@@ -112,7 +112,7 @@ def _rebound(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return True for an object of a class in Python that does not define how it is copied."""
+    """Return True for an object whose class is written in Python and defines no way to copy it."""
     kind = type(value)
     return (
         package(kind) not in FOREIGN

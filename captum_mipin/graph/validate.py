@@ -90,7 +90,7 @@ def check_output(output: Any) -> None:
 
 
 def check_model(model: object) -> nn.Module:
-    """Return ``model`` if it is a module that computes what it computes in evaluation mode.
+    """Return ``model`` if it is a module in evaluation mode, or its mode changes nothing.
 
     Raises:
         CaptureError: ``model`` is not a module, or it is the module of an exported program.

@@ -32,7 +32,7 @@ class FitOptions:
     cache: int
 
     def check(self, settings: Settings) -> None:
-        """Raise InputError if an option is not allowed, or excludes another one."""
+        """Raise InputError if an option is not allowed, or two options exclude each other."""
         check_number("batch_size", self.batch_size, 1, whole=True)
         check_number("cache", self.cache)
         if self.keep is not None and not self.lazy:

@@ -149,7 +149,7 @@ def _statistics(features: Sequence[Tensor], metric: Metric) -> tuple[list[Tensor
 
 @contextmanager
 def belonging() -> Iterator[None]:
-    """Turn an error that is caused by stored examples of another model into InverseFileError."""
+    """Raise InverseFileError for errors that stored examples of another model cause."""
     try:
         yield
     except (MIPINError, torch.OutOfMemoryError):

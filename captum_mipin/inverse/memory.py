@@ -22,7 +22,7 @@ _VERSION_2 = "memory.max", "memory.current", "inactive_file"
 
 
 class Plan(NamedTuple):
-    """The way to fit the inverses of one step, and the bytes that it takes.
+    """How the inverses of one step are fitted, and the bytes that the fit takes.
 
     Attributes:
         solver: "moments" (eq. 6), "rows" (its dual), or "sgd" (gradient descent).

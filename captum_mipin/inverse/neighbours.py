@@ -281,7 +281,7 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
     def _inverses(
         self, state: NeighbourState, request: Request, surrogate: Surrogate, features: Inputs
     ) -> tuple[Mapping[Target, Inverses], Groups]:
-        """Return one inverse per example; its key is (index of the example,), not a class."""
+        """Return one inverse per example, with the key (index of the example,), not a class."""
         kept, origin, call = state.kept, state.origin, (request.inputs, request.extras)
         self._check_reaches(surrogate, kept.outputs, request.layer)
         captured = surrogate.captured

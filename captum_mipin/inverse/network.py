@@ -357,7 +357,7 @@ def _check_positions(positions: float | None) -> None:
 
 
 def _seed(generator: torch.Generator | None) -> int:
-    """Return a random seed drawn from ``generator``; 0 if it is None."""
+    """Return a random seed drawn from ``generator``; 0 without a generator."""
     if generator is None:
         return 0
     if not isinstance(generator, torch.Generator):

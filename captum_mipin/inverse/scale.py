@@ -67,7 +67,7 @@ def _sums(x: Tensor) -> Tensor | None:
 
 
 def warn_of_few(examples: int) -> None:
-    """Warn of a fit on so few examples that its regressions only remember them."""
+    """Warn if the fit has so few examples that the regressions only memorise the examples."""
     if examples < FEW:
         warnings.warn(
             f"the fit has only {examples} examples, expected a few hundred: the inverse remembers "

@@ -127,7 +127,7 @@ class Surrogates:
 
 
 def size_hint(origin: Origin, inputs: Inputs, extras: Extras) -> str:
-    """Return advice, for error messages, about a call that differs in kind from those of the fit.
+    """Return advice, for error messages, about a call that differs from the calls of the fit.
 
     Args:
         origin: The model and inputs of the fit.

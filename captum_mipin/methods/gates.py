@@ -120,14 +120,14 @@ def _clamp(node: Any, name: str) -> tuple[Gate | None, tuple[Any, ...]]:
 
 
 def _bound_rule(x: Any, upper: bool) -> str:
-    """Return the rule of a bound that is a tensor; "" if it is not part of a rectifier."""
+    """Return the rule of a bound that is a tensor; "" if the bound is not part of a rectifier."""
     if not upper:
         return "captum_mipin.lower"
     return "captum_mipin.upper" if _is_rectified(x) else ""
 
 
 def _is_rectified(node: Any) -> bool:
-    """Return True if the value of a node is x⁺; with an upper bound it is then a ReLU6."""
+    """Return True if a node computes x⁺; with a further upper bound the result is a ReLU6."""
     if not isinstance(node.target, Gate):
         return operation(node) == "relu"
     rule = node.target.rule

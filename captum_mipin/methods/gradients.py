@@ -282,7 +282,7 @@ def _derivative(**options: Any) -> Passes:
 
 
 def _hides_rectifier(node: fx.Node) -> str | None:
-    """Return the reason why an operation may be part of a rectifier; None if it is not."""
+    """Return the reason why an operation may be part of a rectifier; None if there is none."""
     if operation(node) in _NO_DERIVATIVE:
         return "it has no derivative, and may be part of a rectifier: use relu, clamp or maximum"
     discrete = [n for n in node.all_input_nodes if depends(n) and not is_floating(n)]

@@ -58,7 +58,7 @@ class Neurons(NamedOperation):
     Attributes:
         key: Name of the operation in fits and errors: module path and operation.
         dim: The dimension of the output that holds the neurons; all other dimensions are rows.
-        last: Whether no further neurons follow between this operation and the model's output.
+        last: True if no further neurons follow between this operation and the model's output.
     """
 
     key: str
@@ -283,7 +283,7 @@ def replace_layers(
 
 
 def _weighted(node: Any) -> tuple[Layer, tuple[Any, ...]] | None:
-    """Return the layer and arguments that replace an operation; None if it has no weights."""
+    """Return the layer and arguments that replace an operation; None without weights."""
     name = operation(node)
     if node.op != "call_function":
         return None

@@ -171,7 +171,7 @@ def _double(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _per_call(batch: Examples, rows: int, samples: int) -> int:
-    """Return the number of perturbed inputs per call of the model, Captum's option.
+    """Return Captum's option for the number of perturbed inputs per call of the model.
 
     It is a multiple of the batch's length, because Captum perturbs all examples equally often in a
     call. A number above ``samples`` per example would cause a warning by Captum.

@@ -175,7 +175,7 @@ def _paths(model: nn.Module, layers: Sequence[str | nn.Module] | None) -> list[s
 
 
 def _stages(model: nn.Module, paths: list[str] | None, examples: Examples) -> Stages:
-    """Return layer -> parameters; a parameter of several layers belongs to the first of them.
+    """Return layer -> parameters. A parameter of several layers belongs to the first layer.
 
     Args:
         model: The copy of the network.

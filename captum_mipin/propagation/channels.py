@@ -89,7 +89,7 @@ def _channels_of(user: fx.Node, node: fx.Node) -> int | None:
 
 
 def _free_dimension(user: Any, node: fx.Node) -> int | None:
-    """Return the dimension of the values that a product weights: it is not summed over.
+    """Return the dimension of the values in a product of weights and values that is not summed.
 
     Args:
         user: The matrix product, or the weighted sum.

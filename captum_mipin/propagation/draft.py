@@ -108,7 +108,7 @@ class Draft:
         return positions
 
     def carried(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes to which a node sends its signal; twice if it uses a node twice."""
+        """Return the nodes to which a node sends its signal; a node used twice occurs twice."""
         return nodes_in([node.args[at] for at in self.carriers(node)])
 
 

@@ -260,7 +260,7 @@ def insert(before: fx.Node, target: Any, *args: Any) -> fx.Node:
 
 
 def become(node: fx.Node, target: Any, *args: Any) -> None:
-    """Replace the operation of a node by another one with the same value."""
+    """Replace the operation of a node by an operation with the same value."""
     mark(node, original=original(node))
     node.target, node.args, node.kwargs = target, args, {}
 

@@ -73,7 +73,7 @@ def _sources(draft: Draft, node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _norm_of(node: fx.Node, x: fx.Node) -> Norm | None:
-    """Return the normalisation of x that a node computes; None if it is none."""
+    """Return the normalisation of x that a node computes; None if the node computes none."""
     generator = torch.Generator().manual_seed(0)
     sizes = [_number(size) for size in value_of(x).shape]
     batch = [dim for dim, size in enumerate(value_of(x).shape) if not isinstance(size, int)]

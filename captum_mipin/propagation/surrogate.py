@@ -55,7 +55,7 @@ def _in_sequences(graph: fx.Graph) -> fx.Graph:
 
 
 def _continues(node: fx.Node) -> bool:
-    """Return True if a node and its only user are steps, and it is what carries signal there."""
+    """Return True if a node's only user is another step that takes the node as its signal."""
     users = list(node.users)
     if node.target is not step or len(users) != 1 or users[0].target is not step:
         return False

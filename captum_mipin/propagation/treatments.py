@@ -115,7 +115,7 @@ def _treatment(draft: Draft, node: fx.Node) -> CheckRow:
 
 
 def _objection(draft: Draft, node: fx.Node, rule: Rule | None) -> str | None:
-    """Return the reason why an operation is refused; None if it is supported."""
+    """Return the reason why an operation is refused; None for a supported operation."""
     known, value = marks(node), value_of(node)
     if known.discrete:
         return f"it turns the input into {value.dtype}, through which no signal can be sent"

@@ -130,7 +130,10 @@ def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _unseen(sizes: Tensor) -> tuple[Tensor, bool]:
-    """Return where ``sizes`` is 0, and False if it is 0 nowhere; GPUs are not waited for."""
+    """Return where ``sizes`` is 0, and False if ``sizes`` is 0 nowhere.
+
+    On a GPU the second value is always True, because a test would wait for the GPU.
+    """
     unseen = sizes == 0
     return unseen, unseen.device.type != "cpu" or bool(unseen.any())
 
@@ -146,7 +149,7 @@ def _correlate(conv: Geometry, s: Tensor, x: Tensor) -> Tensor:
 def _level_factors(
     conv: Geometry, v_sum: Tensor, level: Tensor, examples: int, x_size: torch.Size
 ) -> tuple[Tensor, Tensor]:
-    """Return factors L, R: the Gram matrix of S = V + level is that of V, plus L Rᵀ + R Lᵀ.
+    """Return factors L, R with SᵀS = VᵀV + L Rᵀ + R Lᵀ for S = V + level.
 
     The rank of L and R is the number of taps. They are products of the patches of ΣV, the sum over
     the examples, with those of a map of ones: their cost does not depend on the number of examples.

@@ -73,7 +73,10 @@ class Inverse:
     rows: Tensor | None = None
 
     def fits(self, inverter: "Inverter") -> bool:
-        """Return True if the shapes fit those of ``inverter``; a file may contain any shapes."""
+        """Return True if the tensors have the shapes that ``inverter`` needs.
+
+        A file may contain tensors of any shape.
+        """
         groups, features, signals, branches = inverter.size
         count = groups * features
         rows = count if self.rows is None else len(self.rows)
@@ -267,7 +270,7 @@ class Learned(Rule):
 
 
 def every(node: fx.Node) -> tuple[int, ...]:
-    """Return the positions of all arguments, for a rule by which all of them carry signal."""
+    """Return the positions of all arguments, for a rule that sends signal to all arguments."""
     return tuple(range(len(node.args)))
 
 

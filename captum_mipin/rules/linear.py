@@ -160,7 +160,8 @@ class Convolution(Inverter):
     def by_rows(self, rows: int) -> bool:
         """Return True if the dual of a regression with this number of rows is cheaper.
 
-        Its Gram matrix needs all products of rows and signals, that of the signals only their lags.
+        The Gram matrix of rows needs all products of rows and signals; the Gram matrix of signals
+        needs only the products at different lags.
         """
         groups, _, signals, _ = self.size
         largest = max((len(index) for index, _ in self.parts), default=signals)

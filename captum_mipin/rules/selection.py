@@ -17,7 +17,7 @@ def _chosen(node: fx.Node) -> tuple[int, ...]:
 
 
 def _spreads(node: fx.Node, arguments: Sequence[Any]) -> str | None:
-    """Return the reason to refuse arguments that are broadcast; None if none of them is.
+    """Return the reason to refuse broadcast arguments; None if no argument is broadcast.
 
     The signals of all copies of a value would be added, and their sum would have the wrong scale.
     """

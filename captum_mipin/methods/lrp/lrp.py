@@ -291,7 +291,7 @@ class DeepTaylor(LRP):
 
 
 def _check_captum_rules(model: nn.Module, same: LayerRule | None) -> None:
-    """Raise InputError if a module has another rule of Captum's LRP as its attribute ``rule``.
+    """Raise InputError if a module's attribute ``rule`` is a rule of Captum that LRP does not use.
 
     Args:
         model: The model.

@@ -22,7 +22,10 @@ _CONSTANT = 1e-12
 
 
 class Sums(NamedTuple):
-    """Sums over rows in float64, for each neuron over its selected rows, except ``rows`` and ``y``.
+    """The sums in float64 from which patterns are computed.
+
+    ``number``, ``x`` and ``xy`` are sums over the selected rows of each neuron, ``rows`` and ``y``
+    over all rows.
 
     Attributes:
         number: (neurons,) the number of selected rows.
