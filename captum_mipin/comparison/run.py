@@ -60,7 +60,7 @@ def compare(
         metrics: Names of :data:`METRICS`, or a dictionary name -> function; the default depends on
             whether there are images and boxes.
         boxes: Boxes or masks of objects, see :func:`~captum_mipin.metrics.box_masks`.
-        inverse: Fitted inverse for the methods "MIP-IN"; its stop layer is explained.
+        inverse: Fitted inverse for the methods "MIP-IN"; the layer where it stops is explained.
         layer: Layer for Grad-CAM and Grad×Feature by name: a module or its dotted name.
         controls: True to add controls, see :func:`~captum_mipin.comparison.methods.controls`.
         **options: See :class:`~captum_mipin.comparison.options.Settings`. Random numbers are the

@@ -27,8 +27,8 @@ class Comparison:
         metrics: Names of the metrics.
         images: The explained images (images, ...).
         titles: One title per image, by default the name of its target.
-        note: Says why not all images were used; empty if all were.
-        captions: One text per image for figures and pages; empty if they are the titles.
+        note: The reason why some images were not used; empty if all were used.
+        captions: One text per image for figures and pages; empty to show the titles.
 
     Examples:
         >>> import torch

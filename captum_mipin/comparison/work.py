@@ -226,7 +226,7 @@ class Work:
 
 
 def _part(method: Any, group: Sequence[int]) -> Any:
-    """Return a method for a group of images; for maps by the user, the maps of the group."""
+    """Return a method for a group of images. If the method is maps, return those of the group."""
     if isinstance(method, Tensor):
         return method[list(group)]
     if isinstance(method, tuple):

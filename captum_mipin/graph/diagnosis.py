@@ -134,7 +134,7 @@ def _advice(error: Exception, model: nn.Module, inputs: Inputs, extras: Extras) 
 
 
 def _forms(model: nn.Module) -> list[tuple[str, Callable[[Tensor], Tensor | None]]]:
-    """Return other forms of inputs that users mean: their code, and the function that makes them.
+    """Return conversions of inputs: the code of each conversion, and a function that does it.
 
     A function returns None for a tensor that has no such form.
     """

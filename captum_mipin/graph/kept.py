@@ -45,9 +45,9 @@ class Kept:
     """The present contents of all places that calls of a model may write to.
 
     These are attributes of its modules and of other objects, containers, variables of enclosing
-    functions, attributes of classes, and global variables. They are looked for from the modules,
-    their classes and their forward hooks on, through everything that these refer to. Parameters and
-    buffers do not belong to them.
+    functions, attributes of classes, and global variables. The search begins at the modules,
+    their classes and their forward hooks, and follows every reference. Parameters and buffers are
+    left out.
 
     Args:
         model: The model.

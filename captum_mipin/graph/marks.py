@@ -17,7 +17,7 @@ _KEY = "captum_mipin"
 
 @dataclass(frozen=True)
 class Marks:
-    """The results of the passes for one node; a node without marks has the defaults.
+    """What the passes found out about one node; the defaults stand for a node without results.
 
     The explained tensors are the model's inputs, or the output of a layer. In the backward pass, a
     source signal goes from the model's output to the explained tensors.

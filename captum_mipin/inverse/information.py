@@ -14,7 +14,7 @@ from captum_mipin.types import Inputs, Target
 
 
 class SharedInformation:
-    """Moments of the features at the stop layer or input, together with the targets' outputs.
+    """Moments of the features where the inverse stops, together with the targets' outputs.
 
     Args:
         surrogate: The surrogate of the model, which gives the batch dimension of these features.

@@ -315,7 +315,7 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         return inverses, [(number, slice(number[0], number[0] + 1)) for number in inverses]
 
     def _replay(self, surrogate: Surrogate) -> Replay:
-        """Return the replay of a surrogate; build it in the first call."""
+        """Return the :class:`Replay` of a surrogate, which the first call builds."""
         if surrogate not in self._replays:
             module = self.layer if self.feature is None else self.feature
             feature = None

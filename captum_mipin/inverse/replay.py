@@ -161,7 +161,7 @@ def _other_way(node: fx.Node, needed: set[fx.Node]) -> CaptureError:
 
 
 def _known(step: Step, outputs: Sequence[Tensor]) -> Step:
-    """Return a step that returns stored outputs instead of running its operation."""
+    """Return a copy of a step that returns stored outputs, and does not run its operation."""
     tensors = tuple(step.layout.restored(output) for output in outputs)
     several = len(tensors) > 1 or isinstance(step.operation, Fork)
     value = tensors if several else tensors[0]

@@ -184,7 +184,7 @@ def joined(
         return first
 
     def placed(tensors: Sequence[Tensor]) -> Tensor:
-        """Return one tensor (examples, ...) from tensors of some examples; NaN elsewhere."""
+        """Return one tensor (examples, ...) with the values of some examples; NaN for others."""
         whole = torch.full((count, *tensors[0].shape[1:]), math.nan, dtype=torch.float64)
         for (index, _), tensor in zip(pieces, tensors, strict=True):
             whole[list(index)] = tensor

@@ -214,7 +214,7 @@ def _works_along(node: fx.Node, source: fx.Node, layout: Layout) -> bool:
 
 
 def _counts(index: fx.Node, layout: Layout) -> bool:
-    """Return True if an index is 0, 1, ..., n − 1 for n examples, so that each takes its own.
+    """Return True if an index is 0, 1, ..., n − 1 for n examples: example i takes row i.
 
     Args:
         index: The node of the index, for the dimension of the examples.

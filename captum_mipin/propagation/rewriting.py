@@ -212,7 +212,7 @@ def _placed(
 
 
 def _fork(draft: Draft, run: fx.Node, node: fx.Node, unscaled: bool = False) -> None:
-    """Add a fork behind a tensor if it feeds several branches, or if its scale must be learned.
+    """Add a :class:`Fork` behind a tensor with several branches, or with a scale to be learned.
 
     Args:
         draft: The draft, whose graph and steps are changed.
@@ -254,7 +254,7 @@ def _fork(draft: Draft, run: fx.Node, node: fx.Node, unscaled: bool = False) -> 
 
 
 def _together(node: fx.Node, users: Sequence[fx.Node]) -> list[fx.Node]:
-    """Return those users of ``node`` with weights that one regression can invert together."""
+    """Return the users of a node that have weights and that one regression can invert together."""
     learned: list[fx.Node] = []
     for user in users:
         rule = MIPIN.get(str(user.target))
