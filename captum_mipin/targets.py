@@ -45,7 +45,8 @@ def per_example(target: Any, output: Tensor) -> list[Target]:
         target = torch.from_numpy(target) if target.dtype.kind in "iufb" else target.tolist()
     if isinstance(target, Tensor):
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            convert = "target.long()" if target.ndim < 2 else "target.argmax(1)"
+            numbers = "target.long()" if target.ndim < 2 or target.dtype == torch.bool else "target"
+            convert = numbers if target.ndim < 2 else f"{numbers}.argmax(1)"
             raise TargetError(
                 f"the target is a tensor of dtype {target.dtype} and shape {tuple(target.shape)}, "
                 f"expected integers, one index per example: pass {convert}"

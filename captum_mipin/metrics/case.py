@@ -136,7 +136,8 @@ class Case:
         if model is None:
             attribution = attribution_of(self.method)
             if attribution is None:
-                check_method(self.method)
+                if isinstance(self.method, (str, type)):
+                    check_method(self.method)
                 raise InputError(
                     f"the method {method_name(self.method)} does not contain its model, expected "
                     "a Captum Attribution or the argument model: pass model="

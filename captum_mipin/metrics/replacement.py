@@ -176,12 +176,7 @@ def sensitivity_n(
     case = Case.of(method, inputs, target, **options)
     pixels = _Pixels.of(case, baseline, score, reduction)
     places = pixels.heat.shape[1]
-    numbers = _log_spaced(places) if n is None else list(n) if isinstance(n, Iterable) else []
-    if not numbers or not all(isinstance(k, int) and 1 <= k <= places for k in numbers):
-        raise InputError(
-            f"n={n!r}, expected a list of sizes of sets, each from 1 to {places}: pass for example "
-            f"n=[1, {places}]"
-        )
+    numbers = _sizes(n, places)
     counts = torch.tensor(numbers, device=pixels.heat.device)
     sample = torch.arange(samples, device=counts.device).repeat(len(numbers))
     whole = case.scores(case.examples, score)
@@ -387,8 +382,14 @@ def _distinct_inputs(
     return first // points, first % points, number.view(len(changes), points)
 
 
-def _log_spaced(places: int) -> list[int]:
-    """Return up to 16 sizes of sets from 1 to 0.8 of all places, even on a logarithmic scale."""
-    # n_k = (0.8 · places)^(k / 15), k = 0 ... 15
-    most = max(1.0, 0.8 * places)
-    return sorted({round(most ** (k / 15)) for k in range(16)})
+def _sizes(n: Any, places: int) -> list[int]:
+    """Return the sizes of sets; by default 16 on a logarithmic scale, up to 0.8 of all."""
+    if n is None:
+        # n_k = (0.8 · places)^(k / 15), k = 0 ... 15; equal sizes count once
+        most = max(1.0, 0.8 * places)
+        return sorted({round(most ** (k / 15)) for k in range(16)})
+    sizes = list(n) if isinstance(n, Iterable) else []
+    if not sizes or not all(hasattr(k, "__index__") and 1 <= k <= places for k in sizes):
+        expected = f"expected a list of sizes of sets, each from 1 to {places}"
+        raise InputError(f"n={n!r}, {expected}: pass for example n=[1, {places}]")
+    return sizes

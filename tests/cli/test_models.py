@@ -73,7 +73,7 @@ def test_models_and_layers_that_do_not_exist_are_refused(capsys):
             "check tiny_networks:broken",
         ),
         ("needs a model torchvision:NAME", f"{BUILT} --weights torchvision"),
-        ("one of Sequential: 0, 1, 2, 3, 4", f"{BUILT} --layer layer4"),
+        ("one of '4', '3', '2', '1', '0'; or photographs", f"{BUILT} --layer layer4"),
     ):
         assert message in refused(capsys, line), message
 

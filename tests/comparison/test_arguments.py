@@ -155,7 +155,7 @@ def test_targets_that_fit_no_output_are_refused_before_any_work(cnn, noting, ask
         (3, r"target 3 is outside the model's outputs of shape \(3,\)"),
         ([0, 1, 7], "target 7 is outside"),
         (torch.zeros(3, 1).long(), r"shape \(3, 1\), expected one dimension"),
-        ("cat", "target 'cat' of type str"),
+        ("cat", "target 'cat' is a str"),
     ):
         with pytest.raises(TargetError, match=message):
             compare([noting, "Saliency"], x, targets, model=cnn.model, **ASK)
@@ -172,7 +172,7 @@ def test_no_target_is_needed_for_one_output(cnn):
     for named in (methods, dict(reversed(methods.items()))):
         found = compare(named, cnn.x[:2], **options)
         assert not found["one"].errors
-        assert "Target not provided" in found["three"].error
+        assert "no target was given" in found["three"].error
 
 
 def test_a_model_in_training_mode_is_refused_and_left_alone(own_cnn, noting, asked, untouched):

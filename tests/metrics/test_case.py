@@ -184,7 +184,7 @@ def test_labels_of_two_dimensions_are_refused_in_the_users_words(cnn):
         for target in (torch.zeros(5, 1).long(), np.zeros((5, 1), int)):
             with pytest.raises(TargetError, match=message):
                 metric(cnn.mipin, x, target, **options)
-    with pytest.raises(TargetError, match=r"shape \(5, 2\), .* a tuple for each example"):
+    with pytest.raises(TargetError, match=r"shape \(5, 2\), .* pass target\.argmax\(1\)"):
         deletion(cnn.mipin, x, torch.zeros(5, 2).long())
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from captum_mipin.errors import InputError
 from captum_mipin.metrics import deletion, infidelity, insertion, sensitivity_n
 from captum_mipin.metrics.baselines import blur
-from captum_mipin.metrics.replacement import _log_spaced
+from captum_mipin.metrics.replacement import _sizes
 
 
 def generator(seed=0):
@@ -441,10 +441,10 @@ def test_maps_and_outputs_of_any_size_have_the_same_scores(scale):
 
 
 def test_numbers_of_pixels_are_log_spaced():
-    assert _log_spaced(50176)[0] == 1
-    assert _log_spaced(50176)[-1] == round(0.8 * 50176)
-    assert len(_log_spaced(50176)) == 16
-    assert _log_spaced(1) == [1]
+    assert _sizes(None, 50176)[0] == 1
+    assert _sizes(None, 50176)[-1] == round(0.8 * 50176)
+    assert len(_sizes(None, 50176)) == 16
+    assert _sizes(None, 1) == [1]
     for bad in ([], [0], [65]):
         with pytest.raises(InputError, match="from 1 to 64"):
             sensitivity_n(
