@@ -47,9 +47,15 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def check_number(
-    name: str, value: Any, least: float = 0, *, above: bool = False, whole: bool = False
+    name: str,
+    value: Any,
+    least: float = 0,
+    *,
+    above: bool = False,
+    whole: bool = False,
+    finite: bool = True,
 ) -> None:
-    """Raise InputError unless the value of an option is a finite number of at least ``least``.
+    """Raise InputError unless the value of an option is a number of at least ``least``.
 
     Args:
         name: The name of the option.
@@ -57,18 +63,20 @@ def check_number(
         least: The least allowed value.
         above: True if the value must be greater than ``least``.
         whole: True if the value must be an integer.
+        finite: True if the value must be less than infinity.
 
     Examples:
         >>> check_number("ridge", "low")
         Traceback (most recent call last):
         captum_mipin.errors.InputError: ridge='low' must be a finite number of at least 0: change it
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
     if (
-        not is_number
+        not isinstance(value, Real)
+        or isinstance(value, bool)
+        or (finite and not isfinite(value))
         or (whole and not hasattr(value, "__index__"))
         or not (value > least if above else value >= least)
     ):
-        expected = f"a {'whole' if whole else 'finite'} number "
+        expected = f"a {'whole ' if whole else 'finite ' if finite else ''}number "
         expected += f"above {least:g}" if above else f"of at least {least:g}"
         raise InputError(f"{name}={value!r} must be {expected}: change it")

@@ -230,7 +230,7 @@ def test_a_dense_layer_of_another_width_is_named_with_the_way_out(untouched):
     message = (
         r"(?s)Sequential cannot run on inputs \(2, 1, 9, 9\).*F\.linear.*"
         r"in module '3' \(Linear\).*"
-        r"was fitted on \(1, 8, 8\) torch\.float32\. Resize the inputs to these shapes.*"
+        r"was fitted on \(1, 8, 8\) torch\.float32 per example\. Resize the inputs to this shape.*"
         r"nn\.AdaptiveAvgPool2d"
     )
     for call in (inverse.source_signal, MIPINAttribution(model, inverse).attribute):

@@ -71,5 +71,5 @@ class Extent:
         if extent.steps is not None:
             check_number("steps", extent.steps, 1, whole=True)
         if extent.budget is not None:
-            check_number("budget", extent.budget, 0)
+            check_number("budget", extent.budget, finite=False)
         return extent, shared

@@ -140,7 +140,7 @@ def size_hint(origin: Origin, inputs: Inputs, extras: Extras) -> str:
             + ("leave them out" if extras else "pass them")
             + ", or fit another InverseNetwork with such calls by unpack=."
         )
-    fitted = f"The inverse was fitted on examples of shape and dtype {shapes(origin.signature)}"
+    fitted = f"The inverse was fitted on {shapes(origin.signature)} per example"
     dims = [literal_eval(leaf[1]) for leaf in origin.signature.leaves[: len(inputs)]]
     if [x.ndim - 1 for x in inputs] != list(map(len, dims)):
         return f"{fitted}: pass a batch of such examples, (batch, ...)."

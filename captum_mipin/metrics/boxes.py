@@ -174,7 +174,7 @@ def pointing_game(
     """
     check_choice("average", average, ("samples", "classes"))
     if tolerance is not None:
-        check_number("tolerance", tolerance, 0)
+        check_number("tolerance", tolerance, finite=False)
     case = Case.of(method, inputs, target, **options)
     heats, masks = _heat_and_masks(case, boxes, reduction)
     if tolerance is None:

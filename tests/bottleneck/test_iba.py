@@ -675,7 +675,7 @@ def test_a_layer_whose_output_is_thrown_away(x):
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda x: x[:, :2], errors.CaptureError, "Pass inputs of the shape"),
+        (lambda x: x[:, :2], errors.CaptureError, "Pass inputs of a shape"),
         (lambda x: x.double(), MIPINError, "float64|double|Double"),
         (lambda x: x[:0], errors.InputError, "is empty"),
         (lambda x: [x], errors.InputError, "inputs are a list"),

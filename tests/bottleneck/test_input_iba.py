@@ -568,7 +568,7 @@ def test_settings_out_of_range(options, message):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [("best", "settings='best' is not one of"), (Bottleneck(), "expected a Three")],
+    [("best", "settings='best' is not one of"), (Bottleneck(), "expected Three")],
 )
 def test_settings_of_another_kind(model, settings, message):
     with pytest.raises(InputError, match=message):
