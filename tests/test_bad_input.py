@@ -245,9 +245,9 @@ def test_the_way_out_of_an_operation_without_a_rule_works(mlp: Any) -> None:
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (lambda y: (y, y), "returns a tuple, expected one tensor.*Wrap it"),
-        (lambda y: (y,), "expected one tensor.*Wrap it"),
-        (lambda y: {"logits": y}, "expected one tensor.*Wrap it"),
+        (lambda y: (y, y), "returns a tuple, expected one tensor.*rap the model in"),
+        (lambda y: (y,), "expected one tensor.*rap the model in"),
+        (lambda y: {"logits": y}, "expected one tensor.*rap the model in"),
         (lambda y: y.argmax(1), "does not depend on its input"),
         (lambda y: y.detach() * 0 + 1, None),
         (lambda y: y.sum(), None),

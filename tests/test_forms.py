@@ -564,30 +564,34 @@ def test_check_looks_at_the_chosen_output(alone):
         (
             "tuple",
             None,
-            r"returns a tuple, expected one tensor\. Choose one by output=, out of 0, 1\. Wrap it",
+            r"returns a tuple, expected one tensor\. Choose one by output=, out of 0, 1, or wrap",
         ),
         (
             "dictionary",
             None,
-            r"returns a OrderedDict, expected one tensor\. "
-            r"Choose one by output=, out of 'logits', 'aux'\. Wrap",
+            r"returns an OrderedDict, expected one tensor\. "
+            r"Choose one by output=, out of 'logits', 'aux', or wrap",
         ),
         (
             "named tuple",
             None,
             r"returns a Pair, expected one tensor\. "
-            r"Choose one by output=, out of 'logits', 'aux'\.",
+            r"Choose one by output=, out of 'logits', 'aux', or wrap",
         ),
-        ("dataclass", None, r"returns a Outputs, expected .* out of 'logits', 'aux', 'states'\."),
+        (
+            "dataclass",
+            None,
+            r"returns an Outputs, expected .* out of 'logits', 'aux', 'states', or wrap",
+        ),
         (
             "dataclass",
             "states",
-            r"has for output='states' None, expected one tensor\. Wrap it",
+            r"has for output='states' None, expected one tensor\. Wrap",
         ),
         (
             "nested",
             "heads",
-            r"has for output='heads' a tuple, .* output=, out of \('heads', 0\), \('heads', 1\)\.",
+            r"has for output='heads' a tuple, .* output=, out of \('heads', 0\), \('heads', 1\), or wrap",
         ),
         (
             "nested",

@@ -150,10 +150,10 @@ def select(value: Any, output: Output) -> Tensor:
         return value
     returns = f"has for output={_shown(path)!r}" if path else "returns"
     choices = _choices(value, path)
-    choose = f"Choose one by output=, out of {choices}. " if choices else ""
+    choose = f"Choose one by output=, out of {choices}, or wrap" if choices else "Wrap"
     raise CaptureError(
-        f"the model {returns} {type_of(value)}, expected one tensor. {choose}"
-        "Wrap it in a module that returns only the logits."
+        f"the model {returns} {type_of(value)}, expected one tensor. {choose} "
+        "the model in a module that returns only the logits."
     )
 
 

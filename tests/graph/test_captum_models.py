@@ -113,7 +113,7 @@ CASES = {
         basic.MultiRelu(),
         ((3,), (3,)),
         0,
-        refused=(CaptureError, r"returns a tuple, .* Wrap it in a module"),
+        refused=(CaptureError, r"returns a tuple, .* or wrap the model in a module"),
     ),
     "BasicModel_MultiLayer": Case(basic.BasicModel_MultiLayer(), ((3,),), 0),
     "BasicModel_MultiLayer, all": Case(
