@@ -75,7 +75,7 @@ def check_number(
         or isinstance(value, bool)
         or (finite and not isfinite(value))
         or (whole and not hasattr(value, "__index__"))
-        or not (value > least if above else value >= least)
+        or not (float(value) > least if above else float(value) >= least)
     ):
         expected = f"a {'whole ' if whole else 'finite ' if finite else ''}number "
         expected += f"above {least:g}" if above else f"of at least {least:g}"

@@ -564,24 +564,24 @@ def test_check_looks_at_the_chosen_output(alone):
         (
             "tuple",
             None,
-            r"returns a tuple, expected one tensor\. Choose one by output=, out of 0, 1, or wrap",
+            r"returns a tuple, expected one tensor\. Choose one by output=, out of 0, 1, or w",
         ),
         (
             "dictionary",
             None,
             r"returns an OrderedDict, expected one tensor\. "
-            r"Choose one by output=, out of 'logits', 'aux', or wrap",
+            r"Choose one by output=, out of 'logits', 'aux', or w",
         ),
         (
             "named tuple",
             None,
             r"returns a Pair, expected one tensor\. "
-            r"Choose one by output=, out of 'logits', 'aux', or wrap",
+            r"Choose one by output=, out of 'logits', 'aux', or w",
         ),
         (
             "dataclass",
             None,
-            r"returns an Outputs, expected .* out of 'logits', 'aux', 'states', or wrap",
+            r"returns an Outputs, expected .* out of 'logits', 'aux', 'states', or w",
         ),
         (
             "dataclass",
@@ -591,7 +591,7 @@ def test_check_looks_at_the_chosen_output(alone):
         (
             "nested",
             "heads",
-            r"has for output='heads' a tuple, .* output=, out of \('heads', 0\), \('heads', 1\), or wrap",
+            r"has for output='heads' a tuple, .* out of \('heads', 0\), \('heads', 1\), or wrap",
         ),
         (
             "nested",
