@@ -373,3 +373,21 @@ def test_a_folder_in_place_of_a_file(tmp_path: Any) -> None:
         inverse.save(tmp_path)
     with pytest.raises(FileNotFoundError, match="is a folder, expected a file that this package"):
         InverseNetwork.load(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda parts, x: x.T, r"output has shape \(3, batch\), expected the batch as its first"),
+        (lambda parts, x: x.flatten(), r"output has shape \(3\*batch,\), expected the batch"),
+        (lambda parts, x: x.mean(0) + x, r"shape \(3,\), .* contains the batch: it mixes the ex"),
+        (lambda parts, x: x * x.sum().item(), "a number computed from the whole batch, as a value"),
+    ],
+)
+def test_shapes_say_batch(function: Any, message: str) -> None:
+    class Behind(Of):
+        def forward(self, *inputs: Tensor) -> Any:
+            return self.function(self.parts, self.last(*inputs))
+
+    with pytest.raises(CaptureError, match=message):
+        LRP(Behind(function).eval()).attribute(ROWS, 0)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.kept import Kept
-from captum_mipin.graph.layout import first_dimension
+from captum_mipin.graph.layout import first_dimension, shape_text
 from captum_mipin.graph.marks import module_stack, value_of
 from captum_mipin.graph.nodes import place
 from captum_mipin.graph.signature import pick
@@ -100,10 +100,9 @@ def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | st
             "to it: name another layer"
         )
     if not first_dimension(value, captured.batch):
-        shape = tuple(map(str, value.shape))
         raise CaptureError(
-            f"{shown} has shape {shape}, expected the batch as its first dimension: name another "
-            "layer"
+            f"{shown} has shape {shape_text(value, captured.batch)}, expected the batch as its "
+            "first dimension: name another layer"
         )
     return name
 

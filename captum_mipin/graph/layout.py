@@ -71,6 +71,17 @@ def first_dimension(value: Tensor, batch: str) -> bool:
     return batch_dimension(value, batch) == 0
 
 
+def shape_text(value: Tensor, batch: str) -> str:
+    """Return the shape of a traced tensor for an error message, with the word batch.
+
+    Args:
+        value: The traced tensor.
+        batch: The symbol of the batch size.
+    """
+    sizes = [str(size).replace(batch, "batch") for size in value.shape]
+    return f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"
+
+
 def batch_dimension(value: Tensor, batch: str) -> int | None:
     """Return the dimension whose size is the batch size; None if there is not exactly one."""
     dim, count = folded_batch(value, batch) or (None, 0)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from captum_mipin.errors import CaptureError, FitError
 from captum_mipin.graph.capture import CapturedGraph
-from captum_mipin.graph.layout import first_dimension
+from captum_mipin.graph.layout import first_dimension, shape_text
 from captum_mipin.graph.marks import marks, value_of
 from captum_mipin.graph.nodes import ancestors, is_size, place
 from captum_mipin.graph.subgraph import evaluate, extract, run_part
@@ -136,8 +136,8 @@ def _check_feature(captured: CapturedGraph, feature: str | None) -> None:
         ):
             raise CaptureError(
                 f"neighbours cannot be compared by {place(node)}, of dtype {value.dtype} and shape "
-                f"{tuple(map(str, value.shape))}, expected floating-point numbers with the batch "
-                "as the first dimension: pass another feature="
+                f"{shape_text(value, captured.batch)}, expected floating-point numbers with the "
+                "batch as the first dimension: pass another feature="
             )
 
 

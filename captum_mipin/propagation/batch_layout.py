@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from captum_mipin.graph.layout import Layout, folded_batch
+from captum_mipin.graph.layout import Layout, folded_batch, shape_text
 from captum_mipin.graph.marks import mark, marks, original, value_of
 from captum_mipin.graph.nodes import argument, is_size, operation
 from captum_mipin.propagation.draft import Draft
@@ -126,8 +126,11 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
     value = _tensor(node)
     folded = folded_batch(value, batch) if isinstance(value, Tensor) else None
     if folded is None:
-        shape = tuple(map(str, value.shape)) if isinstance(value, Tensor) else value
-        return f"its result has shape {shape}, expected one dimension that contains the batch"
+        shape = shape_text(value, batch) if isinstance(value, Tensor) else value
+        return (
+            f"its result has shape {shape}, expected one dimension that contains the batch: it "
+            "mixes the examples, or leaves them out"
+        )
     dim, count = folded
     layouts = set[Layout]()
     for source in node.all_input_nodes:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, fx
 
 from captum_mipin.errors import CaptureError
-from captum_mipin.graph.layout import Layout, first_dimension
+from captum_mipin.graph.layout import Layout, first_dimension, shape_text
 from captum_mipin.graph.marks import mark, marks, value_of
 from captum_mipin.graph.nodes import ancestors, operation
 from captum_mipin.propagation.averages import join_averages
@@ -113,14 +113,16 @@ def check_ends(draft: Draft) -> None:
         raise CaptureError(text)
     for node in draft.starts:
         if not first_dimension(value_of(node), draft.batch):
+            shape = shape_text(value_of(node), draft.batch)
             raise CaptureError(
-                f"{marks(node).key} has shape {_shape(node)}, expected the batch as its first "
-                "dimension: name another layer"
+                f"{marks(node).key} has shape {shape}, expected the batch as its first dimension: "
+                "name another layer"
             )
     if marks(draft.output).layout != Layout():
+        shape = shape_text(value_of(draft.output), draft.batch)
         raise CaptureError(
-            f"the model's output has shape {_shape(draft.output)}, expected the batch as its first "
-            "dimension, with one row per example: wrap the model in a module that moves it there"
+            f"the model's output has shape {shape}, expected the batch as its first dimension, "
+            "with one row per example: wrap the model in a module that moves it there"
         )
 
 
@@ -143,7 +145,3 @@ def without_signal(lost: Sequence[fx.Node], output: fx.Node) -> str:
         f"the model's output does not depend on {', '.join(names.values()) or 'its input'}, so "
         "nothing can be explained; expected a tensor whose values reach the output"
     )
-
-
-def _shape(node: fx.Node) -> tuple[str, ...]:
-    return tuple(map(str, value_of(node).shape))

@@ -124,8 +124,8 @@ def _objection(draft: Draft, node: fx.Node, rule: Rule | None) -> str | None:
     further = nodes_in((node.args[1:], node.kwargs))
     if operation(node) not in SHAPE and any(map(is_size, further)):
         return (
-            "it uses the size of the batch as a value, so an explanation would depend on the other "
-            "examples"
+            "it uses the size of the batch, or a number computed from the whole batch, as a value, "
+            "so an explanation would depend on the other examples"
         )
     if rule is None or known.recorded:
         return known.mixes or None

@@ -95,8 +95,8 @@ def test_examples_that_depend_on_each_other_are_refused(name):
         ("shifted", "aten.pad.default", "computes along the batch"),
         ("shifted in a gate", "aten.pad.default", "computes along the batch"),
         ("shifted flat", "aten.pad.default", "computes along the batch"),
-        ("size as a float", "aten.mul.Tensor", "uses the size of the batch as a value"),
-        ("root of the size", "aten.mul.Tensor", "uses the size of the batch as a value"),
+        ("size as a float", "aten.mul.Tensor", "uses the size of the batch, or a number computed"),
+        ("root of the size", "aten.mul.Tensor", "uses the size of the batch, or a number computed"),
         (
             "dropout in attention",
             "aten.scaled_dot_product_attention.default",

@@ -256,11 +256,9 @@ def test_ends_without_signal_or_with_the_batch_elsewhere_are_refused() -> None:
         chosen = net.call(aten.gt.Scalar, gate, 0.5)
         net.draft(net.call(aten.where.ScalarOther, chosen, weight, 0.0), "check_ends")
     turned = net.call(aten.permute.default, net.x, [1, 0])
-    with pytest.raises(CaptureError, match=r"output has shape \('4', 's\d+'\), expected the batch"):
+    with pytest.raises(CaptureError, match=r"output has shape \(4, batch\), expected the batch"):
         net.draft(turned, "check_ends")
-    with pytest.raises(
-        CaptureError, match=r"permute has shape \('4', 's\d+'\), expected the batch"
-    ):
+    with pytest.raises(CaptureError, match=r"permute has shape \(4, batch\), expected the batch"):
         net.draft(net.call(aten.permute.default, turned, [1, 0]), "check_ends", start=turned)
 
 
