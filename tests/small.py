@@ -36,6 +36,17 @@ class Wants(nn.Module):
         return self.last(h * k)
 
 
+class Scaled(nn.Module):
+    """A network of one input and one further argument."""
+
+    def __init__(self, features=4):
+        super().__init__()
+        self.first, self.last = nn.Linear(features, 5), nn.Linear(5, 2)
+
+    def forward(self, x, scale=1.0):
+        return self.last(torch.relu(self.first(x * scale)))
+
+
 def text_classifier():
     """Return a network for tokens below 20: an embedding, an LSTM, two classes."""
     torch.manual_seed(0)

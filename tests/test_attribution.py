@@ -27,6 +27,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from captum.metrics import infidelity, sensitivity_max
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import Scaled
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, check
@@ -59,17 +60,6 @@ class TwoInputs(nn.Module):
         if scale is not None:
             h = h * scale
         return self.last(h * factor)
-
-
-class Scaled(nn.Module):
-    """One input and one further argument."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 2)
-
-    def forward(self, x: Tensor, scale: Any = 1.0) -> Tensor:
-        return self.last(torch.relu(self.first(x * scale)))
 
 
 class Shaped(nn.Module):
@@ -1039,12 +1029,8 @@ def test_layers_that_have_no_one_output_are_refused(untouched: Any) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.relu, self.b, self.c = (
-                nn.Linear(4, 5),
-                nn.ReLU(),
-                nn.Linear(5, 5),
-                nn.Linear(5, 2),
-            )
+            self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+            self.relu = nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.c(self.relu(self.b(self.relu(self.a(x)))))

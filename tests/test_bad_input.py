@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from odd_batches import Batches, batch_at, interrupt
+from small import Scaled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -40,17 +41,6 @@ class Steps(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.last(self.step(self.first(x)))
-
-
-class Scaled(nn.Module):
-    """One input and one further argument."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor, scale: Any = 1.0) -> Tensor:
-        return self.last(torch.relu(self.first(x * scale)))
 
 
 def _raise(error: BaseException) -> Any:
@@ -213,12 +203,8 @@ def test_what_an_inverse_does_not_lead_to() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.act, self.inner, self.last = (
-                nn.Linear(4, 5),
-                nn.ReLU(),
-                nn.Linear(5, 5),
-                nn.Linear(5, 3),
-            )
+            self.act = nn.ReLU()
+            self.first, self.inner, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
 
         def forward(self, x: Tensor) -> Any:
             h = self.act(self.first(x))
@@ -711,7 +697,7 @@ def test_a_loader_whose_number_of_examples_never_repeats_is_refused(
     ],
 )
 def test_further_arguments_that_change_between_batches(mlp: Any, others: Any) -> None:
-    model = Scaled().eval()
+    model = Scaled(6).eval()
     batches = [(mlp.x[:40], 2.0), others(mlp.x[40:80])]
     with pytest.raises(FitError, match="batch 1"):
         InverseNetwork(model).fit(batches, unpack=lambda batch: batch, progress=False)

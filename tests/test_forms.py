@@ -942,11 +942,8 @@ class Shuffled(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.head = (
-            nn.Conv2d(3, 8, 3),
-            nn.Conv2d(8, 8, 1, groups=4),
-            nn.Linear(8, 3),
-        )
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=4)
+        self.head = nn.Linear(8, 3)
         self.groups = 2
 
     def forward(self, x):

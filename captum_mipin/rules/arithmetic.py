@@ -9,7 +9,7 @@ branches.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -178,27 +178,25 @@ def _constant_dividend(node: fx.Node) -> str | None:
 _SUM = Passes(
     note="the sum's signal goes to each term; its scale is learned", carriers=every, restores=False
 )
-_SCALE = Passes(
-    note="adjoint, gates as recorded; its scale is learned",
-    carriers=factors,
-    records=True,
-    restores=False,
-    refuse=mere_scale,
-    caveat=two_signals,
-)
 _RATIO = Passes(
     note="adjoint; its scale is learned",
+    carriers=factors,
     records=True,
     restores=False,
-    carriers=factors,
     refuse=_constant_dividend,
+)
+PRODUCT = replace(
+    _RATIO,
+    note="adjoint, gates as recorded; its scale is learned",
+    refuse=mere_scale,
+    caveat=two_signals,
 )
 
 ARITHMETIC = {
     f"aten.{name}": rule
     for rule, names in (
         (_SUM, "add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar neg.default"),
-        (_SCALE, "mul.Tensor mul.Scalar"),
+        (PRODUCT, "mul.Tensor mul.Scalar"),
         (_RATIO, "div.Tensor div.Scalar"),
     )
     for name in names.split()

@@ -5,6 +5,7 @@ signal; nor do queries and keys. Any other gate is treated in the same way. If n
 made by a gate, each of them gets the signal through the other one, which is recorded.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -12,9 +13,8 @@ from torch import Tensor, fx
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.nodes import argument
-from captum_mipin.rules.arithmetic import mere_scale, two_signals
+from captum_mipin.rules.arithmetic import PRODUCT, mere_scale
 from captum_mipin.rules.base import OwnOperation, Passes, at, varies
-from captum_mipin.rules.gates import factors
 
 
 def _sum_of_product(a: Tensor, b: Tensor, dims: Any, keepdim: bool = False) -> Tensor:
@@ -40,13 +40,8 @@ def _no_weights(node: fx.Node) -> str | None:
     )
 
 
-_PRODUCT = Passes(
-    note="adjoint, weights and gates as recorded; its scale is learned",
-    carriers=factors,
-    records=True,
-    restores=False,
-    refuse=_no_weights,
-    caveat=two_signals,
+_PRODUCT = replace(
+    PRODUCT, note="adjoint, weights and gates as recorded; its scale is learned", refuse=_no_weights
 )
 ATTENTION = {
     "aten.scaled_dot_product_attention.default": Passes(

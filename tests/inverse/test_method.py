@@ -529,12 +529,8 @@ def test_concatenation_of_two_inputs():
     class Joined(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.head = (
-                nn.Conv2d(1, 2, 3),
-                nn.Conv2d(2, 3, 2, stride=2),
-                nn.Linear(45, 3),
-            )
-            self.join = nn.ReLU()
+            self.a, self.b = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 3, 2, stride=2)
+            self.join, self.head = nn.ReLU(), nn.Linear(45, 3)
 
         def forward(self, a, b):
             return self.head(self.join(torch.cat([self.a(a), self.b(b)], 1)).flatten(1))
@@ -722,18 +718,6 @@ def test_order_of_the_branches_does_not_matter():
             assert_close(a, b, 1e-9)
 
 
-def test_weights_computed_in_the_network_are_weights_too():
-    x, plain = normal(40, 2, 5, 5), seeded(Terms(("conv", ""), conv=nn.Conv2d(4, 4, 3, padding=1)))
-    normed = copy.deepcopy(plain)
-    nn.utils.parametrizations.weight_norm(normed.branches["conv"])
-    normed.eval()
-    assert_close(normed(x).detach(), plain(x).detach())
-    for a, b in zip(
-        both(fitted(plain, x, 1), x[:5], 1), both(fitted(normed, x, 1), x[:5], 1), strict=True
-    ):
-        assert_close(a, b, 1e-9)
-
-
 class Skip(nn.Module):
     """A dense layer beside the input itself."""
 
@@ -745,10 +729,18 @@ class Skip(nn.Module):
         return self.head(torch.relu(x + self.layer(x)))
 
 
-def test_weights_computed_in_the_network_on_a_fork_at_the_input():
-    x, plain = normal(50, 6), seeded(Skip())
+@pytest.mark.parametrize(
+    ("plain", "layer", "x"),
+    [
+        (Terms(("conv", ""), conv=nn.Conv2d(4, 4, 3, padding=1)), "branches.conv", (40, 2, 5, 5)),
+        (Skip(), "layer", (50, 6)),
+    ],
+    ids=["in a branch", "on a fork at the input"],
+)
+def test_weights_computed_in_the_network_are_weights_too(plain, layer, x):
+    x, plain = normal(*x), seeded(plain)
     normed = copy.deepcopy(plain)
-    nn.utils.parametrizations.weight_norm(normed.layer)
+    nn.utils.parametrizations.weight_norm(normed.get_submodule(layer))
     normed.eval()
     assert_close(normed(x).detach(), plain(x).detach())
     for a, b in zip(
@@ -809,11 +801,8 @@ def test_branches_that_fork_at_the_input_are_learned_together():
     class Inception(nn.Module):
         def __init__(self):
             super().__init__()
-            self.narrow, self.wide, self.head = (
-                nn.Conv2d(2, 3, 1),
-                nn.Conv2d(2, 4, 3, padding=1),
-                nn.Linear(175, 3),
-            )
+            self.narrow, self.wide = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 4, 3, padding=1)
+            self.head = nn.Linear(175, 3)
 
         def forward(self, x):
             return self.head(torch.cat([self.narrow(x), self.wide(x)], 1).relu().flatten(1))

@@ -130,38 +130,30 @@ STACKED = {
 }
 
 
-def test_spelling_of_a_sum_of_tensors_does_not_matter():
+WEIGHTED = [
+    lambda a, b, w: w[0] * a + w[1] * b,
+    lambda a, b, w: (torch.stack([a, b]) * w[:, None, None]).sum(0),
+    lambda a, b, w: (w * torch.stack([a, b], -1)).sum(-1),
+]
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [[lambda a, b, w, how=how: how(a, b) for how in STACKED.values()], WEIGHTED],
+    ids=["plain", "weighted"],
+)
+def test_spelling_of_a_sum_of_tensors_does_not_matter(spellings):
     torch.manual_seed(0)
     modules = {"a": nn.Linear(4, 6), "b": nn.Linear(6, 6), "last": nn.Linear(6, 2)}
 
     def run(how):
         def forward(m, x):
-            h = m["a"](x).relu()
-            return m["last"](how(m["b"](h), h).relu())
-
-        return forward
-
-    alike([run(how) for how in STACKED.values()], normal(60, 4, dtype=torch.float64), **modules)
-
-
-def test_weights_of_a_stack_are_those_of_its_tensors():
-    torch.manual_seed(0)
-    modules = {"a": nn.Linear(4, 6), "b": nn.Linear(6, 6), "last": nn.Linear(6, 2)}
-
-    def run(how):
-        def forward(m, x):
-            h = m["a"](x).relu()
-            weights = m["b"].bias[:2].softmax(0)
+            h, weights = m["a"](x).relu(), m["b"].bias[:2].softmax(0)
             return m["last"](how(m["b"](h), h, weights).relu())
 
         return forward
 
-    runs = [
-        run(lambda a, b, w: w[0] * a + w[1] * b),
-        run(lambda a, b, w: (torch.stack([a, b]) * w[:, None, None]).sum(0)),
-        run(lambda a, b, w: (w * torch.stack([a, b], -1)).sum(-1)),
-    ]
-    alike(runs, normal(60, 4, dtype=torch.float64), **modules)
+    alike([run(how) for how in spellings], normal(60, 4, dtype=torch.float64), **modules)
 
 
 LAYER_NORMS = {
