@@ -95,7 +95,9 @@ def test_a_layer_may_be_named(fitted):
     mipin = for_photographs(model, x, 0, layer="2.1", progress=False)
     assert mipin.picked == "MIP-IN, A × gradient at 2.1"
     assert mipin.attribute(x[:1], target=0).shape == (1, 1, 2, 2)
-    with pytest.raises(InputError, match=r"no layer '5\.weight'.*named_modules"):
+    with pytest.raises(
+        InputError, match=r"layer is '5\.weight', expected a module .*named_modules"
+    ):
         for_photographs(model, x, 0, layer="5.weight", progress=False)
 
 

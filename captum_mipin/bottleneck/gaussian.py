@@ -277,7 +277,7 @@ def optimise(
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
-    """Return standard normal noise of this shape in float32: the same for masks of any dtype."""
+    """Return standard normal noise in float32; masks of any dtype get the same noise."""
     return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 

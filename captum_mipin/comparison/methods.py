@@ -174,7 +174,7 @@ def label_of(method: Any) -> str:
 
 
 def _reading_of(method: Any) -> str:
-    """Return " " and the name of the reading that a method of MIP-IN is; empty for A and others."""
+    """Return the name of a reading of MIP-IN after a space; "" for A and for other methods."""
     options: set[str] = set()
     while isinstance(method, partial):
         options |= {option for option, value in method.keywords.items() if value}

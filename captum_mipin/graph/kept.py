@@ -100,7 +100,7 @@ class Kept:
         return names
 
     def _parts(self, value: Any) -> Iterable[Any]:
-        """Return what a value refers to, and note the place that the value itself is."""
+        """Return what a value refers to, and note the value if calls may write to it."""
         if isinstance(value, (Tensor, str, bytes, int, float, type(None))):
             return ()
         if isinstance(value, FunctionType):

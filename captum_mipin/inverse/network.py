@@ -309,7 +309,7 @@ class InverseNetwork(ClassInverse):
         return batches, first
 
     def _shared_inverses(self, surrogate: Surrogate, chosen: Sequence[Target]) -> Fitted:
-        """Return the inverses that new classes share with earlier ones: all but the first step."""
+        """Return for new classes the inverses of earlier classes, except that of the first step."""
         if not self.settings.sharing or self._state is None:
             return Fitted()
         earlier = next(iter(self._state.fitted.inverses.values()))

@@ -92,7 +92,7 @@ def _bicubic(run: Any, x: tuple[Tensor, ...], *arguments: Any, **named: Any) -> 
 def among(
     *positions: int, counts: Callable[[Any], bool] = depends
 ) -> Callable[[fx.Node], tuple[int, ...]]:
-    """Return a function for ``carriers=``: those arguments at ``positions`` that count.
+    """Return a function for ``carriers=`` that selects arguments among ``positions``.
 
     Args:
         positions: Positions of the arguments in which an operation is linear.
