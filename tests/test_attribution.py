@@ -239,7 +239,7 @@ def test_tensor_in_tensor_out_tuple_in_tuple_out(mlp: Any) -> None:
 )
 def test_lists_and_other_things_are_refused(mlp: Any, wrap: Callable[[Any], Any]) -> None:
     with pytest.raises(
-        InputError, match=r"inputs are a .*, expected a torch\.Tensor or a tuple of them"
+        InputError, match=r"inputs are .*, expected a torch\.Tensor or a tuple of them"
     ) as caught:
         mlp.mipin.attribute(wrap((mlp.x[:2],)), target=0)
     assert isinstance(caught.value, AssertionError)
