@@ -36,7 +36,9 @@ _RESHAPES = frozenset({"reshape", "flatten", "unflatten"})
 _ALONG_DIMS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("slice", "cat", "unbind"), (1, "dim", 0)),
     **dict.fromkeys(("split", "unsafe_split", "split_with_sizes", "chunk"), (2, "dim", 0)),
-    **dict.fromkeys(("softmax", "_softmax", "sum", "mean", "amax", "select"), (1, "dim")),
+    **dict.fromkeys(
+        ("softmax", "_softmax", "_safe_softmax", "sum", "mean", "amax", "select"), (1, "dim")
+    ),
     **dict.fromkeys(
         ("index_select", "gather", "scatter", "scatter_add", "scatter_reduce", "index_add",
          "index_copy", "index_fill", "amin", "cumsum", "cummax", "cummin", "max.dim", "min.dim",

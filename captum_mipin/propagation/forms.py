@@ -247,14 +247,14 @@ def _scaled(node: fx.Node, part: Any, scale: Any, dim: int, at: int) -> fx.Node:
     return insert(node, _aten.mul.Tensor, part, scale)
 
 
-def insert(before: fx.Node, target: Any, *args: Any) -> fx.Node:
+def insert(before: fx.Node, target: Any, *args: Any, **named: Any) -> fx.Node:
     """Return a new node with all marks, inserted before another node."""
     with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args)
+        node = before.graph.call_function(target, args, named)
     inherit(node, before, original=original(before), key=f"{marks(before).key}/{node.name}")
     values = fx.map_arg(args, value_of)
     with next(value_of(n) for n in node.all_input_nodes).fake_mode:
-        set_value(node, target(*values))
+        set_value(node, target(*values, **named))
     mark_as_varying(node)
     return node
 

@@ -14,10 +14,10 @@ _GATES = frozenset(
      "logical_and", "logical_or", "logical_not"}
 )  # fmt: skip
 #: Operations whose results scale other values.
-_SCALES = frozenset(
+SCALE_OPERATIONS = frozenset(
     {"exp", "sqrt", "rsqrt", "reciprocal", "pow", "abs", "linalg_vector_norm", "var", "std"}
 )
-GATES_AND_SCALES = _GATES | _SCALES
+GATES_AND_SCALES = _GATES | SCALE_OPERATIONS
 #: Operations that divide by their second argument.
 DIVISIONS = ("div", "divided")
 _SCALED = frozenset({"mul", "div", "add", "sub", "neg"})

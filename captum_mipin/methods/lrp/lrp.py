@@ -31,8 +31,9 @@ from captum_mipin.methods.lrp.rules import (
     ZBox,
     ZPlus,
 )
-from captum_mipin.methods.lrp.table import innvestigate, relevance
+from captum_mipin.methods.lrp.table import attnlrp, innvestigate, relevance
 from captum_mipin.options import check_choice, type_of
+from captum_mipin.propagation.attention import expand_attention
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.base import Back
 from captum_mipin.types import Extras, Inputs, Output, Target
@@ -65,8 +66,8 @@ class LRP(Relevance):
     other rearrangements to the original positions. Interpolation and other weighted sums distribute
     relevance in proportion to their terms. Activations, and layer, group, instance and RMS
     norms, give the relevance of each output to the input at the same position. In a product with a
-    gate (squeeze-and-excite, ``x * sigmoid(x)``) and in attention, the values get all relevance,
-    and the gate or the attention weights get none.
+    gate (squeeze-and-excite, ``x * sigmoid(g)``) and in attention, the values get all relevance,
+    and the gate or the attention weights get none; ``attention="attnlrp"`` is the other choice.
 
     Args:
         model: The network, see :class:`~captum_mipin.methods.base.Propagation`.
@@ -80,6 +81,11 @@ class LRP(Relevance):
             over ``composite``.
         bias: "take": biases take relevance as defined by the rules; in z⁺ and αβ, only the part of
             a bias with the sign of the contributions. "none": no denominator contains a bias.
+        attention: "recorded": attention weights and gates are recorded, and get no relevance.
+            "attnlrp": the rules of AttnLRP. Each factor of a product gets half of the relevance:
+            attention weights and values, queries and keys, gate and value. A softmax y of x sends
+            back the relevance R by its Taylor expansion, x_i (R_i − y_i Σ_j R_j), which does not
+            conserve it. A layer norm has LRP-ε for its centring and its shift, with σ recorded.
         output: The output to explain if the model returns several tensors.
 
     Raises:
@@ -87,7 +93,7 @@ class LRP(Relevance):
             ``composite`` pair contains no layer of the model.
 
     Source: Bach et al., PLOS ONE 2015; Montavon et al., 2019 (γ, composites); Binder et al., 2016
-    (batch norm).
+    (batch norm); Achtibat et al., ICML 2024 (AttnLRP).
 
     Examples:
         >>> import torch
@@ -113,11 +119,14 @@ class LRP(Relevance):
         composite: Sequence[tuple[Which, LayerRule]] = (),
         input_rule: LayerRule | None = None,
         bias: Literal["take", "none"] = "take",
+        attention: Literal["recorded", "attnlrp"] = "recorded",
         output: Output = None,
     ) -> None:
         super().__init__(model, output=output)
         check_choice("bias", bias, ("take", "none"))
+        check_choice("attention", attention, ("recorded", "attnlrp"))
         self.rule, self.input_rule, self.bias = rule or Epsilon(), input_rule, bias
+        self.attention = attention
         self.composite = tuple(composite)
         if isinstance(composite, (str, Mapping)) or not all(map(_is_pair, self.composite)):
             raise InputError(
@@ -170,7 +179,8 @@ class LRP(Relevance):
 
     def _others(self) -> Mapping[str, Rule]:
         """Return the rules of all operations without weights."""
-        return relevance(self.bias == "take")
+        rules = attnlrp if self.attention == "attnlrp" else relevance
+        return rules(self.bias == "take")
 
     def _chosen(self, layer: Layer, first: bool, last: bool) -> LayerRule | None:
         """Return the rule of a layer that has priority over ``composite``, or None."""
@@ -179,6 +189,8 @@ class LRP(Relevance):
     def _rewrite(
         self, names: Mapping[LayerRule, str], graph: fx.Graph, batch: str, starts: Sequence[fx.Node]
     ) -> None:
+        if self.attention == "attnlrp":
+            expand_attention(graph, starts)
         modules = dict(self.model.named_modules(remove_duplicate=False))
         unmatched = dict(enumerate(which for which, _ in self.composite))
         paths: list[str] = []
