@@ -2,11 +2,11 @@
 
     python benchmarks/speed_methods.py
 
-VGG-16 and ResNet-50 at 224 x 224, batches of two images, torchvision's random weights (the time
-does not depend on them). Each method is timed in turn with Captum's and zennit's implementation of
-the same method, whether or not theirs is right. Times are medians of processor time on one thread,
-so that the load of the machine counts little. The C library keeps freed memory: the cost of fresh
-pages differs more between machines and runs than methods do.
+VGG-16, ResNet-50 and ViT-B/16 at 224 x 224, batches of two images, torchvision's random weights
+(the time does not depend on them). Each method is timed in turn with Captum's and zennit's
+implementation of the same method, whether or not theirs is right. Times are medians of processor
+time on one thread, so that the load of the machine counts little. The C library keeps freed memory:
+the cost of fresh pages differs more between machines and runs than methods do.
 """
 
 import copy
@@ -109,6 +109,19 @@ def methods(model: nn.Module, x: Tensor) -> dict[str, dict[str, Call]]:
     }
 
 
+def of_transformers(model: nn.Module, x: Tensor) -> dict[str, dict[str, Call]]:
+    """Return method → owner → call, for a transformer."""
+    own_methods: dict[str, Any] = {
+        "LRP-ε": own.LRP(model),
+        "AttnLRP, ε": own.LRP(model, attention="attnlrp"),
+        "AttnLRP, γ": own.LRP(model, rule=own.Gamma(), attention="attnlrp"),
+        "Attention rollout": own.AttentionRollout(model),
+        "Chefer": own.Chefer(model),
+        "LeGrad": own.LeGrad(model),
+    }
+    return {name: {"ours": partial(method.attribute, x, 0)} for name, method in own_methods.items()}
+
+
 def keep_memory() -> bool:
     """Let the C library keep freed memory, if it is glibc; return whether it does."""
     if platform.libc_ver()[0] != "glibc":
@@ -120,7 +133,10 @@ def keep_memory() -> bool:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument(
-        "networks", nargs="*", default=["vgg16", "resnet50"], help="names of torchvision"
+        "networks",
+        nargs="*",
+        default=["vgg16", "resnet50", "vit_b_16"],
+        help="names of torchvision",
     )
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
@@ -133,7 +149,8 @@ def main() -> None:
         model = torchvision.models.get_model(name, weights=None).eval()
         x = torch.randn(2, 3, 224, 224)
         saliency = Saliency(model)
-        for method, calls in methods(model, x).items():
+        calls_of = of_transformers if name.startswith("vit") else methods
+        for method, calls in calls_of(model, x).items():
             times = seconds(
                 [partial(saliency.attribute, x, 0), *calls.values()],
                 arguments.repeats,

@@ -144,6 +144,12 @@ def test_the_other_methods_run(capsys):
     assert "LRP-γ" not in capsys.readouterr().out  # the only convolution is that of the input
 
 
+def test_the_relevance_of_tokens_runs():
+    names = run("Relevance of tokens from attention weights")
+    assert names["tokens"].shape == (2, 17)
+    assert names["maps"].shape == (2, 1, 4, 4)
+
+
 def test_a_process_that_fits_with_others_runs(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -14,11 +14,15 @@ from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.errors import InputError, NotFittedError
 from captum_mipin.methods import (
     LRP,
+    AttentionRollout,
+    Chefer,
     Deconvnet,
     DeepTaylor,
     ExcitationBackprop,
     GuidedBackprop,
+    LeGrad,
     SmoothGrad,
+    patch_map,
 )
 from captum_mipin.metrics import Method
 from captum_mipin.metrics.case import attribution_of, method_name
@@ -72,6 +76,15 @@ def _deep_lift(model: nn.Module) -> Method:
             "nn.ReLU: pass the network that was exported"
         )
     return attr.DeepLift(model)
+
+
+def _patches(method: Any) -> Method:
+    """Return a method with one relevance per token as a method with maps of patches."""
+
+    def maps(x: Tensor, target: Any, extras: Any = None) -> Tensor:
+        return patch_map(method.attribute(x, target, extras))
+
+    return maps
 
 
 def _with(method: Any, **options: Any) -> Method:
@@ -137,8 +150,12 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
     "Guided Backprop": lambda setup: GuidedBackprop(setup.model),
     "Deconvnet": lambda setup: Deconvnet(setup.model),
     "LRP": lambda setup: LRP(setup.model),
+    "AttnLRP": lambda setup: LRP(setup.model, attention="attnlrp"),
     "Deep Taylor": lambda setup: DeepTaylor(setup.model),
     "Excitation Backprop": lambda setup: ExcitationBackprop(setup.model),
+    "Attention Rollout": lambda setup: _patches(AttentionRollout(setup.model)),
+    "Chefer": lambda setup: _patches(Chefer(setup.model)),
+    "LeGrad": lambda setup: _patches(LeGrad(setup.model)),
     "Grad-CAM": lambda setup: _with(
         attr.LayerGradCam(setup.model, setup.layer), relu_attributions=True
     ),

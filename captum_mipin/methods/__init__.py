@@ -1,6 +1,7 @@
 """Further attribution methods for Captum; most of them are tables of rules, like MIP-IN."""
 
 from captum_mipin.methods.at_layer import LayerPropagation
+from captum_mipin.methods.attention import AttentionRollout, Chefer, LeGrad, patch_map
 from captum_mipin.methods.excitation import ExcitationBackprop
 from captum_mipin.methods.gradients import Deconvnet, GuidedBackprop
 from captum_mipin.methods.lrp.lrp import LRP, DeepTaylor
@@ -12,6 +13,8 @@ from captum_mipin.methods.standard import GradCAM, SmoothGrad
 __all__ = [
     "LRP",
     "AlphaBeta",
+    "AttentionRollout",
+    "Chefer",
     "Deconvnet",
     "DeepTaylor",
     "Epsilon",
@@ -21,6 +24,7 @@ __all__ = [
     "GradCAM",
     "GuidedBackprop",
     "LayerPropagation",
+    "LeGrad",
     "PatternAttribution",
     "PatternNet",
     "Patterns",
@@ -28,4 +32,5 @@ __all__ = [
     "WSquare",
     "ZBox",
     "ZPlus",
+    "patch_map",
 ]

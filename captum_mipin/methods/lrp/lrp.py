@@ -6,12 +6,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
-from captum.attr._utils.lrp_rules import (
-    Alpha1_Beta0_Rule,
-    EpsilonRule,
-    GammaRule,
-    PropagationRule,
-)
+from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRule, PropagationRule
 from torch import Tensor, fx, nn
 
 from captum_mipin.errors import InputError
@@ -48,10 +43,8 @@ Which = type[nn.Module] | str | Callable[[str, nn.Module], bool]
 #: Name of an operation with weights → the type of its module.
 _TYPES: Mapping[str, type[nn.Module]] = {
     "linear": nn.Linear,
-    **{f"conv{d}d": kind for d, kind in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1)},
-    "conv_transpose1d": nn.ConvTranspose1d,
-    "conv_transpose2d": nn.ConvTranspose2d,
-    "conv_transpose3d": nn.ConvTranspose3d,
+    **{f"conv{d}d": getattr(nn, f"Conv{d}d") for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": getattr(nn, f"ConvTranspose{d}d") for d in (1, 2, 3)},
 }
 #: Name of the rule of batch norms that are not folded, and the ε of this rule.
 _SCALE, _SCALE_EPSILON = "captum_mipin.scale", 1e-9
