@@ -10,12 +10,10 @@ leaves the model as it was. Families that are named replace their rows of the re
 rows stay.
 """
 
-import argparse
 import contextlib
 import importlib.metadata
 import json
 import multiprocessing
-import subprocess
 import sys
 import time
 import warnings
@@ -40,6 +38,7 @@ from captum_mipin import (
 )
 from captum_mipin.methods import GuidedBackprop, LayerPropagation
 
+FORK = multiprocessing.get_context("fork")  # torch is imported once
 LARGE = 1_500_000  # parameters; beyond that MIP-IN is fitted from a late layer
 TOLERANCE = 1e-3  # of a map's largest value, float32
 
@@ -173,7 +172,7 @@ def measure(package: str, name: str, only_check: bool) -> dict[str, Any]:
     row["version"] = importlib.metadata.version(package)
     sample = family()
     model, inputs = sample.model, sample.inputs
-    row["model"] = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
+    row["model"] = sample.name or type(model).__name__
     count = sum(p.numel() for p in model.parameters())
     row["parameters"] = count
     row["export s"] = export_seconds(sample)
@@ -196,18 +195,30 @@ def measure(package: str, name: str, only_check: bool) -> dict[str, Any]:
 
 
 def in_process(package: str, name: str, seconds: int, only_check: bool) -> dict[str, Any]:
-    """Return the row of one family, measured in a process of its own."""
-    command = [sys.executable, __file__, "--one", package, name]
-    command += ["--check"] if only_check else []
+    """Return the row of one family, measured in a process of its own, a fork of this one."""
     row: dict[str, Any] = {"package": package, "family": name}
+    here, there = FORK.Pipe(duplex=False)
+
+    def run() -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            try:
+                there.send(measure(package, name, only_check))
+            except Exception as error:  # of the package that builds the model
+                there.send(row | {"check": f"not built: {type(error).__name__}: {error}"[:300]})
+
+    process = FORK.Process(target=run)
+    process.start()
+    there.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
+        if here.poll(seconds):
+            return here.recv()  # type: ignore[no-any-return]
         return row | {"check": f"failed: more than {seconds} s"}
-    with contextlib.suppress(IndexError, json.JSONDecodeError):
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return result
-    return row | {"check": f"not built: {done.stderr.strip().splitlines()[-1:]}"}
+    except EOFError:
+        process.join()
+        return row | {"check": f"failed: the process ended with code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
 def main() -> None:
@@ -218,12 +229,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--seconds", type=int, default=900, help="limit for one family")
     parser.add_argument("--check", action="store_true", help="no maps; nothing is written")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        package, name = options.one
-        print(json.dumps(measure(package, name, options.check)))
-        return
     known = [(package, name) for package, name, _ in families()]
     chosen = [
         (package, name)

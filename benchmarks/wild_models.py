@@ -5,6 +5,8 @@ only by the families that need them.
 """
 
 import importlib
+import importlib.metadata
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,9 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from common import RESULTS, read
 from torch import Tensor, nn
 
 COUNT = 32
+SIZES = (128, 112)  # of images, tried before a model's own size
+HUGE = 60_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Sample:
         output: The output that holds the scores, for models that return several.
         embedding: The layer to explain where the inputs are integers.
         target: The class, or (class, row, column).
+        name: The name of the model, where it is not that of its class.
     """
 
     model: nn.Module
@@ -34,6 +40,7 @@ class Sample:
     output: Any = None
     embedding: nn.Module | None = None
     target: Any = 0
+    name: str = ""
 
 
 Family = Callable[[], Sample]
@@ -53,24 +60,59 @@ def timm_families() -> Iterator[tuple[str, Family]]:
     """Return for each module of ``timm.models`` its member with the fewest parameters."""
     timm = importlib.import_module("timm")
 
-    def sample(name: str) -> Sample:
-        model = timm.create_model(name, pretrained=False).eval()
-        return Sample(model, noise(*model.default_cfg["input_size"]))
-
     def parameters(name: str) -> float:
         try:
-            with torch.device("meta"):
-                model = timm.create_model(name, pretrained=False)
-        except (RuntimeError, NotImplementedError, ValueError):  # cannot be built without memory
+            return _parameters(_without_memory(name))
+        except (RuntimeError, NotImplementedError, ValueError):  # needs memory to be built
             return math.inf
-        return float(sum(p.numel() for p in model.parameters()))
 
     def family(module: str) -> Sample:
-        sizes = {name: parameters(name) for name in timm.list_models(module=module)}
-        return sample(min(sizes, key=sizes.__getitem__))
+        known = {row["family"]: row["model"].split()[0] for row in _rows() if "model" in row}
+        names = timm.list_models(module=module)
+        member = known.get(module)
+        return timm_sample(member if member in names else min(names, key=parameters))
 
     for module in timm.models.list_modules():
         yield module, partial(family, module)
+
+
+def _rows() -> list[dict[str, Any]]:
+    """Return the rows of the last run for timm; its choice of the smallest members is kept."""
+    version = importlib.metadata.version("timm")
+    rows: list[dict[str, Any]] = read("wild")["rows"] if (RESULTS / "wild.json").exists() else []
+    return [row for row in rows if (row["package"], row.get("version")) == ("timm", version)]
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _without_memory(name: str, **options: Any) -> Any:
+    with torch.device("meta"):
+        return importlib.import_module("timm").create_model(name, **options).eval()
+
+
+def timm_sample(name: str) -> Sample:
+    """Return a model of timm, for the smallest images that it takes, of two blocks if it is huge.
+
+    Whether it takes them is seen on the meta device, which costs no time and no memory.
+    """
+    timm = importlib.import_module("timm")
+    default = timm.get_pretrained_cfg(name).input_size
+    depths: list[dict[str, Any]] = [{}]
+    if _parameters(_without_memory(name)) > HUGE:
+        depths = [{"depth": 2}, {}]
+    for depth, size in itertools.product(depths, SIZES):
+        for image in ({"img_size": size}, {}):
+            try:
+                with torch.device("meta"):
+                    _without_memory(name, **depth, **image)(torch.empty(2, 3, size, size))
+            except Exception:  # it has no such option, or takes no such images
+                continue
+            model = timm.create_model(name, **depth, **image).eval()
+            said = "".join(f" {key}={value}" for key, value in depth.items())
+            return Sample(model, noise(3, size, size), name=f"{name}{said} {size} px")
+    return Sample(timm.create_model(name).eval(), noise(*default), name=f"{name} {default[-1]} px")
 
 
 #: Fields of a configuration of transformers → their small values, set where a model has the field.
