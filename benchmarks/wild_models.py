@@ -260,6 +260,16 @@ def _monai() -> Iterator[tuple[str, Family]]:
     yield "SwinUNETR", partial(nets, "SwinUNETR", (1, 64, 64), pixel, **plane, **swin)
 
 
+def _torchvision() -> Iterator[tuple[str, Family]]:
+    def family(name: str) -> Sample:
+        module = importlib.import_module("torchvision.models.segmentation")
+        model = getattr(module, name)(weights=None, weights_backbone=None, num_classes=3)
+        return Sample(model.eval(), noise(3, 64, 64), "out", target=(1, 32, 32))
+
+    for name in ("lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "fcn_resnet50"):
+        yield name, partial(family, name)
+
+
 def _segmentation() -> Iterator[tuple[str, Family]]:
     options = {"encoder_weights": None, "classes": 3}
     for name in ("Unet", "UnetPlusPlus", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "Linknet",
@@ -481,7 +491,7 @@ def families() -> Iterator[tuple[str, str, Family]]:
         ("timm", timm_families), ("transformers", transformers_families),
         ("braindecode", _braindecode), ("monai", _monai),
         ("segmentation-models-pytorch", _segmentation), ("vit-pytorch", _vit_pytorch),
-        ("pytorchcv", _pytorchcv), ("torch-geometric", _graphs),
+        ("torchvision", _torchvision), ("pytorchcv", _pytorchcv), ("torch-geometric", _graphs),
     ):  # fmt: skip
         for name, family in group():
             yield package, name, family
