@@ -57,12 +57,12 @@ def export_graph(
         if detached:
             _detach(program.graph)
         try:
-            return program, functional(program.graph, _decompositions())
+            return program, functional(program.graph, decompositions())
         except NotRewritableError:  # then torch traces the program again, which takes longer
             # Without example inputs torch does not check guards: torch 2.9 fails at that check for
             # a model whose forward takes *inputs.
             program.example_inputs = None
-            program = program.run_decompositions(dict(_decompositions()))
+            program = program.run_decompositions(dict(decompositions()))
             return program, program.graph
 
 
@@ -113,7 +113,7 @@ _COMPOSITE = frozenset(
 
 
 @cache
-def _decompositions() -> Mapping[Any, Any]:
+def decompositions() -> Mapping[Any, Any]:
     """Return the composite operations to replace by their parts, such as einsum and LSTM.
 
     Returns:

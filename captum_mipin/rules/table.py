@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from captum_mipin.errors import RuleError
+from captum_mipin.graph.exporting import decompositions
 from captum_mipin.options import type_of
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.arithmetic import ARITHMETIC
@@ -70,7 +71,8 @@ def register_rule(
             rules cannot be replaced.
 
     Raises:
-        RuleError: There is no such operation, it has a rule already, or ``rule`` is not a rule.
+        RuleError: There is no such operation, it has a rule already, no captured graph contains it,
+            or ``rule`` is not a rule.
 
     Examples:
         >>> @torch.library.custom_op("doctest::swish", mutates_args=())
@@ -92,8 +94,9 @@ def register_rule(
         1       doctest.swish.default  supported  recorded gate
         >>> unregister_rule("doctest::swish")
     """
-    name = _name(operation)
-    _check_rule(name, rule)
+    target = _target(operation)
+    name = str(target)
+    _check_rule(target, rule)
     with _LOCK:
         if name in _REGISTERED and not replace:
             raise RuleError(
@@ -103,8 +106,9 @@ def register_rule(
         _REGISTERED[name] = rule
 
 
-def _check_rule(name: str, rule: object) -> None:
-    """Raise RuleError if ``rule`` is not a rule, or if the operation has a built-in rule."""
+def _check_rule(target: torch._ops.OpOverload, rule: object) -> None:
+    """Raise RuleError if ``rule`` is not a rule, or if it cannot be the rule of the operation."""
+    name = str(target)
     if not isinstance(rule, (Passes, Recorded, Learned)):
         raise RuleError(
             f"the rule for {name} is {type_of(rule)}, "
@@ -114,6 +118,13 @@ def _check_rule(name: str, rule: object) -> None:
         raise RuleError(
             f"{name} has a built-in rule ({MIPIN[name].note}), which cannot be replaced. "
             "Wrap the call in a torch.library.custom_op, and register a rule for the new operation."
+        )
+    if target in decompositions() or target._schema.is_mutable:
+        raise RuleError(
+            f"no rule for {name} would ever be used: a captured graph contains in its place the "
+            "operations that it consists of, or its form that does not write to memory; expected "
+            "an operation of a captured graph, as check() lists them. Register rules for those, or "
+            "wrap the call in a torch.library.custom_op, and register a rule for that operation"
         )
 
 
@@ -130,7 +141,7 @@ def unregister_rule(operation: str | torch._ops.OpOverload) -> None:
         >>> register_rule("doctest::twice", Passes(note="times 2"))
         >>> unregister_rule("doctest::twice")
     """
-    name = _name(operation)
+    name = str(_target(operation))
     with _LOCK:
         if _REGISTERED.pop(name, None) is None:
             raise RuleError(
@@ -150,14 +161,14 @@ def table() -> Mapping[str, Rule]:
         return {**MIPIN, **_REGISTERED}
 
 
-def _name(operation: object) -> str:
-    """Return the name that ``torch.export`` uses for an operation.
+def _target(operation: object) -> torch._ops.OpOverload:
+    """Return the operation that is named, or the operation itself.
 
     Raises:
         RuleError: There is no such operation.
     """
     if isinstance(operation, torch._ops.OpOverload):
-        return str(operation)
+        return operation
     if not isinstance(operation, str):
         raise RuleError(
             f"the operation is {type_of(operation)}, "
@@ -172,4 +183,4 @@ def _name(operation: object) -> str:
             f"there is no operation {operation!r}: "
             "define or import it first, and write 'namespace::name'"
         )
-    return str(target)
+    return target
