@@ -21,12 +21,12 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from common import RESULTS, parser_of, read, write
 from torch import Tensor, nn
-from torch.export import Dim, export
 from wild_models import Sample, families
 
 from captum_mipin import (
@@ -39,27 +39,53 @@ from captum_mipin import (
     check,
 )
 from captum_mipin.errors import InputError
-from captum_mipin.graph import capture
+from captum_mipin.graph import capture, exporting
 from captum_mipin.graph.signature import Signature
 from captum_mipin.methods import GuidedBackprop, LayerPropagation
 
 FORK = multiprocessing.get_context("fork")  # torch is imported once
 LARGE = 1_500_000  # parameters; beyond that MIP-IN is fitted from a late layer
+_SWITCH = torch.ops.higher_order.wrap_with_set_grad_enabled
 TOLERANCE = 1e-3  # of a map's largest value, float32
 
 
-def capture_once() -> None:
-    """Let all methods share the graphs of this process's model; most of the time is in them."""
-    graphs: dict[Any, tuple[Any, nn.Module]] = {}  # with the models, or ids could be used again
-    plain = capture.trace
+@dataclass
+class Exports:
+    """What is noted of this process's exports: most of the time is in them.
+
+    Attributes:
+        seconds: Processor seconds of the first export, None if it failed.
+        switched: Whether a model switches gradients off; else all methods have the same graph.
+    """
+
+    seconds: float | None = None
+    switched: bool = False
+
+
+def share_captures() -> Exports:
+    """Let all methods of this process share the graphs of its model, and note its exports."""
+    exports, graphs = Exports(), dict[Any, tuple[Any, nn.Module]]()  # no id is used again
+    plain_trace, plain_export, calls = capture.trace, exporting.export, list[float]()
+
+    def export(*args: Any, **named: Any) -> Any:
+        start = time.process_time()
+        calls.append(start)
+        program = plain_export(*args, **named)
+        if len(calls) == 1:
+            exports.seconds = time.process_time() - start
+        exports.switched |= any(n.target is _SWITCH for n in program.graph.nodes)
+        return program
 
     def trace(model: nn.Module, inputs: Any, extras: Any, shared: bool, **options: Any) -> Any:
+        if not exports.switched:
+            options["detached"] = False
         key = (id(model), Signature.of(inputs, extras, shared), repr(options))
         if key not in graphs:
-            graphs[key] = plain(model, inputs, extras, shared, **options), model
+            graphs[key] = plain_trace(model, inputs, extras, shared, **options), model
         return graphs[key][0]
 
-    capture.trace = trace
+    capture.trace, exporting.export = trace, export
+    return exports
 
 
 def late_layer(sample: Sample) -> nn.Module | None:
@@ -171,25 +197,13 @@ def verdict(attempt: Callable[[], str]) -> str:
         return f"failed: {type(error).__name__}: {str(error)[:300]}"
 
 
-def export_seconds(sample: Sample) -> float | None:
-    """Return the processor seconds of an export with a free batch size, None if it fails."""
-    few = tuple(x[:3] for x in sample.inputs)
-    sizes = tuple({0: Dim.DYNAMIC} for _ in few)
-    start = time.process_time()
-    try:
-        export(sample.model, few, dynamic_shapes=sizes, strict=False)
-    except Exception:  # models that cannot be exported with a free batch size
-        return None
-    return time.process_time() - start
-
-
 def measure(package: str, name: str, only_check: bool) -> dict[str, Any]:
     """Return the row of one family."""
     sys.path.pop(0)  # or packages find modules of this folder in place of theirs
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
-    capture_once()
+    exports = share_captures()
     family = next(f for p, n, f in families() if (p, n) == (package, name))
     row: dict[str, Any] = {"package": package, "family": name}
     row["version"] = importlib.metadata.version(package)
@@ -198,7 +212,6 @@ def measure(package: str, name: str, only_check: bool) -> dict[str, Any]:
     row["model"] = sample.name or type(model).__name__
     count = sum(p.numel() for p in model.parameters())
     row["parameters"] = count
-    row["export s"] = export_seconds(sample)
     start = time.process_time()
 
     def checked() -> str:
@@ -209,11 +222,13 @@ def measure(package: str, name: str, only_check: bool) -> dict[str, Any]:
         return f"refused: {first}" if first else "works"
 
     row["check"] = verdict(checked)
-    row["check s"] = time.process_time() - start
+    row["check s"], row["export s"] = time.process_time() - start, exports.seconds
     if only_check:
         return row
     for method, attempt in methods(sample, late_layer(sample), count > LARGE).items():
+        start = time.process_time()
         row[method] = verdict(attempt)
+        row[f"{method} s"] = time.process_time() - start
     return row
 
 

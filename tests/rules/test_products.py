@@ -177,3 +177,36 @@ def test_no_value_is_left_where_only_a_divisor_or_a_softmax_goes_on():
                        lambda m: LRP(m).attribute(torch.randn(9, 3), 0)):  # fmt: skip
             with pytest.raises(UnsupportedOperationError, match=reason):
                 method(model)
+
+
+def test_global_response_norm_by_hand():
+    """y = x + γ x n + β, where n = |x| / mean |x| over channels is recorded: x ≈ a s + c s n + b."""
+    torch.manual_seed(0)
+    x = normal(80, 3, 4, 4, dtype=torch.float64).abs()
+    gamma, beta = nn.Parameter(torch.rand(1, 3, 1, 1)), nn.Parameter(torch.rand(1, 3, 1, 1))
+
+    def response(x):
+        length = x.norm(p=2, dim=(2, 3), keepdim=True)
+        return length / (length.mean(1, keepdim=True) + 1e-6)
+
+    def forward(m, x):
+        h = x.relu()
+        return m["last"]((h + torch.addcmul(m.beta, m.gamma, h * response(h))).flatten(1))
+
+    model = Function(forward, last=nn.Linear(48, 1))
+    model.layers.gamma, model.layers.beta = gamma, beta
+    model = model.double().eval()
+    inverse = InverseNetwork(model, ridge=0).fit(x, progress=False)
+    with torch.no_grad():
+        y, n = model(x), response(x)
+        p = (x + model.layers.gamma * x * n + model.layers.beta).flatten(1)
+        w = ((p - p.mean(0)) * (y - y.mean())).sum(0) / (y - y.mean()).square().sum()
+        s = (w * (y - y.mean()) + p.mean(0)).view_as(x)
+        for c, found in enumerate(inverse.source_signal(x).unbind(1)):
+            a = torch.stack([s[:, c], s[:, c] * n[:, c], torch.ones_like(s[:, c])], -1)
+            solution = torch.linalg.lstsq(a.reshape(-1, 3), x[:, c].reshape(-1, 1)).solution
+            torch.testing.assert_close(found, (a @ solution)[..., 0], rtol=1e-7, atol=1e-9)
+    model.layers.beta.data.zero_(), model.layers["last"].bias.data.zero_()
+    relevance = LRP(model, rule=Epsilon(0)).attribute(x)
+    p = x + model.layers.gamma * x * n  # with recorded n, each part has its share of p
+    torch.testing.assert_close(relevance, (p * model.layers["last"].weight.view(3, 4, 4)).detach())
