@@ -1,6 +1,6 @@
 """Tries the package on models of other packages, as they come, with random weights.
 
-    python benchmarks/wild.py [FAMILIES] [--package NAME] [--processes N] [--seconds N] [--check]
+    python benchmarks/wild.py [FAMILIES] [--package NAME] [--processes N] [--methods NAMES]
 
 The packages are those of benchmarks/wild.txt, in an environment of their own; nothing is
 downloaded. Each family runs in a process of its own: ``check``, MIP-IN fitted on 32 inputs (from a
@@ -19,8 +19,9 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ from captum_mipin.graph import capture, exporting
 from captum_mipin.graph.signature import Signature
 from captum_mipin.methods import GuidedBackprop, LayerPropagation
 
+METHODS = ("MIP-IN", "LRP", "Guided Backprop", "IBA")
 FORK = multiprocessing.get_context("fork")  # torch is imported once
 LARGE = 1_500_000  # parameters; beyond that MIP-IN is fitted from a late layer
 _SWITCH = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -197,7 +199,7 @@ def verdict(attempt: Callable[[], str]) -> str:
         return f"failed: {type(error).__name__}: {str(error)[:300]}"
 
 
-def measure(package: str, name: str, only_check: bool) -> dict[str, Any]:
+def measure(package: str, name: str, chosen: Collection[str]) -> dict[str, Any]:
     """Return the row of one family."""
     sys.path.pop(0)  # or packages find modules of this folder in place of theirs
     torch.set_num_threads(1)
@@ -223,16 +225,17 @@ def measure(package: str, name: str, only_check: bool) -> dict[str, Any]:
 
     row["check"] = verdict(checked)
     row["check s"], row["export s"] = time.process_time() - start, exports.seconds
-    if only_check:
-        return row
-    for method, attempt in methods(sample, late_layer(sample), count > LARGE).items():
+    late = late_layer(sample) if chosen else None
+    for method, attempt in methods(sample, late, count > LARGE).items():
+        if method not in chosen:
+            continue
         start = time.process_time()
         row[method] = verdict(attempt)
         row[f"{method} s"] = time.process_time() - start
     return row
 
 
-def in_process(package: str, name: str, seconds: int, only_check: bool) -> dict[str, Any]:
+def in_process(package: str, name: str, seconds: int, chosen: Collection[str]) -> dict[str, Any]:
     """Return the row of one family, measured in a process of its own, a fork of this one."""
     row: dict[str, Any] = {"package": package, "family": name}
     here, there = FORK.Pipe(duplex=False)
@@ -241,7 +244,7 @@ def in_process(package: str, name: str, seconds: int, only_check: bool) -> dict[
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         with contextlib.redirect_stdout(sys.stderr):
             try:
-                there.send(measure(package, name, only_check))
+                there.send(measure(package, name, chosen))
             except Exception as error:  # of the package that builds the model
                 there.send(row | {"check": f"not built: {type(error).__name__}: {error}"[:300]})
 
@@ -266,25 +269,28 @@ def main() -> None:
     parser.add_argument("--package")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--seconds", type=int, default=900, help="processor time for a family")
-    parser.add_argument("--check", action="store_true", help="no maps; nothing is written")
+    parser.add_argument("--methods", nargs="*", default=METHODS, help="none: check alone")
     options = parser.parse_args()
     known = [(package, name) for package, name, _ in families()]
-    chosen = [
-        (package, name)
-        for package, name in known
-        if options.package in (None, package) and (not options.families or name in options.families)
-    ]
+    chosen = [key for key in known if options.package in (None, key[0])]
+    if options.families:
+        chosen = [key for name in options.families for key in chosen if key[1] == name]
     rows = {}
     if (RESULTS / "wild.json").exists():
         rows = {(row["package"], row["family"]): row for row in read("wild")["rows"]}
     with ThreadPoolExecutor(options.processes) as pool:
-        for row in pool.map(
-            lambda key: in_process(key[0], key[1], options.seconds, options.check), chosen
-        ):
-            rows[row["package"], row["family"]] = row
+        tries = [
+            pool.submit(in_process, package, name, options.seconds, options.methods)
+            for package, name in chosen
+        ]
+        for done in as_completed(tries):
+            row = done.result()
+            key = row["package"], row["family"]
             print(json.dumps(row), flush=True)
-            if not options.check:
-                write("wild", [rows[key] for key in known if key in rows], inputs=32)
+            same = rows.get(key, {}).get("model") == row.get("model")
+            rows[key] = (rows[key] if same else {}) | row
+            counts = Counter(package for package, _ in known)
+            write("wild", [rows[key] for key in known if key in rows], inputs=32, families=counts)
 
 
 if __name__ == "__main__":
