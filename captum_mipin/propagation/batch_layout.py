@@ -29,6 +29,9 @@ _ALONG = "it computes along the batch, so that examples would depend on each oth
 #: Matrix product → position of its first factor among the arguments.
 _PRODUCTS = {"matmul": 0, "bmm": 0, "mm": 0, "linear": 0, "addmm": 1}
 
+#: Operations with several results, which are parts of their argument.
+_PARTS = frozenset({"split", "unsafe_split", "split_with_sizes", "chunk"})
+
 _RESHAPES = frozenset({"reshape", "flatten", "unflatten"})
 
 #: Operation that computes along some dimensions → position, name and default of the argument that
@@ -134,6 +137,8 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
             "mixes the examples, or leaves them out"
         )
     dim, count = folded
+    if (stacked := _stacked(node, batch)) is not None:
+        return stacked if stacked.outer * stacked.inner == count else _ALONG
     layouts = set[Layout]()
     for source in node.all_input_nodes:
         if not marks(source).depends or marks(source).mixes:
@@ -160,6 +165,30 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
             "each other"
         )
     return layouts.pop() if layouts else Layout(dim, 1, count)
+
+
+def _stacked(node: fx.Node, batch: str) -> Layout | None:
+    """Return the layout of whole batches behind each other, or of equal parts of such a stack.
+
+    Heads of attention, for instance, may lie behind each other in the dimension of the examples.
+    Returns None for all other operations.
+    """
+    first: Any = node.args[0] if node.args else None
+    if operation(node) == "cat" and len(first) > 1:
+        known, along = [marks(part) for part in first], argument(node, 1, "dim", 0)
+        same = {(one.layout.dim, one.layout.inner) for one in known}
+        if all(one.depends and not one.mixes for one in known) and len(same) == 1:
+            ((dim, inner),) = same
+            if along % value_of(node).ndim == dim:
+                return Layout(dim, sum(one.layout.outer for one in known), inner)
+    if operation(node) in _PARTS and marks(first).depends and not marks(first).mixes:
+        at, parts = marks(first).layout, value_of(node)
+        along = argument(node, 2, "dim", 0) % parts[0].ndim
+        folded = folded_batch(parts[0], batch)
+        if along == at.dim and folded and len({str(part.shape) for part in parts}) == 1:
+            outer, rest = divmod(folded[1], at.inner)
+            return Layout(along, outer, at.inner) if rest == 0 else None
+    return None
 
 
 def _tensor(node: fx.Node) -> Any:

@@ -18,6 +18,9 @@ SHAPE = (
     "expand",
 )  # fmt: skip
 
+#: Operations whose result has sizes that their arguments tell; :mod:`batch_layout` checks them.
+_SIZED = (*SHAPE, "split", "split_with_sizes", "unsafe_split")
+
 #: Operation without a rule → reason or advice, appended to the reason for its refusal.
 _HINTS = {
     **dict.fromkeys(
@@ -122,7 +125,7 @@ def _objection(draft: Draft, node: fx.Node, rule: Rule | None) -> str | None:
     if rule is None and not known.recorded:
         return "no rule covers it" + _HINTS.get(operation(node), "")
     further = nodes_in((node.args[1:], node.kwargs))
-    if operation(node) not in SHAPE and any(map(is_size, further)):
+    if operation(node) not in _SIZED and any(map(is_size, further)):
         return (
             "it uses the size of the batch, or a number computed from the whole batch, as a value, "
             "so an explanation would depend on the other examples"

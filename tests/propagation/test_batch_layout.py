@@ -5,11 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule_checks import behaves
+from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, MIPINError, check
 from captum_mipin.graph.layout import Layout
+from captum_mipin.methods import LRP, GuidedBackprop
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 6), st.integers(0, 2), st.data())
@@ -223,3 +225,45 @@ def test_spelling_of_shapes_does_not_matter(name):
         model.run = run
         found.append(behaves(model, x).source_signal(x[:5], target=1))
     torch.testing.assert_close(found[0], found[1])
+
+
+def attention(stacked):
+    """Return self-attention whose three heads lie behind each other in the batch, or beside it."""
+
+    def run(m, x):
+        q, k, v = (m[name](x) for name in "qkv")
+        if stacked:
+            q, k, v = (torch.cat(h.split(2, -1), 0) for h in (q, k, v))
+            h = torch.bmm(torch.softmax(q @ k.mT, -1), v)
+            h = torch.cat(h.split(x.shape[0], 0), 2)
+        else:
+            q, k, v = (h.unflatten(-1, (3, 2)).transpose(1, 2) for h in (q, k, v))
+            h = (torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2).flatten(2)
+        return m["last"](h.flatten(1).relu())
+
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(4, 6) for name in "qkv"}
+    return Function(run, **layers, last=nn.Linear(30, 2)).double().eval()
+
+
+def test_heads_behind_each_other_in_the_batch_are_as_heads_in_a_dimension():
+    x = normal(60, 5, 4, dtype=torch.float64)
+    one, other = attention(True), attention(False)
+    torch.testing.assert_close(one(x), other(x))
+    for method in (LRP, GuidedBackprop):
+        torch.testing.assert_close(method(one).attribute(x, 1), method(other).attribute(x, 1))
+    torch.testing.assert_close(
+        InverseNetwork(one).fit(x, 1, batch_size=7, progress=False).source_signal(x[:9], 1),
+        InverseNetwork(other).fit(x, 1, progress=False).source_signal(x[:9], 1),
+    )
+
+
+def test_a_stack_of_batches_that_is_cut_between_its_examples_is_refused():
+    def run(m, x):
+        h = torch.cat((m["a"](x), m["b"](x)), 0)
+        return m["last"](torch.cat(h.reshape(x.shape[0], 2, 6).chunk(2, 1), 2).flatten(1).relu())
+
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(4, 6) for name in "ab"}
+    model = Function(run, **layers, last=nn.Linear(12, 2)).eval()
+    assert any("depend on each other" in row.note for row in check(model, normal(6, 4)).refused)

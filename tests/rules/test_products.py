@@ -180,7 +180,7 @@ def test_no_value_is_left_where_only_a_divisor_or_a_softmax_goes_on():
 
 
 def test_global_response_norm_by_hand():
-    """y = x + γ x n + β, where n = |x| / mean |x| over channels is recorded: x ≈ a s + c s n + b."""
+    """For y = x + γ x n + β, n = |x| / mean |x| is recorded: x ≈ a s + c s n + b a channel."""
     torch.manual_seed(0)
     x = normal(80, 3, 4, 4, dtype=torch.float64).abs()
     gamma, beta = nn.Parameter(torch.rand(1, 3, 1, 1)), nn.Parameter(torch.rand(1, 3, 1, 1))
