@@ -69,7 +69,7 @@ def timm_families() -> Iterator[tuple[str, Family]]:
     def family(module: str) -> Sample:
         known = {row["family"]: row["model"].split()[0] for row in _rows() if "model" in row}
         names = timm.list_models(module=module)
-        member = known.get(module)
+        member = known.get(module, "")
         return timm_sample(member if member in names else min(names, key=parameters))
 
     for module in timm.models.list_modules():

@@ -25,7 +25,7 @@ from captum_mipin.methods.base import Signal, Table
 from captum_mipin.methods.gates import is_floating, replace_gates
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
-from captum_mipin.rules.base import Back, depends, value_and_adjoint
+from captum_mipin.rules.base import Back, along, depends, value_and_adjoint
 
 #: Operations other than ReLU that are rectifiers for all values of their options.
 _RECTIFIERS = (
@@ -340,8 +340,24 @@ def _gate_caveat(node: Any) -> str | None:
     return None
 
 
-#: The rule of ``detach``, which has no derivative.
+def _batch_norm(
+    options: Options, operation: Any, x: Tensor, *arguments: Any
+) -> tuple[Tensor, Back]:
+    """Run a batch norm y = γ (x − μ) / √(σ² + ε) + β; the backward function returns s ∂y/∂x.
+
+    Autograd's own is wrong on CPUs for one example whose signal has its channels last (torch 2.14).
+    """
+    # ∂y/∂x = γ / √(σ² + ε)
+    gamma, _, _, variance, _, eps = arguments
+    slope = (variance + eps).rsqrt() if gamma is None else gamma * (variance + eps).rsqrt()
+    return operation(x, *arguments)[0], lambda s: s * along(slope, x, 1)
+
+
+#: The rules of ``detach``, which has no derivative, and of batch norm.
 _OWN: dict[str, Rule] = {
+    "aten._native_batch_norm_legit_no_training.default": Recorded(
+        run=_batch_norm, note="derivative", exact=True
+    ),
     "aten.detach.default": Passes(
         note="no derivative", carriers=lambda node: (), records=True, exact=True
     ),

@@ -358,3 +358,22 @@ def test_a_model_that_changes_is_captured_again():
     torch.testing.assert_close(
         found.attribute(x[..., :7], 1), GuidedBackprop(model).attribute(x[..., :7], 1)
     )
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("method", [Gradient, Deconvnet, GuidedBackprop])
+def test_batch_norm_before_tokens_of_one_example_by_hand(method, affine):
+    """Autograd of torch 2.9 to 2.14 is wrong here: one example, channels last behind the norm."""
+    norm = nn.BatchNorm2d(4, affine=affine)
+    norm.running_mean, norm.running_var = torch.randn(4), torch.rand(4) + 0.5
+    model = Function(
+        lambda m, x: m["last"](m["norm"](x).flatten(2).transpose(1, 2).flatten(1)),
+        norm=norm, last=nn.Linear(36, 2),
+    ).double().eval()  # fmt: skip
+    gamma = norm.weight if affine else 1
+    slope = (gamma / (norm.running_var + norm.eps).sqrt()).detach()
+    expected = (model.layers["last"].weight[1].view(9, 4) * slope).T.reshape(1, 4, 3, 3).detach()
+    x = normal(2, 4, 3, 3, dtype=torch.float64)
+    for batch in (x, x[1:]):
+        found = method(model).attribute(batch, target=1)
+        torch.testing.assert_close(found, expected.expand_as(batch))
