@@ -20,7 +20,10 @@ from torchvision import models
 from captum_mipin import check
 
 ROUNDS = 3
-NAMES = ("resnet50", "mobilenet_v3_large", "densenet121", "vit_b_16", "swin_t", "maxvit_t", "lstm")
+NAMES = (
+    "resnet50", "mobilenet_v3_large", "densenet121", "vit_b_16", "swin_t", "maxvit_t", "lstm-20",
+    "lstm-80", "lstm-500",
+)  # fmt: skip
 
 
 class Recurrent(nn.Module):
@@ -36,10 +39,15 @@ class Recurrent(nn.Module):
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
-    """Return a network in evaluation mode and a batch of three inputs."""
+    """Return a network in evaluation mode and a batch of three inputs.
+
+    Args:
+        name: A network of torchvision, or "lstm-" and the number of steps.
+    """
     torch.manual_seed(0)
-    if name == "lstm":
-        return Recurrent().eval(), torch.randn(3, 20, 8)
+    kind, _, steps = name.partition("-")
+    if kind == "lstm":
+        return Recurrent().eval(), torch.randn(3, int(steps), 8)
     return models.get_model(name, weights=None).eval(), torch.randn(3, 3, 224, 224)
 
 

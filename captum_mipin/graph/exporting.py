@@ -16,6 +16,7 @@ from captum_mipin.graph.diagnosis import quiet
 from captum_mipin.graph.functional import NotRewritableError, functional
 from captum_mipin.graph.marks import inherit, value_of
 from captum_mipin.graph.modules import OWN, named_tensors
+from captum_mipin.graph.recurrence import KINDS, WHOLE, Whole
 from captum_mipin.graph.signature import per_example, plain
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.options import type_of
@@ -53,7 +54,8 @@ def export_graph(
         torch.autocast(device, enabled=False),
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=_RECURRENT)
-        program = export(model, arguments, dynamic_shapes=shapes, strict=False)
+        with Whole():
+            program = export(model, arguments, dynamic_shapes=shapes, strict=False)
         if detached:
             _detach(program.graph)
         try:
@@ -119,12 +121,12 @@ def decompositions() -> Mapping[Any, Any]:
     Returns:
         Operation → function that computes it from simpler operations.
     """
-    kinds = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    apart = {*_COMPOSITE, *kinds, *(f"{kind}_cell" for kind in kinds)}
+    apart = {*_COMPOSITE, *KINDS, *(f"{kind}_cell" for kind in KINDS)}
     table = default_decompositions().items()
     parts = {op: how for op, how in table if str(op).split(".")[1] in apart}
     parts |= dict.fromkeys(
         (torch.ops.aten.lerp.Scalar, torch.ops.aten.lerp.Tensor),
         lambda a, b, w: (1 - w) * a + w * b,
     )
+    parts |= {own: parts[original] for own, original in WHOLE.items()}
     return MappingProxyType(parts)

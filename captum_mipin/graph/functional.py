@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from captum_mipin.graph.marks import inherit, set_value, value_of
 from captum_mipin.graph.nodes import operation
+from captum_mipin.graph.recurrence import traced
 
 aten = torch.ops.aten
 
@@ -364,12 +365,11 @@ def _parts(node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]) -> f
     values = [value_of(n) for n in inputs]
     mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     # pre_dispatch: other composites inside, such as linear in an LSTM, are not decomposed
-    whole = node.target in table
-    trace = make_fx(compute, table, pre_dispatch=whole, _allow_non_fake_inputs=True)
+    trace = make_fx(compute, table, pre_dispatch=node.target in table, _allow_non_fake_inputs=True)
     try:
         # oneDNN is off, for its recurrent layers are single operations without parts.
         with mode, enable_python_dispatcher(), _no_onednn():
-            return trace(*values).graph
+            return traced(node, values, trace)
     except Exception as error:
         raise NotRewritableError(
             f"{node.target} cannot be traced by itself ({error}): trace the whole program again"

@@ -52,7 +52,7 @@ def channels(node: fx.Node, batch: int | None = None) -> int | None:
     at = marks(node).layout.dim if batch is None else batch
     # First look at operations that use the tensor: their inverses are regressions on its channels.
     for downwards in (True, False):
-        queue = [node]  # breadth first: the nearest operation decides
+        queue, reached = [node], {node}  # breadth first: the nearest operation decides
         for current in queue:
             near = list(current.users if downwards else current.all_input_nodes)
             for teller in near if downwards else [current]:
@@ -63,8 +63,9 @@ def channels(node: fx.Node, batch: int | None = None) -> int | None:
                 continue
             for other in near:
                 moves = downwards and operation(other) in _MOVES
-                if other not in queue and not moves and _same_shape(other, node):
+                if other not in reached and not moves and _same_shape(other, node):
                     queue.append(other)
+                    reached.add(other)
     # No operation determines it: take dimension 1, else the last one, else the first one.
     return next(dim for dim in (1, value.ndim - 1, 0) if dim != at)
 

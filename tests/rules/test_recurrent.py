@@ -7,7 +7,7 @@ from small import Function
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import InverseNetwork
+from captum_mipin import LRP, InverseNetwork
 
 
 class Recurrent(nn.Module):
@@ -15,7 +15,8 @@ class Recurrent(nn.Module):
         super().__init__()
         self.first = first
         self.layer = kind(4, 3, batch_first=first, **options)
-        self.last = nn.Linear(6 if options.get("bidirectional") else 3, 2)
+        ways = 1 + options.get("bidirectional", False)
+        self.last = nn.Linear(ways * options.get("proj_size", 3), 2)
 
     def forward(self, x):
         y, _ = self.layer(x if self.first else x.transpose(0, 1))
@@ -45,31 +46,79 @@ def test_recurrent_networks(layer, recwarn):
     assert not recwarn.list
 
 
-def test_lstm_equals_its_steps_written_out():
-    class Steps(nn.Module):
-        def __init__(self, whole):
-            super().__init__()
-            self.whole = whole
+def cell(layer, gates, h, c, weight, bias):
+    """Return the state after one step, written out; c is that of an LSTM alone."""
+    if isinstance(layer, nn.LSTM):
+        i, f, g, o = (F.linear(h, weight, bias) + gates).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+    if isinstance(layer, nn.GRU):
+        r, z, n = F.linear(h, weight, bias).chunk(3, -1)
+        x_r, x_z, x_n = gates.chunk(3, -1)
+        n = torch.tanh(x_n + torch.sigmoid(r + x_r) * n)
+        return (h - n) * torch.sigmoid(z + x_z) + n, c
+    h = F.linear(h, weight, bias) + gates
+    return torch.relu(h) if layer.nonlinearity == "relu" else torch.tanh(h), c
 
-        def forward(self, x):
-            layer = self.whole.layer
-            inputs = F.linear(x.transpose(0, 1), layer.weight_ih_l0, layer.bias_ih_l0)
-            h = c = x.new_zeros(1, x.shape[0], 3)
-            outputs = []
-            for step in inputs.split(1):
-                i, f, g, o = (F.linear(h, layer.weight_hh_l0, layer.bias_hh_l0) + step).chunk(4, 2)
-                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-                h = torch.sigmoid(o) * torch.tanh(c)
-                outputs.append(h)
-            return self.whole.last(torch.cat(outputs).transpose(0, 1)[:, -1])
 
+class Steps(nn.Module):
+    """The network with its recurrent layer written as a loop over cells."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, x):
+        layer = self.whole.layer
+        x = x.transpose(0, 1)
+        for number in range(layer.num_layers):
+            ways = [self.way(layer, x, f"_l{number}{end}") for end in ("", "_reverse")[: self.ways]]
+            x = torch.cat(ways, -1)
+        return self.whole.last(x.transpose(0, 1)[:, -1])
+
+    @property
+    def ways(self):
+        return 1 + self.whole.layer.bidirectional
+
+    def way(self, layer, x, end):
+        one = {name.removesuffix(end): value for name, value in layer.named_parameters()}
+        back = end.endswith("reverse")
+        gates = F.linear(x, one["weight_ih"], one.get("bias_ih"))
+        h, c = (x.new_zeros(1, x.shape[1], size) for size in (layer.proj_size or 3, 3))
+        results = []
+        for step in (gates.flip(0) if back else gates).split(1):
+            h, c = cell(layer, step, h, c, one["weight_hh"], one.get("bias_hh"))
+            h = F.linear(h, one["weight_hr"]) if layer.proj_size else h
+            results.append(h)
+        return torch.cat(results[::-1] if back else results)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        (nn.LSTM, True, {}),
+        (nn.LSTM, False, {"bias": False, "proj_size": 2}),
+        (nn.LSTM, True, {"num_layers": 2, "bidirectional": True}),
+        (nn.GRU, True, {"bidirectional": True}),
+        (nn.GRU, False, {"num_layers": 2, "bias": False}),
+        (nn.RNN, True, {}),
+        (nn.RNN, False, {"nonlinearity": "relu", "num_layers": 2}),
+    ],
+    ids=str,
+)
+def test_layers_equal_their_steps_written_out(layer):
     torch.manual_seed(0)
-    model, x = Recurrent(nn.LSTM).double().eval(), torch.randn(40, 4, 4, dtype=torch.float64)
+    kind, first, options = layer
+    model = Recurrent(kind, first, **options).double().eval()
+    other, x = Steps(model).eval(), torch.randn(40, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(other(x), model(x))
     whole, steps = (
         InverseNetwork(m).fit(x, targets=1, progress=False).source_signal(x[:5], target=1)
-        for m in (model, Steps(model).eval())
+        for m in (model, other)
     )
     torch.testing.assert_close(whole, steps, rtol=1e-8, atol=1e-8)
+    whole, steps = (LRP(m).attribute(x[:5], target=1) for m in (model, other))
+    torch.testing.assert_close(whole, steps, rtol=1e-10, atol=1e-10)
 
 
 def test_cells_and_complements_of_gates():
