@@ -16,7 +16,7 @@ from captum_mipin.graph.diagnosis import quiet
 from captum_mipin.graph.functional import NotRewritableError, functional
 from captum_mipin.graph.marks import inherit, value_of
 from captum_mipin.graph.modules import OWN, named_tensors
-from captum_mipin.graph.recurrence import KINDS, WHOLE, Whole
+from captum_mipin.graph.recurrence import KINDS, WHOLE, Whole, in_parts
 from captum_mipin.graph.signature import per_example, plain
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.options import type_of
@@ -128,5 +128,5 @@ def decompositions() -> Mapping[Any, Any]:
         (torch.ops.aten.lerp.Scalar, torch.ops.aten.lerp.Tensor),
         lambda a, b, w: (1 - w) * a + w * b,
     )
-    parts |= {own: parts[original] for own, original in WHOLE.items()}
+    parts |= {own: in_parts(parts[original]) for own, original in WHOLE.items()}
     return MappingProxyType(parts)

@@ -81,6 +81,21 @@ def _autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
+def in_parts(how: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the function that computes a recurrent layer from simpler operations.
+
+    Args:
+        how: The function of torch. In torch 2.9 the states that it returns for an LSTM have a
+            further dimension of size 1.
+    """
+
+    def compute(*arguments: Any) -> tuple[Tensor, ...]:
+        y, *states = how(*arguments)
+        return y, *(state.flatten(0, 1) if state.ndim > 3 else state for state in states)
+
+    return compute
+
+
 def traced(node: fx.Node, values: Sequence[Any], trace: Callable[..., fx.GraphModule]) -> fx.Graph:
     """Return the graph of the operations that an operation consists of.
 

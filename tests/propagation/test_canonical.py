@@ -174,7 +174,7 @@ def test_transformers_with_the_sequence_or_the_batch_first(back):
 )
 def test_the_last_output_of_recurrent_networks_is_their_state(kind, first):
     if kind is nn.LSTM and torch.__version__.startswith("2.9."):
-        pytest.skip("torch 2.9 exports the state of an LSTM with one dimension too many")
+        pytest.skip("torch 2.9 writes the state of an LSTM with one dimension more")
     torch.manual_seed(0)
     layers = {"recurrent": kind(6, 5, 2, batch_first=first), "head": nn.Linear(5, 3)}
 
