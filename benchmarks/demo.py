@@ -79,6 +79,11 @@ def figure(images: Images, model: Network, mipin: MIPINAttribution, rows: int = 
             if row == 0:
                 axis.set_title(name, fontsize=9)
     axes[0, 0].set_title("image", fontsize=9)
+    page.supxlabel(
+        "each map for the digit or class at the left: blue is positive, red negative, on its own "
+        "scale",
+        fontsize=9,
+    )
     return page
 
 
@@ -136,7 +141,9 @@ def main() -> None:
         f"{images.name}: {len(images.train[:FITTED])} training images fitted on, "
         f"{len(images.test)} test images, network cnn-{images.name} (test accuracy "
         f"{100 * accuracy(model, images.test, images.test_labels):.1f} %), target: true class, "
-        f"layer: input\n\n{show(rows)}\n"
+        f"layer: input\n\n{show(rows)}\n\n"
+        "APC: by how many percent the logit changes if a signal takes the place of the image; "
+        "positive APC counts falls alone. S is more complete than a control if its APC is lower.\n"
     )
     (arguments.out / "completeness.md").write_text(text)
     print(

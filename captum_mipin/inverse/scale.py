@@ -70,8 +70,8 @@ def warn_of_few(examples: int) -> None:
     """Warn if the fit has so few examples that the regressions only memorise the examples."""
     if examples < FEW:
         warnings.warn(
-            f"the fit has only {examples} examples, expected a few hundred: the inverse remembers "
-            "these examples and says little of others. Pass more data",
+            f"the fit has only {examples} examples, expected at least {FEW}, better a few hundred: "
+            "the inverse remembers these examples and says little of others. Pass more data",
             DataWarning,
             stacklevel=level_of_caller(),
         )
