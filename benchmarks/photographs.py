@@ -1,6 +1,7 @@
 """Whether the map that is proposed for photographs finds one of several of them.
 
-    python benchmarks/photographs.py NETWORK --data FOLDER
+    python benchmarks/photographs.py NETWORK choose --data FOLDER
+    python benchmarks/photographs.py NETWORK report --data FOLDER
 
 The grid pointing game on mosaics of 2 x 2 and 3 x 3 photographs: the share of the map in the cell
 of the class asked for. MIP-IN, Grad-CAM, LayerCAM and LRP-γ are asked at several layers. The
@@ -17,7 +18,7 @@ from typing import Any
 
 import boxes
 import torch
-from common import show, write
+from common import RESULTS, read, show, write
 from localization_grid import network_parser, photos
 from torch import Tensor, nn
 
@@ -133,68 +134,92 @@ def best(choosing: dict[Setting, Tensor]) -> dict[str, Setting]:
     return found
 
 
+def setting(row: dict[str, Any]) -> Setting:
+    """Return the setting of a row of the results file."""
+    return row["layer"], row["method"], row["reduction"]
+
+
+def choose(maps: Maps, grid: Mosaics) -> list[dict[str, Any]]:
+    """Return a row for each setting, with its score on mosaics of the choosing half."""
+    settings = {
+        (layer, method, reduction)
+        for layer in maps.layers
+        for method in METHODS for reduction in FIXED.get(method, REDUCTIONS)
+    }  # fmt: skip
+    choosing = scores(maps, grid, settings)
+    chosen = set(best(choosing).values())
+    return [
+        {
+            "size": f"{grid.n}x{grid.n}", "layer": layer, "method": method, "reduction": reduction,
+            "default": (layer, method, reduction) == default(maps.layers),
+            "chosen": (layer, method, reduction) in chosen, "choosing half": float(values.mean()),
+        }
+        for (layer, method, reduction), values in choosing.items()
+    ]  # fmt: skip
+
+
+def default(layers: dict[str, int]) -> Setting:
+    """Return the setting of `for_photographs`."""
+    return list(layers)[1], "MIP-IN, A × gradient", "sum_of_abs"
+
+
+def report(maps: Maps, grid: Mosaics, rows: list[dict[str, Any]]) -> None:
+    """Add scores on mosaics of the reported half to the rows of the default and what was chosen."""
+    wanted = [row for row in rows if row["default"] or row["chosen"]]
+    reported, group = scores(maps, grid, {*map(setting, wanted)}), sought(grid)
+    for row in wanted:
+        values = reported[setting(row)]
+        less = reported[default(maps.layers)] - values
+        row |= {
+            "mosaics": len(grid.x),
+            "photographs": len(cells(grid).flatten(0, 1).flatten(1).unique(dim=0)),
+            "photographs to find": len(group.unique()),
+            "score": float(values.mean()), "standard error": error(values, group),
+            "default less this": float(less.mean()), "its standard error": error(less, group),
+        }  # fmt: skip
+
+
 def main() -> None:
     parser = network_parser(__doc__, fit=60, networks=LAYERS)
+    parser.add_argument("part", choices=("choose", "report"))
     parser.add_argument("--choosing", type=int, default=20, help="mosaics to choose settings on")
     parser.add_argument("--mosaics", type=int, default=100, help="mosaics to report")
+    parser.add_argument("--sizes", type=int, nargs="+", default=(2, 3), help="sides of mosaics")
     arguments = parser.parse_args()
+    name, part = f"photographs-mosaics-{arguments.network}", arguments.part
     chain, layers = boxes.chain(arguments.network, arguments.data), LAYERS[arguments.network]
+    rows = read(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
     model, generator = chain.steps, torch.Generator().manual_seed(0)
     about = boxes.photographs(arguments.network, arguments.data, chain.normalise, arguments.fit)
     images = photos(arguments.network, arguments.data, 1, generator)
     x, labels, classes = chain.normalise(images.test), images.labels, sorted(about.classes)
-    sure = recognised(model, x, labels)
-    inverse = InverseNetwork(model, layer=model[min(layers.values())])
-    print(f"{time.process_time():.0f} s: to fit", flush=True)
+    index = boxes.halves(labels, torch.Generator().manual_seed(0))[part == "report"]
+    index = index[recognised(model, x[index], labels[index])]
+    asked = [row for row in rows if part == "report" and (row["default"] or row["chosen"])]
+    lowest = [layers[row["layer"]] for row in asked if row["method"].startswith("MIP-IN")]
+    inverse = InverseNetwork(model, layer=model[min(lowest or layers.values())])
     maps = Maps(chain, layers, inverse.fit(about.fit, classes, batch_size=20, progress=False))
-    settings = {
-        (layer, method, reduction)
-        for layer in layers for method in METHODS for reduction in FIXED.get(method, REDUCTIONS)
-    }  # fmt: skip
-    own = (list(layers)[1], "MIP-IN, A × gradient", "sum_of_abs")
-    rows: list[dict[str, Any]] = []
-    halves = boxes.halves(labels, torch.Generator().manual_seed(0))
-    for n in (2, 3):
-        one, two = (
-            mosaics(
-                lambda batch: torch.zeros(len(batch), 1000),  # all of them are recognised
-                x[index[sure[index]]], labels[index[sure[index]]], n, count, confidence=0,
-                classes=classes, generator=torch.Generator().manual_seed(n),
-            )
-            for index, count in zip(halves, (arguments.choosing, arguments.mosaics), strict=True)
+    for n in arguments.sizes:
+        grid = mosaics(
+            lambda batch: torch.zeros(len(batch), 1000),  # all of them are recognised
+            x[index], labels[index], n,
+            arguments.choosing if part == "choose" else arguments.mosaics, confidence=0,
+            classes=classes, generator=torch.Generator().manual_seed(n),
         )  # fmt: skip
-        choosing = scores(maps, one, settings)
-        print(f"{n}x{n}, {time.process_time():.0f} s: settings are chosen", flush=True)
-        chosen = best(choosing)
-        reported = scores(maps, two, {own, *chosen.values()})
-        group = sought(two)
-        counted = {
-            "mosaics": len(two.x),
-            "photographs": len(cells(two).flatten(0, 1).flatten(1).unique(dim=0)),
-            "photographs to find": len(group.unique()),
-        }
-        for key, values in choosing.items():
-            row: dict[str, Any] = {"size": f"{n}x{n}"}
-            row |= dict(zip(("layer", "method", "reduction"), key, strict=True))
-            row |= {"default": key == own, "chosen": key in chosen.values()}
-            row["choosing half"] = float(values.mean())
-            if key in reported:
-                less = reported[own] - reported[key]
-                row |= counted | {
-                    "score": float(reported[key].mean()),
-                    "standard error": error(reported[key], group),
-                    "default less this": float(less.mean()),
-                    "its standard error": error(less, group),
-                }
-            rows.append(row)
+        own, size = [], f"{n}x{n}"
+        if part == "choose":
+            own = choose(maps, grid)
+        else:
+            own = [row for row in rows if row["size"] == size]
+            report(maps, grid, own)
+        rows = [row for row in rows if row["size"] != size] + own
         write(
-            f"photographs-mosaics-{arguments.network}", rows,
-            data="600 ILSVRC2012 validation images of 20 classes", size=224, fit=arguments.fit,
-            classes=classes, target="the class of the cell", confidence=CONFIDENCE,
-            split="two halves, class by class at random", network=arguments.network,
-            choosing=arguments.choosing,
+            name, rows, data="600 ILSVRC2012 validation images of 20 classes", size=224,
+            fit=arguments.fit, classes=classes, target="the class of the cell",
+            confidence=CONFIDENCE, split="two halves, class by class at random",
+            network=arguments.network,
         )  # fmt: skip
-        print(show([row for row in rows if "score" in row]), flush=True)
+        print(f"{time.process_time():.0f} s\n{show([r for r in own if r['chosen']])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ _SINGLE = (
     "The model takes no free batch size, so it was captured for one example: each example of a "
     "batch is computed as if it were alone."
 )
-_DEAD = "dead: signals that never vary on the data of the fit; the inverse learns nothing from them"
+_DEAD = "dead: signals that never vary in the fit, as those of other classes next to the output"
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class LayerFit:
         signals: Number of signals that each feature is regressed on.
         explained_variance: Share of the features' variance that the inverse explains on the
             fitting data, before the forward mask; at most 1.
-        dead: Number of signals that never vary, such as those of a ReLU that is never active. The
-            inverse learns nothing from them.
+        dead: Number of signals that never vary, such as those of a ReLU that is never active, or,
+            next to the output, those of other classes. The inverse learns nothing from them.
         condition: 1-norm condition number of the regularised Gram matrix; None for SGD.
         solver: "exact" or "sgd".
     """
@@ -50,7 +50,7 @@ class FitReport:
         >>> print(FitReport((LayerFit(3, "0/linear", 100, 784, 512, 0.81, 12, 5.2e3, "exact"),)))
         layer     rows  features  signals  explained variance  dead  condition  solver  targets
         0/linear   100       784      512               0.810    12    5.2e+03   exact        1
-        dead: signals that never vary on the data of the fit; the inverse learns nothing from them
+        dead: signals that never vary in the fit, as those of other classes next to the output
     """
 
     layers: tuple[LayerFit, ...]

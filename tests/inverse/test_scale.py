@@ -58,7 +58,9 @@ def test_inputs_of_the_same_kind_give_no_warning():
 
 
 def test_a_fit_on_three_images_is_warned_of():
-    with pytest.warns(DataWarning, match="only 3 examples, expected at least 10, better a few") as caught:
+    with pytest.warns(
+        DataWarning, match="only 3 examples, expected at least 10, better a few"
+    ) as caught:
         fitted(images(3))
     assert len(caught) == 1
     with warnings.catch_warnings():
