@@ -16,6 +16,8 @@ from captum_mipin.comparison.figure import Figure
 from captum_mipin.comparison.page import OVERLAY, painted, strength
 from captum_mipin.errors import InputError
 
+__all__ = ["draw_row", "draw_signal", "draw_tokens", "draw_volume", "tokens_html"]
+
 
 def tokens_html(tokens: Sequence[str], values: Tensor) -> str:
     """Return tokens as HTML, each on the colour of its attribution.
@@ -76,16 +78,26 @@ def draw_tokens(tokens: Sequence[str], values: Tensor, *, letters: int = 70) -> 
     return drawn
 
 
-def draw_signal(signal: Tensor, values: Tensor, *, names: Sequence[str] | None = None) -> Figure:
+def draw_signal(
+    signal: Tensor,
+    values: Tensor,
+    *,
+    names: Sequence[str] | None = None,
+    rate: float | None = None,
+    unit: str | None = None,
+) -> Figure:
     """Return a figure of a signal in time, on the colours of its attributions.
 
     Args:
         signal: The signal (channels, times) or (times,).
         values: Attributions of the same shape.
         names: Names of the channels.
+        rate: Samples per second, for an axis in seconds; None for an axis in time steps.
+        unit: Unit of the signal, such as "µV", shown beside the names.
 
     Raises:
-        InputError: The shapes differ, or the number of names is not that of the channels.
+        InputError: The shapes differ, the number of names is not that of the channels, or the rate
+            is not above 0.
 
     Examples:
         >>> len(draw_signal(torch.randn(2, 50), torch.randn(2, 50), names=["C3", "C4"]).axes)
@@ -102,21 +114,24 @@ def draw_signal(signal: Tensor, values: Tensor, *, names: Sequence[str] | None =
         raise InputError(
             f"there are {len(names)} names, but {len(signal)} channels: pass one name per channel"
         )
-    scale = strength(scale)
+    if rate is not None and not rate > 0:
+        raise InputError(f"rate is {rate!r}, expected samples per second above 0: pass another")
+    scale, step = strength(scale), 1 / (rate or 1)
+    times = step * torch.arange(signal.shape[1])
     drawn = Figure(figsize=(8, 1.1 * len(signal) + 0.4), layout="constrained")
     axes = drawn.subplots(len(signal), sharex=True, squeeze=False)[:, 0]
     for axis, x, colours, name in zip(axes, signal, scale, names, strict=True):
         low, high = float(x.min()), float(x.max())
         margin = 0.08 * (high - low) or 1.0
-        extent = (-0.5, len(x) - 0.5, low - margin, high + margin)
+        extent = (-0.5 * step, (len(x) - 0.5) * step, low - margin, high + margin)
         axis.imshow(
             colours[None], cmap=OVERLAY, vmin=-1, vmax=1, aspect="auto", extent=extent,
             interpolation="nearest",
         )  # fmt: skip
-        axis.plot(x, color="black", linewidth=1)
-        axis.set_ylabel(name, fontsize=8)
+        axis.plot(times, x, color="black", linewidth=1)
+        axis.set_ylabel(f"{name} ({unit})" if unit else name, fontsize=8)
         axis.tick_params(labelsize=8)
-    axes[-1].set_xlabel("time step", fontsize=8)
+    axes[-1].set_xlabel("time (s)" if rate else "time step", fontsize=8)
     return drawn
 
 
@@ -132,7 +147,7 @@ def draw_row(
         largest: Number of features to show; a last bar has the sum of all others.
 
     Raises:
-        InputError: The numbers of names and attributions differ.
+        InputError: The numbers of names, attributions and values of the row differ.
 
     Examples:
         >>> bars = draw_row(["age", "income"], torch.tensor([0.2, -1.0]), row=[31, 2500]).axes[0]
@@ -140,7 +155,14 @@ def draw_row(
         ['income = 2500', 'age = 31']
     """
     heat = _one_value_each(names, values, "features")
-    labels = list(names) if row is None else [f"{n} = {v}" for n, v in zip(names, row, strict=True)]
+    labels = [*names]
+    if row is not None:
+        if len(row) != len(names):
+            raise InputError(
+                f"there are {len(names)} names, but {len(row)} values of the row: pass one value "
+                "per name"
+            )
+        labels = [f"{name} = {_short(value)}" for name, value in zip(names, row, strict=True)]
     order = heat.abs().argsort(descending=True, stable=True).tolist()
     shown = [(labels[index], float(heat[index])) for index in order[:largest]]
     if len(order) > largest:
@@ -148,7 +170,8 @@ def draw_row(
         shown.append((f"{len(rest)} others", float(heat[rest].sum())))
     drawn = Figure(figsize=(5, 0.28 * len(shown) + 0.5), layout="constrained")
     axis = drawn.subplots()
-    colours = [OVERLAY(1.0 if value > 0 else 0.0) for _, value in shown]
+    colours = [OVERLAY(1.0 if value > 0 else 0.0) for _, value in shown[:largest]]
+    colours += ["silver"] * (len(shown) - largest)  # a sum, not the largest of the features
     axis.barh(range(len(shown)), [value for _, value in shown], color=colours)
     axis.set_yticks(range(len(shown)), [label.replace("$", r"\$") for label, _ in shown])
     axis.invert_yaxis()
@@ -193,6 +216,12 @@ def draw_volume(volume: Tensor, values: Tensor, *, slices: int = 6) -> Figure:
         axis.set_title(f"slice {depth}", fontsize=8)
         axis.axis("off")
     return drawn
+
+
+def _short(value: Any) -> str:
+    """Return the value of a feature with four digits, if it is a number that has more."""
+    value = value.item() if hasattr(value, "item") else value  # of tensors and NumPy numbers
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _one_value_each(names: Sequence[str], values: Tensor, kind: str) -> Tensor:

@@ -226,19 +226,16 @@ class Fit:
     ) -> dict[int, Moments]:
         """Return the moments of this process's data for each group of targets."""
         moments: dict[int, Moments] = {}
+        pairs = [(number, target) for number, group in enumerate(groups) for target in group]
         for index, (inverter, x, signals) in enumerate(self._merged(key, batches)):
             positions = self._positions(key, index, inverter, x)
             x = x.double() if self._request.settings.double else x
-            for number, target in (
-                (n, target) for n, group in enumerate(groups) for target in group
-            ):
+            for number, target in pairs:
                 s = tuple(part.to(x.dtype) for part in signals(target))
                 if positions is None:
                     part = inverter.moments(x, s)
                 else:
-                    assert isinstance(
-                        inverter, Convolution
-                    )  # for mypy: only convolutions have positions
+                    assert isinstance(inverter, Convolution)  # for mypy: no others have positions
                     part = inverter.moments(x, s, positions)
                 total = moments.setdefault(number, part)
                 if total is not part:
@@ -263,18 +260,22 @@ class Fit:
 
     def _positions(self, key: str, index: int, inverter: Inverter, x: Tensor) -> Tensor | None:
         """Return the positions of ``x`` that a convolution is fitted on; None for all."""
-        settings, count = self._request.settings, prod(x.shape[2:])
-        if settings.positions is None or not isinstance(inverter, Convolution) or inverter.tied > 1:
-            return None
-        chosen = settings.positions
-        chosen = chosen if isinstance(chosen, int) else max(1, round(chosen * count))
-        if chosen >= count:
+        count, chosen = prod(x.shape[2:]), self._drawn(inverter, x)
+        if chosen is None:
             return None
         step, rank = self._request.surrogate.learned.index(key), self._request.processes.rank
-        digest = hashlib.sha256(f"{settings.seed} {step} {index} {rank}".encode()).digest()
-        seed = int.from_bytes(digest[:8], "big", signed=True)
+        digest = hashlib.sha256(f"{self._request.settings.seed} {step} {index} {rank}".encode())
+        seed = int.from_bytes(digest.digest()[:8], "big", signed=True)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         return order[:chosen].sort().values.to(x.device)
+
+    def _drawn(self, inverter: Inverter, x: Tensor) -> int | None:
+        """Return the number of positions of ``x`` that a convolution is fitted on; None for all."""
+        chosen, count = self._request.settings.positions, prod(x.shape[2:])
+        if chosen is None or not isinstance(inverter, Convolution) or inverter.tied > 1:
+            return None
+        chosen = chosen if isinstance(chosen, int) else max(1, round(chosen * count))
+        return chosen if chosen < count else None
 
     def _pooled(self, moments: Moments | None, inverter: Inverter, x: Tensor) -> Moments:
         """Return the moments of all processes' data; ``moments`` is None in one without data."""
@@ -300,7 +301,9 @@ class Fit:
         layout = self._request.surrogate.steps[key].layout
         groups, features, *_ = inverter.size
         examples = max(1, x.shape[layout.dim] // (layout.outer * layout.inner))
-        return x.numel() // (groups * features) * (self._passes.rows or examples) // examples
+        drawn = self._drawn(inverter, x)
+        rows = x.numel() // (groups * features) if drawn is None else len(x) * drawn
+        return rows * (self._passes.rows or examples) // examples
 
     def _check_memory(self, trace: Trace) -> None:
         """Raise FitError if a regression needs more memory than is free.
@@ -327,9 +330,10 @@ class Fit:
     ) -> _Solved:
         """Return the inverses of a step with fewer rows than signals, by the dual."""
         table = Table(inverter, self._rows.get(key))
-        for index, (_, x, signals) in enumerate(batches):
+        for index, (_, x, signals) in enumerate(self._merged(key, batches)):
+            places = self._positions(key, index, inverter, x)
             for target in targets:
-                if not table.add(x, target, signals(target)):
+                if not table.add(x, target, signals(target), places):
                     raise _not_finite(index, key, target)
         solved: _Solved = {}
         settings = self._request.settings

@@ -30,6 +30,7 @@ class Plan(NamedTuple):
         further: Bytes that solving one regression takes in addition.
         signals: Number of signals of one regression.
         descends: Whether ``solver="sgd"`` can fit this step.
+        thins: Whether fewer ``positions=`` take less memory.
     """
 
     solver: Literal["moments", "rows", "sgd"]
@@ -37,6 +38,7 @@ class Plan(NamedTuple):
     further: int
     signals: int
     descends: bool
+    thins: bool
 
     @classmethod
     def of(cls, inverter: Inverter, rows: int | None, sgd: bool) -> "Plan":
@@ -49,8 +51,10 @@ class Plan(NamedTuple):
         """
         _, features, signals, own = inverter.size
         descends = isinstance(inverter, Convolution) and inverter.plain
+        thins = rows is not None and isinstance(inverter, Convolution) and inverter.by_rows(1)
+        ways = signals, descends, thins
         if sgd and descends:
-            return cls("sgd", 0, 0, signals, descends)
+            return cls("sgd", 0, 0, *ways)
         # With fewer rows than signals, the Gram matrix of the rows is smaller: dual of eq. 6.
         if (
             rows is not None
@@ -58,9 +62,9 @@ class Plan(NamedTuple):
             and inverter.by_rows(rows)
         ):
             stored, further = bytes_by_rows(rows, features * (1 + own), signals)
-            return cls("rows", stored, further, signals, descends)
+            return cls("rows", stored, further, *ways)
         stored = Moments.bytes_needed(*inverter.size)
-        return cls("moments", stored, solving_bytes(*inverter.size), signals, descends)
+        return cls("moments", stored, solving_bytes(*inverter.size), *ways)
 
     def classes(self, memory: int) -> int:
         """Return the number of classes, at least 1, that ``memory`` bytes can store together."""
@@ -91,6 +95,9 @@ def check_memory(
     descends = [key for key in large if plans[key].descends]
     if descends:
         ways.append(f'fit {", ".join(descends)} with solver="sgd", which stores no such matrices')
+    thins = [key for key in large if plans[key].thins]
+    if thins:
+        ways.append(f"fit {', '.join(thins)} on fewer places of each map, with positions=")
     if any(plans[key].stored + plans[key].further <= free for key in large):
         ways.append("lower memory=, so that fewer classes are fitted at a time")
     raise FitError(

@@ -28,15 +28,24 @@ class Table:
         self._x: list[Tensor] = []
         self._signals: dict[Target, list[tuple[Tensor, list[Tensor]]]] = {}
 
-    def add(self, x: Tensor, target: Target, signals: tuple[Tensor, ...]) -> bool:
+    def add(
+        self,
+        x: Tensor,
+        target: Target,
+        signals: tuple[Tensor, ...],
+        places: Tensor | None = None,
+    ) -> bool:
         """Add a batch for one target, and return False if a value is NaN or Inf.
 
         Args:
             x: The features of the batch.
             target: The target; the first target's features serve all targets.
             signals: The signals of the batch.
+            places: Indices of the positions that a convolution is fitted on; None for all.
         """
-        rows, s, own = self._inverter.rows(x, signals)
+        inverter = self._inverter
+        drawn = () if places is None or isinstance(inverter, Dense) else (places,)
+        rows, s, own = inverter.rows(x, signals, *drawn)
         parts = self._signals.setdefault(target, [])
         if target == next(iter(self._signals)):
             self._x.append(rows[0])

@@ -57,6 +57,17 @@ def test_a_signal_is_drawn_over_its_attributions(tmp_path):
     assert drawing.draw_signal(torch.ones(1, 5), torch.zeros(1, 5)).axes[0].get_ylim()[0] == 0
 
 
+def test_a_signal_has_an_axis_in_seconds_and_a_unit():
+    x = torch.randn(2, 30)
+    figure = drawing.draw_signal(x, x, names=["C3", "C4"], rate=100, unit="µV")
+    for axis, name in zip(figure.axes, ("C3 (µV)", "C4 (µV)"), strict=True):
+        assert axis.get_ylabel() == name
+        assert np.allclose(axis.lines[0].get_xdata(), np.arange(30) / 100)
+        assert np.allclose(axis.images[0].get_extent()[:2], [-0.005, 0.295])
+    assert figure.axes[-1].get_xlabel() == "time (s)"
+    assert drawing.draw_signal(x, x).axes[-1].get_xlabel() == "time step"
+
+
 def test_a_table_row_is_drawn_as_bars_the_largest_first(tmp_path):
     names, values = ["a", "b$", "c", "d"], torch.tensor([0.5, -3.0, 0.1, 0.2])
     figure = drawing.draw_row(names, values, row=[1, 2, 3, 4], largest=2)
@@ -67,6 +78,17 @@ def test_a_table_row_is_drawn_as_bars_the_largest_first(tmp_path):
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([-3.0, 0.5, 0.3])
     assert near(axis.patches[0].get_facecolor(), RED)
     assert near(axis.patches[1].get_facecolor(), BLUE)
+    assert near(axis.patches[2].get_facecolor(), (192, 192, 192))  # a sum, which is no feature
+
+
+@pytest.mark.parametrize(
+    "row",
+    [torch.tensor([1 / 3, 2.0]), np.array([1 / 3, 2.0]), [1 / 3, "2"], [np.float32(1 / 3), 2]],
+    ids=["tensor", "array", "list", "scalars"],
+)
+def test_values_of_a_row_are_short(row):
+    (axis,) = drawing.draw_row(["a", "b"], torch.tensor([2.0, 1.0]), row=row).figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a = 0.3333", "b = 2"]
 
 
 def test_a_volume_is_drawn_as_slices_of_one_scale(tmp_path):
@@ -90,6 +112,14 @@ def test_a_volume_is_drawn_as_slices_of_one_scale(tmp_path):
         (lambda: drawing.draw_tokens(["a"], torch.ones(2)), "1 tokens, but attributions of shape"),
         (lambda: drawing.tokens_html(["a"], torch.ones(1, 1, 3)), "shape \\(1, 1, 3\\)"),
         (lambda: drawing.draw_row(["a", "b"], torch.ones(1)), "2 features"),
+        (
+            lambda: drawing.draw_row(["a", "b"], torch.ones(2), row=[1]),
+            "2 names, but 1 values of the row",
+        ),
+        (
+            lambda: drawing.draw_signal(torch.ones(3), torch.ones(3), rate=0),
+            "rate is 0, expected samples per second",
+        ),
         (lambda: drawing.draw_signal(torch.ones(2, 3), torch.ones(3)), "expected the same shape"),
         (
             lambda: drawing.draw_signal(torch.ones(2, 3), torch.ones(2, 3), names=["a"]),

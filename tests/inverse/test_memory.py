@@ -117,10 +117,14 @@ def test_a_regression_larger_than_free_memory_is_refused_before_the_fit():
     assert "786,432 signals" in text
     assert "layer=" in text
     assert 'fit 0/conv2d with solver="sgd"' in text
+    assert "fit 0/conv2d on fewer places of each map, with positions=" in text
     assert data.read == 2  # the first batch for its shape, and again for the fit
     assert inverse.targets == []
-    above = InverseNetwork(model, layer=model[3]).fit(normal(3, 3, 63, 63), 0, progress=False)
-    assert above.targets == [0]
+    x = normal(3, 3, 63, 63)
+    above = InverseNetwork(model, layer=model[3]).fit(x, 0, progress=False)
+    few = InverseNetwork(model, positions=4).fit(x, 0, progress=False)
+    assert above.targets == few.targets == [0]
+    assert few.report.layers[-1].rows == 12
 
 
 def test_gradient_descent_is_not_stopped():

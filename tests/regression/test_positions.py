@@ -8,6 +8,8 @@ from torch import nn
 
 from captum_mipin import InverseNetwork
 from captum_mipin.errors import InputError
+from captum_mipin.inverse import tables
+from captum_mipin.regression.dual import solve_table
 from captum_mipin.regression.geometry import Geometry
 from captum_mipin.regression.moments import Moments
 from captum_mipin.rules.linear import Convolution
@@ -106,6 +108,32 @@ def test_a_fit_on_a_share_of_the_positions():
         again = InverseNetwork(MODEL, positions=share).fit(X, 1, progress=False, batch_size=8)
         assert torch.equal(again.source_signal(X, 1), some.source_signal(X, 1))
     assert errors[0] > errors[1] > errors[2] == errors[3] == 0
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_few_positions_of_a_long_kernel_are_solved_by_rows(stride, monkeypatch):
+    """The first convolution of a network of sounds: few rows, many signals, the same inverse."""
+    torch.manual_seed(0)
+    layers = nn.Conv1d(1, 8, 64, stride, padding=32), nn.ReLU(), nn.Flatten()
+    model = nn.Sequential(*layers, nn.LazyLinear(3)).eval()
+    x, solved = normal(5, 1, 128, dtype=torch.float64), []
+    model.double()(x)
+    monkeypatch.setattr(
+        tables, "solve_table", lambda *given: solved.append(len(given[1])) or solve_table(*given)
+    )
+
+    def fitted():
+        return InverseNetwork(model, positions=6).fit(x, 1, progress=False, batch_size=2)
+
+    by_rows = fitted()
+    assert solved == [30]
+    monkeypatch.setattr(Convolution, "by_rows", lambda self, rows: False)
+    by_signals = fitted()
+    assert solved == [30]
+    torch.testing.assert_close(
+        by_rows.source_signal(x, 1), by_signals.source_signal(x, 1), rtol=1e-8, atol=1e-9
+    )
+    assert by_rows.report.layers[-1].rows == by_signals.report.layers[-1].rows == 30
 
 
 def test_positions_are_drawn_by_the_generator_and_in_the_same_way_for_all_classes(tmp_path):
