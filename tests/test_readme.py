@@ -132,6 +132,13 @@ def test_the_recipes_run():
     signal = run("A signal in time")
     assert signal["found"].rows[0].maps.shape == (4, 2, 64)
     assert not any(row.error for row in signal["found"].rows)
+    row = run("A table row")
+    assert row["attribution"].shape == (1, 3)
+    drawing = pytest.importorskip("captum_mipin.comparison.drawing")
+    drawing.draw_tokens(["word"] * 6, text["scores"][0])
+    map = signal["found"].rows[0].maps[0]
+    drawing.draw_signal(signal["x"][0], map, names=["C3", "C4"], rate=128, unit="µV")
+    drawing.draw_row(row["columns"], row["attribution"][0], row=row["x"][0])
     many = run("Many classes")
     assert len(many["together"].targets) == 50
     assert many["signal"].shape == (2, 20)

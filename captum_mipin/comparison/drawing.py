@@ -65,7 +65,7 @@ def draw_tokens(tokens: Sequence[str], values: Tensor, *, letters: int = 70) -> 
             column, line = 0, line + 1
         places.append((column, line))
         column += len(token) + 1
-    drawn = Figure(figsize=(0.1 * letters, 0.3 * (line + 1) + 0.2), layout="constrained")
+    drawn = Figure(figsize=(0.08 * letters, 0.3 * (line + 1) + 0.2), layout="constrained")
     axis = drawn.subplots()
     axis.set(xlim=(0, letters), ylim=(line + 0.6, -0.6))
     axis.axis("off")
@@ -93,7 +93,8 @@ def draw_signal(
         values: Attributions of the same shape.
         names: Names of the channels.
         rate: Samples per second, for an axis in seconds; None for an axis in time steps.
-        unit: Unit of the signal, such as "µV", shown beside the names.
+        unit: Unit of all channels, such as "µV", shown beside their names; the channels are then
+            drawn on one scale.
 
     Raises:
         InputError: The shapes differ, the number of names is not that of the channels, or the rate
@@ -119,9 +120,9 @@ def draw_signal(
     scale, step = strength(scale), 1 / (rate or 1)
     times = step * torch.arange(signal.shape[1])
     drawn = Figure(figsize=(8, 1.1 * len(signal) + 0.4), layout="constrained")
-    axes = drawn.subplots(len(signal), sharex=True, squeeze=False)[:, 0]
+    axes = drawn.subplots(len(signal), sharex=True, sharey=bool(unit), squeeze=False)[:, 0]
     for axis, x, colours, name in zip(axes, signal, scale, names, strict=True):
-        low, high = float(x.min()), float(x.max())
+        low, high = map(float, (signal if unit else x).aminmax())
         margin = 0.08 * (high - low) or 1.0
         extent = (-0.5 * step, (len(x) - 0.5) * step, low - margin, high + margin)
         axis.imshow(
@@ -170,7 +171,7 @@ def draw_row(
         shown.append((f"{len(rest)} others", float(heat[rest].sum())))
     drawn = Figure(figsize=(5, 0.28 * len(shown) + 0.5), layout="constrained")
     axis = drawn.subplots()
-    colours = [OVERLAY(1.0 if value > 0 else 0.0) for _, value in shown[:largest]]
+    colours: list[Any] = [OVERLAY(1.0 if value > 0 else 0.0) for _, value in shown[:largest]]
     colours += ["silver"] * (len(shown) - largest)  # a sum, not the largest of the features
     axis.barh(range(len(shown)), [value for _, value in shown], color=colours)
     axis.set_yticks(range(len(shown)), [label.replace("$", r"\$") for label, _ in shown])

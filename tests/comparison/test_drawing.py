@@ -58,10 +58,13 @@ def test_a_signal_is_drawn_over_its_attributions(tmp_path):
 
 
 def test_a_signal_has_an_axis_in_seconds_and_a_unit():
-    x = torch.randn(2, 30)
+    x = torch.randn(2, 30) * torch.tensor([[1.0], [5.0]])
     figure = drawing.draw_signal(x, x, names=["C3", "C4"], rate=100, unit="µV")
+    low, high = figure.axes[0].get_ylim()
+    assert low < x.min() and high > x.max()  # what has one unit has one scale
     for axis, name in zip(figure.axes, ("C3 (µV)", "C4 (µV)"), strict=True):
-        assert axis.get_ylabel() == name
+        assert axis.get_ylabel() == name and axis.get_ylim() == (low, high)
+        assert np.allclose(axis.images[0].get_extent()[2:], (low, high))
         assert np.allclose(axis.lines[0].get_xdata(), np.arange(30) / 100)
         assert np.allclose(axis.images[0].get_extent()[:2], [-0.005, 0.295])
     assert figure.axes[-1].get_xlabel() == "time (s)"
