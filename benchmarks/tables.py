@@ -1,5 +1,6 @@
 """Write the tables of README.md and docs/ from the results files: python benchmarks/tables.py."""
 
+from collections import Counter
 from typing import Any
 
 from common import RESULTS, pages, read, show
@@ -819,6 +820,91 @@ def paper_randomization() -> str:
     return show(rows)
 
 
+WILD = ("MIP-IN", "LRP", "Guided Backprop", "IBA")
+
+
+def _by_package() -> dict[str, list[dict[str, Any]]]:
+    """Return package → the rows of its families that could be built."""
+    packages: dict[str, list[dict[str, Any]]] = {}
+    for row in read("wild")["rows"]:
+        if not row["check"].startswith("not built"):
+            packages.setdefault(row["package"], []).append(row)
+    return packages
+
+
+def _verdict(row: dict[str, Any], method: str) -> str:
+    """Return "works", "refused", "failed" or "" (not tried) for a method, or for the check."""
+    if row["check"].startswith("failed"):
+        return "failed"  # a family that took too long, say, in whatever part
+    return str(row.get(method, "")).partition(":")[0].partition(" ")[0].replace("not", "")
+
+
+def wild() -> str:
+    """Return for each package how many models worked / were refused / failed with each method."""
+    result, rows = read("wild"), []
+    for package, found in _by_package().items():
+        known = result["settings"]["families"][package]
+        ratios = sorted(r["check s"] / r["export s"] for r in found if r.get("export s"))
+        cells = {}
+        for method in WILD:
+            count = Counter(_verdict(row, method) for row in found)
+            verdicts = [count[verdict] for verdict in ("works", "refused", "failed")]
+            cells[method] = " / ".join(map(str, verdicts)) if any(verdicts) else "–"
+        rows.append(
+            {
+                "package": f"{package} {found[0].get('version', '')}".strip(),
+                "tried": f"{len(found)} of {known}",
+                **cells,
+                "capture ÷ export": f"{ratios[len(ratios) // 2]:.1f}" if ratios else "–",
+            }
+        )
+    return show(rows)
+
+
+def wild_refused() -> str:
+    """Return the models that a method refused or failed on, with the reason."""
+    rows = []
+    for package, found in _by_package().items():
+        for row in found:
+            reasons: dict[str, list[str]] = {}
+            for method in ("check", *WILD):
+                if _verdict(row, method) in ("refused", "failed") and method in row:
+                    reasons.setdefault(_short(row[method]), []).append(method)
+            merged = {reason: names for reason, names in reasons.items() if names != ["check"]}
+            for reason, names in (merged or reasons).items():
+                named = ", ".join(name for name in names if name != "check") or "all"
+                model = row.get("model", row["family"])
+                rows.append({"package": package, "model": model, "method": named, "why": reason})
+    return show(rows) if rows else "None."
+
+
+def _short(verdict: str) -> str:
+    """Return a verdict in one line: of several refused operations, the first one."""
+    kind, _, reason = verdict.partition(": ")
+    lines = [line.strip() for line in reason.splitlines()]
+    if len(lines) > 1 and lines[0].startswith("no signal can be sent back"):
+        lines = lines[1:]
+    reason = lines[0].partition("; expected")[0] if lines else ""
+    return f"{kind}: {reason[:240]}".replace("|", "\\|").replace("<", "&lt;")
+
+
+def wild_models() -> str:
+    """Return all models, folded: verdicts, and the seconds of the capture and of the export."""
+    rows = [
+        {
+            "package": package,
+            "family": row["family"],
+            "model": row.get("model", ""),
+            **{method: _verdict(row, method) for method in WILD},
+            "capture s": row.get("check s", ""),
+            "÷ export": row["check s"] / row["export s"] if row.get("export s") else "",
+        }
+        for package, found in _by_package().items()
+        for row in found
+    ]
+    return f"<details><summary>All models</summary>\n\n{show(rows)}\n\n</details>"
+
+
 def main() -> None:
     texts = {page: page.read_text() for page in pages()}
     own = (
@@ -861,6 +947,9 @@ def main() -> None:
         photographs,
         photographs_mosaics,
         which_map,
+        wild,
+        wild_refused,
+        wild_models,
     ):
         begin, end = f"<!-- {table.__name__} -->\n", f"<!-- /{table.__name__} -->"
         places = [page for page, text in texts.items() if begin in text and end in text]

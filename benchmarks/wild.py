@@ -152,19 +152,20 @@ def _maps(result: Any) -> tuple[Tensor, ...]:
 
 
 def settle(sample: Sample) -> None:
-    """Give batch norms the statistics of the inputs, where the output would be a constant."""
+    """Give batch norms the statistics of the inputs, where the score would be a constant."""
     norms = [m for m in sample.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not norms or not isinstance(sample.target, int):
-        return
+    few = tuple(x[:8] for x in sample.inputs)
     with torch.no_grad():
-        output = sample.model(*(x[:8] for x in sample.inputs))
-        if not isinstance(output, Tensor) or output.std(0).max() > 1e-4 * output.abs().max():
-            return
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0
-        sample.model(*(x[:8] for x in sample.inputs))
-        sample.model.eval()
+        output = sample.model(*few)
+        output = output if isinstance(output, Tensor) else output[sample.output]
+        place = sample.target if isinstance(sample.target, tuple) else (sample.target,)
+        scores = output[(slice(None), *place)]
+        if norms and scores.std() <= 1e-4 * scores.abs().max():
+            for norm in norms:
+                norm.train()
+                norm.momentum = 1.0
+            sample.model(*few)
+            sample.model.eval()
 
 
 def methods(sample: Sample, late: nn.Module | None, large: bool) -> dict[str, Callable[[], str]]:

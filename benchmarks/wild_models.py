@@ -213,7 +213,9 @@ def _braindecode() -> Iterator[tuple[str, Family]]:
     )  # fmt: skip
     options = {"n_chans": 22, "n_times": 1000, "n_outputs": 4, "sfreq": 250}
     for name in names:
-        yield name, partial(built, "braindecode.models", name, (22, 1000), **options)
+        channels = 128 if name == "Labram" else 22  # it takes all electrodes that it knows
+        shape, sized = (channels, 1000), options | {"n_chans": channels}
+        yield name, partial(built, "braindecode.models", name, shape, **sized)
 
 
 def _monai() -> Iterator[tuple[str, Family]]:

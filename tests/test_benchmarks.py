@@ -296,3 +296,29 @@ def test_the_script_for_gpus_runs_on_the_cpu(monkeypatch):
     assert row["largest difference from the CPU"] == 0
     for name in ("gpu", "common"):
         sys.modules.pop(name, None)
+
+
+def test_the_table_of_other_packages_counts_verdicts_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import tables
+
+    refusal = "refused: no signal can be sent back through\n  aten.stft.default in a: complex"
+    rows = [
+        {"check": "works", "MIP-IN": "works", "LRP": "works in float64; in float32, differ"},
+        {"check": refusal, "MIP-IN": refusal, "LRP": "failed: not finite"},
+        {"check": "failed: more than 9 s"},
+        {"check": "not built: ImportError"},
+    ]
+    named = [{"package": "a", "family": str(i)} | row for i, row in enumerate(rows)]
+    result = {"settings": {"families": {"a": 7}}, "rows": named}
+    monkeypatch.setattr(tables, "read", lambda name: result)
+    counts = tables.wild().splitlines()[2]
+    assert counts == "| a | 3 of 7 | 1 / 1 / 1 | 1 / 0 / 2 | 0 / 0 / 1 | 0 / 0 / 1 | – |"
+    told = tables.wild_refused().splitlines()[2:]
+    assert told == [
+        "| a | 1 | MIP-IN | refused: aten.stft.default in a: complex |",
+        "| a | 1 | LRP | failed: not finite |",
+        "| a | 2 | all | failed: more than 9 s |",
+    ]
+    for name in ("tables", "common"):
+        sys.modules.pop(name, None)
