@@ -105,10 +105,10 @@ def _free_dimension(user: Any, node: fx.Node) -> int | None:
     if operation(user) != "weighted_sum":
         return -2 if carriers == (0,) else -1  # V P or P V
     values, weights = user.args[carriers[0]], user.args[1 - carriers[0]]
-    dims, keepdim = user.args[2:]
+    dims = user.args[2]
     sizes = list(enumerate(value_of(weights).shape))
     free = [dim for dim, size in sizes if dim not in dims and type(size) is int and size == 1]
     if not free or node not in (values, user):
         return None
-    removed = 0 if keepdim or node is values else sum(dim < free[-1] for dim in dims)
+    removed = 0 if node is values else sum(dim < free[-1] for dim in dims)
     return free[-1] - removed

@@ -6,11 +6,12 @@ The rule of an operation must not depend on the way in which a model writes it. 
   operation ``divided``;
 - each result of ``var_mean`` becomes an operation of its own;
 - the sum of a product of two values that depend on the input becomes ``weighted_sum``, which has
-  the rule of a matrix product;
+  the rule of a matrix product; their average becomes this sum, divided by a number;
 - the sum or the mean of stacked tensors becomes a sum of these tensors.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from math import prod
 from operator import getitem
 from typing import Any
 
@@ -20,11 +21,12 @@ from torch import fx
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
 from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.propagation.averages import whole_dims
 from captum_mipin.propagation.draft import Draft, permutation
 from captum_mipin.propagation.marking import mark_as_varying, mark_varying
 from captum_mipin.rules import DIVIDED, WEIGHTED_SUM
 from captum_mipin.rules.base import varies
-from captum_mipin.rules.gates import gate_source
+from captum_mipin.rules.gates import gate_source, is_gate
 
 _aten = torch.ops.aten
 
@@ -125,24 +127,28 @@ def _is_reciprocal(node: Any) -> bool:
 
 
 def _sum_of_product(node: Any, starts: Starts) -> bool:
-    """Rewrite Σ w ⊙ h as a weighted sum, if w and h both depend on the example."""
-    if node.kwargs or not argument(node, 1, "dim"):
+    """Rewrite Σ w ⊙ h as a weighted sum, if w and h both depend on the example.
+
+    An average of w ⊙ h, also by a pooling over all positions, is Σ w ⊙ h / n.
+    """
+    name, source = operation(node), node.args[0]
+    along = argument(node, 1, "dim") if name in ("sum", "mean") else whole_dims(node)
+    if not along or "dtype" in node.kwargs:
         return False
-    product, dims = _unpermuted(node.args[0], node.args[1], starts)
+    product, dims = _unpermuted(source, along, starts)
     if operation(product) != "mul" or product in starts or not _both_vary(product, dims):
         return False
-    average = operation(node) == "mean"
-    if average and not any(_is_softmax(n) for n in product.args):
-        return False
-    ndim, keepdim = value_of(product).ndim, argument(node, 2, "keepdim", False)
-    args = (*(_with_dims(node, n, ndim) for n in product.args), dims, keepdim)
-    if not average:
-        become(node, WEIGHTED_SUM, *args)
-        return True
-    count = 1
-    for dim in dims:
-        count *= value_of(product).shape[dim]
-    become(node, _aten.div.Tensor, insert(node, WEIGHTED_SUM, *args), count)
+    sizes, ndim = [value_of(product).shape[dim] for dim in dims], value_of(product).ndim
+    if name != "sum" and not all(isinstance(size, int) for size in sizes):
+        return False  # an average over the batch
+    factors = (_with_dims(node, n, ndim) for n in product.args)
+    value = insert(node, WEIGHTED_SUM, *factors, dims)
+    if name != "sum":
+        value = insert(node, _aten.div.Tensor, value, prod(sizes))
+    if value_of(node).ndim == ndim:  # with the dimensions of the sum kept
+        for dim in sorted(dim % ndim for dim in along):
+            value = insert(node, _aten.unsqueeze.default, value, dim)
+    become(node, value.target, *value.args)
     return True
 
 
@@ -168,10 +174,11 @@ def _unpermuted(node: Any, dims: Sequence[int], starts: Starts) -> tuple[Any, li
 def _both_vary(product: Any, dims: Sequence[int]) -> bool:
     """Return True if both factors depend on the example, and neither is copied along ``dims``.
 
-    If a factor is the same for all entries of the sum, it is a scale of the whole sum.
+    If a factor is the same for all entries of the sum, it is a scale of the whole sum. A value
+    with a gate of its own, as x · sigmoid(x), is an activation.
     """
     a, b = product.args
-    if not _is_of_example(a) or not _is_of_example(b):
+    if not _is_of_example(a) or not _is_of_example(b) or _gates_itself(a, b):
         return False
     ndim = value_of(product).ndim
     shapes = [(1,) * (ndim - value_of(n).ndim) + tuple(value_of(n).shape) for n in (a, b)]
@@ -183,8 +190,11 @@ def _is_of_example(node: Any) -> bool:
     return isinstance(node, fx.Node) and (varies(node) or batched(value_of(node)))
 
 
-def _is_softmax(node: Any) -> bool:
-    return "softmax" in operation(gate_source(node, varies))
+def _gates_itself(a: fx.Node, b: fx.Node) -> bool:
+    """Return True if one of two factors is a gate that is computed from the other one."""
+    sources = ((x, gate_source(gate, varies)) for x, gate in ((a, b), (b, a)))
+    gates = [gate for x, gate in sources if is_gate(gate, varies) and gate.all_input_nodes == [x]]
+    return any("softmax" not in operation(gate) for gate in gates)
 
 
 def _sum_of_stack(node: Any, starts: Starts) -> bool:
@@ -277,4 +287,8 @@ _REWRITES: dict[str, tuple[Callable[[fx.Node, Starts], bool], ...]] = {
     "getitem": (_moment,),
     "sum": (_sum_of_stack, _sum_of_product),
     "mean": (_sum_of_stack, _sum_of_product),
+    **dict.fromkeys(
+        (f"{kind}avg_pool{dims}d" for kind in ("", "adaptive_") for dims in (1, 2, 3)),
+        (_sum_of_product,),
+    ),
 }

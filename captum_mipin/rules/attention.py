@@ -17,11 +17,11 @@ from captum_mipin.rules.arithmetic import PRODUCT, mere_scale
 from captum_mipin.rules.base import OwnOperation, Passes, at, varies
 
 
-def _sum_of_product(a: Tensor, b: Tensor, dims: Any, keepdim: bool = False) -> Tensor:
-    return (a * b).sum(dims, keepdim)
+def _sum_of_product(a: Tensor, b: Tensor, dims: Any) -> Tensor:
+    return (a * b).sum(dims)
 
 
-#: The operation ``(a * b).sum(dims, keepdim)``, whose rule is that of a matrix product.
+#: The operation ``(a * b).sum(dims)``, whose rule is that of a matrix product.
 WEIGHTED_SUM = OwnOperation("weighted_sum", _sum_of_product)
 
 

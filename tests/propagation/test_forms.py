@@ -59,6 +59,7 @@ POOLED = {
     "kept dimension": lambda w, h: torch.mul(h, w).sum(dim=-2, keepdim=True).squeeze(1),
     "transposed": lambda w, h: (h.mT * w.mT).sum(-1),
     "sum behind a transposition": lambda w, h: (h * w).transpose(1, 2).sum(2),
+    "kept behind a transposition": lambda w, h: (h * w).mT.sum(2, keepdim=True).squeeze(2),
     "expanded": lambda w, h: (w.expand_as(h) * h).sum(1),
     "baddbmm": lambda w, h: torch.baddbmm(h.new_zeros(1, 1, 1), w.mT, h).squeeze(1),
     "in place": lambda w, h: h.clone().mul_(w).sum(1),
@@ -75,12 +76,39 @@ def test_spelling_of_a_weighted_sum_does_not_matter(gate):
     alike(runs, normal(60, 5, 4, dtype=torch.float64), **parts)
 
 
-def test_an_average_by_weights_is_a_weighted_sum():
+AVERAGES = {
+    "sum": lambda w, h: (w * h).sum(1) / 5,
+    "mean": lambda w, h: (w * h).mean(1),
+    "bmm": lambda w, h: torch.bmm(w.mT, h).squeeze(1) / 5,
+    "mean behind a transposition": lambda w, h: (h * w).mT.mean(-1),
+    "average pooling": lambda w, h: F.avg_pool1d((w * h).mT, 5).flatten(1),
+    "adaptive pooling": lambda w, h: F.adaptive_avg_pool1d((h * w).mT, 1).squeeze(2),
+    "kept dimension": lambda w, h: (h * w).mT.mean(-1, keepdim=True).squeeze(2),
+    "pooling of images": lambda w, h: F.adaptive_avg_pool2d(
+        h.mT[..., None] * w.mT[..., None], 1
+    ).flatten(1),
+}
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_an_average_by_weights_is_a_weighted_sum(gate):
     torch.manual_seed(0)
     parts = {"p": nn.Linear(4, 8), "a": nn.Linear(8, 1), "last": nn.Linear(8, 2)}
-    hows = (POOLED["bmm"], lambda w, h: (w * h).mean(1) * 5)
-    runs = [pooled(lambda a: a.softmax(1), how) for how in hows]
+    weights = torch.sigmoid if gate == "sigmoid" else lambda a: a.softmax(1)
+    runs = [pooled(weights, how) for how in AVERAGES.values()]
     alike(runs, normal(60, 5, 4, dtype=torch.float64), **parts)
+
+
+@pytest.mark.parametrize("total", [torch.sum, torch.mean], ids=["sum", "mean"])
+def test_an_activation_is_no_weighted_sum(total):
+    torch.manual_seed(0)
+    parts = {"p": nn.Linear(4, 8), "last": nn.Linear(8, 2)}
+    with torch.no_grad():
+        parts["last"].bias.fill_(2)
+    x = normal(60, 5, 4, dtype=torch.float64)
+    hows = (F.silu, lambda h: h * torch.sigmoid(h))
+    runs = [lambda m, x, f=f: m["last"](total(f(m["p"](x)), 1)) for f in hows]
+    alike(runs, x, **parts)
 
 
 def attention(how):
