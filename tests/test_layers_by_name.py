@@ -48,6 +48,35 @@ def test_maps_of_a_layer_by_name() -> None:
     assert str(check(model, x, layer="1")) == str(check(model, x, layer=model[1]))
 
 
+def test_a_compiled_part_is_a_layer_and_so_are_its_modules() -> None:
+    def net(compiled: bool) -> Any:
+        torch.manual_seed(0)
+        block: Any = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+        block = torch.compile(block, backend="eager") if compiled else block
+        return nn.Sequential(block, nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
+
+    def mipin(model: Any, layer: Any) -> Any:
+        inverse = InverseNetwork(model, layer=layer).fit(x, progress=False)
+        return LayerMIPINAttribution(model, inverse).attribute(x[:2], 1)
+
+    methods = {
+        "LRP": lambda model, layer: LayerPropagation(LRP(model), layer).attribute(x, 1),
+        "Grad-CAM": lambda model, layer: GradCAM(model, layer).attribute(x, 1),
+        "IBA": lambda m, layer: IBA(m, layer).estimate(x, progress=False).attribute(x[:2], 1),
+        "MIP-IN": mipin,
+    }
+    model, same, x = net(True), net(False), torch.randn(20, 1, 6, 6)
+    model(x)  # compiled before any method runs: Captum's hooks inside would be skipped
+    whole, part = model[0]._orig_mod, model[0]._orig_mod[0]
+    for name, method in methods.items():
+        expected = method(same, "0"), method(same, "0.0")
+        for layer in ("0", "0._orig_mod", model[0], whole) if name == "LRP" else ("0", model[0]):
+            torch.testing.assert_close(method(model, layer), expected[0])
+        for layer in ("0.0", "0._orig_mod.0", part) if name == "LRP" else ("0.0", part):
+            torch.testing.assert_close(method(model, layer), expected[1])
+    assert [row.path for row in check(model, x, layer="0").rows] == ["1", "2", "3"]
+
+
 def test_a_bound_forward_stands_for_its_model(mlp: Any) -> None:
     model, x = mlp.model, mlp.x
     inverse = InverseNetwork(model.forward).fit(x, progress=False)

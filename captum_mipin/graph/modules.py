@@ -58,7 +58,7 @@ def module_of(layer: nn.Module | str, model: nn.Module) -> nn.Module:
         True
     """
     model = unwrapped(model)
-    modules = {name: module for name, module in tree(model) if name}
+    modules = _named(model)
     module = modules.get(layer) if isinstance(layer, str) else unwrapped(layer)
     if module is not None and (module is model or module in modules.values()):
         return module
@@ -78,9 +78,18 @@ def modules_of(layer: Any, model: nn.Module) -> Any:
 
 def layer_or_tensor(layer: nn.Module | str, model: nn.Module) -> nn.Module | str:
     """Return a module of the model for a module or its name, and other names unchanged."""
-    if isinstance(layer, str) and layer not in dict(tree(model)):
+    if isinstance(layer, str) and layer not in _named(model):
         return layer
     return module_of(layer, model)
+
+
+def _named(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules in a model by name.
+
+    A part in ``torch.compile`` is its module, and has the names of the module before as well.
+    """
+    named = {name: unwrapped(module) for name, module in tree(model) if name}
+    return {name.replace("._orig_mod", ""): module for name, module in named.items()} | named
 
 
 def tree(model: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:

@@ -48,8 +48,13 @@ def twin_of(model: nn.Module) -> nn.Module:
         for name in _BACKWARD:
             getattr(module, name).clear()
         if isinstance(module, torch._dynamo.OptimizedModule):  # the user's module would run
-            vars(module)["forward"] = module._orig_mod.__call__
+            vars(module)["forward"] = partial(_call, module._orig_mod)
     return twin
+
+
+def _call(module: nn.Module, *arguments: Any, **named: Any) -> Any:
+    """Call a module; ``module.__call__`` would skip what torch.export puts in its place."""
+    return module(*arguments, **named)
 
 
 def package(kind: Any) -> str:
