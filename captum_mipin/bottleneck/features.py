@@ -25,6 +25,7 @@ from captum_mipin.graph.validate import check_model, device_of, finite, generato
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
 from captum_mipin.options import check_choice, check_number, type_of
 from captum_mipin.propagation.final import require_logits
+from captum_mipin.propagation.independent import check_graph
 from captum_mipin.regression.statistics import Statistics
 from captum_mipin.storage.saved import Saved
 from captum_mipin.storage.watch import Watch
@@ -280,6 +281,7 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
             return self._graphs.find(inputs, extras, make, fitted=known)
 
         def build(graph: CapturedGraph, _: Any) -> Parts:
+            check_graph(graph, self.model, (inputs, extras), self.output)
             return Parts(graph)
 
         return self._graphs.build(self.model, lambda graph: graph.inputs, None, find, build)[1]

@@ -26,11 +26,12 @@ from captum_mipin.comparison.scores import Metric, metric_functions
 from captum_mipin.comparison.table import Comparison
 from captum_mipin.comparison.work import Line, Work
 from captum_mipin.copies import copy_memo
-from captum_mipin.errors import NotFittedError
+from captum_mipin.errors import MIPINError, NotFittedError
 from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.metrics import Boxes, Method
 from captum_mipin.metrics.case import Case
 from captum_mipin.metrics.examples import Examples
+from captum_mipin.propagation.independent import require_independent
 
 
 @torch.inference_mode(False)  # weights copied in inference mode would have no gradients
@@ -85,7 +86,8 @@ def compare(
     titles = image_titles(extent.titles, case.examples, class_names(extent.names, model))
     module = layer_of(layer, model)
     check_targets(case, model, named.values())
-    lines = _with_controls(_made(named, model, inverse, module), model, controls)
+    made = _made(named, model, inverse, module, case.examples)
+    lines = _with_controls(made, model, controls)
     known = {**arguments, "boxes": boxes, "model": model, "steps": extent.steps}
     return _run(Work(case, lines, functions, known, _seed(case.generator)), extent, titles)
 
@@ -153,7 +155,11 @@ def _with_controls(made: Mapping[str, Any], model: Any, controls: bool) -> list[
 
 
 def _made(
-    named: Mapping[str, Any], model: Any, inverse: ModelInverse[Any] | None, layer: nn.Module | None
+    named: Mapping[str, Any],
+    model: Any,
+    inverse: ModelInverse[Any] | None,
+    layer: nn.Module | None,
+    examples: Examples,
 ) -> dict[str, Any]:
     """Return label -> method; methods given by name are made.
 
@@ -162,6 +168,7 @@ def _made(
         model: The network.
         inverse: Fitted inverse for MIP-IN, or None.
         layer: Layer for methods of a layer, or None.
+        examples: The images, of which a method by name must explain each alone.
 
     Returns:
         Label -> method, or the exception raised when the method was made.
@@ -174,12 +181,19 @@ def _made(
         mipin = kind(model, inverse)
     # methods get a copy of the network: if DeepLift, for example, fails, it does not remove hooks
     copied: tuple[nn.Module, nn.Module | None] = copy.deepcopy((model, layer), copy_memo(model))
-    setup = Setup(*copied, mipin)
+    setup, refusal = Setup(*copied, mipin), None
+    try:
+        require_independent(model, examples.inputs, examples.extras)
+    except MIPINError as error:
+        refusal = error
 
     def made(method: Any) -> Any:
         try:
-            is_made = not isinstance(method, str) or method in CONTROLS
-            return method if is_made else METHODS[method](setup)
+            if not isinstance(method, str) or method in CONTROLS:
+                return method
+            if refusal is not None:
+                raise refusal
+            return METHODS[method](setup)
         except Exception as error:  # of any type: other methods must still be made
             return error
 

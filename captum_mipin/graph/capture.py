@@ -152,7 +152,9 @@ def trace(
     this one name to share graphs between models, as the tests do.
     """
     trial, call = Trial(model, output), (inputs, extras, shared)
-    trial.dequantise(examples_like(*call)[0])
+    example = examples_like(*call)[0]
+    trial.dequantise(example)
+    trial.check_repeats(example)
     try:
         return _capture_any(trial, call, detached)
     except _FixedBatchError as error:
@@ -186,7 +188,8 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
     except CaptureError:
         raise
     except Exception as error:
-        raise _FixedBatchError(str(failure(error, trial.twin, *call))) from error
+        with trial.copied_buffers():
+            raise _FixedBatchError(str(failure(error, trial.twin, *call))) from error
     finally:
         handle.remove()
         trial.restore()

@@ -1,5 +1,7 @@
 """Calls of a copy of a model with real values, which show what a graph does not show."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,14 +50,33 @@ class Trial:
         """Write back all that calls have written."""
         self.written += self._kept.restore()
 
-    def run(self, arguments: Any) -> Tensor:
+    def run(self, arguments: Any, seed: int = 0) -> Tensor:
         """Return the result of a call of the copy, without gradients and from a fixed seed."""
         device = pytree.tree_leaves(arguments)[0].device
         devices = [device] if device.type == "cuda" else []
-        with plain_modes(device), torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(0)
+        arguments = pytree.tree_map_only(Tensor, torch.clone, arguments)  # a call may write to them
+        with (
+            plain_modes(device), torch.no_grad(), torch.random.fork_rng(devices),
+            self.copied_buffers(),
+        ):  # fmt: skip
+            torch.manual_seed(seed)
             result: Tensor = self.twin(*arguments)
         return result
+
+    @contextmanager
+    def copied_buffers(self) -> Iterator[None]:
+        """Give the copy buffers of its own, because a call may write to them."""
+        own = [(vars(module), module._buffers) for module in self.twin.modules()]
+        try:
+            for attributes, buffers in own:
+                attributes["_buffers"] = {
+                    name: None if buffer is None else buffer.clone()
+                    for name, buffer in buffers.items()
+                }
+            yield
+        finally:
+            for attributes, buffers in own:
+                attributes["_buffers"] = buffers
 
     def dequantise(self, arguments: Any) -> None:
         """Replace quantised weights of the copy by the floating weights that they stand for.
@@ -82,6 +103,23 @@ class Trial:
                 "than with the floating weights that they stand for: its activations are quantised "
                 "as well. Expected weights alone to be quantised: explain the model from before "
                 "the quantisation"
+            )
+
+    def check_repeats(self, arguments: Any) -> None:
+        """Raise CaptureError if two calls with the same arguments and the same seed differ.
+
+        A graph contains numbers from outside torch as constants, and does not show their changes.
+        """
+        try:
+            same = close(self.run(arguments), self.run(arguments))
+        except Exception:  # of any type: the export fails as well, and tells the reason
+            return
+        if not same:
+            raise CaptureError(
+                "two calls of the model with the same arguments give different results, though "
+                "torch draws the same random numbers: the model uses others, such as those of "
+                "random or NumPy; expected a forward whose result depends on its arguments alone: "
+                "pass the numbers as an argument, or draw none in evaluation mode"
             )
 
     def check_forgets(self, arguments: Any) -> None:

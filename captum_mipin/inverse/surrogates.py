@@ -18,6 +18,7 @@ from captum_mipin.graph.signature import Signature, first_example
 from captum_mipin.inverse.state import Origin
 from captum_mipin.propagation.final import require_logits
 from captum_mipin.propagation.fingerprint import difference, structure
+from captum_mipin.propagation.independent import check_graph
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.rules import Rule, table
 from captum_mipin.types import Extras, Inputs, Output
@@ -77,7 +78,9 @@ class Surrogates:
 
         def build(graph: CapturedGraph, start: Starts) -> Surrogate:
             calibrate = start == starts(graph, stop)
-            return Surrogate(graph, rules, start, calibrate=calibrate, joint=joint)
+            surrogate = Surrogate(graph, rules, start, calibrate=calibrate, joint=joint)
+            check_graph(graph, self._model, call, self._output)
+            return surrogate
 
         return self.graphs.build(self._model, starts, rules, find, build)[1]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError, UnsupportedOperationError
-from captum_mipin.graph.cache import Graphs
+from captum_mipin.graph.cache import Graphs, Starts
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modules import unwrapped
@@ -33,6 +33,7 @@ from captum_mipin.graph.validate import (
 from captum_mipin.options import check_number
 from captum_mipin.propagation.attention import Encoder
 from captum_mipin.propagation.final import require_logits
+from captum_mipin.propagation.independent import check_graph
 from captum_mipin.propagation.runtime import seed
 from captum_mipin.targets import per_example
 from captum_mipin.types import Extras, Inputs, Output, Target
@@ -140,10 +141,14 @@ class TokenAttribution(NoFuture, Attribution):
             options: dict[str, Any] = {"output": self.output, "explained": False}
             return require_logits(capture(self.model, inputs, extras, shared, **options))
 
+        def build(graph: CapturedGraph, start: Starts) -> Encoder:
+            encoder = Encoder(graph)
+            check_graph(graph, self.model, (inputs, extras), self.output)
+            return encoder
+
         return self._graphs.build(
             self.model, lambda graph: (), self.output,
-            lambda: self._graphs.find(inputs, extras, graph_of),
-            lambda graph, start: Encoder(graph),
+            lambda: self._graphs.find(inputs, extras, graph_of), build,
         )  # fmt: skip
 
     @classmethod

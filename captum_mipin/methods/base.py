@@ -34,6 +34,7 @@ from captum_mipin.graph.validate import (
 )
 from captum_mipin.propagation.check import survey
 from captum_mipin.propagation.final import require_logits
+from captum_mipin.propagation.independent import check_graph
 from captum_mipin.propagation.runtime import Run, seed
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.report import CheckRow
@@ -230,7 +231,9 @@ class Propagation(NoFuture, GradientAttribution):
         self, inputs: Inputs, extras: Extras, layer: Site
     ) -> tuple[CapturedGraph, Surrogate]:
         def build(graph: CapturedGraph, start: Starts) -> Surrogate:
-            return Surrogate(graph, self._table(), start, joint=False)
+            surrogate = Surrogate(graph, self._table(), start, joint=False)
+            check_graph(graph, self.model, (inputs, extras), self.output)
+            return surrogate
 
         def graph_of(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
             graph = capture(

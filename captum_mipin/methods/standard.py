@@ -1,5 +1,8 @@
 """SmoothGrad and Grad-CAM with their usual settings, made from Captum's methods."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -9,10 +12,30 @@ from torch.nn import functional as F
 
 from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError
-from captum_mipin.graph.modules import module_of
-from captum_mipin.graph.validate import as_inputs, check_inputs, like
+from captum_mipin.graph.modules import module_of, unwrapped
+from captum_mipin.graph.validate import as_extras, as_inputs, check_inputs, like
 from captum_mipin.options import check_number, type_of
+from captum_mipin.propagation.independent import require_independent
 from captum_mipin.types import Inputs
+
+#: Held while torch compiles nothing, which holds for all threads.
+_EAGER = Lock()
+
+
+@contextmanager
+def _hooks_run(model: Any, layer: nn.Module) -> Iterator[None]:
+    """Switch compilation off if the layer lies in a compiled part, which may skip its hooks."""
+    owner = model if isinstance(model, nn.Module) else unwrapped(model)
+    compiled = (
+        part
+        for part in owner.modules()
+        if isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
+    )
+    if any(layer in set(part.modules()) for part in compiled):
+        with _EAGER, torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 class SmoothGrad(NoFuture, GradientAttribution):
@@ -56,9 +79,13 @@ class SmoothGrad(NoFuture, GradientAttribution):
 
         Returns:
             Tensors shaped like ``inputs``.
+
+        Raises:
+            UnsupportedOperationError: The model mixes the examples of a batch, or is random.
         """
         tensors = tuple(x.detach() for x in as_inputs(inputs))
         check_inputs(tensors)
+        require_independent(self.forward_func, tensors, as_extras(additional_forward_args))
         gradient = Saliency(self.forward_func)
         ranges = [x.flatten(1).amax(1) - x.flatten(1).amin(1) for x in tensors]
         sigmas = [
@@ -117,6 +144,9 @@ class GradCAM(NoFuture, Attribution):
 
         Returns:
             Tensor (batch, 1, height, width) with values of at least 0.
+
+        Raises:
+            UnsupportedOperationError: The model mixes the examples of a batch, or is random.
         """
         if not isinstance(inputs, Tensor) or inputs.ndim != 4:
             shape = f" of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else ""
@@ -124,10 +154,13 @@ class GradCAM(NoFuture, Attribution):
                 f"inputs is {type_of(inputs)}{shape}, expected one tensor (batch, "
                 "channels, height, width): use Grad-CAM only for images"
             )
+        extras = as_extras(additional_forward_args)
+        require_independent(self.forward_func, (inputs,), extras)
         cam = LayerGradCam(self.forward_func, self.layer)
-        maps = cam.attribute(
-            inputs.detach(), target, additional_forward_args, relu_attributions=True
-        )
+        with _hooks_run(self.forward_func, self.layer):
+            maps = cam.attribute(
+                inputs.detach(), target, additional_forward_args, relu_attributions=True
+            )
         return F.interpolate(maps.detach(), inputs.shape[2:], mode="bilinear", align_corners=False)
 
     @classmethod

@@ -24,7 +24,8 @@ from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.trial import mixes_examples
 from captum_mipin.rules import MIPIN, RECORDABLE
 
-_ALONG = "it computes along the batch, so that examples would depend on each other"
+#: Reason for the refusal of operations that compute along the dimension of the examples.
+ALONG = "it computes along the batch, so that examples would depend on each other"
 
 #: Matrix product → position of its first factor among the arguments.
 _PRODUCTS = {"matmul": 0, "bmm": 0, "mm": 0, "linear": 0, "addmm": 1}
@@ -110,7 +111,7 @@ def lay_out_batch(draft: Draft) -> None:
         untold = node not in draft.starts and not _is_known(node) and not marks(node).mixes
         tried = marks(node).recorded or getattr(draft.rules, "other", None)
         if untold and tried and mixes_examples(node, draft.batch):
-            mark(node, mixes=_ALONG)
+            mark(node, mixes=ALONG)
 
 
 def lay_out(node: fx.Node, batch: str, starts: Collection[fx.Node] = ()) -> None:
@@ -138,7 +139,7 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
         )
     dim, count = folded
     if (stacked := _stacked(node, batch)) is not None:
-        return stacked if stacked.outer * stacked.inner == count else _ALONG
+        return stacked if stacked.outer * stacked.inner == count else ALONG
     layouts = set[Layout]()
     for source in node.all_input_nodes:
         if not marks(source).depends or marks(source).mixes:
@@ -152,7 +153,7 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
             inner = _quotient(inner * prod(x.shape[at.dim + 1 :]), prod(value.shape[dim + 1 :]))
         layout = Layout(dim, outer, inner)
         if outer * inner != count or _works_along(node, source, layout):
-            return _ALONG
+            return ALONG
         if dim != at.dim and not _is_known(node):
             return (
                 f"it takes the examples along dimension {at.dim} and returns them along {dim}; a "

@@ -160,7 +160,7 @@ def _with_dims(before: fx.Node, node: Any, ndim: int) -> fx.Node:
     return result
 
 
-def _unpermuted(node: Any, dims: Sequence[int], starts: Starts) -> tuple[Any, list[int]]:
+def _unpermuted(node: Any, dims: Collection[int], starts: Starts) -> tuple[Any, list[int]]:
     """Return the value before transpositions, and the dimensions ``dims`` of the node in it."""
     kept: list[int] = [dim % value_of(node).ndim for dim in dims]
     while node not in starts and (order := permutation(node)) is not None:

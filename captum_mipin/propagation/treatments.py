@@ -42,10 +42,16 @@ _WAY_OUT = (
 )
 
 #: Reason for the refusal of random operations that the output depends on.
-_RANDOM = (
+RANDOM = (
     "it is random, so that each call would give another explanation: switch it off in evaluation "
     "mode, as F.dropout(h, training=self.training), or pass the random values to the model as a "
     "further argument"
+)
+
+#: Reason for the refusal of operations with the size of the batch among their arguments.
+BATCH_SIZE = (
+    "it uses the size of the batch, or a number computed from the whole batch, as a value, so an "
+    "explanation would depend on the other examples"
 )
 
 #: Largest number of refused operations that an error lists.
@@ -66,14 +72,17 @@ def refusal(refused: Sequence[CheckRow], rules: Mapping[str, Rule]) -> str:
         refused: The rows of the refused operations.
         rules: The table of rules; it may have its own advice as ``way_out``.
     """
+    way_out = getattr(rules, "way_out", _WAY_OUT)
+    return "\n".join(["no signal can be sent back through", *listed(refused), way_out])
+
+
+def listed(refused: Sequence[CheckRow]) -> list[str]:
+    """Return one line of an error text per refused operation, for the first ones."""
     lines = [
         f"  {row.operation} in {row.path or 'the model itself'}: {row.note}"
         for row in refused[:_NAMED]
     ]
-    if len(refused) > _NAMED:
-        lines.append(f"  … and {len(refused) - _NAMED} more")
-    way_out = getattr(rules, "way_out", _WAY_OUT)
-    return "\n".join(["no signal can be sent back through", *lines, way_out])
+    return lines + [f"  … and {len(refused) - _NAMED} more"] * (len(refused) > _NAMED)
 
 
 def treatments(draft: Draft) -> list[CheckRow]:
@@ -82,10 +91,16 @@ def treatments(draft: Draft) -> list[CheckRow]:
     for node in draft.graph.nodes:
         if is_random(node):
             path = place(node).path
-            rows.append(CheckRow(path, str(original(node)), "refused", _RANDOM))
+            rows.append(CheckRow(path, str(original(node)), "refused", RANDOM))
         elif _is_treated(node):
             rows.append(_treatment(draft, node))
     return rows
+
+
+def uses_batch_size(node: fx.Node) -> bool:
+    """Return True if an operation uses the size of the batch as more than a shape."""
+    further = nodes_in((node.args[1:], node.kwargs))
+    return operation(node) not in _SIZED and any(map(is_size, further))
 
 
 def _is_treated(node: fx.Node) -> bool:
@@ -124,12 +139,8 @@ def _objection(draft: Draft, node: fx.Node, rule: Rule | None) -> str | None:
         return f"it turns the input into {value.dtype}, through which no signal can be sent"
     if rule is None and not known.recorded:
         return "no rule covers it" + _HINTS.get(operation(node), "")
-    further = nodes_in((node.args[1:], node.kwargs))
-    if operation(node) not in _SIZED and any(map(is_size, further)):
-        return (
-            "it uses the size of the batch, or a number computed from the whole batch, as a value, "
-            "so an explanation would depend on the other examples"
-        )
+    if uses_batch_size(node):
+        return BATCH_SIZE
     if rule is None or known.recorded:
         return known.mixes or None
     carried = draft.carried(node)

@@ -1,15 +1,33 @@
 """Operations that mix the examples of a batch, and random ones, are refused by name."""
 
+import random
+
+import numpy
 import pytest
 import torch
+from captum.attr import Saliency
 from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import VisionTransformer
 
-from captum_mipin import InverseNetwork, check
-from captum_mipin.errors import UnsupportedOperationError
-from captum_mipin.methods import LRP, Deconvnet, GuidedBackprop, LayerPropagation, Patterns
+from captum_mipin import IBA, InverseNetwork, check
+from captum_mipin.bottleneck import InputIBA
+from captum_mipin.comparison import compare
+from captum_mipin.errors import CaptureError, TrainingModeError, UnsupportedOperationError
+from captum_mipin.graph import capture as capture_module
+from captum_mipin.methods import (
+    LRP,
+    AttentionRollout,
+    Deconvnet,
+    GradCAM,
+    GuidedBackprop,
+    LayerPropagation,
+    Patterns,
+    SmoothGrad,
+)
 from captum_mipin.methods.gradients import Gradient
+from captum_mipin.propagation.independent import require_independent
 
 GRADIENTS = (Gradient, Deconvnet, GuidedBackprop)
 MIXED = {
@@ -77,8 +95,6 @@ def test_batch_norm_of_a_module_without_statistics_is_refused():
             UnsupportedOperationError, match=r"batch_norm.* in 1: it computes along the batch"
         ):
             method(model.eval()).attribute(normal(3, 1, 8, 8), 1)
-    whole = LayerPropagation(GuidedBackprop(model), model[2])  # above it nothing mixes
-    assert whole.attribute(normal(3, 1, 8, 8), 1).shape == (3, 4, 6, 6)
 
 
 @pytest.mark.parametrize("name", APART)
@@ -109,3 +125,190 @@ def test_what_is_random_is_refused_by_every_method(name):
 @pytest.mark.parametrize("name", STILL)
 def test_what_is_switched_off_is_not_random(name):
     assert check(_network(STILL[name]), normal(8, 5), method=Gradient).ok
+
+
+def _images(step):
+    """Return a network for images with a step between its two convolutions."""
+    torch.manual_seed(0)
+    return Function(
+        lambda m, x: m["last"](m["second"](step(m["first"](x).relu())).relu().mean((2, 3))),
+        first=nn.Conv2d(1, 4, 3),
+        second=nn.Conv2d(4, 4, 3),
+        last=nn.Linear(4, 2),
+    ).eval()
+
+
+#: Methods that call the model, and methods at a layer behind the step.
+AT_LAYERS = {
+    "SmoothGrad": lambda m, x: SmoothGrad(m, samples=2).attribute(x, 1),
+    "Grad-CAM": lambda m, x: GradCAM(m, "layers.second").attribute(x, 1),
+    "LRP": lambda m, x: LayerPropagation(LRP(m), "layers.second").attribute(x, 1),
+    "MIP-IN": lambda m, x: InverseNetwork(m, layer="layers.second").fit(x, progress=False),
+    "IBA": lambda m, x: IBA(m, "layers.second").estimate(x, progress=False),
+    "InputIBA": lambda m, x: InputIBA(m, "layers.second").estimate(x, progress=False),
+}
+STEPS = {
+    "batch norm": (lambda h: F.batch_norm(h, None, None, training=True), "_native_batch_norm"),
+    "largest value": (lambda h: h / h.abs().max(), "max"),
+    "bounded value": (lambda h: h / h.abs().max().clamp(min=1e3), "max"),
+    "number of examples": (lambda h: h / h.shape[0], "div"),
+    "dropout": (F.dropout, "native_dropout"),
+}
+
+
+@pytest.mark.parametrize("method", AT_LAYERS)
+@pytest.mark.parametrize("step", STEPS)
+def test_no_method_gives_a_map_that_depends_on_the_batch_or_the_call(step, method):
+    run, operation = STEPS[step]
+    reason = "random" if step == "dropout" else "batch"
+    with pytest.raises(
+        UnsupportedOperationError, match=rf"aten\.{operation}.* in the model itself.*{reason}"
+    ):
+        AT_LAYERS[method](_images(run), normal(6, 1, 8, 8))
+
+
+@pytest.mark.parametrize("step", ["largest value", "dropout"])
+def test_attention_rollout_refuses_as_well(step):
+    run, operation = STEPS[step]
+    vit = VisionTransformer(8, 4, 2, 2, 8, 16, num_classes=3)
+    model = Function(lambda m, x: m["vit"](run(x)), vit=vit).eval()
+    with pytest.raises(
+        UnsupportedOperationError, match=rf"aten\.{operation}.* in the model itself"
+    ):
+        AttentionRollout(model).attribute(normal(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("method", ["SmoothGrad", "Grad-CAM", "LRP"])
+def test_examples_that_are_joined_and_separated_again_do_not_mix(method):
+    x = normal(6, 1, 8, 8)
+    model = _images(lambda h: sum(torch.cat([h, h.flip(-1)]).chunk(2)))
+    among = AT_LAYERS[method](model, x)
+    torch.testing.assert_close(among[:1], AT_LAYERS[method](model, x[:1]))
+
+
+class Branching(nn.Module):
+    """A network that torch.export cannot follow, with a module behind its first layer."""
+
+    def __init__(self, step):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.step, self.last = nn.Conv2d(1, 4, 3), step, nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        h = h if h.flatten()[0] > 1e9 else h.relu()
+        return self.last(self.step(h).mean((2, 3)))
+
+
+class Step(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def forward(self, h):
+        return self.run(h)
+
+
+UNCAPTURABLE = {
+    "batch norm": (nn.BatchNorm2d(4, track_running_stats=False), "BatchNorm2d in step: .*batch"),
+    "largest value": (Step(lambda h: h / h.abs().max()), "Step in step: .*batch"),
+    "dropout": (Step(F.dropout), "Step in step: it is random"),
+    "random": (Step(lambda h: h * random.random()), "Step in step: it is random"),
+    "numpy": (
+        Step(lambda h: h * numpy.random.default_rng().random()),
+        "Step in step: it is random",
+    ),
+}
+
+
+@pytest.mark.parametrize("step", UNCAPTURABLE)
+def test_models_that_cannot_be_captured_are_called(step, capfd):
+    module, words = UNCAPTURABLE[step]
+    model, x = Branching(module).eval(), normal(4, 1, 8, 8)
+    with pytest.raises(UnsupportedOperationError, match=words):
+        SmoothGrad(model, samples=2).attribute(x, 1)
+    with pytest.raises(UnsupportedOperationError, match=words):
+        GradCAM(model, "first").attribute(x, 1)
+    with pytest.raises(UnsupportedOperationError, match="an operation in the model itself"):
+        SmoothGrad(lambda x: model(x), samples=2).attribute(x, 1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_other_models_that_cannot_be_captured_work(capfd):
+    x, one = normal(4, 1, 8, 8), normal(1, 1, 8, 8)
+    model = Branching(nn.BatchNorm2d(4)).eval()
+    expected = Saliency(model).attribute(x.clone().requires_grad_(), 1, abs=False)
+    for function in (model, lambda x: model(x), torch.jit.script(Branching(nn.Identity()).eval())):
+        found = SmoothGrad(function, samples=1, noise=0).attribute(x, 1)
+        if function is model:
+            assert torch.equal(found, expected)
+        torch.testing.assert_close(
+            SmoothGrad(function, samples=1, noise=0).attribute(x[:1], 1), found[:1]
+        )
+    assert GradCAM(model, "first").attribute(one, 1).shape == (1, 1, 8, 8)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.captured_anew
+def test_a_model_is_captured_once_however_often_it_counts_its_calls(monkeypatch):
+    captures, trace = [], capture_module.trace
+    monkeypatch.setattr(
+        capture_module, "trace", lambda *call, **named: captures.append(1) or trace(*call, **named)
+    )
+    model, x = _images(lambda h: h), normal(6, 1, 8, 8)
+    model.calls = 0
+    model.register_forward_hook(lambda module, *_: setattr(module, "calls", module.calls + 1))
+    for _ in range(3):
+        SmoothGrad(model, samples=2).attribute(x, 1)
+        GradCAM(model, "layers.first").attribute(x[:2], 1)
+    assert len(captures) == 1 and model.calls > 0
+    model.run = lambda m, x: m["last"](m["second"](F.dropout(m["first"](x))).mean((2, 3)))
+    with pytest.raises(UnsupportedOperationError, match="random"):
+        SmoothGrad(model, samples=2).attribute(x, 1)
+
+
+def test_checks_write_to_nothing(untouched):
+    class Counting(Branching):
+        def __init__(self, step):
+            super().__init__(step)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    x = normal(3, 1, 8, 8)
+    for model in (Counting(nn.Identity()).eval(), Counting(nn.BatchNorm2d(4)).eval()):
+        with untouched(model, x):
+            require_independent(model, (x,))
+    before, doubling = x.clone(), lambda x: x.mul_(2).flatten(1)[:, :2]
+    require_independent(doubling, (x,))
+    assert torch.equal(x, before)
+
+
+def test_a_model_in_training_mode_is_refused():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(), nn.Linear(6, 2))
+    SmoothGrad(model.eval(), samples=2).attribute(normal(3, 5), 1)
+    with pytest.raises(TrainingModeError):
+        SmoothGrad(model.train(), samples=2).attribute(normal(3, 5), 1)
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: numpy.random.default_rng().random()])
+def test_random_numbers_from_outside_torch_are_refused(draw):
+    model = _network(lambda h: h * draw())
+    for method in (LRP, Gradient):
+        with pytest.raises(CaptureError, match=r"two calls of the model .* NumPy"):
+            method(model).attribute(normal(4, 5), 1)
+    with pytest.raises(UnsupportedOperationError, match="random"):
+        SmoothGrad(model).attribute(normal(4, 5), 1)
+
+
+def test_compare_tells_why_methods_by_name_have_no_maps():
+    x, model = normal(4, 1, 8, 8), _images(lambda h: h / h.abs().max())
+    own = {"mine": lambda x, target: x}
+    found = compare(
+        {"Saliency": "Saliency", "LRP": "LRP", **own}, x, 1, model=model, metrics=[], progress=False
+    )
+    texts = {row.name: row.errors for row in found.rows if row.name in ("Saliency", "LRP", "mine")}
+    expected = {"": "the model mixes the examples of a batch"}
+    assert texts == {"Saliency": expected, "LRP": expected, "mine": {}}
