@@ -322,3 +322,63 @@ def test_the_table_of_other_packages_counts_verdicts_by_hand(monkeypatch):
     ]
     for name in ("tables", "common"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A function that imports a script of benchmarks/, which is forgotten afterwards."""
+    for needed in ("sklearn", "torchvision", "PIL", "matplotlib", "zennit"):
+        pytest.importorskip(needed, reason="for the benchmarks; the package does not need it")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module
+    for name in SCRIPTS:
+        sys.modules.pop(name, None)
+
+
+def test_the_demo_leaves_out_what_is_no_photograph(script, tmp_path, capsys):
+    image, demo = importlib.import_module("PIL.Image"), script("demo_photographs")
+    (tmp_path / "notes.txt").write_text("no photograph")
+    (tmp_path / "._b.jpg").write_text("no photograph")
+    with pytest.raises(SystemExit, match="no photograph that can be read: pass PHOTOS="):
+        demo.photographs(tmp_path)
+    image.new("RGBA", (8, 6), (0, 0, 0, 0)).save(tmp_path / "a #1.PNG")
+    image.new("L", (6, 8), 51).save(tmp_path / "grey.png")
+    image.new("I;16", (8, 8), 20_000).save(tmp_path / "deep.png")
+    capsys.readouterr()
+    found = demo.photographs(tmp_path)
+    assert [(one.size, one.getpixel((0, 0))) for one in found] == [
+        ((8, 6), (255, 255, 255)), ((6, 8), (51, 51, 51)),
+    ]  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("left out") for line in lines] == [True, True]
+    assert "8 bits" in lines[1]
+
+
+def test_data_that_is_not_there_is_refused_with_the_way_out(script, tmp_path, monkeypatch):
+    data = script("data")
+    with pytest.raises(SystemExit, match=r"mnist\.npz is missing.*FOLDER="):
+        data.load("mnist", tmp_path)
+
+    def offline(*arguments, **options):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", offline)
+    with pytest.raises(SystemExit, match=r"cannot be downloaded \(no network\).*take digits"):
+        data.load("fashion-mnist", cache=tmp_path)
+
+
+def test_mosaics_of_one_photograph_count_as_one(script):
+    """The standard error of n equal groups is that of the means of the groups."""
+    photographs = script("photographs")
+    values = torch.tensor([1.0, 1.0, 2.0, 2.0, 6.0, 6.0], dtype=torch.float64)
+    group = torch.tensor([0, 0, 1, 1, 2, 2])
+    means = values[::2]
+    expected = float(means.std() / 3**0.5)
+    assert photographs.error(values, group) == pytest.approx(expected)
+    grid = photographs.Mosaics(
+        2, torch.arange(32.0).view(2, 1, 4, 4).repeat(1, 3, 1, 1),
+        cells=torch.tensor([1, 2]), targets=torch.tensor([0, 0]),
+    )  # fmt: skip
+    assert photographs.cells(grid)[0, 1, 0].tolist() == [[2.0, 3.0], [6.0, 7.0]]
+    assert photographs.cells(grid)[1, 2, 0].tolist() == [[24.0, 25.0], [28.0, 29.0]]
+    assert sorted(photographs.sought(grid).tolist()) == [0, 1]
