@@ -3,8 +3,7 @@
 Methods that send something back through attention weights need the weights as a node of the graph:
 
 - ``scaled_dot_product_attention`` becomes softmax(c Q Kᵀ + M) V, with the factor c and the mask M;
-- exp(x) / Σ exp(x) becomes softmax(x);
-- softmax(x − m) becomes softmax(x), if m is the same for all entries that the softmax adds up.
+- exp(x) / Σ exp(x) becomes softmax(x).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -54,9 +53,6 @@ def expand_attention(graph: fx.Graph, starts: Collection[fx.Node]) -> None:
             _expand(node)
         elif operation(node) == "divided" and node not in starts:
             _softmax_by_hand(node)
-        # after the ratio, which may have become a softmax
-        if operation(node) in SOFTMAX:
-            _leave_out_shifts(node, starts)
     graph.eliminate_dead_code(lambda n: n in starts or n.is_impure())
 
 
@@ -106,26 +102,6 @@ def _softmax_by_hand(node: Any) -> None:
     same = operation(total.args[0]) == "exp" and total.args[0].args == above.args
     if same and len(dims) == 1 and sizes[dims[0]] == 1:
         become(node, _aten.softmax.int, above.args[0], dims[0])
-
-
-def _leave_out_shifts(node: Any, starts: Collection[fx.Node]) -> None:
-    """Replace softmax(x ± m) by softmax(x), for m that is the same along the softmax."""
-    x, dim = node.args[:2]
-    while operation(x) in ("add", "sub") and x not in starts and not x.kwargs:
-        pairs = (x.args, x.args[::-1]) if operation(x) == "add" else (x.args,)
-        kept = [one for one, shift in pairs if varies(one) and _is_shift(shift, x, dim)]
-        if not kept:
-            break
-        x = kept[0]
-    node.args = (x, *node.args[1:])
-
-
-def _is_shift(shift: Any, total: fx.Node, dim: int) -> bool:
-    """Return True if a term of a sum is the same for all entries along a dimension."""
-    if not isinstance(shift, fx.Node):
-        return True
-    sizes, behind = value_of(shift).shape, value_of(total).ndim - dim % value_of(total).ndim
-    return len(sizes) < behind or bool(sizes[-behind] == 1)
 
 
 # ------------------------------------------------------------------------ blocks of self-attention

@@ -214,9 +214,12 @@ def test_relevance_is_conserved_where_no_softmax_is():
     assert notes["aten.glu.default"] == "half to value and gate"
 
 
-def test_halves_of_gates_by_hand():
+@pytest.mark.parametrize(
+    "gated", [lambda a, b: a * b.sigmoid(), lambda a, b: F.glu(torch.cat([a, b], 1))]
+)
+def test_halves_of_gates_by_hand(gated):
     def run(m, x):
-        return m["last"](m["a"](x) * torch.sigmoid(m["b"](x)))
+        return m["last"](gated(m["a"](x), m["b"](x)))
 
     torch.manual_seed(0)
     layers = {"a": nn.Linear(4, 5), "b": nn.Linear(4, 5), "last": nn.Linear(5, 2)}
