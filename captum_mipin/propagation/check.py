@@ -5,11 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from captum_mipin.errors import InputError
 from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.layers import tensors_at
 from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.graph.validate import as_extras, as_inputs, check_inputs
+from captum_mipin.options import type_of
 from captum_mipin.propagation.final import below_final
 from captum_mipin.propagation.passes import MARKING, draft
 from captum_mipin.propagation.treatments import treatments
@@ -48,6 +50,7 @@ def check(
 
     Raises:
         CaptureError: The model as a whole cannot be captured.
+        InputError: ``method`` is no table of rules, such as LeGrad.
 
     Examples:
         >>> import torch
@@ -71,10 +74,24 @@ def check(
     graph, final = below_final(graph) if getattr(method, "_logits", True) else (graph, None)
     module = None if layer is None else module_of(layer, model)
     start = tensors_at(graph, model, module, (inputs, extras))
-    if isinstance(method, type):
-        method = method(model)
-    rows = survey(graph, table(), start) if method is None else method.survey(graph, start)
+    rows = _rows(method, model, graph, start)
     return CheckReport((*rows, *([final] if final else [])), graph.single)
+
+
+def _rows(
+    method: Any, model: nn.Module, graph: CapturedGraph, start: Sequence[str]
+) -> list[CheckRow]:
+    """Return one row per operation, by the rules of a method; None stands for MIP-IN."""
+    if method is None:
+        return survey(graph, table(), start)
+    if not hasattr(method, "survey"):
+        raise InputError(
+            f"method is {type_of(method)}, which has no rules of operations to check; expected a "
+            "method such as LRP(model) or Deconvnet: pass one of these, or None for MIP-IN"
+        )
+    method = method(model) if isinstance(method, type) else method
+    rows: list[CheckRow] = method.survey(graph, start)
+    return rows
 
 
 def survey(

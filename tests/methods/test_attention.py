@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
+from captum_mipin import check
 from captum_mipin.errors import InputError, TargetError, UnsupportedOperationError
 from captum_mipin.methods import AttentionRollout, Chefer, LeGrad, patch_map
 
@@ -278,3 +279,10 @@ def test_what_is_no_row_of_self_attention_is_refused(name):
     model = Function(run, embed=nn.Linear(4, 6), block=Block("fused"), head=nn.Linear(6, 3)).eval()
     with pytest.raises(UnsupportedOperationError, match=reason):
         AttentionRollout(model).attribute(normal(2, 4, 4))
+
+
+def test_check_says_that_they_have_no_rules_of_operations():
+    model = nn.Linear(4, 3).eval()
+    for method in (Chefer, Chefer(model)):
+        with pytest.raises(InputError, match="Chefer, which has no rules"):
+            check(model, torch.ones(1, 4), method=method)
