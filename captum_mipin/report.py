@@ -9,6 +9,8 @@ _SINGLE = (
     "batch is computed as if it were alone."
 )
 _DEAD = "dead: signals that never vary in the fit, as those of other classes next to the output"
+#: Largest number of rows in a block that is looked for, and fewest rows that are left out.
+_BLOCK, _FOLDED = 64, 40
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class CheckRow:
 class CheckReport:
     """The results of ``check`` for every operation between input and output of a model.
 
+    If it is printed, a block of rows that repeats many times stands there once.
+
     Attributes:
         rows: One row per operation.
         single: Whether the model takes no free batch size. Then each example of a batch is
@@ -139,8 +143,33 @@ class CheckReport:
             for row in self.rows
         ]
         columns = 5 if self.caveats else 4
-        text = table(header[:columns], [row[:columns] for row in rows], left=columns)
+        text = table(header[:columns], _folded([row[:columns] for row in rows]), left=columns)
         return f"{text}\n{_SINGLE}" if self.single else text
+
+
+def _folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return rows in which a block that repeats, as in recurrent layers, stands only once."""
+    result, at = list[tuple[str, ...]](), 0
+    while at < len(rows):
+        size, times = _repetition(rows, at)
+        result += rows[at : at + size]
+        if times > 1:
+            place, *others = rows[at]
+            note = f"the {size} rows above, {times} times in all"
+            result.append((place, *("..." for _ in others[:2]), note, *("" for _ in others[3:])))
+        at += size * times
+    return result
+
+
+def _repetition(rows: Sequence[tuple[str, ...]], at: int) -> tuple[int, int]:
+    """Return the size of the block that begins at a row, and how often it stands there."""
+    for size in range(1, _BLOCK + 1):
+        times, block = 1, rows[at : at + size]
+        while rows[at + size * times : at + size * (times + 1)] == block:
+            times += 1
+        if size * (times - 1) >= _FOLDED:
+            return size, times
+    return 1, 1
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -1,5 +1,7 @@
 """Recurrent layers, as torch.export writes them out."""
 
+import re
+
 import pytest
 import torch
 from rule_checks import behaves
@@ -7,7 +9,7 @@ from small import Function
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import LRP, InverseNetwork
+from captum_mipin import LRP, InverseNetwork, check
 
 
 class Recurrent(nn.Module):
@@ -119,6 +121,25 @@ def test_layers_equal_their_steps_written_out(layer):
     torch.testing.assert_close(whole, steps, rtol=1e-8, atol=1e-8)
     whole, steps = (LRP(m).attribute(x[:5], target=1) for m in (model, other))
     torch.testing.assert_close(whole, steps, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", [None, LRP])
+def test_check_prints_a_step_once(method):
+    model, x = Recurrent(nn.LSTM).eval(), torch.randn(2, 30, 4)
+    report = check(model, x, method=method)
+    _, *lines = (re.split("  +", line) for line in str(report).splitlines())
+    assert len(lines) < 40 < 300 < len(report.rows)
+    unfolded = []
+    for line in lines:
+        if line[1] == "...":
+            size, times = map(int, re.findall(r"\d+", line[3]))
+            unfolded += unfolded[-size:] * (times - 1)
+        else:
+            unfolded.append(line)
+    assert unfolded == [
+        [part for part in (r.path or "(model)", r.operation, r.status, r.note, r.caveat) if part]
+        for r in report.rows
+    ]
 
 
 def test_cells_and_complements_of_gates():
