@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 from functools import cache
+from importlib.metadata import version
 from itertools import pairwise
 
 import numpy as np
@@ -551,6 +552,9 @@ def test_files_that_say_what_no_data_says_are_refused(tmp_path, change):
     NeighbourInverse(model, neighbours=10).fit(x, progress=False).save(tmp_path / "file")
     tensors, content = files.load(tmp_path / "file")
     change(tensors, content)
+    old = version("safetensors").startswith("0.5.")
+    if old and any(tensor.is_complex() for tensor in tensors.values()):
+        pytest.skip("safetensors 0.5 writes no complex tensors")
     files.save(tmp_path / "file", tensors, content)
     with pytest.raises((errors.InverseFileError, errors.InputError, errors.NotFittedError)):
         NeighbourInverse.load(tmp_path / "file", model).source_signal(q, 1)

@@ -169,12 +169,10 @@ def test_no_method_gives_a_map_that_depends_on_the_batch_or_the_call(step, metho
 
 @pytest.mark.parametrize("step", ["largest value", "dropout"])
 def test_attention_rollout_refuses_as_well(step):
-    run, operation = STEPS[step]
+    run, _ = STEPS[step]
     vit = VisionTransformer(8, 4, 2, 2, 8, 16, num_classes=3)
     model = Function(lambda m, x: m["vit"](run(x)), vit=vit).eval()
-    with pytest.raises(
-        UnsupportedOperationError, match=rf"aten\.{operation}.* in the model itself"
-    ):
+    with pytest.raises(UnsupportedOperationError, match=r"aten\..* in the model itself"):
         AttentionRollout(model).attribute(normal(2, 3, 8, 8))
 
 
