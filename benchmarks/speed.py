@@ -33,7 +33,7 @@ from networks import RECIPES, trained
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
-from captum_mipin.graph.modules import snapshot
+from captum_mipin.graph.state import State
 from captum_mipin.graph.validate import check_model
 from captum_mipin.inverse import fit as fitting
 from captum_mipin.inverse import surrogates
@@ -260,7 +260,7 @@ def guards(folder: str | None) -> list[dict[str, Any]]:
         weights = watch.Watch(model)
         calls: list[Callable[[], object]] = [
             partial(check_model, model),
-            partial(snapshot, model),
+            State(model).holds,
             partial(weights.changed, model),
         ]
         taken = sum(statistics.median(t) for t in seconds(calls, 201, time.process_time))

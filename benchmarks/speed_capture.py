@@ -1,15 +1,19 @@
 """Cost of ``check`` beside the cost of ``torch.export.export`` alone, in the same process.
 
     python benchmarks/speed_capture.py [NAMES]
+    python benchmarks/speed_capture.py fresh
 
 Both take the same model, with random weights, and the same inputs with a dynamic batch. Seconds
-are of processor time on one thread, medians of three rounds in turn.
+are of processor time on one thread, medians of three rounds in turn. ``fresh`` measures LRP by the
+first object of a model, by fresh objects of the same model, and by one object again.
 """
 
+import copy
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from common import parser_of, write
@@ -18,6 +22,7 @@ from torch.export import Dim, export
 from torchvision import models
 
 from captum_mipin import check
+from captum_mipin.methods import LRP
 
 ROUNDS = 3
 NAMES = (
@@ -65,10 +70,30 @@ def measure(name: str) -> dict[str, str | float]:
     exports, checks = [], []
     for _ in range(ROUNDS):
         exports.append(seconds(lambda: export(model, (x,), dynamic_shapes=sizes, strict=False)))
-        checks.append(seconds(lambda: check(model, x)))
+        checks.append(seconds(partial(check, copy.deepcopy(model), x)))  # a copy has no graphs yet
     one, other = statistics.median(exports), statistics.median(checks)
     shape = "x".join(map(str, x.shape))
     return {"network": name, "input": shape, "export s": one, "check s": other}
+
+
+def fresh(name: str) -> dict[str, str | float]:
+    """Return one row: the seconds of maps by the first, a fresh and the same object of LRP."""
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 3))
+    model = (small if name == "mlp" else models.get_model(name, weights=None)).eval()
+    x = torch.randn(4, 10) if name == "mlp" else torch.randn(2, 3, 64, 64)
+    LRP(copy.deepcopy(model)).attribute(x, target=1)  # to warm up
+    first = seconds(lambda: LRP(model).attribute(x, target=1))
+    others = [seconds(lambda: LRP(model).attribute(x, target=1)) for _ in range(9)]
+    same = LRP(model)
+    again = [seconds(lambda: same.attribute(x, target=1)) for _ in range(10)]
+    return {
+        "network": name,
+        "input": "x".join(map(str, x.shape)),
+        "first s": first,
+        "fresh s": statistics.median(others),
+        "same s": statistics.median(again),
+    }
 
 
 def main() -> None:
@@ -78,7 +103,11 @@ def main() -> None:
     names = parser.parse_args().names
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of torch.export, on recurrent layers
-    rows = [measure(name) for name in names]
+    if names == ["fresh"]:
+        rows = [fresh(name) for name in ("mlp", "resnet18")]
+        write("speed-fresh", rows)
+    else:
+        rows = [measure(name) for name in names]
     for row in rows:
         print(row, flush=True)
     if tuple(names) == NAMES:

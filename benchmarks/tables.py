@@ -278,6 +278,21 @@ def capture() -> str:
     return show(rows)
 
 
+def fresh() -> str:
+    """Return the cost of a fresh object of a model that was captured before."""
+    rows = [
+        {
+            "network": row["network"],
+            "input": row["input"],
+            "first LRP object": f"{1e3 * row['first s']:.0f} ms",
+            "fresh object": f"{1e3 * row['fresh s']:.0f} ms",
+            "same object again": f"{1e3 * row['same s']:.1f} ms",
+        }
+        for row in read("speed-fresh")["rows"]
+    ]
+    return show(rows)
+
+
 def scale() -> str:
     """Return the fits of the head of VGG-19: many classes at once, or one after the other."""
     rows = []
@@ -919,6 +934,7 @@ def main() -> None:
     )
     costs = (
         capture,
+        fresh,
         speed,
         speed_methods,
         speed_metrics,

@@ -14,7 +14,6 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from captum_mipin.graph.capture import CapturedGraph
-from captum_mipin.graph.modules import snapshot
 from captum_mipin.graph.signature import Signature
 
 #: Attributes that every module has.
@@ -31,8 +30,6 @@ class Shared(NamedTuple):
 
     graph: CapturedGraph
     written: str
-    #: Keeps the model alive where the key holds its id.
-    model: nn.Module | None
 
 
 class SharedGraphs:
@@ -52,30 +49,28 @@ class SharedGraphs:
     ) -> CapturedGraph:
         """Return the graph of ``model``, captured now or earlier; arguments as for ``trace``."""
         alike = spelling(model)
+        if alike is None:
+            return self.trace(model, inputs, extras, shared, **options)
         key: Hashable = (
-            (id(model), repr(snapshot(model))) if alike is None else alike,
+            alike,
             Signature.of(inputs, extras, shared),
             repr(options),
             (torch.is_grad_enabled(), torch.get_default_dtype()),
         )
         if key not in self._shared:
             graph = self.trace(model, inputs, extras, shared, **options)
-            self._shared[key] = Shared(
-                graph, written(graph.graph), model if alike is None else None
-            )
+            self._shared[key] = Shared(graph, written(graph.graph))
         self._used.add(key)
         return self._shared[key].graph
 
     def check_unwritten(self) -> None:
-        """Check the graphs used since the last call, and forget those of one model object alone.
+        """Check the graphs used since the last call.
 
         Raises:
             AssertionError: A graph was written to.
         """
         used, self._used = self._used, set()
         changed = [key for key in used if _is_changed(self._shared[key])]
-        for key in [key for key, entry in self._shared.items() if entry.model is not None]:
-            del self._shared[key]
         assert not changed, f"captured graphs were written to: {changed}"
 
 

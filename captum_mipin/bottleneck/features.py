@@ -274,17 +274,16 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
         known = next(iter(self._state.structures)) if self._state else None
 
         def make(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-            graph = capture(self.model, inputs, extras, shared, output=self.output, explained=False)
-            return require_logits(graph)
+            return capture(self.model, inputs, extras, shared, output=self.output, explained=False)
 
         def find() -> Signature:
-            return self._graphs.find(inputs, extras, make, fitted=known)
+            return self._graphs.find(inputs, extras, make, prepare=require_logits, fitted=known)
 
         def build(graph: CapturedGraph, _: Any) -> Parts:
             check_graph(graph, self.model, (inputs, extras), self.output)
             return Parts(graph)
 
-        return self._graphs.build(self.model, lambda graph: graph.inputs, None, find, build)[1]
+        return self._graphs.build(lambda graph: graph.inputs, None, find, build)[1]
 
     def _check_graph(self, parts: Parts) -> None:
         """Raise CaptureError if a tensor that :meth:`attribute` needs is not in the graph."""

@@ -23,6 +23,7 @@ from captum_mipin.graph.exporting import check_registered, export_graph, free_ba
 from captum_mipin.graph.lifting import NotLiftableError, lifted
 from captum_mipin.graph.marks import mark, value_of
 from captum_mipin.graph.modules import is_quantised, tree
+from captum_mipin.graph.sharing import share
 from captum_mipin.graph.signature import per_example
 from captum_mipin.graph.trials import EXAMPLES, Trial, close, examples_like, joined
 from captum_mipin.graph.validate import check_exportable, check_inputs, check_model
@@ -56,6 +57,7 @@ class CapturedGraph:
             :func:`captum_mipin.graph.layers.tensors_at`.
         single: Whether the model takes no free batch size. Then the graph was made from the graph
             for one example, see :mod:`captum_mipin.graph.lifting`.
+        writes: Whether the model writes to its attributes or to other objects while it runs.
     """
 
     graph: fx.Graph
@@ -67,6 +69,7 @@ class CapturedGraph:
     shared: bool
     places: dict[tuple[str, bool], tuple[str, ...]] = field(default_factory=dict)
     single: bool = False
+    writes: bool = False
 
     def run(self, values: Mapping[str, Any]) -> Tensor:
         """Return the output for the values of all placeholders, see :meth:`values`."""
@@ -111,6 +114,9 @@ def capture(
 ) -> CapturedGraph:
     """Capture ``model`` as a graph for inputs of these shapes and any batch size.
 
+    The graph is kept as long as the model. The next call for such inputs returns it again, unless
+    the model has changed in more than its weights; see :mod:`captum_mipin.graph.sharing`.
+
     Args:
         model: Module in evaluation mode.
         inputs: Example inputs (batch, ...). Only their shapes, dtypes and devices matter.
@@ -131,10 +137,15 @@ def capture(
         >>> [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         ['aten.linear.default']
     """
-    check_model(model)
-    check_exportable(model)
     check_inputs(inputs, explained)
-    return trace(model, inputs, extras, shared, output=output, detached=detached)
+
+    def make() -> CapturedGraph:
+        check_exportable(model)
+        return trace(model, inputs, extras, shared, output=output, detached=detached)
+
+    check_model(model)
+    graph: CapturedGraph = share(model, (inputs, extras, shared), output, detached, make)
+    return graph
 
 
 def trace(
@@ -156,9 +167,10 @@ def trace(
     trial.dequantise(example)
     trial.check_repeats(example)
     try:
-        return _capture_any(trial, call, detached)
+        graph = _capture_any(trial, call, detached)
     except _FixedBatchError as error:
-        return _capture_one(trial, call, detached, error)
+        graph = _capture_one(trial, call, detached, error)
+    return replace(graph, writes=trial.writes)
 
 
 class _FixedBatchError(CaptureError):

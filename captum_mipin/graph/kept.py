@@ -52,6 +52,9 @@ class Kept:
     Args:
         model: The model.
 
+    Attributes:
+        changed: Whether a restoration has found other contents.
+
     Examples:
         >>> import torch
         >>> values = {}
@@ -65,6 +68,7 @@ class Kept:
 
     def __init__(self, model: nn.Module) -> None:
         self._places: list[_Place] = []
+        self.changed = False
         seen: dict[int, Any] = {}  # contains the values, so that no id is used again
         stack: list[Any] = [
             model,
@@ -91,6 +95,7 @@ class Kept:
                 for new, old in zip(present, entries, strict=True)
             ):
                 continue
+            self.changed = True
             known = {id(value) for _, value in entries}
             for key, value in present:
                 leaves = () if id(value) in known else pytree.tree_leaves(value)

@@ -1,12 +1,10 @@
-"""Functions that read a model: its modules, its tensors, and the state its graph depends on."""
+"""Functions that read a model: its modules and its tensors."""
 
-import marshal
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from captum_mipin.errors import InputError
@@ -14,9 +12,6 @@ from captum_mipin.options import closest, type_of
 
 #: Attributes that every module has.
 OWN = frozenset(vars(nn.Module()))
-
-#: Types of attributes whose content is read as bytes.
-_CONTAINERS = frozenset({float, tuple, list, dict, set})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -125,49 +120,6 @@ def parts_of(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return [(name, tensor)]
     inner = [(f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0]]
     return [pair for one in inner for pair in parts_of(*one)]
-
-
-def snapshot(model: nn.Module) -> list[Any]:
-    """Return the state of a model on which its graph depends, except parameters and buffers.
-
-    It consists of the modules and their types, their hooks, and their attributes that are numbers,
-    strings, functions, containers or tensors. If a later snapshot differs, the model must be
-    captured again.
-    """
-    seen: list[Any] = []
-    for path, module in tree(model):
-        seen.append((path, type(module), id(module)))
-        if module._forward_hooks or module._forward_pre_hooks:
-            hooks = (module._forward_hooks, module._forward_pre_hooks)
-            seen.extend(id(hook) for kind in hooks for hook in kind.values())
-        attributes = vars(module)
-        for name in attributes.keys() - OWN:
-            value = attributes[name]
-            if isinstance(value, (int, str)):
-                seen.append((name, value))
-            elif type(value) in _CONTAINERS and (content := _content(value)) is not None:
-                seen.append((name, content))
-            elif isinstance(value, Tensor):
-                seen.append((name, id(value), value._version))
-            elif callable(value):
-                seen.append((name, id(value)))
-            elif isinstance(value, (float, tuple, list, dict, set)):
-                seen.append((name, text := repr(value)))
-                if "tensor(" in text:  # the repr of a large tensor shows only some of its values
-                    tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
-                    seen.extend((id(t), t._version) for t in tensors)
-    return seen
-
-
-def _content(value: Any) -> bytes | None:
-    """Return numbers, strings and containers of them as bytes; None for any other content.
-
-    This takes a third of the time of ``repr``.
-    """
-    try:
-        return marshal.dumps(value, 2)  # later versions write how often an object is referred to
-    except ValueError:
-        return None
 
 
 def tensor_bytes(tensor: Tensor) -> Any:

@@ -1,7 +1,7 @@
 """Calls of a copy of a model with real values, which show what a graph does not show."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -31,33 +31,47 @@ class Trial:
     Attributes:
         twin: The copy.
         written: Names of the attributes and variables that calls have written tensors to.
+        restores: Whether each call writes back what it has written.
     """
 
     def __init__(self, model: nn.Module, output: Output) -> None:
         self.twin, self.written = twin_of(model), list[str]()
         settle(self.twin)
-        self._kept, self._restores = Kept(self.twin), True
+        self._kept, self.restores = Kept(self.twin), True
 
         def finish(module: nn.Module, arguments: Any, value: Any) -> Tensor:
             # before torch compares the attributes of the model with those before the call
-            if self._restores:
+            if self.restores:
                 self.restore()
             return select(value, output)
 
         self.twin.register_forward_hook(finish)
 
+    @property
+    def writes(self) -> bool:
+        """Return True if a call has written to anything that existed before."""
+        return self._kept.changed
+
     def restore(self) -> None:
         """Write back all that calls have written."""
         self.written += self._kept.restore()
 
-    def run(self, arguments: Any, seed: int = 0) -> Tensor:
-        """Return the result of a call of the copy, without gradients and from a fixed seed."""
+    def run(
+        self, arguments: Any, seed: int = 0, mode: AbstractContextManager[Any] | None = None
+    ) -> Tensor:
+        """Return the result of a call of the copy from a fixed seed.
+
+        Args:
+            arguments: The arguments of the call.
+            seed: The seed.
+            mode: Context in which the copy is called; None: without gradients.
+        """
         device = pytree.tree_leaves(arguments)[0].device
         devices = [device] if device.type == "cuda" else []
         arguments = pytree.tree_map_only(Tensor, torch.clone, arguments)  # a call may write to them
         with (
-            plain_modes(device), torch.no_grad(), torch.random.fork_rng(devices),
-            self.copied_buffers(),
+            plain_modes(device), torch.random.fork_rng(devices), self.copied_buffers(),
+            mode or torch.no_grad(),
         ):  # fmt: skip
             torch.manual_seed(seed)
             result: Tensor = self.twin(*arguments)
@@ -127,13 +141,13 @@ class Trial:
         others = pytree.tree_map_only(Tensor, lambda x: _variants(x)[1], arguments)
         try:
             expected = self.run(arguments)
-            self._restores = False
+            self.restores = False
             self.run(others)
             same = torch.equal(expected, self.run(arguments))
         except Exception:  # of any type: the second call fails, the first one did not
             same = False
         finally:
-            self._restores = True
+            self.restores = True
             self.restore()
         if not same:
             names = ", ".join(map(repr, dict.fromkeys(self.written)))

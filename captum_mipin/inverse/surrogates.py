@@ -16,7 +16,7 @@ from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.layers import Site, tensors_at
 from captum_mipin.graph.signature import Signature, first_example
 from captum_mipin.inverse.state import Origin
-from captum_mipin.propagation.final import require_logits
+from captum_mipin.propagation.final import below_final, require_logits
 from captum_mipin.propagation.fingerprint import difference, structure
 from captum_mipin.propagation.independent import check_graph
 from captum_mipin.propagation.surrogate import Surrogate
@@ -71,7 +71,10 @@ class Surrogates:
         def find() -> Signature:
             fitted = origin.signature if origin else None
             hint = (lambda: size_hint(origin, *call)) if origin else str
-            return self.graphs.find(*call, self._capture, fitted=fitted, accept=accept, hint=hint)
+            return self.graphs.find(
+                *call, self._capture,
+                prepare=require_logits, fitted=fitted, accept=accept, hint=hint,
+            )  # fmt: skip
 
         def starts(graph: CapturedGraph, place: Site = layer) -> Starts:
             return tensors_at(graph, self._model, place, call)
@@ -82,11 +85,10 @@ class Surrogates:
             check_graph(graph, self._model, call, self._output)
             return surrogate
 
-        return self.graphs.build(self._model, starts, rules, find, build)[1]
+        return self.graphs.build(starts, rules, find, build)[1]
 
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-        graph = capture(self._model, inputs, extras, shared, output=self._output, explained=False)
-        return require_logits(graph)
+        return capture(self._model, inputs, extras, shared, output=self._output, explained=False)
 
     def _check_same_model(
         self,
@@ -107,13 +109,11 @@ class Surrogates:
         """
         fitted = None
         if signature != origin.signature:
-            fitted = self.graphs.get(origin.signature)
-            if fitted is None:
-                example = first_example(*call, graph.shared)
-                extras = example[1] if origin.extras is None else origin.extras
-                shared = Signature.of(origin.example, extras, True) == origin.signature
-                with suppress(CaptureError):
-                    fitted = self._capture(origin.example, extras, shared)
+            example = first_example(*call, graph.shared)
+            extras = example[1] if origin.extras is None else origin.extras
+            shared = Signature.of(origin.example, extras, True) == origin.signature
+            with suppress(CaptureError):
+                fitted, _ = below_final(self._capture(origin.example, extras, shared))
         if fitted is None or structure(fitted, rules) != origin.structure:
             raise ModelChangedError(
                 "the model's operations differ from those of the model that the inverse was fitted "

@@ -139,7 +139,7 @@ class TokenAttribution(NoFuture, Attribution):
     def _encoder(self, inputs: Inputs, extras: Extras) -> tuple[CapturedGraph, Encoder]:
         def graph_of(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
             options: dict[str, Any] = {"output": self.output, "explained": False}
-            return require_logits(capture(self.model, inputs, extras, shared, **options))
+            return capture(self.model, inputs, extras, shared, **options)
 
         def build(graph: CapturedGraph, start: Starts) -> Encoder:
             encoder = Encoder(graph)
@@ -147,8 +147,8 @@ class TokenAttribution(NoFuture, Attribution):
             return encoder
 
         return self._graphs.build(
-            self.model, lambda graph: (), self.output,
-            lambda: self._graphs.find(inputs, extras, graph_of), build,
+            lambda graph: (), self.output,
+            lambda: self._graphs.find(inputs, extras, graph_of, prepare=require_logits), build,
         )  # fmt: skip
 
     @classmethod

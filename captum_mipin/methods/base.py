@@ -236,21 +236,23 @@ class Propagation(NoFuture, GradientAttribution):
             return surrogate
 
         def graph_of(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-            graph = capture(
+            return capture(
                 self.model, inputs, extras, shared,
                 output=self.output, explained=False, detached=self._detached,
             )  # fmt: skip
+
+        def prepare(graph: CapturedGraph) -> CapturedGraph:
             return require_logits(graph) if self._logits else graph
 
         def starts(graph: CapturedGraph) -> Starts:
             return tensors_at(graph, self.model, layer, (inputs, extras))
 
         def find() -> Signature:
-            return self._graphs.find(inputs, extras, graph_of)
+            return self._graphs.find(inputs, extras, graph_of, prepare=prepare)
 
         # The table depends on the options: if one has changed, a new surrogate is built.
         options = [_ByIdentity(v) for name, v in vars(self).items() if not name.startswith("_")]
-        return self._graphs.build(self.model, starts, options, find, build)
+        return self._graphs.build(starts, options, find, build)
 
     @classmethod
     def get_name(cls) -> str:

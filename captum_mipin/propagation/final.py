@@ -125,7 +125,7 @@ def _moved(captured: CapturedGraph, logits: fx.Node, moves: Sequence[fx.Node]) -
         moves: The nodes of the rearrangements, in order of execution.
     """
     if not moves:
-        return replace(captured, output=logits)
+        return replace(captured, output=logits, places={})
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.graph_copy(captured.graph, copies)
     names = {node.name: copy.name for node, copy in copies.items()}
@@ -141,9 +141,7 @@ def _moved(captured: CapturedGraph, logits: fx.Node, moves: Sequence[fx.Node]) -
         inputs=tuple(names[name] for name in captured.inputs),
         arguments=tuple(name and names[name] for name in captured.arguments),
         output=output,
-        places={
-            key: tuple(names[name] for name in place) for key, place in captured.places.items()
-        },
+        places={},
     )
 
 

@@ -7,6 +7,7 @@ that cannot be captured is only called.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -18,9 +19,10 @@ from captum_mipin.graph.alone import Fault, fault
 from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.marks import marks, original, value_of
-from captum_mipin.graph.modules import snapshot, unwrapped
+from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.nodes import is_random, nodes_in, operation, place
 from captum_mipin.graph.signature import Signature, plain
+from captum_mipin.graph.state import State
 from captum_mipin.graph.trials import Trial
 from captum_mipin.propagation.batch_layout import ALONG, lay_out_batch
 from captum_mipin.propagation.marking import drop_unused, mark_signal, mark_varying
@@ -36,8 +38,8 @@ from captum_mipin.types import Extras, Inputs, Output
 #: Inputs and further arguments of a call.
 Call = tuple[Inputs, Extras]
 
-#: Model → signature of a call → snapshot of the model when it last passed the check.
-_PASSED: WeakKeyDictionary[nn.Module, dict[Signature, Any]] = WeakKeyDictionary()
+#: Model → signature of a call → state of the model when it last passed the check.
+_PASSED: WeakKeyDictionary[nn.Module, dict[Signature, State | None]] = WeakKeyDictionary()
 
 #: Operations that only move the examples to other places, from which later ones may move them back.
 _MOVES = REARRANGED | {
@@ -109,14 +111,16 @@ def require_independent(model: Any, inputs: Inputs, extras: Extras = ()) -> None
         return
     check_evaluation(model)
     passed, signature = _PASSED.setdefault(model, {}), Signature.of(*call)
-    state = snapshot(model)
-    if passed.get(signature) != state:
+    state = passed.get(signature)
+    if state is None or not state.holds():
         captured = None if signature in passed else _captured(model, call)
         if captured is None:
             _check_calls(model, call)
         else:
             check_graph(captured, model, call)
-        passed[signature] = state
+        passed[signature] = None  # of a model that cannot be read, no later call is trusted
+        with suppress(Exception):
+            passed[signature] = State(model)
 
 
 def check_graph(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from captum_mipin.graph.modules import snapshot, tree
+from captum_mipin.graph.modules import tree
+from captum_mipin.graph.state import State
 
 
 def test_the_tree_of_modules_is_torchs_and_keeps_none_of_them() -> None:
@@ -53,9 +54,9 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_snapshot_differs_after_any_change_and_only_then(change: str) -> None:
+def test_a_state_differs_after_any_change_and_only_then(change: str) -> None:
     model = Rich()
-    before = snapshot(model)
-    assert snapshot(model) == before
+    before = State(model)
+    assert before.holds() and not before.changes(State(model))
     CHANGES[change](model)
-    assert snapshot(model) != before
+    assert not before.holds() and before.changes(State(model))
