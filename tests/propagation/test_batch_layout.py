@@ -133,7 +133,7 @@ REORDERED = {
     "index_put": lambda h: h.index_put([backwards(h)], h),
     "select_scatter": lambda h: h.select_scatter(torch.zeros(8).to(h), 0, 0),
     "unfold": lambda h: h.t().unfold(1, 1, 1).squeeze(2).t(),
-    "diagonal_scatter": lambda h: h.diagonal_scatter(torch.zeros(2).to(h)),
+    "diagonal_scatter": lambda h: h.diagonal_scatter(torch.zeros(1).to(h), 7),
 }
 
 
