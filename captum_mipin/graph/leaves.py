@@ -89,8 +89,8 @@ def leaves(value: Any, depth: int = 0) -> list[Any]:
 def _parts(value: Any) -> list[Any] | None:
     """Return what a container or a similar object refers to, None for another object."""
     if isinstance(value, (dict, MappingProxyType)):
-        factory = value.default_factory if isinstance(value, defaultdict) else None
-        return [*value, *value.values(), factory, *_own(value)]
+        factory = [value.default_factory] if isinstance(value, defaultdict) else []
+        return [*value, *value.values(), *factory, *_own(value)]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return [*value, *_own(value)]
     if isinstance(value, (bytearray, array)):
