@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, original, set_value, value_of
@@ -71,7 +72,7 @@ def _insert(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **named: An
     """Add an operation before ``node``, with the key and the module of ``node``."""
     with graph.inserting_before(node):
         new = graph.call_function(target, args, named)
-    with value_of(node).fake_mode:
+    with value_of(node).fake_mode, enable_python_dispatcher():
         value = target(*fx.map_arg(args, value_of), **named)
     computed = [n for n in new.all_input_nodes if varies(n)]
     inherit(new, node, added=True, varies=bool(computed) and isinstance(value, torch.Tensor))
