@@ -162,9 +162,8 @@ class Fit:
             seen = trace.seen(key)
 
             def signals(target: Target, trace: Any = trace) -> tuple[Tensor, ...]:
-                above: tuple[Tensor, ...]
                 above = trace.signals(key, target, fitted.inverses.get(target, {}))
-                return above
+                return tuple(above)
 
             yield _Batch(seen.inverter, seen.x.detach(), signals)
             self._passes.forget(trace, self._targets)
@@ -213,9 +212,8 @@ class Fit:
         for index, group in enumerate(groups):
             part = moments.pop(index)
             # eq. 6: W = cov(X, S) (cov(S, S) + λI)^-1, b = E[X] − W E[S]
-            parts = inverter.parts if settings.positions is None else ()
-            unit = settings.ridge, settings.ridge_scale
-            solution = solve(part, *unit, inverter.tied, parts)
+            parts = inverter.parts if self._drawn(inverter, x) is None else ()
+            solution = solve(part, settings.ridge, settings.ridge_scale, inverter.tied, parts)
             inverse = inverter.inverse(solution, x)
             for target in group:
                 solved[target] = inverse, _layer_fit(key, target, inverter, part.count, solution)
@@ -279,10 +277,10 @@ class Fit:
 
     def _pooled(self, moments: Moments | None, inverter: Inverter, x: Tensor) -> Moments:
         """Return the moments of all processes' data; ``moments`` is None in one without data."""
-        live = moments.live[0].tolist() if moments is not None and moments.live else None
-        moments = moments or Moments.zeros(*inverter.size, x.device)
-        # Moments of live signals can be added only if the live signals of all processes are equal.
-        if any(other != live for other in self._request.processes.gather(live)):
+        moments = moments or Moments.zeros(*inverter.size, x.device, parts=inverter.blocks)
+        # Moments can be added only if the live signals and the parts of all processes are equal.
+        kept = moments.live and moments.live[0].tolist(), len(moments.parts)
+        if any(other != kept for other in self._request.processes.gather(kept)):
             moments = moments.whole()
         return moments.pooled(self._request.processes.sum)
 
@@ -294,7 +292,9 @@ class Fit:
         """Return the plan of a step; ``x`` has the features of a batch."""
         alone = self._request.processes.count == 1 and not self._shared(key)
         rows = self._regressed_rows(key, inverter, x) if alone else None
-        return Plan.of(inverter, rows, self._request.settings.solver == "sgd")
+        settings = self._request.settings
+        whole = settings.ridge == 0 or self._drawn(inverter, x) is not None
+        return Plan.of(inverter, rows, settings.solver == "sgd", whole=whole)
 
     def _regressed_rows(self, key: str, inverter: Inverter, x: Tensor) -> int:
         """Return the number of rows of a step's regression; ``x`` has the features of a batch."""

@@ -41,13 +41,15 @@ class Plan(NamedTuple):
     thins: bool
 
     @classmethod
-    def of(cls, inverter: Inverter, rows: int | None, sgd: bool) -> "Plan":
+    def of(cls, inverter: Inverter, rows: int | None, sgd: bool, *, whole: bool = False) -> "Plan":
         """Return the plan of a step.
 
         Args:
             inverter: The family of its inverse.
             rows: Number of rows of the regression; None if the dual cannot be used.
             sgd: True to fit single convolutions by gradient descent.
+            whole: True for one Gram matrix of all signals, as the pseudo-inverse without λ and
+                drawn positions need it; False for one of each part, if there are parts.
         """
         _, features, signals, own = inverter.size
         descends = isinstance(inverter, Convolution) and inverter.plain
@@ -63,8 +65,8 @@ class Plan(NamedTuple):
         ):
             stored, further = bytes_by_rows(rows, features * (1 + own), signals)
             return cls("rows", stored, further, *ways)
-        stored = Moments.bytes_needed(*inverter.size)
-        return cls("moments", stored, solving_bytes(*inverter.size), *ways)
+        size = *inverter.size, () if whole else inverter.blocks
+        return cls("moments", Moments.bytes_needed(*size), solving_bytes(*size), *ways)
 
     def classes(self, memory: int) -> int:
         """Return the number of classes, at least 1, that ``memory`` bytes can store together."""

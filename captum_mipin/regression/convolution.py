@@ -10,7 +10,7 @@ If kernel and stride are equal, the windows tile x: each element of y depends on
 convolution is then a dense layer applied to each tile, and so is its inverse.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from captum_mipin.regression.geometry import Geometry
 from captum_mipin.regression.lag_gram import gram_of_patches
-from captum_mipin.regression.moments import Moments, gram_of_each, summable
+from captum_mipin.regression.moments import Moments, gram_of_each, joined, summable
 
 
 def moments_of_tiles(conv: Geometry, x: Tensor, s: Tensor) -> Moments:
@@ -51,6 +51,9 @@ def moments_of_patches(
 ) -> Moments:
     """Return the moments of the regression of ``x`` on the patches of ``s`` and further signals.
 
+    If the stride divides the patches into several parts, the moments have one block for each. With
+    pointwise signals, which several parts may meet, they have one block of all signals.
+
     Args:
         conv: The convolution.
         x: Tensor (n, channels of x, *size of x), the features.
@@ -67,29 +70,36 @@ def moments_of_patches(
     z, s = summable(z), summable(s)
     mean_z = z.double().mean((0, *range(2, z.ndim)))
     z = z - mean_z.to(z.dtype).view(-1, *(1,) * conv.dims)
-    mean_s, zs, ss = _products(conv, z, s)
+    mean_s, zs, parts, blocks = _products(conv, z, s)
+    rows = x.numel() // x.shape[1]
+    if pointwise or len(parts) < 2:
+        parts, blocks = [], [joined(blocks, parts, mean_s, rows)]
     z, mean_z = z.unflatten(1, (g, -1)), mean_z.view(g, -1)
     n = branches * features
     if pointwise:
         # The signals are the patches P, followed by the pointwise signals Q, a part of z.
         maps = z.movedim(0, 2).flatten(2)  # (g, channels of z, rows)
         zq, qp = (maps @ maps[:, n:].mT).double(), zs[:, n:]
-        ss = torch.cat([torch.cat([ss, qp.mT], 2), torch.cat([qp, zq[:, n:]], 2)], 1)
+        pairs = torch.cat([blocks[0], qp.mT], 2), torch.cat([qp, zq[:, n:]], 2)
+        blocks = [torch.cat(pairs, 1)]
         mean_s, zs = torch.cat([mean_s, mean_z[:, n:]], 1), torch.cat([zs, zq], 2)
     # (g, branches, n, features, ...)
     z = z[:, :, :n].unflatten(2, (branches, features)).movedim(0, 2)
     return Moments(
-        x.numel() // x.shape[1],
+        rows,
         mean_z[:, :n].unflatten(1, (branches, features)),
         mean_s,
         gram_of_each(z, (2, *range(4, z.ndim))),
         zs[:, :n].unflatten(1, (branches, features)),
-        ss,
+        blocks,
+        parts,
     )
 
 
-def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean of the patches P of ``s``, Σ z Pᵀ, and Σ (P − mean)(P − mean)ᵀ.
+def _products(
+    conv: Geometry, z: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Return the mean of the patches P of ``s``, Σ z Pᵀ, and Σ (P − mean)(P − mean)ᵀ in blocks.
 
     The signals are split into S = V + level, where level is the mean of each channel; outside of
     the grid of y they are 0. Otherwise a large mean would cost digits of float32 sums. Terms with
@@ -101,7 +111,8 @@ def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Ten
         s: Tensor (n, channels of y, *size of y), the signals.
 
     Returns:
-        Float64 tensors (g, signals), (g, channels, signals) and (g, signals, signals).
+        Float64 tensors (g, signals) and (g, channels, signals), then ``parts`` and ``blocks`` of
+        :class:`~captum_mipin.regression.moments.Moments`.
     """
     g, rows, over = conv.groups, z.numel() // z.shape[1], (0, *range(2, s.ndim))
     level = s.mean(over).view(-1, *(1,) * conv.dims)
@@ -113,20 +124,27 @@ def _products(conv: Geometry, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Ten
     # Σ z Pᵀ = Σ z P(V)ᵀ + Σ z P(level)ᵀ
     zs = _correlate(conv, v, z) + _correlate(conv, ground, z_sum)
     sums = _correlate(conv, v_sum + len(s) * ground, z_ones)[:, 0]
-    # Σ (P − mean)(P − mean)ᵀ = Σ P(V) P(V)ᵀ + L Rᵀ + R Lᵀ − (Σ P)(Σ P)ᵀ / rows
-    left, right = _level_factors(conv, v_sum, level, len(s), z.shape)
-    mean = sums / rows
-    ss = gram_of_patches(conv, v, z.shape)
-    ss.baddbmm_(
-        torch.cat([left, right, -sums.unsqueeze(2)], 2),
-        torch.cat([right, left, mean.unsqueeze(2)], 2).mT,
-    )
     # Entries of a tap that has no nonzero signal are set to exact zeros instead of rounding errors.
     sizes = _correlate(conv, s.abs().sum(0, keepdim=True).double(), z_ones)[:, 0]
     unseen, some = _unseen(sizes)
-    if some:
-        ss.masked_fill_(unseen.unsqueeze(1) | unseen.unsqueeze(2), 0.0)
-    return mean, zs, ss
+    sums.masked_fill_(unseen, 0.0)
+    parts, blocks = [], []
+    first = torch.arange(0, sums.shape[1], prod(conv.kernel)).unsqueeze(1)
+    # Σ (P − mean)(P − mean)ᵀ = Σ P(V) P(V)ᵀ + L Rᵀ + R Lᵀ − (Σ P)(Σ P)ᵀ / rows
+    factors = _level_factors(conv, v_sum, level, len(s), z.shape)
+    for (taps, block), (left, right) in zip(
+        gram_of_patches(conv, v, z.shape), factors, strict=True
+    ):
+        index = (first + taps).flatten()
+        total, zero = sums[:, index].unsqueeze(2), unseen[:, index]
+        block.baddbmm_(
+            torch.cat([left, right, -total], 2), torch.cat([right, left, total / rows], 2).mT
+        )
+        if some:
+            block.masked_fill_(zero.unsqueeze(1) | zero.unsqueeze(2), 0.0)
+        parts.append(index)
+        blocks.append(block)
+    return sums / rows, zs, parts, blocks
 
 
 def _unseen(sizes: Tensor) -> tuple[Tensor, bool]:
@@ -148,8 +166,8 @@ def _correlate(conv: Geometry, s: Tensor, x: Tensor) -> Tensor:
 
 def _level_factors(
     conv: Geometry, v_sum: Tensor, level: Tensor, examples: int, x_size: torch.Size
-) -> tuple[Tensor, Tensor]:
-    """Return factors L, R with SᵀS = VᵀV + L Rᵀ + R Lᵀ for S = V + level.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each block factors L, R with SᵀS = VᵀV + L Rᵀ + R Lᵀ for S = V + level.
 
     The rank of L and R is the number of taps. They are products of the patches of ΣV, the sum over
     the examples, with those of a map of ones: their cost does not depend on the number of examples.
@@ -161,16 +179,18 @@ def _level_factors(
         examples: Number of examples.
         x_size: Size of x.
 
-    Returns:
-        L and R, float64 tensors (groups, channels of s · taps, taps).
+    Yields:
+        L and R, float64 tensors (groups, channels of s · taps, taps), for the taps of one block.
     """
-    g, c, k = conv.groups, conv.channels[1], prod(conv.kernel)
+    g, c = conv.groups, conv.channels[1]
     # One group for each channel of s, with two channels: V, and 1 inside of y.
     channels = (g * c, 2) if conv.transposed else (2 * g * c, 1)
     couples = replace(conv, weight_shape=(*channels, *conv.kernel), groups=g * c)
     pairs = torch.stack([v_sum, torch.ones_like(v_sum)], 2).flatten(1, 2)
-    products = gram_of_patches(couples, pairs, x_size).view(g, c, 2, k, 2, k)
     level = level.view(g, c, 1, 1)
-    left = products[:, :, 0, :, 1] + level * products[:, :, 1, :, 1] * (examples / 2)
-    right = level * torch.eye(k, dtype=level.dtype, device=level.device)
-    return left.reshape(g, c * k, k), right.reshape(g, c * k, k)
+    for taps, block in gram_of_patches(couples, pairs, x_size):
+        k = len(taps)
+        products = block.view(g, c, 2, k, 2, k)
+        left = products[:, :, 0, :, 1] + level * products[:, :, 1, :, 1] * (examples / 2)
+        right = level * torch.eye(k, dtype=level.dtype, device=level.device)
+        yield left.reshape(g, c * k, k), right.reshape(g, c * k, k)

@@ -209,9 +209,9 @@ def parts_by_position(
         x_size: Size of x; only its spatial part is used.
 
     Returns:
-        For each part the indices of its signals, which are the channels times taps of each
-        convolution in turn, and its share of the positions. The list is empty if all positions see
-        the same taps, or if the strides differ.
+        For each part, in the order of the smallest positions that see it, the ascending indices of
+        its signals, which are the channels times taps of each convolution in turn, and its share of
+        the positions. The list is empty if the stride is 1, or if the strides differ.
     """
     stride, *others = {conv.stride for conv in convolutions}
     if others or max(stride) == 1 or any(conv.transposed for conv in convolutions):
@@ -231,6 +231,8 @@ def parts_by_position(
             max(0, -(-(z - p) // step)) / z
             for p, step, z in zip(offset, stride, x_size[2:], strict=True)
         )
-        for offset in parts
+        for offset in sorted(parts)
     }
-    return [(torch.cat(parts[offset]), share) for offset, share in shares.items() if share]
+    return [
+        (torch.cat(parts[offset]).sort()[0], share) for offset, share in shares.items() if share
+    ]

@@ -29,8 +29,10 @@ from captum_mipin.regression.geometry import Geometry
 CHUNK = 1 << 24
 
 
-def gram_of_patches(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
-    """Return Σ P Pᵀ over the patches P of all positions of x, not centred.
+def gram_of_patches(conv: Geometry, s: Tensor, x_size: torch.Size) -> list[tuple[Tensor, Tensor]]:
+    """Return Σ P Pᵀ over the patches P of all positions of x, not centred, in blocks.
+
+    All products of taps of different blocks are 0, because no position sees both.
 
     Args:
         conv: The convolution.
@@ -38,36 +40,39 @@ def gram_of_patches(conv: Geometry, s: Tensor, x_size: torch.Size) -> Tensor:
         x_size: Size of x; only its spatial part is used.
 
     Returns:
-        Float64 tensor (groups, channels of s · taps, channels of s · taps).
+        For each block the ascending indices of its taps, and a float64 tensor (groups, signals,
+        signals) for its signals, the channels of s times these taps. The blocks have the order of
+        :func:`~captum_mipin.regression.geometry.parts_by_position`.
     """
     s, conv = conv.full(s), replace(conv, skip=())
     g, c, k = conv.groups, conv.channels[1], prod(conv.kernel)
-    total = s.new_zeros(g, c, k, c, k, dtype=torch.float64)
-    blocks = total.permute(2, 4, 0, 1, 3)
     whole = conv, torch.arange(k), x_size
     phases = [whole] if conv.transposed else list(_phases(conv, x_size))
+    widths = [c * len(taps) for _, taps, _ in phases]
+    totals = [s.new_zeros(g, width, width, dtype=torch.float64) for width in widths]
+    result = [(taps, total) for (_, taps, _), total in zip(phases, totals, strict=True)]
+    views = [_blocks(total, c) for total in totals]  # what is added to a view changes its total
     # Every lag of a phase is one of the lags of the smallest kernel that holds those of all phases.
     kernel = [max(sizes) for sizes in zip(*(phase.kernel for phase, _, _ in phases), strict=True)]
     if conv.transposed or prod(kernel) == 1:
-        for phase, taps, size in phases:
+        for (phase, taps, size), view in zip(phases, views, strict=True):
             width = prod(size[2:]) * len(taps) * s.shape[1]
             for piece in s.split(max(1, CHUNK // width)):
                 patches = phase.patches(piece, size)
-                blocks[taps.unsqueeze(1), taps] += _blocks(patches.mT @ patches, c)
-        return total.flatten(3).flatten(1, 2)
+                view += _blocks(patches.mT @ patches, c)
+        return result
     widest = replace(phases[0][0], weight_shape=(*conv.weight_shape[:2], *kernel))
     width = prod(z + r for z, r in zip(s.shape[2:], widest.reach, strict=True))
     for piece in s.split(max(1, CHUNK // (width * s.shape[1]))):
         correlations = _correlations(widest, piece)
-        for phase, taps, size in phases:
+        for (phase, taps, size), view in zip(phases, views, strict=True):
             # (taps, taps, dims): the index of each pair's lag, where index 0 is the smallest lag
             places = torch.stack(torch.unravel_index(torch.arange(len(taps)), phase.kernel), 1)
             pairs = places.unsqueeze(1) - places + torch.tensor(kernel) - 1
-            blocks[taps.unsqueeze(1), taps] += correlations[pairs.unbind(-1)]
-            for windows, seeing in _cut_away(phase, piece, size):
-                seen = taps[seeing]
-                blocks[seen.unsqueeze(1), seen] -= _blocks(windows.mT @ windows, c)
-    return total.flatten(3).flatten(1, 2)
+            view += correlations[pairs.unbind(-1)]
+            for windows, seen in _cut_away(phase, piece, size):
+                view[seen.unsqueeze(1), seen] -= _blocks(windows.mT @ windows, c)
+    return result
 
 
 def _phases(conv: Geometry, x_size: torch.Size) -> Iterator[tuple[Geometry, Tensor, torch.Size]]:

@@ -9,6 +9,9 @@ All features share the signals s. In addition, feature i may have its own signal
 if one branch of a fork is the identity. Both are fitted together:
 
     x_i ≈ Σ_j W_ij s_j + Σ_k a_ik o_ik + b_i
+
+If the signals fall into parts, and each row has nonzero signals of one part only, as for strided
+convolutions, the Gram matrix of s is stored as one block for each part.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,10 +41,12 @@ class Moments:
         zz: Float64 tensor (g, dx, k, k), the centred Gram matrix of each feature with its own
             signals.
         zs: Float64 tensor (g, k, dx, ds), the centred products of z with s.
-        ss: Float64 tensor (g, ds, ds), the centred Gram matrix of s.
+        blocks: Float64 tensors, the centred Gram matrix (g, part, part) of each part of s.
+        parts: Integer tensors (part,), the indices of the signals of each block, ascending. Signals
+            in no part are always zero. Empty for one block of all signals.
         live: Pair (indices of the shared signals that are not always zero, number of all shared
-            signals): ``mean_s``, ``zs`` and ``ss`` then have entries for these indices only. None
-            if they have entries for all signals.
+            signals): ``mean_s``, ``zs`` and ``blocks`` then have entries for these indices only.
+            None if they have entries for all signals. Only moments without ``parts`` have it.
 
     Examples:
         >>> x, s = torch.randn(1, 50, 3), torch.randn(1, 50, 2)
@@ -58,7 +63,8 @@ class Moments:
     mean_s: Tensor
     zz: Tensor
     zs: Tensor
-    ss: Tensor
+    blocks: Sequence[Tensor]
+    parts: Sequence[Tensor] = ()
     live: tuple[Tensor, int] | None = None
 
     @classmethod
@@ -69,6 +75,8 @@ class Moments:
         signals: int,
         own: int = 0,
         device: torch.device | str = "cpu",
+        *,
+        parts: Sequence[Tensor] = (),
     ) -> "Moments":
         """Return moments of zero rows, to be updated.
 
@@ -78,20 +86,40 @@ class Moments:
             signals: Number of shared signals per group.
             own: Number of own signals per feature.
             device: Device of the sums.
+            parts: Indices of the signals of each part; empty for one block of all signals.
         """
         k = 1 + own
 
         def zero(*shape: int) -> Tensor:
             return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
 
-        zz, zs, ss = zero(features, k, k), zero(k, features, signals), zero(signals, signals)
-        return cls(0, zero(k, features), zero(signals), zz, zs, ss)
+        zz, zs = zero(features, k, k), zero(k, features, signals)
+        blocks = [zero(size, size) for size in map(len, parts)] or [zero(signals, signals)]
+        return cls(0, zero(k, features), zero(signals), zz, zs, blocks, parts)
 
     @staticmethod
-    def bytes_needed(groups: int, features: int, signals: int, own: int = 0) -> int:
+    def bytes_needed(
+        groups: int, features: int, signals: int, own: int = 0, parts: Sequence[Tensor] = ()
+    ) -> int:
         """Return the number of bytes of the moments that :meth:`zeros` returns for these sizes."""
-        moments = Moments.zeros(groups, features, signals, own, "meta")
-        return sum(part.nbytes for part in vars(moments).values() if isinstance(part, Tensor))
+        sums = Moments.zeros(groups, features, signals, own, "meta", parts=parts)
+        tensors = sums.mean_z, sums.mean_s, sums.zz, sums.zs, *sums.blocks
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @property
+    def ss(self) -> Tensor:
+        """Return the centred Gram matrix of s, float64 (g, ds, ds)."""
+        return joined(self.blocks, self.parts, self.mean_s, self.count)
+
+    @property
+    def squares(self) -> Tensor:
+        """Return the diagonal of ``ss``, float64 (g, ds)."""
+        if not self.parts:
+            return self.blocks[0].diagonal(dim1=1, dim2=2)
+        result = torch.zeros_like(self.mean_s)
+        for index, block in zip(self.parts, self.blocks, strict=True):
+            result[:, index] = block.diagonal(dim1=1, dim2=2)
+        return result
 
     def update(self, x: Tensor, s: Tensor, own: Sequence[Tensor] = ()) -> None:
         """Add rows.
@@ -111,11 +139,12 @@ class Moments:
         # Centre before the product: otherwise a large mean would cost digits of the covariance.
         z, s = z - mean_z.to(z.dtype).unsqueeze(2), s - mean_s.to(s.dtype).unsqueeze(1)
         zz, zs, ss = gram_of_each(z, (2,)), z.mT @ s.unsqueeze(1), s.mT @ s
-        self.add(Moments(rows, mean_z, mean_s, zz, zs, ss))
+        self.add(Moments(rows, mean_z, mean_s, zz, zs, [ss]))
 
     def add(self, other: "Moments") -> None:
         """Add the rows of ``other``; its second moments may have any floating dtype."""
-        if not _same_signals(self.live, other.live):
+        one, two = ([*some.parts, *(some.live or ())[:1]] for some in (self, other))
+        if len(one) != len(two) or not all(map(torch.equal, one, two)):
             vars(self).update(vars(self.whole()))
             other = other.whole()
         if other.count == 0:
@@ -125,7 +154,8 @@ class Moments:
         dz, ds = other.mean_z - self.mean_z, other.mean_s - self.mean_s
         self.zz += other.zz
         self.zs += other.zs
-        self.ss += other.ss
+        for block, more in zip(self.blocks, other.blocks, strict=True):
+            block += more
         # Chan et al., 1983: sums = sums₁ + sums₂ + n₁ n₂ / n d dᵀ, d the difference of the means
         self._add_products(dz, ds, self.count * share)
         self.mean_z += share * dz
@@ -138,48 +168,65 @@ class Moments:
         Args:
             total: Function that returns the sum of a tensor over all processes.
         """
-        count = int(total(torch.tensor([self.count], device=self.ss.device)))
+        count = int(total(torch.tensor([self.count], device=self.zz.device)))
         mean_z, mean_s = (
             total(self.count * mean) / max(count, 1) for mean in (self.mean_z, self.mean_s)
         )
-        about = replace(self, zz=self.zz.clone(), zs=self.zs.clone(), ss=self.ss.clone())
+        blocks = [block.clone() for block in self.blocks]
+        about = replace(self, zz=self.zz.clone(), zs=self.zs.clone(), blocks=blocks)
         about._add_products(self.mean_z - mean_z, self.mean_s - mean_s, self.count)
-        zz, zs, ss = total(about.zz), total(about.zs), total(about.ss)
-        return Moments(count, mean_z, mean_s, zz, zs, ss, self.live)
+        zz, zs, blocks = total(about.zz), total(about.zs), list(map(total, blocks))
+        return Moments(count, mean_z, mean_s, zz, zs, blocks, self.parts, self.live)
 
     def _add_products(self, dz: Tensor, ds: Tensor, weight: float) -> None:
         """Add weight · d dᵀ to the second moments, for d = (dz, ds)."""
         of_feature = dz.mT  # (g, dx, k)
         self.zz += weight * of_feature.unsqueeze(3) * of_feature.unsqueeze(2)
-        for products, left in ((self.zs.flatten(1, 2), dz.flatten(1)), (self.ss, ds)):
-            products.baddbmm_(left.unsqueeze(2), ds.unsqueeze(1), alpha=weight)
+        of_parts = [ds[:, index] for index in self.parts] or [ds]
+        lefts, rights = (dz.flatten(1), *of_parts), (ds, *of_parts)
+        sums = (self.zs.flatten(1, 2), *self.blocks)
+        for products, left, right in zip(sums, lefts, rights, strict=True):
+            products.baddbmm_(left.unsqueeze(2), right.unsqueeze(1), alpha=weight)
 
     def whole(self) -> "Moments":
-        """Return the moments with entries for all signals, also for those that are always zero."""
+        """Return the moments with one block of all signals, also of those that are always zero."""
         if self.live is None:
-            return self
+            return replace(self, blocks=[self.ss], parts=()) if self.parts else self
         index, signals = self.live
         groups, k, features = self.mean_z.shape
-        result = Moments.zeros(groups, features, signals, k - 1, self.ss.device)
+        result = Moments.zeros(groups, features, signals, k - 1, self.zz.device)
         result.mean_s[:, index], result.zs[..., index] = self.mean_s, self.zs
-        result.ss[:, index.unsqueeze(1), index] = self.ss
+        result.blocks[0][:, index.unsqueeze(1), index] = self.ss
         return replace(result, count=self.count, mean_z=self.mean_z, zz=self.zz)
 
     def among(self, index: Tensor) -> "Moments":
-        """Return the moments with the shared signals of the indices ``index`` only."""
+        """Return the moments of the shared signals ``index`` only, with one block of them."""
         ss = self.ss[:, index.unsqueeze(1), index]
-        return replace(self, mean_s=self.mean_s[:, index], zs=self.zs[..., index], ss=ss)
+        mean_s, zs = self.mean_s[:, index], self.zs[..., index]
+        return replace(self, mean_s=mean_s, zs=zs, blocks=[ss], parts=())
 
     def finite(self) -> bool:
         """Return True if the sums contain no NaN or Inf."""
-        sums = self.zz.sum() + self.mean_s.sum() + self.ss.diagonal(dim1=1, dim2=2).sum()
+        sums = self.zz.sum() + self.mean_s.sum() + self.squares.sum()
         return bool(sums.isfinite())
 
 
-def _same_signals(live: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:
-    if live is None or other is None:
-        return live is other
-    return torch.equal(live[0], other[0])
+def joined(blocks: Sequence[Tensor], parts: Sequence[Tensor], mean: Tensor, rows: int) -> Tensor:
+    """Return the centred Gram matrix of all signals from the blocks of its parts.
+
+    Args:
+        blocks: Tensors (g, part, part), as for :class:`Moments`.
+        parts: The indices of each block, as for :class:`Moments`.
+        mean: Float64 tensor (g, ds), the means of the signals.
+        rows: Number of rows.
+    """
+    if len(blocks) == 1 and blocks[0].shape[1] == mean.shape[1]:
+        return blocks[0]
+    # between parts Σ s_i s_j = 0, so that the centred product is −n E[s_i] E[s_j]
+    whole = mean.unsqueeze(2) @ (-rows * mean).unsqueeze(1)
+    for index, block in zip(parts, blocks, strict=True):
+        whole[:, index.unsqueeze(1), index] = block
+    return whole
 
 
 def summable(x: Tensor) -> Tensor:
@@ -232,7 +279,7 @@ def gaussian_information(moments: Moments) -> Tensor:
         0.0
     """
     rows, number = max(moments.count, 1), torch.finfo(torch.float64)
-    x, s = moments.zz[..., 0, 0] / rows, moments.ss.diagonal(dim1=1, dim2=2) / rows
+    x, s = moments.zz[..., 0, 0] / rows, moments.squares / rows
     # ρ² = cov(x, s)² / (var(x) var(s)), clamped: 0 / 0 would give NaN, rounding a ρ² above 1
     variances = (x.unsqueeze(2) * s.unsqueeze(1)).clamp(min=number.tiny)
     correlation = ((moments.zs[:, 0] / rows).square() / variances).clamp(max=1)

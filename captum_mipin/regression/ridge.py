@@ -46,14 +46,21 @@ class Solution:
     live: Tensor | None = None
 
 
-def solving_bytes(groups: int, features: int, signals: int, own: int = 0) -> int:
+def solving_bytes(
+    groups: int, features: int, signals: int, own: int = 0, parts: Sequence[Tensor] = ()
+) -> int:
     """Return an upper bound of the bytes that one regression takes, besides its moments.
 
     :func:`solve` takes up to five copies of the moments: divided by the number of rows, with the
     penalty, factored, copied by the solver, and for tied features once more. The moments of one
-    more batch take no more than that before they are added.
+    more batch take no more than that before they are added. Blocks of ``parts`` are copied one by
+    one: then the bound is the moments of one more batch, and five copies of the largest block.
     """
-    return 5 * Moments.bytes_needed(groups, features, signals, own)
+    size = groups, features, signals, own
+    if not parts:
+        return 5 * Moments.bytes_needed(*size)
+    largest = max(parts, key=len)
+    return Moments.bytes_needed(*size, parts) + 5 * Moments.bytes_needed(*size, [largest])
 
 
 def solve(
@@ -76,7 +83,8 @@ def solve(
             They have no own signals. This equals a regression with t times the rows, one per
             position, where the signals of all other positions are zero.
         parts: Parts of the shared signals that are solved one by one, which takes less time. Each
-            row has nonzero signals of one part only. Empty to solve all signals at once.
+            row has nonzero signals of one part only. If the moments have parts, these are the
+            same, in the same order. Empty to solve all signals at once, as for λ = 0.
 
     Returns:
         The coefficients and the quality of the fit.
@@ -104,16 +112,14 @@ def _solve_with_own(
     of s, which all features share, is factored only once.
     """
     rows = max(moments.count, 1)
-    gram, cross, of_feature = moments.ss / rows, moments.zs / rows, moments.zz / rows
-    penalty, dead = penalties(_diagonal(gram), moments.mean_s, ridge, scale, rows)
+    cross, of_feature = moments.zs / rows, moments.zz / rows
+    penalty, dead = penalties(moments.squares / rows, moments.mean_s, ridge, scale, rows)
     # eq. 6, for x and each o: W = cov(Z, S) (cov(S, S) + λI)^-1
     right = cross.flatten(1, 2).mT
     if len(parts) > 1 and ridge > 0:
-        weights, condition = _solve_parts(
-            gram, moments.mean_s, right, (penalty, dead, ridge), parts
-        )
+        weights, condition = _solve_parts(moments, right, (penalty, dead, ridge), parts)
     else:
-        weights, condition = solve_symmetric(gram, right, penalty, dead, ridge)
+        weights, condition = solve_symmetric(moments.ss / rows, right, penalty, dead, ridge)
     weights = weights.mT.view_as(cross)
     # covariance of the residuals, which s does not explain: cov(Z, Z) − W cov(S, Z)
     rest = of_feature - torch.einsum("gixs,gjxs->gxij", weights, cross)
@@ -124,21 +130,21 @@ def _solve_with_own(
     # the explained variance 2 θ·c − θ·G θ equals θ·c + θ·Λ θ
     explained = (weight * (cross[:, 0] + penalty.unsqueeze(1) * weight)).sum()
     explained += (own.weight * (of_feature[..., 0, 1:] + own.penalty * own.weight)).sum()
-    live, signals = moments.live or (None, gram.shape[1])
+    known = moments.mean_s.shape[1]
+    live, signals = moments.live or (None, known)
     return Solution(
         weight.contiguous(),
         own.weight.contiguous(),
         bias,
         share(explained, of_feature[..., 0, 0].sum()),
-        dead=int(dead.sum()) + own.dead + len(dead) * (signals - gram.shape[1]),
+        dead=int(dead.sum()) + own.dead + len(dead) * (signals - known),
         condition=max(condition, own.condition),
         live=live,
     )
 
 
 def _solve_parts(
-    gram: Tensor,
-    mean: Tensor,
+    moments: Moments,
     right: Tensor,
     system: tuple[Tensor, Tensor, float],
     parts: Sequence[Part],
@@ -152,19 +158,20 @@ def _solve_parts(
         (A + M L (M L)ᵀ)^-1 = A^-1 − A^-1 M L (I + Lᵀ Mᵀ A^-1 M L)^-1 Lᵀ Mᵀ A^-1        (Woodbury)
 
     Args:
-        gram: Tensor (g, ds, ds), the covariance of the signals.
-        mean: Tensor (g, ds), their means.
+        moments: The moments, of which this reads those of the signals.
         right: Tensor (g, ds, m), the right-hand side.
         system: The arguments ``penalty``, ``dead`` and ``ridge`` of :func:`solve_symmetric`.
-        parts: The parts; together they contain all signals.
+        parts: The parts; together they contain all signals that are not always zero.
     """
     penalty, dead, ridge = system
-    shares = gram.new_tensor([share for _, share in parts])
+    mean, rows = moments.mean_s, max(moments.count, 1)
+    shares = mean.new_tensor([share for _, share in parts])
     solved, across, conditions = torch.zeros_like(right), [], []
     shifts = torch.zeros_like(mean)  # A^-1 M, of which each row has one entry that is not 0
-    for (index, _), w in zip(parts, shares, strict=True):
+    for i, ((index, _), w) in enumerate(zip(parts, shares, strict=True)):
+        gram = moments.blocks[i] if moments.parts else moments.ss[:, index.unsqueeze(1), index]
         mu = (mean[:, index] / w).unsqueeze(2)
-        block = gram[:, index.unsqueeze(1), index].baddbmm_(mu, mu.mT, alpha=-float(w * (1 - w)))
+        block = (gram / rows).baddbmm_(mu, mu.mT, alpha=-float(w * (1 - w)))
         both = torch.cat([right[:, index], mu], 2)
         result, condition = solve_symmetric(block, both, penalty[:, index], dead[:, index], ridge)
         solved[:, index], shifts[:, index] = result[..., :-1], result[..., -1]

@@ -128,6 +128,11 @@ class Inverter(Protocol):
         """Return the parts of the signals that are solved one by one: ``parts`` of ``solve``."""
         return ()
 
+    @property
+    def blocks(self) -> Sequence[Tensor]:
+        """Return the ``parts`` of the :class:`Moments` that :meth:`moments` returns."""
+        return ()
+
     def part(self, examples: slice) -> "Inverter":
         """Return the family for the selected examples of the batch."""
         return self

@@ -171,6 +171,11 @@ class Convolution(Inverter):
     def parts(self) -> list[Part]:
         return [] if self.tied > 1 else parts_by_position(self.geometries, self.x_size)
 
+    @property
+    def blocks(self) -> list[Tensor]:
+        parts = [index for index, _ in self.parts]
+        return parts if len(parts) > 1 and len(self.geometries) == 1 else []
+
     def moments(
         self, x: Tensor, signals: tuple[Tensor, ...], places: Tensor | None = None
     ) -> Moments:

@@ -31,8 +31,8 @@ rank, folder = distributed.get_rank(), sys.argv[1]
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(36, 40), nn.ReLU(), nn.Linear(40, 3)
+        nn.Conv2d(2, 4, 4, 2, padding=1), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten(),
+        nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 3)
     ).double().eval()
 
 def data(count):

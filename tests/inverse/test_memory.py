@@ -12,7 +12,8 @@ from captum_mipin import InverseNetwork
 from captum_mipin.errors import FitError
 from captum_mipin.inverse import memory
 from captum_mipin.inverse.memory import Plan, free_memory
-from captum_mipin.rules.linear import Dense
+from captum_mipin.regression.geometry import Geometry
+from captum_mipin.rules.linear import Convolution, Dense
 from tests.small import normal
 
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ class Data:
 
 def test_a_regression_larger_than_free_memory_is_refused_before_the_fit():
     model, data = overlapping(), Data()
-    inverse = InverseNetwork(model)
+    inverse = InverseNetwork(model, ridge=0)  # its pseudo-inverse needs the whole matrix
     with pytest.raises(FitError) as raised:
         inverse.fit(data, 0, progress=False)
     text = str(raised.value)
@@ -170,6 +171,35 @@ def test_the_dual_counts_rows():
     assert few.stored + few.further < 0.02 * (many.stored + many.further)
 
 
+def strided() -> tuple[nn.Sequential, torch.Tensor]:
+    """A model of a 1-D convolution of kernel 64 and stride 8, and its inputs."""
+    torch.manual_seed(0)
+    layers = nn.Conv1d(1, 8, 64, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 17, 2)
+    return nn.Sequential(*layers).eval(), normal(40, 1, 192)
+
+
+def test_a_strided_convolution_counts_one_gram_matrix_for_each_remainder():
+    geometry = Geometry((256, 1, 64), (8,), (0,), (1,), 1)
+    inverter = Convolution((geometry,), torch.Size([9, 1, 512]))
+    plan, whole = (Plan.of(inverter, None, False, whole=whole) for whole in (False, True))
+    assert plan.signals == whole.signals == 256 * 64
+    assert plan.stored == pytest.approx(whole.stored / 8, rel=0.01)
+    assert plan.further < 2 * plan.stored
+    fork = Convolution((geometry, geometry), torch.Size([9, 1, 512]))
+    assert Plan.of(fork, None, False) == Plan.of(fork, None, False, whole=True)
+
+
+def test_a_strided_convolution_needs_less_than_a_gram_matrix_of_all_signals(monkeypatch):
+    model, x = strided()
+    expected = InverseNetwork(model, ridge=1e-3).fit(x, 0, progress=False).source_signal(x, 0)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 512**2 * 8)
+    inverse = InverseNetwork(model, ridge=1e-3).fit(x, 0, progress=False)
+    assert torch.equal(inverse.source_signal(x, 0), expected)
+    for options in ({"ridge": 0}, {"positions": 100}):  # these need the whole matrix
+        with pytest.raises(FitError, match="0/conv1d"):
+            InverseNetwork(model, **options).fit(x, 0, progress=False)
+
+
 MEASURED = """
 import torch
 from torch import nn
@@ -195,6 +225,7 @@ print(status("VmHWM") - before, plan.stored + plan.further, plan.solver)
 """
 LAYERS = {
     "convolution": ("nn.Conv1d(2, 32, 40), nn.ReLU()", (40, 2, 80), "moments"),
+    "strided convolution": ("nn.Conv1d(2, 64, 64, stride=8), nn.ReLU()", (40, 2, 160), "moments"),
     "dense, few rows": ("nn.Linear(1500, 3000), nn.ReLU()", (400, 1500), "rows"),
 }
 

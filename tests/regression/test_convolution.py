@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from designs import covered, rows_of
@@ -124,7 +125,8 @@ def test_asymmetric_same_padding_is_a_convolution_that_drops_its_first_output():
     torch.testing.assert_close(geometry.apply(s, weight, x.shape), transpose)
     torch.testing.assert_close(geometry.forward(x, weight), y)
     patches = geometry.patches(s, x.shape)
-    torch.testing.assert_close(lag_gram.gram_of_patches(geometry, s, x.shape), patches.mT @ patches)
+    ((_, gram),) = lag_gram.gram_of_patches(geometry, s, x.shape)
+    torch.testing.assert_close(gram, patches.mT @ patches)
 
 
 @pytest.mark.parametrize("scale", ["relative", "mean", "sum"])
@@ -211,6 +213,75 @@ def test_signals_solved_by_position_give_the_solution_of_all_at_once(parameters,
         one, other = getattr(by_part, name), getattr(whole, name)
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     assert by_part.explained_variance == pytest.approx(whole.explained_variance, abs=1e-12)
+
+
+#: Channels of y, kernel, stride, padding, dilation, groups; and the size of x.
+STRIDED = {
+    "kernel 7, stride 2": ((6, 7, 2, 3, 1, 1), (9, 8)),
+    "kernel 3, strides 2 and 3": ((6, 3, (2, 3), 1, 1, 2), (9, 10)),
+    "dilation": ((6, 3, 2, 2, 1, 1), (8, 8)),
+    "dilation and stride without a common divisor": ((4, 5, 4, 2, 3, 1), (40,)),
+    "long kernel": ((2, 64, 8, 0, 1, 1), (128,)),
+    "taps that no position sees": ((4, 5, 4, 2, 1, 1), (2, 3)),
+}
+
+
+def strided(case):
+    """A strided convolution's inverter, and two batches of x and s, float64."""
+    (channels, kernel, stride, padding, dilation, groups), size = STRIDED[case]
+    torch.manual_seed(0)
+    shape = channels, 4 // groups, *per_dimension(kernel, len(size))
+    sizes = [per_dimension(value, len(size)) for value in (stride, padding, dilation)]
+    geometry = Geometry(shape, *sizes, groups)
+    x = torch.randn(9, 4, *size, dtype=torch.float64) + 2
+    with torch.no_grad():
+        s = torch.randn_like(geometry.forward(x, torch.zeros(shape).double())).relu() + 0.3
+    batches = list(zip(x.split(5), s.split(5), strict=True))
+    return Convolution((geometry,), x.shape), batches
+
+
+@pytest.mark.parametrize("case", STRIDED)
+def test_a_strided_convolution_has_one_gram_matrix_for_each_part(case):
+    inverter, batches = strided(case)
+    (geometry,), groups = inverter.geometries, inverter.size[0]
+    moments, other = (inverter.moments(x, (s,)) for x, s in batches)
+    empty = Moments.zeros(*inverter.size, parts=inverter.blocks)
+    moments.add(other)
+    empty.add(moments)
+    expected = Moments.zeros(*inverter.size)
+    for x, s in batches:
+        expected.update(rows_of(x, groups), geometry.patches(s, x.shape))
+    assert len(moments.parts) > 1
+    assert all(map(torch.equal, moments.parts, inverter.blocks))
+    for index, block in zip(moments.parts, empty.blocks, strict=True):
+        torch.testing.assert_close(block, expected.ss[:, index][..., index])
+    same(moments, expected)
+    torch.testing.assert_close(moments.squares, expected.squares)
+    same(moments.whole(), expected)
+    assert moments.whole().parts == ()
+    twice = moments.pooled(lambda part: 2 * part)  # as two processes with the same data
+    assert len(twice.blocks) == len(twice.parts) > 1
+    expected.add(expected)
+    same(twice, expected)
+
+
+@pytest.mark.parametrize("ridge", [0, 0.5])
+@pytest.mark.parametrize("case", STRIDED)
+def test_a_solution_from_blocks_is_the_ridge_regression_on_patches(case, ridge):
+    inverter, batches = strided(case)
+    (geometry,), groups = inverter.geometries, inverter.size[0]
+    moments, other = (inverter.moments(x, (s,)) for x, s in batches)
+    moments.add(other)
+    solution = solve(moments, ridge, "mean", parts=inverter.parts)
+    x, s = map(torch.cat, zip(*batches, strict=True))
+    features, patches = rows_of(x, groups).numpy(), geometry.patches(s, x.shape).numpy()
+    for group in range(groups):
+        a, b = (t[group] - t[group].mean(0) for t in (patches, features))
+        system = a.T @ a / len(a) + ridge * np.eye(a.shape[1])
+        weight = np.linalg.pinv(system, 1e-12, hermitian=True) @ (a.T @ b / len(a))
+        np.testing.assert_allclose(solution.weight[group].mT, weight, rtol=1e-9, atol=1e-10)
+        bias = features[group].mean(0) - patches[group].mean(0) @ weight
+        np.testing.assert_allclose(solution.bias[group], bias, rtol=1e-9)
 
 
 class OnDevice(TorchDispatchMode):
