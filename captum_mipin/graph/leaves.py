@@ -9,7 +9,7 @@ from collections import defaultdict, deque, namedtuple
 from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from sys import intern
 from types import (
     BuiltinMethodType,
@@ -69,8 +69,14 @@ def is_container(value: Any) -> bool:
     return isinstance(value, (dict, list, set, deque))
 
 
-def leaves(value: Any, depth: int = 0) -> list[Any]:
+def leaves(value: Any, depth: int = 0, known: dict[int, Any] | None = None) -> list[Any]:
     """Return a value if it is a leaf, else its type and the leaves of its parts.
+
+    Args:
+        value: Any value.
+        depth: Number of containers around it.
+        known: ``id`` of each container before it → its number and itself. A container that comes
+            again, such as in a circle of references, is only named by its number.
 
     Examples:
         >>> leaves(2.0), leaves((1, 2)), leaves([1, {"a": 2}])[1:-1]
@@ -78,12 +84,21 @@ def leaves(value: Any, depth: int = 0) -> list[Any]:
     """
     if type(value) in ATOMS or is_atom(value):
         return [value]
+    known = {} if known is None else known
+    if id(value) in known:
+        return [_again(known[id(value)][0])]
     parts = _parts(value)
     if parts is None or depth > _DEPTH:
         return [value]
+    known[id(value)] = len(known), value
     if not ATOMS.issuperset(map(type, parts)):
-        parts = [leaf for part in parts for leaf in leaves(part, depth + 1)]
+        parts = [leaf for part in parts for leaf in leaves(part, depth + 1, known)]
     return [type(value), *parts, _END]
+
+
+@cache  # the same object for the same number: leaves are compared by identity
+def _again(number: int) -> tuple[str, int]:
+    return "a container again", number
 
 
 def _parts(value: Any) -> list[Any] | None:

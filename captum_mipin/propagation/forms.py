@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
@@ -263,7 +264,8 @@ def insert(before: fx.Node, target: Any, *args: Any, **named: Any) -> fx.Node:
         node = before.graph.call_function(target, args, named)
     inherit(node, before, original=original(before), key=f"{marks(before).key}/{node.name}")
     values = fx.map_arg(args, value_of)
-    with next(value_of(n) for n in node.all_input_nodes).fake_mode:
+    mode = next(value_of(n) for n in node.all_input_nodes).fake_mode
+    with mode, enable_python_dispatcher():
         set_value(node, target(*values, **named))
     mark_as_varying(node)
     return node

@@ -19,7 +19,9 @@ SHAPE = (
 )  # fmt: skip
 
 #: Operations whose result has sizes that their arguments tell; :mod:`batch_layout` checks them.
-_SIZED = (*SHAPE, "split", "split_with_sizes", "unsafe_split")
+_SIZED = (
+    *SHAPE, "split", "split_with_sizes", "unsafe_split", "new_zeros", "new_ones", "new_empty",
+)  # fmt: skip
 
 #: Operation without a rule → reason or advice, appended to the reason for its refusal.
 _HINTS = {
@@ -99,7 +101,8 @@ def treatments(draft: Draft) -> list[CheckRow]:
 
 def uses_batch_size(node: fx.Node) -> bool:
     """Return True if an operation uses the size of the batch as more than a shape."""
-    further = nodes_in((node.args[1:], node.kwargs))
+    start = 2 if operation(node) == "new_full" else 1  # behind its shape
+    further = nodes_in((node.args[start:], node.kwargs))
     return operation(node) not in _SIZED and any(map(is_size, further))
 
 

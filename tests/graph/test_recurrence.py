@@ -69,7 +69,7 @@ def written(graph: CapturedGraph) -> list[tuple[str, ...]]:
 @pytest.fixture
 def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Watch how long the sequences are that recurrent layers are traced with."""
-    known, seen = exporting._decompositions(), list[int]()
+    known, seen = exporting.decompositions(), list[int]()
 
     def watched(how: Callable[..., Any]) -> Callable[..., Any]:
         def run(x: Tensor, *arguments: Any) -> Any:
@@ -79,7 +79,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return run
 
     own = {op: watched(known[op]) for op in recurrence.WHOLE}
-    monkeypatch.setattr(exporting, "_decompositions", lambda: {**known, **own})
+    monkeypatch.setattr(exporting, "decompositions", lambda: {**known, **own})
     yield seen
 
 

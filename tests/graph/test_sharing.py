@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, MIPINAttribution, check
 from captum_mipin.graph import capture as capture_module
+from captum_mipin.graph.leaves import leaves
+from captum_mipin.graph.state import State
 from captum_mipin.methods import LRP, GuidedBackprop, LayerPropagation
 
 pytestmark = [
@@ -499,6 +501,25 @@ def test_a_replaced_object_is_seen_even_at_the_same_address(traced: list[int]) -
         model.function = make(factor)
         torch.testing.assert_close(explained(model), gradient(model))
     assert len(traced) == 3
+
+
+def test_containers_in_a_circle_are_read_once() -> None:
+    """Without that, twelve lists that contain each other would be read 12⁴⁰ times."""
+    lists: list[list[Any]] = [[] for _ in range(12)]
+    for one in lists:
+        one += lists
+    before = leaves(lists)
+    assert len(before) < 200 and [*map(id, leaves(lists))] == [*map(id, before)]
+    lists[7].append(1.5)
+    assert leaves(lists) != before
+
+
+def test_an_assert_does_not_lead_into_pytest() -> None:
+    def checked(model: Any, h: Tensor) -> Tensor:
+        assert h.ndim == 2
+        return h
+
+    assert not any("session" in path for path in State(Squares(checked).eval()).entries)
 
 
 def test_an_object_that_cannot_be_read_is_captured_each_time(traced: list[int]) -> None:

@@ -49,6 +49,8 @@ APART = {
     "instance norm": lambda h: F.instance_norm(h.unsqueeze(1)).squeeze(1),
     "transposed": lambda h: h.unsqueeze(0).cumsum(2).sort(-1)[0][0],
     "logcumsumexp": lambda h: h.logcumsumexp(1),
+    "new_zeros": lambda h: h + h.new_zeros(len(h), 6),
+    "new_full": lambda h: h * h.new_full((len(h), 1), 2.0),
 }
 RANDOM = {
     "a state": lambda h: h + torch.randn(h.shape[0], 6),
@@ -102,6 +104,12 @@ def test_what_keeps_the_examples_apart_is_not_refused(name):
     x = normal(4, 5)
     method = Gradient(_network(APART[name]))
     torch.testing.assert_close(method.attribute(x, 1)[2:3], method.attribute(x[2:3], 1))
+
+
+def test_a_constant_with_the_size_of_the_batch_as_its_value_is_refused():
+    model = _network(lambda h: h * h.new_full((h.shape[0], 1), 1 / h.shape[0]))
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.new_full.*the size of the batch"):
+        Gradient(model).attribute(normal(4, 5), 1)
 
 
 @pytest.mark.parametrize("name", RANDOM)

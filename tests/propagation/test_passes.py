@@ -6,6 +6,7 @@ from types import MappingProxyType
 import pytest
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -49,7 +50,7 @@ class Network:
 
     def call(self, operation, *args, **kwargs) -> fx.Node:
         node = self.graph.call_function(operation, args, kwargs)
-        with self.mode:
+        with self.mode, enable_python_dispatcher():
             set_value(node, operation(*fx.map_arg(args, value_of), **fx.map_arg(kwargs, value_of)))
         return node
 
