@@ -142,8 +142,8 @@ x / (1 + |x|); a function with the values of a known activation, such as GELU by
 products, has the rule of that activation. `divided` is a ratio whose divisor depends on the input,
 and `weighted_sum` the sum of a product of two values of the input. A product with a constant
 matrix, on either side, is a `linear`. Operations that only stand for others (`einsum`, `addcmul`,
-`addcdiv`, `baddbmm`, `lerp`, `cosine_similarity`, norms written by hand, sums of stacked tensors)
-are replaced by those.
+`addcdiv`, `baddbmm`, `lerp`, `aminmax`, `cosine_similarity`, norms written by hand, sums of stacked
+tensors) are replaced by those.
 
 An operation that copies or mixes values, y = L x, sends back the mean over its outputs, weighted by
 its coefficients: S_x = Lᵀ (S / |L| 1) / |L|ᵀ 1. `detach()` and `torch.no_grad()` change no value:

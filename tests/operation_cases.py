@@ -186,7 +186,6 @@ SELECTIONS = {
     "kthvalue.default": _on(SEQUENCE, 3, 2, first=True),
     "mode.default": _on(SEQUENCE, 2, first=True),
     **{f"{name}.default": _on(SEQUENCE, 2, first=True) for name in ("cummax", "cummin")},
-    "aminmax.default": Case(SEQUENCE, lambda op, x: torch.cat(op(x, dim=2), 1)),
 }  # fmt: skip
 _REPLACED = {
     "slice_scatter.default": Case(SEQUENCE, lambda op, x: op(x[:, :2], x[:, 2:3], 1, 0, 1)),

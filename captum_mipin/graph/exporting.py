@@ -114,6 +114,12 @@ _COMPOSITE = frozenset(
 )  # fmt: skip
 
 
+def _aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
+    """Return both extremes; torch 2.9 has no derivative of ``aminmax``."""
+    dims = range(x.ndim) if dim is None else (dim,)
+    return x.amin(tuple(dims), keepdim), x.amax(tuple(dims), keepdim)
+
+
 @cache
 def decompositions() -> Mapping[Any, Any]:
     """Return the composite operations to replace by their parts, such as einsum and LSTM.
@@ -128,5 +134,6 @@ def decompositions() -> Mapping[Any, Any]:
         (torch.ops.aten.lerp.Scalar, torch.ops.aten.lerp.Tensor),
         lambda a, b, w: (1 - w) * a + w * b,
     )
+    parts[torch.ops.aten.aminmax.default] = _aminmax
     parts |= {own: in_parts(parts[original]) for own, original in WHOLE.items()}
     return MappingProxyType(parts)

@@ -46,7 +46,7 @@ _ALONG_DIMS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ("index_select", "gather", "scatter", "scatter_add", "scatter_reduce", "index_add",
          "index_copy", "index_fill", "amin", "cumsum", "cummax", "cummin", "max.dim", "min.dim",
-         "median.dim", "nanmedian.dim", "aminmax"),
+         "median.dim", "nanmedian.dim"),
         (1, "dim"),
     ),
     **dict.fromkeys(("topk", "kthvalue"), (2, "dim", -1)),

@@ -54,7 +54,7 @@ _NOTE = "recorded switch: to where each value came from"
 _EXTREME = (
     "max.dim", "min.dim", "amax.default", "amin.default", "sort.default", "sort.stable",
     "topk.default", "kthvalue.default", "median.dim", "nanmedian.dim",
-    "mode.default", "cummax.default", "cummin.default", "aminmax.default",
+    "mode.default", "cummax.default", "cummin.default",
 )  # fmt: skip
 _WHERE = Passes(note=_NOTE, carriers=_chosen, records=True, refuse=_constants, exact=True)
 _LARGER = Passes(

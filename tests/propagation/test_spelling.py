@@ -1,5 +1,6 @@
 """Assignments, casts and detached values are treated like what they compute."""
 
+import pytest
 import torch
 from rule_checks import alike
 from torch import nn
@@ -36,6 +37,22 @@ def test_values_that_are_cast_or_detached_are_the_same():
         lambda m, x: m["last"](m["first"](x).detach().relu() + x[:, :1]),
         first=nn.Linear(4, 6),
         last=nn.Linear(6, 2),
+    )
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_both_extremes_in_one_operation_are_two_operations(dim):
+    torch.manual_seed(0)
+    spellings = (
+        lambda h: (h.amin(dim), h.amax(dim)),
+        lambda h: h.aminmax(dim=dim),
+        lambda h: [y.squeeze(dim) for y in torch.aminmax(h, dim=dim, keepdim=True)],
+    )
+    alike(
+        torch.randn(60, 5, 4, dtype=torch.float64),
+        *(lambda m, x, f=f: m["last"](torch.cat(list(f(m["one"](x))), 1)) for f in spellings),
+        one=nn.Linear(4, 6),
+        last=nn.Linear(12 if dim == 1 else 10, 2),
     )
 
 
