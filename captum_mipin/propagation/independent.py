@@ -41,10 +41,11 @@ Call = tuple[Inputs, Extras]
 #: Model → signature of a call → state of the model when it last passed the check.
 _PASSED: WeakKeyDictionary[nn.Module, dict[Signature, State | None]] = WeakKeyDictionary()
 
-#: Operations that only move the examples to other places, from which later ones may move them back.
+#: Operations that only move the examples to other places, from which later ones may move them back,
+#: and ``embedding_bag``, whose offsets tell which of all words are an example's.
 _MOVES = REARRANGED | {
     "cat", "stack", "unbind", "split_with_sizes", "index", "index_select", "gather", "flip", "roll",
-    "repeat", "movedim",
+    "repeat", "movedim", "embedding_bag",
 }  # fmt: skip
 
 _WAY_OUT = (

@@ -1,6 +1,7 @@
 """Operations that mix the examples of a batch, and random ones, are refused by name."""
 
 import random
+from functools import partial
 
 import numpy
 import pytest
@@ -104,6 +105,17 @@ def test_what_keeps_the_examples_apart_is_not_refused(name):
     x = normal(4, 5)
     method = Gradient(_network(APART[name]))
     torch.testing.assert_close(method.attribute(x, 1)[2:3], method.attribute(x[2:3], 1))
+
+
+def test_bags_of_words_are_refused_only_with_words_of_other_examples():
+    def run(m, x, shift=0):
+        offsets = (torch.arange(x.shape[0]) * x.shape[1] - shift).clamp(min=0)
+        return m["bag"](x.flatten(), offsets)
+
+    words, parts = torch.arange(20).view(4, 5), {"bag": nn.EmbeddingBag(20, 3)}
+    require_independent(Function(run, **parts).eval(), (words,))
+    with pytest.raises(UnsupportedOperationError, match=r"embedding_bag.* in layers.bag"):
+        require_independent(Function(partial(run, shift=1), **parts).eval(), (words,))
 
 
 def test_a_constant_with_the_size_of_the_batch_as_its_value_is_refused():
