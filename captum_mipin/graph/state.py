@@ -49,8 +49,7 @@ from captum_mipin.graph.twin import FOREIGN, package
 Path = tuple[str, ...]
 
 #: Packages whose functions and classes are compared as a whole, without what they refer to.
-#: pytest is what an ``assert`` in a test module calls.
-_CLOSED = FOREIGN | sys.stdlib_module_names | {"captum", "captum_mipin", "_pytest"}
+_CLOSED = FOREIGN | sys.stdlib_module_names | {"captum", "captum_mipin"}
 
 #: Packages whose objects are compared as a whole. They do not change what a model computes.
 _OPAQUE = ("logging", "threading", "captum_mipin", "torch.fx", "torch.export")

@@ -16,8 +16,9 @@ from torch import nn
 from captum_mipin.copies import copy_memo
 from captum_mipin.graph.modules import named_tensors
 
-#: Packages whose objects are shared by all copies of a model.
-FOREIGN = frozenset({"torch", "numpy", "logging", "threading", "builtins"})
+#: Packages whose objects are shared by all copies of a model. pytest is what an ``assert`` calls in a
+#: model that a test module defines.
+FOREIGN = frozenset({"torch", "numpy", "logging", "threading", "builtins", "_pytest"})
 
 #: Hooks that only a backward pass calls. A capture has none.
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
