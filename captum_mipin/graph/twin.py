@@ -16,8 +16,8 @@ from torch import nn
 from captum_mipin.copies import copy_memo
 from captum_mipin.graph.modules import named_tensors
 
-#: Packages whose objects are shared by all copies of a model. pytest is what an ``assert`` calls in a
-#: model that a test module defines.
+#: Packages whose objects are shared by all copies of a model. pytest is there because an ``assert``
+#: of a model in a test module calls it.
 FOREIGN = frozenset({"torch", "numpy", "logging", "threading", "builtins", "_pytest"})
 
 #: Hooks that only a backward pass calls. A capture has none.
