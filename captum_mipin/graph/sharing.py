@@ -3,7 +3,7 @@
 A graph is kept as long as its model. It is used again if the model's state is the same as when it
 was captured, see :mod:`captum_mipin.graph.state`. What the model itself writes while it runs, such
 as a counter or recorded features, may differ: then the model is called once to see if it still runs
-the same operations.
+the same operations. So is a model whose code computes names, such as ``getattr(self, "run_" + a)``.
 """
 
 from collections.abc import Callable
@@ -116,7 +116,7 @@ def share(
         graph = graphs.find(key, state, rehearsed)
         if graph is None:
             graph = make()
-            writes = graph.writes or any(map(state.may_read, _CAPTUMS))
+            writes = graph.writes or state.dynamic or any(map(state.may_read, _CAPTUMS))
             rehearsal = rehearsed(graph.single) if writes else None
             graphs.add(_Entry(key, state, graph, rehearsal))
         return graph
@@ -146,10 +146,10 @@ def _modes() -> tuple[Any, ...]:
 
 def _holds(entry: _Entry, state: State, call: Callable[[bool], Rehearsal | None]) -> bool:
     """Return True if a graph is valid in the present state of its model."""
-    if entry.state is state:
+    if entry.state is state and not state.dynamic:
         return True
     changes = [path for path in entry.state.changes(state) if _matters(path, state)]
-    if not changes:
+    if not changes and not state.dynamic:
         return True
     then, now = entry.rehearsal, call(entry.graph.single) if entry.rehearsal else None
     if then is None or now is None or then.operations != now.operations:

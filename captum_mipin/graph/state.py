@@ -56,8 +56,9 @@ _OPAQUE = ("logging", "threading", "captum_mipin", "torch.fx", "torch.export")
 
 #: Names of functions by which code may read an attribute whose name it does not contain.
 _DYNAMIC = frozenset(
-    {"getattr", "vars", "__dict__", "__getattribute__", "attrgetter", "eval", "exec", "locals"}
-)
+    {"getattr", "vars", "__dict__", "__getattribute__", "attrgetter", "eval", "exec", "locals",
+     "globals", "methodcaller"}
+)  # fmt: skip
 
 #: Entries of a class that its calls do not read.
 _NOISE = frozenset(
@@ -81,6 +82,10 @@ class State:
     Args:
         model: The model.
 
+    Attributes:
+        dynamic: Whether the model's own code may compute the names of what it reads. Then the model
+            may depend on more than its state.
+
     Examples:
         >>> import torch
         >>> model = nn.Linear(2, 1)
@@ -98,7 +103,7 @@ class State:
         self.entries: dict[Path, Any] = walk.entries
         self._places, self._kept = walk.places, walk.kept
         self._weights, self._measured = walk.weights, walk.measured
-        self._words = walk.words
+        self._words, self.dynamic = walk.words, walk.dynamic
 
     def holds(self) -> bool:
         """Return True if nothing has changed since; this is quick."""
@@ -137,6 +142,7 @@ class _Walk:
         measured: Other tensors and arrays, their forms and versions.
         words: The names and strings in the code.
         kept: Objects that must live as long as the state, because their ``id`` stands for them.
+        dynamic: See :class:`State`.
     """
 
     def __init__(self, model: nn.Module, lose: Callable[[Any], None]) -> None:
@@ -145,6 +151,7 @@ class _Walk:
         self.weights: list[tuple[Any, Any]] = []
         self.measured: list[tuple[Any, Any]] = []
         self.kept: list[Any] = []
+        self.dynamic = False
         self._lose, self._seen, self._numbers = lose, dict[int, Any](), dict[int, int]()
         self._names, self._waiting = {"forward"}, defaultdict[str, list[tuple[Any, Path]]](list)
         self._scopes: dict[int, tuple[Any, Path, set[str]]] = {}
@@ -266,6 +273,8 @@ class _Walk:
         _, _, names = self._scopes.setdefault(id(scope), (function, where, set()))
         names |= global_names(code)
         names |= attribute_names(code) if "globals" in names else set()
+        own = package(function) not in _CLOSED
+        self.dynamic |= own and not _DYNAMIC.isdisjoint(attribute_names(code))
         for name in attribute_names(code) - self._names:
             self._names.add(name)
             for method in self._waiting.pop(name, ()):

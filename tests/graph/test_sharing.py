@@ -106,6 +106,9 @@ class Squares(nn.Module):
         self.array, self.constant = torch.ones(5).numpy(), torch.tensor(1.5)
         self.local: Any = None
 
+    def run_deep(self, h: Tensor) -> Tensor:
+        return h * FACTOR
+
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
         h = h if self.way is None else self.way(self, h)
@@ -195,6 +198,13 @@ CHANGES: dict[str, tuple[Any, Callable[[Squares, pytest.MonkeyPatch], Any]]] = {
     "constant": (lambda m, h: h * m.constant.item(), lambda m, _: m.constant.fill_(3.0)),
     "data of a constant": (
         lambda m, h: h * m.constant.item(), lambda m, _: m.constant.data.fill_(3.0)
+    ),
+    "method of a computed name": (
+        lambda m, h: getattr(m, "_".join(["run", "deep"]))(h), set_(ME, "FACTOR", 3.0)
+    ),
+    "function of a computed name": (
+        lambda m, h: getattr(LIBRARY.inner, "".join(["sca", "le"]))(h),
+        set_(LIBRARY.inner, "scale", lambda x: x * 3.0),  # type: ignore[attr-defined]
     ),
     "class attribute": (lambda m, h: h**m.power, set_(Squares, "power", 3.0)),
     "attribute of a class": (lambda m, h: h * m.kind.factor, set_(Settings, "factor", 3.0)),
