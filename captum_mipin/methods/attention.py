@@ -7,7 +7,7 @@ softmax(Q Kᵀ) V. The model's classes are not changed, and it gets no hooks.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from captum.attr import Attribution
@@ -37,6 +37,26 @@ from captum_mipin.propagation.independent import check_graph
 from captum_mipin.propagation.runtime import seed
 from captum_mipin.targets import per_example
 from captum_mipin.types import Extras, Inputs, Output, Target
+
+
+class _Call(NamedTuple):
+    """One call of a model whose tokens are explained.
+
+    Attributes:
+        encoder: The model's blocks.
+        values: Name of a placeholder of the graph → its value.
+        shown: The inputs, tensors (batch, ...).
+        targets: The target of each example; empty for a result that is the same for all targets.
+    """
+
+    encoder: Encoder
+    values: Mapping[str, Any]
+    shown: Inputs
+    targets: Sequence[Target]
+
+    def run(self) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+        """Return all attention weights, all tokens, and other values, see :class:`Encoder`."""
+        return self.encoder.run(self.values, self.shown)
 
 
 class TokenAttribution(NoFuture, Attribution):
@@ -102,7 +122,7 @@ class TokenAttribution(NoFuture, Attribution):
                 targets = per_example(target, like)
             with TURNS.explaining(), torch.enable_grad():
                 values = graph.values(self.model, tensors, extras)
-                result = self._relevance(encoder, values, tensors, targets)
+                result = self._relevance(_Call(encoder, values, tensors, targets))
         if not finite(result):
             raise InputError(
                 "the model's output or its gradient overflows for these inputs (NaN or Inf), "
@@ -110,21 +130,14 @@ class TokenAttribution(NoFuture, Attribution):
             )
         return result.detach().contiguous()
 
-    def _relevance(
-        self,
-        encoder: Encoder,
-        values: Mapping[str, Any],
-        shown: Inputs,
-        targets: Sequence[Target],
-    ) -> Tensor:
+    def _relevance(self, call: _Call) -> Tensor:
         raise NotImplementedError
 
-    def _row(
-        self, encoder: Encoder, z: Tensor, others: Sequence[Any], targets: Sequence[Target]
-    ) -> Tensor:
+    def _row(self, call: _Call, z: Tensor, others: Sequence[Any]) -> Tensor:
         """Return the row that is returned, as weights (batch, tokens) over all rows."""
+        encoder = call.encoder
         if self.row is None:
-            return encoder.rows(z, others, targets)
+            return encoder.rows(z, others, call.targets)
         rows = z.new_zeros(z.shape[1 - encoder.place], encoder.tokens)
         if self.row == "mean":
             return rows + 1 / encoder.tokens
@@ -181,17 +194,11 @@ class AttentionRollout(TokenAttribution):
     _name = "Attention rollout"
     _explains = False
 
-    def _relevance(
-        self,
-        encoder: Encoder,
-        values: Mapping[str, Any],
-        shown: Inputs,
-        targets: Sequence[Target],
-    ) -> Tensor:
+    def _relevance(self, call: _Call) -> Tensor:
         with torch.no_grad():
-            weights, streams, others = encoder.run(values, shown)
-        result = self._row(encoder, streams[-1], others, targets)
-        for a in reversed(encoder.by_example(weights)):
+            weights, streams, others = call.run()
+        result = self._row(call, streams[-1], others)
+        for a in reversed(call.encoder.by_example(weights)):
             # r Â = (r Ā + r) / 2
             result = (_times(result, a.mean(1)) + result) / 2
         return result
@@ -219,18 +226,14 @@ class Chefer(TokenAttribution):
 
     _name = "Chefer"
 
-    def _relevance(
-        self,
-        encoder: Encoder,
-        values: Mapping[str, Any],
-        shown: Inputs,
-        targets: Sequence[Target],
-    ) -> Tensor:
-        weights, streams, others = encoder.run(values, shown)
-        output = encoder.output(streams[-1], others)
-        gradients = torch.autograd.grad(output, weights, seed(output, targets, unit=True))
-        result = self._row(encoder, streams[-1], others, targets)
-        pairs = zip(encoder.by_example(gradients), encoder.by_example(weights), strict=True)
+    def _relevance(self, call: _Call) -> Tensor:
+        weights, streams, others = call.run()
+        output = call.encoder.output(streams[-1], others)
+        gradients = torch.autograd.grad(output, weights, seed(output, call.targets, unit=True))
+        result = self._row(call, streams[-1], others)
+        pairs = zip(
+            call.encoder.by_example(gradients), call.encoder.by_example(weights), strict=True
+        )
         for gradient, a in reversed(list(pairs)):
             # r R_l = r (I + Ā_l) R_{l−1}
             result = result + _times(result, (gradient * a.detach()).clamp_(min=0).mean(1))
@@ -269,28 +272,22 @@ class LeGrad(TokenAttribution):
             check_number("blocks", blocks, 1, whole=True)
         self.blocks = blocks
 
-    def _relevance(
-        self,
-        encoder: Encoder,
-        values: Mapping[str, Any],
-        shown: Inputs,
-        targets: Sequence[Target],
-    ) -> Tensor:
-        if not encoder.blocks:
+    def _relevance(self, call: _Call) -> Tensor:
+        if not call.encoder.blocks:
             raise UnsupportedOperationError(
                 "the ends of the model's blocks are not known, since it has a single block or "
                 "blocks of several kinds; expected two or more blocks of one kind: use Chefer"
             )
-        weights, streams, others = encoder.run(values, shown)
+        weights, streams, others = call.run()
         gradients = []
         for z, a in zip(streams, weights, strict=True):
-            mean = z.mean(encoder.place, keepdim=True).expand_as(z)
-            score = encoder.output(mean, others)
-            start = seed(score, targets, unit=True)
+            mean = z.mean(call.encoder.place, keepdim=True).expand_as(z)
+            score = call.encoder.output(mean, others)
+            start = seed(score, call.targets, unit=True)
             (gradient,) = torch.autograd.grad(score, a, start, retain_graph=True)
             gradients.append(gradient * (a != 0))  # a mask set this weight to 0, whatever its slope
         # mean over heads and rows of (∂s_l / ∂A_l)⁺
-        parts = [g.clamp(min=0).mean((1, 2)) for g in encoder.by_example(gradients)]
+        parts = [g.clamp(min=0).mean((1, 2)) for g in call.encoder.by_example(gradients)]
         return torch.stack(parts[-self.blocks :] if self.blocks else parts).mean(0)
 
 
