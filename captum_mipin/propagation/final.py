@@ -31,6 +31,7 @@ _NAMES = {
 _COMBINED = REARRANGED | {
     "cat", "stack", "mean", "sum", "amax", "max", "clamp", "clamp_min", "clamp_max", "minimum",
     "maximum", "add", "sub", "rsub", "mul", "div", "neg", "log", "log1p", "exp",
+    "log2", "log10", "expm1", "pow", "square", "sqrt", "rsqrt", "reciprocal", "abs",
 }  # fmt: skip
 _MOVES = REARRANGED - {"rsub"}
 
@@ -187,9 +188,12 @@ def _final(node: Any) -> Final | None:
 
 
 def _by_hand(kind: str, args: Any) -> tuple[str, fx.Node] | None:
-    """Return the name and the logits of a sigmoid or softmax made of ``exp``, sums and ``div``."""
+    """Return the name and the logits of a sigmoid or softmax made of other operations."""
     if kind == "sub" and operation(args[1]) == "logsumexp" and args[1].args[0] is args[0]:
         return None if _over_batch(args[1]) else ("log-softmax", args[0])
+    if kind == "neg" and operation(args[0]) == "softplus" and len(args[0].args) == 1:
+        inner = args[0].args[0]
+        return ("log-sigmoid", inner.args[0]) if operation(inner) == "neg" else None
     if kind == "div":
         top, bottom = args[:2]
     elif kind == "reciprocal":

@@ -36,6 +36,7 @@ TAKEN = {
     "sigmoid": (torch.sigmoid, lambda z: z),
     "hardsigmoid": (F.hardsigmoid, lambda z: z),
     "logsigmoid": (F.logsigmoid, lambda z: z),
+    "-softplus(-z)": (lambda z: -F.softplus(-z), lambda z: z),
     "expit": (torch.special.expit, lambda z: z),
     "softmax": (lambda z: z.softmax(1), lambda z: z),
     "softmax in another dtype": (lambda z: F.softmax(z, 1, dtype=torch.float64), lambda z: z),
@@ -89,6 +90,11 @@ REFUSED = {
     "clamped": lambda z: z.sigmoid().clamp(1e-6, 1 - 1e-6),
     "stacked": lambda z: torch.stack([z.sigmoid(), 1 - z.sigmoid()], 2),
     "a sum of classes": lambda z: z.softmax(1).sum(1),
+    "a square": lambda z: z.sigmoid() ** 2,
+    "a root": lambda z: z.softmax(1).sqrt(),
+    "one over a root": lambda z: z.sigmoid().rsqrt(),
+    "a power of one class": lambda z: z.softmax(1)[:, :1].pow(0.3),
+    "base 2": lambda z: z.sigmoid().log2(),
 }
 
 OTHERS = {
