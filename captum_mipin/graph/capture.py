@@ -23,6 +23,7 @@ from captum_mipin.graph.exporting import check_registered, export_graph, free_ba
 from captum_mipin.graph.lifting import NotLiftableError, lifted
 from captum_mipin.graph.marks import mark, value_of
 from captum_mipin.graph.modules import is_quantised, tree
+from captum_mipin.graph.nodes import operation
 from captum_mipin.graph.sharing import share
 from captum_mipin.graph.signature import per_example
 from captum_mipin.graph.trials import EXAMPLES, Trial, close, examples_like, joined
@@ -238,6 +239,9 @@ def _capture_one(
         graph = lifted(one.graph, [name for name, own in named if own and name is not None])
         captured = _for_batches(one, graph)
         results = [trial.run(example) for example in examples]
+        # squeeze() takes the dimension of the batch from the result for one example
+        squeezed = results[0].ndim < value_of(captured.output).ndim
+        results = [y[None] if squeezed else y for y in results]
         batch = joined(examples, EXAMPLES)
         found = captured.run(captured.values(trial.twin, batch[:count], batch[count:]))
         checked = close(found, joined(results, EXAMPLES))
@@ -250,7 +254,7 @@ def _capture_one(
         trial.restore()
     if trial.written:
         trial.check_forgets(examples[0])
-    further = any(per_example(*call)[count:])
+    further = squeezed or any(per_example(*call)[count:])
     sizes = {EXAMPLES, *refusal.sizes}
     if any(trial.mixes(examples, results, size, further) for size in sizes):
         raise CaptureError(
@@ -279,6 +283,17 @@ def _for_batches(one: CapturedGraph, graph: fx.Graph) -> CapturedGraph:
         batch=str(value_of(first).shape[0]),
         single=True,
     )
+
+
+def _keep_batch(node: fx.Node) -> None:
+    """Let ``squeeze`` keep the dimension of the batch, also of a batch of one example."""
+    source, *dims = node.args
+    shape: Any = value_of(node.all_input_nodes[0]).shape
+    given: Any = dims[0] if dims else range(len(shape))
+    given = [given] if isinstance(given, int) else given
+    ones = [dim % len(shape) for dim in given if isinstance(shape[dim], int) and shape[dim] == 1]
+    mark(node, original=node.target)
+    node.target, node.args = torch.ops.aten.squeeze.dims, (source, ones)
 
 
 def _from_program(
@@ -324,6 +339,8 @@ def _from_program(
         if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             mark(node, original=node.target)
             node.target = torch.ops.aten.reshape.default
+        elif operation(node) == "squeeze":
+            _keep_batch(node)
     ((result,),) = next(node for node in graph.nodes if node.op == "output").args
     inputs = tuple(str(name) for name in arguments[:count])
     batch = str(value_of(nodes[inputs[0]]).shape[0])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
@@ -29,6 +30,25 @@ def dimensions(node: fx.Node) -> list[int]:
         if name in _DIMS:
             dims += [given] if isinstance(given, int) else given or range(ndim)
     return [dim % ndim for dim in dims] if ndim else []
+
+
+def item(node: Any) -> Any:
+    """Return the tensor whose only element is the value of a node, None for another value."""
+    return node.args[0] if operation(node) in ("item", "_local_scalar_dense") else None
+
+
+def indices(node: fx.Node) -> list[Any]:
+    """Return the tensors of indices by which an operation chooses elements; [] for others.
+
+    Returns:
+        One entry for each of the first dimensions of its argument: a node, or None.
+    """
+    args: Any = node.args
+    if operation(node) in ("index", "_unsafe_index", "index_put"):
+        return list(args[1])
+    if node.target is torch.ops.aten.select.int and item(args[2]) is not None:
+        return [None] * (args[1] % value_of(args[0]).ndim) + [item(args[2])]
+    return []
 
 
 def _arguments(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

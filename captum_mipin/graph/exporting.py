@@ -108,7 +108,7 @@ def check_registered(program: ExportedProgram, model: nn.Module) -> None:
 
 #: Operations that stand for several simpler ones, and other names of operations with rules.
 _COMPOSITE = frozenset(
-    {"einsum", "addcmul", "addcdiv", "baddbmm", "take_along_dim", "inner", "tensordot",
+    {"einsum", "addcmul", "addcdiv", "baddbmm", "take", "take_along_dim", "inner", "tensordot",
      "linalg_vecdot", "linalg_norm", "cosine_similarity", "multiply", "divide", "true_divide",
      "subtract", "negative"}
 )  # fmt: skip

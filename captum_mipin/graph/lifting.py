@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils import _pytree as pytree
 
 from captum_mipin.graph.diagnosis import quiet
-from captum_mipin.graph.dimensions import RESHAPES, dimensions, with_batch
+from captum_mipin.graph.dimensions import RESHAPES, dimensions, indices, item, with_batch
 from captum_mipin.graph.marks import inherit, set_value, value_of
 from captum_mipin.graph.nodes import operation, place
 
@@ -45,7 +45,6 @@ _PARTS = frozenset({"split", "split_with_sizes", "unsafe_split", "chunk", "unsaf
 
 #: Operations that take tensors of a fixed number of dimensions.
 _FOLDED = ("conv", "pool", "batch_norm", "group_norm", "instance_norm", "bmm", "baddbmm")
-
 
 #: Operation over all elements → the same operation over some dimensions.
 _TOTALS: dict[Any, Any] = {
@@ -136,8 +135,8 @@ class _Lift:
 
     def _output(self, node: fx.Node) -> None:
         (result,) = node.all_input_nodes
-        if self._extra[result] is not False:
-            raise NotLiftableError("the result for one example does not begin with dimension 1")
+        if self._extra[result] is None:
+            raise NotLiftableError("the result does not depend on the example")
         self.graph.output((self._copies[result],))
 
     def _vmapped(self, node: fx.Node) -> None:
@@ -153,20 +152,23 @@ class _Lift:
             raise NotLiftableError(f"operation {name}")
 
     def _operation(self, node: fx.Node) -> None:
+        ways = self._as_it_is, self._reshaped, self._shifted
         if operation(node) in _NEW or all(self._extra[n] is None for n in node.all_input_nodes):
             copy = self.graph.node_copy(node, self._copies.__getitem__)
             self._values[copy] = self._run(copy.target, copy.args, copy.kwargs)
             self._copies[node], self._extra[node] = copy, None
+        elif item(node) is not None:  # a number of each example; only a select may take it
+            self._extra[node] = self._extra[node.all_input_nodes[0]]
         elif node.target is operator.getitem:
-            self._item(node)
+            self._part(node)
         elif not self._alias(node) and not any(
             self._try(node, *call)
-            for make in (self._as_it_is, self._reshaped, self._shifted)
+            for make in ((self._indexed,) if indices(node) else ways)
             for call in make(node)
         ):
             self._fold(node)
 
-    def _item(self, node: fx.Node) -> None:
+    def _part(self, node: fx.Node) -> None:
         """Rewrite the choice of one of several results."""
         source, index = node.args
         assert isinstance(source, fx.Node)  # for mypy
@@ -269,6 +271,42 @@ class _Lift:
                 yield _TOTALS[target], (args[0], dims), kwargs, True
             else:
                 yield target, *with_batch(node, args, kwargs), True
+
+    def _indexed(self, node: fx.Node) -> Iterator[Any]:
+        """Yield the call that takes elements from each example, or puts some into it.
+
+        Of x with the shape (batch, \\*S), the indices i, j, ... of an example choose within S:
+        x[arange(batch), i, j, ...]. If S begins with the only example, an index chooses that one.
+        """
+        source: Any = node.args[0]
+        dims = [dim for dim, index in enumerate(indices(node)) if index is not None]
+        chosen = [indices(node)[dim] for dim in dims]
+        ndim = max(value_of(index).ndim for index in chosen)
+        # the dimensions that are indexed come first
+        order = [0, *(1 + dim for dim in dims)]
+        order += [1 + dim for dim in range(value_of(source).ndim) if dim not in dims]
+        x = self._call(node, aten.permute.default, self._added(source, True, 0), order)
+        count = self._call(node, aten.arange.default, self._rows(), device=value_of(source).device)
+        rows = self._reshape(node, count, [1] * ndim)
+        within = [rows, *(self._added(index, False, ndim) for index in chosen)]
+        if operation(node) == "index_put":
+            values: Any
+            values, *others = node.args[2:]
+            values = self._added(values, False, ndim + value_of(source).ndim - len(dims))
+            y = self._call(node, node.target, x, within, values, *others)
+            if dims[0] == 0:  # else the values would have to be moved as well
+                yield (
+                    aten.permute.default,
+                    (y, [order.index(dim) for dim in sorted(order)]),
+                    {},
+                    True,
+                )
+            return
+        y = self._call(node, aten.index.Tensor, x, within)
+        # neighbouring indices leave their result where they are, others move it to the front
+        before = dims[0] if dims[-1] - dims[0] < len(dims) else 0
+        first, behind = range(1, 1 + ndim), range(1 + ndim, self._values[y].ndim)
+        yield aten.permute.default, (y, [0, *behind[:before], *first, *behind[before:]]), {}, True
 
     def _added(self, node: fx.Node, spread: bool, aligned: int) -> fx.Node:
         """Return the copy of a node, with its batch as a dimension of its own.

@@ -20,6 +20,9 @@ from captum_mipin.types import Extras, Inputs, Output
 #: Number of different examples in a batch for a trial.
 EXAMPLES = 3
 
+#: Number of rows among which different ones are looked for.
+_ROWS = 64
+
 
 class Trial:
     """A copy of a model that returns one tensor, and whose calls change nothing.
@@ -178,7 +181,7 @@ class Trial:
 
 
 def examples_like(inputs: Inputs, extras: Extras, shared: bool) -> list[Any]:
-    """Return different batches of one example each, like the first example of a call.
+    """Return different batches of one example each; the first is the first example of a call.
 
     Args:
         inputs: Tensors (batch, ...).
@@ -188,8 +191,7 @@ def examples_like(inputs: Inputs, extras: Extras, shared: bool) -> list[Any]:
     leaves, structure = pytree.tree_flatten(plain((*inputs, *extras)))
     own = per_example(inputs, extras, shared)
     variants = [
-        _variants(leaf[:1]) if one else [leaf] * EXAMPLES
-        for leaf, one in zip(leaves, own, strict=True)
+        _rows(leaf) if one else [leaf] * EXAMPLES for leaf, one in zip(leaves, own, strict=True)
     ]
     return [pytree.tree_unflatten(list(row), structure) for row in zip(*variants, strict=True)]
 
@@ -213,6 +215,17 @@ def close(x: Tensor, y: Tensor) -> bool:
     # |x − y| ≤ √eps · max |y|
     largest = float(y.abs().max()) if y.numel() else 0.0
     return torch.allclose(x, y, 0, largest * torch.finfo(y.dtype).eps ** 0.5, equal_nan=True)
+
+
+def _rows(x: Tensor) -> list[Tensor]:
+    """Return the first row of ``x`` and two others; of integers, such as labels, those of ``x``."""
+    first, *others = x[:_ROWS].split(1)
+    if not x.is_floating_point():
+        others = [row for row in others if not torch.equal(row, first)]
+        if others:
+            different = [row for row in others if not torch.equal(row, others[0])]
+            return [first, others[0], (different or [first])[0]]
+    return _variants(first)
 
 
 def _variants(x: Tensor) -> list[Tensor]:

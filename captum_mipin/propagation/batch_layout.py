@@ -27,6 +27,9 @@ from captum_mipin.rules import MIPIN, RECORDABLE
 #: Reason for the refusal of operations that compute along the dimension of the examples.
 ALONG = "it computes along the batch, so that examples would depend on each other"
 
+#: The same, with the way out, for operations that may take an entry of its own for each example.
+_CHOSEN = f"{ALONG}; where each example takes an entry of its own, write x.gather(1, y[:, None])"
+
 #: Matrix product → position of its first factor among the arguments.
 _PRODUCTS = {"matmul": 0, "bmm": 0, "mm": 0, "linear": 0, "addmm": 1}
 
@@ -153,7 +156,7 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
             inner = _quotient(inner * prod(x.shape[at.dim + 1 :]), prod(value.shape[dim + 1 :]))
         layout = Layout(dim, outer, inner)
         if outer * inner != count or _works_along(node, source, layout):
-            return ALONG
+            return _CHOSEN if operation(node) in ("index", "index_select", "gather") else ALONG
         if dim != at.dim and not _is_known(node):
             return (
                 f"it takes the examples along dimension {at.dim} and returns them along {dim}; a "

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, MIPINAttribution, check
 from captum_mipin.bottleneck import IBA
-from captum_mipin.errors import CaptureError
+from captum_mipin.errors import CaptureError, UnsupportedOperationError
 from captum_mipin.methods import LRP, GuidedBackprop
 
 
@@ -207,6 +207,103 @@ def test_a_tensor_as_long_as_the_batch_that_is_no_row_per_example_is_shared() ->
     model, x, w = Function(run, **_parts()).eval(), torch.randn(3, 3).double(), torch.rand(3)
     expected = (model.layers["out"].weight[[0, 1, 2]] * w).detach()
     torch.testing.assert_close(GuidedBackprop(model).attribute(x, [0, 1, 2], w.double()), expected)
+
+
+def _assigned(o: Tensor, y: Tensor) -> Tensor:
+    mask = torch.zeros(len(o), 4, dtype=o.dtype)
+    mask[torch.arange(len(o)), y] = 1.0
+    return (o * mask).sum(1)
+
+
+def _put(o: Tensor, y: Tensor) -> Tensor:
+    """Put the chosen entries into zeros, at places that the example chooses."""
+    rows, zeros = torch.arange(len(o)), torch.zeros(len(o), 3, 4, dtype=o.dtype)
+    chosen = o.gather(1, y[:, None])
+    return zeros.index_put((rows[:, None], (y % 3)[:, None], y[:, None]), chosen).sum((1, 2))
+
+
+#: Spellings of o.gather(1, y[:, None])[:, 0] for outputs o (batch, 4) and classes y.
+CHOSEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "free": lambda o, y: o[torch.arange(o.shape[0]), y],
+    "squeezed": lambda o, y: o.gather(1, y[:, None]).squeeze(),
+    "length of o": lambda o, y: o[torch.arange(len(o)), y],
+    "length of y": lambda o, y: o[torch.arange(0, len(y), device=y.device), y],
+    "a number": lambda o, y: o[torch.arange(int(o.shape[0])), y],
+    "range": lambda o, y: o[range(len(o)), y],
+    "list": lambda o, y: o[y.new_tensor(list(range(len(y)))), y],
+    "column": lambda o, y: o[torch.arange(len(o))[:, None], y[:, None]].squeeze(),
+    "in two dimensions": lambda o, y: o.view(-1, 2, 2)[torch.arange(len(o)), y // 2, y % 2],
+    "around a slice": lambda o, y: o.view(-1, 2, 1, 2)[range(len(o)), y // 2, :, y % 2][:, 0],
+    "behind a slice": lambda o, y: torch.cat(
+        [row[:, c] for row, c in zip(o.split(1), y, strict=True)]
+    ),
+    "taken": lambda o, y: o.take(y + 4 * torch.arange(len(y))),
+    "along a dimension": lambda o, y: torch.take_along_dim(o, y.view(len(y), 1), 1).squeeze(),
+    "loop": lambda o, y: torch.stack([o[i, y[i]] for i in range(len(o))]),
+    "loop over numbers": lambda o, y: torch.stack([a[b.item()] for a, b in zip(o, y, strict=True)]),
+    "vmap": lambda o, y: torch.vmap(lambda a, b: a.gather(0, b[None])[0])(o, y),
+    "assigned": _assigned,
+    "put": _put,
+}  # fmt: skip
+
+
+def _choosing(choose: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    return Function(lambda m, x, y: choose(_body(m, x), y), **_parts()).eval()
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_an_entry_that_each_example_chooses_is_taken_in_every_spelling(
+    name: str, x: Tensor
+) -> None:
+    y = torch.arange(40) % 4
+    maps: list[list[Tensor]] = []
+    for choose in (CHOSEN[name], lambda o, y: o.gather(1, y[:, None])[:, 0]):
+        model = _choosing(choose)
+        inverse = InverseNetwork(model).fit([(x, y)], unpack=tuple, progress=False)
+        maps.append([])
+        for method in (GuidedBackprop(model), LRP(model), MIPINAttribution(model, inverse)):
+            maps[-1].append(method.attribute(x[:3], additional_forward_args=y[:3]))
+            rows = zip(x[:3].split(1), y[:3].split(1), strict=True)
+            alone = [method.attribute(a, additional_forward_args=b) for a, b in rows]
+            torch.testing.assert_close(torch.cat(alone), maps[-1][-1], rtol=1e-9, atol=1e-12)
+    for found, expected in zip(*maps, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_iba_takes_channels_that_each_example_chooses(x: Tensor) -> None:
+    y, maps = torch.arange(40) % 3, []
+    for count in (lambda h: h.shape[0], len):
+
+        def run(m: Any, x: Tensor, y: Tensor, count: Any = count) -> Tensor:
+            h = torch.relu(m["norm"](m["conv"](x)))
+            chosen = h.flatten(2)[torch.arange(count(h)), y]
+            return m["head"](torch.cat([h.flatten(1)[:, :18], chosen], 1))
+
+        model = Function(run, **_parts()).eval()
+        iba = IBA(model, model.layers["norm"]).estimate([(x, y)], unpack=tuple, progress=False)
+        maps.append(iba.attribute(x[:4], [0, 1, 2, 3], additional_forward_args=y[:4]))
+    torch.testing.assert_close(*maps, rtol=1e-6, atol=1e-9)
+
+
+#: Entries of other examples, chosen by an index.
+OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "the first": lambda o, y: o[torch.zeros(len(o), dtype=torch.long), y],
+    "the last": lambda o, y: o[torch.full((len(o),), -1), y],
+    "the next": lambda o, y: o[(torch.arange(len(o)) + 1) % len(o), y],
+    "of another class": lambda o, y: o[torch.arange(len(o)), y[list(range(len(y)))[::-1]]],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_entries_of_other_examples_are_refused(name: str, x: Tensor) -> None:
+    with pytest.raises(CaptureError, match="other examples of its batch or on their number"):
+        check(_choosing(OTHERS[name]), x[:4], torch.tensor([0, 1, 2, 1]))
+
+
+def test_an_index_that_may_choose_other_examples_is_refused_with_the_way_out(x: Tensor) -> None:
+    model = _choosing(lambda o, y: o.flatten()[y + 4 * torch.arange(o.shape[0])])
+    with pytest.raises(UnsupportedOperationError, match=r"aten.index.*write x.gather\(1, y"):
+        LRP(model).attribute(x[:4], additional_forward_args=torch.tensor([0, 1, 2, 1]))
 
 
 def _carries(m: Any, x: Tensor) -> Tensor:
