@@ -206,6 +206,8 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
     finally:
         handle.remove()
         trial.restore()
+    if any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in graph.nodes):
+        raise _FixedBatchError("the model contains torch.vmap, whose operations have no rules")
     if trial.written:
         trial.check_forgets(arguments)
     for symbol, bounds in program.range_constraints.items():

@@ -32,6 +32,10 @@ _RECURRENT = (
 )
 
 
+#: Numbers of dimensions of both factors of a product → its own operation.
+_VECTORS = {(1, 1): torch.ops.aten.dot.default, (2, 1): torch.ops.aten.mv.default}
+
+
 def free_batch(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Any, ShapesCollection]:
     """Return the arguments for the export, and the dimensions whose size is not fixed."""
     leaves, structure = pytree.tree_flatten(plain((*inputs, *extras)))
@@ -58,6 +62,9 @@ def export_graph(
             program = export(model, arguments, dynamic_shapes=shapes, strict=False)
         if detached:
             _detach(program.graph)
+        for node in program.graph.nodes:
+            if node.target is torch.ops.aten.matmul.default:
+                node.target = _VECTORS.get(tuple(value_of(n).ndim for n in node.args), node.target)
         try:
             return program, functional(program.graph, decompositions())
         except NotRewritableError:  # then torch traces the program again, which takes longer
@@ -109,8 +116,8 @@ def check_registered(program: ExportedProgram, model: nn.Module) -> None:
 #: Operations that stand for several simpler ones, and other names of operations with rules.
 _COMPOSITE = frozenset(
     {"einsum", "addcmul", "addcdiv", "baddbmm", "take", "take_along_dim", "inner", "tensordot",
-     "linalg_vecdot", "linalg_norm", "cosine_similarity", "multiply", "divide", "true_divide",
-     "subtract", "negative"}
+     "linalg_vecdot", "linalg_norm", "cosine_similarity", "dot", "vdot", "multiply", "divide",
+     "true_divide", "subtract", "negative"}
 )  # fmt: skip
 
 
@@ -118,6 +125,19 @@ def _aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Any
     """Return both extremes; torch 2.9 has no derivative of ``aminmax``."""
     dims = range(x.ndim) if dim is None else (dim,)
     return x.amin(tuple(dims), keepdim), x.amax(tuple(dims), keepdim)
+
+
+def _mv(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return the product as one of two matrices, which has a rule."""
+    product: Tensor = (matrix @ vector[:, None])[:, 0]
+    return product
+
+
+def _bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return y_o = a W_o b + bias_o, as Σ_j (W a)_oj b_j with a dense layer W."""
+    h: Any = torch.nn.functional.linear(a, weight.permute(0, 2, 1).flatten(0, 1))
+    y: Tensor = (h.unflatten(-1, weight.shape[::2]) * b.unsqueeze(-2)).sum(-1)
+    return y if bias is None else y + bias
 
 
 @cache
@@ -135,5 +155,7 @@ def decompositions() -> Mapping[Any, Any]:
         lambda a, b, w: (1 - w) * a + w * b,
     )
     parts[torch.ops.aten.aminmax.default] = _aminmax
+    parts[torch.ops.aten.mv.default] = _mv
+    parts[torch.ops.aten.bilinear.default] = _bilinear
     parts |= {own: in_parts(parts[original]) for own, original in WHOLE.items()}
     return MappingProxyType(parts)

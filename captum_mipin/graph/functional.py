@@ -363,12 +363,12 @@ def _parts(node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]) -> f
         return run(*args, **kwargs)
 
     values = [value_of(n) for n in inputs]
-    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     # pre_dispatch: other composites inside, such as linear in an LSTM, are not decomposed
     trace = make_fx(compute, table, pre_dispatch=node.target in table, _allow_non_fake_inputs=True)
     try:
         # oneDNN is off, for its recurrent layers are single operations without parts.
-        with mode, enable_python_dispatcher(), _no_onednn():
+        with modes[0], enable_python_dispatcher(), _no_onednn():  # none inside torch.vmap
             return traced(node, values, trace)
     except Exception as error:
         raise NotRewritableError(

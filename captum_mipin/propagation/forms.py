@@ -10,6 +10,7 @@ The rule of an operation must not depend on the way in which a model writes it. 
 - the sum or the mean of stacked tensors becomes a sum of these tensors.
 """
 
+from bisect import bisect
 from collections.abc import Callable, Collection, Sequence
 from math import prod
 from operator import getitem
@@ -19,6 +20,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
+from captum_mipin.graph.dimensions import RESHAPES
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
 from captum_mipin.graph.nodes import argument, operation
@@ -136,7 +138,7 @@ def _sum_of_product(node: Any, starts: Starts) -> bool:
     along = argument(node, 1, "dim") if name in ("sum", "mean") else whole_dims(node)
     if not along or "dtype" in node.kwargs:
         return False
-    product, dims = _unpermuted(source, along, starts)
+    product, dims = _unmoved(source, along, starts)
     if operation(product) != "mul" or product in starts or not _both_vary(product, dims):
         return False
     sizes, ndim = [value_of(product).shape[dim] for dim in dims], value_of(product).ndim
@@ -146,9 +148,13 @@ def _sum_of_product(node: Any, starts: Starts) -> bool:
     value = insert(node, WEIGHTED_SUM, *factors, dims)
     if name != "sum":
         value = insert(node, _aten.div.Tensor, value, prod(sizes))
-    if value_of(node).ndim == ndim:  # with the dimensions of the sum kept
+    shape = value_of(node).shape
+    if value_of(value).ndim < len(shape) == ndim:  # with the dimensions of the sum kept
         for dim in sorted(dim % ndim for dim in along):
             value = insert(node, _aten.unsqueeze.default, value, dim)
+    if str(value_of(value).shape) != str(shape):  # there was a reshape
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        value = insert(node, _aten.reshape.default, value, sizes)
     become(node, value.target, *value.args)
     return True
 
@@ -161,15 +167,39 @@ def _with_dims(before: fx.Node, node: Any, ndim: int) -> fx.Node:
     return result
 
 
-def _unpermuted(node: Any, dims: Collection[int], starts: Starts) -> tuple[Any, list[int]]:
-    """Return the value before transpositions, and the dimensions ``dims`` of the node in it."""
+def _unmoved(node: Any, dims: Collection[int], starts: Starts) -> tuple[Any, list[int]]:
+    """Return the value before transpositions and reshapes, and the dimensions ``dims`` in it."""
     kept: list[int] = [dim % value_of(node).ndim for dim in dims]
-    while node not in starts and (order := permutation(node)) is not None:
-        rest = [order[dim] for dim in range(len(order)) if dim not in kept]
-        if rest != sorted(rest):
+    while node not in starts:
+        if operation(node) in RESHAPES:
+            before = _whole(node, kept)
+        elif (order := permutation(node)) is not None:
+            rest = [order[dim] for dim in range(len(order)) if dim not in kept]
+            before = [order[dim] for dim in kept] if rest == sorted(rest) else []
+        else:
             break
-        node, kept = node.args[0], [order[dim] for dim in kept]
+        if not before:
+            break
+        node, kept = node.args[0], before
     return node, kept
+
+
+def _whole(node: Any, dims: Collection[int]) -> list[int]:
+    """Return the dimensions of a reshape's argument that became ``dims``; [] if only parts did."""
+    # a number that no size is stands for the size of the batch
+    sizes = [
+        [size if isinstance(size, int) else 7919 for size in value_of(n).shape]
+        for n in (node.args[0], node)
+    ]
+    # dimensions between two products of sizes that both shapes have are rearranged together
+    starts = [[prod(shape[:dim]) for dim in range(len(shape))] for shape in sizes]
+    common = sorted(set(starts[0]) & set(starts[1]))
+    before, after = ([bisect(common, start) for start in each] for each in starts)
+    summed = {after[dim] for dim in dims}
+    rest = [at for at, size in enumerate(sizes[1]) if at not in dims and size != 1]
+    if not summed.isdisjoint(after[at] for at in rest):
+        return []
+    return [at for at, group in enumerate(before) if group in summed]
 
 
 def _both_vary(product: Any, dims: Sequence[int]) -> bool:

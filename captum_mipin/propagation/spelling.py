@@ -1,8 +1,9 @@
 """Passes that replace operations by others that compute the same, and that have rules.
 
 A constant matrix is a layer with weights, however the product is written. ``x @ W`` is ``linear``
-with the weight Wᵀ. ``W @ x``, as in graph networks, is ``linear`` on the transposed x. A product of
-several matrices side by side, one per head, is a convolution with groups.
+with the weight Wᵀ, and so is ``x @ w`` with a vector w, a layer with one output. ``W @ x``, as in
+graph networks, is ``linear`` on the transposed x. A product of several matrices side by side, one
+per head, is a convolution with groups.
 
 An assignment, ``h[:, 0] = x``, and ``x.type_as(h)`` copy x in the shape or the dtype of h. Where a
 method has no rule for ``detach()``, it is left out: the value is the same.
@@ -37,7 +38,7 @@ def rewrite_constant_products(draft: Draft) -> None:
             weight = weight.all_input_nodes[0]
         if batched(value_of(weight)):
             continue  # a matrix that is passed with each example is recorded
-        if value_of(x).ndim > 1 and value_of(weight).ndim > 1:
+        if value_of(x).ndim > 1:
             _replace(draft.graph, node, x, weight, flipped=varies(right))
 
 
@@ -100,11 +101,15 @@ def _replace(graph: fx.Graph, node: Any, x: fx.Node, weight: fx.Node, flipped: b
     if heads and (len(heads) > 1 or heads != sizes[-3:-2] or heads != shape[-3:-2]):
         return  # it is left to the rule of products, which refuses it
     x = transposed(x) if flipped else x
-    weight = weight if flipped else transposed(weight)
-    if not heads:
+    if len(sizes) == 1:  # x @ w is W x with the single row w
+        layer = call(aten.linear.default, x, call(aten.unsqueeze.default, weight, 0))
+        flipped, result = False, call(aten.squeeze.dim, layer, -1)
+    elif not heads:
+        weight = weight if flipped else transposed(weight)
         weight = call(aten.reshape.default, weight, list(value_of(weight).shape[-2:]))
         result = layer = call(aten.linear.default, x, weight)
     else:
+        weight = weight if flipped else transposed(weight)
         (count,), (rows, columns), ndim = heads, value_of(weight).shape[-2:], len(shape)
         # x (..., heads, M, K) → (... · M, heads · K, 1), whose heads are the groups of channels
         order = [*range(ndim - 3), ndim - 2, ndim - 3, ndim - 1]

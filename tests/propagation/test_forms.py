@@ -8,10 +8,12 @@ from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import InverseNetwork, check
+from captum_mipin import InverseNetwork, MIPINAttribution, check
 from captum_mipin.methods import (
     LRP,
+    DeepTaylor,
     ExcitationBackprop,
+    GuidedBackprop,
     PatternNet,
     Patterns,
 )  # fmt: skip
@@ -74,6 +76,79 @@ def test_spelling_of_a_weighted_sum_does_not_matter(gate):
     weights = torch.sigmoid if gate == "sigmoid" else lambda a: a.softmax(1)
     runs = [pooled(weights, POOLED[name]) for name in names]
     alike(runs, normal(60, 5, 4, dtype=torch.float64), **parts)
+
+
+#: Spellings of Σ_i z_i w_i for vectors z, w of each example.
+DOTS = {
+    "bmm": lambda z, w: torch.bmm(z[:, None], w[..., None])[:, 0, 0],
+    "matmul, squeezed": lambda z, w: (w[:, None] @ z[..., None]).squeeze(),
+    "einsum": lambda z, w: torch.einsum("bi,bi->b", z, w),
+    "sum": lambda z, w: (z * w).sum(1),
+    "kept": lambda z, w: (w * z).sum(-1, keepdim=True)[:, 0],
+    "columns": lambda z, w: (z.T * w.T).sum(0),
+    "flattened": lambda z, w: (z.view(-1, 2, 4) * w.view(-1, 2, 4)).flatten(1).sum(1),
+    "unflattened": lambda z, w: (z * w).unflatten(1, (2, 4)).sum((1, 2)),
+    "vecdot": torch.linalg.vecdot,
+    "vmap of dot": lambda z, w: torch.vmap(torch.dot)(z, w),
+    "vmap of inner": lambda z, w: torch.vmap(torch.inner)(w, z),
+    "vmap of tensordot": lambda z, w: torch.vmap(lambda a, b: torch.tensordot(a, b, 1))(z, w),
+    "loop": lambda z, w: torch.stack([a @ b for a, b in zip(z, w, strict=True)]),
+    "matrix and vector": lambda z, w: torch.stack(
+        [torch.mv(a[None], b)[0] for a, b in zip(z, w, strict=True)]
+    ),
+}
+
+
+def test_spelling_of_a_product_with_a_vector_of_the_example_does_not_matter():
+    torch.manual_seed(0)
+    x, w, expected = normal(60, 4, dtype=torch.float64), normal(60, 8, dtype=torch.float64), None
+    for name, dot in DOTS.items():
+        torch.manual_seed(0)
+        model = Function(
+            lambda m, x, w, dot=dot: dot(m["p"](x).relu(), w), p=nn.Linear(4, 8)
+        ).double()
+        inverse = InverseNetwork(model.eval()).fit([(x, w)], unpack=tuple, progress=False)
+        methods = (LRP(model), DeepTaylor(model), GuidedBackprop(model), ExcitationBackprop(model))
+        maps = []
+        for method in (*methods, MIPINAttribution(model, inverse)):
+            maps.append(method.attribute(x[:3], additional_forward_args=w[:3]))
+            rows = zip(x[:3].split(1), w[:3].split(1), strict=True)
+            alone = [method.attribute(a, additional_forward_args=b) for a, b in rows]
+            torch.testing.assert_close(torch.cat(alone), maps[-1], msg=name)
+        expected = expected or maps
+        for a, b in zip(maps, expected, strict=True):
+            torch.testing.assert_close(a, b, msg=name)
+
+
+def test_a_product_with_a_constant_vector_is_a_layer():
+    torch.manual_seed(0)
+    x, w = normal(60, 5, 4, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    runs = (
+        lambda m, x: F.linear(m["p"](x).relu(), w[None])[..., 0] @ m["last"].weight.T,
+        lambda m, x: m["last"](m["p"](x).relu() @ w),
+        lambda m, x: m["last"](w @ m["p"](x).relu().mT),
+        lambda m, x: m["last"](m["p"](x).relu().flatten(0, 1).mv(w).view(-1, 5)),
+    )
+    alike(runs, x, p=nn.Linear(4, 8), last=nn.Linear(5, 2, bias=False))
+
+
+def test_bilinear_is_a_layer_and_a_product():
+    torch.manual_seed(0)
+    parts = {"a": nn.Linear(4, 3), "b": nn.Linear(4, 2), "last": nn.Bilinear(3, 2, 2)}
+
+    def by_hand(m, x):
+        layer = m["last"]
+        h = torch.stack([m["a"](x).relu() @ w for w in layer.weight], 1)
+        return (h * m["b"](x)[:, None]).sum(-1) + layer.bias
+
+    def run(m, x):
+        return m["last"](m["a"](x).relu(), m["b"](x))
+
+    x = normal(60, 4, dtype=torch.float64)
+    first, other = (Function(how, **parts).double().eval() for how in (run, by_hand))
+    for method in (LRP, GuidedBackprop):
+        torch.testing.assert_close(method(first).attribute(x, 1), method(other).attribute(x, 1))
+    assert not check(first, x).refused
 
 
 AVERAGES = {
