@@ -152,59 +152,63 @@ def _maps(result: Any) -> tuple[Tensor, ...]:
 
 
 def settle(sample: Sample) -> None:
-    """Give batch norms the statistics of the inputs, where the score would be a constant."""
-    norms = [m for m in sample.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    few = tuple(x[:8] for x in sample.inputs)
+    """Let the score vary with the input, where a model's first weights make it a constant.
+
+    Dense layers whose weights are all 0 get random ones, batch norms the statistics of the inputs.
+    """
+    model, few = sample.model, tuple(x[:8] for x in sample.inputs)
     with torch.no_grad():
-        output = sample.model(*few)
+        output = model(*few)
         output = output if isinstance(output, Tensor) else output[sample.output]
         place = sample.target if isinstance(sample.target, tuple) else (sample.target,)
         scores = output[(slice(None), *place)]
-        if norms and scores.std() <= 1e-4 * scores.abs().max():
-            for norm in norms:
-                norm.train()
-                norm.momentum = 1.0
-            sample.model(*few)
-            sample.model.eval()
+        if scores.std() > 1e-4 * scores.abs().max():
+            return
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and not module.weight.any():
+                module.reset_parameters()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+                module.momentum = 1.0
+        model(*few)
+        model.eval()
 
 
 def methods(sample: Sample, late: nn.Module | None, large: bool) -> dict[str, Callable[[], str]]:
     """Return name of the method → function that tries it."""
-    layer = late if large else None
-    model, output, target, place = sample.model, sample.output, sample.target, sample.embedding
 
-    def mipin() -> str:
-        start = place if layer is None else layer
-        inverse = InverseNetwork(model, layer=start, output=output)
-        inverse.fit(sample.inputs, target, batch_size=8, progress=False)
+    def mipin(sample: Sample, late: nn.Module | None) -> str:
+        layer = sample.embedding if not large else late or sample.embedding
+        inverse = InverseNetwork(sample.model, layer=layer, output=sample.output)
+        inverse.fit(sample.inputs, sample.target, batch_size=8, progress=False)
         method: Any = (
-            MIPINAttribution(model, inverse)
-            if start is None
-            else LayerMIPINAttribution(model, inverse)
+            MIPINAttribution(sample.model, inverse)
+            if layer is None
+            else LayerMIPINAttribution(sample.model, inverse)
         )
-        return examine(lambda x: method.attribute(x, target=target), sample)
+        return examine(lambda x: method.attribute(x, target=sample.target), sample)
 
-    def propagated(kind: Any) -> str:
-        def tried(sample: Sample) -> str:
-            method = kind(sample.model, output=output)
-            at = sample.embedding
-            method = method if at is None else LayerPropagation(method, at)
-            return examine(lambda x: method.attribute(x, target=target), sample)
+    def propagated(kind: Any, sample: Sample) -> str:
+        method = kind(sample.model, output=sample.output)
+        if sample.embedding is not None:
+            method = LayerPropagation(method, sample.embedding)
+        return examine(lambda x: method.attribute(x, target=sample.target), sample)
 
-        found = tried(sample)
+    def sound(tried: Callable[[Sample, nn.Module | None], str]) -> str:
+        found = tried(sample, late)
         if DIFFER not in found:
             return found
-        # a fault stays in float64; rounding, which LRP enlarges where terms cancel, does not
-        exact = tried(doubled(sample))
+        # a fault stays in float64; rounding, which grows where terms cancel, does not
+        exact = tried(*doubled(sample, late))
         return (
             f"works in float64; in float32, {found.split(': ')[1]}" if exact == "works" else found
         )
 
     def bottleneck() -> str:
-        at = late or place
+        at, target = late or sample.embedding, sample.target
         if at is None:
             return "not tried: no layer"
-        iba = IBA(model, at, settings="fast", output=output)
+        iba = IBA(sample.model, at, settings="fast", output=sample.output)
         iba.estimate(sample.inputs, batch_size=8, progress=False)
         try:
             return examine(lambda x: iba.attribute(x, target=target), sample)
@@ -212,19 +216,19 @@ def methods(sample: Sample, late: nn.Module | None, large: bool) -> dict[str, Ca
             return examine(lambda x: iba.attribute(x, target=target, at="layer"), sample)
 
     tries = {
-        "MIP-IN": mipin,
-        "LRP": lambda: propagated(LRP),
-        "Guided Backprop": lambda: propagated(GuidedBackprop),
+        "MIP-IN": lambda: sound(mipin),
+        "LRP": lambda: sound(lambda sample, _: propagated(LRP, sample)),
+        "Guided Backprop": lambda: sound(lambda sample, _: propagated(GuidedBackprop, sample)),
     }
     # IBA is defined for the cross entropy of classes
-    return tries | ({"IBA": bottleneck} if isinstance(target, int) else {})
+    return tries | ({"IBA": bottleneck} if isinstance(sample.target, int) else {})
 
 
-def doubled(sample: Sample) -> Sample:
-    """Return a copy of a sample in float64."""
-    model, place = copy.deepcopy((sample.model, sample.embedding))
+def doubled(sample: Sample, late: nn.Module | None) -> tuple[Sample, nn.Module | None]:
+    """Return a copy of a sample in float64, and the copy of its late layer."""
+    model, place, late = copy.deepcopy((sample.model, sample.embedding, late))
     inputs = tuple(x.double() if x.is_floating_point() else x for x in sample.inputs)
-    return replace(sample, model=model.double(), inputs=inputs, embedding=place)
+    return replace(sample, model=model.double(), inputs=inputs, embedding=place), late
 
 
 def verdict(attempt: Callable[[], str]) -> str:

@@ -100,7 +100,6 @@ REASONS = {
     "Refused: it computes with all examples of the batch": (
         "mean masked_scatter _native_batch_norm_legit _native_batch_norm_legit.no_stats"
     ),
-    "Refused: its bounds are tensors; use maximum and minimum": "clamp.Tensor",
     "Refused: it works on memory, and not on values": "as_strided resize_",
     "Refused: random": "native_dropout rand randn randperm",
     "Without an argument that gets a signal: it makes constants, or takes integers": (
@@ -109,7 +108,7 @@ REASONS = {
         "sym_stride.int sym_is_contiguous"
     ),
     "Replaced by another operation, or a part of another operation, which has a rule": (
-        "convolution copy native_group_norm native_layer_norm"
+        "clamp.Tensor convolution copy native_group_norm native_layer_norm"
     ),
     "A part of training: it computes gradients": (
         "_adaptive_avg_pool2d_backward avg_pool2d_backward convolution_backward "

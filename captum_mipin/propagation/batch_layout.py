@@ -172,12 +172,17 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
 
 
 def _stacked(node: fx.Node, batch: str) -> Layout | None:
-    """Return the layout of whole batches behind each other, or of equal parts of such a stack.
+    """Return the layout of a stack of batches, of its equal parts, or of repeated examples.
 
-    Heads of attention, for instance, may lie behind each other in the dimension of the examples.
-    Returns None for all other operations.
+    Heads of attention, for instance, may lie behind each other in the dimension of the examples. So
+    may the copies of each example, one for each of its windows. Returns None for all other
+    operations.
     """
     first: Any = node.args[0] if node.args else None
+    if operation(node) == "repeat_interleave" and marks(first).depends and not marks(first).mixes:
+        at, (copies, along) = marks(first).layout, (node.args[1], argument(node, 2, "dim"))
+        if isinstance(copies, int) and along is not None and along % value_of(node).ndim == at.dim:
+            return Layout(at.dim, at.outer, at.inner * copies)
     if operation(node) == "cat" and len(first) > 1:
         known, along = [marks(part) for part in first], argument(node, 1, "dim", 0)
         same = {(one.layout.dim, one.layout.inner) for one in known}

@@ -1,8 +1,8 @@
 """The pass that finds activations written by hand, such as GELU by ``pow``, ``tanh`` and products.
 
-If a product or a quotient is computed from a single tensor x, element by element, it is a function
-f(x) of each element. It is treated as one operation: by a built-in activation with the same values
-if there is one, else as the function itself.
+If a product, a quotient or a bound is computed from a single tensor x, element by element, it is a
+function f(x) of each element. It is treated as one operation: by a built-in activation with the
+same values if there is one, else as the function itself.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from captum_mipin.graph.nodes import nodes_in, operation
 from captum_mipin.graph.subgraph import extract
 from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.marking import mark_signal
-from captum_mipin.rules.activations import ACTIVATIONS, CURVES, Elementwise
+from captum_mipin.rules.activations import ACTIVATIONS, BOUNDS, CURVES, Elementwise, moves_zero
 from captum_mipin.rules.base import varies
 from captum_mipin.rules.gates import is_gate
 
@@ -49,13 +49,23 @@ def join_elementwise(draft: Draft) -> None:
         product = product and not any(is_gate(n, varies) for n in node.args)
         quotient = operation(node) == "div" and varies(node.args[1])
         curve = operation(node) in ("reciprocal", "log")
-        written = (product or quotient or curve) and marks(node).signal and node.users
+        written = (
+            (product or quotient or curve or _is_bound(node)) and marks(node).signal and node.users
+        )
         if written and node not in draft.starts:
             # a factor that follows may be a part of the function: x * (1 + tanh(...)) / 2
             outer = reversed(_scaled(draft, node))
             if not any(_replace(draft, n, recognised=True) for n in outer):
                 _replace(draft, node)
     draft.graph.eliminate_dead_code(lambda n: n in draft.starts or n.is_impure())
+
+
+def _is_bound(node: fx.Node) -> bool:
+    """Return True for a bound that is a constant tensor, or that moves 0, as clamp(x, min=1)."""
+    if operation(node) in ("maximum", "minimum", "max", "min"):
+        tensors = [n for n in node.args if isinstance(n, fx.Node)]
+        return len(tensors) == 2 and sum(map(varies, tensors)) == 1
+    return str(node.target) in BOUNDS and moves_zero(node) is not None
 
 
 def _scaled(draft: Draft, node: fx.Node) -> list[fx.Node]:

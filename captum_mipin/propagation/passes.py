@@ -22,7 +22,11 @@ from captum_mipin.propagation.marking import (
 )
 from captum_mipin.propagation.norms import recognise_norms
 from captum_mipin.propagation.rewriting import cut_recordings, move_constants_first, place_steps
-from captum_mipin.propagation.spelling import replace_copies, rewrite_constant_products
+from captum_mipin.propagation.spelling import (
+    replace_bounds,
+    replace_copies,
+    rewrite_constant_products,
+)
 from captum_mipin.propagation.treatments import check_supported
 from captum_mipin.rules import Rule
 
@@ -32,6 +36,7 @@ MARKING: tuple[Pass, ...] = (
     mark_varying,
     drop_unused,
     replace_copies,
+    replace_bounds,
     rewrite_constant_products,
     join_elementwise,
     spell,

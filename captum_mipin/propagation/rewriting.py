@@ -178,6 +178,7 @@ def _replaced(draft: Draft, run: fx.Node, node: fx.Node) -> fx.Node:
     others = [value for at, value in enumerate(node.args) if at not in carriers]
     several = isinstance(rule, Recorded) and rule.several
     runs = partial(_placed, node.target, carriers) if several or carriers[0] else node.target
+    assert key not in draft.steps  # two steps of one key would run the same operation
     draft.steps[key] = Step(key, rule, runs, marks(node).layout)
     with graph.inserting_after(node):
         new = graph.call_function(

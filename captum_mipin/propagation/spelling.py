@@ -5,6 +5,8 @@ with the weight Wᵀ, and so is ``x @ w`` with a vector w, a layer with one outp
 graph networks, is ``linear`` on the transposed x. A product of several matrices side by side, one
 per head, is a convolution with groups.
 
+A clamp with tensors as bounds is a maximum, then a minimum.
+
 An assignment, ``h[:, 0] = x``, and ``x.type_as(h)`` copy x in the shape or the dtype of h. Where a
 method has no rule for ``detach()``, it is left out: the value is the same.
 """
@@ -17,12 +19,18 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from captum_mipin.graph.layout import batched
-from captum_mipin.graph.marks import inherit, mark, original, set_value, value_of
+from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
 from captum_mipin.graph.nodes import operation
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.rules.base import varies
 
 aten = torch.ops.aten
+#: Operation with bounds that are tensors → the names of its arguments.
+_TENSOR_BOUNDS: dict[Any, tuple[str, ...]] = {
+    aten.clamp.Tensor: ("self", "min", "max"),
+    aten.clamp_min.Tensor: ("self", "min"),
+    aten.clamp_max.Tensor: ("self", "max"),
+}
 
 
 def rewrite_constant_products(draft: Draft) -> None:
@@ -66,6 +74,24 @@ def replace_copies(draft: Draft) -> None:
         if value.dtype != before.dtype:
             source = _insert(graph, node, aten._to_copy.default, source, dtype=value.dtype)
         node.replace_all_uses_with(source)
+        graph.erase_node(node)
+
+
+def replace_bounds(draft: Draft) -> None:
+    """Replace each clamp between tensors by ``maximum`` and ``minimum``."""
+    graph = draft.graph
+    for node in list(graph.nodes):
+        if node.target not in _TENSOR_BOUNDS or node in draft.starts:
+            continue
+        parts: Any = dict(zip(_TENSOR_BOUNDS[node.target], node.args, strict=False)) | node.kwargs
+        result = parts.pop("self")
+        # clamp(x, a, b) = min(max(x, a), b), also where a > b
+        for bound, target in (("min", aten.maximum.default), ("max", aten.minimum.default)):
+            if parts.get(bound) is not None:
+                result = _insert(graph, node, target, result, parts[bound])
+                key = f"{marks(node).key}/{bound}"
+                mark(result, added=False, original=original(node), key=key)
+        node.replace_all_uses_with(result)
         graph.erase_node(node)
 
 

@@ -122,7 +122,7 @@ def _infinite_at_zero(node: fx.Node) -> str | None:
     return "it is infinite at 0, expected an operation that is finite there: add a constant before"
 
 
-def _moves_zero(node: fx.Node) -> str | None:
+def moves_zero(node: fx.Node) -> str | None:
     """Return the reason to refuse an operation f with f(0) ≠ 0; None if f(0) = 0.
 
     The mask and the gate send nothing back where x = 0, which is right only if f(0) = 0.
@@ -138,8 +138,8 @@ def _moves_zero(node: fx.Node) -> str | None:
 
 
 _MASK, _GATE = "forward mask", "recorded gate: the share of its input that it let through"
-_CLAMP = Recorded(run=clamp, note="forward mask or recorded gate", refuse=_moves_zero)
-_LIMIT = Recorded(run=gate, note=_GATE, refuse=_moves_zero)
+_CLAMP = Recorded(run=clamp, note="forward mask or recorded gate", refuse=moves_zero)
+_LIMIT = Recorded(run=gate, note=_GATE, refuse=moves_zero)
 _FROM_ZERO = (
     "relu6", "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "mish", "tanh",
     "_prelu_kernel", "prelu", "rrelu",
@@ -155,16 +155,18 @@ CURVES = (
 )  # fmt: skip
 _SHIFTED = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid")
 
+#: Operations with numbers as bounds.
+BOUNDS = tuple(
+    f"aten.{name}.default" for name in ("clamp", "clamp_min", "clamp_max", "threshold", "hardtanh")
+)
+
 ACTIVATIONS = {
     "aten.relu.default": Recorded(run=relu, note=_MASK, exact=True),
-    "aten.clamp.default": _CLAMP,
-    "aten.clamp_min.default": _CLAMP,
-    "aten.clamp_max.default": _LIMIT,
-    "aten.threshold.default": _LIMIT,
+    **dict.fromkeys(BOUNDS, _LIMIT),
+    **dict.fromkeys(("aten.clamp.default", "aten.clamp_min.default"), _CLAMP),
     "aten.glu.default": Recorded(
         run=glu, note="one half as recorded gate of the other; its scale is learned", restores=False
     ),
-    "aten.hardtanh.default": _LIMIT,
     **{f"aten.{name}.default": Recorded(run=gate, note=_GATE) for name in _FROM_ZERO},
     **{
         f"aten.{name}.default": Recorded(run=partial(gate, rest=True), note=_GATE, restores=False)

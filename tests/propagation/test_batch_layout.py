@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule_checks import behaves
+from rule_checks import alike, behaves
 from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, MIPINError, check
+from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.layout import Layout
 from captum_mipin.methods import LRP, GuidedBackprop
 
@@ -267,3 +268,36 @@ def test_a_stack_of_batches_that_is_cut_between_its_examples_is_refused():
     layers = {name: nn.Linear(4, 6) for name in "ab"}
     model = Function(run, **layers, last=nn.Linear(12, 2)).eval()
     assert any("depend on each other" in row.note for row in check(model, normal(6, 4)).refused)
+
+
+def test_copies_of_an_example_for_each_of_its_windows_stay_with_it():
+    torch.manual_seed(0)
+    spellings = (
+        lambda g: g[:, None].expand(-1, 2, -1, -1).reshape(-1, 1, 8),
+        lambda g: g.repeat_interleave(2, 0),
+        lambda g: g.repeat_interleave(2, dim=-3),
+    )
+
+    def run(m, x, copies):
+        windows = m["first"](x).reshape(-1, 2, 8)
+        whole = copies(m["whole"](x.mean(1, keepdim=True)).relu())
+        return m["last"]((windows + whole).relu().reshape(-1, 4, 8).mean(1))
+
+    layers = {"first": nn.Linear(5, 8), "whole": nn.Linear(5, 8), "last": nn.Linear(8, 3)}
+    x = torch.randn(60, 4, 5, dtype=torch.float64)
+    alike(x, *(lambda m, x, f=f: run(m, x, f) for f in spellings), **layers)
+    model = Function(lambda m, x: run(m, x, spellings[1]), **layers).double().eval()
+    for method in (LRP, GuidedBackprop):
+        many = method(model).attribute(x[:3], target=1)
+        torch.testing.assert_close(method(model).attribute(x[2:3], target=1)[0], many[2])
+
+
+def test_copies_of_the_whole_batch_behind_each_other_mix_it_with_its_windows():
+    model = Function(
+        lambda m, x: m["last"](
+            (x.reshape(-1, 2, 5) + x.mean(1, keepdim=True).repeat(2, 1, 1)).reshape(-1, 20)
+        ),
+        last=nn.Linear(20, 2),
+    ).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"different orders|depend on each other"):
+        InverseNetwork(model).fit(torch.randn(60, 4, 5), 0, progress=False)

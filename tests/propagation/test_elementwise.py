@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from oracle import regress
+from rule_checks import alike
 from small import Function
 from torch import nn
 from torch.nn import functional as F
@@ -120,3 +121,47 @@ def test_a_function_that_is_infinite_at_zero_is_refused():
     ).eval()
     with pytest.raises(UnsupportedOperationError, match="infinite at 0"):
         InverseNetwork(model).fit(torch.randn(20, 4), progress=False)
+
+
+def test_bounds_of_numbers_and_of_tensors_are_the_same():
+    torch.manual_seed(0)
+    low, high = torch.tensor(-0.3, dtype=torch.float64), torch.full((6,), 0.4, dtype=torch.float64)
+    spellings = (
+        lambda h: h.clamp(-0.3, 0.4),
+        lambda h: h.clamp(low.to(h), high.to(h)),
+        lambda h: h.clamp_min(low.to(h)).clamp_max(high.to(h)),
+        lambda h: torch.minimum(torch.maximum(low.to(h), h), high.to(h)),
+        lambda h: torch.min(h, high.to(h)).clamp_min(-0.3),
+    )
+    alike(
+        torch.randn(60, 4, dtype=torch.float64),
+        *(lambda m, x, f=f: m["last"](f(m["first"](x))) for f in spellings),
+        first=nn.Linear(4, 6),
+        last=nn.Linear(6, 2),
+    )
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda h: h.clamp(min=0.5),
+        lambda h: h.clamp_max(-1),
+        lambda h: F.threshold(h, 1, 5),
+        lambda h: torch.maximum(h, torch.full((6,), 0.5, dtype=torch.float64)),
+    ],
+)
+def test_a_bound_that_moves_zero_passes_its_share(f):
+    """S_x = S_y (f(x) − f(0)) / x, as of every function; by hand in float64."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 4, dtype=torch.float64)
+    first, last = nn.Linear(4, 6).double(), nn.Linear(6, 2).double()
+    model = Function(lambda m, x: m["last"](f(m["first"](x))), first=first, last=last).double()
+    inverse = InverseNetwork(model.eval(), ridge=0).fit(x, 1, progress=False)
+    with torch.no_grad():
+        h = first(x)
+        y, share = f(h), (f(h) - f(torch.zeros_like(h))) / h
+        s = last(y)[:, 1:]
+        for features, factor in ((y, share), (x, 1)):
+            weight, bias = regress(features.numpy(), s.numpy(), 0)
+            s = (s @ torch.from_numpy(weight).T + torch.from_numpy(bias)) * factor
+    torch.testing.assert_close(inverse.source_signal(x, 1), s, rtol=1e-6, atol=1e-8)

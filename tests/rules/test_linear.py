@@ -39,22 +39,6 @@ NOT_TREATED = {
     "logarithm": (torch.log, r"aten\.log\.default .*no rule covers it"),
     "reciprocal": (lambda h: 1 / h, r"aten\.reciprocal\.default .*no rule covers it"),
     "softmax": (lambda h: h.softmax(1), r"aten\.softmax\.int .*no rule covers it"),
-    "maximum with a constant": (
-        lambda h: torch.maximum(h, torch.zeros(5)),
-        "compares with a constant.*use clamp, or relu",
-    ),
-    "minimum with a constant": (
-        lambda h: torch.min(torch.ones(5), h),
-        "compares with a constant.*use clamp, or relu",
-    ),
-    "clamp_max below zero": (
-        lambda h: torch.clamp_max(h, -1),
-        r"clamp_max\(x, -1\) maps 0 to -1, expected an operation that maps 0 to 0",
-    ),
-    "threshold that lifts": (
-        lambda h: F.threshold(h, 1, 5),
-        r"threshold\(x, 1, 5\) maps 0 to 5, expected an operation that maps 0 to 0",
-    ),
     "matrix of the input": (
         lambda h: torch.mm(h[:, :5], h.t() @ h),
         "computes along the batch|depends on the input as well",
