@@ -521,15 +521,13 @@ def photographs_mosaics() -> str:
             cells = {
                 "network, picked layer": f"{result['settings']['network']}, {own['layer']}",
                 "mosaics": f"{own['mosaics']} of {size}",
-                "of photographs": str(own.get("photographs", "")),
+                "of photographs": str(own["photographs"]),
                 "**MIP-IN**": _score(own),
             }
             for method in ("Grad-CAM", "LRP-γ", "LayerCAM"):
                 (peer,) = (row for row in known if row["chosen"] and row["method"] == method)
-                cells[method] = f"{_score(peer)}, {peer['layer']}"
-                if "default less this" in peer:
-                    less = f"{peer['default less this']:+.2f} ± {peer['its standard error']:.2f}"
-                    cells[method] += f" ({less})"
+                less = f"{peer['default less this']:+.2f} ± {peer['its standard error']:.2f}"
+                cells[method] = f"{_score(peer)}, {peer['layer']} ({less})"
             cells["MIP-IN's own best setting"] = (
                 "the same" if best is own else
                 f"{_score(best)}: {best['method'].partition(', ')[2]}, {best['reduction']}, "
