@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from captum_mipin._captum import NoFuture, captum_entry, describe_common
 from captum_mipin.errors import InputError
 from captum_mipin.graph.layers import Site, at_places
-from captum_mipin.graph.modules import modules_of, unwrapped
+from captum_mipin.graph.modules import modules_of
 from captum_mipin.graph.signature import select
-from captum_mipin.graph.validate import as_extras, as_inputs, like
+from captum_mipin.graph.validate import as_extras, as_inputs, as_model, like
 from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.inverse.explain import Explanation
 from captum_mipin.methods.base import single, summed
@@ -29,18 +29,18 @@ class _MIPIN(NoFuture, GradientAttribution):
     """Base class of the attributions at the input and at a layer."""
 
     def __init__(self, model: nn.Module, inverse: ModelInverse[Any]) -> None:
+        self.model = as_model(model)
         if not isinstance(inverse, ModelInverse):
             raise InputError(
                 f"inverse is {type_of(inverse)}, expected an InverseNetwork: pass "
-                "InverseNetwork(model).fit(data)"
+                "InverseNetwork(model).fit(data), and a layer only after it"
             )
-        if inverse.model is not unwrapped(model):
+        if inverse.model is not self.model:
             raise InputError(
                 "the inverse was made for another model object than this model: pass that object "
                 "as model, or load the inverse for this model with InverseNetwork.load(path, model)"
             )
         GradientAttribution.__init__(self, model)
-        self.model = unwrapped(model)
         self.inverse = inverse
         self._gradient = Gradient(model, output=inverse.output)
 

@@ -13,7 +13,7 @@ from captum_mipin._captum import captum_entry
 from captum_mipin.attribution import LayerMIPINAttribution
 from captum_mipin.copies import copy_memo
 from captum_mipin.errors import InputError
-from captum_mipin.graph.modules import module_of, unwrapped
+from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.validate import check_model, device_of
 from captum_mipin.inverse import InverseNetwork
 from captum_mipin.inverse.base import ModelInverse
@@ -119,7 +119,7 @@ def for_photographs(
         >>> mipin.attribute(photographs[:2], target=1).shape
         torch.Size([2, 1, 6, 6])
     """
-    network = check_model(unwrapped(model))
+    network = check_model(model)
     data = list(data) if isinstance(data, Iterator) else data
     if layer is None:
         call = next(iter(Batches(data, batch_size, unpack, device_of(network))))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_mipin.errors import TargetError, TargetRangeError
-from captum_mipin.options import type_of
+from captum_mipin.options import named, type_of
 from captum_mipin.types import Target
 
 
@@ -108,14 +108,14 @@ def target_index(target: Any, dims: Sequence[int]) -> Target:
         index += (0,) * (len(shape) - len(index))
     if len(index) != len(shape):
         raise TargetError(
-            f"target {target!r} has {len(index)} indices, expected {len(shape)} for the model's "
-            f"outputs of shape {shape}; pass several classes as a list"
+            f"{named('target', target)} has {len(index)} indices, expected {len(shape)} for the "
+            f"model's outputs of shape {shape}; pass several classes as a list"
         )
     if not all(-size <= i < size for i, size in zip(index, shape, strict=True)):
         ranges = ", ".join(f"{-size} to {size - 1}" for size in shape)
         raise TargetRangeError(
-            f"target {target!r} is outside the model's outputs of shape {shape}, expected an index "
-            f"from {ranges}: pass the index of an output, counted from 0"
+            f"{named('target', target)} is outside the model's outputs of shape {shape}, "
+            f"expected an index from {ranges}: pass the index of an output, counted from 0"
         )
     return tuple(i % size for i, size in zip(index, shape, strict=True))
 
@@ -155,7 +155,7 @@ def _integer(value: Any, target: Any) -> int:
     unfit = isinstance(value, (bool, np.bool_, Tensor)) or not hasattr(value, "__index__")
     if unfit:
         raise TargetError(
-            f"target {target!r} is {type_of(target)}, expected integers: pass for example target=3 "
-            "for all examples, or a list with one index per example"
+            f"{named('target', target)} is {type_of(target)}, expected integers: pass for example "
+            "target=3 for all examples, or a list with one index per example"
         )
     return operator.index(value)

@@ -505,10 +505,10 @@ def test_a_result_is_finite_or_an_error(mlp: Any, scale: float) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (lambda x: 5, "cannot fit on an int: expected a tensor"),
-        (lambda x: None, "cannot fit on None: expected a tensor"),
-        (lambda x: "images", "cannot fit on a str: expected a tensor"),
-        (lambda x: {"x": x}, "cannot fit on a dict: expected a tensor"),
+        (lambda x: 5, "cannot fit on an int, expected a tensor"),
+        (lambda x: None, "cannot fit on None, expected a tensor"),
+        (lambda x: "images", "cannot fit on a str, expected a tensor"),
+        (lambda x: {"x": x}, "cannot fit on a dict, expected a tensor"),
         (
             lambda x: [{"x": x}],
             r"a batch is a dict, expected a tensor or a tuple .*unpack=lambda batch",

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from captum_mipin import (
     IBA,
+    InputIBA,
     InverseNetwork,
     LayerMIPINAttribution,
     MIPINAttribution,
@@ -21,7 +22,7 @@ from captum_mipin import (
     for_photographs,
 )
 from captum_mipin.errors import CaptureError, FitError, InputError, TargetError
-from captum_mipin.methods import LRP, Gamma, GuidedBackprop, Patterns
+from captum_mipin.methods import LRP, Gamma, GradCAM, GuidedBackprop, LayerPropagation, Patterns
 from captum_mipin.methods.gradients import Gradient
 from captum_mipin.metrics import (
     completeness,
@@ -287,10 +288,13 @@ def test_options_of_a_fit_and_of_metrics_that_are_no_numbers() -> None:
 def test_data_of_another_type_is_told_how_to_convert() -> None:
     inverse = InverseNetwork(_net())
     for data, advice in (
-        (X.numpy(), r"a numpy array: expected .*Pass torch\.as_tensor\(data, dtype=torch\.float32"),
-        ({"image": X}, r"a dict: expected .*such as data\['image'\]"),
+        (
+            X.numpy(),
+            r"a numpy array, expected .*pass torch\.as_tensor\(inputs, dtype=torch\.float32",
+        ),
+        ({"image": X}, r"a dict, expected .*such as data\['image'\]"),
         ([{"image": X}], r"a batch is a dict, .*unpack=lambda batch: \(batch\['image'\], None\)"),
-        (None, "cannot fit on None: expected a tensor"),
+        (None, "cannot fit on None, expected a tensor"),
     ):
         with pytest.raises(FitError, match=advice):
             inverse.fit(data, progress=False)
@@ -303,7 +307,7 @@ def test_data_of_another_type_is_told_how_to_convert() -> None:
 def test_calls_that_differ_from_those_of_the_fit() -> None:
     model = nn.Sequential(nn.Linear(4, 3)).eval()
     mipin = MIPINAttribution(model, InverseNetwork(model).fit(ROWS, progress=False))
-    with pytest.raises(CaptureError, match=r"pass x\.unsqueeze\(0\)\n.*a batch of such examples"):
+    with pytest.raises(CaptureError, match=r"pass x\.unsqueeze\(0\)\.\n.*a batch of such examples"):
         mipin.attribute(ROWS[0], 0)
     with pytest.raises(InputError, match=r"Double and Float\. Pass x\.to\(torch\.float32\), the d"):
         mipin.attribute(ROWS.double(), 0)
@@ -348,12 +352,17 @@ def test_names_of_layers_are_the_closest_at_any_depth() -> None:
     for call in (
         lambda: InverseNetwork(model.eval(), layer="0.O"),
         lambda: for_photographs(model, photographs, layer="0.O"),
+        lambda: IBA(model, "0.O"),
+        lambda: InputIBA(model, "0", input_layer="0.O"),
+        lambda: GradCAM(model, "0.O"),
+        lambda: LayerPropagation(LRP(model), "0.O"),
+        lambda: Patterns(model, layer="0.O"),
         lambda: randomization(Saliency(model), photographs, 0, layers=["0.O"]),
     ):
         with pytest.raises(InputError, match=r"pass for example (one of )?('0', '0\.0'|'0\.0')"):
             call()
-    with pytest.raises(CaptureError, match=r"'0\.O' is missing in the graph .*'0\.0'.*tensors: "):
-        IBA(model, "0.O").estimate(photographs, progress=False)
+    with pytest.raises(CaptureError, match=r"'relu_9' is missing in the graph .*'0'.*tensors: "):
+        IBA(model, "relu_9").estimate(photographs, progress=False)
 
 
 def test_rules_that_do_not_come_in_pairs() -> None:

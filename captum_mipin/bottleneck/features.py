@@ -19,9 +19,9 @@ from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.layers import tensor_name
 from captum_mipin.graph.modes import plain_modes
-from captum_mipin.graph.modules import layer_or_tensor, unwrapped
+from captum_mipin.graph.modules import layer_or_tensor
 from captum_mipin.graph.signature import Signature
-from captum_mipin.graph.validate import check_model, device_of, finite, generator_kept
+from captum_mipin.graph.validate import as_model, check_model, device_of, finite, generator_kept
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
 from captum_mipin.options import check_choice, check_number, type_of
 from captum_mipin.propagation.final import require_logits
@@ -113,8 +113,8 @@ class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
                 f"across={tuple(across)} contain 0, which is the batch dimension: pass other "
                 "dimensions"
             )
+        self.model = as_model(model)
         Attribution.__init__(self, model)
-        self.model = unwrapped(model)
         self.layer = layer_or_tensor(layer, self.model)
         self.settings: Settings = self._resolved(settings)
         self.output, self.channels, self.classes = output, channels, classes

@@ -33,6 +33,7 @@ from captum_mipin.comparison.methods import label_of, reading
 from captum_mipin.comparison.names import captions, class_name
 from captum_mipin.errors import NotFittedError
 from captum_mipin.metrics.case import Case
+from captum_mipin.propagation.treatments import NAMED, causes
 from captum_mipin.report import table
 
 
@@ -94,10 +95,12 @@ def check(args: Namespace) -> Outcome:
     model, layer = load_model(args)
     example = torch.zeros(2, len(args.mean), *args.size, device=args.device)
     report = check_model(model, example, layer=layer)
-    refused = dict.fromkeys(f"{row.path or '(model)'}/{row.operation}" for row in report.refused)
+    rows = causes(report.refused)
+    refused = list(dict.fromkeys(f"{row.path or '(model)'}/{row.operation}" for row in rows))
+    more = [f"and {len(refused) - NAMED} more"] * (len(refused) > NAMED)
     count = f"{len(report.refused)} of {len(report.rows)} operations are refused: "
     data = {"ok": report.ok, "operations": [asdict(row) for row in report.rows]}
-    return Outcome(str(report), data, count + ", ".join(refused) if refused else "")
+    return Outcome(str(report), data, count + ", ".join([*refused[:NAMED], *more]) if rows else "")
 
 
 def fit(args: Namespace) -> Outcome:

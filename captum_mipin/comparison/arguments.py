@@ -15,7 +15,7 @@ from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.metrics.case import Case, attribution_of, raw_outputs
 from captum_mipin.metrics.examples import Examples
-from captum_mipin.options import type_of
+from captum_mipin.options import for_method, is_network, type_of
 from captum_mipin.targets import per_example
 
 
@@ -36,8 +36,8 @@ def named_methods(methods: Any) -> dict[str, Any]:
         is_one = isinstance(methods, (str, Attribution, Tensor)) or callable(methods)
         if not is_one and not isinstance(methods, Iterable):
             raise InputError(
-                f"methods is {type_of(methods)}, expected methods or their names: pass a "
-                "list, or a dictionary label -> method"
+                f"methods is {type_of(methods)}, expected methods or their names: pass a list, or "
+                f"a dictionary label -> method; {for_method(methods)}"
             )
         pairs = [(label_of(method), method) for method in ([methods] if is_one else methods)]
     if not pairs:
@@ -64,15 +64,12 @@ def _check_method(label: str, method: Any) -> None:
                 f"no method has the name {method!r}; known are {', '.join((*METHODS, *CONTROLS))}. "
                 "Pass one of these names, or a method"
             )
-    elif isinstance(method, type):
+        return
+    known = isinstance(method, (Attribution, Tensor, tuple)) or callable(method)
+    if isinstance(method, type) or is_network(method) or not known:
         raise InputError(
-            f"method {label!r} is the class {method.__name__}, expected an instance of this class: "
-            f"pass for example {method.__name__}(model)"
-        )
-    elif not (isinstance(method, (Attribution, Tensor, tuple)) or callable(method)):
-        raise InputError(
-            f"method {label!r} is {type_of(method)}, expected a name, a Captum "
-            "Attribution, a function (inputs, target) -> maps, or maps: pass one of these"
+            f"method {label!r} is {type_of(method)}, expected a name, a Captum Attribution, a "
+            f"function (inputs, target) -> maps, or maps: {for_method(method)}"
         )
 
 

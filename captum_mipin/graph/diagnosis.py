@@ -18,12 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from captum_mipin.errors import CaptureError, MIPINError
-from captum_mipin.graph.signature import pick, plain
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.graph.signature import pick, plain, select
 from captum_mipin.graph.validate import described, device_of
+from captum_mipin.targets import per_example
 from captum_mipin.types import Extras, Inputs
 
 #: Number of examples on which a model is run to find the reason of a failure.
 _FEW = 4
+#: Number of elements up to which inputs are run as a whole to find the reason of a failure.
+_SMALL = 1 << 24
+
+#: Advice for a model that returns one result for all inputs.
+_KEEP = "Let forward keep the first dimension of its inputs, without selections such as x[0]."
 
 #: What torch says of a model that computes with the batch size as a constant.
 _CONSTANT = re.compile(r"specialized it to be a constant|inferred to be a constant")
@@ -84,27 +91,23 @@ def failure(
         extras: Further arguments of ``forward``.
         shared: See :func:`captum_mipin.graph.signature.per_example`.
     """
-    name, shown = type(model).__name__, described(inputs)
     few = torch.arange(min(_FEW, len(inputs[0])), device=inputs[0].device)
-    inputs, extras = plain(pick(inputs, extras, few, shared))
-    own = _output(model, inputs, extras)
-    if isinstance(own, MIPINError):
-        return CaptureError(str(own))
-    if isinstance(own, Exception):
-        hint = _advice(own, model, inputs, extras)
-        return CaptureError(f"{name} cannot run on inputs {shown}{_where(own, model)}: "
-                            f"{_line(own)}. {hint}")  # fmt: skip
-    if isinstance(own, Tensor) and own.shape[:1] != inputs[0].shape[:1]:
-        return CaptureError(
-            f"{name} returns an output of shape {tuple(own.shape)} for inputs of shape "
-            f"{tuple(inputs[0].shape)}, expected one row for each example, the first dimension of "
-            "the inputs: if the inputs are one example, pass x.unsqueeze(0)"
-        )
-    start = f"torch.export cannot capture {name} for inputs {shown}{_where(error, model)}: "
+    whole, part = plain((inputs, extras)), plain(pick(inputs, extras, few, shared))
+    # a part of an example without a batch would be taken for an example of another shape
+    for arguments in (part, whole) if inputs[0].numel() <= _SMALL else (part,):
+        own, rows = _output(model, *arguments), len(arguments[0][0])
+        if _fits(own, rows):
+            break
+    else:
+        return _problem(own, rows, model, *whole)
+    start = (
+        f"torch.export cannot capture {_name(model)} for inputs {described(inputs)}"
+        f"{_where(error, model)}: "
+    )
     if _CONSTANT.search(str(error)):
         return CaptureError(
             f"{start}the model computes with the batch size as a fixed number, expected any batch "
-            f"size. {_advice_on_batch(model, inputs, extras)}"
+            f"size. {_advice_on_batch(model, inputs)}"
         )
     if _VALUES.search(str(error)):
         return CaptureError(
@@ -117,7 +120,76 @@ def failure(
     )
 
 
-def _output(model: nn.Module, inputs: Inputs, extras: Extras) -> Any:
+@contextmanager
+def reasons(model: Any, inputs: Inputs, target: Any, extras: Extras = ()) -> Iterator[None]:
+    """Replace errors in a block by those of inputs or a target that do not fit the model.
+
+    Captum's methods, and functions of the user, raise errors of many types, which say neither what
+    was expected nor what to do.
+
+    Args:
+        model: The model that the block calls.
+        inputs: Tensors (batch, ...).
+        target: The target, in any form that Captum takes.
+        extras: Further arguments of the model.
+
+    Raises:
+        CaptureError: The model cannot run on the inputs, or its output is not one tensor.
+        TargetError: The model has no such target.
+    """
+    try:
+        yield
+    except (MIPINError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any type: the block calls the user's code
+        model, arguments = unwrapped(model), plain((inputs, extras))
+        own = _output(model, *arguments)
+        if isinstance(own, torch.OutOfMemoryError):
+            raise
+        if not _fits(own, len(inputs[0])):
+            raise _problem(own, len(inputs[0]), model, *arguments) from error
+        per_example(target, select(own, None))  # raises the error of the target
+        raise
+
+
+def _fits(own: Any, rows: int) -> bool:
+    """Return False for an error, and for a tensor that has not one row for each of the inputs."""
+    return not isinstance(own, Exception) and not (
+        isinstance(own, Tensor) and own.shape[:1] != (rows,)
+    )
+
+
+def _problem(own: Any, rows: int, model: Any, inputs: Inputs, extras: Extras) -> CaptureError:
+    """Return the error of inputs that a model does not take.
+
+    Args:
+        own: The error that the model raises, or its output, for the first ``rows`` examples.
+        rows: Number of these examples.
+        model: The model.
+        inputs: All examples.
+        extras: Further arguments of the model.
+    """
+    if isinstance(own, MIPINError):
+        return CaptureError(str(own))
+    if isinstance(own, Exception):
+        return CaptureError(
+            f"{_name(model)} cannot run on inputs {described(inputs)}{_where(own, model)}: "
+            f"{_line(own)}. {_advice(own, model, inputs, extras)}"
+        )
+    hint = _fitting(model, inputs, extras, own.shape) or _batch_second(model) or _KEEP
+    return CaptureError(
+        f"{_name(model)} returns an output of shape {tuple(own.shape)} for inputs of shape "
+        f"{(rows, *inputs[0].shape[1:])}, expected one row for each example, the first dimension "
+        f"of the inputs. {hint}"
+    )
+
+
+def _name(model: Any) -> str:
+    """Return the name of a model's class, for error messages."""
+    return type(model).__name__ if isinstance(model, nn.Module) else "the model"
+
+
+def _output(model: Any, inputs: Inputs, extras: Extras) -> Any:
     """Return the output of a model, or the error that the model raises."""
     try:
         with torch.no_grad():
@@ -132,7 +204,7 @@ def _line(error: Exception) -> str:
     return next(filter(None, lines), type(error).__name__).rstrip(".")
 
 
-def _advice(error: Exception, model: nn.Module, inputs: Inputs, extras: Extras) -> str:
+def _advice(error: Exception, model: Any, inputs: Inputs, extras: Extras) -> str:
     """Return what to do about the error that a model raises for inputs."""
     if isinstance(error, TypeError) and _MISSING.search(str(error)):
         return (
@@ -146,52 +218,92 @@ def _advice(error: Exception, model: nn.Module, inputs: Inputs, extras: Extras) 
             "out those that the model does not take. Labels of data are no input. In fit, the "
             "function unpack= returns a pair (inputs, additional_forward_args)."
         )
+    form = _fitting(model, inputs, extras)
+    return form or "Pass inputs of a shape, dtype and device with which model(inputs) runs."
+
+
+def _fitting(model: Any, inputs: Inputs, extras: Extras, alone: torch.Size | None = None) -> str:
+    """Return the advice to convert the inputs to a form that the model takes; "" if none fits.
+
+    Args:
+        model: The model.
+        inputs: The inputs that it does not take.
+        extras: Further arguments of the model.
+        alone: Shape of the output if the inputs are one example; None if it is not known.
+    """
     for form, change in _forms(model):
-        changed = [x if y is None else y for x in inputs for y in (change(x),)]
-        same = all(x is y for x, y in zip(inputs, changed, strict=True))
-        if not same and not isinstance(_output(model, tuple(changed), extras), Exception):
+        changed = tuple(x if y is None else y for x in inputs for y in (change(x),))
+        if all(x is y for x, y in zip(inputs, changed, strict=True)):
+            continue
+        few = torch.arange(min(_FEW, len(changed[0])), device=changed[0].device)
+        arguments = pick(changed, extras, few, shared=False)
+        own = _output(model, *arguments)
+        if _fits(own, len(few)) and alone in (None, getattr(own, "shape", few.shape)[1:]):
             shapes = ", ".join(str(("batch", *x.shape[1:])).replace("'", "") for x in changed)
             return f"The model takes {form}, of shape {shapes}: pass {form}."
-    return "Pass inputs of a shape, dtype and device with which model(inputs) runs."
+    return ""
 
 
-def _forms(model: nn.Module) -> list[tuple[str, Callable[[Tensor], Tensor | None]]]:
+def _forms(model: Any) -> list[tuple[str, Callable[[Tensor], Tensor | None]]]:
     """Return conversions of inputs: the code of each conversion, and a function that does it.
 
     A function returns None for a tensor that has no such form.
     """
-    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
-    dtype, device = next(floating, torch.float32), device_of(model)
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+    dtype, device = next(floating, torch.float32), device_of(module)
+
+    def coloured(x: Tensor) -> Tensor | None:
+        grey = x.ndim in (2, 3, 4) and x.shape[-3:-2] in ((), (1,))
+        return x.repeat(1, 3, 1, 1) if grey else None
+
     return [
-        (f"x.to({dtype})", lambda x: x.to(dtype) if x.is_floating_point() else None),
+        (f"x.to({dtype})", lambda x: x.to(dtype)),
+        ("x.long()", lambda x: x.long()),
         (f"x.to({str(device)!r})", lambda x: x.to(device)),
         ("x.unsqueeze(0)", lambda x: x.unsqueeze(0)),
+        ("x.unsqueeze(1)", lambda x: x.unsqueeze(1)),
+        ("x[None, None]", lambda x: x[None, None]),
         ("x.movedim(-1, 1)", lambda x: x.movedim(-1, 1) if x.ndim > 2 else None),
-        (
-            "x.repeat(1, 3, 1, 1)",
-            lambda x: x.repeat(1, 3, 1, 1) if x.ndim == 4 and x.shape[1] == 1 else None,
-        ),
+        ("x.repeat(1, 3, 1, 1)", coloured),
+        ("x.movedim(-1, 0)[None]", lambda x: x.movedim(-1, 0)[None] if x.ndim > 2 else None),
     ]
 
 
-def _advice_on_batch(model: nn.Module, inputs: Inputs, extras: Extras) -> str:
+def _advice_on_batch(model: nn.Module, inputs: Inputs) -> str:
     """Return what to do about a model for which the first dimension is not a free batch."""
-    for path, module in model.named_modules():
+    if second := _batch_second(model):
+        return second
+    x = inputs[0]
+    if x.ndim == 1 or any(_unbatched(module) == x.ndim for module in model.modules()):
+        return f"If this is one example, pass x.unsqueeze(0), of shape {(1, *x.shape)}."
+    return "In forward, x.shape[0] keeps the batch size free; len(x), int(...) and loops do not."
+
+
+def _batch_second(model: Any) -> str:
+    """Return what to do about a module that takes the batch second; "" if there is none."""
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if getattr(module, "batch_first", True) is False:
             return (
                 f"Module {path!r} ({type(module).__name__}) has batch_first=False, so it takes the "
                 "batch as the second dimension: make it with batch_first=True, or transpose its "
                 "input and output in forward."
             )
-    x = inputs[0]
-    convolutions = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd))
-    if any(len(module.kernel_size) + 1 == x.ndim for module in convolutions):
-        return f"If this is one example, pass x.unsqueeze(0), of shape {(1, *x.shape)}."
-    return "In forward, x.shape[0] keeps the batch size free; len(x), int(...) and loops do not."
+    return ""
 
 
-def _where(error: Exception, model: nn.Module) -> str:
+def _unbatched(module: nn.Module) -> int:
+    """Return the number of dimensions of an example that a module takes without a batch, or 0."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return len(module.kernel_size) + 1
+    sequences = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    return 2 * isinstance(module, sequences)
+
+
+def _where(error: Exception, model: Any) -> str:
     """Return the innermost module and the line where a model failed; "" if they are unknown."""
+    if not isinstance(model, nn.Module):
+        return ""
     paths = {id(module): path for path, module in model.named_modules()}
     frames = [
         (frame, line)

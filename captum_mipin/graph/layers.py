@@ -87,9 +87,8 @@ def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | st
     tensors = {n: value for n, value in values.items() if isinstance(value, Tensor)}
     if name not in tensors:
         modules = [path for path, _ in model.named_modules() if path]
-        kind = "a parameter or buffer" if name in captured.constants else "missing"
         raise CaptureError(
-            f"{shown} is {kind} in the graph of this {type(model).__name__}, expected a module "
+            f"{shown} is missing in the graph of this {type(model).__name__}, expected a module "
             f"or a tensor: pass for example one of {closest(name, modules)}, or one of its "
             f"tensors: {', '.join(islice(tensors, _SHOWN))}"
         )

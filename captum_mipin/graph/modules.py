@@ -1,5 +1,6 @@
 """Functions that read a model: its modules and its tensors."""
 
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -57,10 +58,14 @@ def module_of(layer: nn.Module | str, model: nn.Module) -> nn.Module:
     module = modules.get(layer) if isinstance(layer, str) else unwrapped(layer)
     if module is not None and (module is model or module in modules.values()):
         return module
+    if isinstance(layer, nn.Module) and model in layer.modules():
+        hint = "pass the whole network first, and then a layer of it"
+    else:
+        hint = f"pass for example one of {closest(layer, modules)}" if modules else "pass None"
     shown = repr(layer) if isinstance(layer, str) else type_of(layer)
     raise InputError(
         f"layer is {shown}, expected a module of the {type(model).__name__} that is explained, or "
-        f"its name as in model.named_modules(): pass for example one of {closest(layer, modules)}"
+        f"its name as in model.named_modules(): {hint}"
     )
 
 
@@ -72,10 +77,25 @@ def modules_of(layer: Any, model: nn.Module) -> Any:
 
 
 def layer_or_tensor(layer: nn.Module | str, model: nn.Module) -> nn.Module | str:
-    """Return a module of the model for a module or its name, and other names unchanged."""
-    if isinstance(layer, str) and layer not in _named(model):
+    """Return a module of the model for a module or its name; names of tensors unchanged.
+
+    Tensors of a captured graph, such as "relu_2", have the names of operations or arguments.
+
+    Raises:
+        InputError: The model has no such module, and its graph can have no such tensor.
+    """
+    if isinstance(layer, str) and layer not in _named(model) and _may_be_tensor(layer, model):
         return layer
     return module_of(layer, model)
+
+
+def _may_be_tensor(name: str, model: nn.Module) -> bool:
+    """Return True if a graph of the model may have a tensor of this name."""
+    words = name.split("_")
+    starts = {"_".join(words[:count]) for count in range(1, len(words) + 1)} - {""}
+    operations = {op.partition("::")[2] for op in torch._C._dispatch_get_all_op_names()}
+    operations = {op.partition(".")[0] for op in operations} | {"getitem"}
+    return not starts.isdisjoint(operations | {*signature(model.forward).parameters})
 
 
 def _named(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from captum_mipin.errors import CaptureError, InputError
-from captum_mipin.options import type_of
+from captum_mipin.graph.modules import unwrapped
+from captum_mipin.options import for_inputs, for_model, type_of
 from captum_mipin.training import check_evaluation
 from captum_mipin.types import Extras, Inputs
 
@@ -24,12 +25,9 @@ def as_inputs(inputs: Any) -> Inputs:
     if isinstance(inputs, Tensor):
         return (inputs,)
     if not isinstance(inputs, tuple):
-        advice = "torch.as_tensor(inputs)" if hasattr(inputs, "__len__") else "the model's inputs"
-        if isinstance(inputs, list) and inputs and all(isinstance(x, Tensor) for x in inputs):
-            advice = "tuple(inputs) for several inputs, torch.stack(inputs) for several examples"
         raise InputError(
-            f"inputs are {type_of(inputs)}, expected a torch.Tensor or a tuple of them: pass "
-            f"{advice}"
+            f"inputs are {type_of(inputs)}, expected a torch.Tensor or a tuple of them: "
+            f"{for_inputs(inputs)}"
         )
     return inputs
 
@@ -89,13 +87,13 @@ def check_output(output: Any) -> None:
         )
 
 
-def check_model(model: object) -> nn.Module:
-    """Return ``model`` if it is a module in evaluation mode, or its mode changes nothing.
+def as_model(model: Any) -> nn.Module:
+    """Return the module inside ``DataParallel`` and the like, see :func:`unwrapped`.
 
     Raises:
         CaptureError: ``model`` is not a module, or it is the module of an exported program.
-        TrainingModeError: A module is in training mode and computes something else in it.
     """
+    model = unwrapped(model)
     program = isinstance(model, fx.GraphModule) and "eval" in vars(model)  # program.module()
     if program or isinstance(model, ExportedProgram):
         raise CaptureError(
@@ -105,12 +103,21 @@ def check_model(model: object) -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise CaptureError(
-            f"the model is {type_of(model)}, expected a torch.nn.Module: pass the network object, "
-            "with its weights loaded. Wrap a function in an nn.Module that has the network as an "
-            "attribute and calls it in forward()."
+            f"the model is {type_of(model)}, expected a torch.nn.Module: {for_model(model)}"
         )
-    check_evaluation(model)
     return model
+
+
+def check_model(model: Any) -> nn.Module:
+    """Return the module of :func:`as_model` if it is in evaluation mode.
+
+    Raises:
+        CaptureError: See :func:`as_model`.
+        TrainingModeError: A module is in training mode and computes something else in it.
+    """
+    module = as_model(model)
+    check_evaluation(module)
+    return module
 
 
 def check_exportable(model: nn.Module) -> None:
@@ -138,8 +145,7 @@ def check_inputs(inputs: Inputs, explained: bool = True) -> None:
     for index, x in enumerate(inputs):
         if not isinstance(x, Tensor):
             raise InputError(
-                f"input {index} is {type_of(x)}, expected a torch.Tensor: pass a tensor, or a "
-                "tuple with one tensor for each input of the model"
+                f"input {index} is {type_of(x)}, expected a torch.Tensor: {for_inputs(x)}"
             )
         if problem := _problem(x, explained, mixed):
             raise InputError(f"input {index} {problem}")
@@ -164,19 +170,26 @@ def _problem(x: Tensor, explained: bool, mixed: bool) -> str:
         return f"has dtype {x.dtype}, expected a floating dtype: pass torch.view_as_real(x)"
     if explained and not x.is_floating_point():
         further = "additional_forward_args, which fit takes by unpack="
-        return f"has dtype {x.dtype}, expected a floating dtype: integers carry no signal. " + (
+        found = f"has dtype {x.dtype}, expected a floating dtype: integers carry no signal. "
+        if x.ndim < 2 and not mixed:
+            found += "If they are classes, pass them second, after the inputs. "
+        return found + (
             f"An argument that is not to be explained, such as a mask, goes into {further}. "
             "Labels are no input: leave them out."
             if mixed
-            else "Convert it, or explain the output of a layer instead, such as its embedding, by "
-            "layer= of InverseNetwork or LayerPropagation(method, layer)."
+            else "Convert it, scaled as in the training, by x.float(), or explain the output of a "
+            "layer instead, such as its embedding, by layer= of InverseNetwork or "
+            "LayerPropagation(method, layer)."
         )
     if x.is_nested:
         return "is a nested tensor, expected the same shape for all examples: pad them"
     if x.layout != torch.strided:
         return f"has layout {x.layout}, expected a dense tensor: call to_dense() first"
     if x.ndim == 0 or x.numel() == 0:
-        return f"is empty: its shape is {tuple(x.shape)}, expected (batch, ...) without zeros"
+        return (
+            f"is empty: its shape is {tuple(x.shape)}, expected (batch, ...) without zeros: pass "
+            "at least one example"
+        )
     return ""
 
 

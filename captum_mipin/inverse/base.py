@@ -16,12 +16,13 @@ from captum_mipin.errors import (
 from captum_mipin.graph.layers import LayerInput, Site
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modes import plain_modes
-from captum_mipin.graph.modules import module_of, unwrapped
+from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.signature import plain
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import (
     as_extras,
     as_inputs,
+    as_model,
     check_finite,
     check_inputs,
     check_model,
@@ -88,7 +89,7 @@ class ModelInverse(Saved, Generic[S]):
             ridge=ridge, ridge_scale=ridge_scale, shares=pooling == "shares",
             joint=forks == "joint", double=precision == "double",
         )  # fmt: skip
-        self.model = unwrapped(model)
+        self.model = as_model(model)
         self.layer = None if layer is None else module_of(layer, self.model)
         self.output = output
         self._state: S | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -24,7 +24,7 @@ from captum_mipin.errors import FitError, InputError
 from captum_mipin.graph.signature import pick, plain
 from captum_mipin.graph.validate import check_inputs, finite
 from captum_mipin.inverse.scale import Scale
-from captum_mipin.options import type_of
+from captum_mipin.options import for_inputs, type_of
 from captum_mipin.storage import files
 from captum_mipin.types import Extras, Inputs
 
@@ -82,10 +82,11 @@ class Batches:
             data = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
         elif isinstance(data, Iterator):
             data = list(data)  # an iterator yields its items once, but each layer needs them
-        if not isinstance(data, Iterable) or isinstance(data, (str, dict, np.ndarray)):
+        unfit = isinstance(data, (str, bytes, Mapping, np.ndarray, nn.Module))
+        if unfit or not isinstance(data, Iterable):
             raise FitError(
-                f"cannot fit on {type_of(data)}: expected a tensor, a tuple of tensors, a Dataset, "
-                f"a DataLoader or an iterable of batches. {_conversion(data)}"
+                f"cannot fit on {type_of(data)}, expected a tensor, a tuple of tensors, a Dataset, "
+                f"a DataLoader or an iterable of batches: {for_inputs(data)}"
             )
         if unpack is not None and not callable(unpack):
             raise FitError(f"unpack= is {type_of(unpack)}, expected a function: {_unpacking(None)}")
@@ -238,6 +239,10 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
 def _shard(loader: "DataLoader[Any]", rank: int, count: int) -> "DataLoader[Any]":
     """Return a loader of the examples of one process among several."""
     if loader.batch_size is None or not isinstance(
@@ -262,9 +267,11 @@ def _unpack(batch: Any) -> tuple[Any, Any]:
     parts = first if isinstance(first, (tuple, list)) else (first,)
     if all(map(_is_tensor, parts)):
         return first, None
+    several = isinstance(batch, (Mapping, tuple, list)) and not _is_number(first)
     raise FitError(
         f"a batch is {type_of(batch)}, expected a tensor or a tuple whose first element is the "
-        f"input: {_unpacking(batch)}"
+        f"input: {'' if several else f'{for_inputs(batch)}. For batches of another kind '}"
+        f"{_unpacking(batch)}"
     )
 
 
@@ -275,15 +282,6 @@ def _unpacking(batch: Any) -> str:
         f"pass for example unpack=lambda batch: (batch[{key}], None), a function that returns a "
         "pair (inputs, additional_forward_args) of tensors"
     )
-
-
-def _conversion(data: Any) -> str:
-    """Return what to do with data of a type that cannot be fitted on."""
-    if isinstance(data, np.ndarray):
-        return "Pass torch.as_tensor(data, dtype=torch.float32)"
-    if isinstance(data, Mapping) and data:
-        return f"Pass its tensor of inputs, such as data[{next(iter(data))!r}]"
-    return "Pass the inputs in one of these forms"
 
 
 def check_independent(

@@ -18,12 +18,12 @@ from captum_mipin.errors import InputError, UnsupportedOperationError
 from captum_mipin.graph.cache import Graphs, Starts
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.marks import value_of
-from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import plain
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import (
     as_extras,
     as_inputs,
+    as_model,
     check_finite,
     check_inputs,
     check_model,
@@ -90,7 +90,7 @@ class TokenAttribution(NoFuture, Attribution):
                 "token"
             )
         Attribution.__init__(self, model)
-        self.model, self.row, self.output = unwrapped(model), row, output
+        self.model, self.row, self.output = as_model(model), row, output
         self._graphs = Graphs[Encoder]()
 
     @captum_entry

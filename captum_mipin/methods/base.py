@@ -19,12 +19,12 @@ from captum_mipin.graph.cache import Graphs, Starts
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.layers import Site, tensors_at
 from captum_mipin.graph.marks import value_of
-from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import Signature, plain
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import (
     as_extras,
     as_inputs,
+    as_model,
     check_finite,
     check_inputs,
     check_model,
@@ -160,8 +160,8 @@ class Propagation(NoFuture, GradientAttribution):
 
     def __init__(self, model: nn.Module, *, output: Output = None) -> None:
         check_output(output)
+        self.model = as_model(model)
         GradientAttribution.__init__(self, model)
-        self.model = unwrapped(model)
         self.output = output
         self._graphs = Graphs[Surrogate]()
 

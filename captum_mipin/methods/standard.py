@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_mipin._captum import NoFuture, captum_entry
-from captum_mipin.errors import InputError
+from captum_mipin.errors import CaptureError, InputError
+from captum_mipin.graph.diagnosis import reasons
 from captum_mipin.graph.modules import module_of, unwrapped
-from captum_mipin.graph.validate import as_extras, as_inputs, check_inputs, like
-from captum_mipin.options import check_number, type_of
+from captum_mipin.graph.validate import as_extras, as_inputs, check_finite, check_inputs, like
+from captum_mipin.options import check_callable, check_number, type_of
 from captum_mipin.propagation.independent import require_independent
-from captum_mipin.types import Inputs
+from captum_mipin.types import Extras, Inputs
 
 #: Held while torch compiles nothing, which holds for all threads.
 _EAGER = Lock()
@@ -66,6 +67,7 @@ class SmoothGrad(NoFuture, GradientAttribution):
     def __init__(
         self, model: nn.Module, *, samples: int = 50, noise: float = 0.15, seed: int = 0
     ) -> None:
+        check_callable(model)
         check_number("samples", samples, 1, whole=True)
         check_number("noise", noise)
         GradientAttribution.__init__(self, model)
@@ -83,11 +85,19 @@ class SmoothGrad(NoFuture, GradientAttribution):
         Raises:
             UnsupportedOperationError: The model mixes the examples of a batch, or is random.
         """
-        tensors = tuple(x.detach() for x in as_inputs(inputs))
+        tensors, extras = as_inputs(inputs), as_extras(additional_forward_args)
         check_inputs(tensors)
-        require_independent(self.forward_func, tensors, as_extras(additional_forward_args))
+        check_finite(tensors)
+        tensors = tuple(x.detach() for x in tensors)
+        with reasons(self.forward_func, tensors, target, extras):
+            return like(inputs, self._mean_gradients(tensors, target, extras))
+
+    def _mean_gradients(self, tensors: Inputs, target: Any, extras: Extras) -> Inputs:
+        """Return the mean gradient of each input."""
+        require_independent(self.forward_func, tensors, extras)
         gradient = Saliency(self.forward_func)
-        ranges = [x.flatten(1).amax(1) - x.flatten(1).amin(1) for x in tensors]
+        flat = [x.reshape(len(x), -1) for x in tensors]
+        ranges = [x.amax(1) - x.amin(1) for x in flat]
         sigmas = [
             self.noise * span.view(-1, *(1,) * (x.ndim - 1))
             for x, span in zip(tensors, ranges, strict=True)
@@ -105,9 +115,9 @@ class SmoothGrad(NoFuture, GradientAttribution):
         total = [torch.zeros_like(x) for x in tensors]
         for _ in range(self.samples):
             copies = tuple(map(noisy, tensors, sigmas, generators))
-            gradients = gradient.attribute(copies, target, False, additional_forward_args)
+            gradients = gradient.attribute(copies, target, False, extras or None)
             total = [a + b for a, b in zip(total, gradients, strict=True)]
-        return like(inputs, tuple(a / self.samples for a in total))
+        return tuple(a / self.samples for a in total)
 
     @classmethod
     def get_name(cls) -> str:
@@ -133,6 +143,7 @@ class GradCAM(NoFuture, Attribution):
     """
 
     def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:
+        check_callable(model)
         Attribution.__init__(self, model)
         self.layer = module_of(layer, model)
 
@@ -148,20 +159,43 @@ class GradCAM(NoFuture, Attribution):
         Raises:
             UnsupportedOperationError: The model mixes the examples of a batch, or is random.
         """
-        if not isinstance(inputs, Tensor) or inputs.ndim != 4:
-            shape = f" of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else ""
+        tensors, extras = as_inputs(inputs), as_extras(additional_forward_args)
+        check_inputs(tensors, explained=False)
+        x, several = tensors[0], isinstance(inputs, tuple)
+        if several or x.ndim != 4:
+            shape = type_of(inputs) if several else f"a tensor of shape {tuple(x.shape)}"
+            one = "one image is x.unsqueeze(0), and other" if x.ndim == 3 else "other"
             raise InputError(
-                f"inputs is {type_of(inputs)}{shape}, expected one tensor (batch, "
-                "channels, height, width): use Grad-CAM only for images"
+                f"inputs are {shape}, expected one tensor (batch, channels, height, width): pass a "
+                f"batch of images; {one} inputs need another method"
             )
-        extras = as_extras(additional_forward_args)
-        require_independent(self.forward_func, (inputs,), extras)
+        check_finite((x,))
+        with reasons(self.forward_func, (x,), target, extras):
+            require_independent(self.forward_func, (x,), extras)
+            maps = self._maps(x.detach(), target, extras)
+        return F.interpolate(maps, x.shape[2:], mode="bilinear", align_corners=False)
+
+    def _maps(self, x: Tensor, target: Any, extras: Extras) -> Tensor:
+        """Return Captum's maps (batch, 1, height, width), of the size of the layer."""
         cam = LayerGradCam(self.forward_func, self.layer)
-        with _hooks_run(self.forward_func, self.layer):
-            maps = cam.attribute(
-                inputs.detach(), target, additional_forward_args, relu_attributions=True
+        name = f"layer {type(self.layer).__name__}"
+        try:
+            with _hooks_run(self.forward_func, self.layer):
+                maps = cam.attribute(x, target, extras or None, relu_attributions=True)
+        except AssertionError as error:
+            if "hook" not in str(error):
+                raise
+            raise CaptureError(
+                f"{name} is not called for these inputs, expected a layer that the model runs: "
+                "name another module"
+            ) from error
+        if maps.ndim != 4:
+            raise InputError(
+                f"{name} has an output of {maps.ndim} dimensions, expected (batch, channels, "
+                "height, width): name a layer with places, such as the last convolution"
             )
-        return F.interpolate(maps.detach(), inputs.shape[2:], mode="bilinear", align_corners=False)
+        detached: Tensor = maps.detach()
+        return detached
 
     @classmethod
     def get_name(cls) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_mipin.errors import CaptureError, InputError, MIPINError, TargetError
 from captum_mipin.metrics.examples import Examples, Inputs
-from captum_mipin.options import check_number, type_of
+from captum_mipin.options import check_number, for_method, is_network, type_of
 from captum_mipin.targets import per_example
 from captum_mipin.training import check_evaluation
 
@@ -136,7 +136,7 @@ class Case:
         if model is None:
             attribution = attribution_of(self.method)
             if attribution is None:
-                if isinstance(self.method, (str, type)):
+                if isinstance(self.method, (str, type)) or is_network(self.method):
                     check_method(self.method)
                 raise InputError(
                     f"the method {method_name(self.method)} does not contain its model, expected "
@@ -235,10 +235,10 @@ def method_name(method: Any) -> str:
 def check_method(method: Any) -> None:
     """Raise InputError unless a method is an ``Attribution``, a function or maps."""
     known = isinstance(method, (Tensor, tuple, Attribution)) or callable(method)
-    if isinstance(method, type) or not known:
+    if isinstance(method, type) or is_network(method) or not known:
         raise InputError(
             f"the method is {type_of(method)}, expected a Captum Attribution, a function (inputs, "
-            "target) -> maps, or maps: pass for example captum.attr.Saliency(model)"
+            f"target) -> maps, or maps: {for_method(method)}"
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_mipin.errors import InputError, TargetError
-from captum_mipin.options import type_of
+from captum_mipin.options import for_inputs, type_of
 from captum_mipin.targets import one_dimension
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -42,8 +42,8 @@ class Examples:
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         if not tensors or not all(isinstance(x, Tensor) for x in tensors):
             raise InputError(
-                f"inputs are {type_of(inputs)}, expected a torch.Tensor or a tuple of "
-                "tensors: convert them with torch.as_tensor"
+                f"inputs are {type_of(inputs)}, expected a torch.Tensor or a tuple of tensors: "
+                f"{for_inputs(inputs)}"
             )
         lengths = {len(x) if x.ndim else 0 for x in tensors}
         if len(lengths) != 1 or 0 in lengths:
@@ -53,6 +53,11 @@ class Examples:
             )
         if isinstance(target, np.ndarray):
             target = torch.from_numpy(target)
+        if isinstance(target, Tensor) and target.is_floating_point() and _are_classes(tensors):
+            raise TargetError(
+                f"the target is a tensor of dtype {target.dtype}, and the inputs are integers, "
+                "expected inputs first and classes second: swap them"
+            )
         if isinstance(target, Tensor) and target.ndim > 1:
             count = len(tensors[0])
             raise TargetError(
@@ -128,3 +133,8 @@ class Examples:
     def _has_rows(self, value: Any) -> bool:
         """Return True if the value is a tensor with one row per example."""
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self)
+
+
+def _are_classes(inputs: tuple[Tensor, ...]) -> bool:
+    """Return True if the inputs look like the classes of a batch: one integer for each example."""
+    return len(inputs) == 1 and inputs[0].ndim == 1 and not inputs[0].is_floating_point()

@@ -1,7 +1,7 @@
 """Localization by mosaics: the share of the attribution in the cell of the target's image."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from captum_mipin.metrics.case import Case, Method, Model, Options, raw_outputs,
 from captum_mipin.metrics.examples import Examples
 from captum_mipin.metrics.maps import Reduction, heat
 from captum_mipin.metrics.result import Result, finite_rows
+from captum_mipin.options import check_callable
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,15 @@ def _recognised(
     model: Model, images: Tensor, labels: Any, confidence: float, batch_size: int
 ) -> dict[int, list[int]]:
     """Return class -> indices of recognised images; the arguments are those of `mosaics`."""
+    check_callable(model)
+    unlabelled = Examples.of(images, None)
     classes = torch.as_tensor(labels).long().cpu()
-    if classes.shape != (len(images),):
+    if classes.shape != (len(unlabelled),):
         raise InputError(
             f"labels have shape {tuple(classes.shape)}, expected one class for each of the "
             f"{len(images)} images: pass a list or a tensor of that length"
         )
-    examples = Examples.of(images, classes)
+    examples = replace(unlabelled, target=classes)
     by_class: dict[int, list[int]] = {int(label): [] for label in examples.target.unique()}
     for index in torch.arange(len(images)).split(batch_size):
         probabilities = raw_outputs(model, examples.select(index)).softmax(1).cpu()

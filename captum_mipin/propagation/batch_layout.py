@@ -30,6 +30,9 @@ ALONG = "it computes along the batch, so that examples would depend on each othe
 #: The same, with the way out, for operations that may take an entry of its own for each example.
 _CHOSEN = f"{ALONG}; where each example takes an entry of its own, write x.gather(1, y[:, None])"
 
+#: Reason for the refusal of operations on values that have lost the batch. Errors leave them out.
+FOLLOWS = "it computes with values that have lost the batch before"
+
 #: Matrix product → position of its first factor among the arguments.
 _PRODUCTS = {"matmul": 0, "bmm": 0, "mm": 0, "linear": 0, "addmm": 1}
 
@@ -135,10 +138,13 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
     value = _tensor(node)
     folded = folded_batch(value, batch) if isinstance(value, Tensor) else None
     if folded is None:
+        if any(marks(n).mixes for n in node.all_input_nodes if marks(n).depends):
+            return FOLLOWS
         shape = shape_text(value, batch) if isinstance(value, Tensor) else value
         return (
             f"its result has shape {shape}, expected one dimension that contains the batch: it "
-            "mixes the examples, or leaves them out"
+            "mixes the examples, or leaves them out. Let forward keep the dimension of the batch, "
+            "without selections such as x[0]"
         )
     dim, count = folded
     if (stacked := _stacked(node, batch)) is not None:

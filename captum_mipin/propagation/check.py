@@ -9,8 +9,8 @@ from captum_mipin.errors import InputError
 from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.layers import tensors_at
-from captum_mipin.graph.modules import module_of, unwrapped
-from captum_mipin.graph.validate import as_extras, as_inputs, check_inputs
+from captum_mipin.graph.modules import module_of
+from captum_mipin.graph.validate import as_extras, as_inputs, as_model, check_inputs
 from captum_mipin.options import type_of
 from captum_mipin.propagation.final import below_final
 from captum_mipin.propagation.passes import MARKING, draft
@@ -61,7 +61,7 @@ def check(
         1       aten.softmax.int     refused    no rule covers it; ...
         2       aten.linear.default  supported  learned dense inverse
     """
-    model, inputs = unwrapped(model), as_inputs(example_inputs)
+    model, inputs = as_model(model), as_inputs(example_inputs)
     extras = as_extras(additional_forward_args)
     check_inputs(inputs, explained=layer is None)
     graphs = Graphs[None]()

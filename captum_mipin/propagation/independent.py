@@ -18,6 +18,7 @@ from captum_mipin.errors import CaptureError, UnsupportedOperationError
 from captum_mipin.graph.alone import Fault, fault
 from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
+from captum_mipin.graph.layout import folded_batch
 from captum_mipin.graph.marks import marks, original, value_of
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.nodes import is_random, nodes_in, operation, place
@@ -51,7 +52,8 @@ _MOVES = REARRANGED | {
 _WAY_OUT = (
     "Expected a model that computes each example alone, and the same in each call: give batch "
     "norms running statistics (track_running_stats=True), compute along other dimensions than "
-    "that of the batch, and switch random operations off in evaluation mode."
+    "that of the batch, and switch random operations off in evaluation mode. If the inputs are one "
+    "example, pass x.unsqueeze(0)."
 )
 
 
@@ -141,7 +143,9 @@ def check_graph(
     if not dependent:
         return
     moved = operation(dependent[0][0]) in _MOVES
-    if any(why is RANDOM for _, why in dependent) or not moved or _fault(model, call, output):
+    lost = folded_batch(value_of(captured.output), captured.batch) is None
+    random = any(why is RANDOM for _, why in dependent)
+    if random or lost or not moved or _fault(model, call, output):
         _refuse(CheckRow(place(n).path, str(original(n)), "refused", why) for n, why in dependent)
 
 

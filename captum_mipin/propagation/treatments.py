@@ -8,6 +8,7 @@ from torch import fx
 from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.marks import marks, original, value_of
 from captum_mipin.graph.nodes import is_random, is_size, nodes_in, operation, place
+from captum_mipin.propagation.batch_layout import FOLLOWS
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.report import CheckRow
 from captum_mipin.rules import Passes, Recorded, Rule
@@ -57,7 +58,7 @@ BATCH_SIZE = (
 )
 
 #: Largest number of refused operations that an error lists.
-_NAMED = 8
+NAMED = 8
 
 
 def check_supported(draft: Draft) -> None:
@@ -79,12 +80,21 @@ def refusal(refused: Sequence[CheckRow], rules: Mapping[str, Rule]) -> str:
 
 
 def listed(refused: Sequence[CheckRow]) -> list[str]:
-    """Return one line of an error text per refused operation, for the first ones."""
+    """Return one line of an error text per refused operation, for the first ones.
+
+    Operations that are refused only because one before them is refused are left out.
+    """
+    refused = causes(refused)
     lines = [
         f"  {row.operation} in {row.path or 'the model itself'}: {row.note}"
-        for row in refused[:_NAMED]
+        for row in refused[:NAMED]
     ]
-    return lines + [f"  … and {len(refused) - _NAMED} more"] * (len(refused) > _NAMED)
+    return lines + [f"  … and {len(refused) - NAMED} more"] * (len(refused) > NAMED)
+
+
+def causes(refused: Sequence[CheckRow]) -> list[CheckRow]:
+    """Return the rows of refused operations, without those that only follow from others."""
+    return [row for row in refused if row.note != FOLLOWS]
 
 
 def treatments(draft: Draft) -> list[CheckRow]:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from captum_mipin.errors import InverseFileError, MIPINError, ModelChangedError
-from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.validate import check_model, device_of
 from captum_mipin.storage import files
 from captum_mipin.storage.watch import fingerprint
@@ -60,7 +59,7 @@ class Saved(ABC):
             InverseFileError: The file was saved by another class, or it is incomplete or changed.
             ModelChangedError: The file was fitted to another model or to other weights.
         """
-        model = check_model(unwrapped(model))
+        model = check_model(model)
         tensors, content = files.load(path)
         name = repr(os.fspath(path))
         if not cls._accepts(content):

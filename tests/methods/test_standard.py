@@ -63,7 +63,7 @@ def test_grad_cam_has_the_size_of_the_input():
     torch.testing.assert_close(found, F.interpolate(inner, (8, 8), mode="bilinear").detach())
     assert GradCAM.get_name() == "Grad-CAM"
     with pytest.raises(
-        InputError, match=r"inputs is a tuple, expected one tensor \(batch, channels"
+        InputError, match=r"inputs are a tuple, expected one tensor \(batch, channels"
     ):
         GradCAM(model, model[3]).attribute((x,), 1)
 

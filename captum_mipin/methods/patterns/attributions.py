@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from captum_mipin.errors import InputError, NotFittedError
 from captum_mipin.graph.layers import Site
+from captum_mipin.graph.validate import as_model
 from captum_mipin.methods.base import Explanation, Propagation, Relevance, Signal, Table
 from captum_mipin.methods.layers import Layer, Neurons, Scale
 from captum_mipin.methods.patterns.fit import Patterns
@@ -23,6 +24,7 @@ class _WithPatterns(Propagation):
     _attribution: ClassVar[bool]
 
     def __init__(self, model: nn.Module, patterns: Patterns) -> None:
+        as_model(model)
         if not isinstance(patterns, Patterns):
             raise InputError(
                 f"patterns is {type_of(patterns)}, expected Patterns: pass "

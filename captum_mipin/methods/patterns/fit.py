@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_mipin.errors import FitError, ModelChangedError, NotFittedError
-from captum_mipin.graph.modules import module_of, unwrapped
+from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.signature import Signature, first_example
 from captum_mipin.graph.validate import (
+    as_model,
     check_model,
     check_output,
     device_of,
@@ -124,7 +125,7 @@ class Patterns(Saved):
     ) -> None:
         check_choice("estimator", estimator, ("linear", "positive"))
         check_output(output)
-        self.model, self.estimator, self.output = unwrapped(model), estimator, output
+        self.model, self.estimator, self.output = as_model(model), estimator, output
         self.layer = None if layer is None else module_of(layer, self.model)
         self.state: State | None = None
 
