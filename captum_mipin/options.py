@@ -106,7 +106,7 @@ def for_inputs(value: Any) -> str:
 def for_method(value: Any) -> str:
     """Return what to pass instead of a value that is not a method, for an error message."""
     if isinstance(value, type):
-        return f"pass an object of the class, such as {value.__name__}(model)"
+        return f"pass for example {value.__name__}(model)"
     if is_network(value):
         return "pass for example captum.attr.Saliency(model), and the network itself as model="
     if hasattr(value, "source_signal"):

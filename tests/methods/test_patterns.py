@@ -606,6 +606,26 @@ def test_a_class_whose_logit_was_never_positive_is_an_error(head):
         assert method(model, linear).attribute(x[:3], 0).any()  # the way out
 
 
+@pytest.mark.parametrize(
+    "last", [nn.ReLU, nn.ReLU6, lambda: nn.Sequential(nn.ReLU(), nn.Flatten())]
+)
+@pytest.mark.parametrize("head", ["dense", "convolution"])
+def test_a_class_that_a_final_relu_makes_0_is_an_error(head, last, tmp_path):
+    """Formerly its map was 0, and only the column "dead" of the report told it."""
+    model, x = _never_positive(head)
+    model = nn.Sequential(*model, last()).eval()
+    positive = Patterns(model).fit(x, progress=False)
+    positive.save(tmp_path / "patterns")
+    for patterns in (positive, Patterns.load(tmp_path / "patterns", model)):
+        for method in (PatternNet, PatternAttribution):
+            with pytest.raises(
+                NotFittedError, match="for class 0, because its output is always 0, as behind a Re"
+            ):
+                method(model, patterns).attribute(x[:3], [1, 0, 2])
+            shown = method(model, patterns).attribute(x, 1)
+            assert torch.equal(shown.flatten(1).any(1), model(x)[:, 1] > 0)
+
+
 def test_a_class_that_reads_nothing_has_a_map_of_zeros():
     model, x = _never_positive("dense")
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """PatternNet and PatternAttribution as Captum attributions."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from captum_mipin.methods.patterns.table import Merge, pattern_rules, reciprocal
 from captum_mipin.options import type_of
 from captum_mipin.rules import Options
 from captum_mipin.rules.base import Back
-from captum_mipin.types import Extras, Inputs
+from captum_mipin.targets import target_label
+from captum_mipin.types import Extras, Inputs, Target
 
 
 class _WithPatterns(Propagation):
@@ -51,6 +53,19 @@ class _WithPatterns(Propagation):
         """
         self.patterns.fitted()
         return super().explain(inputs, target, extras, layer)
+
+    def _start(self, output: Tensor, targets: Sequence[Target]) -> Tensor:
+        """Return the start of the backward pass.
+
+        Raises:
+            NotFittedError: A target's output was 0 for all data of the fit, as behind a ReLU. Where
+                it is 0, the start is 0 as well, and does not reach the neurons without patterns.
+        """
+        lost = self.patterns.fitted().zero.intersection(targets)
+        if lost and self.patterns.estimator == "positive":
+            place = ", ".join(str(target_label(target)) for target in sorted(lost))
+            raise _no_pattern(place, "its output is always 0, as behind a ReLU,")
+        return super()._start(output, targets)
 
     def _table(self) -> Table:
         return pattern_rules(self._layer, self._merge, attribution=self._attribution)
@@ -117,15 +132,25 @@ class _WithPatterns(Propagation):
         dead, idle = (~neurons.by_neuron(t).any(1) for t in (pattern, weight))
         lost = (neurons.outputs(s).any(0) & dead & ~idle).nonzero().flatten().tolist()
         if lost:
-            cause = "never positive, or constant"
-            way_out = ', or use Patterns(model, estimator="linear")'
+            place = f"{', '.join(map(str, lost))}, an output of {neurons.key}"
             if self.patterns.estimator == "linear":
-                cause, way_out = "constant", ""
-            raise NotFittedError(
-                f"no pattern was fitted for class {', '.join(map(str, lost))}, an output of "
-                f"{neurons.key}, because its logit is {cause} in the data of the fit: fit on data "
-                f"in which this logit varies and is positive{way_out}"
-            )
+                raise _no_pattern(place, "its logit is constant")
+            way_out = ', or use Patterns(model, estimator="linear")'
+            raise _no_pattern(place, "its logit is never positive, or constant", way_out)
+
+
+def _no_pattern(place: str, cause: str, way_out: str = "") -> NotFittedError:
+    """Return the error of a class without a pattern.
+
+    Args:
+        place: The class, and the operation of which it is an output.
+        cause: What its logit is in the data of the fit.
+        way_out: A way out besides other data.
+    """
+    return NotFittedError(
+        f"no pattern was fitted for class {place}, because {cause} in the data of the fit: fit on "
+        f"data in which this logit varies and is positive{way_out}"
+    )
 
 
 class PatternNet(_WithPatterns, Signal):

@@ -31,7 +31,7 @@ from captum_mipin.rules import Options
 from captum_mipin.rules.base import Back
 from captum_mipin.storage.saved import Saved
 from captum_mipin.storage.watch import Watch
-from captum_mipin.types import Extras, Inputs, Output
+from captum_mipin.types import Extras, Inputs, Output, Target
 
 Estimator = Literal["linear", "positive"]
 
@@ -72,11 +72,13 @@ class State:
         patterns: Module path and operation → the operation's patterns, shaped like its weights.
         report: The fits of all operations.
         watch: Detects changes of the model's weights.
+        zero: The classes whose output was 0 for all examples of the fit.
     """
 
     patterns: dict[str, Tensor]
     report: PatternReport
     watch: Watch
+    zero: frozenset[Target] = frozenset()
 
 
 class Patterns(Saved):
@@ -206,8 +208,9 @@ class Patterns(Saved):
                     data, batch_size, unpack, device, explained=self.layer is None, shard=shard
                 ):
                     bar.update(fitting.observe(inputs, extras))
+            zero = fitting.zero(processes)
             patterns, fits = fitting.solve(processes)
-        self.state = State(patterns, PatternReport(tuple(fits)), watch)
+        self.state = State(patterns, PatternReport(tuple(fits)), watch, zero)
         return self
 
     def fitted(self) -> State:
@@ -238,6 +241,7 @@ class Patterns(Saved):
             "output": self.output,
             "fingerprint": state.watch.fingerprint,
             "layers": [asdict(fit) for fit in state.report.layers],
+            "zero": sorted(map(list, state.zero)),
         }
 
     @classmethod
@@ -246,7 +250,8 @@ class Patterns(Saved):
     ) -> "Patterns":
         patterns = cls(model, estimator=content["estimator"], output=content["output"])
         report = PatternReport(tuple(PatternFit(**fit) for fit in content["layers"]))
-        patterns.state = State(tensors, report, Watch(model, content["fingerprint"]))
+        zero = frozenset(map(tuple, content["zero"]))
+        patterns.state = State(tensors, report, Watch(model, content["fingerprint"]), zero)
         return patterns
 
 
@@ -267,6 +272,7 @@ class _Fitting(Signal):
         self.weights: dict[str, tuple[Neurons, Tensor]] = {}
         self.example: tuple[Inputs, Extras] | None = None
         self.signature: Signature | None = None
+        self._nonzero: Tensor | None = None  # entries of the output that have not been 0 always
         self.count, self._batch = 0, 0
         self._layer_at, self._positive = patterns.layer, patterns.estimator == "positive"
 
@@ -288,7 +294,18 @@ class _Fitting(Signal):
         self.example = self.example or first_example(inputs, extras, captured.shared)
         self.signature = self.signature or Signature.of(inputs, extras, captured.shared)
         self.count, self._batch = self.count + len(output), self._batch + 1
+        nonzero = (output != 0).any(0).cpu()
+        before = nonzero if self._nonzero is None else self._nonzero
+        # an output of the size of the inputs is not followed
+        self._nonzero = nonzero | (before if before.shape == nonzero.shape else True)
         return len(output)
+
+    def zero(self, processes: Processes) -> frozenset[Target]:
+        """Return the classes whose output is 0 for all examples of all processes."""
+        known = [part for part in processes.gather(self._nonzero) if part is not None]
+        same = len({part.shape for part in known}) == 1  # else it has the size of the inputs
+        zeros = (~torch.stack(known).any(0)).nonzero().tolist() if same else []
+        return frozenset(map(tuple, zeros))
 
     def solve(self, processes: Processes) -> tuple[dict[str, Tensor], list[PatternFit]]:
         """Return the patterns of all operations, and the counts of each operation's fit."""
