@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.diagnosis import quiet
 from captum_mipin.graph.functional import NotRewritableError, functional
+from captum_mipin.graph.losses import spell_losses
 from captum_mipin.graph.marks import inherit, value_of
 from captum_mipin.graph.modules import OWN, named_tensors
 from captum_mipin.graph.recurrence import KINDS, WHOLE, Whole, in_parts
@@ -62,6 +63,7 @@ def export_graph(
             program = export(model, arguments, dynamic_shapes=shapes, strict=False)
         if detached:
             _detach(program.graph)
+        spell_losses(program.graph)
         for node in program.graph.nodes:
             if node.target is torch.ops.aten.matmul.default:
                 node.target = _VECTORS.get(tuple(value_of(n).ndim for n in node.args), node.target)

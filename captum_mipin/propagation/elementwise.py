@@ -5,12 +5,12 @@ function f(x) of each element. It is treated as one operation: by a built-in act
 same values if there is one, else as the function itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from math import isfinite
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from captum_mipin.graph.marks import mark, marks, original, value_of
 from captum_mipin.graph.nodes import nodes_in, operation
@@ -22,7 +22,7 @@ from captum_mipin.rules.base import varies
 from captum_mipin.rules.gates import is_gate
 
 #: Operations that compute each element of their result from the same element of their arguments.
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     {name.split(".")[1] for name in ACTIVATIONS} - {"glu"}
     | {name.split(".")[0] for name in CURVES}
     | {"add", "sub", "rsub", "mul", "div", "neg", "maximum", "minimum", "where", "masked_fill",
@@ -89,7 +89,8 @@ def _replace(draft: Draft, node: fx.Node, recognised: bool = False) -> bool:
     """
     general = Elementwise.name in list(draft.rules) and not recognised
     chosen: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
-    for x, inside in _arguments(draft, node):
+    order = {n: at for at, n in enumerate(draft.graph.nodes)}
+    for x, inside in arguments_of(node, varies, order, ELEMENTWISE, draft.starts):
         sources = dict.fromkeys(n for one in inside for n in one.all_input_nodes)
         constants = [n for n in sources if n not in inside and n is not x]
         function = Elementwise(extract(draft.graph, [x, *constants], [node]))
@@ -108,27 +109,41 @@ def _replace(draft: Draft, node: fx.Node, recognised: bool = False) -> bool:
     return True
 
 
-def _arguments(draft: Draft, node: fx.Node) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
+def arguments_of(
+    node: fx.Node,
+    varies: Callable[[Any], bool],
+    order: Mapping[fx.Node, int],
+    operations: Collection[str],
+    starts: Collection[fx.Node] = (),
+) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
     """Yield each tensor of which ``node`` is a function, element by element, the nearest first.
+
+    Args:
+        node: The node.
+        varies: Function that returns False for constants.
+        order: Node → its position in the graph.
+        operations: Names of the operations that work element by element.
+        starts: Nodes whose arguments are not looked at.
 
     Yields:
         The node x of the tensor; the nodes of the operations from x to ``node``, with ``node``.
     """
-    order = {n: at for at, n in enumerate(draft.graph.nodes)}
-    shape, inside, ends = str(value_of(node).shape), {node}, _varying(node)
+    shape, inside, ends = str(value_of(node).shape), {node}, _varying(node, varies)
     while ends:
         last = max(ends, key=order.__getitem__)
-        if not is_tensor(last) or str(value_of(last).shape) != shape:
+        value = value_of(last)
+        value = value[0] if isinstance(value, tuple) else value
+        if not isinstance(value, Tensor) or str(value.shape) != shape:
             return
-        if len(ends) == 1 and value_of(last).is_floating_point():
+        if len(ends) == 1 and is_tensor(last) and value.is_floating_point():
             yield last, set(inside)
-        if last in draft.starts or operation(last) not in _ELEMENTWISE:
+        if last in starts or operation(last) not in operations:
             return
         inside.add(last)
-        ends = ends - {last} | _varying(last)
+        ends = ends - {last} | _varying(last, varies)
 
 
-def _varying(node: fx.Node) -> set[fx.Node]:
+def _varying(node: fx.Node, varies: Callable[[Any], bool]) -> set[fx.Node]:
     return {n for n in nodes_in((node.args, node.kwargs)) if varies(n)}
 
 

@@ -3,61 +3,100 @@
 Methods that send back a value of the output, or that compute a cross entropy, start from logits.
 The functions of this module replace the output of a captured graph by these logits. All such
 methods use them; gradients do not, because the gradient of a probability is well defined.
+
+A sigmoid is known by its values, however it is written: if the output is f(z) for each element z,
+and f(z) = σ(a z + b) or log σ(a z + b) on a grid, the logits are a z + b. A softmax is known by its
+form. Behind it, log p and, in a loss, −log p may be computed.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from math import isclose, isfinite
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import hardsigmoid
 
 from captum_mipin.errors import LogitsWarning, UnsupportedOperationError
 from captum_mipin.graph.capture import CapturedGraph
-from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.marks import inherit, value_of
 from captum_mipin.graph.nodes import argument, operation, place
 from captum_mipin.graph.validate import level_of_caller
 from captum_mipin.propagation.draft import descendants
+from captum_mipin.propagation.elementwise import ELEMENTWISE, arguments_of
 from captum_mipin.report import CheckRow
 from captum_mipin.rules.gates import REARRANGED
 
-#: Operation on logits → its name in messages. Each has the logits as its first argument.
-_NAMES = {
-    "sigmoid": "sigmoid", "hardsigmoid": "hardsigmoid", "special_expit": "sigmoid",
-    "log_sigmoid": "log-sigmoid", "softmax": "softmax", "_softmax": "softmax",
+#: Operations that compute a softmax of their first argument, or its logarithm.
+_SOFTMAXES = {
+    "softmax": "softmax", "_softmax": "softmax",
     "log_softmax": "log-softmax", "_log_softmax": "log-softmax",
 }  # fmt: skip
+
 #: Operations by which a model may compute its output from several probabilities.
 _COMBINED = REARRANGED | {
     "cat", "stack", "mean", "sum", "amax", "max", "clamp", "clamp_min", "clamp_max", "minimum",
     "maximum", "add", "sub", "rsub", "mul", "div", "neg", "log", "log1p", "exp",
     "log2", "log10", "expm1", "pow", "square", "sqrt", "rsqrt", "reciprocal", "abs",
+    "gather", "index", "index_select", "masked_fill",
 }  # fmt: skip
-_MOVES = REARRANGED - {"rsub"}
+
+#: Operations that move and choose the elements of their first argument.
+_MOVES = REARRANGED - {"rsub"} | {"gather", "index", "index_select", "masked_fill"}
+
+#: Operations that compute each element of their result from the same element of their arguments.
+_FUNCTIONS = ELEMENTWISE | {
+    "special_expit", "log_sigmoid", "log_sigmoid_forward", "getitem", "log2", "log10", "exp2",
+    "logaddexp",
+}  # fmt: skip
+
+#: Operations with a constant result → its value.
+_CONSTANTS = {
+    f"{prefix}{name}{suffix}": torch.tensor(value, dtype=torch.float64)
+    for name, value in (("zeros", 0.0), ("ones", 1.0))
+    for prefix, suffix in (("new_", ""), ("", "_like"), ("", ""))
+}
+
+#: Points at which functions are compared; at ±30, a probability that is clamped shows.
+_GRID = torch.linspace(-30, 30, 121, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Final:
-    """A sigmoid or softmax.
+    """A sigmoid or softmax, or a function of it that rises or falls with its logits.
 
     Attributes:
         name: "sigmoid", "softmax", ...
         node: The node of its result.
-        logits: The node of its argument.
+        source: The node z of its argument.
+        scale: The factor a of the logits a z + b.
+        shift: The summand b.
     """
 
     name: str
     node: fx.Node
-    logits: fx.Node
+    source: fx.Node
+    scale: float = 1.0
+    shift: float = 0.0
 
-    def __str__(self) -> str:
-        return f"{self.name} ({place(self.node).path or 'the model itself'})"
+    @property
+    def note(self) -> str:
+        """The note in a table of :func:`~captum_mipin.check`."""
+        if self.scale > 0:
+            return f"the {self.name} ends the model: the logits that go into it are explained"
+        return (
+            f"the {self.name} ends the model, in an output that falls with it, such as 1 - p or a "
+            "loss: minus the logits that go into it are explained"
+        )
 
 
 def below_final(captured: CapturedGraph) -> tuple[CapturedGraph, CheckRow | None]:
     """Return the graph whose output are the logits, and the row of the sigmoid or softmax above.
 
-    Rearrangements behind the sigmoid or softmax, such as ``squeeze`` and slices, stay.
+    Rearrangements behind the sigmoid or softmax, such as ``squeeze``, slices and the choice of an
+    entry by ``gather``, stay.
 
     Args:
         captured: The graph of a model.
@@ -65,25 +104,27 @@ def below_final(captured: CapturedGraph) -> tuple[CapturedGraph, CheckRow | None
     Returns:
         The graph, and its row in a table of :func:`~captum_mipin.check`: None if the model does not
         end in a sigmoid or softmax; "refused" if the output is computed from probabilities in a way
-        for which no logits are defined, such as 1 − p. The graph then is the same.
+        for which no logits are defined, such as their mean. The graph then is the same.
     """
-    node, moves = captured.output, list[fx.Node]()
-    while operation(node) in _MOVES:
-        moves.append(node)
+    search, node = _Search(captured), captured.output
+    behind: list[fx.Node] = []  # the operations behind ``node``, in order of execution
+    while True:
+        final = search.final(node, [n for n in behind if operation(n) not in _MOVES])
+        if final is not None:
+            moves = [n for n in behind if operation(n) in _MOVES]
+            return _moved(captured, final, moves), _row(final, "supported", final.note)
+        if operation(node) not in _MOVES and not search.is_function(node):
+            break
+        behind.insert(0, node)
         node = node.all_input_nodes[0]
-    final = _final(node)
+    final = search.combined()
     if final is None:
-        final = _combined(captured)
-        if final is None:
-            return captured, None
-        note = (
-            f"the output is computed from the result of a {final.name}, so that its logits are not "
-            "known: return the logits"
-        )
-        return captured, _row(final, "refused", note)
-    note = f"the {final.name} ends the model: the logits that go into it are explained"
-    row = _row(final, "supported", note)
-    return _moved(captured, final.logits, moves[::-1]), row
+        return captured, None
+    note = (
+        f"the output is computed from the result of a {final.name}, so that its logits are not "
+        "known: return the logits"
+    )
+    return captured, _row(final, "refused", note)
 
 
 def require_logits(captured: CapturedGraph) -> CapturedGraph:
@@ -117,24 +158,30 @@ def _row(final: Final, status: str, note: str) -> CheckRow:
     return CheckRow(place(final.node).path, str(final.node.target), status, note)
 
 
-def _moved(captured: CapturedGraph, logits: fx.Node, moves: Sequence[fx.Node]) -> CapturedGraph:
+def _moved(captured: CapturedGraph, final: Final, moves: Sequence[fx.Node]) -> CapturedGraph:
     """Return the graph whose output are the logits after some rearrangements.
 
     Args:
-        captured: The graph, which is copied if there are rearrangements.
-        logits: The node of the logits.
+        captured: The graph, which is copied if the output is not ``final.source`` itself.
+        final: The sigmoid or softmax.
         moves: The nodes of the rearrangements, in order of execution.
     """
-    if not moves:
-        return replace(captured, output=logits, places={})
+    if not moves and (final.scale, final.shift) == (1, 0):
+        return replace(captured, output=final.source, places={})
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.graph_copy(captured.graph, copies)
     names = {node.name: copy.name for node, copy in copies.items()}
-    output = copies[logits]
+    output = copies[final.source]
     for move in moves:
         sources = {**copies, move.all_input_nodes[0]: output}
         with graph.inserting_after(copies[move]):
             output = graph.node_copy(move, sources.__getitem__)
+    aten, a, b = torch.ops.aten, final.scale, final.shift
+    calls = [(aten.neg.default,)] if a == -1 else [(aten.mul.Tensor, a)] if a != 1 else []
+    for target, *numbers in [*calls, *([(aten.add.Tensor, b)] if b else [])]:
+        with graph.inserting_after(output):
+            source, output = output, graph.call_function(target, (output, *numbers))
+        inherit(output, source, original=target)
     return replace(
         captured,
         graph=graph,
@@ -146,73 +193,135 @@ def _moved(captured: CapturedGraph, logits: fx.Node, moves: Sequence[fx.Node]) -
     )
 
 
-def _combined(captured: CapturedGraph) -> Final | None:
-    """Return a sigmoid or softmax if the output is computed from such probabilities alone."""
-    named = {node.name: node for node in captured.graph.nodes}
-    varying = descendants([named[name] for name in captured.arguments if name in named])
-    found: Final | None = None
-    stack, seen = [captured.output], set[fx.Node]()
-    while stack:
-        node = stack.pop()
-        if node in seen or node not in varying:
-            continue
-        seen.add(node)
-        final = _final(node)
-        if final is not None:
-            found = found or final
-        elif operation(node) in _COMBINED:
-            stack.extend(node.all_input_nodes)
-        else:
+class _Search:
+    """The search for a sigmoid or softmax at the end of a graph.
+
+    Args:
+        captured: The graph.
+    """
+
+    def __init__(self, captured: CapturedGraph) -> None:
+        self._output = captured.output
+        named = {node.name: node for node in captured.graph.nodes}
+        arguments = [named[name] for name in captured.arguments if name in named]
+        self._varying = descendants(arguments)
+        self._order = {node: at for at, node in enumerate(captured.graph.nodes)}
+
+    def final(self, node: Any, behind: Collection[fx.Node] = ()) -> Final | None:
+        """Return the sigmoid or softmax whose result a node is, also one that is written by hand.
+
+        Args:
+            node: The node.
+            behind: Functions of one element that follow, in order of execution. The result of the
+                last of them has to rise or fall with the logits.
+        """
+        found = _softmax(node)
+        if found is not None:
+            name, logits = found
+            p = _GRID.sigmoid()
+            y = _value({node: p.log() if name == "log-softmax" else p}, [], behind)
+            for form, sign in ((p, 1), (p.log(), 1), (-p.log(), -1)):
+                if y is not None and torch.allclose(y, form, 1e-11, 1e-15):
+                    return Final(name, node, logits, sign)
             return None
-    return found
+        other: Final | None = None
+        if operation(node) in _FUNCTIONS:
+            varies = self._varying.__contains__
+            for z, inside in arguments_of(node, varies, self._order, _FUNCTIONS):
+                y = _value({z: _GRID}, sorted(inside, key=self._order.__getitem__), behind)
+                match = None if y is None else _logistic(y)
+                if match is not None and match[1:] == (1, 0):
+                    return Final(match[0], node, z)
+                if match is not None and other is None:
+                    other = Final(match[0], node, z, *match[1:])
+        return other
+
+    def is_function(self, node: fx.Node) -> bool:
+        """Return True for a function of each element of the first argument and of numbers."""
+        return operation(node) in _FUNCTIONS and len(node.all_input_nodes) == 1
+
+    def combined(self) -> Final | None:
+        """Return a sigmoid or softmax if the output is computed from such probabilities alone."""
+        found: Final | None = None
+        stack, seen = [self._output], set[fx.Node]()
+        while stack:
+            node = stack.pop()
+            if node in seen or node not in self._varying:
+                continue
+            seen.add(node)
+            final = self.final(node)
+            if final is not None:
+                found = found or final
+            elif operation(node) in _COMBINED:
+                stack.extend(node.all_input_nodes)
+            else:
+                return None
+        return found
 
 
-def _final(node: Any) -> Final | None:
-    """Return the sigmoid or softmax whose result a node is, also one that is written by hand."""
+def _value(
+    values: dict[fx.Node, Any], nodes: Collection[fx.Node], behind: Collection[fx.Node]
+) -> Tensor | None:
+    """Return the result of functions of one element; None if it depends on the model's weights.
+
+    Args:
+        values: The node that the functions begin at, and its value.
+        nodes: The functions up to some result, in order of execution.
+        behind: Further functions of this result, one of the other.
+    """
+    (result,) = values.values()
+    try:
+        for node in nodes:
+            result = values[node] = _run(node, values)
+        for node in behind:
+            result = _run(node, {node.all_input_nodes[0]: result})
+    except (KeyError, RuntimeError, TypeError):
+        return None
+    return result if isinstance(result, Tensor) and result.shape == _GRID.shape else None
+
+
+def _run(node: Any, values: dict[fx.Node, Any]) -> Any:
+    """Return the value of a node for the values of others."""
+    if operation(node) in ("_to_copy", "clone", "alias", "contiguous", "detach"):
+        return values[node.args[0]]
+
+    def known(n: fx.Node) -> Any:
+        return values[n] if n in values else _CONSTANTS[operation(n)]
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), known)
+    return node.target(*args, **kwargs)
+
+
+def _logistic(y: Tensor) -> tuple[str, float, float] | None:
+    """Return name, a and b if y = σ(a z + b) or log σ(a z + b) for the points z; else None."""
+    middle = len(_GRID) // 2
+    for name, p in (("sigmoid", y), ("log-sigmoid", y.exp())):
+        # log(p / (1 − p)) = a z + b at z = −1, 0 and 1
+        below, b, above = map(float, p[[middle - 2, middle, middle + 2]].logit())
+        a = (above - below) / 2
+        if not isfinite(a) or not isfinite(b):
+            continue
+        a, b = (float(round(n)) if isclose(n, round(n), abs_tol=1e-9) else n for n in (a, b))
+        if a != 0 and torch.allclose(p, (a * _GRID + b).sigmoid(), 1e-11, 1e-15):
+            return name, a, b
+    for a in (1.0, -1.0):
+        if torch.allclose(y, hardsigmoid(a * _GRID), 1e-11, 1e-15):
+            return "hardsigmoid", a, 0.0
+    return None
+
+
+def _softmax(node: Any) -> tuple[str, fx.Node] | None:
+    """Return the name and the logits of a softmax, also one that is written by hand."""
     kind: str = operation(node)
     args: Any = getattr(node, "args", ())
-    if kind in _NAMES:
-        if "softmax" in kind and _over_batch(node):
-            return None  # it mixes the examples
-        return Final(_NAMES[kind], node, args[0])
-    if kind == "getitem" and operation(args[0]) == "log_sigmoid_forward":
-        return Final("log-sigmoid", node, args[0].args[0])
-    if kind in ("log", "exp"):  # the log of a softmax, or the exp of a log-softmax
-        inner = _final(args[0])
-        inverse = inner is not None and inner.name.startswith("log-") == (kind == "exp")
-        return Final(f"{kind} of {inner.name}", node, inner.logits) if inner and inverse else None
-    if kind == "mul" and 1 in args:  # 1 / x is traced as reciprocal(x) * 1
-        return _final(args[0])
-    written = _by_hand(kind, args)
-    return written and Final(written[0], node, written[1])
-
-
-def _by_hand(kind: str, args: Any) -> tuple[str, fx.Node] | None:
-    """Return the name and the logits of a sigmoid or softmax made of other operations."""
+    if kind in _SOFTMAXES:  # over the batch, it mixes the examples
+        return None if _over_batch(node) else (_SOFTMAXES[kind], args[0])
     if kind == "sub" and operation(args[1]) == "logsumexp" and args[1].args[0] is args[0]:
         return None if _over_batch(args[1]) else ("log-softmax", args[0])
-    if kind == "neg" and operation(args[0]) == "softplus" and len(args[0].args) == 1:
-        inner = args[0].args[0]
-        return ("log-sigmoid", inner.args[0]) if operation(inner) == "neg" else None
-    if kind == "div":
-        top, bottom = args[:2]
-    elif kind == "reciprocal":
-        top, bottom = 1, args[0]
-    else:
+    if kind != "div" or operation(args[0]) != "exp" or operation(args[1]) != "sum":
         return None
-    if operation(top) == "exp":
-        z = top.args[0]
-        if operation(bottom) == "sum" and _same(bottom.args[0], top):
-            return None if _over_batch(bottom) else ("softmax", _unshifted(z))
-        if operation(bottom) == "add" and 1 in bottom.args:  # exp(z) / (1 + exp(z))
-            (exp,) = bottom.all_input_nodes
-            return ("sigmoid", z) if _same(exp, top) else None
-    # 1 / (1 + exp(−z))
-    if type(top) in (int, float) and top == 1 and operation(bottom) == "add" and 1 in bottom.args:
-        (exp,) = bottom.all_input_nodes
-        if operation(exp) == "exp" and operation(exp.args[0]) == "neg":
-            return "sigmoid", exp.args[0].args[0]
-    return None
+    alike = _same(args[1].args[0], args[0]) and not _over_batch(args[1])
+    return ("softmax", _unshifted(args[0].args[0])) if alike else None
 
 
 def _over_batch(node: Any) -> bool:

@@ -24,10 +24,16 @@ _SIZED = (
     *SHAPE, "split", "split_with_sizes", "unsafe_split", "new_zeros", "new_ones", "new_empty",
 )  # fmt: skip
 
+#: Operations on logits, by which a model may end.
+_FROM_LOGITS = (
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "cross_entropy_loss",
+    "nll_loss_nd", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+)  # fmt: skip
+
 #: Operation without a rule → reason or advice, appended to the reason for its refusal.
 _HINTS = {
     **dict.fromkeys(
-        ("softmax", "_softmax", "log_softmax", "_log_softmax", "cross_entropy_loss", "nll_loss_nd"),
+        _FROM_LOGITS,
         "; where it ends the model, return the logits that go into it; elsewhere its values depend "
         "only on differences of its inputs, so that no input has a share of its own",
     ),

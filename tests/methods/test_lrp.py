@@ -884,11 +884,3 @@ def test_a_model_that_returns_the_logit_of_a_label_is_explained_as_for_this_targ
     x, y = normal(5, 4), torch.tensor([2, 0, 1, 1, 0])
     one = LRP(model).attribute(x, additional_forward_args=y)
     torch.testing.assert_close(one, LRP(logits).attribute(x, y))
-
-
-def test_a_loss_is_refused_with_the_advice_to_return_the_logits():
-    model = Function(
-        lambda m, x, y: F.cross_entropy(m["last"](x), y, reduction="none"), last=nn.Linear(4, 3)
-    ).eval()
-    with pytest.raises(UnsupportedOperationError, match=r"cross_entropy_loss.*return the logits"):
-        LRP(model).attribute(normal(2, 4), additional_forward_args=torch.tensor([0, 2]))

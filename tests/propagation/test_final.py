@@ -1,5 +1,6 @@
 """A final sigmoid or softmax: methods that start from logits take them, and say so."""
 
+import math
 import warnings
 
 import pytest
@@ -8,12 +9,19 @@ from small import normal
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import InverseNetwork, check
+from captum_mipin import InverseNetwork, MIPINAttribution, check
 from captum_mipin.bottleneck import IBA
 from captum_mipin.errors import LogitsWarning, UnsupportedOperationError
 from captum_mipin.graph.capture import capture
 from captum_mipin.graph.subgraph import Part
-from captum_mipin.methods import LRP, DeepTaylor, ExcitationBackprop, GuidedBackprop
+from captum_mipin.methods import (
+    LRP,
+    DeepTaylor,
+    ExcitationBackprop,
+    GuidedBackprop,
+    PatternNet,
+    Patterns,
+)
 from captum_mipin.methods.gradients import Gradient
 from captum_mipin.propagation.final import below_final
 
@@ -58,6 +66,51 @@ TAKEN = {
 }
 
 
+#: A sigmoid of z, or another function of z that falls or rises with it, in other spellings.
+TAKEN |= {
+    "tanh": (lambda z: 0.5 * (1 + torch.tanh(z / 2)), lambda z: z),
+    "tanh of z": (lambda z: (torch.tanh(z) + 1) / 2, lambda z: 2 * z),
+    "tanh and addition": (lambda z: 0.5 + 0.5 * torch.tanh(0.5 * z), lambda z: z),
+    "exp of the log": (lambda z: F.logsigmoid(z).exp(), lambda z: z),
+    "log of the sigmoid": (lambda z: z.sigmoid().log(), lambda z: z),
+    "1 - p": (lambda z: 1 - z.sigmoid(), lambda z: -z),
+    "1 - p of -z": (lambda z: 1 - torch.sigmoid(-z), lambda z: z),
+    "log(1 - p)": (lambda z: torch.log1p(-z.sigmoid()), lambda z: -z),
+    "-softplus(z)": (lambda z: -F.softplus(z), lambda z: -z),
+    "exp(-softplus(-z))": (lambda z: torch.exp(-F.softplus(-z)), lambda z: z),
+    "-log1p(exp(-z))": (lambda z: -torch.log1p(torch.exp(-z)), lambda z: z),
+    "-logaddexp(0, -z)": (lambda z: -torch.logaddexp(torch.zeros_like(z), -z), lambda z: z),
+    "1 / (1 + 1 / exp(z))": (lambda z: 1 / (1 + 1 / z.exp()), lambda z: z),
+    "1 - 1 / (1 + exp(z))": (lambda z: 1 - 1 / (1 + z.exp()), lambda z: z),
+    "1 / (1 + 3 exp(-z))": (lambda z: 1 / (1 + 3 * torch.exp(-z)), lambda z: z - math.log(3)),
+    "without overflow": (
+        lambda z: torch.where(z >= 0, 1 / (1 + (-z).exp()), z.exp() / (1 + z.exp())),
+        lambda z: z,
+    ),
+    "power": (lambda z: (1 + torch.exp(-z)) ** -1, lambda z: z),
+    "a temperature": (lambda z: torch.sigmoid(z / 5), lambda z: z / 5),
+    "relu6": (lambda z: F.relu6(z + 3) / 6, lambda z: z),
+    "clamp": (lambda z: (z / 6 + 0.5).clamp(0, 1), lambda z: z),
+    "a second class of zeros": (
+        lambda z: torch.stack([z, torch.zeros_like(z)], 2).softmax(2)[..., 0],
+        lambda z: z,
+    ),
+    "log of one class": (lambda z: z.softmax(1)[:, 1].log(), lambda z: z[:, 1]),
+    "the entry of a class": (
+        lambda z: z.sigmoid()[torch.arange(z.shape[0]), z.argmax(1)],
+        lambda z: z.amax(1),
+    ),
+    "a loss": (
+        lambda z: -F.log_softmax(z, 1).gather(1, z.argmin(1)[:, None]).squeeze(1),
+        lambda z: -z.amin(1),
+    ),
+    "a loss by the log of a softmax": (
+        lambda z: -torch.log(z.softmax(1)[:, 2]),
+        lambda z: -z[:, 2],
+    ),
+}
+
+
 def once(z):
     e = z.exp()
     return e / e.sum(1, keepdim=True)
@@ -81,7 +134,16 @@ def exp_over_one(z):
 TAKEN |= {how.__name__: (how, lambda z: z) for how in (once, shifted, shifted_by_max, exp_over_one)}
 
 REFUSED = {
-    "1 - p": lambda z: 1 - z.sigmoid(),
+    "1 - p of a softmax": lambda z: 1 - z.softmax(1),
+    "minus a probability": lambda z: -z.sigmoid(),
+    "minus the log of a sigmoid": lambda z: -F.logsigmoid(z),
+    "twice a probability": lambda z: 2 * z.sigmoid() - 1,
+    "clamped in a loss": lambda z: -z.softmax(1).clamp(min=1e-12).log(),
+    "a small number added": lambda z: (z.softmax(1) + 1e-10).log(),
+    "a tanh squared": lambda z: (0.5 * (1 + torch.tanh(z / 2))) ** 2,
+    "both classes by tanh": lambda z: (lambda p: torch.stack([p, 1 - p], 2))(
+        torch.tanh(z).add(1).div(2)
+    ),
     "both classes of a sigmoid": lambda z: torch.cat(
         [1 - z[:, :1].sigmoid(), z[:, :1].sigmoid()], 1
     ),
@@ -142,6 +204,120 @@ def test_what_has_no_logits_is_refused(end):
     with pytest.raises(UnsupportedOperationError, match=r"(sigmoid|softmax).*logits"):
         LRP(model).attribute(x, target=None if model(x).ndim == 1 else (0,) * (model(x).ndim - 1))
     assert [row for row in check(model, x).refused if "logits are not known" in row.note]
+
+
+def by_hand(z, y):
+    return -torch.log(z.exp() / z.exp().sum(1, keepdim=True))[torch.arange(len(z)), y]
+
+
+#: Spellings of −log softmax(z)_y, the loss of a class y.
+LOSSES = {
+    "cross_entropy": lambda z, y: F.cross_entropy(z, y, reduction="none"),
+    "module": lambda z, y: nn.CrossEntropyLoss(reduction="none")(z, y),
+    "nll_loss": lambda z, y: F.nll_loss(F.log_softmax(z, 1), y, reduction="none"),
+    "nll_loss of log": lambda z, y: F.nll_loss(z.softmax(-1).log(), y, reduction="none"),
+    "gather": lambda z, y: -F.log_softmax(z, 1).gather(1, y[:, None])[:, 0],
+    "log of gather": lambda z, y: -z.softmax(1).gather(1, y[:, None]).log().squeeze(),
+    "index": lambda z, y: -F.log_softmax(z, 1)[torch.arange(z.shape[0]), y],
+    "by hand": by_hand,
+    "loop": lambda z, y: torch.stack([F.cross_entropy(a, b) for a, b in zip(z, y, strict=True)]),
+    "loop over batches of one": lambda z, y: torch.stack(
+        [F.cross_entropy(z[i : i + 1], y[i : i + 1]) for i in range(len(z))]
+    ),
+    "of places": lambda z, y: F.cross_entropy(z[..., None], y[:, None], reduction="none")[:, 0],
+}
+
+
+class Loses(Ends):
+    """A network that returns a function of its logits and of a label of each example."""
+
+    def forward(self, x, y):
+        return self.end(self.body(x), y)
+
+
+def losing(end):
+    return Loses(end).double().eval()
+
+
+@pytest.mark.filterwarnings("ignore::captum_mipin.errors.LogitsWarning")
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_explained_as_minus_the_logit_of_its_class(name):
+    x, y = normal(40, 5, dtype=torch.float64), torch.arange(40) % 3
+    found = []
+    for model in (losing(LOSSES[name]), losing(lambda z, y: -z.gather(1, y[:, None]).squeeze(1))):
+        torch.testing.assert_close(model(x, y).shape, y.shape)
+        patterns = Patterns(model, estimator="linear").fit([(x, y)], unpack=tuple, progress=False)
+        inverse = InverseNetwork(model).fit([(x, y)], unpack=tuple, progress=False)
+        methods = (LRP(model), DeepTaylor(model), ExcitationBackprop(model),
+                   PatternNet(model, patterns), MIPINAttribution(model, inverse))  # fmt: skip
+        found.append([m.attribute(x[:3], additional_forward_args=y[:3]) for m in methods])
+        alone = [
+            [m.attribute(x[i : i + 1], additional_forward_args=y[i : i + 1]) for i in range(3)]
+            for m in methods
+        ]
+        for one, together in zip(alone, found[-1], strict=True):
+            torch.testing.assert_close(torch.cat(one), together)
+    torch.testing.assert_close(*found)
+
+
+def test_check_and_the_warning_say_that_a_loss_falls_with_its_logit():
+    model, x, y = losing(LOSSES["cross_entropy"]), normal(3, 5).double(), torch.arange(3)
+    *_, last = check(model, x, y).rows
+    assert (last.operation, last.status) == ("aten.log_softmax.int", "supported")
+    assert "minus the logits" in last.note
+    with pytest.warns(LogitsWarning, match="such as 1 - p or a loss: minus the logits"):
+        LRP(model).attribute(x, additional_forward_args=y)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_those_of_the_loss(name):
+    model, x, y = losing(LOSSES[name]), normal(4, 5).double().requires_grad_(), torch.arange(4) % 3
+    (expected,) = torch.autograd.grad(model(x, y).sum(), x)
+    found = Gradient(model).attribute(x.detach(), additional_forward_args=y)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore::captum_mipin.errors.LogitsWarning")
+def test_an_example_whose_label_is_ignored_has_the_map_0():
+    model = losing(lambda z, y: F.cross_entropy(z, y, reduction="none", ignore_index=7))
+    x, y = normal(3, 5).double(), torch.tensor([2, 7, 1])
+    for method in (LRP(model), Gradient(model)):
+        found = method.attribute(x, additional_forward_args=y)
+        assert not found[1].any()
+        assert found[0].any()
+        assert found[2].any()
+
+
+def test_the_likelihood_of_bare_scores_is_a_choice():
+    model = losing(lambda z, y: -F.nll_loss(z, y, reduction="none"))
+    x, y = normal(3, 5).double(), torch.tensor([2, 0, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = LRP(model).attribute(x, additional_forward_args=y)
+    expected = LRP(network(lambda z: z).double()).attribute(x, target=y)
+    torch.testing.assert_close(found, expected)
+
+
+AMBIGUOUS = {
+    "smoothed": lambda z, y: F.cross_entropy(z, y, reduction="none", label_smoothing=0.1),
+    "weights": lambda z, y: F.cross_entropy(z, y, z.new_ones(3), reduction="none"),
+    "soft labels": lambda z, y: F.cross_entropy(z, F.one_hot(y, 3).double(), reduction="none"),
+    "mean of the batch": F.cross_entropy,
+    "binary": lambda z, y: F.binary_cross_entropy_with_logits(
+        z[:, 0], (y > 0).double(), reduction="none"
+    ),
+    "binary of p": lambda z, y: F.binary_cross_entropy(
+        z[:, 0].sigmoid(), (y > 0).double(), reduction="none"
+    ),
+    "by logsumexp": lambda z, y: z.logsumexp(1) - z.gather(1, y[:, None])[:, 0],
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_losses_of_several_classes_are_refused_with_the_advice_to_return_the_logits(name):
+    x, y = normal(3, 5).double(), torch.tensor([2, 0, 1])
+    with pytest.raises(UnsupportedOperationError, match=r"aten.* in the .*return the logits"):
+        LRP(losing(AMBIGUOUS[name])).attribute(x, additional_forward_args=y)
 
 
 METHODS = {
