@@ -29,7 +29,7 @@ from captum_mipin.cli.images import ImageFolder
 from captum_mipin.cli.models import load_model, outputs_of, predict, read_names
 from captum_mipin.cli.words import plainly
 from captum_mipin.comparison import Comparison, Row
-from captum_mipin.comparison.methods import label_of, reading
+from captum_mipin.comparison.methods import label_of, place_of, reading
 from captum_mipin.comparison.names import captions, class_name
 from captum_mipin.errors import NotFittedError
 from captum_mipin.metrics.case import Case
@@ -201,7 +201,8 @@ def explain(args: Namespace) -> Outcome:
     method = reading(mipin, args.reading or "A")
     case = Case.of(method, kept, chosen, model=model, batch_size=args.batch_size)
     (maps,) = case.maps
-    row = Row(label_of(method), control=False, maps=maps.cpu())
+    label = label_of(method)
+    row = Row(label, control=False, maps=maps.cpu(), place=place_of(method, label))
     titles = tuple(class_name(names, classes[i]) for i in known)
     texts = tuple(captions(case, titles))
     shown = Comparison((row,), (), images.denormalise(kept), titles, captions=texts)

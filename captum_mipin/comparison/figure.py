@@ -98,7 +98,7 @@ def draw(
         for axis in line:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-    names = "image", *(f"{row.name}{_enlarged(row, images)}" for row in rows)
+    names = "image", *(f"{row.caption}{_enlarged(row, images)}" for row in rows)
     for axis, name in zip(axes[0], names, strict=True):
         label = axis.set_ylabel if across else axis.set_title
         label(_wrapped(name), fontsize=8)

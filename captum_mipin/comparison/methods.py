@@ -12,6 +12,7 @@ from torch.export.unflatten import UnflattenedModule
 
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.errors import InputError, NotFittedError
+from captum_mipin.graph.modules import tree, unwrapped
 from captum_mipin.methods import (
     LRP,
     AttentionRollout,
@@ -190,11 +191,46 @@ def label_of(method: Any) -> str:
     return known_name(name) or name
 
 
-def _reading_of(method: Any) -> str:
-    """Return the name of a reading of MIP-IN after a space; "" for A and for other methods."""
+def place_of(method: Any, label: str = "") -> str:
+    """Return what pictures tell of a method beside its label: MIP-IN's reading, and the layer.
+
+    Args:
+        method: The method.
+        label: Its label; a reading that the label ends with is left out.
+
+    Returns:
+        Text such as "A at features.12", "at layer4", or "" for most methods at the input.
+    """
+    attribution, words = attribution_of(method), list[str]()
+    if isinstance(attribution, (MIPINAttribution, LayerMIPINAttribution)):
+        reading = _reading_of(method).strip() or ("" if _options_of(method) else "A")
+        words += [reading] if reading and not label.endswith(f" {reading}") else []
+    layers = getattr(attribution, "layer", None)
+    if attribution is None or layers is None:
+        at_input = isinstance(attribution, MIPINAttribution)
+        return " ".join([*words, "at the input"] if at_input else words)
+    model: Any = unwrapped(attribution.forward_func)
+    names = {module: name for name, module in tree(model)} if isinstance(model, nn.Module) else {}
+    paths = [
+        layer if isinstance(layer, str) else names.get(layer) or f"a {type(layer).__name__}"
+        for layer in (layers if isinstance(layers, list) else [layers])
+    ]
+    return " ".join([*words, "at", ", ".join(paths)])
+
+
+def _options_of(method: Any) -> set[str]:
+    """Return the names of the options that are bound to a method and are True."""
     options: set[str] = set()
     while isinstance(method, partial):
         options |= {option for option, value in method.keywords.items() if value}
+        method = method.func
+    return options
+
+
+def _reading_of(method: Any) -> str:
+    """Return the name of a reading of MIP-IN after a space; "" for A and for other methods."""
+    options = _options_of(method)
+    while isinstance(method, partial):
         method = method.func
     if getattr(method, "__name__", "") == "source_signal":
         return " S"

@@ -194,7 +194,8 @@ def _grid(
     rows: Sequence[Row], images: Tensor, titles: Sequence[str], numbers: Sequence[int]
 ) -> str:
     """Return the maps over the images as HTML; the arguments are those of :func:`write`."""
-    heads = "".join(f'<th scope="col">{escape(row.name)}</th>' for row in rows)
+    captions = (escape(row.caption).replace("\n", "<br>") for row in rows)
+    heads = "".join(f'<th scope="col">{caption}</th>' for caption in captions)
     height, width = images.shape[2:]
     lines = []
     for place, number in enumerate(numbers):
@@ -207,8 +208,9 @@ def _grid(
         line = f'<th scope="row">{label}</th>'
         for row in rows:
             heat = row.heat(number, images)
+            caption = escape(" ".join(row.caption.split()))
             inside = (
-                f'<img alt="{escape(row.name)} on {name}" src="{png(painted(heat))}">'
+                f'<img alt="{caption} on {name}" src="{png(painted(heat))}">'
                 if isinstance(heat, Tensor)
                 else f"<span>{escape(heat)}</span>"
             )

@@ -54,6 +54,7 @@ class Row:
         errors: Name of a metric that failed, or "" for the method -> text of the error.
         seconds: Time to compute the maps, in seconds.
         missing: Reason -> indices of images for which the method failed; their maps are NaN.
+        place: Reading and layer, such as "A at features.12", for captions of pictures.
 
     Examples:
         >>> import torch
@@ -68,6 +69,12 @@ class Row:
     errors: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     missing: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    place: str = ""
+
+    @property
+    def caption(self) -> str:
+        """Text over the method's pictures: its label, and in a second line its place."""
+        return f"{self.name}\n{self.place}".strip()
 
     @property
     def error(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_mipin.comparison.methods import place_of
 from captum_mipin.comparison.rows import Row
 from captum_mipin.comparison.scores import Metric, by_image, selected, uses_maps
 from captum_mipin.errors import InputError, MIPINError, NotFittedError
@@ -72,7 +73,7 @@ class Line:
                 left = [index for index in range(count) if index not in scored]
                 results[title] = self._named(joined(inside, targets, {"no map": left}))
         row = Row(self.name, self.control, maps, results, self.errors, self.seconds)
-        return replace(row, missing=missing)
+        return replace(row, missing=missing, place=place_of(self.method, self.name))
 
     def _dtype(self, known: Sequence[int], count: int) -> torch.dtype:
         """Return the dtype of the maps; NaN needs a floating-point one."""

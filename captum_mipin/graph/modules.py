@@ -15,7 +15,7 @@ from captum_mipin.options import closest, type_of
 OWN = frozenset(vars(nn.Module()))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """Return the module inside ``DataParallel``, ``DistributedDataParallel``, ``torch.compile``.
 
     The module of a bound method ``model.forward`` is returned too, and any other model itself.

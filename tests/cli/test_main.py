@@ -109,6 +109,18 @@ def test_explain_writes_the_maps_of_the_library(model, mipin, few, capsys):
         assert picture.size[1] > picture.size[0]  # three images below each other, one method
 
 
+def test_the_picture_of_explain_names_reading_and_layer(mipin, few, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("captum_mipin.cli.main._write", lambda shown, path: drawn.append(shown))
+    for options, caption in (
+        ("", "MIP-IN\nA at the input"),
+        ("--layer 0", "MIP-IN\nA at 0"),
+        ("--layer 0 --reading 'times gradient'", "MIP-IN × gradient\nat 0"),
+    ):
+        assert call(f"{EXPLAIN} --targets 2 {options} --out maps.png") == 0
+        assert [row.caption for row in drawn.pop().rows] == [caption]
+
+
 def test_targets_count_from_the_end_as_in_python(mipin, few, capsys):
     assert call(f"{EXPLAIN} --targets=-1,0,-2 --out last.safetensors --json") == 0
     assert [row["target"] for row in json.loads(capsys.readouterr().out)["images"]] == [2, 0, 1]

@@ -1,19 +1,24 @@
 """Figures: what is drawn where, in whose colours, with which legend."""
 
 import io
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from captum.attr import LayerGradCam, Saliency
 from captum.attr import visualization as viz
 
-from captum_mipin import compare
+from captum_mipin import IBA, LRP, InverseNetwork, LayerMIPINAttribution, compare
+from captum_mipin.comparison.methods import place_of
 from captum_mipin.errors import InputError
+from captum_mipin.methods import GradCAM, LayerPropagation
 
 
 def test_a_figure_is_images_by_methods(found, tmp_path):
     figure = found.figure()
-    shown = [row.name for row in found.rows if row.name != "broken" and not row.control]
+    shown = [row.caption for row in found.rows if row.name != "broken" and not row.control]
+    assert shown[0] == "MIP-IN\nA at the input"
     assert [axis.get_title() for axis in figure.axes[: len(shown) + 1]] == ["image", *shown]
     assert len(figure.axes) == 3 * (len(shown) + 1) + 1  # and the legend
     assert [figure.axes[i * (len(shown) + 1)].get_xlabel() for i in range(3)] == ["a", "<b>&", "c"]
@@ -22,7 +27,7 @@ def test_a_figure_is_images_by_methods(found, tmp_path):
     figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
     every = found.figure(images=[0], controls=True)
-    known = [row.name for row in found.rows if row.name != "broken"]
+    known = [row.caption for row in found.rows if row.name != "broken"]
     assert [axis.get_title() for axis in every.axes[:-1]] == ["image", *known]
     one = found.figure(["S"], [2], method="blended_heat_map", cmap="PiYG", sign="positive")
     assert len(one.axes) == 3
@@ -102,6 +107,48 @@ def test_a_legend_is_left_out_where_there_is_no_scale_or_captum_draws_one(cnn):
     )  # the image, the map, and Captum's
 
 
+def test_captions_name_reading_and_layer(cnn, tmp_path):
+    """Formerly two columns "Grad-CAM" and "MIP-IN" did not tell at which layer they are."""
+    model, x = cnn.model, cnn.x[:2]
+    inverse = InverseNetwork(model, layer="0").fit(cnn.x, targets=[0], progress=False)
+    mipin = LayerMIPINAttribution(model, inverse)
+    captions = {
+        "MIP-IN": (mipin, "A at 0"),
+        "MIP-IN × gradient": (partial(mipin.attribute, multiply_by_gradients=True), "at 0"),
+        "mine": (partial(mipin.attribute, evidence=True), "evidence at 0"),
+        "signal": (mipin.source_signal, "S at 0"),
+        "other options": (partial(mipin.attribute, attribute_to_layer_input=True), "at 0"),
+        "Grad-CAM": (GradCAM(model, "1"), "at 1"),
+        "GradCAM of Captum": (LayerGradCam(torch.compile(model), model[1]), "at 1"),
+        "LRP": (LayerPropagation(LRP(model), ["0", "1"]), "at 0, 1"),
+        "IBA": (IBA(model, "0"), "at 0"),
+        "Saliency": (Saliency(model), ""),
+        "a function": (lambda x, target: x, ""),
+    }
+    for label, (method, caption) in captions.items():
+        assert place_of(method, label) == caption
+    some = {label: captions[label][0] for label in ("MIP-IN", "Grad-CAM", "Saliency")}
+    by_name = ["MIP-IN × gradient", "Grad×Feature"]
+    options = {"metrics": [], "controls": False, "progress": False, "model": model}
+    found = compare(some, x, 0, **options)
+    named = compare(by_name, x, 0, inverse=inverse, layer="0", **options)
+    for one, expected in (
+        (found, ["MIP-IN\nA at 0", "Grad-CAM\nat 1", "Saliency"]),
+        (named, ["MIP-IN × gradient\nat 0", "Grad×Feature\nat 0"]),
+    ):
+        assert [row.name for row in one.rows] == [name.partition("\n")[0] for name in expected]
+        drawn = one.figure().axes[1 : len(expected) + 1]
+        titles = [axis.get_title().partition("\n6 ×")[0] for axis in drawn]
+        assert [title.replace("\n", " ") for title in titles] == [
+            title.replace("\n", " ") for title in expected
+        ]
+        one.save_html(tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text(encoding="utf-8")
+        assert all(
+            f'<th scope="col">{name}</th>'.replace("\n", "<br>") in page for name in expected
+        )
+
+
 def test_maps_without_negative_values_have_a_scale_without_them(cnn):
     maps = {"one": torch.rand(1, 1, 8, 8), "other": 5 * torch.rand(1, 1, 4, 4)}
     found = compare(maps, cnn.x[:1], 0, metrics=[], controls=False, progress=False)
@@ -160,7 +207,7 @@ def test_images_across_are_the_same_pictures(found):
     for one, other in zip(cells.T.flat, turned.flat, strict=True):
         assert (one.images[-1].get_array() == other.images[-1].get_array()).all()
     assert [axis.get_title() for axis in turned[0]] == ["a", "<b>&", "c"]
-    assert [axis.get_ylabel() for axis in turned[:, 0]] == ["image", "S", "MIP-IN"]
+    assert [axis.get_ylabel() for axis in turned[:, 0]] == ["image", "S", "MIP-IN\nA at the input"]
 
 
 SIGNS = {"all": (-1, 1), "positive": (0, 1), "negative": (0, 1), "absolute_value": (0, 1)}
