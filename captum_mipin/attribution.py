@@ -99,6 +99,9 @@ class MIPINAttribution(_MIPIN):
         torch.Size([4, 6])
     """
 
+    def __init__(self, model: nn.Module, inverse: ModelInverse[Any]) -> None:
+        super().__init__(model, inverse)  # with this name in Python's error if one is missing
+
     @captum_entry
     def attribute(
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,

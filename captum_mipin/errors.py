@@ -14,6 +14,7 @@ Every error is a :class:`MIPINError`, and also the built-in error that a user of
     ├── FitError (ValueError)                                 the data for fit is wrong
     ├── ModelChangedError (RuntimeError)                      the model is not the one fitted to
     └── InverseFileError (ValueError)                         a file is not a saved inverse
+        └── MissingFileError (FileNotFoundError)              there is no such file
 
 Each message has three parts: what was found, what was expected, and what to do.
 """
@@ -214,4 +215,17 @@ class InverseFileError(MIPINError, ValueError):
         >>> InverseNetwork.load(file.name, model)  # doctest: +IGNORE_EXCEPTION_DETAIL
         Traceback (most recent call last):
         captum_mipin.errors.InverseFileError: ...
+    """
+
+
+class MissingFileError(InverseFileError, FileNotFoundError):
+    """There is no file with this path, or it is a folder.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import InverseNetwork
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+        >>> InverseNetwork.load("nowhere", model)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.MissingFileError: ...
     """

@@ -1,5 +1,6 @@
 """Every method meets the same mistakes with the same errors, and says what to type next."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import captum_mipin
 from captum_mipin import (
     IBA,
     InputIBA,
@@ -20,6 +22,7 @@ from captum_mipin import (
     check,
     compare,
     methods,
+    metrics,
 )
 from captum_mipin.bottleneck import Adversary, Bottleneck, ThreeStages
 from captum_mipin.errors import CaptureError, FitError, InputError, TargetError, TargetRangeError
@@ -338,3 +341,21 @@ def test_networks_methods_and_data_in_each_others_places() -> None:
     for call, message in calls:
         with pytest.raises(MIPINError, match=message):
             call()
+
+
+@pytest.mark.parametrize("room", [captum_mipin, methods, captum_mipin.bottleneck, metrics])
+def test_python_names_no_private_class_if_an_argument_is_missing(room: Any) -> None:
+    for name in room.__all__:
+        public = getattr(room, name)
+        for function in (public, getattr(public, "explain", None), getattr(public, "fit", None)):
+            assert not re.search(r"\b_[A-Za-z]", _without_arguments(function)), function
+
+
+def _without_arguments(function: Any) -> str:
+    """Return Python's error of a call without arguments."""
+    try:
+        if callable(function):
+            function()
+    except TypeError as error:
+        return str(error)
+    return ""

@@ -73,6 +73,8 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Command]) -> Namesp
         args.device = torch.device(args.device)
     except RuntimeError as unknown:
         error(f"--device {args.device}: {str(unknown).splitlines()[0]}")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        error(f"--device {args.device}: this machine has no such device, pass --device cpu")
     args.size = (*args.size, *args.size)[:2]
     return args
 

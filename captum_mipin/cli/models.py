@@ -2,9 +2,11 @@
 
 import importlib
 import operator
+import os
 import sys
 import warnings
 from argparse import Namespace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from captum_mipin.cli.arguments import PHOTOGRAPHS, PREDICTED
 from captum_mipin.cli.optional import require_module
 from captum_mipin.comparison.names import class_names
-from captum_mipin.errors import InputError, MIPINError
+from captum_mipin.errors import InputError, MIPINError, MissingFileError
 from captum_mipin.graph import exported
 from captum_mipin.graph.signature import select
 from captum_mipin.options import closest, type_of
@@ -33,7 +35,7 @@ def load_model(args: Namespace) -> tuple[nn.Module, nn.Module | None]:
     Raises:
         InputError: The network, its weights or its layer do not exist or cannot be loaded.
         CaptureError: The exported program cannot be explained.
-        OSError: A file cannot be read.
+        MissingFileError: There is no such file.
         ImportError: torchvision, or the module of the factory, is not installed.
     """
     source, _, name = args.model.partition(":")
@@ -44,6 +46,7 @@ def load_model(args: Namespace) -> tuple[nn.Module, nn.Module | None]:
             "pass --weights FILE"
         )
     if args.model.endswith(".pt2"):
+        require_file(args.model, "MODEL", "an exported program")
         model = exported.load(args.model, (len(args.mean), *args.size), args.device)
     elif not source or not name or source.startswith(".") or "/" in source:
         raise InputError(
@@ -120,11 +123,40 @@ def read_names(args: Namespace, model: nn.Module) -> dict[int, str]:
     """Return class -> name, from the file of ``--names`` or as the network has them.
 
     Raises:
-        OSError: The file cannot be read.
+        MissingFileError: There is no such file.
+        InputError: The file is no text.
     """
     if args.names in (None, "imagenet"):
         return class_names(args.names, model)
-    return class_names(Path(args.names).read_text(encoding="utf-8").splitlines())
+    require_file(args.names, "--names", "one class name per line")
+    try:
+        return class_names(Path(args.names).read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--names {args.names!r} is no text ({error}), expected UTF-8 with one class name per "
+            "line: save it as such"
+        ) from error
+
+
+def require_file(path: str, option: str, content: str) -> None:
+    """Raise MissingFileError unless there is a file that can be read.
+
+    Args:
+        path: The path.
+        option: The option of the command line that it belongs to.
+        content: What the file should contain.
+    """
+    file = Path(path)
+    if file.is_file() and os.access(file, os.R_OK):
+        return
+    if file.is_dir():
+        found, hint = "is a folder", "pass the path of a file in it"
+    else:
+        names = map(str, file.parent.glob("*"))
+        near = [name for name in get_close_matches(path, names, 3) if Path(name).is_file()]
+        hint = f"pass for example {' or '.join(map(repr, near))}" if near else "pass its path"
+        found = "cannot be read" if file.is_file() else "does not exist"
+    raise MissingFileError(f"{option} {path!r} {found}, expected a file with {content}: {hint}")
 
 
 def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
@@ -165,13 +197,21 @@ def _call_factory(source: str, name: str) -> nn.Module:
             ) from error
         model = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{source}.".startswith(f"{error.name}."):
-            raise
+        if not f"{source}.".startswith(f"{error.name}."):
+            raise InputError(
+                f"{source} imports {error.name!r}, which is not installed, expected all that it "
+                "imports: install it"
+            ) from error
         raise InputError(
             f"there is no Python module {error.name!r}, expected {source} in the current folder or "
             "installed: change to the folder that contains it"
         ) from error
-    except (MIPINError, ImportError, SyntaxError):
+    except (ImportError, SyntaxError) as error:
+        raise InputError(
+            f"{source} cannot be imported, {type(error).__name__}: {error}; expected a module that "
+            "runs: install what is missing, or correct the file"
+        ) from error
+    except MIPINError:
         raise
     except Exception as error:  # of any type: the factory is the user's
         raise InputError(
@@ -197,10 +237,9 @@ def _load_weights(model: nn.Module, weights: str) -> None:
 
     Raises:
         InputError: The file does not contain tensors only, or they do not fit the model.
-        OSError: The file cannot be read.
+        MissingFileError: There is no such file.
     """
-    # if the file cannot be read, raise its OSError here, outside the `except` below
-    Path(weights).open("rb").close()
+    require_file(weights, "--weights", "a state dict")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about such files before its error

@@ -2,6 +2,8 @@
 
 import re
 
+from captum_mipin.graph.diagnosis import RUNS
+
 #: Arguments in Python that are options of the command line.
 _OPTIONS = (
     "batch_size|budget|checkpoint|device|inverse|layer|metrics|names|ridge|sharing|steps|targets?"
@@ -17,6 +19,7 @@ def plainly(text: str) -> str:
         >>> plainly("ridge=-1.0 is negative. Add it with fit(data, targets=[1])")
         '--ridge -1.0 is negative. Add it with captum-mipin fit --targets 1'
     """
+    text = text.replace(RUNS, "Pass --size, --mean and --std with which the model runs.")
     text = re.sub(r"\bfit\(data, targets=\[(.*?)\]\)", r"captum-mipin fit --targets \1", text)
     text = re.sub(r"\bfit\(data(, targets=\.\.\.)?\)", "captum-mipin fit", text)
 

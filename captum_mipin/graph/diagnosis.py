@@ -24,6 +24,8 @@ from captum_mipin.graph.validate import described, device_of
 from captum_mipin.targets import per_example
 from captum_mipin.types import Extras, Inputs
 
+#: Advice where no other form of the inputs is known.
+RUNS = "Pass inputs of a shape, dtype and device with which model(inputs) runs."
 #: Number of examples on which a model is run to find the reason of a failure.
 _FEW = 4
 #: Number of elements up to which inputs are run as a whole to find the reason of a failure.
@@ -219,7 +221,7 @@ def _advice(error: Exception, model: Any, inputs: Inputs, extras: Extras) -> str
             "function unpack= returns a pair (inputs, additional_forward_args)."
         )
     form = _fitting(model, inputs, extras)
-    return form or "Pass inputs of a shape, dtype and device with which model(inputs) runs."
+    return form or RUNS
 
 
 def _fitting(model: Any, inputs: Inputs, extras: Extras, alone: torch.Size | None = None) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from captum_mipin.errors import InverseFileError
+from captum_mipin.errors import InverseFileError, MissingFileError
 from captum_mipin.graph.modules import tensor_bytes
 from captum_mipin.options import type_of
 
@@ -90,7 +90,7 @@ def load(
     name = repr(os.fspath(path))
     if not Path(path).is_file():
         found = f"{name} is a folder" if Path(path).is_dir() else f"there is no file {name}"
-        raise FileNotFoundError(f"{found}, expected a file that this package wrote: pass its path")
+        raise MissingFileError(f"{found}, expected a file that this package wrote: pass its path")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -98,7 +98,8 @@ def load(
             tensors = {key: file.get_tensor(key) for key in names}
     except (SafetensorError, ValueError, OSError, MemoryError, RuntimeError) as error:
         raise InverseFileError(
-            f"{name} is not a complete safetensors file ({error}): save it again"
+            f"{name} is not a complete safetensors file ({error}), expected a file that this "
+            "package wrote: pass its path, or save it again"
         ) from error
     if metadata.get("format") != FORMAT:
         raise InverseFileError(

@@ -61,7 +61,10 @@ def test_networks_of_torchvision(monkeypatch, capsys, network):
 
 def test_models_and_layers_that_do_not_exist_are_refused(capsys):
     for message, line in (
-        ("No such file or directory: 'model.pt2'", "check model.pt2"),
+        (
+            "MODEL 'model.pt2' does not exist, expected a file with an exported program: pass",
+            "check model.pt2",
+        ),
         ("expected torchvision:NAME, module:FACTORY or", "check resnet50"),
         ("expected torchvision:NAME, module:FACTORY or", "check ../tiny_networks:build"),
         ("ends the process", "check tiny_networks:script"),
@@ -89,7 +92,7 @@ def test_weights_that_do_not_fit_or_could_run_code_are_refused(folder, network, 
         pickle.dump(np.ones(2), file, protocol=4)
     save_file({"0.weight": torch.ones(2)}, folder / "others.safetensors")
     for message, weights in (
-        ("No such file or directory: 'none.pt'", "none.pt"),
+        ("--weights 'none.pt' does not exist, expected a file with a state dict: pass", "none.pt"),
         ("do not fit the model: Error(s) in loading state_dict", "checkpoint.pt"),
         ('Unexpected key(s) in state_dict: "state_dict", "epoch"', "checkpoint.pt"),
         ("Expected state_dict to be dict-like, got <class 'list'>", "list.pt"),
@@ -101,3 +104,36 @@ def test_weights_that_do_not_fit_or_could_run_code_are_refused(folder, network, 
         ("do not fit the model", "others.safetensors"),
     ):
         assert message in refused(capsys, f"{BUILT} --weights {weights}"), message
+
+
+def test_file_mistakes_say_what_to_type_next(folder, capsys):
+    """Formerly some of them were Python's own words, such as "[Errno 2] No such file"."""
+    (folder / "latin.txt").write_bytes(b"\xff\xfe\xff")
+    (folder / "unfinished.py").write_text("def build(: pass\n")
+    (folder / "needy.py").write_text("import no_such_package\n")
+    for message, line in (
+        ("does not exist, expected a file with a state dict: pass for example 'weights.pt'",
+         f"{BUILT} --weights weihgts.pt"),
+        ("--weights 'few' is a folder, expected a file with a state dict: pass the path of a",
+         f"{BUILT} --weights few"),
+        ("--names 'no.txt' does not exist, expected a file with one class name per line: pass",
+         "predict tiny_networks:build few --size 8 --names no.txt"),
+        ("--names 'latin.txt' is no text", "predict tiny_networks:build few --names latin.txt"),
+        ("unfinished cannot be imported, SyntaxError: ", "check unfinished:build"),
+        ("needy imports 'no_such_package', which is not installed", "check needy:build"),
+        ("Pass --size, --mean and --std with which the model runs.",
+         "check tiny_networks:build --size 9"),
+        ("there is no file 'no', expected a file that this package wrote: pass its path",
+         "explain tiny_networks:build few --inverse no --out maps.png"),
+        ("'weights.pt' is not a complete safetensors file",
+         "explain tiny_networks:build few --inverse weights.pt --out maps.png"),
+    ):  # fmt: skip
+        found = refused(capsys, line)
+        assert message in found and "Errno" not in found, found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error is that of machines without CUDA")
+def test_a_device_that_the_machine_has_not(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call(f"{BUILT} --device cuda")
+    assert "this machine has no such device, pass --device cpu" in capsys.readouterr().err

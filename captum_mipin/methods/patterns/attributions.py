@@ -19,7 +19,7 @@ from captum_mipin.targets import target_label
 from captum_mipin.types import Extras, Inputs, Target
 
 
-class _WithPatterns(Propagation):
+class PatternPropagation(Propagation):
     """Base class of both methods: the backward pass uses patterns a, or a ⊙ w, as weights."""
 
     #: Whether patterns are multiplied by weights.
@@ -153,7 +153,7 @@ def _no_pattern(place: str, cause: str, way_out: str = "") -> NotFittedError:
     )
 
 
-class PatternNet(_WithPatterns, Signal):
+class PatternNet(PatternPropagation, Signal):
     """PatternNet: the signal in the input that determines the target's output.
 
     It is a backward pass that starts with the target's output and uses patterns a instead of
@@ -183,8 +183,11 @@ class PatternNet(_WithPatterns, Signal):
     _name = "PatternNet"
     _attribution = False
 
+    def __init__(self, model: nn.Module, patterns: Patterns) -> None:
+        super().__init__(model, patterns)
 
-class PatternAttribution(_WithPatterns, Relevance):
+
+class PatternAttribution(PatternPropagation, Relevance):
     """PatternAttribution: how much each input's signal contributes to the target's output.
 
     It is :class:`PatternNet` with a ⊙ w instead of a. Relevance is not conserved: wᵀa = 1 holds for
@@ -209,3 +212,6 @@ class PatternAttribution(_WithPatterns, Relevance):
 
     _name = "PatternAttribution"
     _attribution = True
+
+    def __init__(self, model: nn.Module, patterns: Patterns) -> None:
+        super().__init__(model, patterns)

@@ -241,7 +241,7 @@ class Patterns(Saved):
             "output": self.output,
             "fingerprint": state.watch.fingerprint,
             "layers": [asdict(fit) for fit in state.report.layers],
-            "zero": sorted(map(list, state.zero)),
+            **({"zero": sorted(map(list, state.zero))} if state.zero else {}),
         }
 
     @classmethod
@@ -250,7 +250,7 @@ class Patterns(Saved):
     ) -> "Patterns":
         patterns = cls(model, estimator=content["estimator"], output=content["output"])
         report = PatternReport(tuple(PatternFit(**fit) for fit in content["layers"]))
-        zero = frozenset(map(tuple, content["zero"]))
+        zero = frozenset(map(tuple, content.get("zero", ())))
         patterns.state = State(tensors, report, Watch(model, content["fingerprint"]), zero)
         return patterns
 
