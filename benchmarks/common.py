@@ -38,11 +38,10 @@ def write(name: str, rows: Sequence[dict[str, Any]], **settings: Any) -> Path:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
-    path.write_text(
-        json.dumps({"environment": environment, "settings": settings, "rows": list(rows)}, indent=1)
-        + "\n"
-    )
-    return path
+    contents = {"environment": environment, "settings": settings, "rows": list(rows)}
+    written = path.with_suffix(".part")
+    written.write_text(json.dumps(contents, indent=1) + "\n")
+    return written.replace(path)  # at once: another process may read the old file until then
 
 
 def read(name: str) -> Any:

@@ -331,7 +331,7 @@ def main() -> None:
             key = row["package"], row["family"]
             print(json.dumps(row), flush=True)
             same = rows.get(key, {}).get("model") == row.get("model")
-            rows[key] = (rows[key] if same else {}) | row
+            rows[key] = (rows.get(key, {}) if same else {}) | row
             counts = Counter(package for package, _ in known)
             write("wild", [rows[key] for key in known if key in rows], inputs=32, families=counts)
 

@@ -17,8 +17,8 @@ from captum_mipin.graph.nodes import nodes_in, operation
 from captum_mipin.graph.subgraph import extract
 from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.marking import mark_signal
-from captum_mipin.rules.activations import ACTIVATIONS, BOUNDS, CURVES, Elementwise, moves_zero
-from captum_mipin.rules.base import varies
+from captum_mipin.rules.activations import ACTIVATIONS, CURVES, Elementwise, moves_zero
+from captum_mipin.rules.base import Recorded, varies
 from captum_mipin.rules.gates import is_gate
 
 #: Operations that compute each element of their result from the same element of their arguments.
@@ -49,10 +49,8 @@ def join_elementwise(draft: Draft) -> None:
         product = product and not any(is_gate(n, varies) for n in node.args)
         quotient = operation(node) == "div" and varies(node.args[1])
         curve = operation(node) in ("reciprocal", "log")
-        written = (
-            (product or quotient or curve or _is_bound(node)) and marks(node).signal and node.users
-        )
-        if written and node not in draft.starts:
+        written = product or quotient or curve or _is_bound(draft, node)
+        if written and marks(node).signal and node.users and node not in draft.starts:
             # a factor that follows may be a part of the function: x * (1 + tanh(...)) / 2
             outer = reversed(_scaled(draft, node))
             if not any(_replace(draft, n, recognised=True) for n in outer):
@@ -60,12 +58,13 @@ def join_elementwise(draft: Draft) -> None:
     draft.graph.eliminate_dead_code(lambda n: n in draft.starts or n.is_impure())
 
 
-def _is_bound(node: fx.Node) -> bool:
-    """Return True for a bound that is a constant tensor, or that moves 0, as clamp(x, min=1)."""
+def _is_bound(draft: Draft, node: fx.Node) -> bool:
+    """Return True for a bound without a rule of its own: a constant tensor, or clamp(x, min=1)."""
     if operation(node) in ("maximum", "minimum", "max", "min"):
         tensors = [n for n in node.args if isinstance(n, fx.Node)]
         return len(tensors) == 2 and sum(map(varies, tensors)) == 1
-    return str(node.target) in BOUNDS and moves_zero(node) is not None
+    rule = draft.rule(node)
+    return isinstance(rule, Recorded) and rule.refuse is moves_zero and moves_zero(node) is not None
 
 
 def _scaled(draft: Draft, node: fx.Node) -> list[fx.Node]:
@@ -94,7 +93,8 @@ def _replace(draft: Draft, node: fx.Node, recognised: bool = False) -> bool:
         sources = dict.fromkeys(n for one in inside for n in one.all_input_nodes)
         constants = [n for n in sources if n not in inside and n is not x]
         function = Elementwise(extract(draft.graph, [x, *constants], [node]))
-        activation = None if constants else _recognised(function)
+        known = not constants and not _is_bound(draft, node)
+        activation = _recognised(function) if known else None
         if activation is not None:
             chosen = activation[0], (x,), activation[1]
             break

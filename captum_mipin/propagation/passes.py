@@ -23,6 +23,7 @@ from captum_mipin.propagation.marking import (
 from captum_mipin.propagation.norms import recognise_norms
 from captum_mipin.propagation.rewriting import cut_recordings, move_constants_first, place_steps
 from captum_mipin.propagation.spelling import (
+    fold_padding,
     replace_bounds,
     replace_copies,
     rewrite_constant_products,
@@ -37,6 +38,7 @@ MARKING: tuple[Pass, ...] = (
     drop_unused,
     replace_copies,
     replace_bounds,
+    fold_padding,
     rewrite_constant_products,
     join_elementwise,
     spell,

@@ -5,7 +5,8 @@ with the weight Wᵀ, and so is ``x @ w`` with a vector w, a layer with one outp
 graph networks, is ``linear`` on the transposed x. A product of several matrices side by side, one
 per head, is a convolution with groups.
 
-A clamp with tensors as bounds is a maximum, then a minimum.
+A clamp with tensors as bounds is a maximum, then a minimum. Zeros that are put around the input of
+a convolution are the padding of the convolution.
 
 An assignment, ``h[:, 0] = x``, and ``x.type_as(h)`` copy x in the shape or the dtype of h. Where a
 method has no rule for ``detach()``, it is left out: the value is the same.
@@ -20,11 +21,14 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
-from captum_mipin.graph.nodes import operation
+from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.rules.base import varies
+from captum_mipin.rules.geometry import per_dimension
 
 aten = torch.ops.aten
+#: Convolution → its number of spatial dimensions.
+_CONVOLUTIONS = {getattr(aten, f"conv{dims}d").default: dims for dims in (1, 2, 3)}
 #: Operation with bounds that are tensors → the names of its arguments.
 _TENSOR_BOUNDS: dict[Any, tuple[str, ...]] = {
     aten.clamp.Tensor: ("self", "min", "max"),
@@ -93,6 +97,42 @@ def replace_bounds(draft: Draft) -> None:
                 mark(result, added=False, original=original(node), key=key)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+
+
+def fold_padding(draft: Draft) -> None:
+    """Give each convolution the zeros that are put around its input, the same on both sides."""
+    for node in list(draft.graph.nodes):
+        dims = _CONVOLUTIONS.get(node.target, 0)
+        while dims and node.args[0] not in draft.starts:
+            zeros = _zeros_around(node.args[0], dims)
+            if zeros is None:
+                break
+            args: tuple[Any, ...] = (*node.args, *(None, [1], [0])[len(node.args) - 2 :])
+            x, weight, bias, stride, padding, *rest = args
+            own = per_dimension(padding, dims)
+            padding = [n + m for n, m in zip(own, zeros, strict=True)]
+            node.args = (x.args[0], weight, bias, stride, padding, *rest)
+    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+
+
+def _zeros_around(node: Any, dims: int) -> list[int] | None:
+    """Return the numbers of zeros before each of the last dimensions, if as many follow behind.
+
+    Returns None if the node is no such padding.
+    """
+    if operation(node) not in ("pad", "constant_pad_nd"):
+        return None
+    # pad(x, sizes, mode, value), but constant_pad_nd(x, sizes, value)
+    mode = argument(node, 2, "mode", "constant") if operation(node) == "pad" else "constant"
+    value = argument(node, 3 if operation(node) == "pad" else 2, "value", 0)
+    sizes = node.args[1]  # two numbers a dimension, the last dimension first
+    pairs = [*zip(sizes[::2], sizes[1::2], strict=True), *[(0, 0)] * dims]
+    equal = all(isinstance(n, int) and n == m >= 0 for n, m in pairs) and not any(
+        n for n, _ in pairs[dims:]
+    )
+    if mode != "constant" or value not in (0, None) or not equal:
+        return None
+    return [n for n, _ in reversed(pairs[:dims])]
 
 
 def _insert(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **named: Any) -> fx.Node:

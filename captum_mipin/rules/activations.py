@@ -155,15 +155,14 @@ CURVES = (
 )  # fmt: skip
 _SHIFTED = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid")
 
-#: Operations with numbers as bounds.
-BOUNDS = tuple(
-    f"aten.{name}.default" for name in ("clamp", "clamp_min", "clamp_max", "threshold", "hardtanh")
-)
 
 ACTIVATIONS = {
     "aten.relu.default": Recorded(run=relu, note=_MASK, exact=True),
-    **dict.fromkeys(BOUNDS, _LIMIT),
-    **dict.fromkeys(("aten.clamp.default", "aten.clamp_min.default"), _CLAMP),
+    "aten.clamp.default": _CLAMP,
+    "aten.clamp_min.default": _CLAMP,
+    "aten.clamp_max.default": _LIMIT,
+    "aten.threshold.default": _LIMIT,
+    "aten.hardtanh.default": _LIMIT,
     "aten.glu.default": Recorded(
         run=glu, note="one half as recorded gate of the other; its scale is learned", restores=False
     ),

@@ -91,6 +91,8 @@ def test_the_passes_and_their_order() -> None:
         "mark_varying",
         "drop_unused",
         "replace_copies",
+        "replace_bounds",
+        "fold_padding",
         "rewrite_constant_products",
         "join_elementwise",
         "spell",
@@ -135,6 +137,26 @@ def test_what_the_output_does_not_need_is_dropped() -> None:
     drafted = net.draft(y, "drop_unused")
     assert y in drafted
     assert unused not in drafted
+
+
+def test_a_clamp_between_tensors_is_two_bounds() -> None:
+    net = Network(4)
+    y = net.call(aten.clamp.Tensor, net.x, net.weight(4), max=net.weight(4))
+    drafted = net.draft(net.call(aten.neg.default, y), "replace_bounds")
+    low, high, _ = drafted.calls
+    assert [low.target, high.target] == [aten.maximum.default, aten.minimum.default]
+    assert [node.name for node in (*low.args, *high.args)] == ["x", "w0", "maximum_default", "w1"]
+    assert {marks(low).key, marks(high).key} == {"(model)/clamp/min", "(model)/clamp/max"}
+
+
+def test_zeros_around_an_input_are_padding() -> None:
+    net = Network(3, 6, 7)
+    zeros = net.call(aten.pad.default, net.x, [2, 2, 1, 1])
+    y = net.call(aten.conv2d.default, zeros, net.weight(4, 3, 3, 3), None, [2, 1])
+    drafted = net.draft(y, "fold_padding")
+    assert zeros not in drafted
+    assert drafted[y].args[0] is drafted[net.x]
+    assert drafted[y].args[2:] == (None, [2, 1], [1, 2])
 
 
 def test_products_ratios_and_sums_take_one_form() -> None:

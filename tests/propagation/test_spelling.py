@@ -3,7 +3,12 @@
 import pytest
 import torch
 from rule_checks import alike
+from small import Function
 from torch import nn
+from torch.nn import functional as F
+
+from captum_mipin import InverseNetwork
+from captum_mipin.methods import GuidedBackprop
 
 
 def test_an_assignment_is_the_tensor_it_puts_together():
@@ -67,3 +72,44 @@ def test_a_product_added_in_one_operation_is_both_operations():
         two=nn.Linear(4, 6),
         last=nn.Linear(6, 2),
     )
+
+
+@pytest.mark.parametrize("positions", [None, 4])
+def test_zeros_around_a_convolution_are_its_padding(positions):
+    torch.manual_seed(0)
+    x = torch.randn(60, 3, 8, 8, dtype=torch.float64)
+    layers = {"first": nn.Conv2d(3, 4, 3, padding=1), "last": nn.Linear(6 * 16, 2)}
+    kernel = {"weight": torch.randn(6, 4, 3, 3).double(), "bias": torch.randn(6).double()}
+    spellings = (
+        lambda h: F.conv2d(h, **kernel, stride=2, padding=1),
+        lambda h: F.conv2d(F.pad(h, (1, 1, 1, 1)), **kernel, stride=2),
+        lambda h: F.conv2d(nn.ZeroPad2d((1, 1, 0, 0))(h), **kernel, stride=2, padding=(1, 0)),
+        lambda h: F.conv2d(F.pad(F.pad(h, (1, 1)), (0, 0, 1, 1), value=0.0), **kernel, stride=2),
+    )
+    signals = []
+    for f in spellings:
+        model = Function(
+            lambda m, x, f=f: m["last"](f(m["first"](x).relu()).relu().flatten(1)), **layers
+        )
+        inverse = InverseNetwork(model.double().eval(), positions=positions)
+        signals.append(inverse.fit(x, 1, progress=False).source_signal(x[:6], 1))
+    for other in signals[1:]:
+        torch.testing.assert_close(other, signals[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "pad",
+    [
+        lambda h: F.pad(h, (0, 1, 0, 1)),
+        lambda h: F.pad(h, (1, 1, 1, 1), value=0.5),
+        lambda h: F.pad(h, (1, 1, 1, 1), mode="reflect"),
+        lambda h: F.pad(h, (-1, -1, -1, -1)),
+    ],
+)
+def test_other_paddings_stay_what_they_are(pad):
+    torch.manual_seed(0)
+    layers = {"first": nn.Conv2d(3, 4, 3, padding=1), "last": nn.Conv2d(4, 2, 3)}
+    model = Function(lambda m, x: m["last"](pad(m["first"](x))).mean((2, 3)), **layers)
+    x = torch.randn(8, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    model.double().eval()(x)[:, 1].sum().backward()
+    torch.testing.assert_close(GuidedBackprop(model).attribute(x.detach(), target=1), x.grad)

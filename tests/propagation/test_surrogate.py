@@ -209,14 +209,6 @@ def test_each_of_two_inputs_that_are_added_is_reconstructed():
 
 REFUSED = {
     "softmax": (lambda m, x: m["a"](F.softmax(x, 1)), "aten.softmax.int"),
-    "clamp to one": (
-        lambda m, x: m["a"](x.clamp(min=0.5, max=1)),
-        "maps 0 to 0.5, expected an operation that maps 0 to 0",
-    ),
-    "clamp from below": (
-        lambda m, x: m["a"](x.clamp(min=1)),
-        "maps 0 to 1, expected an operation that maps 0 to 0",
-    ),
     "power": (lambda m, x: m["a"](x ** m["b"](x)), "aten.pow.Tensor_Tensor"),
     "ratio": (lambda m, x: m["a"](1 / x), "reciprocal|depends on the input"),
     "mean over the batch": (
@@ -255,7 +247,6 @@ REFUSED = {
         "expected one dimension that contains the batch",
     ),
     "batch size": (lambda m, x: m["a"](x) / x.shape[0], "size of the batch"),
-    "squeeze": (lambda m, x: m["a"](x.unsqueeze(1).squeeze()), "aten.squeeze"),
 }
 
 
