@@ -30,13 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_mipin.graph.plain import ATOMS, FEW, digest_of
 from captum_mipin.graph.twin import attributes_of
-
-#: Types of values that never change and refer to no other object.
-ATOMS = frozenset(
-    {type(None), bool, int, float, complex, str, bytes, range, type(...), torch.dtype,
-     torch.device, torch.layout, torch.memory_format, torch.Size}
-)  # fmt: skip
 
 #: Types of values that are compared by their form and version instead of their content.
 MEASURED = (Tensor, np.ndarray)
@@ -55,6 +50,9 @@ _DEPTH = 40
 
 _END = ("end of a container",)
 
+#: The last leaf of a container whose entries have a digest in their place.
+WHOLE = ("end of a digest",)
+
 
 def is_atom(value: Any) -> bool:
     """Return True for numbers, strings, and tuples of them."""
@@ -71,6 +69,8 @@ def is_container(value: Any) -> bool:
 
 def leaves(value: Any, depth: int = 0, known: dict[int, Any] | None = None) -> list[Any]:
     """Return a value if it is a leaf, else its type and the leaves of its parts.
+
+    A large container of numbers and strings has its digest in place of these leaves.
 
     Args:
         value: Any value.
@@ -90,6 +90,8 @@ def leaves(value: Any, depth: int = 0, known: dict[int, Any] | None = None) -> l
     parts = _parts(value)
     if parts is None or depth > _DEPTH:
         return [value]
+    if len(parts) > FEW and (digest := digest_of(value)) is not None:
+        return [type(value), digest, WHOLE]
     known[id(value)] = len(known), value
     if not ATOMS.issuperset(map(type, parts)):
         parts = [leaf for part in parts for leaf in leaves(part, depth + 1, known)]
@@ -109,7 +111,7 @@ def _parts(value: Any) -> list[Any] | None:
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return [*value, *_own(value)]
     if isinstance(value, (bytearray, array)):
-        return [bytes(value)]
+        return [digest_of(value)]
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, partial):

@@ -20,9 +20,9 @@ from torch.nn.modules import module as hooks_of_all
 
 from captum_mipin.graph.code import attribute_names, global_names, imported_names
 from captum_mipin.graph.leaves import (
-    ATOMS,
     DESCRIPTORS,
     MEASURED,
+    WHOLE,
     form_of,
     is_atom,
     is_container,
@@ -43,6 +43,7 @@ from captum_mipin.graph.places import (
     hooks_of_all_modules,
     reader_of,
 )
+from captum_mipin.graph.plain import ATOMS, digest_of
 from captum_mipin.graph.twin import FOREIGN, package
 
 #: A place in the state: the names that lead to it from the model.
@@ -311,7 +312,8 @@ class _Walk:
         """Return what stands for a leaf: equal for equal values."""
         if is_atom(value):
             self.kept.append(value)
-            return type(value).__qualname__, repr(value)
+            same = value if isinstance(value, (str, bytes)) else digest_of(value) or repr(value)
+            return type(value).__qualname__, same
         if isinstance(value, MEASURED):
             if isinstance(value, Tensor) and id(value) in self._numbers:
                 self.weights.append((ref(value, self._lose), form_of(value)))
@@ -336,7 +338,7 @@ class _Walk:
 def _by_key(name: str, value: Any, parts: list[Any]) -> list[tuple[Path, list[Any]]]:
     """Return the leaves of a value with their place: for a dictionary, those of each entry."""
     plain = type(value) in (dict, OrderedDict) and not getattr(value, "__dict__", None)
-    if not plain or not ATOMS.issuperset(map(type, value)):
+    if not plain or parts[-1] is WHOLE or not ATOMS.issuperset(map(type, value)):
         return [((name,), parts)]
     entries = [((name, f"[{key!r}]"), leaves(entry)) for key, entry in value.items()]
     return [((name,), [type(value), *value]), *entries]

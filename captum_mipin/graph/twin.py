@@ -15,6 +15,7 @@ from torch import nn
 
 from captum_mipin.copies import copy_memo
 from captum_mipin.graph.modules import named_tensors
+from captum_mipin.graph.plain import COPIES, is_long
 
 #: Packages whose objects are shared by all copies of a model. pytest is there because an ``assert``
 #: of a model in a test module calls it.
@@ -83,7 +84,9 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     result: Any
-    if issubclass(kind, nn.Module) or _is_plain(value):
+    if is_long(value):
+        memo[id(value)] = result = COPIES.get(kind, kind)(value)
+    elif issubclass(kind, nn.Module) or _is_plain(value):
         memo[id(value)] = result = object.__new__(kind)
         vars(result).update((name, _copied(part, memo)) for name, part in vars(value).items())
     elif issubclass(kind, dict):

@@ -1,0 +1,93 @@
+"""Large containers of numbers and strings, which are read as a whole and not entry by entry."""
+
+import hashlib
+import io
+import pickle
+from array import array
+from collections import deque
+from sys import intern
+from typing import Any
+
+import torch
+
+#: Number of entries up to which a container is read entry by entry.
+FEW = 256
+
+#: Types of values that never change and refer to no other object.
+ATOMS = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, range, type(...), torch.dtype,
+     torch.device, torch.layout, torch.memory_format, torch.Size}
+)  # fmt: skip
+
+#: Types that pickle writes without a call of Python code.
+_CONTAINERS = frozenset({list, dict, tuple, set, frozenset})
+
+
+class LongList(list[Any]):
+    """A list whose entries torch does not look at."""
+
+    __slots__ = ()
+
+
+class LongDict(dict[Any, Any]):
+    """A dictionary whose entries torch does not look at."""
+
+    __slots__ = ()
+
+
+class LongTuple(tuple[Any, ...]):
+    """A tuple whose entries torch does not look at."""
+
+    __slots__ = ()
+
+
+#: Type of a large container → that of its copy, which ``torch.utils._pytree`` takes for one value.
+COPIES: dict[type, type] = {list: LongList, dict: LongDict, tuple: LongTuple}
+_ORIGINALS = {copy: original for original, copy in COPIES.items()}
+
+
+class _Pickler(pickle.Pickler):
+    """A pickler that takes containers, numbers and strings of Python alone."""
+
+    def reducer_override(self, value: Any) -> Any:
+        raise pickle.PicklingError(f"{type(value)} is neither a number nor a string")
+
+
+def is_long(value: Any) -> bool:
+    """Return True for a large container whose entries are numbers and strings alone."""
+    kind = type(value)
+    if kind not in _CONTAINERS or len(value) <= FEW or not ATOMS.issuperset(map(type, value)):
+        return kind in _ORIGINALS
+    return kind is not dict or ATOMS.issuperset(map(type, value.values()))
+
+
+def digest_of(value: Any) -> str | None:
+    """Return a digest of a large container of numbers and strings, None for any other value.
+
+    It is the same string for the same contents, and differs for any other.
+
+    Examples:
+        >>> numbers = list(range(1000))
+        >>> digest_of(numbers) is digest_of(list(range(1000))), digest_of([*numbers, object()])
+        (True, None)
+        >>> before, numbers[7] = digest_of(numbers), 7.0
+        >>> digest_of(numbers) == before
+        False
+    """
+    kind = _ORIGINALS.get(type(value), type(value))
+    if kind in (bytearray, array):
+        return intern(hashlib.sha1(value, usedforsecurity=False).hexdigest())
+    if kind is deque and len(value) > FEW:
+        value = list(value)
+    elif kind not in _CONTAINERS or len(value) <= FEW:
+        return None
+    elif kind is not type(value):
+        value = kind(value)
+    file = io.BytesIO()
+    pickler = _Pickler(file, 5)
+    pickler.fast = True  # equal contents have the same bytes, also if they are other objects
+    try:
+        pickler.dump(value)
+    except Exception:  # of any type: the contents are something else, or contain themselves
+        return None
+    return intern(hashlib.sha1(file.getbuffer(), usedforsecurity=False).hexdigest())
