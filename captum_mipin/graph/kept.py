@@ -146,7 +146,7 @@ class Kept:
                 value.clear()
                 value.update(zip(*entries, strict=True))
 
-            self._note(lambda: (list(value), list(value.values())), write)
+            self._note(lambda: (list(value.keys()), list(value.values())), write)
             return () if is_long(value) else list(value.values())
 
         def refill(entries: _Entries) -> None:
