@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from captum.attr import Saliency
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -161,6 +162,31 @@ def test_every_method_says_what_is_wrong(name: str) -> None:
     if not isinstance(method.forward_func, Blocks):  # which take images of other sizes
         with pytest.raises(CaptureError, match="cannot run on inputs"):
             method.attribute(torch.randn(2, 3, 9, 9), target=0)
+
+
+#: Metric → its own options.
+METRICS: dict[str, dict[str, Any]] = {
+    "deletion": {},
+    "infidelity": {},
+    "sensitivity_max": {},
+    "class_sensitivity": {},
+    "randomization": {},
+    "sensitivity_n": {"n": [4]},
+    "pointing_game": {"boxes": [(0, 0, 4, 4)] * 2},
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_says_what_is_wrong_with_targets_and_inputs(name: str) -> None:
+    """Also if the method is Captum's, and its errors would be Captum's."""
+    metric, options = getattr(metrics, name), METRICS[name]
+    for mistake, (target, error, _) in TARGETS.items():
+        with pytest.raises(error):
+            pytest.fail(f"{mistake}: {metric(Saliency(_cnn()), X[:2], target, **options)}")
+    for mistake in ("no batch", "channels last", "grey", "float64", "integers", "list", "class"):
+        inputs, _ = INPUTS[mistake]
+        with pytest.raises(MIPINError):
+            pytest.fail(f"{mistake}: {metric(Saliency(_cnn()), inputs, 0, **options)}")
 
 
 def _last(parts: Any, x: Tensor) -> Any:

@@ -1,6 +1,7 @@
 """A case: a method and examples; computes the method's maps and the model's outputs for them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -114,15 +115,21 @@ class Case:
         # the user passed maps instead of a method
         if isinstance(self.method, (Tensor, tuple)):
             return _checked(self.method, self.examples)
-        try:
+        with self.reasons():
             maps = [explain(self.method, batch) for _, batch in self.batches()]
+        return tuple(torch.cat(parts) for parts in zip(*maps, strict=True))
+
+    @contextmanager
+    def reasons(self) -> Iterator[None]:
+        """Replace errors in a block by those of inputs or targets that do not fit the model."""
+        try:
+            yield
         except MIPINError:
             raise
         except Exception as error:  # of any type: the method is the user's
             if problem := self._problem():
                 raise problem from error
             raise
-        return tuple(torch.cat(parts) for parts in zip(*maps, strict=True))
 
     @cached_property
     def model(self) -> Model:

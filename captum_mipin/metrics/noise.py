@@ -121,30 +121,32 @@ def sensitivity_max(
             "pass an Attribution or a function (inputs, target) -> maps"
         )
     case = Case.of(method, inputs, target, **options)
-    random = case.generator
-
-    def draw(shape: Sequence[int]) -> Tensor:
-        return 2 * torch.rand(shape, generator=random, device=random.device) - 1
-
+    draw = partial(_uniform, case.generator)
     values, zero, finite = [], [], []
-    for _, batch in case.batches():
-        maps = _double(explain(method, batch))
-        # max-sensitivity = max_{‖d‖_∞ ≤ radius} ‖A(x + d) - A(x)‖ / ‖A(x)‖
-        largest = captum_sensitivity_max(
-            _explanation(method, batch, maps),
-            batch.inputs,
-            _Noise(batch, samples, draw, radius).added,
-            n_perturb_samples=samples,
-            max_examples_per_batch=_per_call(batch, case.examples_per_call, samples),
-            target=batch.target,
-            additional_forward_args=batch.extras,
-        )
-        values.append(largest)
-        zero.append((flattened(maps) == 0).all(1).cpu())
-        finite.append(finite_rows(*maps))
+    with case.reasons():
+        for _, batch in case.batches():
+            maps = _double(explain(method, batch))
+            # max-sensitivity = max_{‖d‖_∞ ≤ radius} ‖A(x + d) - A(x)‖ / ‖A(x)‖
+            largest = captum_sensitivity_max(
+                _explanation(method, batch, maps),
+                batch.inputs,
+                _Noise(batch, samples, draw, radius).added,
+                n_perturb_samples=samples,
+                max_examples_per_batch=_per_call(batch, case.examples_per_call, samples),
+                target=batch.target,
+                additional_forward_args=batch.extras,
+            )
+            values.append(largest)
+            zero.append((flattened(maps) == 0).all(1).cpu())
+            finite.append(finite_rows(*maps))
     settings = case.settings(maps, radius=radius, samples=samples)
     unscored = {"NaN": ~torch.cat(finite), "zero map": torch.cat(zero)}
     return Result.of("max-sensitivity", torch.cat(values), "lower", settings, unscored)
+
+
+def _uniform(random: torch.Generator, shape: Sequence[int]) -> Tensor:
+    """Return uniform random numbers in [-1, 1)."""
+    return 2 * torch.rand(shape, generator=random, device=random.device) - 1
 
 
 def _explanation(method: Method, batch: Examples, maps: tuple[Tensor, ...]) -> Callable[..., Any]:
