@@ -2,6 +2,7 @@
 
     python benchmarks/photographs.py NETWORK choose --data FOLDER
     python benchmarks/photographs.py NETWORK report --data FOLDER
+    python benchmarks/photographs.py NETWORK fits --data FOLDER
 
 The grid pointing game on mosaics of 2 x 2 and 3 x 3 photographs: the share of the map in the cell
 of the class asked for. MIP-IN, Grad-CAM, LayerCAM and LRP-γ are asked at several layers. The
@@ -9,11 +10,16 @@ photographs are split into two halves, and the mosaics of a half are made of its
 The layer and the reduction over channels of each method are chosen on the first half, for each size
 of mosaic; figures are reported on the second half. One photograph may be in several mosaics:
 standard errors count the mosaics of one photograph to find as one.
+
+``fits`` measures how many photographs a fit needs: the box accuracy of ``benchmarks/boxes.py``, of
+the map of `for_photographs` on photographs of the second half, for fits on a few to 200 photographs
+of ImageNet's training set, three random sets of each number.
 """
 
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import boxes
@@ -22,9 +28,14 @@ from common import RESULTS, read, show, write
 from localization_grid import network_parser, photos
 from torch import Tensor, nn
 
-from captum_mipin import LRP, InverseNetwork, LayerMIPINAttribution
+from captum_mipin import LRP, InverseNetwork, LayerMIPINAttribution, for_photographs
 from captum_mipin.methods import Gamma, LayerPropagation
-from captum_mipin.metrics import Mosaics, grid_pointing_game, mosaics
+from captum_mipin.metrics import (
+    Mosaics,
+    bounding_box_accuracy,
+    grid_pointing_game,
+    mosaics,
+)
 from captum_mipin.metrics.maps import heat
 
 #: Network -> names of layers, and their numbers in the chain of steps. The second is the one that
@@ -39,6 +50,8 @@ REDUCTIONS: tuple[Any, ...] = ("relu_of_sum", "sum_of_relu", "sum_of_abs")
 FIXED: dict[str, tuple[Any, ...]] = {"Grad-CAM": ("relu_of_sum",), "LayerCAM": ("sum_of_relu",)}
 METHODS = "MIP-IN, A", "MIP-IN, A × gradient", "Grad-CAM", "LayerCAM", "LRP-γ"
 CONFIDENCE = 0.9
+#: Numbers of photographs to fit on, and of random sets of each number.
+FITS, SETS = (5, 10, 20, 50, 100, 200), 3
 #: Layer, method, reduction.
 Setting = tuple[str, str, str]
 
@@ -179,13 +192,48 @@ def report(maps: Maps, grid: Mosaics, rows: list[dict[str, Any]]) -> None:
         }  # fmt: skip
 
 
+def fits(name: str, chain: boxes.Chain, data: Path, held_out: int) -> None:
+    """Measure box accuracy against the number of photographs fitted, and write it down."""
+    about = boxes.photographs(name, data, chain.normalise, 2 * max(FITS))
+    rows, layer = [], chain.steps[list(LAYERS[name].values())[1]]
+    index = about.report[:held_out]
+    x, labels, masks = about.x[index], about.labels[index], about.boxes[index]
+    for count in FITS:
+        for seed in range(SETS):
+            order = torch.randperm(len(about.fit), generator=torch.Generator().manual_seed(seed))
+            mipin = for_photographs(
+                chain.steps, about.fit[order[:count]], sorted(about.classes), layer=layer,
+                batch_size=20, progress=False,
+            )  # fmt: skip
+            parts = zip(x.split(20), labels.split(20), strict=True)
+            maps = torch.cat([mipin.attribute(some, label) for some, label in parts])
+            values = bounding_box_accuracy(maps, x, boxes=masks, largest=boxes.LARGEST).values
+            row = {
+                "fitted": count, "set": seed, "n": len(values), "accuracy": float(values.mean()),
+                "standard error": float(values.std() / len(values) ** 0.5),
+            }  # fmt: skip
+            rows.append(row)
+            print(f"{time.process_time():.0f} s {row}", flush=True)
+    write(
+        f"photographs-fits-{name}", rows, network=name, layer=list(LAYERS[name])[1],
+        map="for_photographs", held_out="ILSVRC2012 validation photographs, boxes of at most 33 %",
+        fitted_on="ILSVRC2012 training photographs of twenty classes, stored at 128 x 128",
+        random_map=float(masks.flatten(1).double().mean()),
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = network_parser(__doc__, fit=60, networks=LAYERS)
-    parser.add_argument("part", choices=("choose", "report"))
+    parser.add_argument("part", choices=("choose", "report", "fits"))
     parser.add_argument("--choosing", type=int, default=20, help="mosaics to choose settings on")
     parser.add_argument("--mosaics", type=int, default=100, help="mosaics to report")
     parser.add_argument("--sizes", type=int, nargs="+", default=(2, 3), help="sides of mosaics")
+    parser.add_argument("--held-out", type=int, default=80, help="photographs to explain in fits")
     arguments = parser.parse_args()
+    if arguments.part == "fits":
+        chain = boxes.chain(arguments.network, arguments.data)
+        fits(arguments.network, chain, arguments.data, arguments.held_out)
+        return
     name, part = f"photographs-mosaics-{arguments.network}", arguments.part
     chain, layers = boxes.chain(arguments.network, arguments.data), LAYERS[arguments.network]
     rows = read(name)["rows"] if (RESULTS / f"{name}.json").exists() else []

@@ -537,6 +537,16 @@ def photographs_mosaics() -> str:
     return show(rows)
 
 
+def photographs_fits() -> str:
+    """Return the box accuracy of the map for photographs, by the number of photographs fitted."""
+    rows = read("photographs-fits-squeezenet1_0")["rows"]
+    cells = {"photographs fitted": "box accuracy, three sets"}
+    for count in dict.fromkeys(row["fitted"] for row in rows):
+        values = (row["accuracy"] for row in rows if row["fitted"] == count)
+        cells[str(count)] = ", ".join(f"{value:.3f}" for value in values)
+    return show([cells])
+
+
 def _score(row: dict[str, Any]) -> str:
     """Return a score ± its standard error."""
     return f"{row['score']:.2f} ± {row['standard error']:.2f}"
@@ -960,6 +970,7 @@ def main() -> None:
         bottlenecks_speed,
         photographs,
         photographs_mosaics,
+        photographs_fits,
         which_map,
         wild,
         wild_refused,

@@ -92,8 +92,9 @@ def for_photographs(
 
     Args:
         model: Network for images (batch, channels, height, width), in evaluation mode.
-        data: Photographs to fit on, prepared as the model expects them: a few hundred like those to
-            explain. Labels are not needed. The kinds are those of ``InverseNetwork.fit``.
+        data: Photographs to fit on, like those to explain, prepared as the model expects them. By
+            box accuracy on SqueezeNet, 5 did as well as 200. Labels are not needed. The kinds are
+            those of ``InverseNetwork.fit``.
         targets: Classes to fit; None to fit each class when it is first explained.
         layer: A module of the model or its dotted name, instead of the one that is picked.
         unpack: Function batch → (inputs, additional_forward_args), for other kinds of batches.
