@@ -4,7 +4,6 @@ An object that may be compared by identity is a leaf. A container is not, becaus
 be written to it.
 """
 
-from array import array
 from collections import defaultdict, deque, namedtuple
 from contextlib import suppress
 from contextvars import ContextVar
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_mipin.graph.plain import ATOMS, FEW, digest_of
+from captum_mipin.graph.plain import ATOMS, BUFFERS, FEW, digest_of
 from captum_mipin.graph.twin import attributes_of
 
 #: Types of values that are compared by their form and version instead of their content.
@@ -110,8 +109,10 @@ def _parts(value: Any) -> list[Any] | None:
         return [*value, *value.values(), *factory, *_own(value)]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return [*value, *_own(value)]
-    if isinstance(value, (bytearray, array)):
-        return [digest_of(value)]
+    if isinstance(value, BUFFERS):
+        return [digest_of(value), *_own(value)]
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        return [intern(f"{value.shape} {value.dtype}"), *value.ravel().tolist()]
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, partial):

@@ -4,6 +4,8 @@ A place is read in two ways: once in full, and then at each call of the package,
 compared quickly.
 """
 
+import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -13,7 +15,7 @@ from torch import nn
 
 from captum_mipin.graph.leaves import leaves, slots
 from captum_mipin.graph.modules import OWN
-from captum_mipin.graph.twin import attributes_of
+from captum_mipin.graph.twin import attributes_of, package
 
 #: Function object → name → value.
 Reader = Callable[[Any], dict[str, Any]]
@@ -23,8 +25,17 @@ IGNORED = OWN - {
     "training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks",
 }  # fmt: skip
 
+#: Packages whose objects are compared as a whole. They do not change what a model computes.
+_OPAQUE = ("logging", "threading", "captum_mipin", "torch.fx", "torch.export")
+
+_LIBRARY = sys.stdlib_module_names
+
 #: Attributes of a module that :func:`content_of` contains.
 REGISTERED = OWN - IGNORED - {"training"}
+
+
+#: The same, in a fixed order.
+_REGISTERED = tuple(sorted(REGISTERED))
 
 
 class Place(NamedTuple):
@@ -60,13 +71,11 @@ def content_of(owner: Any, values: dict[str, Any]) -> list[Any]:
     """Return names and values, the latter by ``id``; for a module, also what it has registered."""
     if not isinstance(owner, nn.Module):
         return [*values, *map(id, values.values())]
-    p, b, m = values["_parameters"], values["_buffers"], values["_modules"]
-    h, i = values["_forward_hooks"], values["_forward_pre_hooks"]
-    return [
-        len(p), len(b), len(m), len(h), *values, *map(id, values.values()),
-        *p, *map(id, p.values()), *b, *map(id, b.values()), *m, *map(id, m.values()),
-        *h, *map(id, h.values()), *i, *map(id, i.values()),
-    ]  # fmt: skip
+    content = [*values, *map(id, values.values())]
+    for name in _REGISTERED:
+        if entries := values[name]:
+            content += (name, *entries, *map(id, entries.values()))
+    return content
 
 
 @dataclass(frozen=True)
@@ -119,9 +128,26 @@ def class_entries(kind: type) -> dict[str, Any]:
 
 def reader_of(value: Any) -> Reader | None:
     """Return the function that reads the attributes of an object, None if it has none."""
+    if isinstance(value, logging.Logger):
+        return _levels
+    if any("is_set" in vars(base) and package(base) in _LIBRARY for base in type(value).__mro__):
+        return _flag
+    if type(value).__module__.startswith(_OPAQUE):
+        return None
     if slots(value):
         return _all_attributes
     return None if attributes_of(value) is None else vars
+
+
+def _levels(logger: Any) -> dict[str, Any]:
+    """Return what tells which messages a logger takes."""
+    levels = {"level": logger.getEffectiveLevel(), "disabled": logger.disabled}
+    return levels | {"least level of all": logger.manager.disable}
+
+
+def _flag(event: Any) -> dict[str, Any]:
+    """Return whether an event is set."""
+    return {"is set": event.is_set()}
 
 
 def _all_attributes(value: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Large containers of numbers and strings, which are read as a whole and not entry by entry."""
 
+import ctypes
 import hashlib
 import io
 import pickle
@@ -18,6 +19,9 @@ ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, range, type(...), torch.dtype,
      torch.device, torch.layout, torch.memory_format, torch.Size}
 )  # fmt: skip
+
+#: Types of objects that consist of bytes: arrays, and the structures and numbers of C.
+BUFFERS: Any = (bytearray, array, ctypes._SimpleCData.__mro__[1])
 
 #: Types that pickle writes without a call of Python code.
 _CONTAINERS = frozenset({list, dict, tuple, set, frozenset})
@@ -62,7 +66,7 @@ def is_long(value: Any) -> bool:
 
 
 def digest_of(value: Any) -> str | None:
-    """Return a digest of a large container of numbers and strings, None for any other value.
+    """Return a digest of bytes, or of a large container of numbers and strings; else None.
 
     It is the same string for the same contents, and differs for any other.
 
@@ -75,8 +79,8 @@ def digest_of(value: Any) -> str | None:
         False
     """
     kind = _ORIGINALS.get(type(value), type(value))
-    if kind in (bytearray, array):
-        return intern(hashlib.sha1(value, usedforsecurity=False).hexdigest())
+    if isinstance(value, BUFFERS):
+        return intern(hashlib.sha1(bytes(value), usedforsecurity=False).hexdigest())
     if kind is deque and len(value) > FEW:
         value = list(value)
     elif kind not in _CONTAINERS or len(value) <= FEW:

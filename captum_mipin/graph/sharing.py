@@ -133,13 +133,21 @@ def _graphs_of(model: nn.Module) -> _Model:
 
 
 def _modes() -> tuple[Any, ...]:
-    """Return the settings of torch on which a graph depends."""
+    """Return the settings of torch on which a graph depends, or that a model may read."""
     return (
         torch.get_default_dtype(),
         torch.get_default_device(),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.backends.mha.get_fastpath_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch._C._get_cudnn_enabled(),
+        torch._C._get_cudnn_benchmark(),
+        torch._C._get_cudnn_deterministic(),
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
         torch._C._len_torch_function_stack(),
     )
 

@@ -7,6 +7,7 @@ equal states of a model have the same graph.
 
 import builtins
 import gc
+import logging
 import os
 import sys
 from collections import OrderedDict, defaultdict
@@ -51,9 +52,6 @@ Path = tuple[str, ...]
 
 #: Packages whose functions and classes are compared as a whole, without what they refer to.
 _CLOSED = FOREIGN | sys.stdlib_module_names | {"captum", "captum_mipin"}
-
-#: Packages whose objects are compared as a whole. They do not change what a model computes.
-_OPAQUE = ("logging", "threading", "captum_mipin", "torch.fx", "torch.export")
 
 #: Names of functions by which code may read an attribute whose name it does not contain.
 _DYNAMIC = frozenset(
@@ -184,9 +182,22 @@ class _Walk:
                 self._scan(vars(module), path, self._names)
             if not self._names.isdisjoint(("environ", "getenv")):
                 self._push(os.environ, ("environ",))
+            if "getLogger" in self._names:
+                for logger in self._loggers():
+                    self._push(logger, ("logger", logger.name))
             if not self._names.isdisjoint(("modules", "import_module", "__import__")):
                 for name in sorted(self._names & sys.modules.keys()):
                     self._push(sys.modules[name], ("modules", name))
+
+    def _loggers(self) -> list[logging.Logger]:
+        """Return the loggers that the code may look up by name."""
+        modules = {path[-1] for _, path, _ in self._scopes.values()}
+        known = logging.Logger.manager.loggerDict.values()
+        named = [logger for logger in list(known) if isinstance(logger, logging.Logger)]
+        return [logging.root] + [
+            logger for logger in named
+            if logger.name in modules or self._names.issuperset(logger.name.split("."))
+        ]  # fmt: skip
 
     def _scan(self, scope: dict[str, Any], path: Path, names: set[str]) -> None:
         """Push the values of global variables; of those of torch, only the Python modules."""
@@ -238,7 +249,7 @@ class _Walk:
                 self._reach(value, path)
         elif isinstance(value, type):
             self._visit_class(value, path)
-        elif not kind.__module__.startswith(_OPAQUE) and (read := reader_of(value)):
+        elif read := reader_of(value):
             self._note(value, path, read)
             self._stack.append((kind, (*path, "type")))
 

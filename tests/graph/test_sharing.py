@@ -1,7 +1,10 @@
 """All objects that explain a model share its graphs, and none of them gets a stale graph."""
 
 import copy
+import ctypes
 import gc
+import logging
+import multiprocessing
 import os
 import pickle
 import sys
@@ -14,6 +17,7 @@ from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import captum.attr
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,6 +36,8 @@ pytestmark = [
 
 X = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) + 0.5
 FACTOR = 1.5
+LOGGER = logging.getLogger("captum_mipin_tests.sharing")
+LOGGER.parent = logging.Logger("above", logging.ERROR)
 FLAG = ContextVar("FLAG", default=1.5)
 LIBRARY = ModuleType("a_library")
 LIBRARY.inner = ModuleType("a_library.inner")  # type: ignore[attr-defined]
@@ -236,6 +242,51 @@ CHANGES: dict[str, tuple[Any, Callable[[Squares, pytest.MonkeyPatch], Any]]] = {
     "thread's variable": (
         lambda m, h: h * m.local.factor, lambda m, _: setattr(m.local, "factor", 3.0)
     ),
+    "event": (lambda m, h: h * (3 if m.event.is_set() else 1), lambda m, _: m.event.set()),
+    "event of a process": (
+        lambda m, h: h * (3 if m.process_event.is_set() else 1), lambda m, _: m.process_event.set()
+    ),
+    "value of a process": (
+        lambda m, h: h * m.process_value.value, lambda m, _: setattr(m.process_value, "value", 3.0)
+    ),
+    "level of a logger": (
+        lambda m, h: h * (3 if LOGGER.isEnabledFor(logging.DEBUG) else 1),
+        lambda m, _: (LOGGER.setLevel(logging.DEBUG),
+                      weakref.finalize(m, LOGGER.setLevel, logging.NOTSET)),
+    ),
+    "level of a logger above": (
+        lambda m, h: h * (3 if LOGGER.getEffectiveLevel() == 35 else 1),
+        lambda m, patch: patch.setattr(LOGGER.parent, "level", 35),
+    ),
+    "level of a logger by name": (
+        lambda m, h: h * (3 if logging.getLogger("a_library.inner").level == 7 else 1),
+        set_(logging.getLogger("a_library.inner"), "level", 7),
+    ),
+    "level of the module's logger": (
+        lambda m, h: h * (3 if logging.getLogger(__name__).level == 7 else 1),
+        set_(logging.getLogger(__name__), "level", 7),
+    ),
+    "array of objects": (
+        lambda m, h: h * float(m.objects[0, 1]), lambda m, _: m.objects.__setitem__((0, 1), 3.0)
+    ),
+    "object in an array": (
+        lambda m, h: h * m.objects[1, 0].factor,
+        lambda m, _: setattr(m.objects[1, 0], "factor", 3.0),
+    ),
+    "number of C": (lambda m, h: h * m.number.value, lambda m, _: setattr(m.number, "value", 3.0)),
+    "field of C": (
+        lambda m, h: h * m.structure.factor, lambda m, _: setattr(m.structure, "factor", 3.0)
+    ),
+    "deterministic algorithms": (
+        lambda m, h: h * (3 if torch.are_deterministic_algorithms_enabled() else 1),
+        lambda m, _: (torch.use_deterministic_algorithms(True),
+                      weakref.finalize(m, torch.use_deterministic_algorithms, False)),
+    ),
+    "flag of a backend": (
+        lambda m, h: h * (3 if torch.backends.cudnn.benchmark else 1),
+        lambda m, _: (setattr(torch.backends.cudnn, "benchmark", True),
+                      weakref.finalize(m, setattr, torch.backends.cudnn, "benchmark", False)),
+    ),
     "closure": (lambda m, h: h * CLOSURE[0](), lambda m, _: CLOSURE[1](3.0)),
     "environment": (
         lambda m, h: h * float(os.environ.get("MIPIN_TEST", "1.5")),
@@ -296,6 +347,12 @@ def halves(x: Tensor) -> Tensor:
     return x / 2
 
 
+class Structure(ctypes.Structure):
+    """A structure of C."""
+
+    _fields_ = (("factor", ctypes.c_double),)
+
+
 class Doubled(nn.Module):
     """A parametrization."""
 
@@ -310,6 +367,10 @@ def test_a_change_is_seen_by_the_same_object_and_by_a_fresh_one(
     way, change = CHANGES[name]
     monkeypatch.setitem(sys.modules, "a_library", LIBRARY)
     model = Squares(way).eval()
+    model.event, model.process_event = threading.Event(), multiprocessing.Event()
+    model.process_value = multiprocessing.Value("d", 1.5)
+    model.objects = np.array([[1.5, 1.5], [Settings(), None]], dtype=object)
+    model.number, model.structure = ctypes.c_double(1.5), Structure(1.5)
     if name == "thread's variable":
         model.local = threading.local()
         model.local.factor = 1.5
