@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import sys
+import sysconfig
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from types import FunctionType, ModuleType
@@ -50,8 +51,10 @@ from captum_mipin.graph.twin import FOREIGN, package
 #: A place in the state: the names that lead to it from the model.
 Path = tuple[str, ...]
 
-#: Packages whose functions and classes are compared as a whole, without what they refer to.
+#: Packages whose functions and classes are compared as a whole, without what they refer to. So are
+#: installed packages that define no layer of the model: nobody edits them while they are used.
 _CLOSED = FOREIGN | sys.stdlib_module_names | {"captum", "captum_mipin"}
+_INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
 
 #: Names of functions by which code may read an attribute whose name it does not contain.
 _DYNAMIC = frozenset(
@@ -156,7 +159,11 @@ class _Walk:
         self._scopes: dict[int, tuple[Any, Path, set[str]]] = {}
         self._modules: dict[int, tuple[ModuleType, Path]] = {}
         self._stack: list[tuple[Any, Path]] = []
+        self._closed = dict.fromkeys(_CLOSED, True)
         for _, module in tree(model):
+            layers = (base for base in type(module).__mro__ if issubclass(base, nn.Module))
+            for base in layers:
+                self._closed.setdefault(package(base), False)
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 self._numbers.setdefault(id(tensor), len(self._numbers))
         self._visit_tree(model, ())
@@ -201,7 +208,7 @@ class _Walk:
 
     def _scan(self, scope: dict[str, Any], path: Path, names: set[str]) -> None:
         """Push the values of global variables; of those of torch, only the Python modules."""
-        closed = _package_of(scope) in _CLOSED
+        closed = self._is_closed(_package_of(scope))
         for name in sorted(names.intersection(scope)):
             if isinstance(scope[name], ModuleType):
                 self._push(scope[name], (*path, name))
@@ -212,23 +219,31 @@ class _Walk:
         """Note the global variables that the code uses, when all of its names are known."""
         self.words = self._names.union(*(names for _, _, names in self._scopes.values()))
         for owner, path, names in self._scopes.values():
-            closed = _package_of(owner.__globals__) in _CLOSED
+            closed = self._is_closed(_package_of(owner.__globals__))
             known = owner.__globals__ if closed else {}
             names = {name for name in names if not is_container(known.get(name))}
             self._note(owner, path, Globals(sorted(names)), False)
         for module, path in self._modules.values():
             known = vars(module)
-            closed = _package_of(known) in _CLOSED
+            closed = self._is_closed(_package_of(known))
             names = {name for name in self._names & known.keys() if not is_container(known[name])}
             self._note(module, path, Variables(sorted(names if closed else self._names)), False)
         for owner in (builtins, Tensor):
             self._note(owner, (owner.__name__,), Variables(sorted(self.words)), False)
 
+    def _is_closed(self, name: str) -> bool:
+        """Return True if the code of a package is compared as a whole."""
+        if name not in self._closed:
+            module = sys.modules.get(name)
+            places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+            self._closed[name] = any(str(place).startswith(_INSTALLED) for place in places)
+        return self._closed[name]
+
     def _push(self, value: Any, path: Path) -> None:
         """Note that something has to be visited; of a class that may be called, all methods."""
         found = [(value, path)] if type(value) not in ATOMS else []
         for base in value.__mro__ if isinstance(value, type) else ():
-            if package(base) not in _CLOSED:
+            if not self._is_closed(package(base)):
                 names = sorted(_UNUSED & vars(base).keys())
                 found += [(vars(base)[name], (*path, name)) for name in names]
         self._stack += [(part, where) for part, where in found if id(part) not in self._seen]
@@ -244,7 +259,7 @@ class _Walk:
         if isinstance(value, ModuleType):
             self._modules[id(value)] = value, ("variables of", value.__name__)
         elif isinstance(value, FunctionType):
-            if package(value) not in _CLOSED:
+            if not self._is_closed(package(value)):
                 self._note(value, path, function_parts)
                 self._reach(value, path)
         elif isinstance(value, type):
@@ -256,9 +271,9 @@ class _Walk:
     def _visit_class(self, kind: type, path: Path) -> None:
         """Note a class; of its methods, visit those that the code calls by name."""
         module = issubclass(kind, nn.Module)
-        if package(kind) in _CLOSED and not module:
+        if self._is_closed(package(kind)) and not module:
             return
-        entries = self._note(kind, path, class_entries, pushes=package(kind) not in _CLOSED)
+        entries = self._note(kind, path, class_entries, pushes=not self._is_closed(package(kind)))
         for name, value in entries.items():
             parts = [part for part in leaves(value) if type(part) is FunctionType]
             for part in parts if kind is not nn.Module else ():
@@ -271,7 +286,7 @@ class _Walk:
         self._stack.append((type(kind), (*path, "metaclass")))
 
     def _visit_method(self, function: Any, path: Path) -> None:
-        if package(function) in _CLOSED:
+        if self._is_closed(package(function)):
             if id(function) not in self._seen:  # of a layer of torch: only the names that it uses
                 self._seen[id(function)] = function
                 self._reach(function, path)
@@ -285,7 +300,7 @@ class _Walk:
         _, _, names = self._scopes.setdefault(id(scope), (function, where, set()))
         names |= global_names(code)
         names |= attribute_names(code) if "globals" in names else set()
-        own = package(function) not in _CLOSED
+        own = not self._is_closed(package(function))
         self.dynamic |= own and not _DYNAMIC.isdisjoint(attribute_names(code))
         for name in attribute_names(code) - self._names:
             self._names.add(name)

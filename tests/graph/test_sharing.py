@@ -20,8 +20,10 @@ import captum.attr
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import resnet, resnet18
 
 from captum_mipin import InverseNetwork, MIPINAttribution, check
 from captum_mipin.graph import capture as capture_module
@@ -603,3 +605,28 @@ def test_an_object_that_cannot_be_read_is_captured_each_time(traced: list[int]) 
     for _ in range(2):
         torch.testing.assert_close(explained(model), gradient(model))
     assert len(traced) == 2
+
+
+class Titled(nn.Module):
+    """A model whose code uses an installed package that defines none of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.shown = nn.Linear(3, 2), False
+
+    def forward(self, x: Tensor) -> Any:
+        if self.shown:
+            pyplot.title("a title")
+        return self.layer(x)
+
+
+def test_the_code_of_an_installed_package_is_read_only_if_it_defines_a_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = State(Titled())
+    assert not any("matplotlib.axes" in part for path in state.entries for part in path)
+    monkeypatch.setattr(pyplot, "title", lambda text: None)
+    assert not state.holds()
+    state = State(resnet18())
+    monkeypatch.setattr(resnet.BasicBlock, "forward", lambda self, x: x)
+    assert not state.holds()
