@@ -70,6 +70,23 @@ def test_check_fails_where_an_operation_is_refused(capsys):
     assert err == "captum-mipin: 1 of 5 operations are refused: 1/aten.cumprod.default\n"
 
 
+def test_check_names_the_operation_that_loses_the_batch_and_not_all_behind_it(folder, capsys):
+    """Formerly each of the 60 operations behind it was named."""
+    (folder / "firsts.py").write_text(
+        "from torch import nn\n"
+        "class First(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.steps = nn.Sequential(*[nn.Sequential(nn.ReLU(), nn.Tanh())] * 30)\n"
+        "    def forward(self, x):\n"
+        "        return self.steps(x[0])\n"
+    )
+    assert call("check firsts:First --size 8") == 1
+    found = capsys.readouterr()
+    assert found.err == "captum-mipin: 61 of 61 operations are refused: (model)/aten.select.int\n"
+    assert "steps.0.0" in found.out
+
+
 def test_fit_writes_the_inverse_of_the_library(folder, model, capsys):
     x = photos(folder / "photos")
     expected = InverseNetwork(model).fit(x, batch_size=32, progress=False)
