@@ -5,11 +5,13 @@ y, this is −log softmax(z)_y, and ``nll_loss`` alone is −z_y: the choice of 
 sign. Losses with weights of classes, smoothed or soft labels are no such choice, and stay.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
 
 from captum_mipin.graph.marks import inherit, set_value, value_of
 from captum_mipin.graph.nodes import argument
@@ -38,18 +40,25 @@ def _chooses(node: fx.Node) -> bool:
     return single or argument(node, 3, "reduction", 1) == 0
 
 
+def _outside_vmap(value: Any) -> Any:
+    """Return a traced value; inside ``torch.vmap``, a tensor of the shape of one example."""
+    if isinstance(value, FakeTensor):
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+
 def _spelled(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """Add the operations that a loss consists of, and return the last one."""
     z, labels = node.all_input_nodes[:2]
     dim, ignored = min(value_of(z).ndim - 1, 1), argument(node, 4, "ignore_index", -100)
 
+    mode = getattr(value_of(z), "fake_mode", nullcontext())
+
     def call(target: Any, *args: Any) -> fx.Node:
         with graph.inserting_before(node):
             new = graph.call_function(target, args)
-        values = fx.map_arg(args, value_of)
-        mode = next(value_of(n) for n in new.all_input_nodes).fake_mode
         with mode, enable_python_dispatcher():
-            value: Tensor = target(*values)
+            value: Tensor = target(*fx.map_arg(args, lambda n: _outside_vmap(value_of(n))))
         inherit(new, node)
         set_value(new, value)
         return new

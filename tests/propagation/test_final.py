@@ -224,6 +224,8 @@ LOSSES = {
     "loop over batches of one": lambda z, y: torch.stack(
         [F.cross_entropy(z[i : i + 1], y[i : i + 1]) for i in range(len(z))]
     ),
+    "vmap": lambda z, y: torch.vmap(F.cross_entropy)(z, y),
+    "vmap of nll_loss": lambda z, y: torch.vmap(F.nll_loss)(z.log_softmax(1), y),
     "of places": lambda z, y: F.cross_entropy(z[..., None], y[:, None], reduction="none")[:, 0],
 }
 
