@@ -2,11 +2,13 @@
 
 import ctypes
 import hashlib
-import io
 import pickle
 from array import array
 from collections import deque
+from collections.abc import Iterable
+from itertools import chain, compress, repeat
 from sys import intern
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,11 +60,19 @@ class _Pickler(pickle.Pickler):
 
 
 def is_long(value: Any) -> bool:
-    """Return True for a large container whose entries are numbers and strings alone."""
+    """Return True for a large container of numbers, strings and tuples of them alone."""
     kind = type(value)
-    if kind not in _CONTAINERS or len(value) <= FEW or not ATOMS.issuperset(map(type, value)):
+    if kind not in _CONTAINERS or len(value) <= FEW or not _are_atoms(value):
         return kind in _ORIGINALS
-    return kind is not dict or ATOMS.issuperset(map(type, value.values()))
+    return kind is not dict or _are_atoms(value.values())
+
+
+def _are_atoms(values: Iterable[Any]) -> bool:
+    kinds = set(map(type, values))
+    if tuple not in kinds:
+        return kinds <= ATOMS
+    inside = chain.from_iterable(compress(values, map(isinstance, values, repeat(tuple))))
+    return kinds - {tuple} <= ATOMS and ATOMS.issuperset(map(type, inside))
 
 
 def digest_of(value: Any) -> str | None:
@@ -87,11 +97,11 @@ def digest_of(value: Any) -> str | None:
         return None
     elif kind is not type(value):
         value = kind(value)
-    file = io.BytesIO()
-    pickler = _Pickler(file, 5)
+    digest = hashlib.sha1(usedforsecurity=False)
+    pickler = _Pickler(SimpleNamespace(write=digest.update), 5)
     pickler.fast = True  # equal contents have the same bytes, also if they are other objects
     try:
         pickler.dump(value)
     except Exception:  # of any type: the contents are something else, or contain themselves
         return None
-    return intern(hashlib.sha1(file.getbuffer(), usedforsecurity=False).hexdigest())
+    return intern(digest.hexdigest())

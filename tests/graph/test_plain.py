@@ -120,7 +120,7 @@ def _calls(run: Callable[[], Any]) -> int:
     return count
 
 
-@pytest.mark.parametrize("kind", ["list", "tuple", "values", "set", "array"])
+@pytest.mark.parametrize("kind", ["list", "tuple", "values", "set", "array", "pairs"])
 def test_a_hundred_times_more_entries_cost_no_more_calls(kind: str) -> None:
     LRP(Holds([]).eval()).attribute(X, 0)
     counts = []
