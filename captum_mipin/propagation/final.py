@@ -84,12 +84,12 @@ class Final:
     @property
     def note(self) -> str:
         """The note in a table of :func:`~captum_mipin.check`."""
-        if self.scale > 0:
-            return f"the {self.name} ends the model: the logits that go into it are explained"
-        return (
-            f"the {self.name} ends the model, in an output that falls with it, such as 1 - p or a "
-            "loss: minus the logits that go into it are explained"
-        )
+        if self.scale < 0 and "softmax" in self.name:
+            return (
+                f"the {self.name} ends the model, in a loss that falls with it: minus the logits "
+                "that go into it are explained"
+            )
+        return f"the {self.name} ends the model: the logits that go into it are explained"
 
 
 def below_final(captured: CapturedGraph) -> tuple[CapturedGraph, CheckRow | None]:
@@ -275,9 +275,10 @@ def _value(
             result = values[node] = _run(node, values)
         for node in behind:
             result = _run(node, {node.all_input_nodes[0]: result})
-    except (KeyError, RuntimeError, TypeError):
+    except Exception:  # of any type: a weight is not known, or the operation takes no such numbers
         return None
-    return result if isinstance(result, Tensor) and result.shape == _GRID.shape else None
+    fits = isinstance(result, Tensor) and (result.shape, result.dtype) == (_GRID.shape, _GRID.dtype)
+    return result if fits else None
 
 
 def _run(node: Any, values: dict[fx.Node, Any]) -> Any:

@@ -89,6 +89,10 @@ TAKEN |= {
     ),
     "power": (lambda z: (1 + torch.exp(-z)) ** -1, lambda z: z),
     "a temperature": (lambda z: torch.sigmoid(z / 5), lambda z: z / 5),
+    "a learned temperature": (
+        lambda z: 1 / (1 + torch.exp(-z / nn.Parameter(torch.tensor(5.0)))),
+        lambda z: z / 5,
+    ),
     "relu6": (lambda z: F.relu6(z + 3) / 6, lambda z: z),
     "clamp": (lambda z: (z / 6 + 0.5).clamp(0, 1), lambda z: z),
     "a second class of zeros": (
@@ -167,6 +171,8 @@ OTHERS = {
     "softmax over the batch": lambda z: z.softmax(0),
     "exp over the sum of all": lambda z: z.exp() / z.exp().sum(),
     "exp over a sum over the batch": lambda z: z.exp() / z.exp().sum(0, keepdim=True),
+    "a comparison": lambda z: (z > 0).to(z.dtype) * z,
+    "a comparison alone": lambda z: (z > 0).to(z.dtype),
     "a norm": lambda z: z / z.sum(1, keepdim=True),
     "exp over another sum": lambda z: z.exp() / (2 * z).exp().sum(1, keepdim=True),
 }
@@ -267,7 +273,7 @@ def test_check_and_the_warning_say_that_a_loss_falls_with_its_logit():
     *_, last = check(model, x, y).rows
     assert (last.operation, last.status) == ("aten.log_softmax.int", "supported")
     assert "minus the logits" in last.note
-    with pytest.warns(LogitsWarning, match="such as 1 - p or a loss: minus the logits"):
+    with pytest.warns(LogitsWarning, match="in a loss that falls with it: minus the logits"):
         LRP(model).attribute(x, additional_forward_args=y)
 
 
