@@ -154,7 +154,8 @@ def _maps(result: Any) -> tuple[Tensor, ...]:
 def settle(sample: Sample) -> None:
     """Let the score vary with the input, where a model's first weights make it a constant.
 
-    Dense layers whose weights are all 0 get random ones, batch norms the statistics of the inputs.
+    Dense layers whose weights are all 0 get random ones; batch norms get the statistics of the
+    inputs, and scales of 1 where all are 0.
     """
     model, few = sample.model, tuple(x[:8] for x in sample.inputs)
     with torch.no_grad():
@@ -168,6 +169,8 @@ def settle(sample: Sample) -> None:
             if isinstance(module, nn.Linear) and not module.weight.any():
                 module.reset_parameters()
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if module.weight is not None and not module.weight.any():
+                    module.weight.fill_(1)
                 module.train()
                 module.momentum = 1.0
         model(*few)
