@@ -135,14 +135,15 @@ rule is *decided* if it is one of several possible rules. The test in the last c
 rule a second time, or checks an identity that must hold. In addition,
 `test_every_operation_carries_the_signal` fits and explains a network with each of PyTorch's
 operations. The operations of `captum_mipin` are not PyTorch's. `pooled_linear` is a `linear` on
-averages over all positions; its inverse returns a value for each position. `elementwise` is a
-function of a single tensor, element by element, that the model writes by hand, such as
+averages or sums over all positions; its inverse returns a value for each position. `elementwise`
+is a function of a single tensor, element by element, that the model writes by hand, such as
 x / (1 + |x|); a function with the values of a known activation, such as GELU by `tanh` and
 products, has the rule of that activation. `divided` is a ratio whose divisor depends on the input,
 and `weighted_sum` the sum of a product of two values of the input. A product with a constant
-matrix, on either side, is a `linear`. Operations that only stand for others (`einsum`, `addcmul`,
-`addcdiv`, `baddbmm`, `lerp`, `aminmax`, `cosine_similarity`, norms written by hand, sums of stacked
-tensors) are replaced by those.
+matrix or vector, on either side, is a `linear`, and so is a sum of products with constant weights.
+Operations that only stand for others (`einsum`, `addcmul`, `addcdiv`, `baddbmm`, `lerp`, `aminmax`,
+`cosine_similarity`, norms written by hand, sums of stacked tensors or of slices) are replaced by
+those.
 
 An operation that copies or mixes values, y = L x, sends back the mean over its outputs, weighted by
 its coefficients: S_x = Lᵀ (S / |L| 1) / |L|ᵀ 1. `detach()` and `torch.no_grad()` change no value:

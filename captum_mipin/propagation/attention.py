@@ -20,6 +20,7 @@ from captum_mipin.graph.marks import inherit, mark, marks, value_of
 from captum_mipin.graph.nodes import argument, operation, place
 from captum_mipin.graph.subgraph import extract, run_part
 from captum_mipin.propagation.batch_layout import lay_out_batch
+from captum_mipin.propagation.divisors import steps_before
 from captum_mipin.propagation.draft import Draft, descendants
 from captum_mipin.propagation.forms import become, insert, spell
 from captum_mipin.propagation.marking import drop_unused, mark_signal, mark_varying
@@ -52,7 +53,9 @@ def expand_attention(graph: fx.Graph, starts: Collection[fx.Node]) -> None:
         if operation(node) == "scaled_dot_product_attention" and not argument(node, 4, "dropout_p"):
             _expand(node)
         elif operation(node) == "divided" and node not in starts:
-            _softmax_by_hand(node)
+            _softmax_by_hand(node, starts)
+        if operation(node) in SOFTMAX and node not in starts:
+            _leave_out_shift(node, starts)
     graph.eliminate_dead_code(lambda n: n in starts or n.is_impure())
 
 
@@ -89,19 +92,43 @@ def _masked(node: Any, scores: fx.Node) -> fx.Node:
     return insert(node, _aten.add.Tensor, scores, mask)
 
 
-def _softmax_by_hand(node: Any) -> None:
+def _softmax_by_hand(node: Any, starts: Collection[fx.Node]) -> None:
     """Replace exp(x) / Σ exp(x) by a softmax."""
     above, below = node.args
-    if operation(below) == "expand":
+    while operation(below) == "expand":
         below = below.args[0]
-    sizes = value_of(below).shape
-    total = below.args[0] if operation(below) == "unsqueeze" else below
-    if operation(above) != "exp" or operation(total) != "sum" or len(sizes) != value_of(node).ndim:
+    total, dims = steps_before(below, starts)[-1]
+    along = argument(total, 1, "dim") or [] if operation(total) == "sum" else []
+    if operation(above) != "exp" or len(along) != 1 or value_of(below).ndim != value_of(node).ndim:
         return
-    dims: list[int] = argument(total, 1, "dim") or []
-    same = operation(total.args[0]) == "exp" and total.args[0].args == above.args
-    if same and len(dims) == 1 and sizes[dims[0]] == 1:
-        become(node, _aten.softmax.int, above.args[0], dims[0])
+    dim, sizes = along[0] % value_of(above).ndim, value_of(below).shape
+    removed = value_of(total).ndim < value_of(above).ndim
+    # dimension of Σ exp(x) → dimension of x
+    own = [at + (removed and at >= dim) for at in range(value_of(total).ndim)]
+    source, order = steps_before(total.args[0], starts)[-1]
+    same = (
+        operation(source) == "exp"
+        and source.args == above.args
+        and order == list(range(len(order)))
+    )
+    at_place = all(
+        size == 1 or (at is not None and own[at] == place)
+        for place, (size, at) in enumerate(zip(sizes, dims, strict=True))
+    )
+    if same and at_place:
+        become(node, _aten.softmax.int, above.args[0], dim)
+
+
+def _leave_out_shift(node: Any, starts: Collection[fx.Node]) -> None:
+    """Replace softmax(x − m) by softmax(x), for m that is one number for each row of x."""
+    dim = argument(node, 1, "dim") % value_of(node).ndim - value_of(node).ndim
+    while operation(node.args[0]) == "sub" and node.args[0] not in starts:
+        x, shift = node.args[0].args[:2]
+        whole = isinstance(x, fx.Node) and str(value_of(x).shape) == str(value_of(node).shape)
+        sizes = value_of(shift).shape if isinstance(shift, fx.Node) else ()
+        if not whole or (len(sizes) >= -dim and sizes[dim] != 1):
+            return
+        node.args = (x, *node.args[1:])
 
 
 # ------------------------------------------------------------------------ blocks of self-attention

@@ -1,10 +1,12 @@
 """The pass that joins an average over all positions with the dense layer that follows it.
 
 Both are inverted together. For a dense layer W, ``W mean(x) = mean(W x)``, so the order in which a
-network computes them must not change an explanation.
+network computes them must not change an explanation. A sum is n times the average of n positions,
+and such a number may also be written out: ``W (c mean(x)) = mean((c W) x)``.
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import fx
@@ -12,6 +14,7 @@ from torch import fx
 from captum_mipin.graph.layout import batch_dimension
 from captum_mipin.graph.marks import inherit, mark, marks, set_value, value_of
 from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.propagation.draft import number_of, permutation
 from captum_mipin.rules import POOLED_LINEAR
 from captum_mipin.rules.geometry import per_dimension
 
@@ -31,7 +34,7 @@ def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
     for node in list(graph.nodes):
         if operation(node) != "linear" or value_of(node).ndim != 2:
             continue
-        chain, averaged = _averaged(_source(node), starts)
+        chain, averaged, scale = _averaged(_source(node), starts)
         if not averaged:
             continue
         x, weight = _source(chain[-1]), argument(node, 1, "weight")
@@ -45,8 +48,8 @@ def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
             x = _batch_first(graph, x, at)
         mark(node, original=node.target)
         node.target, node.kwargs = POOLED_LINEAR, {}
-        # (x, pooled, weight, bias, dim): dim is the dimension of the channels in x.
-        node.args = (x, *(*node.args, None)[:3], kept[0])
+        # (x, pooled, weight, bias, dim, scale): dim is the dimension of the channels in x.
+        node.args = (x, *(*node.args, None)[:3], kept[0], scale)
         for part in chain:
             mark(part, joined=True)
 
@@ -61,7 +64,7 @@ def _batch_first(graph: fx.Graph, x: fx.Node, at: int) -> fx.Node:
     return first
 
 
-def _averaged(node: fx.Node, starts: Sequence[fx.Node]) -> tuple[list[fx.Node], set[int]]:
+def _averaged(node: fx.Node, starts: Sequence[fx.Node]) -> tuple[list[fx.Node], set[int], float]:
     """Return the chain of operations that computes ``node`` as an average of a tensor x.
 
     Args:
@@ -69,23 +72,38 @@ def _averaged(node: fx.Node, starts: Sequence[fx.Node]) -> tuple[list[fx.Node], 
         starts: The explained nodes; the chain does not contain them.
 
     Returns:
-        The operations of the chain, last one first, and the dimensions of x that they average. Both
-        are empty if ``node`` is not an average.
+        The operations of the chain, last one first; the dimensions of x that they average; the
+        number c for c times the average. The first two are empty if ``node`` is no average.
     """
     chain: list[fx.Node] = []
-    averaged = set[int]()
+    averaged, scale = set[int](), 1.0
     while len(node.users) == 1 and node not in starts:
-        dims = whole_dims(node)
+        dims, scaled = whole_dims(node), number_of(node)
+        if operation(node) == "sum":
+            ndim, sizes = value_of(_source(node)).ndim, value_of(_source(node)).shape
+            dims = {dim % ndim for dim in argument(node, 1, "dim") or ()}
+            if not all(isinstance(sizes[dim], int) for dim in dims):
+                break  # over the batch
+            scale *= prod(sizes[dim] for dim in dims)
         if dims:
             before, after = (value_of(n).ndim for n in (_source(node), node))
             # Later averages number their dimensions without those that this one removes.
             kept = [dim for dim in range(before) if before == after or dim not in dims]
             averaged = {kept[dim] for dim in averaged} | dims
-        elif operation(node) not in _FLAT or averaged:
+        elif scaled is not None and not averaged:
+            scale *= scaled[1]
+        elif averaged or not (operation(node) in _FLAT or _moves_ones(node)):
             break
         chain.append(node)
         node = _source(node)
-    return (chain, averaged) if averaged else ([], averaged)
+    return (chain, averaged, scale) if averaged else ([], averaged, scale)
+
+
+def _moves_ones(node: fx.Node) -> bool:
+    """Return True for a transposition that moves dimensions of size 1 only."""
+    order = permutation(node) or []
+    moved = [dim for dim in order if value_of(_source(node)).shape[dim] != 1]
+    return bool(order) and moved == sorted(moved)
 
 
 def whole_dims(node: fx.Node) -> set[int]:

@@ -41,7 +41,7 @@ def canonicalise(draft: Draft) -> None:
     graph, starts = draft.graph, draft.starts
     first_of: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node in starts or node.op != "call_function" or _leaves_module(node):
+        if node in starts or node.op != "call_function" or leaves_module(node):
             continue
         same = node
         if is_copy(node):
@@ -63,7 +63,7 @@ def canonicalise(draft: Draft) -> None:
         raise CaptureError(without_signal(lost, draft.output))
 
 
-def _leaves_module(node: fx.Node) -> bool:
+def leaves_module(node: fx.Node) -> bool:
     """Return True if a node is the output of a module, which other calls may explain."""
     inside = set(place(node).stack)
     return any(inside - set(place(user).stack) for user in node.users if user.op != "output")
@@ -106,7 +106,7 @@ def _swapped(graph: fx.Graph, node: fx.Node, batch: str) -> bool:
     source = node.args[0]
     assert isinstance(source, fx.Node)  # for mypy: it takes a tensor
     order = permutation(source)
-    if order is None or order[-1] != len(order) - 1 or _leaves_module(source):
+    if order is None or order[-1] != len(order) - 1 or leaves_module(source):
         return False
     with graph.inserting_after(node):
         moved = graph.call_function(torch.ops.aten.permute.default, (node, order))

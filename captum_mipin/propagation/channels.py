@@ -81,8 +81,8 @@ def _channels_of(user: fx.Node, node: fx.Node) -> int | None:
         user: An operation that uses ``node``, or ``node`` itself.
         node: The node.
     """
-    if operation(user) == "pooled_linear":  # its last argument is the dimension: see POOLED_LINEAR
-        dim: Any = user.args[-1]
+    if operation(user) == "pooled_linear":  # its fifth argument is the dimension: see POOLED_LINEAR
+        dim: Any = user.args[4]
         return int(dim) if user.args[0] is node else None
     if operation(user) in ("matmul", "bmm", "weighted_sum"):
         return _free_dimension(user, node)

@@ -1,8 +1,10 @@
 """A copy of a captured graph that the passes mark and rewrite, and functions on its nodes."""
 
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from torch import Tensor, fx
@@ -38,6 +40,7 @@ class Draft:
             explained values. Nothing is learned if the units are the same already.
         joint: Learn one regression on the signals of all branches of a tensor; if False, the
             signals of the branches are added.
+        literals: Placeholder of a tensor that is written out in the model's code → that tensor.
         steps: Key → step of the surrogate.
     """
 
@@ -48,6 +51,7 @@ class Draft:
     batch: str
     calibrate: bool = True
     joint: bool = True
+    literals: Mapping[fx.Node, Tensor] = field(default_factory=dict)
     steps: dict[str, Step] = field(default_factory=dict)
 
     @classmethod
@@ -78,7 +82,14 @@ class Draft:
         named = {source.name: node for source, node in copies.items()}
         inputs = tuple(named[name] for name in captured.inputs)
         starts = inputs if start is None else tuple(named[name] for name in start)
-        return cls(graph, rules, inputs, starts, captured.batch, **options)
+        # a tensor of the code is copied wherever it is used, so that nothing can change its values
+        literals = {
+            named[name]: tensor
+            for name, tensor in captured.constants.items()
+            if isinstance(tensor, Tensor)
+            and all(operation(user) == "lift_fresh_copy" for user in named[name].users)
+        }
+        return cls(graph, rules, inputs, starts, captured.batch, **options, literals=literals)
 
     @property
     def output(self) -> fx.Node:
@@ -137,6 +148,43 @@ def permutation(node: fx.Node) -> list[int] | None:
     a, b = (argument(node, at, f"dim{at - 1}") for at in (1, 2))
     order[a], order[b] = order[b], order[a]
     return order
+
+
+def number_of(node: Any) -> tuple[Any, float] | None:
+    """Return x and c for the product of a tensor x and a number c; None for other operations."""
+    if operation(node) not in ("mul", "div") or len(node.all_input_nodes) != 1 or node.kwargs:
+        return None
+    x, c = node.args if isinstance(node.args[0], fx.Node) else node.args[::-1]
+    if not is_floating(value_of(x)) or not isinstance(c, (int, float)):
+        return None
+    if operation(node) == "mul":
+        return x, c
+    return (x, 1 / c) if x is node.args[0] and c else None
+
+
+def as_number(size: Any, batch: int) -> int:
+    """Return a size of a traced tensor for a batch of this size."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
+
+
+def regrouped(reshape: fx.Node) -> tuple[list[int], list[int]]:
+    """Return, for each dimension before and behind a reshape, the number of its group.
+
+    Dimensions are in one group if the reshape makes them from each other.
+    """
+    # a number that no size is stands for the size of the batch
+    sizes = [
+        [as_number(size, 7919) for size in value_of(n).shape]
+        for n in (reshape.all_input_nodes[0], reshape)
+    ]
+    # a group begins at each product of sizes that both shapes have
+    starts = [[prod(shape[:dim]) for dim in range(len(shape))] for shape in sizes]
+    common = sorted(set(starts[0]) & set(starts[1]))
+    before, after = ([bisect(common, start) for start in each] for each in starts)
+    return before, after
 
 
 def descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:

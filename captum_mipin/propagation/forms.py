@@ -6,11 +6,9 @@ The rule of an operation must not depend on the way in which a model writes it. 
   operation ``divided``;
 - each result of ``var_mean`` becomes an operation of its own;
 - the sum of a product of two values that depend on the input becomes ``weighted_sum``, which has
-  the rule of a matrix product; their average becomes this sum, divided by a number;
-- the sum or the mean of stacked tensors becomes a sum of these tensors.
+  the rule of a matrix product; their average becomes this sum, divided by a number.
 """
 
-from bisect import bisect
 from collections.abc import Callable, Collection, Sequence
 from math import prod
 from operator import getitem
@@ -25,7 +23,7 @@ from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
 from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.propagation.averages import whole_dims
-from captum_mipin.propagation.draft import Draft, permutation
+from captum_mipin.propagation.draft import Draft, permutation, regrouped
 from captum_mipin.propagation.marking import mark_as_varying, mark_varying
 from captum_mipin.rules import DIVIDED, WEIGHTED_SUM
 from captum_mipin.rules.base import varies
@@ -72,7 +70,9 @@ def _product_with_reciprocal(node: Any, starts: Starts) -> bool:
             continue
         r, scale = _unscaled(factor, starts)
         if _is_reciprocal(r):
-            _divide(node, x, insert(node, _aten.reciprocal.default, r), starts, scale)
+            plain = operation(r) == "reciprocal" and r not in starts  # 1 / (1 / d) is d
+            divisor = r.args[0] if plain else insert(node, _aten.reciprocal.default, r)
+            _divide(node, x, divisor, starts, scale)
             return True
     return False
 
@@ -122,7 +122,7 @@ def _moment(node: Any, starts: Starts) -> bool:
 
 
 def _is_reciprocal(node: Any) -> bool:
-    while operation(node) in _SAME_NUMBERS:
+    while operation(node) in SAME_NUMBERS:
         node = node.args[0]
     if operation(node) == "pow":
         return isinstance(node.args[1], (int, float)) and node.args[1] < 0
@@ -138,28 +138,41 @@ def _sum_of_product(node: Any, starts: Starts) -> bool:
     along = argument(node, 1, "dim") if name in ("sum", "mean") else whole_dims(node)
     if not along or "dtype" in node.kwargs:
         return False
-    product, dims = _unmoved(source, along, starts)
+    product, dims = unmoved(source, along, starts)
     if operation(product) != "mul" or product in starts or not _both_vary(product, dims):
         return False
     sizes, ndim = [value_of(product).shape[dim] for dim in dims], value_of(product).ndim
     if name != "sum" and not all(isinstance(size, int) for size in sizes):
         return False  # an average over the batch
-    factors = (_with_dims(node, n, ndim) for n in product.args)
+    factors = (with_dims(node, n, ndim) for n in product.args)
     value = insert(node, WEIGHTED_SUM, *factors, dims)
     if name != "sum":
         value = insert(node, _aten.div.Tensor, value, prod(sizes))
+    value = as_sum(node, value, along, ndim)
+    become(node, value.target, *value.args)
+    return True
+
+
+def as_sum(node: fx.Node, value: fx.Node, along: Collection[int], ndim: int) -> fx.Node:
+    """Return the node of a sum in the shape that another node has.
+
+    Args:
+        node: The node that sums up.
+        value: The node of the same sum, without the dimensions that were summed over.
+        along: The dimensions that ``node`` sums over.
+        ndim: The number of dimensions before the sum that ``value`` is.
+    """
     shape = value_of(node).shape
-    if value_of(value).ndim < len(shape) == ndim:  # with the dimensions of the sum kept
+    if value_of(value).ndim + len(along) == len(shape) == ndim:  # with these dimensions kept
         for dim in sorted(dim % ndim for dim in along):
             value = insert(node, _aten.unsqueeze.default, value, dim)
     if str(value_of(value).shape) != str(shape):  # there was a reshape
         sizes = [size if isinstance(size, int) else -1 for size in shape]
         value = insert(node, _aten.reshape.default, value, sizes)
-    become(node, value.target, *value.args)
-    return True
+    return value
 
 
-def _with_dims(before: fx.Node, node: Any, ndim: int) -> fx.Node:
+def with_dims(before: fx.Node, node: Any, ndim: int) -> fx.Node:
     """Return the node of a value with dimensions of size 1 added in front, up to ``ndim``."""
     while value_of(node).ndim < ndim:
         node = insert(before, _aten.unsqueeze.default, node, 0)
@@ -167,11 +180,20 @@ def _with_dims(before: fx.Node, node: Any, ndim: int) -> fx.Node:
     return result
 
 
-def _unmoved(node: Any, dims: Collection[int], starts: Starts) -> tuple[Any, list[int]]:
-    """Return the value before transpositions and reshapes, and the dimensions ``dims`` in it."""
+def unmoved(
+    node: Any, dims: Collection[int], starts: Starts, reshapes: bool = True
+) -> tuple[Any, list[int]]:
+    """Return the value before transpositions and reshapes, and the dimensions ``dims`` in it.
+
+    Args:
+        node: The node of the value.
+        dims: Its dimensions.
+        starts: The explained nodes, at which the search ends.
+        reshapes: Whether to look before reshapes as well; one may make several of a dimension.
+    """
     kept: list[int] = [dim % value_of(node).ndim for dim in dims]
     while node not in starts:
-        if operation(node) in RESHAPES:
+        if reshapes and operation(node) in RESHAPES:
             before = _whole(node, kept)
         elif (order := permutation(node)) is not None:
             rest = [order[dim] for dim in range(len(order)) if dim not in kept]
@@ -186,17 +208,10 @@ def _unmoved(node: Any, dims: Collection[int], starts: Starts) -> tuple[Any, lis
 
 def _whole(node: Any, dims: Collection[int]) -> list[int]:
     """Return the dimensions of a reshape's argument that became ``dims``; [] if only parts did."""
-    # a number that no size is stands for the size of the batch
-    sizes = [
-        [size if isinstance(size, int) else 7919 for size in value_of(n).shape]
-        for n in (node.args[0], node)
-    ]
-    # dimensions between two products of sizes that both shapes have are rearranged together
-    starts = [[prod(shape[:dim]) for dim in range(len(shape))] for shape in sizes]
-    common = sorted(set(starts[0]) & set(starts[1]))
-    before, after = ([bisect(common, start) for start in each] for each in starts)
+    before, after = regrouped(node)
     summed = {after[dim] for dim in dims}
-    rest = [at for at, size in enumerate(sizes[1]) if at not in dims and size != 1]
+    sizes = enumerate(value_of(node).shape)
+    rest = [at for at, size in sizes if at not in dims and bool(size != 1)]
     if not summed.isdisjoint(after[at] for at in rest):
         return []
     return [at for at, group in enumerate(before) if group in summed]
@@ -228,76 +243,17 @@ def _gates_itself(a: fx.Node, b: fx.Node) -> bool:
     return any("softmax" not in operation(gate) for gate in gates)
 
 
-def _sum_of_stack(node: Any, starts: Starts) -> bool:
-    """Rewrite the sum or the mean of stacked tensors as a sum of these tensors."""
-    if node.kwargs or len(argument(node, 1, "dim") or ()) != 1:
-        return False
-    source: Any = node.args[0]
-    dim = node.args[1][0] % value_of(source).ndim
-    scale = None
-    if source not in starts and operation(source) == "mul" and sum(map(varies, source.args)) == 1:
-        source, scale = source.args if varies(source.args[0]) else source.args[::-1]
-    parts = None if source in starts else _stacked(source, dim, starts)
-    same = str(value_of(source).shape) == str(value_of(node.args[0]).shape)
-    if parts is None or not same:
-        return False
-    if scale is not None:
-        parts = [_scaled(node, part, scale, dim, at) for at, part in enumerate(parts)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = insert(node, _aten.add.Tensor, total, part)
-    if operation(node) == "mean":
-        total = insert(node, _aten.div.Tensor, total, len(parts))
-    if argument(node, 2, "keepdim", False):
-        become(node, _aten.unsqueeze.default, total, dim)
-    else:
-        become(node, _aten.alias.default, total)
-    return True
-
-
-def _stacked(node: Any, dim: int, starts: Starts) -> list[Any] | None:
-    """Return the tensors that are stacked along a dimension; None if ``node`` is no such stack."""
-    along = argument(node, 1, "dim", 0) if operation(node) in ("stack", "cat") else None
-    if along is None or along % value_of(node).ndim != dim:
-        return None
-    parts = list(node.args[0])
-    if operation(node) == "stack":
-        return parts
-    if any(operation(part) != "unsqueeze" or value_of(part).shape[dim] != 1 for part in parts):
-        return None
-    if any(part.args[1] % value_of(part).ndim != dim or part in starts for part in parts):
-        return None
-    return [part.args[0] for part in parts]
-
-
-def _scaled(node: fx.Node, part: Any, scale: Any, dim: int, at: int) -> fx.Node:
-    """Return the node of a stacked tensor times its entry of a constant scale.
-
-    Args:
-        node: The operation before which nodes are inserted.
-        part: The stacked tensor number ``at``.
-        scale: The scale: a number, or a node that broadcasts with the stack.
-        dim: The dimension of the stack.
-        at: Number of the tensor.
-    """
-    behind = value_of(part).ndim - dim  # number of dimensions after that of the stack
-    if isinstance(scale, fx.Node) and value_of(scale).ndim > behind:
-        along = value_of(scale).ndim - 1 - behind
-        at = at if value_of(scale).shape[along] != 1 else 0
-        scale = insert(node, _aten.select.int, scale, along, at)
-    return insert(node, _aten.mul.Tensor, part, scale)
-
-
 def insert(before: fx.Node, target: Any, *args: Any, **named: Any) -> fx.Node:
     """Return a new node with all marks, inserted before another node."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, named)
     inherit(node, before, original=original(before), key=f"{marks(before).key}/{node.name}")
     values = fx.map_arg(args, value_of)
-    mode = next(value_of(n) for n in node.all_input_nodes).fake_mode
+    mode = value_of(next(iter(node.all_input_nodes), before)).fake_mode
     with mode, enable_python_dispatcher():
         set_value(node, target(*values, **named))
     mark_as_varying(node)
+    mark(node, added=operation(node) in SAME_NUMBERS)
     return node
 
 
@@ -307,8 +263,14 @@ def become(node: fx.Node, target: Any, *args: Any) -> None:
     node.target, node.args, node.kwargs = target, args, {}
 
 
+def stand_for(node: fx.Node, value: fx.Node) -> None:
+    """Replace a node by an inserted one with the same value, which reports list in its place."""
+    become(node, _aten.alias.default, value)
+    mark(node, added=True)
+
+
 #: Operations whose result has the same numbers as their argument.
-_SAME_NUMBERS = frozenset(
+SAME_NUMBERS = frozenset(
     {"view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute", "transpose",
      "clone", "contiguous", "flatten", "unflatten", "alias", "_to_copy"}
 )  # fmt: skip
@@ -317,8 +279,8 @@ _REWRITES: dict[str, tuple[Callable[[fx.Node, Starts], bool], ...]] = {
     "div": (_ratio,),
     "mul": (_product_with_one, _product_with_reciprocal),
     "getitem": (_moment,),
-    "sum": (_sum_of_stack, _sum_of_product),
-    "mean": (_sum_of_stack, _sum_of_product),
+    "sum": (_sum_of_product,),
+    "mean": (_sum_of_product,),
     **dict.fromkeys(
         (f"{kind}avg_pool{dims}d" for kind in ("", "adaptive_") for dims in (1, 2, 3)),
         (_sum_of_product,),

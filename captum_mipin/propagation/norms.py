@@ -1,13 +1,17 @@
-"""The pass that recognises normalisations that a model writes by hand.
+"""The pass that recognises layer norms and RMS norms that a model writes by hand.
 
 (x − μ) / √(σ² + ε) γ + β becomes ``layer_norm``, and x / √(mean(x²) + ε) γ becomes ``rms_norm``,
 so that such a network is explained like one with the module. The parts are not compared with known
-spellings: they are run on random numbers, which show whether their value is such a normalisation.
-Bounds, such as ``clamp``, are no part of one.
-Other ratios keep the rule of ``divided``.
+spellings: they are run on random numbers, which show whether their value is such a normalisation,
+up to a number, which becomes a part of γ. A bound of the divisor, such as ``clamp``, is no part of
+a norm, unless it is as small as that of ``F.normalize``: then it counts as ε.
+
+In the same way, a factor that falls like 1 / |x|, however it is written, becomes a divisor. Other
+ratios keep the rule of ``divided``.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import combinations
 from math import prod
 from typing import Any
@@ -17,9 +21,9 @@ from torch import Tensor, fx
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import mark, original, value_of
-from captum_mipin.graph.nodes import is_size, operation
+from captum_mipin.graph.nodes import ancestors, argument, is_size, operation
 from captum_mipin.propagation.canonical import is_copy
-from captum_mipin.propagation.draft import Draft, is_tensor
+from captum_mipin.propagation.draft import Draft, as_number, is_tensor, number_of
 from captum_mipin.propagation.forms import become, insert
 from captum_mipin.propagation.marking import mark_varying
 from captum_mipin.rules import DIVIDED
@@ -31,34 +35,92 @@ _aten = torch.ops.aten
 _SCALES = [*(10 ** (-k / 2) for k in range(25)), 1e-30]
 #: Largest relative difference from a norm, and the largest ε that may be a rounding error.
 _TOLERANCE, _ROUNDING = 1e-7, 1e-50
+#: Largest ε that may come from a bound, of which it makes no difference to values above 1e-8.
+_BOUND = 1e-20
 #: Largest number of operations that a norm is made of, without γ and β; and their names. All of
 #: them are smooth, so that the random examples decide.
 _OPERATIONS = 24
 _PARTS = frozenset(
-    {"add", "sub", "mul", "div", "divided", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal",
-     "mean", "sum", "weighted_sum", "var", "std", "linalg_vector_norm", "expand", "expand_as",
-     "view", "reshape", "unsqueeze", "squeeze", "alias", "clone", "contiguous", "_to_copy"}
+    {"add", "sub", "rsub", "mul", "div", "divided", "neg", "pow", "square", "sqrt", "rsqrt",
+     "reciprocal", "exp", "exp2", "log", "log2", "mean", "sum", "weighted_sum", "matmul", "bmm",
+     "var", "std", "linalg_vector_norm", "expand", "expand_as", "view", "reshape",
+     "unsqueeze", "squeeze", "flatten", "permute", "transpose", "alias", "clone", "contiguous",
+     "_to_copy"}
+    | {f"{kind}avg_pool{n}d" for kind in ("", "adaptive_", "_adaptive_") for n in (1, 2, 3)}
 )  # fmt: skip
+_NORMS = ("layer_norm", "rms_norm")
 
-#: Name of the operation, the dimensions that it normalises, and ε.
-Norm = tuple[str, tuple[int, ...], float]
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation without β, whose γ is a number.
+
+    Attributes:
+        name: "layer_norm" or "rms_norm".
+        dims: The dimensions that are normalised.
+        eps: ε.
+        scale: The number γ.
+    """
+
+    name: str
+    dims: tuple[int, ...]
+    eps: float
+    scale: float
 
 
 def recognise_norms(draft: Draft) -> None:
     """Replace each normalisation that is written by hand by ``layer_norm`` or ``rms_norm``."""
+    order = {n: at for at, n in enumerate(draft.graph.nodes)}
+    sizes = {n for n in order if is_size(n)}
     for node in list(draft.graph.nodes):
-        if node.target is DIVIDED and node not in draft.starts:
-            tried = [(x, _norm_of(node, x)) for x in _sources(draft, node)]
-            names = [(x, norm) for x, norm in tried if norm is not None]
-            if names:
-                _replace(draft, node, *names[-1])  # the longest one, from x and not from x − μ
+        factor = _scale_of_example(node)
+        ends = node.target is DIVIDED or operation(node) in _NORMS or factor is not None
+        if not ends or not varies(node) or node in draft.starts:
+            continue
+        sources = [x for x in _sources(draft, node, order) if _is_computable(node, x, sizes)]
+        tried = [(x, _norm_of(node, x)) for x in sources]
+        names = [(x, norm) for x, norm in tried if norm is not None]
+        if names:
+            _replace(draft, node, *names[-1])  # the longest one, from x and not from x − μ
+        elif factor is not None and any(_falls(factor, x) for x in sources):
+            (x,) = (n for n in node.args if n is not factor)
+            become(node, DIVIDED, x, insert(node, _aten.reciprocal.default, factor))
+        else:
+            continue
+        order = {n: at for at, n in enumerate(draft.graph.nodes)}
     draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
     mark_varying(draft)
 
 
-def _sources(draft: Draft, node: fx.Node) -> Iterator[fx.Node]:
+def _is_computable(node: Any, x: fx.Node, sizes: set[fx.Node]) -> bool:
+    """Return True if a value, of a norm without γ and β, is computed from x and numbers alone.
+
+    Args:
+        node: The node of the value.
+        x: The node of a tensor from which it is computed.
+        sizes: The nodes of all sizes, which are numbers.
+    """
+    result, stop = node.args[0] if operation(node) in _NORMS else node, {x, *sizes}
+    needed = ancestors([result], stop)
+    return result is not x and all(n in stop or n.op == "call_function" for n in needed)
+
+
+def _scale_of_example(node: Any) -> Any:
+    """Return the factor of a product that is the same for several elements; None if none is."""
+    if operation(node) != "mul" or node.kwargs or not all(map(varies, node.args)):
+        return None
+    shape = value_of(node).shape
+    for x, factor in (node.args, node.args[::-1]):
+        sizes = value_of(factor).shape
+        sizes = (1,) * (len(shape) - len(sizes)) + tuple(sizes)
+        fewer = any(n == 1 and size != 1 for n, size in zip(sizes, shape, strict=True))
+        if fewer and str(value_of(x).shape) == str(shape):
+            return factor
+    return None
+
+
+def _sources(draft: Draft, node: fx.Node, order: dict[fx.Node, int]) -> Iterator[fx.Node]:
     """Yield each node of the same shape from which alone a value is computed, nearest first."""
-    order = {n: at for at, n in enumerate(draft.graph.nodes)}
     waiting = {n for n in node.all_input_nodes if varies(n)}
     for _ in range(_OPERATIONS):
         if len(waiting) == 1:
@@ -66,27 +128,66 @@ def _sources(draft: Draft, node: fx.Node) -> Iterator[fx.Node]:
             if is_tensor(x) and str(value_of(x).shape) == str(value_of(node).shape):
                 yield x
         last = max(waiting, key=order.__getitem__)
-        if last in draft.starts or operation(last) not in _PARTS:
+        if last in draft.starts or not (operation(last) in _PARTS or _is_bound(last)):
             return
         waiting |= {n for n in last.all_input_nodes if varies(n)}
         waiting.remove(last)
 
 
+def _is_bound(node: Any) -> bool:
+    """Return True for the operation max(x, ε) with a small number ε."""
+    if operation(node) not in ("clamp_min", "clamp") or argument(node, 2, "max") is not None:
+        return False
+    low = argument(node, 1, "min")
+    return isinstance(low, (int, float)) and 0 <= low <= _BOUND**0.5
+
+
 def _norm_of(node: fx.Node, x: fx.Node) -> Norm | None:
     """Return the normalisation of x that a node computes; None if the node computes none."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = [_number(size) for size in value_of(x).shape]
-    batch = [dim for dim, size in enumerate(value_of(x).shape) if not isinstance(size, int)]
-    if len(batch) != 1:
+    batch = _batch(x)
+    if batch is None:
         return None
+    sizes = [as_number(size, len(_SCALES)) for size in value_of(x).shape]
+    generator = torch.Generator().manual_seed(0)
     value = 1 + 3 * torch.randn(sizes, generator=generator, dtype=torch.float64)
-    scales = value.new_tensor(_SCALES).repeat(sizes[batch[0]] // len(_SCALES))
-    value = value * along(scales, value, batch[0])
+    scales = value.new_tensor(_SCALES).repeat(sizes[batch] // len(_SCALES))
+    value = value * along(scales, value, batch)
+    result = _run(node, x, value)
+    return None if result is None else _norm(value, result, batch)
+
+
+def _falls(node: fx.Node, x: fx.Node) -> bool:
+    """Return True if a value falls like 1 / |x| for large x."""
+    if _batch(x) is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    sizes = [as_number(size, len(_SCALES)) for size in value_of(x).shape]
+    value = torch.randn(sizes, generator=generator, dtype=torch.float64)
+    small, large = (_run(node, x, value * scale) for scale in (1e6, 1e9))
+    if small is None or large is None:
+        return False
+    return bool((small != 0).all()) and torch.allclose(large * 1e3, small, 1e-5, 0)
+
+
+def _batch(x: fx.Node) -> int | None:
+    """Return the dimension of a tensor that has the examples; None if there is not one."""
+    dims = [dim for dim, size in enumerate(value_of(x).shape) if not isinstance(size, int)]
+    return dims[0] if len(dims) == 1 else None
+
+
+def _run(node: fx.Node, x: fx.Node, value: Tensor) -> Tensor | None:
+    """Return the value of a node for a value of x; None if the operations take no such numbers.
+
+    Args:
+        node: The node; if it is a norm, it is computed without γ and β.
+        x: The node of a tensor from which it is computed.
+        value: The value of x, in float64.
+    """
     known: dict[fx.Node, Any] = {x: value}
 
     def compute(n: fx.Node) -> Any:
         if n not in known and is_size(n):
-            known[n] = _number(value_of(n))
+            known[n] = as_number(value_of(n), len(_SCALES))
         elif n not in known:
             run: Any = n.target  # of a weight, whose value is not known here, it is a name
             named = {name: n.kwargs[name] for name in n.kwargs if name != "dtype"}
@@ -95,18 +196,21 @@ def _norm_of(node: fx.Node, x: fx.Node) -> Norm | None:
 
     try:
         with torch.no_grad():
-            result = compute(node)
+            if operation(node) not in _NORMS:
+                result = compute(node)
+            else:
+                run: Any = node.target
+                result = run(compute(node.all_input_nodes[0]), node.args[1], eps=_eps(node))
     except Exception:  # of any type: the operations take no such numbers
         return None
-    return _norm(value, result, batch[0])
+    return result if isinstance(result, Tensor) and result.dtype == value.dtype else None
 
 
-def _number(size: Any) -> int:
-    """Return a size for a batch of the random examples."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, len(_SCALES))))
+def _eps(node: Any) -> float | None:
+    """Return ε of a norm."""
+    at, default = (4, 1e-5) if operation(node) == "layer_norm" else (3, None)
+    eps: float | None = argument(node, at, "eps", default)
+    return torch.finfo(value_of(node).dtype).eps if eps is None else eps
 
 
 def _norm(x: Tensor, y: Tensor, batch: int) -> Norm | None:
@@ -123,12 +227,36 @@ def _norm(x: Tensor, y: Tensor, batch: int) -> Norm | None:
             centred = x - x.mean(dims, keepdim=True)
             for name, above in (("layer_norm", centred), ("rms_norm", x)):
                 square = above.square().mean(dims, keepdim=True)
-                # y = above / √(square + ε), so ε = (above / y)² − square, best seen at small x
-                small = ((above / y).square() - square).select(batch, -1)
-                eps = max(0.0, float(small.median()))
-                if torch.allclose(y, above * (square + eps).rsqrt(), _TOLERANCE, 0):
-                    return name, dims, float(f"{eps:.6g}") if eps > _ROUNDING else 0.0
+                found = _fit(above, square, y, batch)
+                if found is not None:
+                    return Norm(name, dims, *found)
     return None
+
+
+def _fit(above: Tensor, square: Tensor, y: Tensor, batch: int) -> tuple[float, float] | None:
+    """Return ε and c for which y = c · above / √(square + ε); None if there are none.
+
+    Args:
+        above: Tensor x or x − μ, whose example 0 is large and whose last example is small.
+        square: The mean of its squares.
+        y: Tensor of the shape of ``above``.
+        batch: The dimension of the examples.
+    """
+    # (above / y)² = (square + ε) / c²: ε / c² is best seen at small x, and then c at large x
+    ratio = (above / y).square()
+    small = max(0.0, float(ratio.select(batch, -1).median()))
+    size = float((square / (ratio - small)).select(batch, 0).median())
+    if not 0 < size < torch.inf:
+        return None
+    size **= 0.5
+    scale = size if float((above * y).select(batch, 0).median()) > 0 else -size
+    eps = small * scale**2
+    near = (square < eps / _TOLERANCE) & (square > eps * _TOLERANCE) & (eps < _BOUND)
+    expected = scale * above * (square + eps).rsqrt()
+    if not torch.allclose(torch.where(near, expected, y), expected, _TOLERANCE, 0):
+        return None
+    scale = 1.0 if abs(scale - 1) < _TOLERANCE else float(f"{scale:.15g}")
+    return (float(f"{eps:.6g}") if eps > _ROUNDING else 0.0), scale
 
 
 def _replace(draft: Draft, node: fx.Node, x: fx.Node, norm: Norm) -> None:
@@ -140,56 +268,84 @@ def _replace(draft: Draft, node: fx.Node, x: fx.Node, norm: Norm) -> None:
         x: The node of the value that is normalised.
         norm: The normalisation.
     """
-    name, dims, eps = norm
-    shape = [value_of(x).shape[dim] for dim in dims]
-    ndim, first = value_of(x).ndim, original(node)
-    last, gamma = _affine(node, "mul", dims, draft)
-    last, beta = _affine(last, "add", dims, draft) if name == "layer_norm" else (last, None)
-    weights = []
-    for weight in (gamma, beta) if name == "layer_norm" else (gamma,):
+    shape = [value_of(x).shape[dim] for dim in norm.dims]
+    first, ndim = original(node), value_of(x).ndim
+    last, scale, weights = _affine(draft, node, norm)
+    arguments = []
+    for weight in weights:
         if weight is not None:
             whole = value_of(weight).numel() == prod(shape)
             weight = insert(last, _aten.reshape.default, weight, shape if whole else [1])
             weight = weight if whole else insert(last, _aten.expand.default, weight, shape)
-        weights.append(weight)
-    normalise: Callable[..., Any] = getattr(_aten, name).default
-    order = [dim for dim in range(ndim) if dim not in dims] + list(dims)
+        arguments.append(weight)
+    if abs(scale - 1) > _TOLERANCE:
+        like = value_of(x)
+        if arguments[0] is None:
+            arguments[0] = insert(last, _aten.full.default, shape, scale,
+                                  dtype=like.dtype, device=like.device)  # fmt: skip
+        else:
+            arguments[0] = insert(last, _aten.mul.Tensor, arguments[0], scale)
+    normalise: Callable[..., Any] = getattr(_aten, norm.name).default
+    order = [dim for dim in range(ndim) if dim not in norm.dims] + list(norm.dims)
     if order == list(range(ndim)):
-        become(last, normalise, x, shape, *weights, eps)
+        become(last, normalise, x, shape, *arguments, norm.eps)
     else:
         moved = insert(last, _aten.permute.default, x, order)
-        normed = insert(last, normalise, moved, shape, *weights, eps)
+        normed = insert(last, normalise, moved, shape, *arguments, norm.eps)
         become(last, _aten.permute.default, normed, [order.index(dim) for dim in range(ndim)])
     mark(last, original=first)
 
 
-def _affine(
-    node: fx.Node, name: str, dims: tuple[int, ...], draft: Draft
-) -> tuple[fx.Node, fx.Node | None]:
-    """Return the node of a value times γ or plus β, and the node of that weight, if there is one.
+def _affine(draft: Draft, node: fx.Node, norm: Norm) -> tuple[fx.Node, float, list[Any]]:
+    """Return the last operation of a norm with its weights; the number c; the nodes of the weights.
+
+    The weights are c γ and β, or c γ for an RMS norm; None for each that there is not.
 
     Args:
-        node: The node of the value.
-        name: "mul" or "add".
-        dims: The dimensions along which the weight may vary.
         draft: The draft.
+        node: The node of the value without what follows; it may be a norm with weights.
+        norm: The normalisation.
     """
-    last = node
-    while last not in draft.starts and len(last.users) == 1:
-        (user,) = last.users
+    count = 2 if norm.name == "layer_norm" else 1
+    weights: list[Any] = [None] * count
+    if operation(node) in _NORMS:
+        own = [argument(node, 2, "weight")]
+        own += [argument(node, 3, "bias")] if operation(node) == "layer_norm" else []
+        weights[: len(own)] = own
+    last, end, scale = node, node, norm.scale
+    while end not in draft.starts and len(end.users) == 1 and weights[1:] in ([], [None]):
+        (user,) = end.users
         if is_copy(user):
-            last = user
+            end = user
             continue
-        others = [n for n in user.args if n is not last]
-        if operation(user) != name or user.kwargs or len(others) != 1:
+        if (scaled := number_of(user)) is not None:
+            scale *= scaled[1]
+        elif operation(user) == "mul" and weights[0] is None and _weight(user, end, norm):
+            weights[0] = _weight(user, end, norm)
+        elif operation(user) == "add" and count == 2 and _weight(user, end, norm):
+            weights[1] = _weight(user, end, norm)
+        else:
             break
-        weight: Any = others[0]
-        if not isinstance(weight, fx.Node) or varies(weight) or batched(value_of(weight)):
-            break
-        sizes = tuple(value_of(weight).shape)
-        behind = (1,) * (value_of(last).ndim - len(sizes)) + sizes
-        expected = [size if dim in dims else 1 for dim, size in enumerate(value_of(last).shape)]
-        if len(behind) != len(expected) or behind not in (tuple(expected), (1,) * len(behind)):
-            break
-        return user, weight
-    return node, None
+        last = end = user
+    return last, scale, weights
+
+
+def _weight(user: Any, node: fx.Node, norm: Norm) -> fx.Node | None:
+    """Return the constant that is multiplied by, or added to, a norm; None for other values.
+
+    Args:
+        user: The product or sum.
+        node: The norm.
+        norm: The normalisation, along whose dimensions the constant may vary.
+    """
+    others = [n for n in user.args if n is not node]
+    if user.kwargs or len(others) != 1:
+        return None
+    weight: Any = others[0]
+    if not isinstance(weight, fx.Node) or varies(weight) or batched(value_of(weight)):
+        return None
+    sizes, shape = tuple(value_of(weight).shape), value_of(node).shape
+    behind = (1,) * (len(shape) - len(sizes)) + sizes
+    expected = [size if dim in norm.dims else 1 for dim, size in enumerate(shape)]
+    fits = len(behind) == len(expected) and behind in (tuple(expected), (1,) * len(behind))
+    return weight if fits else None

@@ -10,6 +10,7 @@ from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.propagation.batch_layout import lay_out_batch
 from captum_mipin.propagation.canonical import canonicalise
 from captum_mipin.propagation.channels import find_channels
+from captum_mipin.propagation.divisors import divide_factors
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.elementwise import join_elementwise
 from captum_mipin.propagation.forms import spell
@@ -22,12 +23,15 @@ from captum_mipin.propagation.marking import (
 )
 from captum_mipin.propagation.norms import recognise_norms
 from captum_mipin.propagation.rewriting import cut_recordings, move_constants_first, place_steps
+from captum_mipin.propagation.slices import join_slices
 from captum_mipin.propagation.spelling import (
     fold_padding,
     replace_bounds,
+    replace_constants,
     replace_copies,
     rewrite_constant_products,
 )
+from captum_mipin.propagation.sums import write_sums
 from captum_mipin.propagation.treatments import check_supported
 from captum_mipin.rules import Rule
 
@@ -39,9 +43,13 @@ MARKING: tuple[Pass, ...] = (
     replace_copies,
     replace_bounds,
     fold_padding,
+    replace_constants,
+    join_slices,
     rewrite_constant_products,
+    write_sums,
     join_elementwise,
     spell,
+    divide_factors,
     recognise_norms,
     rewrite_for_method,
     mark_signal,

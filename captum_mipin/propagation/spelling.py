@@ -1,12 +1,13 @@
 """Passes that replace operations by others that compute the same, and that have rules.
 
 A constant matrix is a layer with weights, however the product is written. ``x @ W`` is ``linear``
-with the weight Wᵀ, and so is ``x @ w`` with a vector w, a layer with one output. ``W @ x``, as in
-graph networks, is ``linear`` on the transposed x. A product of several matrices side by side, one
-per head, is a convolution with groups.
+with the weight Wᵀ. ``W @ x``, as in graph networks, is ``linear`` on the transposed x. A vector is
+a matrix of one row or column. A product of several matrices side by side, one per head, is a
+convolution with groups.
 
-A clamp with tensors as bounds is a maximum, then a minimum. Zeros that are put around the input of
-a convolution are the padding of the convolution.
+A constant like a tensor of the input, ``h.new_ones(3)``, is a constant of the model. A clamp with
+tensors as bounds is a maximum, then a minimum. Zeros that are put around the input of a convolution
+are the padding of the convolution.
 
 An assignment, ``h[:, 0] = x``, and ``x.type_as(h)`` copy x in the shape or the dtype of h. Where a
 method has no rule for ``detach()``, it is left out: the value is the same.
@@ -36,22 +37,33 @@ _TENSOR_BOUNDS: dict[Any, tuple[str, ...]] = {
     aten.clamp_max.Tensor: ("self", "max"),
 }
 
+#: Operation that makes a constant like another tensor → the number, or where among the arguments.
+_FILLED: dict[str, Any] = {
+    "new_zeros": 0, "zeros_like": 0, "new_ones": 1, "ones_like": 1,
+    "new_full": slice(2, 3), "full_like": slice(1, 2),
+}  # fmt: skip
+
 
 def rewrite_constant_products(draft: Draft) -> None:
     """Replace each product of a tensor and a constant matrix by ``linear`` or ``conv1d``."""
     for node in list(draft.graph.nodes):
-        if operation(node) not in ("matmul", "mm", "bmm") or node in draft.starts:
-            continue
-        left, right = node.args[:2]
-        if varies(left) == varies(right) or (operation(node) == "mm" and varies(left)):
-            continue  # mm with the matrix on the right has a rule of its own
-        x, weight = (left, right) if varies(left) else (right, left)
-        while operation(weight) == "expand":  # one matrix, expanded to the size of the batch
-            weight = weight.all_input_nodes[0]
-        if batched(value_of(weight)):
-            continue  # a matrix that is passed with each example is recorded
-        if value_of(x).ndim > 1:
-            _replace(draft.graph, node, x, weight, flipped=varies(right))
+        if operation(node) in ("matmul", "mm", "bmm", "mv") and node not in draft.starts:
+            rewrite_constant_product(draft.graph, node)
+
+
+def rewrite_constant_product(graph: fx.Graph, node: Any) -> None:
+    """Replace a matrix product by ``linear`` or ``conv1d`` if one factor is constant."""
+    left, right = node.args[:2]
+    layer = operation(node) == "mm" and varies(left) and value_of(right).shape[1] != 1
+    if varies(left) == varies(right) or layer:
+        return  # mm with the matrix on the right has a rule of its own
+    x, weight = (left, right) if varies(left) else (right, left)
+    while operation(weight) == "expand":  # one matrix, expanded to the size of the batch
+        weight = weight.all_input_nodes[0]
+    if batched(value_of(weight)):
+        return  # a matrix that is passed with each example is recorded
+    if value_of(x).ndim > 1:
+        _replace(graph, node, x, weight, flipped=varies(right))
 
 
 def replace_copies(draft: Draft) -> None:
@@ -135,6 +147,20 @@ def _zeros_around(node: Any, dims: int) -> list[int] | None:
     return [n for n, _ in reversed(pairs[:dims])]
 
 
+def replace_constants(draft: Draft) -> None:
+    """Replace constants that are made like a tensor of the input, as ``h.new_ones(3)``."""
+    node: Any
+    for node in list(draft.graph.nodes):
+        if operation(node) not in _FILLED or not isinstance(value_of(node), torch.Tensor):
+            continue
+        value, fill = value_of(node), _FILLED[operation(node)]
+        number = node.args[fill] if isinstance(fill, slice) else (fill,)
+        if isinstance(number[0], (int, float)) and all(isinstance(n, int) for n in value.shape):
+            node.target, node.args = aten.full.default, (list(value.shape), *number)
+            node.kwargs = {"dtype": value.dtype, "device": value.device}
+            mark(node, varies=False)
+
+
 def _insert(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **named: Any) -> fx.Node:
     """Add an operation before ``node``, with the key and the module of ``node``."""
     with graph.inserting_before(node):
@@ -162,20 +188,19 @@ def _replace(graph: fx.Graph, node: Any, x: fx.Node, weight: fx.Node, flipped: b
     def transposed(source: fx.Node) -> fx.Node:
         return call(aten.transpose.int, source, -2, -1)
 
+    vector = value_of(weight).ndim == 1
+    if vector:  # a matrix of one row or column, which the result does not have
+        weight = call(aten.unsqueeze.default, weight, 0 if flipped else 1)
     sizes, shape = list(value_of(weight).shape), list(value_of(x).shape)
     heads = [n for n in sizes[:-2] if n != 1]
     if heads and (len(heads) > 1 or heads != sizes[-3:-2] or heads != shape[-3:-2]):
         return  # it is left to the rule of products, which refuses it
     x = transposed(x) if flipped else x
-    if len(sizes) == 1:  # x @ w is W x with the single row w
-        layer = call(aten.linear.default, x, call(aten.unsqueeze.default, weight, 0))
-        flipped, result = False, call(aten.squeeze.dim, layer, -1)
-    elif not heads:
-        weight = weight if flipped else transposed(weight)
+    weight = weight if flipped else transposed(weight)
+    if not heads:
         weight = call(aten.reshape.default, weight, list(value_of(weight).shape[-2:]))
         result = layer = call(aten.linear.default, x, weight)
     else:
-        weight = weight if flipped else transposed(weight)
         (count,), (rows, columns), ndim = heads, value_of(weight).shape[-2:], len(shape)
         # x (..., heads, M, K) → (... · M, heads · K, 1), whose heads are the groups of channels
         order = [*range(ndim - 3), ndim - 2, ndim - 3, ndim - 1]
@@ -188,5 +213,7 @@ def _replace(graph: fx.Graph, node: Any, x: fx.Node, weight: fx.Node, flipped: b
         result = call(aten.reshape.default, layer, [*size, count, rows])
         result = call(aten.permute.default, result, order)
     mark(layer, added=False, original=original(node))
-    node.replace_all_uses_with(transposed(result) if flipped else result)
+    result = transposed(result) if flipped else result
+    result = call(aten.squeeze.dim, result, -2 if flipped else -1) if vector else result
+    node.replace_all_uses_with(result)
     graph.erase_node(node)

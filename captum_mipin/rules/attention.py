@@ -65,7 +65,7 @@ RECORDABLE = frozenset(
         "softmax.int", "_softmax.default", "linalg_vector_norm.default", "expand_as.default",
         "exp.default", "sqrt.default", "rsqrt.default", "pow.Tensor_Scalar", "masked_fill.Scalar",
         "amax.default", "maximum.default", "abs.default", "log.default", "reciprocal.default",
-        "square.default",
+        "square.default", "exp2.default", "log2.default",
         # indices and conditions, through which no signal could be sent
         "argmax.default", "argmin.default", "argsort.default", "argsort.stable",
         "logical_xor.default", "isnan.default", "isinf.default", "one_hot.default",

@@ -15,7 +15,7 @@ _GATES = frozenset(
 )  # fmt: skip
 #: Operations whose results scale other values.
 SCALE_OPERATIONS = frozenset(
-    {"exp", "sqrt", "rsqrt", "reciprocal", "pow", "abs", "linalg_vector_norm", "var", "std"}
+    {"exp", "exp2", "sqrt", "rsqrt", "reciprocal", "pow", "abs", "linalg_vector_norm", "var", "std"}
 )
 GATES_AND_SCALES = _GATES | SCALE_OPERATIONS
 #: Operations that divide by their second argument.

@@ -337,14 +337,15 @@ def _linear_of_pooled(x: Tensor, *arguments: Any) -> Tensor:
 
 
 #: The operation ``linear(pooled, weight, bias)`` with the averaged tensor x as first argument. The
-#: arguments are x, pooled (the average of x), weight, bias, and the dimension of the features in x.
-#: Its inverse is :class:`PooledDense`.
+#: arguments are x, pooled (a number times the average of x), weight, bias, the dimension of the
+#: features in x, and the number. Its inverse is :class:`PooledDense`.
 POOLED_LINEAR = OwnOperation("pooled_linear", _linear_of_pooled)
 
 
 def pooled_dense(options: Options, x: Tensor, *arguments: Any) -> PooledDense:
     """Return the inverse of :data:`POOLED_LINEAR` for the arguments of that operation."""
-    _, weight, bias, dim = arguments
+    _, weight, bias, dim, scale = arguments
+    weight = weight if scale == 1 else weight * scale
     inverse = dense(options, x, weight)
     return PooledDense(inverse, x.detach().movedim(dim, -1), weight, bias, options, dim)
 

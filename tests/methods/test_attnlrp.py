@@ -68,6 +68,14 @@ def look(q, k, v, how):
         scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) / 3**0.5
         weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
         return (weights[..., None] * v[:, :, None]).sum(3)
+    if how == "divided behind":
+        weights = torch.exp(q @ k.mT / 3**0.5)
+        return (weights @ v) * (1 / weights.sum(-1, keepdim=True))
+    if how == "divided einsum":
+        scores = torch.einsum("bhic,bhjc->bhij", q, k) * 3**-0.5
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        total = torch.einsum("bhij->bhi", weights)[..., None]
+        return torch.einsum("bhij,bhjc->bhic", weights, v) / total
     assert how == "einsum"
     scores = torch.einsum("bhic,bhjc->bhij", q, k) * 3**-0.5
     scores = scores - scores.amax(-1, keepdim=True)
@@ -120,7 +128,10 @@ def close(found, expected):
 
 #: Spellings with the same values, and the mask and the scale that they have.
 SPELLINGS = {
-    "plain": (("fused", "matmul", "scaled before", "exponentials", "einsum"), {}),
+    "plain": (
+        ("fused", "matmul", "scaled before", "exponentials", "einsum", "divided behind",
+         "divided einsum"), {}
+    ),
     "masked": (
         ("fused, masked", "filled"), {"scale": 0.3, "allowed": mask_of("bool")}
     ),

@@ -4,41 +4,18 @@ from functools import reduce
 
 import pytest
 import torch
+from every_method import alike, maps
 from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, MIPINAttribution, check
-from captum_mipin.methods import (
-    LRP,
-    DeepTaylor,
-    ExcitationBackprop,
-    GuidedBackprop,
-    PatternNet,
-    Patterns,
-)  # fmt: skip
+from captum_mipin.graph.capture import capture
+from captum_mipin.graph.nodes import operation
+from captum_mipin.methods import LRP, DeepTaylor, ExcitationBackprop, GuidedBackprop
 from captum_mipin.methods.gradients import Gradient
-
-
-def maps(run, x, **modules):
-    """Return the output and the map of every method for a network of these modules."""
-    model = Function(run, **modules).double().eval()
-    inverse = InverseNetwork(model).fit(x, 1, progress=False)
-    few = x[:5]
-    patterns = Patterns(model).fit(x, progress=False)
-    methods = [LRP(model), ExcitationBackprop(model), PatternNet(model, patterns)]
-    return [
-        model(few).detach(),
-        *(maps[0] for maps in inverse.explain((few,), 1, biases=(False, True)).signals),
-        *(method.attribute(few, 1) for method in methods),
-    ]
-
-
-def alike(runs, x, **modules):
-    first, *others = (maps(run, x, **modules) for run in runs)
-    for other in others:
-        for a, b in zip(other, first, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+from captum_mipin.propagation.passes import MARKING, draft
+from captum_mipin.rules import table
 
 
 def pooled(weights, how):
@@ -151,6 +128,19 @@ def test_bilinear_is_a_layer_and_a_product():
     assert not check(first, x).refused
 
 
+def test_a_sum_of_products_behind_a_reshape_of_the_batch():
+    torch.manual_seed(0)
+    parts = {"a": nn.Linear(4, 6), "b": nn.Linear(4, 6), "last": nn.Linear(3, 2)}
+    nn.init.constant_(parts["last"].bias, 30.0)
+    hows = (
+        lambda a, b: (a * b).sum(-1),
+        lambda a, b: (a * b).reshape(1, -1, 6).sum(2).view(-1, 3),
+        lambda a, b: (a * b).flatten(0, 1).sum(1, keepdim=True).view(-1, 3),
+    )
+    runs = [lambda m, x, how=how: m["last"](how(m["a"](x), m["b"](x))) for how in hows]
+    alike(runs, normal(60, 3, 4, dtype=torch.float64), **parts)
+
+
 AVERAGES = {
     "sum": lambda w, h: (w * h).sum(1) / 5,
     "mean": lambda w, h: (w * h).mean(1),
@@ -202,6 +192,90 @@ def attention(how):
         return m["last"](m["out"](y.transpose(1, 2).flatten(2)).mean(1))
 
     return run
+
+
+def single(how):
+    """A network with attention of one head; ``how`` takes scores and values."""
+
+    def run(m, x):
+        q, k, v = m["qkv"](x).chunk(3, -1)
+        return m["last"](how(q @ k.mT * 6**-0.5, v).mean(1))
+
+    return run
+
+
+def exponentials(s):
+    return (s - s.amax(-1, keepdim=True)).exp()
+
+
+SINGLE = {
+    "softmax": lambda s, v: s.softmax(-1) @ v,
+    "before": lambda s, v: (s.exp() / s.exp().sum(-1, keepdim=True)) @ v,
+    "behind": lambda s, v: (lambda w: (w @ v) / w.sum(-1, keepdim=True))(s.exp()),
+    "twice": lambda s, v: (s.exp() @ v) / s.exp().sum(-1, keepdim=True),
+    "less the maximum": lambda s, v: (lambda w: (w @ v) * (1 / w.sum(-1, keepdim=True)))(
+        exponentials(s)
+    ),
+    "einsum": lambda s, v: (
+        torch.einsum("bij,bjc->bic", s.exp(), v) / torch.einsum("bij->bi", s.exp())[..., None]
+    ),
+    "expanded": lambda s, v: (s.exp() @ v) / s.exp().sum(-1, keepdim=True).expand_as(v),
+}
+
+
+def test_a_sum_of_weights_may_divide_before_or_behind_the_product():
+    torch.manual_seed(0)
+    parts = {"qkv": nn.Linear(6, 18), "last": nn.Linear(6, 2)}
+    nn.init.constant_(parts["last"].bias, 3.0)
+    runs = [single(how) for how in SINGLE.values()]
+    alike(runs, normal(60, 5, 6, dtype=torch.float64), **parts)
+    pools = [
+        pooled(lambda a: a.softmax(1), lambda w, h: (w * h).sum(1)),
+        pooled(torch.exp, lambda w, h: (w * h).sum(1) / w.sum(1)),
+        pooled(torch.exp, lambda w, h: ((w.mT @ h) / w.mT.sum(-1, keepdim=True)).squeeze(1)),
+        pooled(torch.exp, lambda w, h: torch.einsum("bno,bnc->bc", w, h) / w.sum((1, 2))[:, None]),
+    ]
+    parts = {"p": nn.Linear(4, 8), "a": nn.Linear(8, 1), "last": nn.Linear(8, 2)}
+    nn.init.constant_(parts["last"].bias, 3.0)
+    alike(pools, normal(60, 5, 4, dtype=torch.float64), **parts)
+
+
+COSINES = {
+    "normalize": lambda h, w: F.linear(F.normalize(h), F.normalize(w)),
+    "cosine_similarity": lambda h, w: F.cosine_similarity(h[:, None], w[None], dim=2),
+    "behind": lambda h, w: F.linear(h, F.normalize(w)) / h.norm(dim=1, keepdim=True),
+    "einsum": lambda h, w: torch.einsum("bc,oc->bo", F.normalize(h), F.normalize(w)),
+    "product": lambda h, w: (F.normalize(h)[:, None] * F.normalize(w)).sum(2),
+}
+
+
+def test_spelling_of_a_cosine_does_not_matter():
+    torch.manual_seed(0)
+    modules = {"p": nn.Linear(4, 8), "w": nn.Linear(8, 3)}
+    runs = [lambda m, x, how=how: how(m["p"](x), m["w"].weight) for how in COSINES.values()]
+    alike(runs, normal(60, 4, dtype=torch.float64), **modules)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda h, w: (lambda y: y / y.norm(dim=-1, keepdim=True))(F.linear(h, w)),
+        lambda h, w: (lambda a, b: (a @ b) / (a * b.mT).sum(-1, keepdim=True))(
+            h, F.linear(h, w).mT
+        ),
+        lambda h, w: F.linear(h, w) / (F.linear(h, w).square().sum(-1, keepdim=True) + 1),
+    ],
+    ids=["of the product", "of both factors", "of the product again"],
+)
+def test_other_divisors_stay_behind_the_product(how):
+    torch.manual_seed(0)
+    modules = {"p": nn.Linear(4, 8), "w": nn.Linear(8, 8)}
+    run = lambda m, x: how(m["p"](x).relu(), m["w"].weight).flatten(1)  # noqa: E731
+    x = normal(9, 5, 4, dtype=torch.float64)
+    model = Function(run, **modules).double().eval()
+    made = draft(capture(model, (x,)), table(), passes=MARKING)
+    ratio = next(n for n in made.graph.nodes if operation(n) in ("divided", "rms_norm"))
+    assert operation(ratio.args[0]) in ("linear", "matmul")
 
 
 def test_attention_by_hand_equals_the_fused_one_and_the_module():
@@ -299,6 +373,42 @@ LAYER_NORMS = {
 }
 
 
+MEANS = {
+    "einsum": lambda h: (torch.einsum("bnc->bn", h) / 6)[..., None],
+    "einsum with numbers": lambda h: torch.einsum("bnc,c->bn", h, h.new_full((6,), 1 / 6))[
+        ..., None
+    ],
+    "layer": lambda h: F.linear(h, torch.full((1, 6), 1 / 6, dtype=h.dtype)),
+    "layer of ones": lambda h: F.linear(h, h.new_ones(1, 6)) / 6,
+    "layer in the code": lambda h: F.linear(h, torch.tensor([[1 / 6] * 6], dtype=h.dtype)),
+    "adaptive pooling": lambda h: F.adaptive_avg_pool1d(h, 1),
+    "pooling": lambda h: F.avg_pool1d(h, 6),
+    "matrix": lambda h: h @ torch.full((6, 1), 1 / 6, dtype=h.dtype),
+    "vector": lambda h: (h @ h.new_full((6,), 1 / 6))[..., None],
+    "sum of products": lambda h: (h * h.new_full((6,), 1 / 6)).sum(-1, keepdim=True),
+    "slices": lambda h: (sum(h[..., i] for i in range(6)) / 6).unsqueeze(-1),
+}
+
+
+def by_means(mean):
+    def norm(n, h):
+        centred = h - mean(h)
+        return centred / (mean(centred * centred) + 1e-5).sqrt() * n.weight + n.bias
+
+    return norm
+
+
+#: A norm of centred values.
+CENTRED = {
+    "rms_norm": lambda n, c: F.rms_norm(c, (6,), None, 1e-5) * n.weight + n.bias,
+    "rms_norm with weights": lambda n, c: F.rms_norm(c, (6,), n.weight, 1e-5) + n.bias,
+    "layer_norm": lambda n, c: F.layer_norm(c, (6,), n.weight, n.bias, 1e-5),
+    "exp and log": lambda n, c: (
+        torch.exp(-0.5 * torch.log(c.square().mean(-1, True) + 1e-5)) * c * n.weight + n.bias
+    ),
+}
+
+
 def normed(norm):
     return lambda m, x: m["last"](norm(m["n"], m["a"](x)).relu().flatten(1))
 
@@ -308,11 +418,56 @@ def test_layer_norms_by_hand_equal_the_module():
     norm = nn.LayerNorm(6)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     modules = {"a": nn.Linear(4, 6), "n": norm, "last": nn.Linear(18, 2)}
-    runs = [normed(one) for one in LAYER_NORMS.values()]
+    norms = [*LAYER_NORMS.values(), *map(by_means, MEANS.values())]
+    norms += [
+        lambda n, h, how=how: how(n, h - h.mean(-1, keepdim=True)) for how in CENTRED.values()
+    ]
+    runs = [normed(one) for one in norms]
     alike(runs, normal(80, 3, 4, dtype=torch.float64), **modules)
     model = Function(normed(LAYER_NORMS["mean and var"]), **modules).double().eval()
     rows = check(model, normal(2, 3, 4, dtype=torch.float64)).rows
     assert ("aten.div.Tensor", "times the recorded σ") in [(r.operation, r.note) for r in rows]
+
+
+def test_layer_norms_without_a_constant():
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(6, eps=0)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    hows = {
+        "module": lambda n, c: F.layer_norm(c, (6,), n.weight, n.bias, 0.0),
+        "normalize": lambda n, c: F.normalize(c, dim=-1) * 6**0.5 * n.weight + n.bias,
+        "weights first": lambda n, c: F.normalize(c, dim=-1) * (6**0.5 * n.weight) + n.bias,
+        "length": lambda n, c: c / c.norm(dim=-1, keepdim=True) * n.weight * 6**0.5 + n.bias,
+        "std": lambda n, c: c / c.std(-1, correction=0, keepdim=True) * n.weight + n.bias,
+    }
+    runs = [normed(lambda n, h, how=how: how(n, h - h.mean(-1, True))) for how in hows.values()]
+    modules = {"a": nn.Linear(4, 6), "n": norm, "last": nn.Linear(18, 2)}
+    alike(runs, normal(80, 3, 4, dtype=torch.float64), **modules)
+
+
+@pytest.mark.parametrize(
+    ("norm", "divides"),
+    [
+        (lambda h: h / h.norm(dim=-1, keepdim=True).clamp(1e-12, 100), True),
+        (lambda h: h / h.norm(dim=-1, keepdim=True).clamp(min=0.1), True),
+        (lambda h: h * (-h.square().mean(-1, True)).exp(), False),
+    ],
+    ids=["upper bound", "large bound", "bell"],
+)
+def test_what_is_nearly_a_norm_is_none(norm, divides):
+    torch.manual_seed(0)
+    modules = {"a": nn.Linear(4, 6), "n": nn.Identity(), "last": nn.Linear(18, 2)}
+    model = Function(normed(lambda n, h: norm(h)), **modules).double().eval()
+    x = normal(9, 3, 4, dtype=torch.float64) * 1e4
+    notes = {row.note for row in check(model, x).rows}
+    assert "times the recorded root mean square" not in notes
+    assert ("times the recorded divisor" in notes) == divides
+    torch.testing.assert_close(Gradient(model).attribute(x, 1), gradient(model, x))
+
+
+def gradient(model, x):
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)[0]
 
 
 def test_rms_norms_by_hand_equal_the_module():
@@ -334,8 +489,16 @@ def test_rms_norms_by_hand_equal_the_module():
     def by_length(n, h):  # ScaleNorm with the length of √6 has no ε
         return h / h.norm(dim=-1, keepdim=True) * 6**0.5 * n.weight
 
+    def by_logarithms(n, h):
+        return torch.exp(-0.5 * torch.log((h * h).mean(-1, True) + 1e-6)) * h * n.weight
+
+    def of_base_2(n, h):
+        square = torch.einsum("bnc,bnc->bn", h, h)[..., None] / 6
+        return h / torch.exp2(0.5 * torch.log2(square + 1e-6)) * n.weight
+
     modules = {"a": nn.Linear(4, 6), "n": norm, "last": nn.Linear(18, 2)}
-    runs = [normed(one) for one in (lambda n, h: n(h), of_language_models, by_ratio, by_reciprocal)]
+    norms = (of_language_models, by_ratio, by_reciprocal, by_logarithms, of_base_2)
+    runs = [normed(one) for one in (lambda n, h: n(h), *norms)]
     x = normal(80, 3, 4, dtype=torch.float64)
     alike(runs, x, **modules)
     maps(normed(by_length), x, **modules)
@@ -351,6 +514,7 @@ RATIOS = {
     "times a power": lambda h: h * h.pow(2).sum(-1, True) ** -0.5,
     "expanded": lambda h: h / h.norm(dim=-1, keepdim=True).expand_as(h),
     "with a bound": lambda h: h / h.norm(dim=-1, keepdim=True).clamp(min=1e-12),
+    "times an exponential": lambda h: (-0.5 * h.square().sum(-1, True).log()).exp() * h,
     "true_divide": lambda h: torch.true_divide(
         h, torch.linalg.vector_norm(h, dim=-1, keepdim=True)
     ),
@@ -361,6 +525,7 @@ RATIOS = {
 GUARDED = {
     "by a sum": lambda h: h / (h.norm(dim=-1, keepdim=True) + 0.1),
     "times a reciprocal": lambda h: h * (1 / (h.norm(dim=-1, keepdim=True) + 0.1)),
+    "times an exponential": lambda h: (-(h.norm(dim=-1, keepdim=True) + 0.1).log()).exp() * h,
 }
 
 
