@@ -64,8 +64,9 @@ def factors(node: fx.Node, counts: Callable[[Any], bool] = depends) -> tuple[int
     """Return the positions of those factors of a product that carry signal.
 
     These are the factors with the smallest number of gates, see ``gates`` of
-    :class:`~captum_mipin.graph.marks.Marks`; both factors if the numbers are equal. Of a ratio,
-    the dividend carries signal, and the divisor never does.
+    :class:`~captum_mipin.graph.marks.Marks`. If the numbers are equal, a factor that is a gate
+    itself, as softmax beside (x − mean)², carries none, else both do. Of a ratio, the dividend
+    carries signal, and the divisor never does.
 
     Args:
         node: The product or ratio.
@@ -76,4 +77,5 @@ def factors(node: fx.Node, counts: Callable[[Any], bool] = depends) -> tuple[int
         return positions[:1]
     arguments: Any = node.args
     gates = {i: marks(arguments[i]).gates for i in positions}
-    return tuple(i for i in positions if gates[i] == min(gates.values()))
+    least = [i for i in positions if gates[i] == min(gates.values())]
+    return tuple(i for i in least if not is_gate(arguments[i], counts)) or tuple(least)

@@ -109,11 +109,24 @@ RECORDED = {
     "compared": lambda m, q: (q > 0).to(q.dtype) + q.sigmoid(),
     "chosen": lambda m, q: F.one_hot(q.argmax(1), 5).to(q.dtype),
     "sorted": lambda m, q: q.softmax(1).cumsum(1),
+    "softmax": lambda m, q: q.softmax(1),
 }
 
 
-@pytest.mark.parametrize("name", RECORDED)
-def test_what_follows_from_gates_is_recorded(name):
+def mean(h, w):
+    return torch.einsum("bn,bnc->bc", w.view(-1, 5), h)
+
+
+def deviation(h, w):
+    """The statistics of attentive pooling: the weight is a gate, the square beside it is none."""
+    w = w.view(-1, 5, 1)
+    return (w * (h - (w * h).sum(1, keepdim=True)).pow(2)).sum(1).clamp(1e-9).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"), [*((name, mean) for name in RECORDED), ("softmax", deviation)]
+)
+def test_what_follows_from_gates_is_recorded(name, pool):
     torch.manual_seed(0)
     weights, x = RECORDED[name], normal(60, 5, 4, dtype=torch.float64)
     modules = {
@@ -125,7 +138,7 @@ def test_what_follows_from_gates_is_recorded(name):
     }
 
     def pooled(m, h, w):
-        return m["last"](torch.einsum("bn,bnc->bc", w.view(-1, 5), h))
+        return m["last"](pool(h, w))
 
     def made(m, x):
         return weights(m, m["q"](x)[..., 0])
