@@ -22,6 +22,8 @@ from captum_mipin.types import Inputs
 
 logger = logging.getLogger(__name__)
 
+#: Name of the reading: |A ⊙ gradient|, summed over the channels.
+UNSIGNED = "unsigned × gradient"
 #: Pixels of the image per place of the layer, at least and at most: 14 x 14 places at 224 x 224.
 _SCALES = 12, 20
 
@@ -34,12 +36,12 @@ class PhotographAttribution(LayerMIPINAttribution):
     absolute values are summed over the channels.
 
     Attributes:
-        picked: The reading and the layer, as a label of figures and tables.
+        picked: The reading as ``compare`` names it, and the layer: a label of figures and tables.
     """
 
     def __init__(self, model: nn.Module, inverse: ModelInverse[Any], layer: Any = None) -> None:
         super().__init__(model, inverse, layer)
-        self.picked = f"MIP-IN, A × gradient at {inverse._path(self.layer)}"
+        self.picked = f"MIP-IN {UNSIGNED} at {inverse._path(self.layer)}"
 
     @captum_entry
     def attribute(
@@ -116,7 +118,7 @@ def for_photographs(
         >>> photographs = torch.rand(20, 3, 96, 96)
         >>> mipin = for_photographs(model, photographs, targets=[1], progress=False)
         >>> mipin.picked
-        'MIP-IN, A × gradient at 1'
+        'MIP-IN unsigned × gradient at 1'
         >>> mipin.attribute(photographs[:2], target=1).shape
         torch.Size([2, 1, 6, 6])
     """

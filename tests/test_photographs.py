@@ -35,7 +35,7 @@ def fitted():
 def test_the_map_is_a_times_gradient_of_absolute_values(fitted):
     """From Captum's gradient and the plain attribution at the same layer."""
     model, x, mipin = fitted
-    assert mipin.picked == "MIP-IN, A × gradient at 1"
+    assert mipin.picked == "MIP-IN unsigned × gradient at 1"
     inverse = InverseNetwork(model, layer=model[1]).fit(x, targets=[0, 2], progress=False)
     a = LayerMIPINAttribution(model, inverse).attribute(x[:4], target=[0, 2, 0, 0])
     slope = LayerGradientXActivation(model, model[1], multiply_by_inputs=False)
@@ -62,6 +62,7 @@ def test_it_is_a_method_as_any_other(fitted):
     before = copy.deepcopy(model.state_dict())
     found = compare({mipin.picked: mipin}, x[:3], 0, metrics=[], progress=False)
     assert [row.name for row in found.rows][-1] == "pattern only"
+    assert found.rows[0].caption == mipin.picked
     assert not any(row.errors for row in found.rows)
     assert NoiseTunnel(mipin).attribute(x[:1], nt_samples=2, target=0).shape == (1, 1, 4, 4)
     after = model.state_dict()
@@ -93,7 +94,7 @@ def test_it_is_the_last_layer_of_about_14_places_before_another_window(name, exp
 def test_a_layer_may_be_named(fitted):
     model, x, _ = fitted
     mipin = for_photographs(model, x, 0, layer="2.1", progress=False)
-    assert mipin.picked == "MIP-IN, A × gradient at 2.1"
+    assert mipin.picked == "MIP-IN unsigned × gradient at 2.1"
     assert mipin.attribute(x[:1], target=0).shape == (1, 1, 2, 2)
     with pytest.raises(
         InputError, match=r"layer is '5\.weight', expected a module .*named_modules"

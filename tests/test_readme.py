@@ -54,7 +54,9 @@ def test_the_ten_lines_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "mobilenet_v2", small_network)
     names = run("Ten lines")
-    assert names["mipin"].picked == "MIP-IN, A × gradient at 1"
+    assert names["mipin"].picked == "MIP-IN unsigned × gradient at 1"
+    captions = [row.caption for row in names["found"].rows if not row.control]
+    assert captions == ["MIP-IN unsigned × gradient at 1", "Saliency"]
     assert names["maps"].shape == (6, 1, 14, 14)
     assert not any(row.errors for row in names["found"].rows)
     assert "pattern only" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Methods that users can pass to ``compare`` by name, and the controls that ``compare`` adds."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ from captum_mipin.methods import (
 )
 from captum_mipin.metrics import Method
 from captum_mipin.metrics.case import attribution_of, method_name
-from captum_mipin.photographs import PhotographAttribution
+from captum_mipin.photographs import UNSIGNED, PhotographAttribution
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,6 @@ def reading(mipin: Any, name: str) -> Method:
     return _with(mipin, **options) if options else mipin
 
 
-#: The reading of ``for_photographs``: absolute values, summed over the channels.
-UNSIGNED = "unsigned × gradient"
 #: Name of a reading of MIP-IN -> options of ``attribute``; S is the source signal.
 READINGS: dict[str, tuple[str, ...]] = {
     "A": (),
@@ -196,7 +195,7 @@ def place_of(method: Any, label: str = "") -> str:
 
     Args:
         method: The method.
-        label: Its label; a reading that the label ends with is left out.
+        label: Its label; what its words tell already, reading or layer, is left out.
 
     Returns:
         Text such as "A at features.12", "at layer4", or "" for most methods at the input.
@@ -204,18 +203,28 @@ def place_of(method: Any, label: str = "") -> str:
     attribution, words = attribution_of(method), list[str]()
     if isinstance(attribution, (MIPINAttribution, LayerMIPINAttribution)):
         reading = _reading_of(method).strip() or ("" if _options_of(method) else "A")
-        words += [reading] if reading and not label.endswith(f" {reading}") else []
+        words += [reading] if reading and not _tells(label, reading) else []
     layers = getattr(attribution, "layer", None)
     if attribution is None or layers is None:
-        at_input = isinstance(attribution, MIPINAttribution)
-        return " ".join([*words, "at the input"] if at_input else words)
+        if isinstance(attribution, MIPINAttribution) and not _tells(label, "at the input"):
+            words.append("at the input")
+        return " ".join(words)
     model: Any = unwrapped(attribution.forward_func)
     names = {module: name for name, module in tree(model)} if isinstance(model, nn.Module) else {}
-    paths = [
+    paths = ", ".join(
         layer if isinstance(layer, str) else names.get(layer) or f"a {type(layer).__name__}"
         for layer in (layers if isinstance(layers, list) else [layers])
-    ]
-    return " ".join([*words, "at", ", ".join(paths)])
+    )
+    # a number alone, as in "Saliency 0", need not be a layer
+    by_name = any(map(str.isalpha, paths)) and _tells(label, paths)
+    told = by_name or _tells(label, f"at {paths}")
+    return " ".join(words if told else [*words, "at", paths])
+
+
+def _tells(label: str, text: str) -> bool:
+    """Return True if the words of a text stand in a label, one after the other."""
+    words, inside = (re.findall(r"[\w.-]+|×", part) for part in (label, text))
+    return any(words[i : i + len(inside)] == inside for i in range(len(words)))
 
 
 def _options_of(method: Any) -> set[str]:

@@ -1,6 +1,7 @@
 """Figures: what is drawn where, in whose colours, with which legend."""
 
 import io
+from collections import OrderedDict
 from functools import partial
 
 import numpy as np
@@ -8,11 +9,20 @@ import pytest
 import torch
 from captum.attr import LayerGradCam, Saliency
 from captum.attr import visualization as viz
+from torch import nn
 
-from captum_mipin import IBA, LRP, InverseNetwork, LayerMIPINAttribution, compare
+from captum_mipin import (
+    IBA,
+    LRP,
+    InverseNetwork,
+    LayerMIPINAttribution,
+    MIPINAttribution,
+    compare,
+)
 from captum_mipin.comparison.methods import place_of
 from captum_mipin.errors import InputError
 from captum_mipin.methods import GradCAM, LayerPropagation
+from captum_mipin.photographs import PhotographAttribution
 
 
 def test_a_figure_is_images_by_methods(found, tmp_path):
@@ -112,13 +122,24 @@ def test_captions_name_reading_and_layer(cnn, tmp_path):
     model, x = cnn.model, cnn.x[:2]
     inverse = InverseNetwork(model, layer="0").fit(cnn.x, targets=[0], progress=False)
     mipin = LayerMIPINAttribution(model, inverse)
+    pixels = InverseNetwork(model).fit(cnn.x, targets=[0], progress=False)
+    nested = nn.Sequential(OrderedDict(stem=nn.Sequential(OrderedDict(conv=model))))
     captions = {
         "MIP-IN": (mipin, "A at 0"),
         "MIP-IN × gradient": (partial(mipin.attribute, multiply_by_gradients=True), "at 0"),
         "mine": (partial(mipin.attribute, evidence=True), "evidence at 0"),
         "signal": (mipin.source_signal, "S at 0"),
         "other options": (partial(mipin.attribute, attribute_to_layer_input=True), "at 0"),
+        "MIP-IN × gradient at 0": (partial(mipin.attribute, multiply_by_gradients=True), ""),
+        "MIP-IN (A), at 0": (mipin, ""),
+        "MIP-IN at 01": (mipin, "A at 0"),
+        "unsigned × gradient at 0": (PhotographAttribution(model, inverse), ""),
+        "MIP-IN A at the input": (MIPINAttribution(model, pixels), ""),
         "Grad-CAM": (GradCAM(model, "1"), "at 1"),
+        "Grad-CAM at 1": (GradCAM(model, "1"), ""),
+        "Grad-CAM (stem.conv)": (GradCAM(nested, "stem.conv"), ""),
+        "Grad-CAM of stem": (GradCAM(nested, "stem.conv"), "at stem.conv"),
+        "Grad-CAM, run 1": (GradCAM(model, "1"), "at 1"),
         "GradCAM of Captum": (LayerGradCam(torch.compile(model), model[1]), "at 1"),
         "LRP": (LayerPropagation(LRP(model), ["0", "1"]), "at 0, 1"),
         "IBA": (IBA(model, "0"), "at 0"),
