@@ -463,8 +463,8 @@ def which_map() -> str:
         (
             "Where is what the class was told by?",
             "`for_photographs(model, data).attribute(x, target)`",
-            "for or against: it has no sign. On dense heads others find the object better "
-            f"({head})",
+            "for or against: it has no sign. Not measured on dense heads, where MIP-IN's best "
+            f"other map is behind ({head})",
         ),
         (
             "Which places speak for the class, which against?",

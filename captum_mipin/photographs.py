@@ -90,7 +90,8 @@ def for_photographs(
     The layer is the last one with about 14 x 14 places for an image of 224 x 224 after which
     another layer with a window follows. The reading is A ⊙ gradient, with absolute values summed
     over channels. Both were chosen on other photographs than those on which docs/results.md reports
-    them. The attribute ``picked`` of the result and the log say what was picked.
+    them; networks with a dense head were not measured. The attribute ``picked`` of the result and
+    the log say what was picked.
 
     Args:
         model: Network for images (batch, channels, height, width), in evaluation mode.

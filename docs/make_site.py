@@ -92,7 +92,7 @@ def linked(text: str) -> str:
     text = re.sub(
         r"\]\((?:\.\./)?benchmarks/results/([^)]+\.(?:png|jpg))\)", r"](results/\1)", text
     )
-    text = re.sub(r"\]\((?:\.\./)?docs/", "](", text)
+    text = re.sub(r"\]\((?:\.\./)?docs/", "](", text).replace("](../README.md", "](index.md")
     text = re.sub(r"\]\(\.\./((?:C\w+\.md|notebooks/)[^)]*)\)", r"](\1)", text)
     own = r"(?!https?:|#|results/|notebooks/\w+\.ipynb|C\w+\.md|[\w-]+\.md)"
     return re.sub(rf"(?<!!)\]\((?:\.\./)?{own}([^)]+)\)", rf"]({REPOSITORY}\1)", text)

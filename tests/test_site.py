@@ -53,7 +53,7 @@ def test_links_lead_to_pages_of_the_site_or_into_the_repository(site):
     text = (
         "[a](docs/compare.md#x) [b](../notebooks/1_quick_start.ipynb) "
         "![c](benchmarks/results/d.png) [e](../CONTRIBUTING.md) [f](LICENSE) "
-        "[g](https://h.org) [i](#j) [k](operations.md)"
+        "[g](https://h.org) [i](#j) [k](operations.md) [l](../README.md#m)"
     )
     targets = re.findall(r"\]\(([^)]*)\)", site.linked(text))
     assert targets == [
@@ -65,6 +65,7 @@ def test_links_lead_to_pages_of_the_site_or_into_the_repository(site):
         "https://h.org",
         "#j",
         "operations.md",
+        "index.md#m",
     ]
 
 

@@ -16,6 +16,8 @@ FEW = 10
 #: Root mean square distance from the mean of the fit, in standard deviations of the fit, above
 #: which inputs have another scale; and the share of these deviations below which they do.
 _FAR, _NARROW = 20.0, 1 / 50
+#: Values in 0 ... 1 deviate by at most 0.5: if those of a fit deviate more, they are normalised.
+_NORMALISED = 0.6
 
 
 class Scale:
@@ -95,13 +97,21 @@ def warn_of_scale(inputs: Inputs, fitted: Sequence[tuple[float, float] | None] |
         far = hypot(variance**0.5, own - mean) / deviation
         # inputs of one value, such as a black image, have no scale
         narrow = 0 < variance**0.5 < _NARROW * deviation and len(x.unique()) > 2
+        plain = x.ndim == 4 and deviation > _NORMALISED and _from_zero_to_one(x)
         # values that overflow have an error of their own
-        if (far > _FAR and isfinite(far)) or narrow:
+        if (far > _FAR and isfinite(far)) or narrow or plain:
             name = f"input {number} has" if len(inputs) > 1 else "the inputs have"
             warnings.warn(
                 f"{name} mean {own:.3g} and standard deviation {variance**0.5:.3g}, expected about "
                 f"{mean:.3g} and {deviation:.3g} as in the fit: scale the inputs as for the fit, "
-                "for example to 0 ... 1 instead of 0 ... 255",
+                "for example to 0 ... 1 instead of 0 ... 255, and normalise them if those of the "
+                "fit were normalised",
                 DataWarning,
                 stacklevel=level_of_caller(),
             )
+
+
+def _from_zero_to_one(x: Tensor) -> bool:
+    """Return True for images of several values from 0 to 1, as before normalisation."""
+    low, high = (float(bound) for bound in x.detach().aminmax())
+    return low >= 0 and 0.5 < high <= 1 and low < high

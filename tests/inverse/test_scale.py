@@ -36,6 +36,19 @@ def test_another_scale_than_that_of_the_fit_is_warned_of(kind):
             MIPINAttribution(inverse.model, inverse).attribute(factor * other * x[:2], target=0)
 
 
+def test_images_that_were_not_normalised_are_warned_of():
+    """Fitted on images normalised as for ImageNet, and explained on the same images without."""
+    x = images(64)
+    inverse = fitted((x - 0.45) / 0.225)
+    with pytest.warns(DataWarning, match=r"and normalise them"):
+        inverse.source_signal(x[:2], target=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for same in ((x[:2] - 0.45) / 0.225, (0.3 * x[:1] - 0.45) / 0.225, torch.zeros(1, 3, 8, 8)):
+            inverse.source_signal(same, target=0)
+        fitted(x).source_signal(x[:2], target=0)
+
+
 def test_a_file_keeps_the_scale(tmp_path):
     inverse = fitted(images())
     inverse.save(tmp_path / "inverse.safetensors")
