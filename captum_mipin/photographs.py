@@ -128,10 +128,10 @@ def for_photographs(
     if layer is None:
         call = next(iter(Batches(data, batch_size, unpack, device_of(network))))
         layer = photograph_layer(network, *call)
-    layer = None if layer is None else module_of(layer, network)
-    inverse = InverseNetwork(model, layer=layer).fit(
+    inverse = InverseNetwork(model, layer=module_of(layer, network)).fit(
         data, targets, unpack=unpack, batch_size=batch_size, progress=progress, lazy=targets is None
     )  # fmt: skip
+    inverse.photographs = True
     mipin = PhotographAttribution(model, inverse)
     logger.info("picked %s", mipin.picked)
     return mipin

@@ -57,6 +57,14 @@ def test_classes_are_fitted_when_they_are_explained(fitted):
         torch.testing.assert_close(lazy.attribute(x[:2], target=2), expected)
 
 
+def test_a_file_keeps_that_it_is_for_photographs(fitted, tmp_path):
+    model, x, mipin = fitted
+    mipin.inverse.save(tmp_path / "picked.safetensors")
+    assert InverseNetwork.load(tmp_path / "picked.safetensors", model).photographs
+    InverseNetwork(model, layer="1").fit(x, 0, progress=False).save(tmp_path / "other.safetensors")
+    assert not InverseNetwork.load(tmp_path / "other.safetensors", model).photographs
+
+
 def test_it_is_a_method_as_any_other(fitted):
     model, x, mipin = fitted
     before = copy.deepcopy(model.state_dict())

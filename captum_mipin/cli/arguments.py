@@ -185,7 +185,8 @@ def _add_outputs(add: Callable[..., None]) -> None:
     text += "predicted, the classes that the network predicts)"
     add("explain compare", "--targets", text, type=reader)
     text = f"which map of MIP-IN: {', '.join(READINGS)}; S is the source signal, and unsigned the "
-    text += "map of for_photographs, absolute values summed over channels (default: A)"
+    text += "map of for_photographs, absolute values summed over channels (default: the latter for "
+    text += "an inverse of fit --layer photographs, else A)"
     one = _names("reading", READINGS)
     add("explain compare", "--reading", text, type=lambda text: one(_full(text))[0])
     text = f"any of {', '.join(METHODS)} (default: {', '.join(DEFAULT_METHODS)}; with --inverse "

@@ -26,13 +26,14 @@ from captum_mipin.cli.arguments import (
     parse,
 )
 from captum_mipin.cli.images import ImageFolder
-from captum_mipin.cli.models import load_model, outputs_of, predict, read_names
+from captum_mipin.cli.models import is_picked, load_model, outputs_of, predict, read_names
 from captum_mipin.cli.words import plainly
 from captum_mipin.comparison import Comparison, Row
 from captum_mipin.comparison.methods import label_of, place_of, reading
 from captum_mipin.comparison.names import captions, class_name
 from captum_mipin.errors import NotFittedError
 from captum_mipin.metrics.case import Case
+from captum_mipin.photographs import UNSIGNED
 from captum_mipin.propagation.treatments import NAMED, causes
 from captum_mipin.report import table
 
@@ -114,6 +115,7 @@ def fit(args: Namespace) -> Outcome:
     """
     model, layer = load_model(args)
     inverse = InverseNetwork(model, layer=layer, ridge=args.ridge, sharing=args.sharing)
+    inverse.photographs = is_picked(args, model)
     images = ImageFolder(args)
     targets = args.targets
     if targets == PREDICTED:
@@ -198,7 +200,8 @@ def explain(args: Namespace) -> Outcome:
     if not known:
         raise NotFittedError(_not_fitted(classes))
     kept, chosen = x[known], None if targets is None else [targets[i] for i in known]
-    method = reading(mipin, args.reading or "A")
+    chosen_reading = args.reading or _default_reading(inverse)
+    method = reading(mipin, chosen_reading)
     case = Case.of(method, kept, chosen, model=model, batch_size=args.batch_size)
     (maps,) = case.maps
     label = label_of(method)
@@ -216,7 +219,7 @@ def explain(args: Namespace) -> Outcome:
             tensors["target"] = torch.tensor(chosen)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         about = {"images": json.dumps([images.names[i] for i in known])}
-        save_file(tensors, path, {**about, "reading": args.reading or "A"})
+        save_file(tensors, path, {**about, "reading": chosen_reading})
     columns = "image", "target", "name", "score", "explained"
     data = [
         dict(zip(columns, (image, c, class_name(names, c), score, i in known), strict=True))
@@ -281,7 +284,7 @@ def compare(args: Namespace) -> Outcome:
             written = perf_counter()
 
     comparison = compare_methods(
-        _methods(args, layer is not None),
+        _methods(args, inverse, layer is not None),
         x,
         predict(args, model, x)[0],
         metrics=[] if args.no_metrics else args.metrics or None,
@@ -314,15 +317,21 @@ def _in_plain_words(comparison: Comparison) -> Comparison:
     return replace(comparison, rows=tuple(rows))
 
 
-def _methods(args: Namespace, layer: bool) -> list[str]:
-    """Return the names of the methods to compare."""
-    readings: Sequence[str] = DEFAULT_READINGS if args.inverse is not None else ()
-    if args.reading is not None:
-        readings = [f"MIP-IN {args.reading.removeprefix('A').strip()}".strip()]
-    if args.methods:
-        picked = [name for name in args.methods if args.reading is None or name != "MIP-IN"]
-        return [*picked] if args.reading is None else [*readings, *picked]
-    return [*readings, *DEFAULT_METHODS, *(["Grad-CAM"] if layer else ())]
+def _default_reading(inverse: InverseNetwork) -> str:
+    """Return the reading of an inverse without ``--reading``."""
+    return UNSIGNED if inverse.photographs else "A"
+
+
+def _methods(args: Namespace, inverse: InverseNetwork | None, layer: bool) -> list[str]:
+    """Return the names of the methods to compare; "MIP-IN" is its reading."""
+    readings: Sequence[str] = () if inverse is None else DEFAULT_READINGS
+    if inverse is not None and (args.reading is not None or inverse.photographs):
+        reading = args.reading or _default_reading(inverse)
+        readings = [f"MIP-IN {reading.removeprefix('A').strip()}".strip()]
+    if not args.methods:
+        return [*readings, *DEFAULT_METHODS, *(["Grad-CAM"] if layer else ())]
+    named = [readings[0] if name == "MIP-IN" else name for name in args.methods]
+    return list(dict.fromkeys(named if args.reading is None else [*readings, *named]))
 
 
 def _failure(comparison: Comparison) -> str:

@@ -65,10 +65,16 @@ def load_model(args: Namespace) -> tuple[nn.Module, nn.Module | None]:
     if args.weights is not None and not pretrained:
         _load_weights(model, args.weights)
     model, path = model.to(args.device).eval(), getattr(args, "layer", None)
-    if path == PHOTOGRAPHS and PHOTOGRAPHS not in dict(model.named_modules()):
+    if is_picked(args, model):
         blank = torch.zeros(1, len(args.mean), *args.size, device=args.device)
         path = photograph_layer(model, (blank,))
     return model, _find_layer(model, path)
+
+
+def is_picked(args: Namespace, model: nn.Module) -> bool:
+    """Return True if ``--layer`` asks for the layer that is picked for photographs."""
+    path = getattr(args, "layer", None)
+    return path == PHOTOGRAPHS and PHOTOGRAPHS not in dict(model.named_modules())
 
 
 def outputs_of(args: Namespace, model: nn.Module, x: Tensor) -> Tensor:

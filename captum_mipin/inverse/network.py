@@ -100,6 +100,9 @@ class InverseNetwork(ClassInverse):
         torch.Size([5, 6])
     """
 
+    #: True for an inverse of ``for_photographs`` or ``captum-mipin fit --layer photographs``; files
+    #: keep it. The command line then reads unsigned × gradient by default.
+    photographs = False
     _kind = "an inverse network"
 
     def __init__(
@@ -330,7 +333,8 @@ class InverseNetwork(ClassInverse):
             )
         tensors, content = packed(state.fitted)
         scale = {} if state.origin.scale is None else {"scale": state.origin.scale}
-        return tensors, {**self._head(state.origin), **scale, **content, "unfinished": None}
+        more = {**scale, **({"photographs": True} if self.photographs else {})}
+        return tensors, {**self._head(state.origin), **more, **content, "unfinished": None}
 
     @classmethod
     def _unpack(
@@ -342,6 +346,7 @@ class InverseNetwork(ClassInverse):
                 "fit(checkpoint=...), then save the result"
             )
         inverse = cls._rebuild(content, model)
+        inverse.photographs = content.get("photographs") is True
         inverse._state = State(Origin.from_content(content, model), unpacked(tensors, content))
         return inverse
 

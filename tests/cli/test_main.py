@@ -328,6 +328,44 @@ def test_readings(written, reading, mipin, few, capsys):
     assert [row["name"] for row in found["rows"]].count("MIP-IN") == 0
 
 
+def test_an_inverse_for_photographs_is_read_as_for_photographs_reads_it(capsys):
+    """Formerly the default was A, and the map of for_photographs had to be known by name."""
+    network = "tiny_networks:staged --size 64"
+    fit = f"fit {network} photos --targets 1 --quiet"
+    assert call(fit, "--layer photographs --out picked.safetensors") == 0
+    assert call(fit, "--layer 1 --out named.safetensors") == 0
+
+    def explained(options):
+        assert call(f"explain {network} few --targets 1 --out read.safetensors", options) == 0
+        with safe_open("read.safetensors", framework="pt") as file:
+            return file.get_tensor("attribution"), file.metadata()["reading"]
+
+    a, _ = explained("--inverse named.safetensors --reading A")
+    signed, _ = explained("--inverse named.safetensors --reading 'times gradient'")
+    unsigned = signed.abs().sum(1, keepdim=True)
+    for options, expected, name in (
+        ("--inverse picked.safetensors", unsigned, "unsigned × gradient"),
+        ("--inverse picked.safetensors --reading A", a, "A"),
+        ("--inverse named.safetensors", a, "A"),
+    ):
+        maps, written = explained(options)
+        torch.testing.assert_close(maps, expected)
+        assert written == name
+    capsys.readouterr()
+    whole = "MIP-IN unsigned × gradient"
+    for options, names in (
+        ("", [whole, "Saliency", "SmoothGrad", "Integrated Gradients"]),
+        ("--methods MIP-IN,Saliency", [whole, "Saliency"]),
+        ("--methods Saliency", ["Saliency"]),
+        ("--reading A --methods MIP-IN", ["MIP-IN"]),
+        (f"--reading A --methods '{whole}'", ["MIP-IN", whole]),
+    ):
+        line = f"compare {network} few --targets 1 --quiet --no-metrics --json"
+        assert call(line, "--inverse picked.safetensors", options) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert [row["name"] for row in rows if not row["control"]] == names
+
+
 def test_steps_and_budget_reach_compare(capsys):
     arguments = f"{COMPARE} --methods Saliency --metrics deletion --json"
     steps = []
