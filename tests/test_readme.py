@@ -141,6 +141,12 @@ def test_the_recipes_run():
     map = signal["found"].rows[0].maps[0]
     drawing.draw_signal(signal["x"][0], map, names=["C3", "C4"], rate=128, unit="µV")
     drawing.draw_row(row["columns"], row["attribution"][0], row=row["x"][0])
+    volume = run("A volume")
+    right = (volume["model"](volume["x"]).argmax(1) == volume["large"]).float().mean()
+    assert right > 0.9  # nothing to explain otherwise
+    assert volume["attribution"].shape == (4, 1, 12, 12, 12)
+    figure = drawing.draw_volume(volume["x"][0, 0], volume["attribution"][0])
+    assert len(figure.axes) == 7  # six slices and the legend
     many = run("Many classes")
     assert len(many["together"].targets) == 50
     assert many["signal"].shape == (2, 20)

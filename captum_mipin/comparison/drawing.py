@@ -2,7 +2,7 @@
 
 This module needs matplotlib, an optional package. Colours are those of :mod:`page
 <captum_mipin.comparison.page>`: blue is positive, red is negative, and each drawing is scaled to
-its own largest value.
+its own largest value; its legend says so.
 """
 
 from collections.abc import Sequence
@@ -10,27 +10,34 @@ from html import escape
 from typing import Any
 
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from torch import Tensor
 
-from captum_mipin.comparison.figure import Figure
-from captum_mipin.comparison.page import OVERLAY, painted, strength
+from captum_mipin.comparison.figure import LEGEND_INCHES, LEGEND_WIDTH, Figure, add_legend
+from captum_mipin.comparison.page import LEGEND, OVERLAY, painted, strength
 from captum_mipin.errors import InputError
 
 __all__ = ["draw_row", "draw_signal", "draw_tokens", "draw_volume", "tokens_html"]
 
 
-def tokens_html(tokens: Sequence[str], values: Tensor) -> str:
-    """Return tokens as HTML, each on the colour of its attribution.
+#: Width of a letter of tokens in inches.
+_LETTER = 0.08
+
+
+def tokens_html(tokens: Sequence[str], values: Tensor, *, legend: bool = True) -> str:
+    """Return tokens as HTML, each on the colour of its attribution, with a line of legend below.
 
     Args:
         tokens: The tokens of one text, as they are to be read.
         values: Attributions (tokens,), or (tokens, features), which are summed over features.
+        legend: False to leave out the legend, for all but the last of several texts on a page.
 
     Raises:
         InputError: The numbers of tokens and attributions differ.
 
     Examples:
-        >>> tokens_html(["<b>"], torch.tensor([1.0]))
+        >>> tokens_html(["<b>"], torch.tensor([1.0]), legend=False)
         '<span style="background:rgba(5,48,97,0.90);color:#fff" title="1">&lt;b&gt;</span>'
     """
     heat = _one_value_each(tokens, values, "tokens")
@@ -40,7 +47,7 @@ def tokens_html(tokens: Sequence[str], values: Tensor) -> str:
         ink = "#fff" if alpha > 128 else "#000"
         style = f"background:rgba({red},{green},{blue},{alpha / 255:.2f});color:{ink}"
         spans.append(f'<span style="{style}" title="{value:.3g}">{escape(token)}</span>')
-    return " ".join(spans)
+    return " ".join(spans) + (f"<br><small>{LEGEND}</small>" if legend else "")
 
 
 def draw_tokens(tokens: Sequence[str], values: Tensor, *, letters: int = 70) -> Figure:
@@ -65,9 +72,10 @@ def draw_tokens(tokens: Sequence[str], values: Tensor, *, letters: int = 70) -> 
             column, line = 0, line + 1
         places.append((column, line))
         column += len(token) + 1
-    drawn = Figure(figsize=(0.08 * letters, 0.3 * (line + 1) + 0.2), layout="constrained")
+    width, height = max(_LETTER * letters, LEGEND_WIDTH), 0.3 * (line + 1) + 0.2
+    drawn = Figure(figsize=(width, height + LEGEND_INCHES), layout="constrained")
     axis = drawn.subplots()
-    axis.set(xlim=(0, letters), ylim=(line + 0.6, -0.6))
+    axis.set(xlim=(0, width / _LETTER), ylim=(line + 0.6, -0.6))
     axis.axis("off")
     for token, (x, y), value in zip(tokens, places, scale.tolist(), strict=True):
         ink = "white" if abs(value) > 0.55 else "black"
@@ -75,6 +83,9 @@ def draw_tokens(tokens: Sequence[str], values: Tensor, *, letters: int = 70) -> 
         options: dict[str, Any] = {"family": "monospace", "fontsize": 9, "va": "center"}
         # a dollar sign would begin a formula
         axis.text(x, y, token.replace("$", r"\$"), color=ink, bbox=box, **options)
+    coloured = ScalarMappable(Normalize(-1, 1), OVERLAY)
+    coloured.set_array(scale.numpy())
+    add_legend(drawn, axis, [coloured])
     return drawn
 
 
@@ -102,7 +113,7 @@ def draw_signal(
 
     Examples:
         >>> len(draw_signal(torch.randn(2, 50), torch.randn(2, 50), names=["C3", "C4"]).axes)
-        2
+        3
     """
     if signal.shape != values.shape or signal.ndim not in (1, 2):
         raise InputError(
@@ -119,7 +130,7 @@ def draw_signal(
         raise InputError(f"rate is {rate!r}, expected samples per second above 0: pass another")
     scale, step = strength(scale), 1 / (rate or 1)
     times = step * torch.arange(signal.shape[1])
-    drawn = Figure(figsize=(8, 1.1 * len(signal) + 0.4), layout="constrained")
+    drawn = Figure(figsize=(8, 1.1 * len(signal) + 0.4 + LEGEND_INCHES), layout="constrained")
     axes = drawn.subplots(len(signal), sharex=True, sharey=bool(unit), squeeze=False)[:, 0]
     for axis, x, colours, name in zip(axes, signal, scale, names, strict=True):
         low, high = map(float, (signal if unit else x).aminmax())
@@ -132,7 +143,10 @@ def draw_signal(
         axis.plot(times, x, color="black", linewidth=1)
         axis.set_ylabel(f"{name} ({unit})" if unit else name, fontsize=8)
         axis.tick_params(labelsize=8)
+        # as many ticks at any height: if the layout changed their labels, names would be cut off
+        axis.locator_params(axis="y", nbins=4)
     axes[-1].set_xlabel("time (s)" if rate else "time step", fontsize=8)
+    add_legend(drawn, axes, [axis.images[-1] for axis in axes])
     return drawn
 
 
@@ -197,7 +211,7 @@ def draw_volume(volume: Tensor, values: Tensor, *, slices: int = 6) -> Figure:
 
     Examples:
         >>> figure = draw_volume(torch.rand(9, 8, 8), torch.randn(2, 9, 8, 8), slices=3)
-        >>> [axis.get_title() for axis in figure.axes]
+        >>> [axis.get_title() for axis in figure.axes[:3]]
         ['slice 0', 'slice 4', 'slice 8']
     """
     heat = values.detach().cpu().double()
@@ -210,12 +224,15 @@ def draw_volume(volume: Tensor, values: Tensor, *, slices: int = 6) -> Figure:
         )
     scale, grey = strength(heat), volume.detach().cpu().double()
     depths = torch.linspace(0, len(grey) - 1, min(slices, len(grey))).round().long().tolist()
-    drawn = Figure(figsize=(1.6 * len(depths), 2), layout="constrained")
-    for axis, depth in zip(drawn.subplots(1, len(depths), squeeze=False)[0], depths, strict=True):
+    size = max(1.6 * len(depths), LEGEND_WIDTH), 2 + LEGEND_INCHES
+    drawn = Figure(figsize=size, layout="constrained")
+    axes = drawn.subplots(1, len(depths), squeeze=False)[0]
+    for axis, depth in zip(axes, depths, strict=True):
         axis.imshow(grey[depth], cmap="gray", vmin=float(grey.min()), vmax=float(grey.max()))
         axis.imshow(scale[depth], cmap=OVERLAY, vmin=-1, vmax=1)
         axis.set_title(f"slice {depth}", fontsize=8)
         axis.axis("off")
+    add_legend(drawn, axes, [axis.images[-1] for axis in axes])
     return drawn
 
 

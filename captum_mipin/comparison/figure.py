@@ -36,6 +36,8 @@ _PARTS: dict[str, Callable[[Tensor], Tensor]] = {
 _OVERLAY = "overlay"
 #: Width of a picture in inches, and letters of a title that fit above it.
 _INCHES, _LETTERS = 1.5, 20
+#: Height of a legend in inches, and width of a figure in which no word of it is cut off.
+LEGEND_INCHES, LEGEND_WIDTH = 0.55, 3.0
 
 
 class Figure(figure.Figure):
@@ -82,8 +84,8 @@ def draw(
     tall = _INCHES * min(max(height / width, 0.4), 2.5)
     # each line of pictures has room for a title below it, and the figure for its legend
     below = 0.2 + 0.13 * max((_wrapped(titles[n]).count("\n") + 1 for n in numbers), default=1)
-    size = (_INCHES + 0.1) * shape[1], (tall + (0.05 if across else below)) * shape[0] + 0.9
-    drawn = Figure(figsize=size, layout="compressed")
+    size = (_INCHES + 0.1) * shape[1], (tall + (0.05 if across else below)) * shape[0] + 0.35
+    drawn = Figure(figsize=(size[0], size[1] + LEGEND_INCHES), layout="compressed")
     grid = drawn.subplots(*shape, squeeze=False)
     axes = grid.T if across else grid
     settings = {"method": _OVERLAY, "sign": "all", "cmap": "RdBu", **options, "use_pyplot": False}
@@ -103,7 +105,10 @@ def draw(
         label = axis.set_ylabel if across else axis.set_title
         label(_wrapped(name), fontsize=8)
     if settings["method"] == _OVERLAY or not settings.get("show_colorbar"):
-        _add_legend(drawn, grid, settings["sign"])
+        # the last picture on an axis is the map, or the image if there is no map
+        last = [image for axis in grid.flat for image in axis.images[-1:]]
+        maps = [image for image in last if image.get_array().ndim == 2]
+        add_legend(drawn, grid, maps, sign=settings["sign"])
     return drawn
 
 
@@ -191,11 +196,15 @@ def _draw_map(drawn: Figure, axis: Any, heat: Tensor, image: Any, settings: Any)
         picture.set_data(np.zeros_like(picture.get_array()))
 
 
-def _add_legend(drawn: Figure, axes: Any, sign: str) -> None:
-    """Add one colour scale for all maps; do nothing if no map is drawn in colours."""
-    # the last picture on an axis is the map, or the image if there is no map
-    last = [image for axis in axes.flat for image in axis.images[-1:]]
-    maps = [image for image in last if image.get_array().ndim == 2]
+def add_legend(drawn: Figure, axes: Any, maps: Sequence[Any], *, sign: str = "all") -> None:
+    """Add one colour scale for all maps; do nothing if no map is drawn in colours.
+
+    Args:
+        drawn: The figure; its legend takes ``LEGEND_INCHES`` of its height.
+        axes: The axis or axes to draw the scale below.
+        maps: The maps as matplotlib has them, with values and a colour map.
+        sign: The option ``sign`` of the maps.
+    """
     if not maps:
         return
     # the distance is a share of the height: 0.1 inches, also below many images

@@ -26,6 +26,8 @@ from captum_mipin.errors import InputError
 
 #: Number of colours on each side of 0; a small number makes small files.
 _LEVELS = 30
+#: What the colours of maps mean, in HTML.
+LEGEND = "Blue is positive, red is negative, and 0 has no colour; each map has a scale of its own."
 #: Images whose sides are all shorter than this number of pixels are enlarged without smoothing.
 SMALL = 64
 
@@ -136,6 +138,7 @@ def write(
     text = Template(template).substitute(
         title=escape(title),
         images=len(images),
+        legend=LEGEND,
         pictures="\n".join(styles),
         table=_table(rows, columns),
         small="pixel" if max(colours.shape[1:3]) < SMALL else "",
