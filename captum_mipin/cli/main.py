@@ -141,7 +141,8 @@ def predict_classes(args: Namespace) -> Outcome:
       captum-mipin predict torchvision:resnet50 photos --weights torchvision
     """
     model, _ = load_model(args)
-    names, images = read_names(args, model), ImageFolder(args)
+    images = ImageFolder(args)
+    names = read_names(args, model, images)
     outputs = torch.cat(
         [outputs_of(args, model, part).cpu() for part in images.batches(args.batch_size)]
     )
@@ -191,7 +192,8 @@ def explain(args: Namespace) -> Outcome:
     mipin: Any = MIPINAttribution(model, inverse)
     if layer is not None or inverse.layer is not None:
         mipin = LayerMIPINAttribution(model, inverse, layer)
-    images, names = ImageFolder(args), read_names(args, model)
+    images = ImageFolder(args)
+    names = read_names(args, model, images)
     x = images.stack()
     targets, scores = predict(args, model, x)
     classes = [None] * len(x) if targets is None else targets
@@ -291,7 +293,7 @@ def compare(args: Namespace) -> Outcome:
         model=model,
         inverse=inverse,
         layer=layer,
-        names=read_names(args, model),
+        names=read_names(args, model, images),
         steps=None if args.steps is True else args.steps,
         budget=args.budget,
         callback=write,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from captum_mipin.cli.arguments import PHOTOGRAPHS, PREDICTED
+from captum_mipin.cli.images import ImageFolder
 from captum_mipin.cli.optional import require_module
 from captum_mipin.comparison.names import class_names
 from captum_mipin.errors import InputError, MIPINError, MissingFileError
@@ -125,21 +126,39 @@ def predict(args: Namespace, model: nn.Module, x: Tensor) -> tuple[list[int] | N
     return classes, outputs[torch.arange(len(x)), classes].tolist()
 
 
-def read_names(args: Namespace, model: nn.Module) -> dict[int, str]:
+def read_names(args: Namespace, model: nn.Module, images: ImageFolder) -> dict[int, str]:
     """Return class -> name, from the file of ``--names`` or as the network has them.
+
+    Args:
+        args: The command's arguments. ``names`` is used.
+        model: The network.
+        images: Its images; the network runs on the first, to count its classes.
 
     Raises:
         MissingFileError: There is no such file.
-        InputError: The file is no text.
+        InputError: The file is no text, or the names are not as many as the classes.
     """
-    if args.names in (None, "imagenet"):
-        return class_names(args.names, model)
-    require_file(args.names, "--names", "one class name per line")
+    if args.names is None:
+        return class_names(None, model)
+    names = class_names("imagenet" if args.names == "imagenet" else _lines(args.names))
+    outputs = outputs_of(args, model, next(images.batches(1)))
+    count = outputs.shape[1] if outputs.ndim == 2 else 1
+    if len(names) != count:
+        raise InputError(
+            f"--names {args.names!r} has {len(names)} names, but the model has {count} outputs; "
+            "expected one name per output: pass a file with one line per output, in their order"
+        )
+    return names
+
+
+def _lines(path: str) -> list[str]:
+    """Return the lines of the file of ``--names``, without blank lines at its end."""
+    require_file(path, "--names", "one class name per line")
     try:
-        return class_names(Path(args.names).read_text(encoding="utf-8").splitlines())
+        return Path(path).read_text(encoding="utf-8").rstrip().splitlines()
     except UnicodeDecodeError as error:
         raise InputError(
-            f"--names {args.names!r} is no text ({error}), expected UTF-8 with one class name per "
+            f"--names {path!r} is no text ({error}), expected UTF-8 with one class name per "
             "line: save it as such"
         ) from error
 

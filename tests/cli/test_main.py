@@ -269,6 +269,22 @@ def test_predictions_are_listed_with_names(model, few, capsys):
     assert "none.txt" in refused(capsys, f"predict {MODEL} few --names none.txt")
 
 
+def test_names_that_are_not_as_many_as_the_outputs_are_refused(few, capsys):
+    """Formerly a file of two names for a thousand classes was taken without a word."""
+    pytest.importorskip("torchvision", reason="the names of ImageNet come with it")
+    Path("two.txt").write_text("cat\ndog\n")
+    Path("four.txt").write_text("cat\ndog\ncow\nhen\n")
+    Path("blank.txt").write_text("cat\ndog\ncow\n\n")
+    predict = f"predict {MODEL} few"
+    explain = f"{EXPLAIN} --targets 0 --out no.png"
+    for command in (predict, explain, f"{COMPARE} --methods Saliency --no-metrics"):
+        for names, count in (("two.txt", 2), ("four.txt", 4), ("imagenet", 1000)):
+            error = refused(capsys, f"{command} --names {names}")
+            assert f"--names {names!r} has {count} names, but the model has 3 outputs" in error
+            assert "expected one name per output: pass a file with one line per output" in error
+    assert call(f"{predict} --names blank.txt") == 0
+
+
 def test_the_classes_that_photographs_need_are_fitted(model, few, capsys):
     with torch.no_grad():
         needed = sorted(set(model(few).argmax(1).tolist()))
