@@ -14,7 +14,7 @@ import torch
 
 from captum_mipin import cli
 from captum_mipin.comparison import METHODS, METRICS
-from captum_mipin.comparison.methods import READINGS, plain
+from captum_mipin.comparison.methods import CONTROLS, READINGS, plain
 from captum_mipin.version import __version__
 
 Command = Callable[[Namespace], Any]
@@ -64,6 +64,11 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Command]) -> Namesp
             error(
                 "MIP-IN was asked for, which needs a fitted inverse: pass --inverse FILE, a file "
                 "by captum-mipin fit"
+            )
+        if "pattern only" in args.methods and not is_mipin:
+            error(
+                "pattern only is a control for MIP-IN, but MIP-IN is not among --methods: add it, "
+                "and pass --inverse FILE"
             )
         if args.no_metrics and args.metrics:
             error("--no-metrics and --metrics exclude each other: pass one of them")
@@ -189,9 +194,10 @@ def _add_outputs(add: Callable[..., None]) -> None:
     text += "an inverse of fit --layer photographs, else A)"
     one = _names("reading", READINGS)
     add("explain compare", "--reading", text, type=lambda text: one(_full(text))[0])
-    text = f"any of {', '.join(METHODS)} (default: {', '.join(DEFAULT_METHODS)}; with --inverse "
+    names = *METHODS, *CONTROLS
+    text = f"any of {', '.join(names)} (default: {', '.join(DEFAULT_METHODS)}; with --inverse "
     text += "also MIP-IN, with --layer also Grad-CAM)"
-    add("compare", "--methods", text, type=_names("method", METHODS), default=[])
+    add("compare", "--methods", text, type=_names("method", names), default=[])
     text = f"any of {', '.join(_METRICS)} (default: insertion, deletion)"
     add("compare", "--metrics", text, type=_names("metric", _METRICS), default=[])
     add("compare", "--no-metrics", "only maps, no scores", action="store_true")

@@ -340,7 +340,7 @@ def _failure(comparison: Comparison) -> str:
     """Return why the command failed: interrupted, or nothing measured. Empty after success."""
     if "interrupted" in comparison.note:
         return comparison.note
-    rows = [row for row in comparison.rows if not row.control]
+    rows = [row for row in comparison.rows if not row.control] or comparison.rows
     done = any(row.results if comparison.metrics else row.maps is not None for row in rows)
     if done:
         return ""

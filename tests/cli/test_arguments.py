@@ -47,6 +47,7 @@ OUT = f"{FIT} --out a.safetensors"
         ("pass --inverse FILE", f"compare {MODEL} few --reading S"),
         ("'B' is not the name of a reading", f"{EXPLAIN} --reading B --out a.png"),
         ("exclude each other", f"compare {MODEL} few --no-metrics --metrics deletion"),
+        ("add it, and pass --inverse", f"compare {MODEL} few --methods 'pattern only'"),
         ("'0' is not a whole number above 0", f"compare {MODEL} few --steps 0"),
         ("pass both, or none", f"{OUT} --for few"),
         ("pass --inverse FILE", f"compare {MODEL} few --methods 'Saliency,MIP-IN × gradient'"),

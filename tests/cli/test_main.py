@@ -382,6 +382,25 @@ def test_an_inverse_for_photographs_is_read_as_for_photographs_reads_it(capsys):
         assert [row["name"] for row in rows if not row["control"]] == names
 
 
+def test_controls_are_methods_by_name(few, capsys):
+    """Formerly the command line refused names that compare in Python takes."""
+    inverse = "--inverse inverse.safetensors"
+    for methods, options in (
+        ("Random", "--metrics deletion"),
+        ("random,centre-prior,mask only", "--no-metrics"),
+        ("pattern only,MIP-IN,mask only", f"--no-metrics {inverse}"),
+    ):
+        line = f"{COMPARE} --targets 1 --methods '{methods}' {options} --json"
+        assert call(line) == 0
+        found = json.loads(capsys.readouterr().out)
+        rows = {row["name"]: row for row in found["rows"]}
+        for name in methods.split(","):
+            row = rows[name.lower().replace("-", " ") if name != "MIP-IN" else name]
+            assert row["control"] == (name != "MIP-IN")
+            assert row["errors"] == {}
+            assert bool(row["results"]) == ("deletion" in options)
+
+
 def test_steps_and_budget_reach_compare(capsys):
     arguments = f"{COMPARE} --methods Saliency --metrics deletion --json"
     steps = []
