@@ -29,7 +29,7 @@ from captum_mipin.cli.images import ImageFolder
 from captum_mipin.cli.models import is_picked, load_model, outputs_of, predict, read_names
 from captum_mipin.cli.words import plainly
 from captum_mipin.comparison import Comparison, Row
-from captum_mipin.comparison.methods import label_of, place_of, reading
+from captum_mipin.comparison.methods import place_of, reading
 from captum_mipin.comparison.names import captions, class_name
 from captum_mipin.errors import NotFittedError
 from captum_mipin.metrics.case import Case
@@ -206,7 +206,7 @@ def explain(args: Namespace) -> Outcome:
     method = reading(mipin, chosen_reading)
     case = Case.of(method, kept, chosen, model=model, batch_size=args.batch_size)
     (maps,) = case.maps
-    label = label_of(method)
+    label = _label(chosen_reading)
     row = Row(label, control=False, maps=maps.cpu(), place=place_of(method, label))
     titles = tuple(class_name(names, classes[i]) for i in known)
     texts = tuple(captions(case, titles))
@@ -324,12 +324,16 @@ def _default_reading(inverse: InverseNetwork) -> str:
     return UNSIGNED if inverse.photographs else "A"
 
 
+def _label(reading: str) -> str:
+    """Return the name that a reading has as a method of ``compare``."""
+    return f"MIP-IN {reading.removeprefix('A').strip()}".strip()
+
+
 def _methods(args: Namespace, inverse: InverseNetwork | None, layer: bool) -> list[str]:
     """Return the names of the methods to compare; "MIP-IN" is its reading."""
     readings: Sequence[str] = () if inverse is None else DEFAULT_READINGS
     if inverse is not None and (args.reading is not None or inverse.photographs):
-        reading = args.reading or _default_reading(inverse)
-        readings = [f"MIP-IN {reading.removeprefix('A').strip()}".strip()]
+        readings = [_label(args.reading or _default_reading(inverse))]
     if not args.methods:
         return [*readings, *DEFAULT_METHODS, *(["Grad-CAM"] if layer else ())]
     named = [readings[0] if name == "MIP-IN" else name for name in args.methods]

@@ -103,10 +103,12 @@ def reading(mipin: Any, name: str) -> Method:
         name: A name in :data:`READINGS`.
 
     Raises:
-        InputError: The reading is that of a layer, and the inverse stops at the pixels.
+        InputError: The reading is that of a layer, and the inverse goes down to the input; or the
+            other way round.
     """
+    at_input = isinstance(mipin, MIPINAttribution)
     if name == UNSIGNED:
-        if isinstance(mipin, MIPINAttribution):
+        if at_input:
             raise InputError(
                 f"the reading {name!r} is a map of a layer, but the inverse goes down to the "
                 "input: pass an inverse that was fitted with layer="
@@ -115,7 +117,14 @@ def reading(mipin: Any, name: str) -> Method:
     if name == "S":
         signal: Method = mipin.source_signal
         return signal
-    features = "inputs" if isinstance(mipin, MIPINAttribution) else "features"
+    if "multiply_by_inputs" in READINGS[name] and not at_input:
+        place = mipin.inverse._name(mipin.layer)
+        raise InputError(
+            f"the reading {name!r} is a map of the input, but {place} is explained: pass "
+            f"{name.replace('input', 'feature')!r}, or explain the input with an "
+            "inverse that was fitted without layer="
+        )
+    features = "inputs" if at_input else "features"
     options = {option.replace("features", features): True for option in READINGS[name]}
     return _with(mipin, **options) if options else mipin
 
@@ -125,10 +134,12 @@ READINGS: dict[str, tuple[str, ...]] = {
     "A": (),
     "S": (),
     "A × feature": ("multiply_by_features",),
+    "A × input": ("multiply_by_inputs",),
     "A × gradient": ("multiply_by_gradients",),
     UNSIGNED: (),
     "evidence": ("evidence",),
     "evidence × feature": ("evidence", "multiply_by_features"),
+    "evidence × input": ("evidence", "multiply_by_inputs"),
     "evidence × gradient": ("evidence", "multiply_by_gradients"),
 }
 #: Name -> function that makes the method.
@@ -203,7 +214,9 @@ def place_of(method: Any, label: str = "") -> str:
     attribution, words = attribution_of(method), list[str]()
     if isinstance(attribution, (MIPINAttribution, LayerMIPINAttribution)):
         reading = _reading_of(method).strip() or ("" if _options_of(method) else "A")
-        words += [reading] if reading and not _tells(label, reading) else []
+        # the features of the input are the input itself
+        spellings = reading, reading.replace("feature", "input")
+        words += [] if any(_tells(label, name) for name in spellings) else [reading]
     layers = getattr(attribution, "layer", None)
     if attribution is None or layers is None:
         if isinstance(attribution, MIPINAttribution) and not _tells(label, "at the input"):

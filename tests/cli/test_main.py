@@ -131,6 +131,8 @@ def test_the_picture_of_explain_names_reading_and_layer(mipin, few, monkeypatch)
     monkeypatch.setattr("captum_mipin.cli.main._write", lambda shown, path: drawn.append(shown))
     for options, caption in (
         ("", "MIP-IN\nA at the input"),
+        ("--reading 'times input'", "MIP-IN × input\nat the input"),
+        ("--reading 'times feature'", "MIP-IN × feature\nat the input"),
         ("--layer 0", "MIP-IN\nA at 0"),
         ("--layer 0 --reading 'times gradient'", "MIP-IN × gradient\nat 0"),
     ):
@@ -323,7 +325,12 @@ def test_explain_goes_on_where_a_class_was_not_fitted(model, few, capsys):
 
 @pytest.mark.parametrize(
     ("written", "reading"),
-    [("'times feature'", "× feature"), ("s", "S"), ("'A x gradient'", "× gradient")],
+    [
+        ("'times feature'", "× feature"),
+        ("'times input'", "× input"),
+        ("s", "S"),
+        ("'A x gradient'", "× gradient"),
+    ],
 )
 def test_readings(written, reading, mipin, few, capsys):
     options = f"--targets 1 --reading {written}"
@@ -333,6 +340,7 @@ def test_readings(written, reading, mipin, few, capsys):
     methods = {
         "S": lambda: mipin.source_signal(few, target=1),
         "× feature": lambda: mipin.attribute(few, target=1, multiply_by_inputs=True),
+        "× input": lambda: mipin.attribute(few, target=1) * few,
         "× gradient": lambda: mipin.attribute(few, target=1, multiply_by_gradients=True),
     }
     torch.testing.assert_close(maps, methods[reading]())
@@ -380,6 +388,20 @@ def test_an_inverse_for_photographs_is_read_as_for_photographs_reads_it(capsys):
         assert call(line, "--inverse picked.safetensors", options) == 0
         rows = json.loads(capsys.readouterr().out)["rows"]
         assert [row["name"] for row in rows if not row["control"]] == names
+
+
+def test_a_layer_is_not_read_times_the_input(few, capsys):
+    for reading, other in (
+        ("A × input", "A × feature"),
+        ("evidence × input", "evidence × feature"),
+    ):
+        for options in ("--inverse layer.safetensors", "--inverse inverse.safetensors --layer 1"):
+            line = f"explain {MODEL} few --targets 1 {options} --reading '{reading}' --out no.png"
+            error = refused(capsys, line)
+            assert (
+                f"the reading {reading!r} is a map of the input, but layer '1' is explai" in error
+            )
+            assert f"pass {other!r}, or explain the input with an inverse that was fitted" in error
 
 
 def test_controls_are_methods_by_name(few, capsys):

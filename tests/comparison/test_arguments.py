@@ -11,7 +11,7 @@ from captum.attr import IntegratedGradients, Saliency
 from small import Function
 from torch import nn
 
-from captum_mipin import LRP, InverseNetwork, LayerMIPINAttribution, compare
+from captum_mipin import LRP, InverseNetwork, LayerMIPINAttribution, MIPINAttribution, compare
 from captum_mipin.comparison.arguments import named_methods
 from captum_mipin.errors import InputError, TargetError, TrainingModeError
 from captum_mipin.metrics import deletion
@@ -204,6 +204,23 @@ def test_the_unsigned_reading_is_the_map_for_photographs():
     pixels = InverseNetwork(model).fit(x, 0, progress=False)
     found = compare([name, "Saliency"], x[:3], 0, **{**ask, "inverse": pixels})
     assert "fitted with layer=" in found[name].error
+
+
+def test_evidence_times_input_is_that_of_the_pixels():
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
+    x = torch.rand(20, 3, 8, 8)
+    inverse = InverseNetwork(model).fit(x, 0, progress=False)
+    ask = {"inverse": inverse, "metrics": [], "controls": False, "progress": False}
+    found = compare(["MIP-IN evidence x input", "MIP-IN × input"], x[:3], 0, **ask)
+    mipin = MIPINAttribution(model, inverse)
+    for name, options in (
+        ("MIP-IN evidence × input", {"evidence": True}),
+        ("MIP-IN × input", {}),
+    ):
+        expected = mipin.attribute(x[:3], target=0, **options) * x[:3]
+        torch.testing.assert_close(found[name].maps, expected)
 
 
 def test_labels_are_names_that_compare_takes(cnn, side_by_side):
