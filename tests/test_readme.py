@@ -50,13 +50,16 @@ def test_the_ten_lines_run(capsys, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     pixels = torch.randint(256, (12, 60, 80, 3), generator=torch.Generator().manual_seed(0))
     for number, array in enumerate(pixels.byte().numpy()):
-        image.fromarray(array).save(tmp_path / "photos" / f"{number}.jpg")
+        suffix = ("jpg", "JPG", "jpeg", "png", "PNG")[number % 5]
+        image.fromarray(array).save(tmp_path / "photos" / f"{number}.{suffix}")
+    (tmp_path / "photos" / "notes.txt").write_text("not a photograph")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "mobilenet_v2", small_network)
     names = run("Ten lines")
     assert names["mipin"].picked == "MIP-IN unsigned × gradient at 1"
     captions = [row.caption for row in names["found"].rows if not row.control]
     assert captions == ["MIP-IN unsigned × gradient at 1", "Saliency"]
+    assert len(names["x"]) == 12
     assert names["maps"].shape == (6, 1, 14, 14)
     assert not any(row.errors for row in names["found"].rows)
     assert "pattern only" in capsys.readouterr().out
