@@ -33,6 +33,8 @@ _aten = torch.ops.aten
 
 #: Scales of the random examples: ε counts for some of them, and for others it does not.
 _SCALES = [*(10 ** (-k / 2) for k in range(25)), 1e-30]
+#: Number of random places at which a value is compared with a norm.
+_PLACES = 4096
 #: Largest relative difference from a norm, and the largest ε that may be a rounding error.
 _TOLERANCE, _ROUNDING = 1e-7, 1e-50
 #: Largest ε that may come from a bound, of which it makes no difference to values above 1e-8.
@@ -72,13 +74,18 @@ def recognise_norms(draft: Draft) -> None:
     """Replace each normalisation that is written by hand by ``layer_norm`` or ``rms_norm``."""
     order = {n: at for at, n in enumerate(draft.graph.nodes)}
     sizes = {n for n in order if is_size(n)}
+    known: dict[str, Norm | None] = {}
     for node in list(draft.graph.nodes):
         factor = _scale_of_example(node)
         ends = node.target is DIVIDED or operation(node) in _NORMS or factor is not None
         if not ends or not varies(node) or node in draft.starts:
             continue
         sources = [x for x in _sources(draft, node, order) if _is_computable(node, x, sizes)]
-        tried = [(x, _norm_of(node, x)) for x in sources]
+        tried = []
+        for x in sources:  # the same norm in each block of a network is tried once
+            key = _spelling(node, x, sizes, order)
+            known[key] = known[key] if key in known else _norm_of(node, x)
+            tried.append((x, known[key]))
         names = [(x, norm) for x, norm in tried if norm is not None]
         if names:
             _replace(draft, node, *names[-1])  # the longest one, from x and not from x − μ
@@ -103,6 +110,26 @@ def _is_computable(node: Any, x: fx.Node, sizes: set[fx.Node]) -> bool:
     result, stop = node.args[0] if operation(node) in _NORMS else node, {x, *sizes}
     needed = ancestors([result], stop)
     return result is not x and all(n in stop or n.op == "call_function" for n in needed)
+
+
+def _spelling(node: Any, x: fx.Node, sizes: set[fx.Node], order: dict[fx.Node, int]) -> str:
+    """Return a text that is equal for values which the same operations compute from x.
+
+    Args:
+        node: The node of the value; a norm stands for itself without γ and β.
+        x: The node of a tensor from which it is computed.
+        sizes: The nodes of all sizes.
+        order: The place of each node in the graph.
+    """
+    norm = operation(node) in _NORMS
+    names: dict[fx.Node, str] = {}
+    lines = [f"{value_of(x).shape}", f"{node.target} {node.args[1]} {_eps(node)}" if norm else ""]
+    parts = ancestors([node.args[0] if norm else node], {x, *sizes})
+    for at, n in enumerate(sorted(parts, key=order.__getitem__)):
+        names[n] = "x" if n is x else str(value_of(n)) if n in sizes else f"n{at}"
+        if names[n] == f"n{at}":
+            lines.append(f"{n.target}{fx.map_arg((n.args, n.kwargs), names.__getitem__)}")
+    return "\n".join(lines)
 
 
 def _scale_of_example(node: Any) -> Any:
@@ -222,34 +249,40 @@ def _norm(x: Tensor, y: Tensor, batch: int) -> Norm | None:
         batch: The dimension of the examples, which is not normalised.
     """
     others = [dim for dim in range(x.ndim) if dim != batch]
+    generator = torch.Generator().manual_seed(0)
+    places = [torch.randint(x.shape[dim], (_PLACES,), generator=generator) for dim in others]
+
+    def some(values: Tensor) -> Tensor:
+        """Return the values (examples, places) of all examples at the random places."""
+        return values.expand_as(x).movedim(batch, 0)[(slice(None), *places)]
+
     for count in range(1, len(others) + 1):
         for dims in combinations(others, count):
             centred = x - x.mean(dims, keepdim=True)
             for name, above in (("layer_norm", centred), ("rms_norm", x)):
                 square = above.square().mean(dims, keepdim=True)
-                found = _fit(above, square, y, batch)
+                found = _fit(some(above), some(square), some(y))
                 if found is not None:
                     return Norm(name, dims, *found)
     return None
 
 
-def _fit(above: Tensor, square: Tensor, y: Tensor, batch: int) -> tuple[float, float] | None:
+def _fit(above: Tensor, square: Tensor, y: Tensor) -> tuple[float, float] | None:
     """Return ε and c for which y = c · above / √(square + ε); None if there are none.
 
     Args:
-        above: Tensor x or x − μ, whose example 0 is large and whose last example is small.
+        above: Tensor (examples, places), x or x − μ; example 0 is large, and the last one small.
         square: The mean of its squares.
         y: Tensor of the shape of ``above``.
-        batch: The dimension of the examples.
     """
     # (above / y)² = (square + ε) / c²: ε / c² is best seen at small x, and then c at large x
     ratio = (above / y).square()
-    small = max(0.0, float(ratio.select(batch, -1).median()))
-    size = float((square / (ratio - small)).select(batch, 0).median())
+    small = max(0.0, float(ratio[-1].median()))
+    size = float((square / (ratio - small))[0].median())
     if not 0 < size < torch.inf:
         return None
     size **= 0.5
-    scale = size if float((above * y).select(batch, 0).median()) > 0 else -size
+    scale = size if float((above * y)[0].median()) > 0 else -size
     eps = small * scale**2
     near = (square < eps / _TOLERANCE) & (square > eps * _TOLERANCE) & (eps < _BOUND)
     expected = scale * above * (square + eps).rsqrt()
