@@ -9,7 +9,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from operator import is_
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 from weakref import ReferenceType
@@ -29,31 +28,18 @@ _AGAIN = frozenset({"_flat_weights", "_flat_weight_refs"})
 _SKIPPED = FOREIGN | sys.stdlib_module_names
 
 
-#: Keys and their values; for other containers than dictionaries, the keys are numbers.
-_Entries = tuple[Any, Any]
-
-
 class _Place(NamedTuple):
     """Something that calls may write to.
 
     Attributes:
-        read: Function that returns the present keys and their values.
-        write: Function that takes keys and values, and writes them.
-        entries: The keys and values at the beginning.
+        read: Function that returns the present entries, as pairs (key, value).
+        write: Function that takes such pairs, and writes them.
+        entries: The entries at the beginning.
     """
 
-    read: Callable[[], _Entries]
-    write: Callable[[_Entries], None]
-    entries: _Entries
-
-    def holds(self) -> bool:
-        """Return True if the present entries are those at the beginning."""
-        (keys, values), (old_keys, old_values) = self.read(), self.entries
-        return (
-            len(values) == len(old_values)
-            and all(map(is_, values, old_values))
-            and (isinstance(keys, range) or all(map(is_, keys, old_keys)))
-        )
+    read: Callable[[], list[tuple[Any, Any]]]
+    write: Callable[[list[tuple[Any, Any]]], None]
+    entries: list[tuple[Any, Any]]
 
 
 class Kept:
@@ -103,17 +89,20 @@ class Kept:
             The names of the attributes and variables that had got another tensor.
         """
         names: list[str] = []
-        for place in self._places:
-            if place.holds():
+        for read, write, entries in self._places:
+            present = read()
+            pairs = zip(present, entries, strict=False)
+            # a list takes half the time of a generator
+            other = [1 for new, old in pairs if new[1] is not old[1] or new[0] is not old[0]]
+            if len(present) == len(entries) and not other:
                 continue
             self.changed = True
-            known = {id(value) for value in place.entries[1]}
-            keys, values = place.read()
-            for key, value in zip(keys, values, strict=True):
+            known = {id(value) for _, value in entries}
+            for key, value in present:
                 leaves = () if id(value) in known else pytree.tree_leaves(value)
                 if any(isinstance(leaf, Tensor) for leaf in leaves):
-                    names.append("an entry of a list" if isinstance(keys, range) else str(key))
-            place.write(place.entries)
+                    names.append(str(key))
+            write(entries)
         return names
 
     def _parts(self, value: Any) -> Iterable[Any]:
@@ -142,19 +131,19 @@ class Kept:
         """Note a container; return its entries."""
         if isinstance(value, dict):
 
-            def write(entries: _Entries) -> None:
+            def write(entries: Any) -> None:
                 value.clear()
-                value.update(zip(*entries, strict=True))
+                value.update(entries)
 
-            self._note(lambda: (list(value.keys()), list(value.values())), write)
+            self._note(lambda: list(value.items()), write)
             return () if is_long(value) else list(value.values())
 
-        def refill(entries: _Entries) -> None:
+        def refill(entries: Any) -> None:
             value.clear()
             fill = value.update if isinstance(value, set) else value.extend
-            fill(entries[1])
+            fill(entry for _, entry in entries)
 
-        self._note(lambda: (range(len(value)), value), refill)
+        self._note(lambda: [("an entry of a list", entry) for entry in value], refill)
         return () if is_long(value) else list(value)
 
     def _attributes(self, value: Any) -> Iterator[Any]:
@@ -184,14 +173,14 @@ class Kept:
         def names() -> Iterable[str]:
             return [name for name in vars(kind) if not name.startswith("__")]
 
-        def write(entries: _Entries) -> None:
-            for name in set(names()) - set(entries[0]):
+        def write(entries: Any) -> None:
+            for name in set(names()) - dict(entries).keys():
                 delattr(kind, name)
-            for name, value in zip(*entries, strict=True):
+            for name, value in entries:
                 if vars(kind).get(name) is not value:
                     setattr(kind, name, value)
 
-        self._note(lambda: ([*names()], [vars(kind)[name] for name in names()]), write)
+        self._note(lambda: [(name, vars(kind)[name]) for name in names()], write)
         yield from vars(kind).values()
         yield from kind.__mro__[1:]
 
@@ -203,20 +192,20 @@ class Kept:
         names = function.__code__.co_freevars
         for name, cell in zip(names, function.__closure__ or (), strict=True):
 
-            def read(name: str = name, cell: Any = cell) -> _Entries:
+            def read(name: str = name, cell: Any = cell) -> list[tuple[Any, Any]]:
                 try:
-                    return [name], [cell.cell_contents]
+                    return [(name, cell.cell_contents)]
                 except ValueError:  # a variable without a value
-                    return [], []
+                    return []
 
-            def write(entries: _Entries, cell: Any = cell) -> None:
-                if entries[1]:
-                    (cell.cell_contents,) = entries[1]
+            def write(entries: Any, cell: Any = cell) -> None:
+                if entries:
+                    cell.cell_contents = entries[0][1]
                 else:
                     del cell.cell_contents
 
             self._note(read, write)
-            yield from read()[1]
+            yield from (entry for _, entry in read())
         names, scope = tuple(dict.fromkeys(_names(function.__code__))), function.__globals__
         self._note_some(scope, names)
         for value in [scope[name] for name in names if name in scope]:
@@ -227,8 +216,7 @@ class Kept:
             yield value
 
     def _note(self, read: Any, write: Any) -> None:
-        keys, values = read()
-        self._places.append(_Place(read, write, (keys, list(values))))
+        self._places.append(_Place(read, write, read()))
 
     def _note_some(self, scope: dict[str, Any], names: Iterable[str]) -> None:
         """Note the variables of a scope that have these names."""
@@ -237,12 +225,12 @@ class Kept:
     def _note_names(self, scope: dict[str, Any], names: Callable[[], Iterable[str]]) -> None:
         """Note some variables of a scope; ``names`` returns the names of those that exist."""
 
-        def write(entries: _Entries) -> None:
-            for name in set(names()) - set(entries[0]):
+        def write(entries: Any) -> None:
+            for name in set(names()) - dict(entries).keys():
                 del scope[name]
-            scope.update(zip(*entries, strict=True))
+            scope.update(entries)
 
-        self._note(lambda: ([*names()], [scope[name] for name in names()]), write)
+        self._note(lambda: [(name, scope[name]) for name in names()], write)
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -254,7 +254,8 @@ def _norm(x: Tensor, y: Tensor, batch: int) -> Norm | None:
 
     def some(values: Tensor) -> Tensor:
         """Return the values (examples, places) of all examples at the random places."""
-        return values.expand_as(x).movedim(batch, 0)[(slice(None), *places)]
+        index: Any = (slice(None), *places)
+        return values.expand_as(x).movedim(batch, 0)[index]
 
     for count in range(1, len(others) + 1):
         for dims in combinations(others, count):
