@@ -101,9 +101,10 @@ def share(
         detached: See :func:`captum_mipin.graph.capture.capture`.
         make: Function that captures the graph.
     """
-    key = Signature.of(*call), repr(output), detached, _modes()
     graphs = _graphs_of(model)
     with graphs.lock:
+        # behind the lock: an export of another thread changes some of torch's settings for a while
+        key = Signature.of(*call), repr(output), detached, _modes()
         try:
             state = graphs.state(model)
         except Exception:  # of any type: an object may define how it is read

@@ -228,7 +228,7 @@ def test_what_cannot_be_explained_is_refused_with_the_way_out(folder, capsys):
         ),
         ("takes several tensors or other values, expected exactly one tensor", "two.pt2"),
         ("does not run on images of shape (3, 9, 9): Guard failed:", "Larger.pt2 --size 9"),
-        ("No such file or directory: 'none.pt2'", "none.pt2"),
+        ("MODEL 'none.pt2' does not exist", "none.pt2"),
         ("is no exported program, is damaged", "text.pt2"),
         ("is no exported program, is damaged", "cut.pt2"),
         ("is no exported program, is damaged", "empty.pt2"),
