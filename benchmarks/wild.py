@@ -292,7 +292,8 @@ def in_process(package: str, name: str, seconds: int, chosen: Collection[str]) -
             try:
                 there.send(measure(package, name, chosen))
             except Exception as error:  # of the package that builds the model
-                there.send(row | {"check": f"not built: {type(error).__name__}: {error}"[:300]})
+                why = str(error).partition(" (/")[0]  # without paths of this machine
+                there.send(row | {"check": f"not built: {type(error).__name__}: {why}"[:300]})
 
     process = FORK.Process(target=run)
     process.start()
