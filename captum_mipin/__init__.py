@@ -4,6 +4,7 @@ This module has the names that most users need. Further names are in ``captum_mi
 ``bottleneck``, ``metrics``, ``rules`` and ``errors``.
 """
 
+from captum_mipin import _moved
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.bottleneck import IBA, InputIBA
 from captum_mipin.comparison import compare
@@ -30,3 +31,5 @@ __all__ = [
     "for_photographs",
     "register_rule",
 ]
+
+globals()["__getattr__"] = _moved.find  # in this form, type checkers still report unknown names
