@@ -65,6 +65,10 @@ def test_the_ten_lines_run(capsys, tmp_path, monkeypatch):
     assert "pattern only" in capsys.readouterr().out
     with image.open(tmp_path / "maps.png") as picture:
         assert min(picture.size) > 300
+    for path in (tmp_path / "photos").glob("[0-9]*"):
+        path.unlink()
+    with pytest.raises(AssertionError, match=r"photos holds no \.jpg or \.png: put some there"):
+        run("Ten lines")
 
 
 def test_the_readme_fits_on_a_few_screens():

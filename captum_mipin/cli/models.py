@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from captum_mipin.cli.arguments import PHOTOGRAPHS, PREDICTED
 from captum_mipin.cli.images import ImageFolder
 from captum_mipin.cli.optional import require_module
-from captum_mipin.comparison.names import class_names
+from captum_mipin.comparison.names import check_names, class_names
 from captum_mipin.errors import InputError, MIPINError, MissingFileError
 from captum_mipin.graph import exported
 from captum_mipin.graph.signature import select
@@ -143,11 +143,8 @@ def read_names(args: Namespace, model: nn.Module, images: ImageFolder) -> dict[i
     names = class_names("imagenet" if args.names == "imagenet" else _lines(args.names))
     outputs = outputs_of(args, model, next(images.batches(1)))
     count = outputs.shape[1] if outputs.ndim == 2 else 1
-    if len(names) != count:
-        raise InputError(
-            f"--names {args.names!r} has {len(names)} names, but the model has {count} outputs; "
-            "expected one name per output: pass a file with one line per output, in their order"
-        )
+    way_out = "pass a file with one line per output, in their order"
+    check_names(args.names, names, count, f"--names {args.names!r}", way_out=way_out)
     return names
 
 

@@ -9,7 +9,7 @@ from captum.attr import Attribution
 from torch import Tensor, nn
 
 from captum_mipin.comparison.methods import CONTROLS, METHODS, known_name, label_of
-from captum_mipin.comparison.names import class_name
+from captum_mipin.comparison.names import ClassNames, check_names, class_name, class_names
 from captum_mipin.errors import InputError, TargetError, TrainingModeError
 from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.inverse.base import ModelInverse
@@ -149,15 +149,26 @@ def check_targets(case: Case, model: Any, methods: Iterable[Any]) -> None:
         raise errors[0]
 
 
+def _first_output(case: Case, model: Any) -> Tensor | None:
+    """Return a network's output for the first image; None if the network fails.
+
+    Raises:
+        TrainingModeError: The network is in training mode.
+    """
+    network = replace(case, user_model=model).model
+    try:
+        return raw_outputs(network, case.examples.select(torch.arange(1)))
+    except Exception:  # the network fails: the rows of its methods will show the error
+        return None
+
+
 def _target_error(case: Case, model: Any) -> Exception | None:
     """Return the error of the targets of a case for a network; None if the targets fit."""
     try:
-        network = replace(case, user_model=model).model
+        output = _first_output(case, model)
     except TrainingModeError as error:
         return error
-    try:
-        output = raw_outputs(network, case.examples.select(torch.arange(1)))
-    except Exception:  # the network fails: the rows of its methods will show the error
+    if output is None:
         return None
     shape = tuple(output.shape[1:])
     if case.examples.target is None and any(size != 1 for size in shape):
@@ -171,6 +182,19 @@ def _target_error(case: Case, model: Any) -> Exception | None:
     except TargetError as error:
         return error
     return None
+
+
+def checked_names(names: ClassNames, case: Case, model: Any) -> dict[int, str]:
+    """Return class -> name, see :func:`~captum_mipin.comparison.names.class_names`.
+
+    Raises:
+        InputError: The names have no known form, or do not fit the outputs of the network.
+    """
+    known = class_names(names, model)
+    output = None if names is None or model is None else _first_output(case, model)
+    if output is not None:
+        check_names(names, known, output.shape[1] if output.ndim > 1 else 1)
+    return known
 
 
 def image_titles(

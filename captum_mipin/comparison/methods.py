@@ -215,7 +215,7 @@ def place_of(method: Any, label: str = "") -> str:
     if isinstance(attribution, (MIPINAttribution, LayerMIPINAttribution)):
         reading = _reading_of(method).strip() or ("" if _options_of(method) else "A")
         # the features of the input are the input itself
-        spellings = reading, reading.replace("feature", "input")
+        spellings = reading, reading.replace("input", "feature")
         words += [] if any(_tells(label, name) for name in spellings) else [reading]
     layers = getattr(attribution, "layer", None)
     if attribution is None or layers is None:
@@ -258,7 +258,6 @@ def _reading_of(method: Any) -> str:
         return " S"
     if isinstance(attribution_of(method), PhotographAttribution):
         return f" {UNSIGNED}" * (options <= {"multiply_by_gradients"})
-    options = {option.replace("inputs", "features") for option in options}
     names = (name for name, known in READINGS.items() if known and {*known} == options)
     return "".join(f" {name.removeprefix('A ')}" for name in names)
 

@@ -59,6 +59,37 @@ def class_names(names: ClassNames, model: Any = None) -> dict[int, str]:
     )
 
 
+def check_names(
+    names: Any, known: Mapping[int, str], outputs: int, where: str = "names=", way_out: str = ""
+) -> None:
+    """Raise InputError unless names of a user fit a network: one per output.
+
+    A dictionary may leave outputs out.
+
+    Args:
+        names: The names as the user passed them.
+        known: The same names as :func:`class_names` returns them.
+        outputs: Number of the network's outputs.
+        where: What the error calls the names.
+        way_out: What the error tells to pass.
+
+    Examples:
+        >>> check_names({1: "dog"}, {1: "dog"}, outputs=3)
+    """
+    outside = [index for index in known if not -outputs <= index < outputs]
+    if isinstance(names, Mapping) and outside:
+        raise InputError(
+            f"{where} names class {outside[0]}, but the model has {outputs} outputs; expected "
+            f"classes from 0 to {outputs - 1}: correct the numbers of the classes"
+        )
+    if not isinstance(names, Mapping) and len(known) != outputs:
+        way_out = way_out or "pass them in the order of the outputs, or a dictionary class -> name"
+        raise InputError(
+            f"{where} has {len(known)} names, but the model has {outputs} outputs; expected one "
+            f"name per output: {way_out}"
+        )
+
+
 def class_name(names: Mapping[int, str], target: Any) -> str:
     """Return the name of a class; its number as text if the class has no name.
 

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.comparison.arguments import (
     check_targets,
+    checked_names,
     compared_model,
     image_titles,
     layer_of,
@@ -20,7 +21,7 @@ from captum_mipin.comparison.arguments import (
 )
 from captum_mipin.comparison.methods import CONTROLS, METHODS, Setup
 from captum_mipin.comparison.methods import controls as control_methods
-from captum_mipin.comparison.names import captions, class_names
+from captum_mipin.comparison.names import captions
 from captum_mipin.comparison.options import Extent, Settings
 from captum_mipin.comparison.scores import Metric, metric_functions
 from captum_mipin.comparison.table import Comparison
@@ -68,8 +69,8 @@ def compare(
             same for all methods.
 
     Raises:
-        InputError: Names or keywords are not known, an option is out of range, or boxes or titles
-            do not fit.
+        InputError: Names or keywords are not known, an option is out of range, or boxes, titles or
+            names of classes do not fit.
         TargetError: The targets do not fit the images or the outputs.
         TrainingModeError: The model is in training mode.
 
@@ -83,9 +84,9 @@ def compare(
     case = Case.of((), Examples.of(images, targets).x, targets, **arguments)
     named, functions = named_methods(methods), metric_functions(metrics, case.examples.x, boxes)
     model = compared_model(case.user_model, inverse, named.values())
-    titles = image_titles(extent.titles, case.examples, class_names(extent.names, model))
     module = layer_of(layer, model)
     check_targets(case, model, named.values())
+    titles = image_titles(extent.titles, case.examples, checked_names(extent.names, case, model))
     made = _made(named, model, inverse, module, case.examples)
     lines = _with_controls(made, model, controls)
     known = {**arguments, "boxes": boxes, "model": model, "steps": extent.steps}
@@ -123,10 +124,9 @@ def _run(work: Work, extent: Extent, titles: Sequence[str]) -> Comparison:
                 if extent.callback is not None:
                     extent.callback(so_far(done))
         except KeyboardInterrupt:
-            done = done or max(line.reached for line in work.lines)
             if not done:
                 raise
-            left = [line.name for line in work.lines if line.reached < done]
+            left = work.left(done)
             note = "interrupted" + f" before {', '.join(left)}" * bool(left)
     if done < len(x):
         reason = note or f"the budget of {extent.budget:g} s was used up"

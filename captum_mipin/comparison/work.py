@@ -41,7 +41,8 @@ class Line:
         results: Name of a metric -> pairs (indices of images, result for these images).
         errors: Name of a metric -> text of its error.
         seconds: Time to compute the maps, in seconds.
-        reached: Number of images for which this line is complete, but for metrics of all images.
+        reached: Number of images for which the maps were asked; in the first group, metrics come
+            later.
     """
 
     name: str
@@ -113,8 +114,8 @@ class Work:
     def groups(self, budget: float | None, bar: Any) -> Iterator[int]:
         """Do the work in steps, and yield the number of finished images after each step.
 
-        In the first group, a piece is a line; after it, a piece is a group. Metrics that need all
-        images at once come last, line by line.
+        In the first group, a step is the maps of a line or a metric of it; after it, a step is a
+        group. Metrics that need all images at once come last, line by line.
 
         Args:
             budget: Seconds after which no more images are begun, or None.
@@ -132,14 +133,16 @@ class Work:
             for line in self.lines:
                 bar.set_postfix_str(line.name)
                 self._explain(line, group)
+                line.reached = end
                 bar.update(0 if self.metrics else len(group))
+                if start == 0:
+                    yield end
                 for title, metric in parts.items():
                     bar.set_postfix_str(f"{line.name}, {title}")
                     self._score(line, title, metric, group)
                     bar.update(len(group))
-                line.reached = end
-                if start == 0:
-                    yield end
+                    if start == 0:
+                        yield end
             longest, done = max(longest, perf_counter() - now), end
             if start:
                 yield end
@@ -149,6 +152,15 @@ class Work:
                 self._score(line, title, metric, range(done))
                 bar.update(done)
             yield done
+
+    def left(self, done: int) -> list[str]:
+        """Return what is missing for the first ``done`` images: lines, and metrics of lines."""
+        names = []
+        for line in self.lines:
+            known = {*line.results, *line.errors} if line.maps else self.metrics
+            scores = [f"{title} of {line.name}" for title in self.metrics if title not in known]
+            names += [line.name] if line.reached < done else scores
+        return names
 
     def _size(self, budget: float | None) -> int:
         """Return the number of images in a group."""

@@ -455,6 +455,18 @@ def test_what_is_done_is_written_also_after_an_interrupt(monkeypatch, capsys):
     assert "interrupted before SmoothGrad" in Path("soon.html").read_text()
 
 
+def test_maps_are_written_also_after_an_interrupt_before_their_scores(monkeypatch, capsys):
+    def interrupted(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("captum_mipin.comparison.work.Work._score", interrupted)
+    assert call(f"{COMPARE} --methods Saliency,SmoothGrad --out maps.md --out maps.html") == 1
+    note = "interrupted before insertion of Saliency, deletion of Saliency, SmoothGrad, random"
+    assert capsys.readouterr().err.startswith(f"captum-mipin: {note}")
+    assert note in Path("maps.md").read_text()
+    assert '"Saliency"' in Path("maps.html").read_text()
+
+
 # ------------------------------------------------------------------------------------ failures
 
 

@@ -243,7 +243,7 @@ def test_labels_are_names_that_compare_takes(cnn, side_by_side):
         "DeepLift",
         "Grad-CAM",
         "MIP-IN",
-        "MIP-IN × feature",
+        "MIP-IN × input",
         "MIP-IN evidence × gradient",
         "MIP-IN S",
     ]

@@ -67,6 +67,23 @@ def test_captions_give_softmax_and_logit_of_each_target(cnn):
     assert [axis.get_xlabel() for axis in alone.figure().axes[:6:2]] == ["0"] * 3
 
 
+def test_names_that_do_not_fit_the_outputs_are_refused(cnn):
+    """Formerly two names for three outputs, or those of ImageNet, were taken without a word."""
+    ask = {"metrics": [], "controls": False, "progress": False}
+    x, maps, count = cnn.x[:2], {"m": cnn.x[:2]}, cnn.model(cnn.x[:1]).shape[1]
+    fewer, more = [f"class {i}" for i in range(count - 1)], [f"{i}" for i in range(count + 1)]
+    for names in (fewer, more, "imagenet"):
+        with pytest.raises(InputError, match=rf"names= has \d+ names, but .* has {count} outputs"):
+            compare(maps, x, 0, model=cnn.model, names=names, **ask)
+    with pytest.raises(InputError, match=rf"names= names class {count}, .* from 0 to {count - 1}"):
+        compare(maps, x, 0, model=cnn.model, names={0: "cat", count: "dog"}, **ask)
+    some = compare(maps, x, [0, 1], model=cnn.model, names={1: "dog"}, **ask)
+    assert some.titles == ("0", "dog")
+    assert compare(maps, x, 0, names=fewer, **ask).titles == ("class 0",) * 2  # without a network
+    single = compare(maps, x, model=lambda x: cnn.model(x)[:, 1], names=["cat"], **ask)
+    assert single.titles == ("", "")
+
+
 def test_captions_do_not_call_shares_logits(cnn):
     """Outputs that are a softmax already are not put through another one."""
     shares = torch.nn.Sequential(cnn.model, torch.nn.Softmax(1)).eval()

@@ -129,13 +129,13 @@ def test_what_is_done_survives_an_interrupt(net, x, groups_of_two):
     assert [row.name for row in found.rows] == ["first"]
     assert found.rows[0].results["deletion"].n == len(found.images) == len(found.titles) == 2
     assert found.note == "2 of 5 images were used: interrupted before second, third"
-    assert seen == [1]
+    assert seen == [1, 1, 1]  # after the maps, their insertion and their deletion
     seen = []
     found = interrupted_at(1)
     assert [row.name for row in found.rows] == ["first", "second", "third"]
     assert [len(row.results["deletion"]) for row in found.rows] == [2, 2, 2]
     assert found.note == "2 of 5 images were used: interrupted"
-    assert seen == [1, 2, 3]
+    assert seen == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert interrupted_at(9).note == ""
 
     def at_once(inputs, target):
@@ -143,6 +143,31 @@ def test_what_is_done_survives_an_interrupt(net, x, groups_of_two):
 
     with pytest.raises(KeyboardInterrupt):
         compare({"a": at_once}, x, 0, model=net, progress=False)
+
+
+@pytest.mark.parametrize(("at", "scored"), [("deletion", []), ("insertion", ["deletion"])])
+def test_maps_survive_an_interrupt_before_their_scores(
+    at, scored, net, x, groups_of_two, monkeypatch
+):
+    """Formerly nothing was left of a method before all of its metrics were measured."""
+
+    def interrupted(self, line, title, *arguments, score=work.Work._score):
+        if title == at:
+            raise KeyboardInterrupt
+        score(self, line, title, *arguments)
+
+    ask = {"model": net, "controls": False, "metrics": ["deletion", "insertion"], "progress": False}
+    expected = compare(["Saliency"], x[:2], 0, **ask)["Saliency"]
+    monkeypatch.setattr(work.Work, "_score", interrupted)
+    found = compare(["Saliency", "LRP"], x, 0, **ask)
+    (row,) = found.rows
+    assert torch.equal(row.maps, expected.maps)
+    assert list(row.results) == scored
+    for name, result in row.results.items():
+        assert torch.equal(result.values, expected.results[name].values)
+    missing = [f"{name} of Saliency" for name in ask["metrics"] if name not in scored]
+    told = ", ".join([*missing, "LRP"])
+    assert found.note == f"2 of 5 images were used: interrupted before {told}"
 
 
 def test_a_class_without_an_inverse_leaves_its_line(net, x, groups_of_two):
