@@ -3,6 +3,7 @@
     python benchmarks/photographs.py NETWORK choose --data FOLDER
     python benchmarks/photographs.py NETWORK report --data FOLDER
     python benchmarks/photographs.py NETWORK fits --data FOLDER
+    python benchmarks/photographs.py head boxes --data FOLDER --fit 200
 
 The grid pointing game on mosaics of 2 x 2 and 3 x 3 photographs: the share of the map in the cell
 of the class asked for. MIP-IN, Grad-CAM, LayerCAM and LRP-γ are asked at several layers. The
@@ -14,10 +15,13 @@ standard errors count the mosaics of one photograph to find as one.
 ``fits`` measures how many photographs a fit needs: the box accuracy of ``benchmarks/boxes.py``, of
 the map of `for_photographs` on photographs of the second half, for fits on a few to 200 photographs
 of ImageNet's training set, three random sets of each number.
+
+``boxes`` measures that box accuracy on a network whose head is dense, see ``benchmarks/heads.py``,
+at several layers: settings are chosen on the first half, and figures are of the second.
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,7 @@ from captum_mipin.metrics import (
     mosaics,
 )
 from captum_mipin.metrics.maps import heat
+from captum_mipin.photographs import photograph_layer
 
 #: Network -> names of layers, and their numbers in the chain of steps. The second is the one that
 #: `for_photographs` picks.
@@ -44,11 +49,14 @@ LAYERS = {
     "squeezenet1_0": {"features.6": 6, "features.11": 11, "features.10": 10, "features.12": 12},
     "mobilenet_v2": {"features.6": 6, "features.13": 13, "features.17": 17, "features.18": 18},
     "efficientnet_lite0": {"_blocks.4": 7, "_blocks.10": 13, "_blocks.15": 18, "head": 21},
+    "head": {"12": 12, "13": 13, "11": 11, "10": 10},
 }
 REDUCTIONS: tuple[Any, ...] = ("relu_of_sum", "sum_of_relu", "sum_of_abs")
 #: Reductions that define a method; all others take the best one.
 FIXED: dict[str, tuple[Any, ...]] = {"Grad-CAM": ("relu_of_sum",), "LayerCAM": ("sum_of_relu",)}
 METHODS = "MIP-IN, A", "MIP-IN, A × gradient", "Grad-CAM", "LayerCAM", "LRP-γ"
+#: What is also asked of a dense head.
+FEATURE = "MIP-IN, A × feature"
 CONFIDENCE = 0.9
 #: Numbers of photographs to fit on, and of random sets of each number.
 FITS, SETS = (5, 10, 20, 50, 100, 200), 3
@@ -86,26 +94,49 @@ class Maps:
         model, lrp = self.chain.steps, LRP(self.chain.steps, rule=Gamma(0.25))
         for name, (f, g) in self.slopes(x, t).items():
             layer, asked = model[self.layers[name]], {m for n, m, _ in wanted if n == name}
-            if asked & set(METHODS[:2]):
+            if asked & {*METHODS[:2], FEATURE}:
                 a = LayerMIPINAttribution(model, self.inverse, layer).attribute(x, t)
                 yield name, "MIP-IN, A", a
                 yield name, "MIP-IN, A × gradient", a * g
+                yield name, FEATURE, a * f
             yield name, "Grad-CAM", g.mean((2, 3), keepdim=True) * f
             yield name, "LayerCAM", g.relu() * f
             if "LRP-γ" in asked:
                 yield name, "LRP-γ", LayerPropagation(lrp, layer).attribute(x, t)
 
 
-def scores(maps: Maps, grid: Mosaics, wanted: Collection[Setting]) -> dict[Setting, Tensor]:
-    """Return the score of each mosaic, for each of the settings."""
+def scores(
+    maps: Maps, x: Tensor, targets: Tensor, wanted: Collection[Setting],
+    measure: Callable[[Tensor], Tensor],
+) -> dict[Setting, Tensor]:  # fmt: skip
+    """Return what ``measure`` makes of the maps of all images, for each of the settings."""
     found: dict[Setting, list[Tensor]] = {}
-    for x, t in zip(grid.x.split(5), grid.targets.split(5), strict=True):
-        for layer, method, values in maps(x, t, wanted):
+    for some, t in zip(x.split(5), targets.split(5), strict=True):
+        for layer, method, values in maps(some, t, wanted):
             for reduction in REDUCTIONS:
                 if (layer, method, reduction) in wanted:
-                    one = heat(values.detach(), x, reduction).float()
+                    one = heat(values.detach(), some, reduction).float()
                     found.setdefault((layer, method, reduction), []).append(one)
-    return {key: grid_pointing_game(torch.cat(m), grid).values for key, m in found.items()}
+    return {key: measure(torch.cat(m)) for key, m in found.items()}
+
+
+def games(maps: Maps, grid: Mosaics, wanted: Collection[Setting]) -> dict[Setting, Tensor]:
+    """Return the score of each mosaic, for each of the settings."""
+    return scores(
+        maps, grid.x, grid.targets, wanted, lambda values: grid_pointing_game(values, grid).values
+    )
+
+
+def accuracies(
+    maps: Maps, about: boxes.Photographs, index: Tensor, wanted: Collection[Setting]
+) -> dict[Setting, Tensor]:
+    """Return the box accuracy of each of the photographs ``index``, for each of the settings."""
+    x, masks = about.x[index], about.boxes[index]
+
+    def measure(values: Tensor) -> Tensor:
+        return bounding_box_accuracy(values, x, boxes=masks, largest=boxes.LARGEST).values
+
+    return scores(maps, x, about.labels[index], wanted, measure)
 
 
 def recognised(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
@@ -152,19 +183,29 @@ def setting(row: dict[str, Any]) -> Setting:
     return row["layer"], row["method"], row["reduction"]
 
 
+def settings(layers: dict[str, int], methods: Collection[str]) -> set[Setting]:
+    """Return all settings of these methods."""
+    return {
+        (layer, method, reduction)
+        for layer in layers
+        for method in methods for reduction in FIXED.get(method, REDUCTIONS)
+    }  # fmt: skip
+
+
 def choose(maps: Maps, grid: Mosaics) -> list[dict[str, Any]]:
     """Return a row for each setting, with its score on mosaics of the choosing half."""
-    settings = {
-        (layer, method, reduction)
-        for layer in maps.layers
-        for method in METHODS for reduction in FIXED.get(method, REDUCTIONS)
-    }  # fmt: skip
-    choosing = scores(maps, grid, settings)
+    choosing = games(maps, grid, settings(maps.layers, METHODS))
+    rows = chosen_rows(choosing, default(maps.layers))
+    return [{"size": f"{grid.n}x{grid.n}", **row} for row in rows]
+
+
+def chosen_rows(choosing: dict[Setting, Tensor], default: Setting) -> list[dict[str, Any]]:
+    """Return a row for each setting, with its score on the choosing half."""
     chosen = set(best(choosing).values())
     return [
         {
-            "size": f"{grid.n}x{grid.n}", "layer": layer, "method": method, "reduction": reduction,
-            "default": (layer, method, reduction) == default(maps.layers),
+            "layer": layer, "method": method, "reduction": reduction,
+            "default": (layer, method, reduction) == default,
             "chosen": (layer, method, reduction) in chosen, "choosing half": float(values.mean()),
         }
         for (layer, method, reduction), values in choosing.items()
@@ -173,13 +214,14 @@ def choose(maps: Maps, grid: Mosaics) -> list[dict[str, Any]]:
 
 def default(layers: dict[str, int]) -> Setting:
     """Return the setting of `for_photographs`."""
-    return list(layers)[1], "MIP-IN, A × gradient", "sum_of_abs"
+    reading = FEATURE if layers is LAYERS["head"] else METHODS[1]
+    return list(layers)[1], reading, "sum_of_abs"
 
 
 def report(maps: Maps, grid: Mosaics, rows: list[dict[str, Any]]) -> None:
     """Add scores on mosaics of the reported half to the rows of the default and what was chosen."""
     wanted = [row for row in rows if row["default"] or row["chosen"]]
-    reported, group = scores(maps, grid, {*map(setting, wanted)}), sought(grid)
+    reported, group = games(maps, grid, {*map(setting, wanted)}), sought(grid)
     for row in wanted:
         values = reported[setting(row)]
         less = reported[default(maps.layers)] - values
@@ -222,17 +264,53 @@ def fits(name: str, chain: boxes.Chain, data: Path, held_out: int) -> None:
     )  # fmt: skip
 
 
+def dense(chain: boxes.Chain, data: Path, count: int) -> None:
+    """Measure box accuracy on a network with a dense head, and write it down."""
+    about, layers = boxes.photographs("head", data, chain.normalise, count), LAYERS["head"]
+    picked, reading = photograph_layer(chain.steps, (about.x[:1],))
+    assert (picked, f"MIP-IN, A{reading.removeprefix('unsigned')}") == default(layers)[:2]
+    inverse = InverseNetwork(chain.steps, layer=chain.steps[min(layers.values())])
+    maps = Maps(chain, layers, inverse.fit(about.fit, sorted(about.classes), batch_size=20))
+    choosing = accuracies(maps, about, about.choice, settings(layers, {*METHODS, FEATURE}))
+    rows = chosen_rows(choosing, default(layers))
+    wanted = {setting(row) for row in rows if row["default"] or row["chosen"]}
+    reported = accuracies(maps, about, about.report, wanted)
+    for row in rows:
+        if setting(row) in wanted:
+            own = reported[setting(row)]
+            less = reported[default(layers)] - own
+            row |= {
+                "n": len(own), "accuracy": float(own.mean()),
+                "standard error": float(own.std() / len(own) ** 0.5),
+                "default less this": float(less.mean()),
+                "its standard error": float(less.std() / len(own) ** 0.5),
+            }  # fmt: skip
+    with torch.no_grad():
+        logits = torch.cat([chain.steps(part) for part in about.x[about.report].split(20)])
+    write(
+        "photographs-boxes-head", rows, **boxes.PROTOCOL, fit=count, width=boxes.WIDTH,
+        classes=sorted(about.classes), n=len(about.report),
+        accuracy=float((logits.argmax(1) == about.labels[about.report]).double().mean()),
+    )  # fmt: skip
+    print(f"{time.process_time():.0f} s\n{show([row for row in rows if 'accuracy' in row])}")
+
+
 def main() -> None:
     parser = network_parser(__doc__, fit=60, networks=LAYERS)
-    parser.add_argument("part", choices=("choose", "report", "fits"))
+    parser.add_argument("part", choices=("choose", "report", "fits", "boxes"))
     parser.add_argument("--choosing", type=int, default=20, help="mosaics to choose settings on")
     parser.add_argument("--mosaics", type=int, default=100, help="mosaics to report")
     parser.add_argument("--sizes", type=int, nargs="+", default=(2, 3), help="sides of mosaics")
     parser.add_argument("--held-out", type=int, default=80, help="photographs to explain in fits")
     arguments = parser.parse_args()
+    if (arguments.part == "boxes") != (arguments.network == "head"):
+        parser.error("boxes is the part of the network head, and head has no other part")
     if arguments.part == "fits":
         chain = boxes.chain(arguments.network, arguments.data)
         fits(arguments.network, chain, arguments.data, arguments.held_out)
+        return
+    if arguments.part == "boxes":
+        dense(boxes.chain("head", arguments.data), arguments.data, arguments.fit)
         return
     name, part = f"photographs-mosaics-{arguments.network}", arguments.part
     chain, layers = boxes.chain(arguments.network, arguments.data), LAYERS[arguments.network]

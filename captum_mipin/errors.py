@@ -184,6 +184,15 @@ class DataWarning(UserWarning):
     """
 
 
+class DenseHeadWarning(UserWarning):
+    """A map for photographs is made at a dense head, where other methods find objects better.
+
+    Examples:
+        >>> import warnings
+        >>> warnings.simplefilter("ignore", DenseHeadWarning)
+    """
+
+
 class LogitsWarning(UserWarning):
     """The model ends in a sigmoid or softmax, and the logits that go into it are explained.
 

@@ -2,8 +2,11 @@
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from captum_mipin._captum import captum_entry
 from captum_mipin.attribution import LayerMIPINAttribution
 from captum_mipin.copies import copy_memo
-from captum_mipin.errors import InputError
+from captum_mipin.errors import DenseHeadWarning, InputError
 from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.validate import check_model, device_of
 from captum_mipin.inverse import InverseNetwork
@@ -22,8 +25,12 @@ from captum_mipin.types import Inputs
 
 logger = logging.getLogger(__name__)
 
-#: Name of the reading: |A ⊙ gradient|, summed over the channels.
-UNSIGNED = "unsigned × gradient"
+#: Name of a reading, absolute values summed over the channels -> option of ``attribute``. The
+#: second is for the layer that a dense head begins with.
+UNSIGNED = {
+    "unsigned × gradient": "multiply_by_gradients",
+    "unsigned × feature": "multiply_by_features",
+}
 #: Pixels of the image per place of the layer, at least and at most: 14 x 14 places at 224 x 224.
 _SCALES = 12, 20
 
@@ -32,31 +39,37 @@ class PhotographAttribution(LayerMIPINAttribution):
     """MIP-IN for photographs: one map of values ≥ 0 that shows where the evidence lies.
 
     :func:`for_photographs` makes it. It explains like
-    :class:`~captum_mipin.LayerMIPINAttribution`, with another default: A ⊙ gradient, of which the
-    absolute values are summed over the channels.
+    :class:`~captum_mipin.LayerMIPINAttribution`, with another default: A ⊙ gradient, or A ⊙ feature
+    where a dense head begins, of which the absolute values are summed over the channels.
 
     Attributes:
+        reading: Name of the reading, a key of ``UNSIGNED``.
         picked: The reading as ``compare`` names it, and the layer: a label of figures and tables.
     """
 
-    def __init__(self, model: nn.Module, inverse: ModelInverse[Any], layer: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, inverse: ModelInverse[Any], layer: Any = None,
+        reading: str = next(iter(UNSIGNED)),
+    ) -> None:  # fmt: skip
         super().__init__(model, inverse, layer)
-        self.picked = f"MIP-IN {UNSIGNED} at {inverse._path(self.layer)}"
+        self.reading = reading
+        self.picked = f"MIP-IN {reading} at {inverse._path(self.layer)}"
 
     @captum_entry
     def attribute(
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False, *, local: bool = True,
-        multiply_by_features: bool = False, multiply_by_gradients: bool = True,
+        multiply_by_features: bool | None = None, multiply_by_gradients: bool | None = None,
         evidence: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Return maps (batch, 1, height, width), by default the sum of |A ⊙ gradient| of channels.
+        """Return maps (batch, 1, height, width), by default those of the reading that was picked.
 
         Args:
             attribute_to_layer_input: True to explain the input of the layer, False its output.
             local: True to adapt the inverse to each example. False for the global view.
-            multiply_by_features: True to multiply A by the layer's output.
-            multiply_by_gradients: True to multiply A by the gradient at the layer.
+            multiply_by_features: True to multiply A by the layer's output; None for the reading's.
+            multiply_by_gradients: True to multiply A by the gradient at the layer; None for the
+                reading's.
             evidence: True to explain only the evidence for the target, as for
                 :meth:`MIPINAttribution.attribute`.
 
@@ -67,10 +80,17 @@ class PhotographAttribution(LayerMIPINAttribution):
             NotFittedError: The inverse was not fitted for this target.
             ModelChangedError: The model's weights changed since the fit.
         """
+        asked = {
+            "multiply_by_features": multiply_by_features,
+            "multiply_by_gradients": multiply_by_gradients,
+        }
+        options = {
+            name: UNSIGNED[self.reading] == name if value is None else value
+            for name, value in asked.items()
+        }
         maps: Tensor = super().attribute(
             inputs, target, additional_forward_args, attribute_to_layer_input, local=local,
-            evidence=evidence,
-            multiply_by_features=multiply_by_features, multiply_by_gradients=multiply_by_gradients,
+            evidence=evidence, **options,
         )  # fmt: skip
         return maps.abs().sum(1, keepdim=True)
 
@@ -88,10 +108,10 @@ def for_photographs(
     """Return MIP-IN with the layer and the reading that found objects best, fitted on photographs.
 
     The layer is the last one with about 14 x 14 places for an image of 224 x 224 after which
-    another layer with a window follows. The reading is A ⊙ gradient, with absolute values summed
-    over channels. Both were chosen on other photographs than those on which docs/results.md reports
-    them; networks with a dense head were not measured. The attribute ``picked`` of the result and
-    the log say what was picked.
+    another layer with a window follows; the reading is A ⊙ gradient, absolute values summed over
+    channels. Where a dense head begins, as in VGG, it is the layer that the head flattens, and
+    A ⊙ feature, with a DenseHeadWarning. They were chosen on other photographs than those on which
+    docs/results.md reports them. The result's attribute ``picked`` and the log say what was picked.
 
     Args:
         model: Network for images (batch, channels, height, width), in evaluation mode.
@@ -99,13 +119,13 @@ def for_photographs(
             box accuracy on SqueezeNet, 5 did as well as 200. Labels are not needed. The kinds are
             those of ``InverseNetwork.fit``.
         targets: Classes to fit; None to fit each class when it is first explained.
-        layer: A module of the model or its dotted name, instead of the one that is picked.
+        layer: A module of the model or its dotted name, to read A ⊙ gradient there instead.
         unpack: Function batch → (inputs, additional_forward_args), for other kinds of batches.
         batch_size: Number of images per batch, for data that does not come in batches.
         progress: True to show a progress bar.
 
     Returns:
-        A Captum ``LayerAttribution``, whose maps have the size of the layer.
+        A Captum ``LayerAttribution``, whose maps have the layer's size.
 
     Raises:
         InputError: The images are too small, or no layer has such a size: pass ``layer``.
@@ -113,7 +133,6 @@ def for_photographs(
         FitError: The data is empty or not finite, or its shape changes.
 
     Examples:
-        >>> _ = torch.manual_seed(0)
         >>> convolutions = nn.Conv2d(3, 4, 16, stride=16), nn.ReLU(), nn.Conv2d(4, 4, 3)
         >>> model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
         >>> photographs = torch.rand(20, 3, 96, 96)
@@ -125,24 +144,28 @@ def for_photographs(
     """
     network = check_model(model)
     data = list(data) if isinstance(data, Iterator) else data
+    reading = next(iter(UNSIGNED))
     if layer is None:
         call = next(iter(Batches(data, batch_size, unpack, device_of(network))))
-        layer = photograph_layer(network, *call)
+        layer, reading = photograph_layer(network, *call)
     inverse = InverseNetwork(model, layer=module_of(layer, network)).fit(
         data, targets, unpack=unpack, batch_size=batch_size, progress=progress, lazy=targets is None
     )  # fmt: skip
-    inverse.photographs = True
-    mipin = PhotographAttribution(model, inverse)
+    inverse.photographs = reading
+    mipin = PhotographAttribution(model, inverse, reading=reading)
     logger.info("picked %s", mipin.picked)
     return mipin
 
 
-def photograph_layer(model: nn.Module, inputs: Inputs, extras: tuple[Any, ...] = ()) -> str:
-    """Return the dotted name of the layer that :func:`for_photographs` picks.
+def photograph_layer(
+    model: nn.Module, inputs: Inputs, extras: tuple[Any, ...] = ()
+) -> tuple[str, str]:
+    """Return the dotted name of the layer that :func:`for_photographs` picks, and the reading.
 
     Of the layers with 12 to 20 pixels of the image per place, after which a layer with a window
-    follows, this is the last one among those with the shortest dotted name. A copy of the model
-    runs once.
+    follows, this is the last one among those with the shortest dotted name; but if a dense layer
+    takes all places of an image, it is the layer that gave this image. A copy of the model runs
+    once.
 
     Args:
         model: The network.
@@ -151,6 +174,9 @@ def photograph_layer(model: nn.Module, inputs: Inputs, extras: tuple[Any, ...] =
 
     Raises:
         InputError: There is no such layer, or the inputs are not images.
+
+    Warns:
+        DenseHeadWarning: The network has a dense head.
     """
     if inputs[0].ndim != 4:
         raise InputError(
@@ -158,45 +184,78 @@ def photograph_layer(model: nn.Module, inputs: Inputs, extras: tuple[Any, ...] =
             "height, width): use InverseNetwork for other inputs"
         )
     calls = _calls(model, inputs, extras)
-    names = [path for path, _, _ in calls]
+    names = [call.path for call in calls]
+    by_gradient, by_feature = UNSIGNED
+    dense = [call for call in calls if call.flattened and names.count(call.path) == 1]
+    if dense:
+        warnings.warn(
+            f"the dense head of this {type(model).__name__} takes all places of {dense[-1].path!r} "
+            "at once: on such a network, other methods found objects better (docs/results.md). "
+            "Compare this map with LayerPropagation(LRP(model, rule=Gamma(0.25)), layer)",
+            DenseHeadWarning,
+            stacklevel=3,
+        )
+        return dense[-1].path, by_feature
     pixels = max(inputs[0].shape[2:])
     low, high = _SCALES
-    last_window = max((n for n, (_, _, window) in enumerate(calls) if window), default=-1)
+    last_window = max((n for n, call in enumerate(calls) if call.window), default=-1)
     fitting = [
-        (path.count("."), -number, path)
-        for number, (path, size, _) in enumerate(calls)
-        if low <= pixels / size <= high and number < last_window and names.count(path) == 1
+        (call.path.count("."), -number, call.path)
+        for number, call in enumerate(calls)
+        if low <= pixels / call.places <= high
+        and number < last_window
+        and names.count(call.path) == 1
     ]
     if not fitting:
-        sizes = {f"{path} ({size})": None for path, size, _ in calls if "." not in path}
+        sizes = {f"{call.path} ({call.places})": None for call in calls if "." not in call.path}
         raise InputError(
             f"no layer of this {type(model).__name__} has {low} to {high} pixels of the image per "
             f"place, for images of {pixels} pixels; layers and their sizes are "
             f"{', '.join(islice(sizes, 8))}. Pass larger images, or the layer with layer="
         )
-    return min(fitting)[2]
+    return min(fitting)[2], by_gradient
 
 
-def _calls(
-    model: nn.Module, inputs: Inputs, extras: tuple[Any, ...]
-) -> list[tuple[str, int, bool]]:
-    """Return the modules that give images, in the order in which their calls end.
+@dataclass
+class _Call:
+    """A call of a module that gives an image.
 
-    Returns:
-        Path of a module, height of its output if that is the longer side and else its width, and
-        whether the module itself has a window of more than one place.
+    Attributes:
+        path: Dotted name of the module.
+        shape: Channels, height and width of its output.
+        window: True if the module itself has a window of more than one place, and gives several.
+        flattened: True if a dense layer takes all places of the output, which are several.
     """
+
+    path: str
+    shape: tuple[int, ...]
+    window: bool
+    flattened: bool = False
+
+    @property
+    def places(self) -> int:
+        """Height of the output if that is the longer side, else its width."""
+        return max(self.shape[1:])
+
+
+def _calls(model: nn.Module, inputs: Inputs, extras: tuple[Any, ...]) -> list[_Call]:
+    """Return the calls of modules that give images, in the order in which they end."""
     copied = copy.deepcopy(model, copy_memo(model))
-    calls: list[tuple[str, int, bool]] = []
+    calls: list[_Call] = []
 
     def note(path: str) -> Any:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) > 0:
+            if not isinstance(output, Tensor):
+                return
+            if isinstance(module, nn.Linear) and output.ndim == 2 and calls:
+                last = calls[-1]
+                last.flattened |= module.in_features == prod(last.shape) and last.places > 1
+            if output.ndim == 4 and min(output.shape[2:]) > 0:
                 window = getattr(module, "kernel_size", 1)
                 sides = window if isinstance(window, tuple) else (window,)
-                places = max(output.shape[2:])
+                shape = tuple(output.shape[1:])
                 # a global average has a window too, but no layer with places follows
-                calls.append((path, places, max(sides) > 1 and places > 1))
+                calls.append(_Call(path, shape, max(sides) > 1 and max(shape[1:]) > 1))
 
         return hook
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, compare, for_photographs
-from captum_mipin.errors import InputError
+from captum_mipin.comparison.arguments import named_methods
+from captum_mipin.errors import DenseHeadWarning, InputError
 from captum_mipin.photographs import photograph_layer
 
 
@@ -60,7 +61,8 @@ def test_classes_are_fitted_when_they_are_explained(fitted):
 def test_a_file_keeps_that_it_is_for_photographs(fitted, tmp_path):
     model, x, mipin = fitted
     mipin.inverse.save(tmp_path / "picked.safetensors")
-    assert InverseNetwork.load(tmp_path / "picked.safetensors", model).photographs
+    loaded = InverseNetwork.load(tmp_path / "picked.safetensors", model)
+    assert loaded.photographs == "unsigned × gradient"
     InverseNetwork(model, layer="1").fit(x, 0, progress=False).save(tmp_path / "other.safetensors")
     assert not InverseNetwork.load(tmp_path / "other.safetensors", model).photographs
 
@@ -86,8 +88,6 @@ def test_it_is_a_method_as_any_other(fitted):
         ("mobilenet_v2", "features.13"),
         ("mobilenet_v3_small", "features.8"),
         ("shufflenet_v2_x0_5", "stage3"),
-        ("vgg11", "features.19"),
-        ("alexnet", "features.11"),
         ("densenet121", "features.denseblock3"),
         ("regnet_y_400mf", "trunk_output.block3"),
     ],
@@ -96,7 +96,43 @@ def test_it_is_the_last_layer_of_about_14_places_before_another_window(name, exp
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
     model = models.get_model(name, weights=None).eval()
-    assert photograph_layer(model, (torch.rand(1, 3, 224, 224),)) == expected
+    picked = photograph_layer(model, (torch.rand(1, 3, 224, 224),))
+    assert picked == (expected, "unsigned × gradient")
+
+
+@pytest.mark.parametrize("name", ["vgg11", "alexnet"])
+def test_a_dense_head_is_told_and_read_where_it_begins(name):
+    models = pytest.importorskip("torchvision.models")
+    with pytest.warns(DenseHeadWarning, match=r"all places of 'avgpool' at once.*LayerPropagation"):
+        picked = photograph_layer(models.get_model(name).eval(), (torch.rand(1, 3, 224, 224),))
+    assert picked == ("avgpool", "unsigned × feature")
+
+
+def test_the_map_at_a_dense_head_is_a_times_feature(tmp_path):
+    """From Captum's activation and the plain attribution at the same layer; files keep it."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.ReLU(), nn.MaxPool2d(2))
+    head = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(4 * 4 * 4, 6), nn.ReLU())
+    model = nn.Sequential(body, head, nn.Linear(6, 3)).eval()
+    x = torch.rand(24, 3, 64, 64)
+    with pytest.warns(DenseHeadWarning):
+        mipin = for_photographs(model, x, targets=[1], progress=False)
+    assert mipin.picked == "MIP-IN unsigned × feature at 0"
+    inverse = InverseNetwork(model, layer="0").fit(x, targets=[1], progress=False)
+    a = LayerMIPINAttribution(model, inverse).attribute(x[:4], target=1)
+    expected = (a * body(x[:4])).abs().sum(1, keepdim=True)
+    torch.testing.assert_close(mipin.attribute(x[:4], target=1), expected.detach())
+    slope = LayerGradientXActivation(model, model[0], multiply_by_inputs=False)
+    steep = (a * slope.attribute(x[:4], target=1)).abs().sum(1, keepdim=True)
+    options = {"multiply_by_features": False, "multiply_by_gradients": True}
+    torch.testing.assert_close(mipin.attribute(x[:4], target=1, **options), steep.detach())
+    mipin.inverse.save(tmp_path / "dense.safetensors")
+    loaded = InverseNetwork.load(tmp_path / "dense.safetensors", model)
+    assert loaded.photographs == "unsigned × feature"
+    assert list(named_methods([mipin])) == ["MIP-IN unsigned × feature"]
+    found = compare(["MIP-IN unsigned x feature"], x[:4], 1, inverse=loaded, metrics=[],
+                    controls=False, progress=False)  # fmt: skip
+    torch.testing.assert_close(found.rows[0].maps, expected.detach())
 
 
 def test_a_layer_may_be_named(fitted):

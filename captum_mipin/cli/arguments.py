@@ -189,9 +189,11 @@ def _add_outputs(add: Callable[..., None]) -> None:
     text = "class of all images, or one class per image, in the order of file names (default: "
     text += "predicted, the classes that the network predicts)"
     add("explain compare", "--targets", text, type=reader)
-    text = f"which map of MIP-IN: {', '.join(READINGS)}; S is the source signal, and unsigned the "
-    text += "map of for_photographs, absolute values summed over channels (default: the latter for "
-    text += "an inverse of fit --layer photographs, else A)"
+    text = f"which map of MIP-IN: {', '.join(READINGS)}; S is the source signal; unsigned "
+    text += (
+        "readings, absolute values summed over channels, are those of for_photographs (default: "
+    )
+    text += "the one that fit --layer photographs picked, else A)"
     one = _names("reading", READINGS)
     add("explain compare", "--reading", text, type=lambda text: one(_full(text))[0])
     names = *METHODS, *CONTROLS

@@ -26,14 +26,13 @@ from captum_mipin.cli.arguments import (
     parse,
 )
 from captum_mipin.cli.images import ImageFolder
-from captum_mipin.cli.models import is_picked, load_model, outputs_of, predict, read_names
+from captum_mipin.cli.models import load_model, outputs_of, predict, read_names
 from captum_mipin.cli.words import plainly
 from captum_mipin.comparison import Comparison, Row
 from captum_mipin.comparison.methods import place_of, reading
 from captum_mipin.comparison.names import captions, class_name
 from captum_mipin.errors import NotFittedError
 from captum_mipin.metrics.case import Case
-from captum_mipin.photographs import UNSIGNED
 from captum_mipin.propagation.treatments import NAMED, causes
 from captum_mipin.report import table
 
@@ -115,7 +114,7 @@ def fit(args: Namespace) -> Outcome:
     """
     model, layer = load_model(args)
     inverse = InverseNetwork(model, layer=layer, ridge=args.ridge, sharing=args.sharing)
-    inverse.photographs = is_picked(args, model)
+    inverse.photographs = args.picked
     images = ImageFolder(args)
     targets = args.targets
     if targets == PREDICTED:
@@ -321,7 +320,7 @@ def _in_plain_words(comparison: Comparison) -> Comparison:
 
 def _default_reading(inverse: InverseNetwork) -> str:
     """Return the reading of an inverse without ``--reading``."""
-    return UNSIGNED if inverse.photographs else "A"
+    return inverse.photographs or "A"
 
 
 def _label(reading: str) -> str:

@@ -29,6 +29,8 @@ from captum_mipin.targets import per_example
 def load_model(args: Namespace) -> tuple[nn.Module, nn.Module | None]:
     """Return the network in evaluation mode, and the module of ``--layer`` or None.
 
+    Sets ``args.picked``: the reading of a layer that is picked for photographs, else "".
+
     Args:
         args: The command's arguments. These are used: ``command``, ``model``, ``weights``,
             ``layer``, ``mean``, ``size`` and ``device``.
@@ -66,16 +68,11 @@ def load_model(args: Namespace) -> tuple[nn.Module, nn.Module | None]:
     if args.weights is not None and not pretrained:
         _load_weights(model, args.weights)
     model, path = model.to(args.device).eval(), getattr(args, "layer", None)
-    if is_picked(args, model):
+    args.picked = ""
+    if path == PHOTOGRAPHS and PHOTOGRAPHS not in dict(model.named_modules()):
         blank = torch.zeros(1, len(args.mean), *args.size, device=args.device)
-        path = photograph_layer(model, (blank,))
+        path, args.picked = photograph_layer(model, (blank,))
     return model, _find_layer(model, path)
-
-
-def is_picked(args: Namespace, model: nn.Module) -> bool:
-    """Return True if ``--layer`` asks for the layer that is picked for photographs."""
-    path = getattr(args, "layer", None)
-    return path == PHOTOGRAPHS and PHOTOGRAPHS not in dict(model.named_modules())
 
 
 def outputs_of(args: Namespace, model: nn.Module, x: Tensor) -> Tensor:

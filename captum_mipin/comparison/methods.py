@@ -107,13 +107,13 @@ def reading(mipin: Any, name: str) -> Method:
             other way round.
     """
     at_input = isinstance(mipin, MIPINAttribution)
-    if name == UNSIGNED:
+    if name in UNSIGNED:
         if at_input:
             raise InputError(
                 f"the reading {name!r} is a map of a layer, but the inverse goes down to the "
                 "input: pass an inverse that was fitted with layer="
             )
-        return PhotographAttribution(mipin.forward_func, mipin.inverse, mipin.layer)
+        return PhotographAttribution(mipin.forward_func, mipin.inverse, mipin.layer, name)
     if name == "S":
         signal: Method = mipin.source_signal
         return signal
@@ -136,7 +136,7 @@ READINGS: dict[str, tuple[str, ...]] = {
     "A × feature": ("multiply_by_features",),
     "A × input": ("multiply_by_inputs",),
     "A × gradient": ("multiply_by_gradients",),
-    UNSIGNED: (),
+    **dict.fromkeys(UNSIGNED, ()),
     "evidence": ("evidence",),
     "evidence × feature": ("evidence", "multiply_by_features"),
     "evidence × input": ("evidence", "multiply_by_inputs"),
@@ -256,8 +256,9 @@ def _reading_of(method: Any) -> str:
         method = method.func
     if getattr(method, "__name__", "") == "source_signal":
         return " S"
-    if isinstance(attribution_of(method), PhotographAttribution):
-        return f" {UNSIGNED}" * (options <= {"multiply_by_gradients"})
+    attribution = attribution_of(method)
+    if isinstance(attribution, PhotographAttribution):
+        return f" {attribution.reading}" * (options <= {UNSIGNED[attribution.reading]})
     names = (name for name, known in READINGS.items() if known and {*known} == options)
     return "".join(f" {name.removeprefix('A ')}" for name in names)
 

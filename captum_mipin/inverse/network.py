@@ -100,9 +100,9 @@ class InverseNetwork(ClassInverse):
         torch.Size([5, 6])
     """
 
-    #: True for an inverse of ``for_photographs`` or ``captum-mipin fit --layer photographs``; files
-    #: keep it. The command line then reads unsigned × gradient by default.
-    photographs = False
+    #: The reading of ``for_photographs`` or ``captum-mipin fit --layer photographs``; "" for other
+    #: inverses. Files keep it, and it is the default reading of the command line.
+    photographs = ""
     _kind = "an inverse network"
 
     def __init__(
@@ -333,7 +333,7 @@ class InverseNetwork(ClassInverse):
             )
         tensors, content = packed(state.fitted)
         scale = {} if state.origin.scale is None else {"scale": state.origin.scale}
-        more = {**scale, **({"photographs": True} if self.photographs else {})}
+        more = {**scale, **({"photographs": self.photographs} if self.photographs else {})}
         return tensors, {**self._head(state.origin), **more, **content, "unfinished": None}
 
     @classmethod
@@ -346,7 +346,7 @@ class InverseNetwork(ClassInverse):
                 "fit(checkpoint=...), then save the result"
             )
         inverse = cls._rebuild(content, model)
-        inverse.photographs = content.get("photographs") is True
+        inverse.photographs = str(content.get("photographs", ""))
         inverse._state = State(Origin.from_content(content, model), unpacked(tensors, content))
         return inverse
 

@@ -26,6 +26,12 @@ def staged():
         stem = nn.Conv2d(3, 4, 16, stride=16), nn.ReLU(), nn.Conv2d(4, 4, 3)
         return nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
 
+def dense():
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        stem = nn.Conv2d(3, 4, 16, stride=16), nn.ReLU(), nn.MaxPool2d(2)
+        return nn.Sequential(*stem, nn.Flatten(), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 3))
+
 class Refused(nn.Module):
     def forward(self, x):
         return x.cumprod(1)

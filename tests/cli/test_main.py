@@ -20,6 +20,7 @@ import captum_mipin.methods
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution, compare
 from captum_mipin.cli.main import _write, main
 from captum_mipin.comparison import Comparison, Row
+from captum_mipin.errors import DenseHeadWarning
 
 MODEL = f"tiny_networks:build --weights weights.pt {FORM}"
 EXPLAIN = f"explain {MODEL} few --inverse inverse.safetensors"
@@ -388,6 +389,21 @@ def test_an_inverse_for_photographs_is_read_as_for_photographs_reads_it(capsys):
         assert call(line, "--inverse picked.safetensors", options) == 0
         rows = json.loads(capsys.readouterr().out)["rows"]
         assert [row["name"] for row in rows if not row["control"]] == names
+
+
+def test_an_inverse_of_a_dense_head_is_read_times_the_feature():
+    network = "tiny_networks:dense --size 64"
+    fit = f"fit {network} photos --targets 1 --quiet --layer photographs --out dense.safetensors"
+    with pytest.warns(DenseHeadWarning):
+        assert call(fit) == 0
+    maps = []
+    for options in ("", "--reading 'times feature'"):
+        explain = f"explain {network} few --targets 1 --inverse dense.safetensors"
+        assert call(f"{explain} --out read.safetensors", options) == 0
+        with safe_open("read.safetensors", framework="pt") as file:
+            maps.append((file.get_tensor("attribution"), file.metadata()["reading"]))
+    assert [name for _, name in maps] == ["unsigned × feature", "A × feature"]
+    torch.testing.assert_close(maps[0][0], maps[1][0].abs().sum(1, keepdim=True))
 
 
 def test_a_layer_is_not_read_times_the_input(few, capsys):

@@ -48,7 +48,7 @@ def test_networks_of_torchvision(monkeypatch, capsys, network):
     assert "random weights" in refused(capsys, untrained)
     line = "check torchvision:squeezenet1_1 --layer photographs --size 96x128"
     squeezenet, layer = load_model(parsed(line))
-    picked = photograph_layer(squeezenet, (torch.rand(1, 3, 96, 128),))
+    picked, _ = photograph_layer(squeezenet, (torch.rand(1, 3, 96, 128),))
     assert layer is squeezenet.get_submodule(picked)
     assert "no network 'resnet'" in refused(capsys, "check torchvision:resnet")
     calls = []
