@@ -94,9 +94,10 @@ REASONS = {
     "Refused: it multiplies elements, or combines pairs of them, and which of them gets the signal "
     "is not defined": (
         "prod prod.dim_int pow.Tensor_Tensor pow.Scalar atan2 atan2.out _cdist_forward "
-        "_pdist_forward _log_softmax var.dim var.correction"
+        "_pdist_forward _log_softmax"
     ),
-    "Refused: complex numbers": "_fft_c2r _fft_r2c",
+    "Refused; the functions of `torch.fft` and `torch.stft` are replaced by dense layers and "
+    "convolutions on real and imaginary parts": "_fft_c2r _fft_r2c",
     "Refused: it computes with all examples of the batch": (
         "mean masked_scatter _native_batch_norm_legit _native_batch_norm_legit.no_stats"
     ),
@@ -108,7 +109,7 @@ REASONS = {
         "sym_stride.int sym_is_contiguous"
     ),
     "Replaced by another operation, or a part of another operation, which has a rule": (
-        "clamp.Tensor convolution copy native_group_norm native_layer_norm"
+        "clamp.Tensor convolution copy native_group_norm native_layer_norm var.dim var.correction"
     ),
     "A part of training: it computes gradients": (
         "_adaptive_avg_pool2d_backward avg_pool2d_backward convolution_backward "

@@ -180,6 +180,7 @@ SELECTIONS = {
     **{f"{name}.dim": _on(SEQUENCE, 2, first=True)
        for name in ("max", "min", "median", "nanmedian")},
     **{f"{name}.default": _on(SEQUENCE, [2]) for name in ("amax", "amin")},
+    "linalg_vector_norm.default": _on(SEQUENCE, 2, [2]),
     "sort.default": _on(SEQUENCE, 1, first=True),
     "sort.stable": Case(SEQUENCE, lambda op, x: op(x, stable=True, dim=1)[0]),
     "topk.default": _on(SEQUENCE, 3, 2, first=True),

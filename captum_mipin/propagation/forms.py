@@ -5,6 +5,9 @@ The rule of an operation must not depend on the way in which a model writes it. 
 - a ratio whose divisor depends on the input, and a product with such a reciprocal, become the
   operation ``divided``;
 - each result of ``var_mean`` becomes an operation of its own;
+- a variance that is a feature, and no part of a norm, becomes mean((x − μ)²), for methods that have
+  no rule for it; a standard deviation becomes the square root of the variance;
+- √Σ x², also of two tensors, becomes the norm of a vector;
 - the sum of a product of two values that depend on the input becomes ``weighted_sum``, which has
   the rule of a matrix product; their average becomes this sum, divided by a number.
 """
@@ -119,6 +122,75 @@ def _moment(node: Any, starts: Starts) -> bool:
         become(node, alone, *both.args)
         node.kwargs = kwargs
     return True
+
+
+def _length(node: Any, starts: Starts) -> bool:
+    """Rewrite √Σ x² and √(a² + b²) as the norm of a vector."""
+    inner = node.args[0]
+    if (operation(node) == "pow" and node.args[1] != 0.5) or inner in starts or node.kwargs:
+        return False
+    if operation(inner) == "sum" and not inner.kwargs and len(inner.args) > 1:
+        x, dims = _squared(inner.args[0], starts), inner.args[1:]
+    elif operation(inner) == "add" and not inner.kwargs:
+        x, dims = _stacked(node, [_squared(n, starts) for n in inner.args]), ([-1],)
+    else:
+        return False
+    if x is not None:
+        become(node, _aten.linalg_vector_norm.default, x, 2, *dims)
+    return x is not None
+
+
+def _hypotenuse(node: Any, starts: Starts) -> bool:
+    """Rewrite hypot(a, b) as the norm of the vector (a, b)."""
+    if (x := _stacked(node, list(node.args))) is not None:
+        become(node, _aten.linalg_vector_norm.default, x, 2, [-1])
+    return x is not None
+
+
+def _squared(node: Any, starts: Starts) -> fx.Node | None:
+    """Return x for x²; None for other operations."""
+    power = operation(node) == "pow" and node.args[1] == 2
+    return node.args[0] if power and node not in starts else None
+
+
+def _stacked(before: fx.Node, parts: list[Any]) -> fx.Node | None:
+    """Return the stack of tensors of one shape; None for others."""
+    if any(not isinstance(part, fx.Node) or not varies(part) for part in parts):
+        return None
+    if len({str(value_of(part).shape) for part in parts}) > 1:
+        return None
+    return insert(before, _aten.stack.default, parts, -1)
+
+
+def expand_variances(draft: Draft) -> None:
+    """Write variances and standard deviations that have no rule as mean((x − μ)²)."""
+    node: Any
+    for node in list(draft.graph.nodes):
+        name, own = operation(node), varies(node) and node not in draft.starts
+        if name not in ("var", "std") or not own or draft.rule(node) is not None:
+            continue
+        x, dims, kept, correction = _variance(node)
+        sizes = [value_of(x).shape[dim] for dim in dims or ()]
+        if not all(isinstance(size, int) for size in sizes) or prod(sizes) <= correction:
+            continue  # over the batch, or not a number
+        centred = insert(node, _aten.sub.Tensor, x, insert(node, _aten.mean.dim, x, dims, True))
+        square = insert(node, _aten.pow.Tensor_Scalar, centred, 2)
+        result = insert(node, _aten.mean.dim, square, dims, kept)
+        if correction:  # Σ (x − μ)² / (n − c)
+            factor = prod(sizes) / (prod(sizes) - correction)
+            result = insert(node, _aten.mul.Tensor, result, factor)
+        stand_for(node, insert(node, _aten.sqrt.default, result) if name == "std" else result)
+    mark_varying(draft)
+
+
+def _variance(node: Any) -> tuple[Any, Any, bool, float]:
+    """Return the argument of a variance, its dimensions, keepdim, and the c of n − c."""
+    if str(node.target).endswith(".dim"):
+        kept = argument(node, 3, "keepdim", False)
+        return node.args[0], argument(node, 1, "dim"), kept, argument(node, 2, "unbiased", True)
+    correction = node.kwargs.get("correction")
+    kept, dims = node.kwargs.get("keepdim", False), argument(node, 1, "dim")
+    return node.args[0], dims, kept, 1 if correction is None else correction
 
 
 def _is_reciprocal(node: Any) -> bool:
@@ -249,8 +321,11 @@ def insert(before: fx.Node, target: Any, *args: Any, **named: Any) -> fx.Node:
         node = before.graph.call_function(target, args, named)
     inherit(node, before, original=original(before), key=f"{marks(before).key}/{node.name}")
     values = fx.map_arg(args, value_of)
-    mode = value_of(next(iter(node.all_input_nodes), before)).fake_mode
-    with mode, enable_python_dispatcher():
+    value = value_of(next(iter(node.all_input_nodes), before))
+    with (
+        (value[0] if isinstance(value, (tuple, list)) else value).fake_mode,
+        enable_python_dispatcher(),
+    ):
         set_value(node, target(*values, **named))
     mark_as_varying(node)
     mark(node, added=operation(node) in SAME_NUMBERS)
@@ -279,6 +354,8 @@ _REWRITES: dict[str, tuple[Callable[[fx.Node, Starts], bool], ...]] = {
     "div": (_ratio,),
     "mul": (_product_with_one, _product_with_reciprocal),
     "getitem": (_moment,),
+    **dict.fromkeys(("sqrt", "pow"), (_length,)),
+    "hypot": (_hypotenuse,),
     "sum": (_sum_of_product,),
     "mean": (_sum_of_product,),
     **dict.fromkeys(

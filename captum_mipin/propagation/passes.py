@@ -10,10 +10,11 @@ from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.propagation.batch_layout import lay_out_batch
 from captum_mipin.propagation.canonical import canonicalise
 from captum_mipin.propagation.channels import find_channels
+from captum_mipin.propagation.complex_parts import replace_complex
 from captum_mipin.propagation.divisors import divide_factors
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.elementwise import join_elementwise
-from captum_mipin.propagation.forms import spell
+from captum_mipin.propagation.forms import expand_variances, spell
 from captum_mipin.propagation.marking import (
     check_ends,
     drop_unused,
@@ -29,6 +30,7 @@ from captum_mipin.propagation.spelling import (
     replace_bounds,
     replace_constants,
     replace_copies,
+    replace_squares,
     rewrite_constant_products,
 )
 from captum_mipin.propagation.sums import write_sums
@@ -40,8 +42,10 @@ Pass = Callable[[Draft], None]
 MARKING: tuple[Pass, ...] = (
     mark_varying,
     drop_unused,
+    replace_complex,
     replace_copies,
     replace_bounds,
+    replace_squares,
     fold_padding,
     replace_constants,
     join_slices,
@@ -51,6 +55,7 @@ MARKING: tuple[Pass, ...] = (
     spell,
     divide_factors,
     recognise_norms,
+    expand_variances,
     rewrite_for_method,
     mark_signal,
     lay_out_batch,

@@ -6,8 +6,8 @@ a matrix of one row or column. A product of several matrices side by side, one p
 convolution with groups.
 
 A constant like a tensor of the input, ``h.new_ones(3)``, is a constant of the model. A clamp with
-tensors as bounds is a maximum, then a minimum. Zeros that are put around the input of a convolution
-are the padding of the convolution.
+tensors as bounds is a maximum, then a minimum. The product x · x is the power x². Zeros that are
+put around the input of a convolution are the padding of the convolution.
 
 An assignment, ``h[:, 0] = x``, and ``x.type_as(h)`` copy x in the shape or the dtype of h. Where a
 method has no rule for ``detach()``, it is left out: the value is the same.
@@ -109,6 +109,15 @@ def replace_bounds(draft: Draft) -> None:
                 mark(result, added=False, original=original(node), key=key)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+
+
+def replace_squares(draft: Draft) -> None:
+    """Replace x · x and ``square`` by the power x², which has a single argument."""
+    for node in draft.graph.nodes:
+        same = operation(node) == "mul" and node.args[0] is node.args[1]
+        if (same or operation(node) == "square") and varies(node) and node not in draft.starts:
+            mark(node, original=original(node))
+            node.target, node.args = aten.pow.Tensor_Scalar, (node.args[0], 2)
 
 
 def fold_padding(draft: Draft) -> None:

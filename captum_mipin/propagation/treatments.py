@@ -9,6 +9,7 @@ from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.marks import marks, original, value_of
 from captum_mipin.graph.nodes import is_random, is_size, nodes_in, operation, place
 from captum_mipin.propagation.batch_layout import FOLLOWS
+from captum_mipin.propagation.complex_parts import obstacle
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.report import CheckRow
 from captum_mipin.rules import Passes, Recorded, Rule
@@ -155,7 +156,8 @@ def _objection(draft: Draft, node: fx.Node, rule: Rule | None) -> str | None:
     """Return the reason why an operation is refused; None for a supported operation."""
     known, value = marks(node), value_of(node)
     if known.discrete:
-        return f"it turns the input into {value.dtype}, through which no signal can be sent"
+        reason = f"it turns the input into {value.dtype}, through which no signal can be sent"
+        return reason + obstacle(node)
     if rule is None and not known.recorded:
         return "no rule covers it" + _HINTS.get(operation(node), "")
     if uses_batch_size(node):

@@ -1,6 +1,7 @@
 """Operations that select: each element of the result is an element of one of the arguments.
 
-The signal goes to that argument, which is recorded, as by a switch.
+The signal goes to that argument, which is recorded, as by a switch. The norm of a vector is its
+component along one direction: this direction is recorded in the same way.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.nodes import argument
 from captum_mipin.rules.base import Passes, at, depends
 
 
@@ -45,6 +47,13 @@ def _bound(node: fx.Node) -> str | None:
     return "it compares with a constant, as an activation does: use clamp, or relu"
 
 
+def _power(node: fx.Node) -> str | None:
+    order = argument(node, 1, "ord", 2)
+    if order >= 1:
+        return None
+    return f"it is a norm with ord={order}, expected ord of at least 1"
+
+
 def _filled(node: fx.Node) -> str | None:
     return _spreads(node, node.args[:1])
 
@@ -68,4 +77,10 @@ SELECTION = {
         for name in ("maximum.default", "minimum.default", "max.other", "min.other")
     },
     **{f"aten.{name}": Passes(note=_NOTE, exact=True) for name in _EXTREME},
+}
+#: Norms: S_x = S ⊙ x / ‖x‖, which is x for S = ‖x‖; other orders alike, by their derivative.
+NORMS = {
+    "aten.linalg_vector_norm.default": Passes(
+        note="recorded direction: the share of each component", carriers=at(0), refuse=_power
+    )
 }

@@ -23,7 +23,7 @@ from captum_mipin.rules.linear_maps import COPIES, MIXES
 from captum_mipin.rules.normalization import NORMALIZATION
 from captum_mipin.rules.pooling import POOLING
 from captum_mipin.rules.rearrangement import REARRANGEMENT
-from captum_mipin.rules.selection import SELECTION
+from captum_mipin.rules.selection import NORMS, SELECTION
 
 #: Operation (as ``torch.export`` names it, "aten.relu.default") → rule.
 MIPIN: Mapping[str, Rule] = MappingProxyType(
@@ -34,6 +34,7 @@ MIPIN: Mapping[str, Rule] = MappingProxyType(
         **NORMALIZATION,
         **ARITHMETIC,
         **SELECTION,
+        **NORMS,
         **REARRANGEMENT,
         **COPIES,
         **MIXES,

@@ -90,8 +90,10 @@ def test_the_passes_and_their_order() -> None:
     assert [one.__name__ for one in PASSES] == [
         "mark_varying",
         "drop_unused",
+        "replace_complex",
         "replace_copies",
         "replace_bounds",
+        "replace_squares",
         "fold_padding",
         "replace_constants",
         "join_slices",
@@ -101,6 +103,7 @@ def test_the_passes_and_their_order() -> None:
         "spell",
         "divide_factors",
         "recognise_norms",
+        "expand_variances",
         "rewrite_for_method",
         "mark_signal",
         "lay_out_batch",
@@ -151,6 +154,35 @@ def test_a_clamp_between_tensors_is_two_bounds() -> None:
     assert [low.target, high.target] == [aten.maximum.default, aten.minimum.default]
     assert [node.name for node in (*low.args, *high.args)] == ["x", "w0", "maximum_default", "w1"]
     assert {marks(low).key, marks(high).key} == {"(model)/clamp/min", "(model)/clamp/max"}
+
+
+def test_a_product_with_itself_is_a_square() -> None:
+    net = Network(4)
+    product = net.call(aten.mul.Tensor, net.x, net.x)
+    drafted = net.draft(net.call(aten.square.default, product), "replace_squares")
+    assert drafted.targets() == [aten.pow.Tensor_Scalar] * 2
+    assert [node.args for node in drafted.calls] == [(drafted[net.x], 2), (drafted[product], 2)]
+
+
+def test_complex_values_become_their_parts() -> None:
+    net = Network(4)
+    spectrum = net.call(aten.fft_rfft.default, net.x)
+    turned = net.call(aten.mul.Tensor, spectrum, 1j)
+    drafted = net.draft(net.call(aten.abs.default, turned), "replace_complex")
+    assert not any(value_of(node).is_complex() for node in drafted.calls)
+    layer = next(node for node in drafted.calls if operation(node) == "linear")
+    assert layer.args[0].args[0] is drafted[net.x] and tuple(value_of(layer).shape[1:]) == (6,)
+    assert (original(layer), marks(layer).added) == (aten.fft_rfft.default, False)
+    assert operation(drafted.calls[-2]) == "linalg_vector_norm"
+
+
+def test_a_variance_that_is_a_feature_is_written_out() -> None:
+    net = Network(5, 4)
+    variance = net.call(aten.var.correction, net.x, [1], correction=1)
+    drafted = net.draft(variance, "expand_variances")
+    names = ["mean", "sub", "pow", "mean", "mul", "alias"]
+    assert [operation(node) for node in drafted.calls] == names
+    assert drafted.calls[-2].args[1] == 5 / 4
 
 
 def test_zeros_around_an_input_are_padding() -> None:

@@ -1,0 +1,282 @@
+"""The pass that writes complex values as their real and imaginary parts.
+
+No signal goes through a complex number, but each linear operation on z = a + i b is one on a and b:
+
+- a Fourier transform is a dense layer or a convolution, see
+  :mod:`~captum_mipin.propagation.fourier`;
+- a product is (a + i b) (c + i d) = (a c − b d) + i (a d + b c);
+- the absolute value is the norm of the vector (a, b);
+- an operation that only adds or rearranges values is done with a and with b.
+
+All other operations on complex values are left as they are, and no rule covers them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from captum_mipin.graph.marks import original, value_of
+from captum_mipin.graph.nodes import argument, nodes_in, operation
+from captum_mipin.propagation.draft import Draft
+from captum_mipin.propagation.forms import insert, stand_for
+from captum_mipin.propagation.fourier import Fourier, Parts, call
+from captum_mipin.propagation.marking import mark_varying
+from captum_mipin.rules.base import varies
+
+_aten = torch.ops.aten
+
+#: Operations that do the same with the real and with the imaginary parts of their arguments.
+_ON_EACH = (
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "expand", "expand_as", "clone",
+    "contiguous", "alias", "detach", "unsqueeze", "squeeze", "permute", "transpose", "movedim",
+    "select", "slice", "narrow", "index_select", "index", "roll", "flip", "repeat", "cat",
+    "stack", "split", "split_with_sizes", "chunk", "unbind", "getitem", "diagonal",
+    "slice_scatter", "select_scatter", "copy", "sum", "mean", "neg", "pad", "constant_pad_nd",
+    "resolve_conj", "resolve_neg",
+)  # fmt: skip
+_PRODUCTS = ("mul", "matmul", "mm", "bmm", "mv", "einsum")
+_TRANSFORMS = tuple(
+    f"fft_{kind}fft{dims}" for kind in ("", "i", "r", "ir") for dims in ("", "2", "n")
+)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What is known of a graph while its complex values are replaced.
+
+    Attributes:
+        fourier: Writes its transforms.
+        parts: Complex node → its parts.
+    """
+
+    fourier: Fourier = field(default_factory=Fourier)
+    parts: dict[fx.Node, Parts] = field(default_factory=dict)
+
+    def of(self, before: fx.Node, value: Any) -> Parts:
+        """Return the parts of an argument: of a complex value, a constant or a real value."""
+        if isinstance(value, complex):
+            return value.real, value.imag
+        if not _is_complex(value):
+            return value, 0
+        if not varies(value):
+            return call(before, _aten.real.default, value), call(before, _aten.imag.default, value)
+        return self.parts[value]
+
+
+def replace_complex(draft: Draft) -> None:
+    """Replace complex values that depend on the model's inputs by their parts."""
+    graph = _Graph()
+    for node in list(draft.graph.nodes):
+        taken = [n for n in nodes_in((node.args, node.kwargs)) if varies(n)]
+        complex_ones = [n for n in taken if _is_complex(n)]
+        if not varies(node) or node in draft.starts or not (_is_complex(node) or complex_ones):
+            continue
+        rewrite = _REWRITES.get(operation(node))
+        if rewrite is None or any(n not in graph.parts for n in complex_ones):
+            continue  # it is refused, or an operation before it is
+        parts = rewrite(graph, node)
+        if parts is not None and _is_complex(node):
+            graph.parts[node] = parts
+        elif parts is not None:
+            stand_for(node, parts[0])
+    if graph.parts:
+        draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+        mark_varying(draft)
+
+
+def obstacle(node: fx.Node) -> str:
+    """Return a text that names the operations because of which a node is left complex, or ""."""
+    users = [n for n in node.users if n.op != "output"] if _is_complex(node) else []
+    left = sorted({str(original(n)) for n in users if operation(n) not in _REWRITES})
+    return f"; complex numbers go into {', '.join(left)}, which has no rule for them" * bool(left)
+
+
+def _is_complex(node: Any) -> bool:
+    """Return True for a complex number, and for the node of a complex tensor or of several."""
+    value = value_of(node) if isinstance(node, fx.Node) else node
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    return isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex())
+
+
+def _is_zero(part: Any) -> bool:
+    return not isinstance(part, fx.Node) and part == 0
+
+
+# ---------------------------------------------------------------- from complex to complex values
+
+
+def _on_each(graph: _Graph, node: Any) -> Parts | None:
+    """Do an operation with the real parts, and with the imaginary parts."""
+
+    def run(at: int) -> fx.Node:
+        def part(value: fx.Node) -> Any:
+            return graph.of(node, value)[at] if _is_complex(value) else value
+
+        return call(
+            node, node.target, *fx.map_arg(node.args, part), **fx.map_arg(node.kwargs, part)
+        )
+
+    tensors = [n for n in nodes_in(node.args) if isinstance(value_of(n), Tensor)]
+    real = [n for n in tensors if value_of(n).is_floating_point()]
+    return None if real or "dtype" in node.kwargs else (run(0), run(1))
+
+
+def _sum(graph: _Graph, node: Any) -> Parts | None:
+    """Add or subtract; a real value has the imaginary part 0."""
+    (a, b), (c, d) = (graph.of(node, value) for value in node.args)
+    if node.kwargs:
+        return None
+    real = call(node, node.target, a, c)
+    if _is_zero(b):
+        b = call(node, _aten.zeros_like.default, real)
+    if _is_zero(d):
+        return real, _shaped(node, b, real)
+    return real, call(node, node.target, b, d)
+
+
+def _difference(graph: _Graph, node: Any) -> Parts:
+    """Subtract from a number: (c + i d) − (a + i b)."""
+    (a, b), (c, d) = (graph.of(node, value) for value in node.args[:2])
+    return call(node, node.target, a, c), call(node, node.target, b, d)
+
+
+def _shaped(node: fx.Node, value: fx.Node, other: fx.Node) -> fx.Node:
+    """Return a value in the shape of another one."""
+    same = str(value_of(value).shape) == str(value_of(other).shape)
+    return value if same else call(node, _aten.expand_as.default, value, other)
+
+
+def _product(graph: _Graph, node: Any) -> Parts | None:
+    """Multiply: (a + i b) (c + i d) = (a c − b d) + i (a d + b c)."""
+    listed = operation(node) == "einsum"
+    factors: Sequence[Any] = node.args[1] if listed else node.args
+    if len(factors) != 2 or node.kwargs:
+        return None
+    (a, b), (c, d) = (graph.of(node, factor) for factor in factors)
+
+    def times(x: Any, y: Any) -> Any:
+        if _is_zero(x) or _is_zero(y):
+            return None
+        first = isinstance(x, fx.Node)
+        args = (node.args[0], [x, y]) if listed else (x, y) if first else (y, x)
+        return call(node, node.target, *args)
+
+    def total(target: Any, x: Any, y: Any) -> fx.Node:
+        if x is None or y is None:
+            result = y if x is None else x
+            minus = x is None and target is _aten.sub.Tensor
+            return call(node, _aten.neg.default, result) if minus else result
+        return call(node, target, x, y)
+
+    return (
+        total(_aten.sub.Tensor, times(a, c), times(b, d)),
+        total(_aten.add.Tensor, times(a, d), times(b, c)),
+    )
+
+
+def _shifted(graph: _Graph, node: Any) -> Parts | None:
+    """Move the frequency 0 to the middle, or back, by ``roll``."""
+    x, sign = node.args[0], 1 if operation(node) == "fft_fftshift" else -1
+    dims = argument(node, 1, "dim")
+    dims = list(range(value_of(x).ndim)) if dims is None else dims
+    halves = [value_of(x).shape[dim] // 2 for dim in dims]
+    if not all(isinstance(half, int) for half in halves):
+        return None  # along the batch
+    moves = [sign * half for half in halves]
+    a, b = (call(node, _aten.roll.default, part, moves, dims) for part in graph.of(node, x))
+    return a, b
+
+
+def _ratio(graph: _Graph, node: Any) -> Parts | None:
+    """Divide by a real value, or multiply by the reciprocal of a complex constant."""
+    z, divisor = node.args[0], node.args[1]
+    if node.kwargs or not _is_complex(z):
+        return None
+    a, b = graph.of(node, z)
+    if not _is_complex(divisor):
+        return call(node, node.target, a, divisor), call(node, node.target, b, divisor)
+    if varies(divisor):
+        return None
+    plain = isinstance(divisor, complex)
+    inverse = 1 / divisor if plain else call(node, _aten.reciprocal.default, divisor)
+    node.target, node.args = _aten.mul.Tensor, (z, inverse)
+    return _product(graph, node)
+
+
+def _conjugate(graph: _Graph, node: Any) -> Parts:
+    a, b = graph.of(node, node.args[0])
+    return a, call(node, _aten.neg.default, b)
+
+
+def _converted(graph: _Graph, node: Any) -> Parts | None:
+    """Convert to another dtype; a real value becomes complex."""
+    named, (a, b) = dict(node.kwargs), graph.of(node, node.args[0])
+    if not _is_complex(node) or named.get("dtype") is None:
+        return None
+    named["dtype"] = named["dtype"].to_real()
+    real = call(node, node.target, a, **named)
+    if _is_zero(b):
+        return real, call(node, _aten.zeros_like.default, real)
+    return real, call(node, node.target, b, **named)
+
+
+# ------------------------------------------------------------- from real values, and to real values
+
+
+def _from_vectors(graph: _Graph, node: Any) -> Parts:
+    a, b = (call(node, _aten.select.int, node.args[0], -1, at) for at in (0, 1))
+    return a, b
+
+
+def _joined(graph: _Graph, node: Any) -> Parts:
+    a, b = node.args
+    return a, b
+
+
+def _vectors(graph: _Graph, node: Any) -> Parts:
+    return call(node, _aten.stack.default, list(graph.of(node, node.args[0])), -1), 0
+
+
+def _absolute(graph: _Graph, node: Any) -> Parts:
+    """Take the absolute value: |a + i b| is the norm of the vector (a, b)."""
+    vectors, _ = _vectors(graph, node)
+    return insert(node, _aten.linalg_vector_norm.default, vectors, 2, [-1]), 0
+
+
+def _real(graph: _Graph, node: Any) -> Parts:
+    return graph.of(node, node.args[0])[0], 0
+
+
+def _imaginary(graph: _Graph, node: Any) -> Parts:
+    return graph.of(node, node.args[0])[1], 0
+
+
+def _transform(graph: _Graph, node: Any) -> Parts | None:
+    return graph.fourier.transform(node, graph.of(node, node.args[0]))
+
+
+def _short_time(graph: _Graph, node: Any) -> Parts | None:
+    return graph.fourier.short_time(node)
+
+
+_REWRITES: dict[str, Callable[[_Graph, Any], Parts | None]] = {
+    **dict.fromkeys(_ON_EACH, _on_each),
+    **dict.fromkeys(("add", "sub"), _sum),
+    "rsub": _difference,
+    **dict.fromkeys(_PRODUCTS, _product),
+    "div": _ratio,
+    **dict.fromkeys(("fft_fftshift", "fft_ifftshift"), _shifted),
+    **dict.fromkeys(("_conj", "conj_physical"), _conjugate),
+    "_to_copy": _converted,
+    "view_as_complex": _from_vectors,
+    "complex": _joined,
+    "view_as_real": _vectors,
+    "abs": _absolute,
+    "real": _real,
+    "imag": _imaginary,
+    **dict.fromkeys(_TRANSFORMS, _transform),
+    "stft": _short_time,
+}
