@@ -18,7 +18,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils import _pytree as pytree
 
 from captum_mipin.graph.modules import OWN
-from captum_mipin.graph.plain import is_long
+from captum_mipin.graph.plain import base_of, is_long
 from captum_mipin.graph.twin import FOREIGN, attributes_of, package
 
 #: Attributes of recurrent layers that contain their parameters again; torch exchanges these itself.
@@ -122,29 +122,34 @@ class Kept:
         if isinstance(value, (property, staticmethod, classmethod)):
             return (value.fget if isinstance(value, property) else value.__func__,)
         if isinstance(value, (tuple, frozenset)):
-            return () if is_long(value) else value
+            return () if is_long(value) else list(base_of(value).__iter__(value))
         if isinstance(value, (dict, list, deque, set)):
             return self._contents(value)
         return self._attributes(value)
 
     def _contents(self, value: Any) -> Iterable[Any]:
         """Note a container; return its entries."""
-        if isinstance(value, dict):
+        base = base_of(value)
+        if issubclass(base, dict):
 
             def write(entries: Any) -> None:
-                value.clear()
-                value.update(entries)
+                base.clear(value)
+                for key, entry in entries:
+                    base.__setitem__(value, key, entry)
 
-            self._note(lambda: list(value.items()), write)
-            return () if is_long(value) else list(value.values())
+            self._note(lambda: list(base.items(value)), write)
+            return () if is_long(value) else list(base.values(value))
 
         def refill(entries: Any) -> None:
-            value.clear()
-            fill = value.update if isinstance(value, set) else value.extend
-            fill(entry for _, entry in entries)
+            base.clear(value)
+            fill = base.update if base is set else base.extend
+            fill(value, [entry for _, entry in entries])
 
-        self._note(lambda: [("an entry of a list", entry) for entry in value], refill)
-        return () if is_long(value) else list(value)
+        def read() -> list[tuple[str, Any]]:
+            return [("an entry of a list", entry) for entry in base.__iter__(value)]
+
+        self._note(read, refill)
+        return () if is_long(value) else list(base.__iter__(value))
 
     def _attributes(self, value: Any) -> Iterator[Any]:
         """Note the attributes of an object; yield their values, and what its calls run."""

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_mipin.graph.plain import ATOMS, BUFFERS, FEW, digest_of
+from captum_mipin.graph.plain import ATOMS, BUFFERS, FEW, base_of, digest_of
 from captum_mipin.graph.twin import attributes_of
 
 #: Types of values that are compared by their form and version instead of their content.
@@ -104,11 +104,15 @@ def _again(number: int) -> tuple[str, int]:
 
 def _parts(value: Any) -> list[Any] | None:
     """Return what a container or a similar object refers to, None for another object."""
-    if isinstance(value, (dict, MappingProxyType)):
-        factory = [value.default_factory] if isinstance(value, defaultdict) else []
-        return [*value, *value.values(), *factory, *_own(value)]
+    if isinstance(value, MappingProxyType):
+        return [*value, *value.values()]
+    if isinstance(value, dict):
+        base, factory = base_of(value), []
+        if isinstance(value, defaultdict):
+            factory = [value.default_factory]
+        return [*base.__iter__(value), *base.values(value), *factory, *_own(value)]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return [*value, *_own(value)]
+        return [*base_of(value).__iter__(value), *_own(value)]
     if isinstance(value, BUFFERS):
         return [digest_of(value), *_own(value)]
     if isinstance(value, np.ndarray) and value.dtype.hasobject:

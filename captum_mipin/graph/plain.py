@@ -4,7 +4,7 @@ import ctypes
 import hashlib
 import pickle
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from itertools import chain, compress, repeat
 from sys import intern
@@ -50,6 +50,18 @@ class LongTuple(tuple[Any, ...]):
 #: Type of a large container → that of its copy, which ``torch.utils._pytree`` takes for one value.
 COPIES: dict[type, type] = {list: LongList, dict: LongDict, tuple: LongTuple}
 _ORIGINALS = {copy: original for original, copy in COPIES.items()}
+
+
+#: The built-in containers, of which a class may be derived.
+_BASES = (OrderedDict, dict, list, tuple, set, frozenset, deque)
+
+
+def base_of(value: Any) -> Any:
+    """Return the built-in type of a container, whose methods read and write its own entries.
+
+    A class derived from it may have other methods, as one that imports what it is asked for.
+    """
+    return next(base for base in _BASES if isinstance(value, base))
 
 
 class _Pickler(pickle.Pickler):

@@ -11,34 +11,33 @@ ratios keep the rule of ``divided``.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import combinations
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import mark, original, value_of
 from captum_mipin.graph.nodes import ancestors, argument, is_size, operation
 from captum_mipin.propagation.canonical import is_copy
-from captum_mipin.propagation.draft import Draft, as_number, is_tensor, number_of
+from captum_mipin.propagation.draft import Draft, is_tensor, number_of
 from captum_mipin.propagation.forms import become, insert
 from captum_mipin.propagation.marking import mark_varying
+from captum_mipin.propagation.norm_trials import (
+    BOUND,
+    NORMS,
+    TOLERANCE,
+    Norm,
+    eps_of,
+    falls,
+    norm_of,
+)
 from captum_mipin.rules import DIVIDED
-from captum_mipin.rules.base import along, varies
+from captum_mipin.rules.base import varies
 
 _aten = torch.ops.aten
 
-#: Scales of the random examples: ε counts for some of them, and for others it does not.
-_SCALES = [*(10 ** (-k / 2) for k in range(25)), 1e-30]
-#: Number of random places at which a value is compared with a norm.
-_PLACES = 4096
-#: Largest relative difference from a norm, and the largest ε that may be a rounding error.
-_TOLERANCE, _ROUNDING = 1e-7, 1e-50
-#: Largest ε that may come from a bound, of which it makes no difference to values above 1e-8.
-_BOUND = 1e-20
 #: Largest number of operations that a norm is made of, without γ and β; and their names. All of
 #: them are smooth, so that the random examples decide.
 _OPERATIONS = 24
@@ -50,24 +49,6 @@ _PARTS = frozenset(
      "_to_copy"}
     | {f"{kind}avg_pool{n}d" for kind in ("", "adaptive_", "_adaptive_") for n in (1, 2, 3)}
 )  # fmt: skip
-_NORMS = ("layer_norm", "rms_norm")
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation without β, whose γ is a number.
-
-    Attributes:
-        name: "layer_norm" or "rms_norm".
-        dims: The dimensions that are normalised.
-        eps: ε.
-        scale: The number γ.
-    """
-
-    name: str
-    dims: tuple[int, ...]
-    eps: float
-    scale: float
 
 
 def recognise_norms(draft: Draft) -> None:
@@ -77,19 +58,19 @@ def recognise_norms(draft: Draft) -> None:
     known: dict[str, Norm | None] = {}
     for node in list(draft.graph.nodes):
         factor = _scale_of_example(node)
-        ends = node.target is DIVIDED or operation(node) in _NORMS or factor is not None
+        ends = node.target is DIVIDED or operation(node) in NORMS or factor is not None
         if not ends or not varies(node) or node in draft.starts:
             continue
         sources = [x for x in _sources(draft, node, order) if _is_computable(node, x, sizes)]
         tried = []
         for x in sources:  # the same norm in each block of a network is tried once
             key = _spelling(node, x, sizes, order)
-            known[key] = known[key] if key in known else _norm_of(node, x)
+            known[key] = known[key] if key in known else norm_of(node, x)
             tried.append((x, known[key]))
         names = [(x, norm) for x, norm in tried if norm is not None]
         if names:
             _replace(draft, node, *names[-1])  # the longest one, from x and not from x − μ
-        elif factor is not None and any(_falls(factor, x) for x in sources):
+        elif factor is not None and any(falls(factor, x) for x in sources):
             (x,) = (n for n in node.args if n is not factor)
             become(node, DIVIDED, x, insert(node, _aten.reciprocal.default, factor))
         else:
@@ -107,7 +88,7 @@ def _is_computable(node: Any, x: fx.Node, sizes: set[fx.Node]) -> bool:
         x: The node of a tensor from which it is computed.
         sizes: The nodes of all sizes, which are numbers.
     """
-    result, stop = node.args[0] if operation(node) in _NORMS else node, {x, *sizes}
+    result, stop = node.args[0] if operation(node) in NORMS else node, {x, *sizes}
     needed = ancestors([result], stop)
     return result is not x and all(n in stop or n.op == "call_function" for n in needed)
 
@@ -121,9 +102,9 @@ def _spelling(node: Any, x: fx.Node, sizes: set[fx.Node], order: dict[fx.Node, i
         sizes: The nodes of all sizes.
         order: The place of each node in the graph.
     """
-    norm = operation(node) in _NORMS
+    norm = operation(node) in NORMS
     names: dict[fx.Node, str] = {}
-    lines = [f"{value_of(x).shape}", f"{node.target} {node.args[1]} {_eps(node)}" if norm else ""]
+    lines = [f"{value_of(x).shape}", f"{node.target} {node.args[1]} {eps_of(node)}" if norm else ""]
     parts = ancestors([node.args[0] if norm else node], {x, *sizes})
     for at, n in enumerate(sorted(parts, key=order.__getitem__)):
         names[n] = "x" if n is x else str(value_of(n)) if n in sizes else f"n{at}"
@@ -166,131 +147,7 @@ def _is_bound(node: Any) -> bool:
     if operation(node) not in ("clamp_min", "clamp") or argument(node, 2, "max") is not None:
         return False
     low = argument(node, 1, "min")
-    return isinstance(low, (int, float)) and 0 <= low <= _BOUND**0.5
-
-
-def _norm_of(node: fx.Node, x: fx.Node) -> Norm | None:
-    """Return the normalisation of x that a node computes; None if the node computes none."""
-    batch = _batch(x)
-    if batch is None:
-        return None
-    sizes = [as_number(size, len(_SCALES)) for size in value_of(x).shape]
-    generator = torch.Generator().manual_seed(0)
-    value = 1 + 3 * torch.randn(sizes, generator=generator, dtype=torch.float64)
-    scales = value.new_tensor(_SCALES).repeat(sizes[batch] // len(_SCALES))
-    value = value * along(scales, value, batch)
-    result = _run(node, x, value)
-    return None if result is None else _norm(value, result, batch)
-
-
-def _falls(node: fx.Node, x: fx.Node) -> bool:
-    """Return True if a value falls like 1 / |x| for large x."""
-    if _batch(x) is None:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    sizes = [as_number(size, len(_SCALES)) for size in value_of(x).shape]
-    value = torch.randn(sizes, generator=generator, dtype=torch.float64)
-    small, large = (_run(node, x, value * scale) for scale in (1e6, 1e9))
-    if small is None or large is None:
-        return False
-    return bool((small != 0).all()) and torch.allclose(large * 1e3, small, 1e-5, 0)
-
-
-def _batch(x: fx.Node) -> int | None:
-    """Return the dimension of a tensor that has the examples; None if there is not one."""
-    dims = [dim for dim, size in enumerate(value_of(x).shape) if not isinstance(size, int)]
-    return dims[0] if len(dims) == 1 else None
-
-
-def _run(node: fx.Node, x: fx.Node, value: Tensor) -> Tensor | None:
-    """Return the value of a node for a value of x; None if the operations take no such numbers.
-
-    Args:
-        node: The node; if it is a norm, it is computed without γ and β.
-        x: The node of a tensor from which it is computed.
-        value: The value of x, in float64.
-    """
-    known: dict[fx.Node, Any] = {x: value}
-
-    def compute(n: fx.Node) -> Any:
-        if n not in known and is_size(n):
-            known[n] = as_number(value_of(n), len(_SCALES))
-        elif n not in known:
-            run: Any = n.target  # of a weight, whose value is not known here, it is a name
-            named = {name: n.kwargs[name] for name in n.kwargs if name != "dtype"}
-            known[n] = run(*fx.map_arg(n.args, compute), **fx.map_arg(named, compute))
-        return known[n]
-
-    try:
-        with torch.no_grad():
-            if operation(node) not in _NORMS:
-                result = compute(node)
-            else:
-                run: Any = node.target
-                result = run(compute(node.all_input_nodes[0]), node.args[1], eps=_eps(node))
-    except Exception:  # of any type: the operations take no such numbers
-        return None
-    return result if isinstance(result, Tensor) and result.dtype == value.dtype else None
-
-
-def _eps(node: Any) -> float | None:
-    """Return ε of a norm."""
-    at, default = (4, 1e-5) if operation(node) == "layer_norm" else (3, None)
-    eps: float | None = argument(node, at, "eps", default)
-    return torch.finfo(value_of(node).dtype).eps if eps is None else eps
-
-
-def _norm(x: Tensor, y: Tensor, batch: int) -> Norm | None:
-    """Return the normalisation with which y is computed from x; None if there is none.
-
-    Args:
-        x: Tensor of random numbers.
-        y: Tensor of the same shape.
-        batch: The dimension of the examples, which is not normalised.
-    """
-    others = [dim for dim in range(x.ndim) if dim != batch]
-    generator = torch.Generator().manual_seed(0)
-    places = [torch.randint(x.shape[dim], (_PLACES,), generator=generator) for dim in others]
-
-    def some(values: Tensor) -> Tensor:
-        """Return the values (examples, places) of all examples at the random places."""
-        index: Any = (slice(None), *places)
-        return values.expand_as(x).movedim(batch, 0)[index]
-
-    for count in range(1, len(others) + 1):
-        for dims in combinations(others, count):
-            centred = x - x.mean(dims, keepdim=True)
-            for name, above in (("layer_norm", centred), ("rms_norm", x)):
-                square = above.square().mean(dims, keepdim=True)
-                found = _fit(some(above), some(square), some(y))
-                if found is not None:
-                    return Norm(name, dims, *found)
-    return None
-
-
-def _fit(above: Tensor, square: Tensor, y: Tensor) -> tuple[float, float] | None:
-    """Return ε and c for which y = c · above / √(square + ε); None if there are none.
-
-    Args:
-        above: Tensor (examples, places), x or x − μ; example 0 is large, and the last one small.
-        square: The mean of its squares.
-        y: Tensor of the shape of ``above``.
-    """
-    # (above / y)² = (square + ε) / c²: ε / c² is best seen at small x, and then c at large x
-    ratio = (above / y).square()
-    small = max(0.0, float(ratio[-1].median()))
-    size = float((square / (ratio - small))[0].median())
-    if not 0 < size < torch.inf:
-        return None
-    size **= 0.5
-    scale = size if float((above * y)[0].median()) > 0 else -size
-    eps = small * scale**2
-    near = (square < eps / _TOLERANCE) & (square > eps * _TOLERANCE) & (eps < _BOUND)
-    expected = scale * above * (square + eps).rsqrt()
-    if not torch.allclose(torch.where(near, expected, y), expected, _TOLERANCE, 0):
-        return None
-    scale = 1.0 if abs(scale - 1) < _TOLERANCE else float(f"{scale:.15g}")
-    return (float(f"{eps:.6g}") if eps > _ROUNDING else 0.0), scale
+    return isinstance(low, (int, float)) and 0 <= low <= BOUND**0.5
 
 
 def _replace(draft: Draft, node: fx.Node, x: fx.Node, norm: Norm) -> None:
@@ -312,7 +169,7 @@ def _replace(draft: Draft, node: fx.Node, x: fx.Node, norm: Norm) -> None:
             weight = insert(last, _aten.reshape.default, weight, shape if whole else [1])
             weight = weight if whole else insert(last, _aten.expand.default, weight, shape)
         arguments.append(weight)
-    if abs(scale - 1) > _TOLERANCE:
+    if abs(scale - 1) > TOLERANCE:
         like = value_of(x)
         if arguments[0] is None:
             arguments[0] = insert(last, _aten.full.default, shape, scale,
@@ -342,7 +199,7 @@ def _affine(draft: Draft, node: fx.Node, norm: Norm) -> tuple[fx.Node, float, li
     """
     count = 2 if norm.name == "layer_norm" else 1
     weights: list[Any] = [None] * count
-    if operation(node) in _NORMS:
+    if operation(node) in NORMS:
         own = [argument(node, 2, "weight")]
         own += [argument(node, 3, "bias")] if operation(node) == "layer_norm" else []
         weights[: len(own)] = own

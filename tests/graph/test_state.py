@@ -2,17 +2,20 @@
 
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from small import Function
 from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution, check
 from captum_mipin.errors import CaptureError
+from captum_mipin.graph.kept import Kept
+from captum_mipin.graph.state import State
 from captum_mipin.methods import GuidedBackprop
 
 X = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
@@ -311,3 +314,35 @@ def test_objects_whose_attributes_cannot_be_listed_are_passed_over() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
     model.settings = Secretive()
     assert not check(model, X[:2]).refused
+
+
+def _fetch(*_: Any, **__: Any) -> Any:
+    raise AssertionError("nobody asked for these entries")
+
+
+def _lazy(base: Any) -> Any:
+    """Return a kind of container whose methods fetch what they are asked for."""
+    names = ("__iter__", "__getitem__", "__len__", "keys", "values", "items", "update", "extend",
+             "clear", "copy", "__reduce_ex__")  # fmt: skip
+    return type("Lazy", (base,), dict.fromkeys(names, _fetch))
+
+
+ENTRIES: dict[Any, Any] = {dict: {"a": GLOBAL}, OrderedDict: {"a": GLOBAL}, list: [GLOBAL]}
+
+
+@pytest.mark.captured_anew
+@pytest.mark.parametrize("base", ENTRIES)
+def test_containers_are_read_and_written_without_methods_of_their_own(base: Any) -> None:
+    lazy = _lazy(base)(ENTRIES[base])
+    write = base.append if base is list else partial(base.__setitem__)
+    model = Function(
+        lambda m, x: m["last"](x) * (1 if lazy is not None else 2), last=nn.Linear(4, 3)
+    )
+    kept, state = Kept(model), State(model.eval())
+    check(model, X[:2])
+    assert state.holds()
+    write(lazy, *([1.0] if base is list else ["b", 1.0]))
+    assert not state.holds()
+    kept.restore()
+    assert base.__len__(lazy) == 1 and state.holds()
+    assert next(iter(base.values(lazy) if base is not list else base.__iter__(lazy))) is GLOBAL
