@@ -83,14 +83,14 @@ REASONS = {
         "eq.Tensor eq.Scalar ne.Tensor ne.Scalar ge.Tensor ge.Scalar gt.Tensor gt.Scalar le.Tensor "
         "le.Scalar lt.Tensor lt.Scalar logical_and logical_or logical_not logical_xor isinf isnan "
         "any.dim any.dims bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor bitwise_not "
-        "argmax argmin _softmax exp log reciprocal rsqrt"
+        "argmax argmin _softmax exp log log2 log10 reciprocal rsqrt"
     ),
     "Refused: it rounds, or returns conditions or indices, through which no signal can be sent": (
         "ceil floor round trunc sign nonzero any bitwise_and.Scalar bitwise_or.Scalar "
         "bitwise_xor.Scalar div.Tensor_mode div.Scalar_mode fmod.Tensor fmod.Scalar "
         "remainder.Tensor remainder.Scalar _local_scalar_dense"
     ),
-    "Refused: infinite at 0, so that no share of the input passes": "acosh log2 log10",
+    "Refused: infinite at 0, so that no share of the input passes": "acosh",
     "Refused: it multiplies elements, or combines pairs of them, and which of them gets the signal "
     "is not defined": (
         "prod prod.dim_int pow.Tensor_Tensor pow.Scalar atan2 atan2.out _cdist_forward "

@@ -27,7 +27,8 @@ ELEMENTWISE = frozenset(
     | {name.split(".")[0] for name in CURVES}
     | {"add", "sub", "rsub", "mul", "div", "neg", "maximum", "minimum", "where", "masked_fill",
        "_to_copy", "clone", "alias", "detach", "contiguous", "gt", "ge", "lt", "le", "eq", "ne",
-       "logical_and", "logical_or", "logical_not", "sign", "exp", "log", "reciprocal", "rsqrt"}
+       "logical_and", "logical_or", "logical_not", "sign", "exp", "log", "log2", "log10",
+       "reciprocal", "rsqrt"}
 )  # fmt: skip
 #: Activations that are recognised, with their arguments by name.
 _KNOWN: tuple[tuple[Any, dict[str, Any]], ...] = tuple(
@@ -48,7 +49,7 @@ def join_elementwise(draft: Draft) -> None:
         product = operation(node) == "mul" and all(map(varies, node.args))
         product = product and not any(is_gate(n, varies) for n in node.args)
         quotient = operation(node) == "div" and varies(node.args[1])
-        curve = operation(node) in ("reciprocal", "log")
+        curve = operation(node) in ("reciprocal", "log", "log2", "log10")
         written = product or quotient or curve or _is_bound(draft, node)
         if written and marks(node).signal and node.users and node not in draft.starts:
             # a factor that follows may be a part of the function: x * (1 + tanh(...)) / 2

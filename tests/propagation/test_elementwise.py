@@ -2,11 +2,12 @@
 
 import math
 
+import every_method
 import pytest
 import torch
 from oracle import regress
 from rule_checks import alike
-from small import Function
+from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
 
@@ -37,6 +38,7 @@ SPELLED = {
     "SiLU by exp": (lambda x: x / (1 + torch.exp(-x)), F.silu),
     "sigmoid by exp": (lambda x: 1 / (1 + torch.exp(-x)), torch.sigmoid),
     "softplus by exp": (lambda x: torch.log(1 + torch.exp(x)), F.softplus),
+    "softplus by log2": (lambda x: torch.log2(1 + torch.exp(x)) * math.log(2), F.softplus),
     "Hardswish": (lambda x: x * F.relu6(x + 3) / 6, F.hardswish),
     "square": (lambda x: x * x, torch.square),
     "squared ReLU": (lambda x: x.relu() * x.relu(), lambda x: x.relu().square()),
@@ -165,3 +167,21 @@ def test_a_bound_that_moves_zero_passes_its_share(f):
             weight, bias = regress(features.numpy(), s.numpy(), 0)
             s = (s @ torch.from_numpy(weight).T + torch.from_numpy(bias)) * factor
     torch.testing.assert_close(inverse.source_signal(x, 1), s, rtol=1e-6, atol=1e-8)
+
+
+def test_decibels_are_logarithms():
+    def power(m, x):
+        return m["p"](x).square().clamp(min=1e-6)
+
+    torch.manual_seed(0)
+    parts = {"p": nn.Linear(4, 6), "last": nn.Linear(6, 2)}
+    runs = [
+        lambda m, x: m["last"](10 * torch.log10(power(m, x))),
+        lambda m, x: m["last"](10 / math.log(10) * torch.log(power(m, x))),
+        lambda m, x: m["last"](10 / math.log2(10) * torch.log2(power(m, x))),
+    ]
+    x = normal(60, 4, dtype=torch.float64)
+    first, *others = (every_method.maps(run, x, **parts) for run in runs)
+    for other in others:  # all but PatternNet, whose scale is that of the constants
+        for a, b in zip(other[:-1], first[:-1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
