@@ -121,13 +121,22 @@ def check_model(model: Any) -> nn.Module:
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise CaptureError if a module is a TorchScript module."""
+    """Raise CaptureError if a module is compiled by TorchScript, or sharded by FSDP."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # it is not imported for this question
+    sharded = (fsdp.FullyShardedDataParallel, fsdp.FSDPModule) if fsdp else ()
     for path, module in model.named_modules():
         name = f"module {path!r}" if path else "the model"
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(
                 f"{name} is compiled by TorchScript, which torch.export cannot read; expected a "
                 "Python module: use the module from before torch.jit.script or torch.jit.trace"
+            )
+        if isinstance(module, sharded):
+            raise CaptureError(
+                f"{name} is sharded by FSDP, so that no process has all of its weights; expected "
+                "whole weights: on all processes, get them with torch.distributed.checkpoint."
+                "state_dict.get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True)), and load them into a model without FSDP"
             )
 
 

@@ -1,5 +1,8 @@
 """What users pass, and models that are refused before they are captured."""
 
+import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,3 +98,41 @@ def test_nested_tensors_are_refused() -> None:
     nested = torch.nested.nested_tensor([torch.randn(4), torch.randn(4)])
     with pytest.raises(InputError, match="input 0 is a nested tensor"):
         check(nn.Linear(4, 3).eval(), nested)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("torch has no processes that talk to each other here")
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_sharded_model_is_refused_and_its_whole_weights_are_taken(
+    version: int, group: None
+) -> None:
+    from torch.distributed import fsdp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+
+    plain, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), torch.ones(2, 4)
+    sharded = copy.deepcopy(plain)
+    if version == 1:
+        sharded[0] = fsdp.FullyShardedDataParallel(sharded[0], device_id=torch.device("cpu"))
+    else:
+        fsdp.fully_shard(sharded[0], mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(CaptureError, match=r"module '0' is sharded by FSDP.*get_model_state_dict"):
+        check(sharded, x)
+    # the way out that the message names
+    options = StateDictOptions(full_state_dict=True)
+    weights = get_model_state_dict(sharded, options=options)
+    whole = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    whole.load_state_dict(weights)
+    torch.testing.assert_close(LRP(whole).attribute(x, 1), LRP(plain).attribute(x, 1))
