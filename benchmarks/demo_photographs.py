@@ -26,6 +26,12 @@ from captum_mipin.metrics import deletion, insertion
 SIZE = 224
 #: Photographs that are explained and drawn at most, and crops of each to fit on.
 SHOWN, CROPS = 8, 8
+#: Seed of the crops: the typical one of several, see ``typical.py``.
+SEED = 1
+METRICS: Any = {
+    "insertion": partial(insertion, steps=12),
+    "deletion": partial(deletion, steps=12),
+}
 #: Package, folder and files of photographs that may be copied: of NASA and the US Navy (public
 #: domain), CC0 by their authors, and CC BY 2.0 (china and flower).
 PACKAGED = (
@@ -101,6 +107,21 @@ def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
 
 
+def to_fit(images: Sequence[Image.Image], seed: int = SEED) -> Tensor:
+    """Return images to fit on: of many photographs all, of few random crops of each."""
+    if len(images) >= SHOWN * CROPS:
+        return torch.stack([whole(image) for image in images])
+    count, generator = -(-SHOWN * CROPS // len(images)), torch.Generator().manual_seed(seed)
+    return torch.stack([crop for image in images for crop in crops(image, count, generator)])
+
+
+def imagenet() -> Sequence[str]:
+    """Return the names of ImageNet's classes."""
+    weights: Any = importlib.import_module("torchvision.models").ResNet18_Weights.DEFAULT
+    names: Sequence[str] = weights.meta["categories"]
+    return names
+
+
 def compared(
     model: nn.Module, fit: Tensor, x: Tensor, pictures: Tensor, names: Sequence[str]
 ) -> tuple[Comparison, str]:
@@ -122,30 +143,18 @@ def compared(
         "Grad-CAM at _bn1": partial(cam.attribute, relu_attributions=True),
         "Saliency": "Saliency",
     }
-    metrics: Any = {
-        "insertion": partial(insertion, steps=12),
-        "deletion": partial(deletion, steps=12),
-    }
-    found = compare(methods, x, targets, model=model, metrics=metrics, names=names)
+    found = compare(methods, x, targets, model=model, metrics=METRICS, names=names)
     return replace(found, images=pictures), mipin.picked
 
 
 def run(out: Path, folder: Path | None) -> None:
     """Write ``photographs.png``, ``photographs.html`` and ``photographs.md`` to ``out``."""
-    begin, generator = time.perf_counter(), torch.Generator().manual_seed(0)
-    images = photographs(folder)
-    shown = images[:SHOWN]
-    # of many photographs all are fitted on, of few their crops
-    fitted = [whole(image) for image in images]
-    if len(images) < SHOWN * CROPS:
-        count = -(-SHOWN * CROPS // len(images))
-        fitted = [crop for image in images for crop in crops(image, count, generator)]
-    weights: Any = importlib.import_module("torchvision.models").ResNet18_Weights.DEFAULT
+    begin, images = time.perf_counter(), photographs(folder)
+    shown, fitted = images[:SHOWN], to_fit(images)
     model, normalise = pretrained.efficientnet_lite0()
     pictures = torch.stack([whole(image) for image in shown])
     found, label = compared(
-        model, normalise(torch.stack(fitted)), normalise(pictures), pictures,
-        weights.meta["categories"],
+        model, normalise(fitted), normalise(pictures), pictures, imagenet()
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     found.figure(across=True).savefig(out / "photographs.png", dpi=100)

@@ -485,6 +485,12 @@ def photographs_head() -> str:
     return show([*lines.values(), last])
 
 
+def typical() -> str:
+    """Return the output of ``compare`` with typical crops, as the demo prints it."""
+    lines = read("typical")["settings"]["table"]
+    return "\n".join(["```text", *(line.rstrip() for line in lines), "```"])
+
+
 def which_map() -> str:
     """Return the table of questions and maps."""
     dense, pixels = _dense(), []
@@ -665,23 +671,21 @@ def speed_methods() -> str:
 
 
 def speed_metrics() -> str:
-    """Return the time of the loop that runs the network once a step and image ÷ deletion's."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    """Return the time of the loop that runs the network once a step and image ÷ the metric's."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in read("speed-metrics")["rows"]:
-        images = (
-            f"{row['count']} of {row['images']}"
-            if row["images"] != "random"
-            else f"{row['count']} random"
-        )
-        about = {"network": row["network"], "images": images, "steps": row["steps"]}
+        images = f"{row['count']} " + f"of {row['images']}".replace("of random", "random")
+        ran = f"{row['forwards, metric']} of {row['forwards, loop']}"
+        about = {"network": row["network"], "images": images, "metric": row["metric"]}
         line = rows.setdefault(
-            (row["network"], images),
-            about | {"inputs run": f"{row['forwards, deletion']} of {row['forwards, loop']}"},
+            tuple(about.values()), about | {"steps": row["steps"], "inputs run": ran}
         )
         for clock in ("processor", "wall"):
-            times = [row[f"{part}times faster, least {clock}"] for part in ("", "forwards alone ")]
+            parts = "", "forwards alone ", "32 steps at most "
+            times = [row[f"{part}times faster, least {clock}"] for part in parts]
+            shown = [f"{value:.1f}" for value in times[: 3 if row["steps"] > 32 else 2]]
             cell = f"{row['threads']} thread{'s' * (row['threads'] > 1)}, {clock}"
-            line[cell] = f"{times[0]:.1f} / {times[1]:.1f}"
+            line[cell] = " / ".join(shown)
     return show(list(rows.values()))
 
 
@@ -1008,6 +1012,7 @@ def main() -> None:
         photographs_mosaics,
         photographs_fits,
         photographs_head,
+        typical,
         which_map,
         wild,
         wild_refused,

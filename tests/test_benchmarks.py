@@ -335,6 +335,15 @@ def script(monkeypatch):
         sys.modules.pop(name, None)
 
 
+def test_readme_shows_the_demo_with_typical_crops(script):
+    """The seed has the median of insertion less deletion, and the demo takes it."""
+    common, tables, demo = (script(name) for name in ("common", "tables", "demo_photographs"))
+    result = common.read("typical")
+    order = sorted(result["rows"], key=lambda row: row["insertion"] - row["deletion"])
+    assert order[len(order) // 2]["seed"] == result["settings"]["seed"] == demo.SEED
+    assert tables.typical() in (common.ROOT / "README.md").read_text()
+
+
 def test_the_demo_leaves_out_what_is_no_photograph(script, tmp_path, capsys):
     image, demo = importlib.import_module("PIL.Image"), script("demo_photographs")
     (tmp_path / "notes.txt").write_text("no photograph")

@@ -20,6 +20,7 @@ from captum_mipin.cli.optional import require_module
 from captum_mipin.comparison.names import check_names, class_names
 from captum_mipin.errors import InputError, MIPINError, MissingFileError
 from captum_mipin.graph import exported
+from captum_mipin.graph.diagnosis import reasons
 from captum_mipin.graph.signature import select
 from captum_mipin.options import closest, type_of
 from captum_mipin.photographs import photograph_layer
@@ -85,8 +86,9 @@ def outputs_of(args: Namespace, model: nn.Module, x: Tensor) -> Tensor:
 
     Raises:
         InputError: The shape of the outputs differs from these shapes.
+        CaptureError: The model cannot run on the images.
     """
-    with torch.no_grad():
+    with torch.no_grad(), reasons(model, (x,), None):
         outputs = torch.cat([select(model(part), None) for part in x.split(args.batch_size)])
     if outputs.ndim not in (1, 2):
         raise InputError(

@@ -511,6 +511,11 @@ def test_what_the_library_refuses_is_refused_in_one_line(folder, capsys):
     for message, line in (
         ("cannot run on inputs (2, 3, 9, 9)", "check tiny_networks:build --size 9"),
         ("target 3 is outside", f"fit {MODEL} few --targets 3 {out}"),
+        (
+            "Sequential cannot run on inputs (3, 1, 8, 8)",
+            "predict tiny_networks:build few --size 8 --mean 0.5 --std 0.5",
+        ),
+        ("Pass --size, --mean and --std with", "predict tiny_networks:build few --size 9"),
         ("--ridge -1.0", f"fit {MODEL} few --ridge=-1 {out}"),
         (
             "fitted to another model",
