@@ -85,8 +85,8 @@ class State:
         model: The model.
 
     Attributes:
-        dynamic: Whether the model's own code may compute the names of what it reads. Then the model
-            may depend on more than its state.
+        dynamic: Whether the model's own code, which is not installed, may compute the names of what
+            it reads. Then the model may depend on more than its state.
 
     Examples:
         >>> import torch
@@ -234,9 +234,7 @@ class _Walk:
     def _is_closed(self, name: str) -> bool:
         """Return True if the code of a package is compared as a whole."""
         if name not in self._closed:
-            module = sys.modules.get(name)
-            places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
-            self._closed[name] = any(str(place).startswith(_INSTALLED) for place in places)
+            self._closed[name] = _is_installed(name)
         return self._closed[name]
 
     def _push(self, value: Any, path: Path) -> None:
@@ -300,8 +298,9 @@ class _Walk:
         _, _, names = self._scopes.setdefault(id(scope), (function, where, set()))
         names |= global_names(code)
         names |= attribute_names(code) if "globals" in names else set()
-        own = not self._is_closed(package(function))
-        self.dynamic |= own and not _DYNAMIC.isdisjoint(attribute_names(code))
+        if not _DYNAMIC.isdisjoint(attribute_names(code)):
+            name = package(function)
+            self.dynamic |= not (self._is_closed(name) or _is_installed(name))
         for name in attribute_names(code) - self._names:
             self._names.add(name)
             for method in self._waiting.pop(name, ()):
@@ -373,6 +372,13 @@ def _by_key(name: str, value: Any, parts: list[Any]) -> list[tuple[Path, list[An
 def _package_of(scope: dict[str, Any]) -> str:
     """Return the name of the package that global variables belong to."""
     return str(scope.get("__name__")).partition(".")[0]
+
+
+def _is_installed(name: str) -> bool:
+    """Return True if a package is installed, so that nobody edits it while it is used."""
+    module = sys.modules.get(name)
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    return any(str(place).startswith(_INSTALLED) for place in places)
 
 
 def _is_special(name: str) -> bool:

@@ -597,7 +597,8 @@ def test_an_assert_does_not_lead_into_pytest() -> None:
 
 def test_an_object_that_cannot_be_read_is_captured_each_time(traced: list[int]) -> None:
     class Unreadable(dict[str, Any]):
-        def __iter__(self) -> Any:
+        @property
+        def __dict__(self) -> Any:  # type: ignore[override]
             raise RuntimeError("not to be read")
 
     model = Squares().eval()

@@ -1,5 +1,7 @@
 """What a model's forward and hooks write: it holds after each call what it held before."""
 
+import importlib
+import os
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from captum_mipin import InverseNetwork, MIPINAttribution, check
 from captum_mipin.errors import CaptureError
+from captum_mipin.graph import state as state_module
 from captum_mipin.graph.kept import Kept
 from captum_mipin.graph.state import State
 from captum_mipin.methods import GuidedBackprop
@@ -346,3 +349,40 @@ def test_containers_are_read_and_written_without_methods_of_their_own(base: Any)
     kept.restore()
     assert base.__len__(lazy) == 1 and state.holds()
     assert next(iter(base.values(lazy) if base is not list else base.__iter__(lazy))) is GLOBAL
+
+
+CHOOSES = """
+from torch import nn
+
+class Chooses(nn.Module):
+    mode = "once"
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def run_once(self, x):
+        return self.layer(x)
+
+    def run_twice(self, x):
+        return 2 * self.layer(x)
+
+    def forward(self, x):
+        return getattr(self, "run_" + self.mode)(x)
+"""
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_only_code_that_may_be_edited_is_rehearsed_for_names_that_it_computes(
+    installed: bool, tmp_path: Any, monkeypatch: Any
+) -> None:
+    name = f"chooses_{installed}".lower()
+    (tmp_path / f"{name}.py").write_text(CHOOSES)
+    monkeypatch.syspath_prepend(tmp_path)
+    if installed:
+        monkeypatch.setattr(state_module, "_INSTALLED", (f"{tmp_path}{os.sep}",))
+    model = importlib.import_module(name).Chooses().eval()
+    before = GuidedBackprop(model).attribute(X[:2], 1)
+    assert State(model).dynamic is not installed
+    model.mode = "twice"  # what the name is computed from is a part of the state
+    torch.testing.assert_close(GuidedBackprop(model).attribute(X[:2], 1), 2 * before)
