@@ -133,6 +133,18 @@ def test_the_checkpoint_of_another_fit_is_refused_and_kept(
         assert path.read_bytes() == kept
 
 
+def test_data_is_the_same_where_outputs_differ_by_the_rounding_of_another_machine(
+    mlp: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    _interrupted(mlp.model, mlp.x, path)
+    with pytest.raises(InverseFileError, match="its data differ"):
+        InverseNetwork(mlp.model).fit(mlp.x * 1.01, [0, 2], checkpoint=path, **_settings(mlp.x))
+    rounded = mlp.x * (1 + 1e-6)
+    inverse = InverseNetwork(mlp.model).fit(rounded, [0, 2], checkpoint=path, **_settings(mlp.x))
+    assert inverse.targets == [0, 2]
+
+
 def test_a_checkpoint_is_no_inverse_and_an_inverse_no_checkpoint(mlp: Any, tmp_path: Path) -> None:
     path, saved = tmp_path / "checkpoint", tmp_path / "saved"
     mlp.inverse.save(saved)
