@@ -16,7 +16,7 @@ from captum_mipin.graph.marks import mark, original, value_of
 from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.methods.base import NamedOperation
 from captum_mipin.rules.base import varies
-from captum_mipin.rules.gates import DIVISIONS, gate_source
+from captum_mipin.rules.gates import DIVISIONS, NEGATIONS, gate_source
 
 #: Operations that are rectifiers if their lower bound is 0.
 _CLAMPS = ("clamp", "clamp_min", "clip", "clamp_max", "hardtanh", "relu6")
@@ -148,6 +148,8 @@ def _is_positive(condition: Any, x: Any, kept: bool) -> bool:
     while operation(condition) in ("_to_copy", "alias", "clone"):
         condition = condition.args[0]
     name = operation(condition)
+    if name in NEGATIONS:
+        return _is_positive(condition.args[0], x, not kept)
     if name not in _COMPARISONS:
         return False
     left, right = condition.args[:2]

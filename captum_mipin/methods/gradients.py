@@ -38,6 +38,8 @@ _OTHERS = ("tanh", "sigmoid", "hardsigmoid", "log_sigmoid", "glu")
 _POSITIONS = frozenset(
     {"argmax", "argmin", "argsort", "max", "min", "sort", "topk", "kthvalue", "median", "mode"}
 )
+#: Products of a value and weights.
+_PRODUCTS = ("weighted_sum", "matmul", "bmm", "divided")
 #: Operations without a derivative in autograd.
 _NO_DERIVATIVE = ("heaviside", "nextafter")
 
@@ -272,9 +274,30 @@ _GATES: dict[str, Callable[..., tuple[Tensor, Back]]] = {
 
 
 def _floating(node: fx.Node) -> tuple[int, ...]:
-    """Return the positions of arguments that have a derivative."""
+    """Return the positions of arguments that have a derivative.
+
+    Weights of a sum that are computed from masks or positions alone have the derivative 0.
+    """
     lists = [n if isinstance(n, (tuple, list)) else (n,) for n in node.args]
-    return tuple(i for i, nodes in enumerate(lists) if any(map(is_floating, nodes)))
+    found = [i for i, nodes in enumerate(lists) if any(map(is_floating, nodes))]
+    if operation(node) in _PRODUCTS:
+        found = [i for i in found if not _is_chosen(node.args[i])] or found
+    return tuple(found)
+
+
+def _is_chosen(node: Any) -> bool:
+    """Return True if a value depends on the input, but only through values without a derivative."""
+    waiting, seen = [node], {node}
+    while waiting:
+        node = waiting.pop()
+        if not is_floating(node):
+            continue
+        sources = [n for n in node.all_input_nodes if depends(n)]
+        if not sources:
+            return False
+        waiting.extend(n for n in sources if n not in seen)
+        seen.update(sources)
+    return True
 
 
 def _derivative(**options: Any) -> Passes:

@@ -18,6 +18,7 @@ from captum_mipin.graph.marks import mark, marks, module_stack, original, set_mo
 from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.methods.base import NamedOperation
 from captum_mipin.regression.geometry import Geometry
+from captum_mipin.rules.base import varies
 from captum_mipin.rules.geometry import ConvolutionArguments
 
 #: Scale γ, shift β, mean μ, variance σ² and ε of a batch norm.
@@ -248,13 +249,12 @@ _BATCH_NORM = "_native_batch_norm_legit_no_training"
 
 
 def replace_layers(
-    graph: fx.Graph, batch: str, starts: Sequence[fx.Node], choose: Choose, *, fold: bool = True
+    graph: fx.Graph, starts: Sequence[fx.Node], choose: Choose, *, fold: bool = True
 ) -> None:
     """Rewrite a marked copy of a graph, so that every operation with weights is a :class:`Layer`.
 
     Args:
         graph: The copy, with the marks of :class:`captum_mipin.propagation.draft.Draft`.
-        batch: The symbol of the batch size.
         starts: The nodes of the explained tensors. A batch norm is not folded into one of them.
         choose: Function that returns the name of a layer's rule.
         fold: True to fold each batch norm into the layer before it, or else to replace it by a
@@ -274,7 +274,7 @@ def replace_layers(
             value, layer = _replace_norm(graph, node, starts, layers)
             layers[value] = layer
     weighted_nodes = {node for node, layer in layers.items() if not isinstance(layer, Scale)}
-    inputs = [n for n in graph.nodes if n.op == "placeholder" and _is_per_example(n, batch)]
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and varies(n)]
     outputs = [n for n in graph.nodes if n.op == "output"]
     first = _nearest(inputs, weighted_nodes, lambda n: list(n.users))
     last = _nearest(outputs, weighted_nodes, lambda n: n.all_input_nodes)
@@ -344,7 +344,7 @@ def _replace_norm(
 def _nearest(
     nodes: list[Any], goals: Collection[Any], neighbours: Callable[[Any], list[Any]]
 ) -> set[Any]:
-    """Return the first goals on all paths from ``nodes`` through tensors.
+    """Return the first goals on all paths from ``nodes`` through tensors that are no masks.
 
     Args:
         nodes: The nodes at which the paths start.
@@ -356,12 +356,13 @@ def _nearest(
         for node in neighbours(nodes.pop()):
             if node in goals:
                 reached.add(node)
-            elif node not in seen and isinstance(value_of(node), (Tensor, tuple, list)):
+            elif node not in seen and _is_value(value_of(node)):
                 seen.add(node)
                 nodes.append(node)
     return reached
 
 
-def _is_per_example(node: Any, batch: str) -> bool:
-    value = value_of(node)
-    return isinstance(value, Tensor) and value.ndim > 0 and str(value.shape[0]) == batch
+def _is_value(value: Any) -> bool:
+    """Return True for tensors other than booleans."""
+    tensor = isinstance(value, Tensor) and value.dtype != torch.bool
+    return tensor or isinstance(value, (tuple, list))

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from captum_mipin.graph.dimensions import RESHAPES
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.nodes import ancestors, operation
-from captum_mipin.propagation.draft import Draft
+from captum_mipin.propagation.canonical import is_copy
+from captum_mipin.propagation.draft import Draft, regrouped
 from captum_mipin.propagation.forms import Starts, insert
+from captum_mipin.rules.gates import NEGATIONS
 
 _aten = torch.ops.aten
 
@@ -22,7 +25,8 @@ _aten = torch.ops.aten
 _ELEMENTWISE = frozenset(
     {"add", "sub", "mul", "div", "divided", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal",
      "exp", "log", "abs", "clamp_min", "clamp", "maximum", "clone", "alias", "contiguous",
-     "_to_copy", "detach"}
+     "_to_copy", "detach", "rsub", "gt", "ge", "lt", "le", "eq", "ne", *NEGATIONS, "logical_and",
+     "logical_or", "bitwise_and", "bitwise_or", "where", "masked_fill"}
 )  # fmt: skip
 #: Operations on the dimensions that their argument names.
 _REDUCTIONS = {"sum": 1, "mean": 1, "linalg_vector_norm": 2}
@@ -74,11 +78,15 @@ def without_copies(node: fx.Node, before: fx.Node, starts: Starts) -> fx.Node:
 def _narrowed(node: Any, before: fx.Node, narrow: Callable[[Any], Any]) -> Any:
     """Return a node like ``node`` that is computed from arguments without copies."""
     name, result = operation(node), node
+    if name == "slice" and is_copy(node):
+        return narrow(node.args[0])
     if name == "expand":
         source = narrow(node.args[0])
         while value_of(source).ndim < value_of(node).ndim:
             source = insert(before, _aten.unsqueeze.default, source, 0)
         return source
+    if name in RESHAPES - {"unsqueeze"}:
+        return _reshaped(node, before, narrow(node.args[0]))
     if name not in _ELEMENTWISE | _REDUCTIONS.keys() and name not in _ORDERS:
         return node
     arguments = {n: narrow(n) for n in node.all_input_nodes}
@@ -92,3 +100,19 @@ def _narrowed(node: Any, before: fx.Node, narrow: Callable[[Any], Any]) -> Any:
         args, named = fx.map_arg((node.args, node.kwargs), arguments.__getitem__)
         result = insert(before, node.target, *args, **named)
     return result
+
+
+def _reshaped(node: Any, before: fx.Node, few: fx.Node) -> Any:
+    """Return a node like a reshape, of an argument ``few`` without copies."""
+    shapes, groups = [value_of(n).shape for n in (node.args[0], few, node)], regrouped(node)
+    copied = {
+        groups[0][at] for at, (n, m) in enumerate(zip(*shapes[:2], strict=True)) if str(n) != str(m)
+    }
+    for sizes, places in ((shapes[0], groups[0]), (shapes[2], groups[1])):
+        whole = [places[at] for at, size in enumerate(sizes) if size != 1]
+        if any(whole.count(group) != 1 for group in copied):
+            return node  # a dimension with copies is joined with others
+    sizes = [1 if at in copied else size for at, size in zip(groups[1], shapes[2], strict=True)]
+    if few is node.args[0] or not all(isinstance(size, int) for size in sizes):
+        return node
+    return insert(before, _aten.reshape.default, few, sizes)

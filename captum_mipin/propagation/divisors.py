@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import value_of
-from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.graph.nodes import ancestors, argument, operation
 from captum_mipin.propagation.canonical import leaves_module
-from captum_mipin.propagation.draft import Draft, permutation, regrouped
+from captum_mipin.propagation.constants import without_copies
+from captum_mipin.propagation.draft import Draft, is_tensor, permutation, regrouped
 from captum_mipin.propagation.forms import SAME_NUMBERS, Starts, insert, stand_for, with_dims
 from captum_mipin.propagation.marking import mark_varying
 from captum_mipin.rules import DIVIDED
@@ -30,7 +32,10 @@ _PRODUCTS = ("matmul", "bmm", "linear", "weighted_sum")
 def divide_factors(draft: Draft) -> None:
     """Rewrite (a b) / d as (a / d) b, or as a (b / d), if d is computed from that factor."""
     for node in list(draft.graph.nodes):
-        if node.target is DIVIDED and node not in draft.starts:
+        constant = operation(node) == "div" and all(
+            isinstance(n, fx.Node) and is_tensor(n) for n in node.args
+        )
+        if (constant or node.target is DIVIDED) and node not in draft.starts:
             _divide_factor(node, draft.starts)
     draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
     mark_varying(draft)
@@ -39,8 +44,7 @@ def divide_factors(draft: Draft) -> None:
 def _divide_factor(node: Any, starts: Starts) -> None:
     """Rewrite one ratio."""
     above, divisor = node.args
-    while operation(divisor) == "expand":
-        divisor = divisor.args[0]
+    divisor = without_copies(divisor, node, starts)
     divisor = with_dims(node, divisor, value_of(above).ndim)
     product, steps, divisor = _moved_before(node, above, divisor, starts)
     if operation(product) not in _PRODUCTS or product in starts or leaves_module(product):
@@ -50,16 +54,20 @@ def _divide_factor(node: Any, starts: Starts) -> None:
         return
     for at in (0, 1):
         factor: Any = product.args[at]
-        if not varies(factor) or not _is_of_rows(divisor, product, at):
+        if not _is_of_rows(divisor, product, at):
             continue
         if not _computed_from(divisor, product, at, starts):
             continue
         small = divisor
+        if operation(product) == "linear" and at == 1:  # one number for each output
+            small = insert(node, _aten.reshape.default, divisor, [-1, 1])
         if operation(product) == "weighted_sum":
             for dim in sorted(dim % value_of(factor).ndim for dim in product.args[2]):
                 small = insert(node, _aten.unsqueeze.default, small, dim)
         base, own, small = _moved_before(node, factor, small, starts)
-        value = insert(node, DIVIDED, base, small)
+        if value_of(base).dtype != value_of(product).dtype:  # a mask
+            base = insert(node, _aten._to_copy.default, base, dtype=value_of(product).dtype)
+        value = insert(node, DIVIDED if varies(base) else _aten.div.Tensor, base, small)
         value = _repeated(node, value, own)
         value = insert(node, product.target, *product.args[:at], value, *product.args[at + 1 :])
         stand_for(node, _repeated(node, value, steps))
@@ -79,7 +87,7 @@ def _is_of_rows(divisor: fx.Node, product: Any, at: int) -> bool:
         summed = [dim % len(shape) for dim in product.args[2]]
         own = [size for dim, size in enumerate(shape) if dim not in summed]
     elif operation(product) == "linear" and at == 1:
-        return False
+        own = [1] * (len(sizes) - 1) + [shape[0]]
     else:  # the last dimension of a product is not one of the first factor
         own = list(shape)
         own[len(own) - 1 - at] = 1
@@ -153,6 +161,11 @@ def _computed_from(divisor: fx.Node, product: fx.Node, at: int, starts: Starts) 
         starts: The explained nodes, at which the search ends.
     """
     factor, other = (_base(product.args[place], starts) for place in (at, 1 - at))
+    if not varies(factor):  # weights that are passed with each example, or those of a layer
+        own, below = (ancestors([n]) for n in (factor, divisor))
+        return not varies(divisor) and (batched(value_of(factor)) or not own.isdisjoint(below))
+    if not varies(divisor):
+        return False
     waiting, seen = [divisor], {divisor}
     while waiting:
         n = waiting.pop()

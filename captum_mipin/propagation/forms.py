@@ -13,7 +13,7 @@ The rule of an operation must not depend on the way in which a model writes it. 
 """
 
 from collections.abc import Callable, Collection, Sequence
-from math import prod
+from math import isclose, prod
 from operator import getitem
 from typing import Any
 
@@ -26,11 +26,11 @@ from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
 from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.propagation.averages import whole_dims
-from captum_mipin.propagation.draft import Draft, permutation, regrouped
+from captum_mipin.propagation.draft import Draft, number_of, permutation, regrouped
 from captum_mipin.propagation.marking import mark_as_varying, mark_varying
 from captum_mipin.rules import DIVIDED, WEIGHTED_SUM
 from captum_mipin.rules.base import varies
-from captum_mipin.rules.gates import gate_source, is_gate
+from captum_mipin.rules.gates import NEGATIONS, gate_source, is_gate
 
 _aten = torch.ops.aten
 
@@ -42,7 +42,7 @@ def spell(draft: Draft) -> None:
     """Rewrite products, ratios and sums of values that depend on the model's inputs."""
     node: Any
     for node in list(draft.graph.nodes):
-        if node.op == "call_function" and varies(node) and node not in draft.starts:
+        if node.op == "call_function" and is_of_example(node) and node not in draft.starts:
             any(rewrite(node, draft.starts) for rewrite in _REWRITES.get(operation(node), ()))
     draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
     mark_varying(draft)
@@ -60,7 +60,7 @@ def _product_with_one(node: Any, starts: Starts) -> bool:
 def _ratio(node: Any, starts: Starts) -> bool:
     """Rewrite a ratio x / d as the operation ``divided`` if d depends on the example."""
     x, divisor = node.args
-    if node.kwargs or not varies(x) or not _is_of_example(divisor):
+    if node.kwargs or not varies(x) or not is_of_example(divisor):
         return False
     _divide(node, x, divisor, starts)
     return True
@@ -69,10 +69,14 @@ def _ratio(node: Any, starts: Starts) -> bool:
 def _product_with_reciprocal(node: Any, starts: Starts) -> bool:
     """Rewrite x · r as x divided by 1 / r, if r is a reciprocal of a value of the input."""
     for x, factor in (node.args, node.args[::-1]):
-        if not varies(x) or not varies(factor):
+        if not varies(x):
             continue
         r, scale = _unscaled(factor, starts)
-        if _is_reciprocal(r):
+        if not is_of_example(factor):
+            if operation(r) == "reciprocal" and scale in (None, 1):  # of a constant
+                become(node, _aten.div.Tensor, x, r.args[0])
+                return True
+        elif _is_reciprocal(r):
             plain = operation(r) == "reciprocal" and r not in starts  # 1 / (1 / d) is d
             divisor = r.args[0] if plain else insert(node, _aten.reciprocal.default, r)
             _divide(node, x, divisor, starts, scale)
@@ -81,9 +85,12 @@ def _product_with_reciprocal(node: Any, starts: Starts) -> bool:
 
 
 def _divide(node: fx.Node, x: Any, divisor: Any, starts: Starts, *scales: Any) -> None:
-    """Rewrite a node as x / d times constants; a constant factor of x comes behind the ratio."""
+    """Rewrite a node as x / d times constants, which come behind the ratio."""
     x, scale = _unscaled(x, starts)
-    factors = [factor for factor in (scale, *scales) if factor is not None]
+    divisor, below = _number_before(node, divisor, starts)
+    factors: list[Any] = [factor for factor in (scale, *scales) if isinstance(factor, fx.Node)]
+    number = prod(n for n in (1 / below, scale, *scales) if isinstance(n, (int, float)))
+    factors += [] if isclose(number, 1) else [number]
     if not factors:
         become(node, DIVIDED, x, divisor)
         return
@@ -93,10 +100,30 @@ def _divide(node: fx.Node, x: Any, divisor: Any, starts: Starts, *scales: Any) -
     become(node, _aten.mul.Tensor, value, factors[-1])
 
 
+def _number_before(node: fx.Node, divisor: Any, starts: Starts) -> tuple[Any, float]:
+    """Return d and c for a divisor c d with a number c, as an average Σ x / n; else itself, 1."""
+    number = 1.0
+    while divisor not in starts:
+        if (scaled := number_of(divisor)) is not None:
+            divisor, number = scaled[0], number * scaled[1]
+        elif operation(divisor) == "mean" and (dims := argument(divisor, 1, "dim")):
+            sizes = [value_of(divisor.args[0]).shape[dim] for dim in dims]
+            if not all(isinstance(size, int) for size in sizes):
+                break
+            keep = argument(divisor, 2, "keepdim", False)
+            divisor = insert(node, _aten.sum.dim_IntList, divisor.args[0], dims, keep)
+            number /= prod(sizes)
+        else:
+            break
+    return divisor, number
+
+
 def _unscaled(node: Any, starts: Starts) -> tuple[Any, Any]:
     """Return x and c for a product of a value x of the input and a constant c; else node, None."""
-    if operation(node) == "mul" and node not in starts and len(node.users) == 1:
-        for x, scale in (node.args, node.args[::-1]):
+    if node not in starts and len(getattr(node, "users", ())) == 1:
+        if (scaled := number_of(node)) is not None:
+            return scaled
+        for x, scale in (node.args, node.args[::-1]) if operation(node) == "mul" else ():
             if varies(x) and not varies(scale):
                 return x, scale
     return node, None
@@ -211,13 +238,16 @@ def _sum_of_product(node: Any, starts: Starts) -> bool:
     if not along or "dtype" in node.kwargs:
         return False
     product, dims = unmoved(source, along, starts)
-    if operation(product) != "mul" or product in starts or not _both_vary(product, dims):
+    factors: Any = factors_of(product)
+    if factors is None or product in starts or not _both_vary(product, factors, dims):
         return False
     sizes, ndim = [value_of(product).shape[dim] for dim in dims], value_of(product).ndim
     if name != "sum" and not all(isinstance(size, int) for size in sizes):
         return False  # an average over the batch
-    factors = (with_dims(node, n, ndim) for n in product.args)
-    value = insert(node, WEIGHTED_SUM, *factors, dims)
+    if operation(product) == "where":  # a masked x may be infinite, so that 0 x is not 0
+        kind = {"dtype": value_of(product).dtype}
+        factors = product, insert(node, _aten._to_copy.default, factors[1], **kind)
+    value = insert(node, WEIGHTED_SUM, *(with_dims(node, n, ndim) for n in factors), dims)
     if name != "sum":
         value = insert(node, _aten.div.Tensor, value, prod(sizes))
     value = as_sum(node, value, along, ndim)
@@ -289,28 +319,39 @@ def _whole(node: Any, dims: Collection[int]) -> list[int]:
     return [at for at, group in enumerate(before) if group in summed]
 
 
-def _both_vary(product: Any, dims: Sequence[int]) -> bool:
+def factors_of(node: Any) -> tuple[Any, Any] | None:
+    """Return the factors of a product, also of x and a boolean m in ``where(m, x, 0)``."""
+    if operation(node) == "mul":
+        a, b = node.args
+        return a, b
+    if node.target is _aten.where.ScalarOther and node.args[2] == 0 and varies(node.args[1]):
+        return node.args[1], node.args[0]
+    return None
+
+
+def _both_vary(product: Any, factors: tuple[Any, Any], dims: Sequence[int]) -> bool:
     """Return True if both factors depend on the example, and neither is copied along ``dims``.
 
     If a factor is the same for all entries of the sum, it is a scale of the whole sum. A value
     with a gate of its own, as x · sigmoid(x), is an activation.
     """
-    a, b = product.args
-    if not _is_of_example(a) or not _is_of_example(b) or _gates_itself(a, b):
+    a, b = factors
+    if not is_of_example(a) or not is_of_example(b) or _gates_itself(a, b):
         return False
     ndim = value_of(product).ndim
     shapes = [(1,) * (ndim - value_of(n).ndim) + tuple(value_of(n).shape) for n in (a, b)]
     return any(all(shape[dim] != 1 for shape in shapes) for dim in dims)
 
 
-def _is_of_example(node: Any) -> bool:
+def is_of_example(node: Any) -> bool:
     """Return True for a value of the input, and for a constant that is passed per example."""
     return isinstance(node, fx.Node) and (varies(node) or batched(value_of(node)))
 
 
 def _gates_itself(a: fx.Node, b: fx.Node) -> bool:
     """Return True if one of two factors is a gate that is computed from the other one."""
-    sources = ((x, gate_source(gate, varies)) for x, gate in ((a, b), (b, a)))
+    sources = [(x, gate_source(gate, varies)) for x, gate in ((a, b), (b, a))]
+    sources = [(x, g.args[0] if operation(g) in NEGATIONS else g) for x, g in sources]
     gates = [gate for x, gate in sources if is_gate(gate, varies) and gate.all_input_nodes == [x]]
     return any("softmax" not in operation(gate) for gate in gates)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, fx
 
 from captum_mipin.errors import CaptureError
@@ -43,6 +44,7 @@ def _gates(node: fx.Node) -> int:
     varying, value = [n for n in node.all_input_nodes if varies(n)], value_of(node)
     whole = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
     compares = whole and any(is_floating(value_of(n)) for n in varying)  # also argmax, isnan, ...
+    compares = compares or (isinstance(value, Tensor) and value.dtype == torch.bool)
     makes = ratio or compares or operation(node) in GATES_AND_SCALES
     return makes + min(marks(n).gates for n in varying)
 

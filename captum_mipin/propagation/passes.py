@@ -22,6 +22,7 @@ from captum_mipin.propagation.marking import (
     mark_varying,
     rewrite_for_method,
 )
+from captum_mipin.propagation.masks import write_masks
 from captum_mipin.propagation.norms import recognise_norms
 from captum_mipin.propagation.rewriting import cut_recordings, move_constants_first, place_steps
 from captum_mipin.propagation.slices import join_slices
@@ -33,6 +34,7 @@ from captum_mipin.propagation.spelling import (
     replace_squares,
     rewrite_constant_products,
 )
+from captum_mipin.propagation.splits import write_splits
 from captum_mipin.propagation.sums import write_sums
 from captum_mipin.propagation.treatments import check_supported
 from captum_mipin.rules import Rule
@@ -48,9 +50,11 @@ MARKING: tuple[Pass, ...] = (
     replace_squares,
     fold_padding,
     replace_constants,
+    write_masks,
     join_slices,
     rewrite_constant_products,
     write_sums,
+    write_splits,
     join_elementwise,
     spell,
     divide_factors,

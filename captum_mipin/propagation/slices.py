@@ -29,6 +29,8 @@ from captum_mipin.propagation.stacks import scaled_sum, sum_of_stack
 from captum_mipin.rules.base import varies
 
 _aten = torch.ops.aten
+#: Operations that return several slices.
+_SPLITS = ("unbind", "split", "split_with_sizes", "chunk")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def join_slices(draft: Draft) -> None:
 
 
 def _slice(node: Any, starts: Starts) -> Slice | None:
-    """Return the slice that a node computes; None for other operations."""
+    """Return the slice that a node computes, or copies; None for other operations."""
     node = _uncopied(node, starts)
     name = operation(node)
     if node in starts or not isinstance(node, fx.Node) or leaves_module(node):
@@ -84,10 +86,15 @@ def _slice(node: Any, starts: Starts) -> Slice | None:
         dims = [dims] if isinstance(dims, int) else list(dims or ())
         same = [dim % value_of(part.source).ndim for dim in dims] == [part.dim]
         return replace(part, kept=False) if same else None
-    taken: Any = node if name in ("select", "slice") else None
-    if node.target is getitem and operation(node.args[0]) in ("unbind", "split", "chunk"):
-        taken = node.args[0]
-    return None if taken is None else _taken(node, taken, starts)
+    return slice_of(node, starts)
+
+
+def slice_of(node: Any, starts: Starts) -> Slice | None:
+    """Return the slice that an operation takes out of a tensor; None for other operations."""
+    if operation(node) in ("select", "slice"):
+        return _taken(node, node, starts)
+    source: Any = node.args[0] if node.target is getitem else None
+    return _taken(node, source, starts) if operation(source) in _SPLITS else None
 
 
 def _taken(node: Any, taken: Any, starts: Starts) -> Slice | None:
@@ -105,7 +112,7 @@ def _taken(node: Any, taken: Any, starts: Starts) -> Slice | None:
     if not kept:
         source, (dim,) = unmoved(source, [dim], starts, reshapes=False)
     size = value_of(source).shape[dim]
-    if not isinstance(size, int):
+    if not isinstance(size, int) or len(node.all_input_nodes) > 1:  # by an index of the example
         return None
     if node is not taken:  # number ``node.args[1]`` of several slices
         widths = [value.shape[dim] if kept else 1 for value in value_of(taken)]

@@ -23,7 +23,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
 from captum_mipin.graph.nodes import argument, operation
-from captum_mipin.propagation.draft import Draft
+from captum_mipin.propagation.canonical import is_copy
+from captum_mipin.propagation.constants import without_copies
+from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.rules.base import varies
 from captum_mipin.rules.geometry import per_dimension
 
@@ -37,6 +39,8 @@ _TENSOR_BOUNDS: dict[Any, tuple[str, ...]] = {
     aten.clamp_max.Tensor: ("self", "max"),
 }
 
+#: Operations whose arguments are broadcast.
+_BROADCASTING = ("mul", "div", "add", "sub", "where", "masked_fill")
 #: Operation that makes a constant like another tensor → the number, or where among the arguments.
 _FILLED: dict[str, Any] = {
     "new_zeros": 0, "zeros_like": 0, "new_ones": 1, "ones_like": 1,
@@ -58,8 +62,7 @@ def rewrite_constant_product(graph: fx.Graph, node: Any) -> None:
     if varies(left) == varies(right) or layer:
         return  # mm with the matrix on the right has a rule of its own
     x, weight = (left, right) if varies(left) else (right, left)
-    while operation(weight) == "expand":  # one matrix, expanded to the size of the batch
-        weight = weight.all_input_nodes[0]
+    weight = _unbatched(weight, node)
     if batched(value_of(weight)):
         return  # a matrix that is passed with each example is recorded
     if value_of(x).ndim > 1:
@@ -74,7 +77,15 @@ def replace_copies(draft: Draft) -> None:
         del copies["detach"]
     graph = draft.graph
     for node in list(graph.nodes):
-        if operation(node) not in copies or node in draft.starts:
+        if node in draft.starts:
+            continue
+        if node.target is aten.select.int and value_of(node.args[0]).shape[node.args[1]] == 1:
+            mark(node, original=original(node))
+            node.target, node.args = aten.squeeze.dim, node.args[:2]
+        if operation(node) == "slice" and is_copy(node):
+            mark(node, original=original(node))
+            node.target, node.args = aten.alias.default, node.args[:1]
+        if operation(node) not in copies:
             continue
         source: Any = node.args[copies[operation(node)]]
         if not isinstance(source, fx.Node):  # h[:, 0] = 0.0
@@ -157,17 +168,34 @@ def _zeros_around(node: Any, dims: int) -> list[int] | None:
 
 
 def replace_constants(draft: Draft) -> None:
-    """Replace constants that are made like a tensor of the input, as ``h.new_ones(3)``."""
+    """Replace constants that are made like a tensor of the input, as ``h.new_ones(3)``.
+
+    A constant that is copied to each example, and then used element by element, is used itself.
+    """
     node: Any
     for node in list(draft.graph.nodes):
-        if operation(node) not in _FILLED or not isinstance(value_of(node), torch.Tensor):
-            continue
-        value, fill = value_of(node), _FILLED[operation(node)]
-        number = node.args[fill] if isinstance(fill, slice) else (fill,)
-        if isinstance(number[0], (int, float)) and all(isinstance(n, int) for n in value.shape):
-            node.target, node.args = aten.full.default, (list(value.shape), *number)
-            node.kwargs = {"dtype": value.dtype, "device": value.device}
-            mark(node, varies=False)
+        if operation(node) in _FILLED and isinstance(value_of(node), torch.Tensor):
+            value, fill = value_of(node), _FILLED[operation(node)]
+            number = node.args[fill] if isinstance(fill, slice) else (fill,)
+            if isinstance(number[0], (int, float)) and all(isinstance(n, int) for n in value.shape):
+                node.target, node.args = aten.full.default, (list(value.shape), *number)
+                node.kwargs = {"dtype": value.dtype, "device": value.device}
+                mark(node, varies=False)
+        if operation(node) in _BROADCASTING and varies(node) and node not in draft.starts:
+            few = fx.map_arg(node.args, partial(_unbatched, before=node))
+            shapes = [value_of(n).shape for n in few if isinstance(n, fx.Node) and is_tensor(n)]
+            if few != node.args and str(torch.broadcast_shapes(*shapes)) == str(
+                value_of(node).shape
+            ):
+                node.args = few
+
+
+def _unbatched(node: fx.Node, before: fx.Node) -> fx.Node:
+    """Return the node of a constant before it was copied to each example; else the node itself."""
+    if varies(node) or not batched(value_of(node)):
+        return node
+    few = without_copies(node, before, ())
+    return node if batched(value_of(few)) else few
 
 
 def _insert(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **named: Any) -> fx.Node:

@@ -17,12 +17,21 @@ from torch import fx
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import mark, original, value_of
-from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.graph.nodes import ancestors, argument, operation
 from captum_mipin.propagation.averages import whole_dims
 from captum_mipin.propagation.canonical import leaves_module
 from captum_mipin.propagation.constants import known_value, without_copies
 from captum_mipin.propagation.draft import Draft, number_of
-from captum_mipin.propagation.forms import as_sum, become, insert, stand_for, unmoved, with_dims
+from captum_mipin.propagation.forms import (
+    as_sum,
+    become,
+    factors_of,
+    insert,
+    is_of_example,
+    stand_for,
+    unmoved,
+    with_dims,
+)
 from captum_mipin.propagation.spelling import rewrite_constant_product
 from captum_mipin.propagation.stacks import (
     rearranged,
@@ -31,7 +40,7 @@ from captum_mipin.propagation.stacks import (
     sum_of_stack,
     total,
 )
-from captum_mipin.rules.base import varies
+from captum_mipin.rules.base import is_floating, varies
 
 _aten = torch.ops.aten
 
@@ -76,8 +85,39 @@ def _sum(draft: Draft, node: Any) -> None:
         plain = insert(node, node.target, scaled[0], *node.args[1:], **node.kwargs)
         become(node, _aten.mul.Tensor, plain, scaled[1])
         _sum(draft, plain)
-    elif not sum_of_stack(node, starts):
+    elif not _sum_of_scaled(draft, node) and not sum_of_stack(node, starts):
         _sum_of_product(draft, node)
+
+
+def _sum_of_scaled(draft: Draft, node: Any) -> bool:
+    """Rewrite Σ s x and Σ x / s as s Σ x and (Σ x) / s, for s constant along the sum.
+
+    s is given with each example, or a constant of one element. A divisor may also be computed from
+    the input, but not from x: then it normalises x.
+    """
+    source, along = node.args[0], argument(node, 1, "dim")
+    if operation(source) not in ("mul", "div") or source in draft.starts or not along:
+        return False
+    x, scale = source.args if varies(source.args[0]) else source.args[::-1]
+    if not isinstance(scale, fx.Node) or str(value_of(x).shape) != str(value_of(source).shape):
+        return False
+    own = {
+        x,
+        *(n for n in factors_of(x) or () if isinstance(n, fx.Node) and is_floating(value_of(n))),
+    }
+    if varies(scale) and (operation(source) == "mul" or not own.isdisjoint(ancestors([scale]))):
+        return False
+    if not is_of_example(scale) and value_of(scale).numel() > 1:
+        return False
+    scale = with_dims(node, scale, value_of(x).ndim)
+    if any(value_of(scale).shape[dim] != 1 for dim in along):
+        return False
+    if not argument(node, 2, "keepdim", False):
+        scale = insert(node, _aten.squeeze.dims, scale, along)
+    plain = insert(node, node.target, x, *node.args[1:], **node.kwargs)
+    become(node, source.target, plain, scale)
+    _sum(draft, plain)
+    return True
 
 
 # -------------------------------------------------------------------- sums of constant products
@@ -90,12 +130,13 @@ def _sum_of_product(draft: Draft, node: Any) -> None:
     if not along or "dtype" in node.kwargs:
         return
     product, dims = unmoved(node.args[0], along, draft.starts)
-    if operation(product) != "mul" or product in draft.starts or leaves_module(product):
+    pair = factors_of(product)
+    if pair is None or product in draft.starts or leaves_module(product):
         return
-    if sum(map(varies, product.args)) != 1 or len(product.all_input_nodes) != 2:
+    if sum(map(varies, pair)) != 1 or len(product.all_input_nodes) != 2:
         return
     ndim, shape = value_of(product).ndim, value_of(product).shape
-    factors = sorted(product.args, key=varies, reverse=True)
+    factors = sorted(pair, key=varies, reverse=True)
     x, w = (with_dims(node, without_copies(n, node, draft.starts), ndim) for n in factors)
     mixed = value_of(x).dtype != value_of(product).dtype
     if batched(value_of(w)) or mixed or not all(isinstance(shape[dim], int) for dim in dims):

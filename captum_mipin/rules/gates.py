@@ -18,6 +18,8 @@ SCALE_OPERATIONS = frozenset(
     {"exp", "exp2", "sqrt", "rsqrt", "reciprocal", "pow", "abs", "linalg_vector_norm", "var", "std"}
 )
 GATES_AND_SCALES = _GATES | SCALE_OPERATIONS
+#: Operations that negate a boolean tensor.
+NEGATIONS = ("bitwise_not", "logical_not")
 #: Operations that divide by their second argument.
 DIVISIONS = ("div", "divided")
 _SCALED = frozenset({"mul", "div", "add", "sub", "neg"})

@@ -201,7 +201,7 @@ class LRP(Relevance):
                     unmatched.pop(index, None)
             return names[self._chosen(layer, first, last) or (*rules, self.rule)[0]]
 
-        replace_layers(graph, batch, starts, choose, fold=self._folds)
+        replace_layers(graph, starts, choose, fold=self._folds)
         if unmatched:
             raise InputError(
                 f"composite: {', '.join(map(repr, unmatched.values()))} matches no layer with "

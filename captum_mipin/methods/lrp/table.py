@@ -188,7 +188,14 @@ def _glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> tuple[Te
 
 
 def _halved_glu(options: Options, operation: Any, x: Tensor, dim: int = -1) -> tuple[Tensor, Back]:
-    return operation(x, dim), lambda r: torch.cat([r, r], dim) / 2
+    value = operation(x, dim)
+
+    def back(r: Tensor) -> Tensor:
+        # R_i = z / (z + ε s(z)) R_j / 2 for both factors of z = a ⊙ σ(b), as for other products
+        half = quotient(r, value, _EPSILON).mul_(value) / 2
+        return torch.cat([half, half], dim)
+
+    return value, back
 
 
 def _softmax(
@@ -280,9 +287,8 @@ def _is_signal(node: Any) -> bool:
         sources = [n for n in node.all_input_nodes if varies(n)]
         if not sources:
             return True
-        compares = not is_floating(value_of(node)) and any(
-            is_floating(value_of(n)) for n in sources
-        )
+        whole = not is_floating(value_of(node)) and any(is_floating(value_of(n)) for n in sources)
+        compares = whole or getattr(value_of(node), "dtype", None) == torch.bool
         if compares or operation(node) in SCALE_OPERATIONS:
             continue
         sources = sources[:1] if operation(node) in DIVISIONS else sources

@@ -75,8 +75,10 @@ def pattern_rules(
     }
     for name, activation in ACTIVATIONS.items():
         rules[name] = Passes(note="derivative", refuse=activation.refuse)
+    run: Any = partial(_gated, attribution)
+    rules["aten.glu.default"] = Recorded(run=run, note="to the value, not the gate", caveat=outside)
     for name, pool in POOLING.items():
-        run: Any = partial(run_operator, partial(_averaged, attribution))
+        run = partial(run_operator, partial(_averaged, attribution))
         average = Recorded(run=run, note="evenly", refuse=pool.refuse)
         rules[name] = Passes(note="to its switches") if "max_pool" in name else average
     for name, copy in COPIES.items():
@@ -112,7 +114,7 @@ def pattern_rules(
 
 def _rewrite(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> None:
     """Replace layers with weights by :class:`Layer`, and sums of two signals by :class:`Merge`."""
-    replace_layers(graph, batch, starts, lambda layer, first, last: _LAYER)
+    replace_layers(graph, starts, lambda layer, first, last: _LAYER)
     node: Any
     for node in graph.nodes:
         name = operation(node)
@@ -148,6 +150,15 @@ def _scaled(
     # pattern a = 1 / g; for attributions a g = 1
     factor = (g != 0).to(g) if attribution else reciprocal(g)
     return operator(x), lambda s: (s * factor).sum_to_size(x.shape)
+
+
+def _gated(
+    attribution: bool, options: Options, operation: Any, x: Tensor, dim: int = -1
+) -> tuple[Tensor, Back]:
+    """Run y = a ⊙ σ(b) for x = (a, b), as the product with the recorded gate σ(b)."""
+    a, b = x.chunk(2, dim)
+    value, back = _scaled(attribution, lambda t: t * b.sigmoid(), a)
+    return value, lambda s: torch.cat([back(s), torch.zeros_like(s)], dim)
 
 
 def _product(rule: Rule) -> Recorded:
