@@ -21,6 +21,12 @@ from captum_mipin.rules.gates import DIVISIONS, NEGATIONS, gate_source
 #: Operations that are rectifiers if their lower bound is 0.
 _CLAMPS = ("clamp", "clamp_min", "clip", "clamp_max", "hardtanh", "relu6")
 _COMPARISONS = ("gt", "ge", "lt", "le")
+#: Operations that combine comparisons.
+_COMBINATIONS = frozenset(
+    pattern.format(name)
+    for pattern in ("logical_{}", "bitwise_{}", "__{}__")
+    for name in ("and", "or", "xor")
+)
 #: Comparison → the equivalent comparison with exchanged sides.
 _EXCHANGED = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
 #: Operations f for which a value x is only a divisor if all their results f(x) are only divisors.
@@ -88,7 +94,7 @@ def _gate(node: Any, name: str) -> tuple[Gate | None, tuple[Any, ...]]:
     elif name in ("where", "masked_fill"):
         carriers = [i for i, n in enumerate(args) if varies(n) and is_floating(n)]
         condition = args[name == "masked_fill"]
-        if len(carriers) == 1 and varies(condition):
+        if len(carriers) == 1 and varies(condition) and not _combines(condition, args[carriers[0]]):
             at = carriers[0]
             other = args[{0: 2, 1: 2, 2: 1}[at]]
             positive = _is_zero(other) and _is_positive(condition, args[at], at == 1)
@@ -156,6 +162,15 @@ def _is_positive(condition: Any, x: Any, kept: bool) -> bool:
     if right is x:
         left, right, name = right, left, _EXCHANGED[name]
     return left is x and _is_zero(right) and (name in ("gt", "ge")) == kept
+
+
+def _combines(condition: Any, x: Any) -> bool:
+    """Return True if a condition combines several comparisons of x, as a rectifier may do."""
+    while operation(condition) in ("_to_copy", "alias", "clone", *NEGATIONS):
+        condition = condition.args[0]
+    if operation(condition) not in _COMBINATIONS:
+        return False
+    return any(x in source.all_input_nodes for source in condition.all_input_nodes)
 
 
 def _is_zero(value: Any) -> bool:

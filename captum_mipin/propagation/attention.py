@@ -101,22 +101,18 @@ def _softmax_by_hand(node: Any, starts: Collection[fx.Node]) -> None:
     along = argument(total, 1, "dim") or [] if operation(total) == "sum" else []
     if operation(above) != "exp" or len(along) != 1 or value_of(below).ndim != value_of(node).ndim:
         return
-    dim, sizes = along[0] % value_of(above).ndim, value_of(below).shape
-    removed = value_of(total).ndim < value_of(above).ndim
-    # dimension of Σ exp(x) → dimension of x
-    own = [at + (removed and at >= dim) for at in range(value_of(total).ndim)]
+    sizes, summed = value_of(below).shape, value_of(total.args[0]).ndim
+    removed, dim = value_of(total).ndim < summed, along[0] % summed
     source, order = steps_before(total.args[0], starts)[-1]
-    same = (
-        operation(source) == "exp"
-        and source.args == above.args
-        and order == list(range(len(order)))
-    )
+    # dimension of Σ exp(x) → dimension of x
+    own = [order[at + (removed and at >= dim)] for at in range(value_of(total).ndim)]
+    same = operation(source) == "exp" and source.args == above.args
     at_place = all(
         size == 1 or (at is not None and own[at] == place)
         for place, (size, at) in enumerate(zip(sizes, dims, strict=True))
     )
-    if same and at_place:
-        become(node, _aten.softmax.int, above.args[0], dim)
+    if same and at_place and order[dim] is not None:
+        become(node, _aten.softmax.int, above.args[0], order[dim])
 
 
 def _leave_out_shift(node: Any, starts: Collection[fx.Node]) -> None:

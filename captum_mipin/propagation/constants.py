@@ -26,7 +26,7 @@ _ELEMENTWISE = frozenset(
     {"add", "sub", "mul", "div", "divided", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal",
      "exp", "log", "abs", "clamp_min", "clamp", "maximum", "clone", "alias", "contiguous",
      "_to_copy", "detach", "rsub", "gt", "ge", "lt", "le", "eq", "ne", *NEGATIONS, "logical_and",
-     "logical_or", "bitwise_and", "bitwise_or", "where", "masked_fill"}
+     "logical_or", "bitwise_and", "bitwise_or", "__and__", "__or__", "where", "masked_fill"}
 )  # fmt: skip
 #: Operations on the dimensions that their argument names.
 _REDUCTIONS = {"sum": 1, "mean": 1, "linalg_vector_norm": 2}

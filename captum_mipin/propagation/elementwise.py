@@ -6,6 +6,7 @@ same values if there is one, else as the function itself.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -16,6 +17,7 @@ from captum_mipin.graph.marks import mark, marks, original, value_of
 from captum_mipin.graph.nodes import nodes_in, operation
 from captum_mipin.graph.subgraph import extract
 from captum_mipin.propagation.draft import Draft, is_tensor
+from captum_mipin.propagation.forms import become, insert
 from captum_mipin.propagation.marking import mark_signal
 from captum_mipin.rules.activations import ACTIVATIONS, CURVES, Elementwise, moves_zero
 from captum_mipin.rules.base import Recorded, varies
@@ -55,8 +57,29 @@ def join_elementwise(draft: Draft) -> None:
             # a factor that follows may be a part of the function: x * (1 + tanh(...)) / 2
             outer = reversed(_scaled(draft, node))
             if not any(_replace(draft, n, recognised=True) for n in outer):
-                _replace(draft, node)
+                _replace(draft, node) or (quotient and _multiply_by_gate(draft, node))
+        elif curve and varies(node) and node not in draft.starts:  # it may be a gate
+            _replace(draft, node, recognised=True)
     draft.graph.eliminate_dead_code(lambda n: n in draft.starts or n.is_impure())
+
+
+def _multiply_by_gate(draft: Draft, node: Any) -> bool:
+    """Rewrite a ratio x / (1 + exp(−q)) as x ⊙ σ(q); return True if rewritten."""
+    x, divisor = node.args
+    order = {n: at for at, n in enumerate(draft.graph.nodes)}
+    for q, inside in arguments_of(divisor, varies, order, ELEMENTWISE, draft.starts):
+        if all(n in inside or n is q for one in inside for n in one.all_input_nodes):
+            function = Elementwise(extract(draft.graph, [q], [divisor]))
+            activation = _recognised(partial(_inverse, function))
+            if activation is not None and activation[0] is torch.ops.aten.sigmoid.default:
+                become(node, torch.ops.aten.mul.Tensor, x, insert(node, activation[0], q))
+                return True
+    return False
+
+
+def _inverse(function: Elementwise, x: Tensor) -> Tensor:
+    """Return 1 / f(x)."""
+    return 1 / function(x)
 
 
 def _is_bound(draft: Draft, node: fx.Node) -> bool:
@@ -148,7 +171,7 @@ def _varying(node: fx.Node, varies: Callable[[Any], bool]) -> set[fx.Node]:
     return {n for n in nodes_in((node.args, node.kwargs)) if varies(n)}
 
 
-def _recognised(function: Elementwise) -> tuple[Any, dict[str, Any]] | None:
+def _recognised(function: Callable[[Tensor], Tensor]) -> tuple[Any, dict[str, Any]] | None:
     """Return the activation with the same values and its arguments by name; None if none has."""
     points = torch.linspace(-8, 8, 101, dtype=torch.float64)  # 0 is among them
     try:

@@ -62,6 +62,13 @@ def _ratio(node: Any, starts: Starts) -> bool:
     x, divisor = node.args
     if node.kwargs or not varies(x) or not is_of_example(divisor):
         return False
+    if operation(divisor) == "mul" and sum(map(is_of_example, divisor.args)) == 1:
+        own, other = sorted(divisor.args, key=is_of_example, reverse=True)
+        if isinstance(other, fx.Node):  # x / (d c) = (x / d) / c for a constant c
+            value = insert(node, _aten.div.Tensor, x, own)
+            _divide(value, x, own, starts)
+            become(node, _aten.div.Tensor, value, other)
+            return True
     _divide(node, x, divisor, starts)
     return True
 
@@ -187,37 +194,6 @@ def _stacked(before: fx.Node, parts: list[Any]) -> fx.Node | None:
     if len({str(value_of(part).shape) for part in parts}) > 1:
         return None
     return insert(before, _aten.stack.default, parts, -1)
-
-
-def expand_variances(draft: Draft) -> None:
-    """Write variances and standard deviations that have no rule as mean((x − μ)²)."""
-    node: Any
-    for node in list(draft.graph.nodes):
-        name, own = operation(node), varies(node) and node not in draft.starts
-        if name not in ("var", "std") or not own or draft.rule(node) is not None:
-            continue
-        x, dims, kept, correction = _variance(node)
-        sizes = [value_of(x).shape[dim] for dim in dims or ()]
-        if not all(isinstance(size, int) for size in sizes) or prod(sizes) <= correction:
-            continue  # over the batch, or not a number
-        centred = insert(node, _aten.sub.Tensor, x, insert(node, _aten.mean.dim, x, dims, True))
-        square = insert(node, _aten.pow.Tensor_Scalar, centred, 2)
-        result = insert(node, _aten.mean.dim, square, dims, kept)
-        if correction:  # Σ (x − μ)² / (n − c)
-            factor = prod(sizes) / (prod(sizes) - correction)
-            result = insert(node, _aten.mul.Tensor, result, factor)
-        stand_for(node, insert(node, _aten.sqrt.default, result) if name == "std" else result)
-    mark_varying(draft)
-
-
-def _variance(node: Any) -> tuple[Any, Any, bool, float]:
-    """Return the argument of a variance, its dimensions, keepdim, and the c of n − c."""
-    if str(node.target).endswith(".dim"):
-        kept = argument(node, 3, "keepdim", False)
-        return node.args[0], argument(node, 1, "dim"), kept, argument(node, 2, "unbiased", True)
-    correction = node.kwargs.get("correction")
-    kept, dims = node.kwargs.get("keepdim", False), argument(node, 1, "dim")
-    return node.args[0], dims, kept, 1 if correction is None else correction
 
 
 def _is_reciprocal(node: Any) -> bool:

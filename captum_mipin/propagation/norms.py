@@ -143,7 +143,10 @@ def _sources(draft: Draft, node: fx.Node, order: dict[fx.Node, int]) -> Iterator
 
 
 def _is_bound(node: Any) -> bool:
-    """Return True for the operation max(x, ε) with a small number ε."""
+    """Return True for max(x, ε), also as relu(x − ε), with a small number ε."""
+    if operation(node) == "relu" and operation(node.args[0]) == "sub":
+        low = node.args[0].args[1]
+        return isinstance(low, float) and 0 <= low <= BOUND**0.5
     if operation(node) not in ("clamp_min", "clamp") or argument(node, 2, "max") is not None:
         return False
     low = argument(node, 1, "min")

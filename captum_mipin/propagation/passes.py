@@ -14,7 +14,8 @@ from captum_mipin.propagation.complex_parts import replace_complex
 from captum_mipin.propagation.divisors import divide_factors
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.elementwise import join_elementwise
-from captum_mipin.propagation.forms import expand_variances, spell
+from captum_mipin.propagation.equivalents import expand_variances, replace_equivalents
+from captum_mipin.propagation.forms import spell
 from captum_mipin.propagation.marking import (
     check_ends,
     drop_unused,
@@ -51,11 +52,12 @@ MARKING: tuple[Pass, ...] = (
     fold_padding,
     replace_constants,
     write_masks,
+    replace_equivalents,
     join_slices,
-    rewrite_constant_products,
-    write_sums,
     write_splits,
     join_elementwise,
+    rewrite_constant_products,
+    write_sums,
     spell,
     divide_factors,
     recognise_norms,

@@ -82,6 +82,7 @@ def replace_copies(draft: Draft) -> None:
         if node.target is aten.select.int and value_of(node.args[0]).shape[node.args[1]] == 1:
             mark(node, original=original(node))
             node.target, node.args = aten.squeeze.dim, node.args[:2]
+        _expand_copies(node)
         if operation(node) == "slice" and is_copy(node):
             mark(node, original=original(node))
             node.target, node.args = aten.alias.default, node.args[:1]
@@ -102,6 +103,28 @@ def replace_copies(draft: Draft) -> None:
             source = _insert(graph, node, aten._to_copy.default, source, dtype=value.dtype)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
+
+
+def _expand_copies(node: Any) -> None:
+    """Rewrite stack([x, x], dim), and repeat along dimensions of size 1, as ``expand``."""
+    if operation(node) not in ("stack", "repeat") or not varies(node):
+        return
+    sizes = [n if isinstance(n, int) else -1 for n in value_of(node).shape]
+    if operation(node) == "stack" and len(node.all_input_nodes) == 1:
+        x = node.args[0][0]
+        dim = argument(node, 1, "dim", 0) % len(sizes)
+        x = _insert(node.graph, node, aten.unsqueeze.default, x, dim)
+    elif operation(node) == "repeat":
+        x, shape = node.args[0], value_of(node.args[0]).shape
+        before = [1] * (len(sizes) - len(shape)) + list(shape)
+        if any(
+            n != 1 and str(n) != str(m) for n, m in zip(before, value_of(node).shape, strict=True)
+        ):
+            return
+    else:
+        return
+    mark(node, original=original(node))
+    node.target, node.args, node.kwargs = aten.expand.default, (x, sizes), {}
 
 
 def replace_bounds(draft: Draft) -> None:

@@ -24,9 +24,14 @@ _aten = torch.ops.aten
 def write_splits(draft: Draft) -> None:
     """Rewrite slices of one tensor along one dimension, which several operations take, as one."""
     groups: dict[tuple[fx.Node, int], list[tuple[Any, Slice]]] = {}
-    for node in draft.graph.nodes:
+    first_of: dict[Slice, fx.Node] = {}
+    for node in list(draft.graph.nodes):
         part = slice_of(node, draft.starts) if varies(node) and node not in draft.starts else None
-        if part is not None and operation(part.source) not in ("stack", "cat"):
+        if part is None or operation(part.source) in ("stack", "cat"):
+            continue
+        if first_of.setdefault(part, node) is not node:
+            stand_for(node, first_of[part])
+        else:
             groups.setdefault((part.source, part.dim), []).append((node, part))
     for (source, dim), slices in groups.items():
         places = sorted({(part.start, part.stop) for _, part in slices})

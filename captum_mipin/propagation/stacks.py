@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from captum_mipin.graph.dimensions import RESHAPES
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.propagation.canonical import is_copy
@@ -129,7 +130,17 @@ def scaled_sum(node: fx.Node, x: fx.Node, dim: int, number: float, keep: bool) -
 
 
 def _stacked(node: Any, dim: int, starts: Starts) -> list[Any] | None:
-    """Return the tensors that are stacked along a dimension; None if ``node`` is no such stack."""
+    """Return the tensors that are stacked along a dimension; None if ``node`` is no such stack.
+
+    A stack is also a concatenation along the next dimension that is reshaped afterwards.
+    """
+    if operation(node) in RESHAPES and operation(node.args[0]) == "cat":
+        parts, at = list(node.args[0].args[0]), argument(node.args[0], 1, "dim", 0)
+        joined = node.args[0] not in starts and at % value_of(parts[0]).ndim == dim
+        before, after = ([*map(str, value_of(n).shape)] for n in (parts[0], node))
+        same = all([*map(str, value_of(part).shape)] == before for part in parts)
+        whole = after[:dim] + after[dim + 1 :] == before and after[dim] == str(len(parts))
+        return parts if joined and same and whole else None
     along = argument(node, 1, "dim", 0) if operation(node) in ("stack", "cat") else None
     if along is None or along % value_of(node).ndim != dim:
         return None

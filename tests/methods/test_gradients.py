@@ -157,7 +157,8 @@ def test_sigmoids_keep_their_derivative_and_are_told():
     [
         (lambda h: torch.where(h > 0, h, 0.1 * h), "where.self"),
         (lambda h: h * ((h > 0) & (h < 9)), "mul.Tensor"),
-        (lambda h: h * ((h > 0) & (h < 9)).to(h.dtype), "_to_copy.default"),
+        (lambda h: h * ((h > 0) & (h < 9)).to(h.dtype), "mul.Tensor"),
+        (lambda h: torch.where((h > 0) & (h < 9), h, 0), "where.ScalarOther"),
     ],
 )
 def test_choices_by_comparisons_that_are_no_known_gates_are_refused(gate, operation):

@@ -1,0 +1,86 @@
+"""Passes that replace operations by others, with rules, that compute the same.
+
+exp(log_softmax(x)) is softmax(x). A group norm of one group, at one position, is a layer norm. A
+variance without a rule is mean((x − μ)²).
+"""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.propagation.draft import Draft
+from captum_mipin.propagation.forms import become, insert, stand_for
+from captum_mipin.propagation.marking import mark_varying
+from captum_mipin.rules.base import varies
+
+_aten = torch.ops.aten
+
+
+def replace_equivalents(draft: Draft) -> None:
+    """Replace exponentials of log-softmaxes by softmaxes, and group norms by layer norms."""
+    node: Any
+    for node in list(draft.graph.nodes):
+        if not varies(node) or node in draft.starts:
+            continue
+        if operation(node) == "exp" and node.args[0] not in draft.starts:
+            _exponential(node, node.args[0])
+        elif operation(node) == "group_norm" and node.args[1] == 1:
+            _group_norm(node)
+    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+
+
+def _exponential(node: fx.Node, source: Any) -> None:
+    """Rewrite exp(log_softmax(x)), also as exp(x − logsumexp(x)), as softmax(x)."""
+    if operation(source) == "log_softmax":
+        become(node, _aten.softmax.int, *source.args)
+    elif operation(source) == "sub" and operation(source.args[1]) == "logsumexp":
+        x, shift = source.args[:2]
+        along, kept = argument(shift, 1, "dim"), argument(shift, 2, "keepdim", False)
+        if kept and shift.args[0] is x and len(along) == 1:
+            become(node, _aten.softmax.int, x, along[0])
+
+
+def _group_norm(node: Any) -> None:
+    """Rewrite a group norm of one group as a layer norm, if there is one position."""
+    sizes = list(value_of(node).shape[1:])
+    if any(size != 1 for size in sizes[1:]):
+        return
+    weights = [argument(node, at, name) for at, name in ((2, "weight"), (3, "bias"))]
+    weights = [n and insert(node, _aten.reshape.default, n, sizes) for n in weights]
+    eps = argument(node, 4, "eps", 1e-5)
+    become(node, _aten.layer_norm.default, node.args[0], sizes, *weights, eps)
+
+
+def expand_variances(draft: Draft) -> None:
+    """Write variances and standard deviations that have no rule as mean((x − μ)²)."""
+    node: Any
+    for node in list(draft.graph.nodes):
+        name, own = operation(node), varies(node) and node not in draft.starts
+        if name not in ("var", "std") or not own or draft.rule(node) is not None:
+            continue
+        x, dims, kept, correction = _variance(node)
+        sizes = [value_of(x).shape[dim] for dim in dims or ()]
+        if not all(isinstance(size, int) for size in sizes) or prod(sizes) <= correction:
+            continue  # over the batch, or not a number
+        centred = insert(node, _aten.sub.Tensor, x, insert(node, _aten.mean.dim, x, dims, True))
+        square = insert(node, _aten.pow.Tensor_Scalar, centred, 2)
+        result = insert(node, _aten.mean.dim, square, dims, kept)
+        if correction:  # Σ (x − μ)² / (n − c)
+            factor = prod(sizes) / (prod(sizes) - correction)
+            result = insert(node, _aten.mul.Tensor, result, factor)
+        stand_for(node, insert(node, _aten.sqrt.default, result) if name == "std" else result)
+    mark_varying(draft)
+
+
+def _variance(node: Any) -> tuple[Any, Any, bool, float]:
+    """Return the argument of a variance, its dimensions, keepdim, and the c of n − c."""
+    if str(node.target).endswith(".dim"):
+        kept = argument(node, 3, "keepdim", False)
+        return node.args[0], argument(node, 1, "dim"), kept, argument(node, 2, "unbiased", True)
+    correction = node.kwargs.get("correction")
+    kept, dims = node.kwargs.get("keepdim", False), argument(node, 1, "dim")
+    return node.args[0], dims, kept, 1 if correction is None else correction

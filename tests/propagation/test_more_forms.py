@@ -1,0 +1,101 @@
+"""Activations, norms, gates and stacks in further spellings, which change no map of any method."""
+
+import pytest
+import torch
+from every_method import alike
+from small import normal
+from torch import nn
+from torch.nn import functional as F
+
+X = normal(60, 6, dtype=torch.float64)
+
+
+def erf(x):
+    return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+SPELLINGS = {
+    "GELU of a half": [
+        lambda m, h: F.gelu(h[:, :4]).mul(h[:, 4:]).repeat(1, 2),
+        lambda m, h: (erf(h[:, :4]) * h[:, 4:]).repeat(1, 2),
+        lambda m, h: (
+            0.5 * h[:, :4] * (1 + torch.erf(h[:, :4] / 2**0.5)) * h.chunk(2, -1)[1]
+        ).repeat(1, 2),
+    ],
+    "group norm of one group": [
+        lambda m, h: m["norm"](h),
+        lambda m, h: F.group_norm(h, 1, m["norm"].weight, m["norm"].bias),
+        lambda m, h: F.group_norm(h[..., None], 1, m["norm"].weight, m["norm"].bias)[..., 0],
+    ],
+    "lower bound of a norm": [
+        lambda m, h: F.normalize(h),
+        lambda m, h: h / (F.relu(h.norm(dim=-1, keepdim=True) - 1e-12) + 1e-12),
+    ],
+    "ratio by 1 + exp": [
+        lambda m, h: h * torch.sigmoid(m["q"](h)),
+        lambda m, h: h / (1 + torch.exp(-m["q"](h))),
+        lambda m, h: h * (1 / (1 + (-m["q"](h)).exp())),
+    ],
+    "sum of a reshaped concatenation": [
+        lambda m, h: m["q"](h).relu() + h,
+        lambda m, h: torch.cat([m["q"](h).relu(), h], -1).view(-1, 2, 8).sum(1),
+        lambda m, h: torch.cat([m["q"](h).relu(), h], -1).unflatten(-1, (2, 8)).sum(1),
+    ],
+    "copies": [
+        lambda m, h: m["q"](h[:, None].expand(-1, 2, -1)).relu()[:, 1],
+        lambda m, h: m["q"](torch.stack([h, h], 1)).relu()[:, 1],
+        lambda m, h: m["q"](torch.stack([h, h], 1).flatten(0, 1)).view(-1, 2, 8).relu()[:, 1],
+        lambda m, h: m["q"](h[:, None].repeat(1, 2, 1)).relu()[:, 1],
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_further_spellings_do_not_matter(kind):
+    torch.manual_seed(0)
+    parts = {"p": nn.Linear(6, 8), "q": nn.Linear(8, 8), "last": nn.Linear(8, 2)}
+    nn.init.constant_(parts["last"].bias, 5.0)  # PatternNet needs positive outputs
+    norm = nn.LayerNorm(8)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    runs = [lambda m, x, how=how: m["last"](how(m, m["p"](x))) for how in SPELLINGS[kind]]
+    alike(runs, X, more=True, norm=norm, **parts)
+
+
+def softmaxes(weigh):
+    def run(m, x):
+        q, k, v = m["qkv"](x).chunk(3, -1)
+        return m["last"](weigh(q @ k.mT * 6**-0.5, v).mean(1))
+
+    return run
+
+
+ATTENTION = {
+    "softmax": lambda s, v: s.softmax(-1) @ v,
+    "log_softmax": lambda s, v: s.log_softmax(-1).exp() @ v,
+    "logsumexp": lambda s, v: (s - s.logsumexp(-1, keepdim=True)).exp() @ v,
+    "transposed": lambda s, v: (s.exp().mT / s.exp().mT.sum(-2, keepdim=True)).mT @ v,
+}
+
+
+def test_spelling_of_a_softmax_does_not_matter():
+    torch.manual_seed(0)
+    runs = [softmaxes(weigh) for weigh in ATTENTION.values()]
+    parts = {"qkv": nn.Linear(6, 18), "last": nn.Linear(6, 2)}
+    alike(runs, normal(60, 5, 6, dtype=torch.float64), more=True, **parts)
+
+
+COSINES = {
+    "normalised": lambda h, w: F.linear(F.normalize(h), F.normalize(w)),
+    "both norms": lambda h, w: F.linear(h, w) / (h.norm(dim=-1, keepdim=True) * w.norm(dim=-1)),
+    "one after the other": lambda h, w: F.linear(h, w) / h.norm(dim=1)[:, None] / w.norm(dim=1),
+    "product": lambda h, w: (
+        (h[:, None] * w).sum(-1) / (w.norm(dim=-1) * h.norm(dim=-1, keepdim=True))
+    ),
+}
+
+
+def test_spelling_of_the_norms_of_a_cosine_does_not_matter():
+    torch.manual_seed(0)
+    runs = [lambda m, x, how=how: how(m["p"](x), m["w"].weight) for how in COSINES.values()]
+    alike(runs, X, more=True, p=nn.Linear(6, 8), w=nn.Linear(8, 3))
