@@ -74,7 +74,6 @@ ATTENTION = {
     "softmax": lambda s, v: s.softmax(-1) @ v,
     "log_softmax": lambda s, v: s.log_softmax(-1).exp() @ v,
     "logsumexp": lambda s, v: (s - s.logsumexp(-1, keepdim=True)).exp() @ v,
-    "transposed": lambda s, v: (s.exp().mT / s.exp().mT.sum(-2, keepdim=True)).mT @ v,
 }
 
 
@@ -82,6 +81,18 @@ def test_spelling_of_a_softmax_does_not_matter():
     torch.manual_seed(0)
     runs = [softmaxes(weigh) for weigh in ATTENTION.values()]
     parts = {"qkv": nn.Linear(6, 18), "last": nn.Linear(6, 2)}
+    alike(runs, normal(60, 5, 6, dtype=torch.float64), more=True, **parts)
+
+
+def test_weights_may_be_divided_by_their_sum_in_a_transposed_order():
+    torch.manual_seed(0)
+    hows = [
+        lambda w, h: (w / w.sum(1, keepdim=True) * h).sum(1),
+        lambda w, h: ((w.mT @ h) / w.mT.sum(-1, keepdim=True)).squeeze(1),
+        lambda w, h: (w.mT @ h)[:, 0] / w.mT.sum(-1),
+    ]
+    runs = [lambda m, x, how=how: m["last"](how(m["a"](x).exp(), m["p"](x).relu())) for how in hows]
+    parts = {"p": nn.Linear(6, 8), "a": nn.Linear(6, 1), "last": nn.Linear(8, 2)}
     alike(runs, normal(60, 5, 6, dtype=torch.float64), more=True, **parts)
 
 
