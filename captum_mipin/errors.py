@@ -194,7 +194,9 @@ class DenseHeadWarning(UserWarning):
 
 
 class LogitsWarning(UserWarning):
-    """The model ends in a sigmoid or softmax, and the logits that go into it are explained.
+    """The model ends in a sigmoid or softmax: the warning says whether logits are explained.
+
+    Methods that start from logits explain those below it. Gradients are those of its result.
 
     Examples:
         >>> import warnings

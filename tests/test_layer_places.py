@@ -139,15 +139,22 @@ def test_places_that_cannot_be_explained() -> None:
         LayerPropagation(LRP(model), "0").attribute(tokens, 1, None, True)
 
 
-def test_arguments_in_captums_order() -> None:
+def test_arguments_in_captums_order(caplog: pytest.LogCaptureFixture) -> None:
     model = _deep()
     maps, delta = LRP(model).attribute(X, 1, None, True)
     expected = LRP(model).attribute(X, 1, return_convergence_delta=True, verbose=False)
     assert torch.equal(maps, expected[0])
     assert torch.equal(delta, expected[1])
-    for method in (LRP(model), LayerPropagation(LRP(model), "1")):
-        with pytest.raises(InputError, match=r"verbose=True is not supported, .*print\(check\("):
-            method.attribute(X, 1, verbose=True)
+    assert not caplog.records
+    for method, layer in ((LRP(model), None), (LayerPropagation(LRP(model), "1"), "1")):
+        with caplog.at_level("INFO", logger="captum_mipin"):
+            found = method.attribute(X, 1, verbose=True)
+        assert torch.equal(found, method.attribute(X, 1))
+        (record,) = caplog.records
+        caplog.clear()
+        rules = check(model, X, layer=layer, method=LRP)
+        assert record.message == f"rules of LRP\n{rules}"
+        assert "LRP-ε" in record.message
 
 
 class Mean(Classifier):

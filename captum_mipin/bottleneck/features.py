@@ -25,7 +25,7 @@ from captum_mipin.graph.validate import as_model, check_model, device_of, finite
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
 from captum_mipin.options import check_choice, check_number, type_of
 from captum_mipin.propagation.final import require_logits
-from captum_mipin.propagation.independent import check_graph
+from captum_mipin.propagation.independent import Differentiated, check_graph
 from captum_mipin.regression.statistics import Statistics
 from captum_mipin.storage.saved import Saved
 from captum_mipin.storage.watch import Watch
@@ -83,7 +83,7 @@ class _State:
     watch: Watch
 
 
-class LayerFeatures(Saved, NoFuture, Attribution, Generic[Settings]):
+class LayerFeatures(Differentiated, Saved, NoFuture, Attribution, Generic[Settings]):
     """A layer and the statistics of its features; :class:`IBA` describes the arguments."""
 
     #: Name → settings; the first entry is the default.

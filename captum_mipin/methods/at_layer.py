@@ -12,7 +12,7 @@ from captum_mipin.errors import InputError
 from captum_mipin.graph.layers import Site, at_places
 from captum_mipin.graph.modules import modules_of
 from captum_mipin.graph.validate import as_extras, as_inputs
-from captum_mipin.methods.base import Propagation, Relevance, check_silent, single, summed
+from captum_mipin.methods.base import Propagation, Relevance, single, summed
 from captum_mipin.options import type_of
 from captum_mipin.types import Inputs
 
@@ -61,7 +61,7 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
             attribute_to_layer_input: True to explain the input of the layer, False its output.
             return_convergence_delta: For methods that distribute relevance, such as LRP: True to
                 return the part of the relevance that is lost between output and layer as well.
-            verbose: Only False is supported.
+            verbose: True to log the rule of each operation, as in LRP.
             multiply_by_features: True to return the map ⊙ features, with the values at the layer as
                 features.
 
@@ -74,7 +74,9 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
             CaptureError: The layer is called several times, or never.
             UnsupportedOperationError: The method has no rule for an operation after the layer.
         """
-        check_silent(verbose)
+        if verbose:
+            for layer in self.layer if isinstance(self.layer, list) else [self.layer]:
+                self.method.log_rules(inputs, additional_forward_args, layer)
         if return_convergence_delta and not isinstance(self.method, Relevance):
             raise InputError(
                 "return_convergence_delta=True needs a method that distributes relevance, such as "

@@ -5,6 +5,7 @@ surrogate whose backward pass follows the table, and runs it once. :class:`Signa
 :class:`Relevance` are its two subclasses. :class:`LayerPropagation` applies a method at a layer.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,8 @@ from captum_mipin.graph.validate import (
     finite,
     like,
 )
-from captum_mipin.propagation.check import survey
-from captum_mipin.propagation.final import require_logits
+from captum_mipin.propagation.check import check, survey
+from captum_mipin.propagation.final import require_logits, warn_of_result
 from captum_mipin.propagation.independent import check_graph
 from captum_mipin.propagation.runtime import Run, seed
 from captum_mipin.propagation.surrogate import Surrogate
@@ -41,6 +42,8 @@ from captum_mipin.report import CheckRow
 from captum_mipin.rules import Rule
 from captum_mipin.targets import per_example
 from captum_mipin.types import Extras, Inputs, Output, Target
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,9 +218,21 @@ class Propagation(NoFuture, GradientAttribution):
                 summed(start),
             )
 
+    @classmethod
+    def _bare(cls, model: nn.Module) -> "Propagation":
+        """Return an object with default options, of which the table of rules is known."""
+        return cls(model)
+
     def survey(self, captured: CapturedGraph, start: Sequence[str] | None = None) -> list[CheckRow]:
         """Return one row per operation of a graph, with the method's rule for this operation."""
         return survey(captured, self._table(), start)
+
+    def log_rules(
+        self, inputs: Tensor | Inputs, extras: Any = None, layer: nn.Module | None = None
+    ) -> None:
+        """Log the table of :func:`~captum_mipin.check`: the rule of each operation."""
+        report = check(self.model, inputs, extras, layer=layer, output=self.output, method=self)
+        logger.info("rules of %s\n%s", self.get_name(), report)
 
     def _table(self) -> Table:
         """Return the rules of the method."""
@@ -241,8 +256,7 @@ class Propagation(NoFuture, GradientAttribution):
                 output=self.output, explained=False, detached=self._detached,
             )  # fmt: skip
 
-        def prepare(graph: CapturedGraph) -> CapturedGraph:
-            return require_logits(graph) if self._logits else graph
+        prepare = require_logits if self._logits else warn_of_result
 
         def starts(graph: CapturedGraph) -> Starts:
             return tensors_at(graph, self.model, layer, (inputs, extras))
@@ -300,8 +314,7 @@ class Relevance(Propagation):
             return_convergence_delta: True to return delta = R − Σ A as well, the part of the
                 relevance R at the output that is lost between output and input, per example. The
                 input gets the share 1 − delta / R of R.
-            verbose: Only False is supported: :func:`~captum_mipin.check` with ``method=`` shows
-                the rule of each operation.
+            verbose: True to log the rule of each operation (:mod:`logging`, level INFO).
 
         Returns:
             Attributions with the shape, dtype and device of ``inputs``. With
@@ -310,7 +323,8 @@ class Relevance(Propagation):
         Raises:
             UnsupportedOperationError: The method has no rule for an operation of the model.
         """
-        check_silent(verbose)
+        if verbose:
+            self.log_rules(inputs, additional_forward_args)
         explanation = self.explain(as_inputs(inputs), target, as_extras(additional_forward_args))
         maps = like(inputs, explanation.signals)
         if not return_convergence_delta:
@@ -343,15 +357,6 @@ class Relevance(Propagation):
 def single(tensors: Inputs) -> Tensor | Inputs:
     """Return the only tensor of a tuple, or the tuple if there are several."""
     return tensors[0] if len(tensors) == 1 else tensors
-
-
-def check_silent(verbose: bool) -> None:
-    """Raise InputError if ``verbose`` is set."""
-    if verbose:
-        raise InputError(
-            "verbose=True is not supported, because this package prints nothing: "
-            "print(check(model, inputs, method=...)) shows the rule of each operation"
-        )
 
 
 def summed(values: Tensor) -> Tensor:

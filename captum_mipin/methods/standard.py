@@ -16,7 +16,7 @@ from captum_mipin.graph.diagnosis import reasons
 from captum_mipin.graph.modules import module_of, unwrapped
 from captum_mipin.graph.validate import as_extras, as_inputs, check_finite, check_inputs, like
 from captum_mipin.options import check_callable, check_number, type_of
-from captum_mipin.propagation.independent import require_independent
+from captum_mipin.propagation.independent import Differentiated, require_independent
 from captum_mipin.types import Extras, Inputs
 
 #: Held while torch compiles nothing, which holds for all threads.
@@ -39,7 +39,7 @@ def _hooks_run(model: Any, layer: nn.Module) -> Iterator[None]:
         yield
 
 
-class SmoothGrad(NoFuture, GradientAttribution):
+class SmoothGrad(Differentiated, NoFuture, GradientAttribution):
     """The mean gradient over noisy copies of each example.
 
     A = 1/n Σ_k ∂Φ_c/∂x (x + ν_k) with ν_k ~ N(0, σ²). Each example has its own σ, in proportion to
@@ -63,6 +63,8 @@ class SmoothGrad(NoFuture, GradientAttribution):
         >>> SmoothGrad(model).attribute(torch.randn(2, 4), target=1).shape
         torch.Size([2, 4])
     """
+
+    _logits = False
 
     def __init__(
         self, model: nn.Module, *, samples: int = 50, noise: float = 0.15, seed: int = 0
@@ -125,7 +127,7 @@ class SmoothGrad(NoFuture, GradientAttribution):
         return "SmoothGrad"
 
 
-class GradCAM(NoFuture, Attribution):
+class GradCAM(Differentiated, NoFuture, Attribution):
     """Captum's Grad-CAM with its ReLU, interpolated bilinearly to the size of the input.
 
     Args:
@@ -141,6 +143,8 @@ class GradCAM(NoFuture, Attribution):
         >>> GradCAM(model.eval(), model[1]).attribute(torch.rand(2, 1, 8, 8), target=0).shape
         torch.Size([2, 1, 8, 8])
     """
+
+    _logits = False
 
     def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:
         check_callable(model)

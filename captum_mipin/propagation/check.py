@@ -12,7 +12,7 @@ from captum_mipin.graph.layers import tensors_at
 from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.validate import as_extras, as_inputs, as_model, check_inputs
 from captum_mipin.options import type_of
-from captum_mipin.propagation.final import below_final
+from captum_mipin.propagation.final import below_final, result_row
 from captum_mipin.propagation.passes import MARKING, draft
 from captum_mipin.propagation.treatments import treatments
 from captum_mipin.report import CheckReport, CheckRow
@@ -41,8 +41,9 @@ def check(
         output: Index, key or field name of the model's output, see
             :class:`~captum_mipin.InverseNetwork`.
         method: A method of this package: its class, or an object such as ``LRP(model, ...)`` with
-            its options; by default MIP-IN. For such a method a further column names the operations
-            at which its relevance is not conserved, or which its definition does not cover.
+            its options; by default MIP-IN. For methods with rules of their own a further column
+            names the operations at which relevance is not conserved, or which the definition does
+            not cover. For others, such as IBA and SmoothGrad, the table names what they refuse.
 
     Returns:
         A table with one row per operation: its status ("supported", "passes" or "refused") and a
@@ -71,26 +72,37 @@ def check(
 
     graph = graphs.get(graphs.find(inputs, extras, graph_of))
     assert graph is not None  # for mypy: find has captured the graph
-    graph, final = below_final(graph) if getattr(method, "_logits", True) else (graph, None)
+    logits = getattr(method, "_logits", True)
+    graph, final = below_final(graph) if logits else (graph, result_row(graph))
     module = None if layer is None else module_of(layer, model)
     start = tensors_at(graph, model, module, (inputs, extras))
     rows = _rows(method, model, graph, start)
-    return CheckReport((*rows, *([final] if final else [])), graph.single)
+    if final is not None:
+        rows = [*rows, final] if logits else _with_final(rows, final)
+    return CheckReport(tuple(rows), graph.single)
+
+
+def _with_final(rows: list[CheckRow], final: CheckRow) -> list[CheckRow]:
+    """Return the rows, with ``final`` in the place of the last row of this operation."""
+    place = (final.path, final.operation)
+    alike = [at for at, row in enumerate(rows) if (row.path, row.operation) == place]
+    at = alike[-1] if alike else len(rows)
+    return [*rows[:at], final, *rows[at + 1 :]]
 
 
 def _rows(
     method: Any, model: nn.Module, graph: CapturedGraph, start: Sequence[str]
 ) -> list[CheckRow]:
     """Return one row per operation, by the rules of a method; None stands for MIP-IN."""
-    if method is None:
+    if method is None or hasattr(method, "source_signal"):  # MIP-IN's inverses and attributions
         return survey(graph, table(), start)
     if not hasattr(method, "survey"):
         raise InputError(
             f"method is {type_of(method)}, which has no rules of operations to check; expected a "
             "method such as LRP(model) or Deconvnet: pass one of these, or None for MIP-IN"
         )
-    method = method(model) if isinstance(method, type) else method
-    rows: list[CheckRow] = method.survey(graph, start)
+    bare = getattr(method, "_bare", None) if isinstance(method, type) else None
+    rows: list[CheckRow] = (bare(model) if bare else method).survey(graph, start)
     return rows
 
 

@@ -113,7 +113,7 @@ def _replace(draft: Draft, node: fx.Node, recognised: bool = False) -> bool:
     general = Elementwise.name in list(draft.rules) and not recognised
     chosen: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
     order = {n: at for at, n in enumerate(draft.graph.nodes)}
-    for x, inside in arguments_of(node, varies, order, ELEMENTWISE, draft.starts):
+    for x, inside in arguments_of(node, varies, order, ELEMENTWISE, starts=draft.starts):
         sources = dict.fromkeys(n for one in inside for n in one.all_input_nodes)
         constants = [n for n in sources if n not in inside and n is not x]
         function = Elementwise(extract(draft.graph, [x, *constants], [node]))
@@ -138,16 +138,20 @@ def arguments_of(
     varies: Callable[[Any], bool],
     order: Mapping[fx.Node, int],
     operations: Collection[str],
+    *,
     starts: Collection[fx.Node] = (),
+    same_shape: bool = True,
 ) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
-    """Yield each tensor of which ``node`` is a function, element by element, the nearest first.
+    """Yield each tensor of its shape of which ``node`` is a function, the nearest first.
 
     Args:
         node: The node.
         varies: Function that returns False for constants.
         order: Node → its position in the graph.
-        operations: Names of the operations that work element by element.
+        operations: Names of the operations that the function may consist of.
         starts: Nodes whose arguments are not looked at.
+        same_shape: Whether all tensors in between have this shape too, as if the operations work
+            element by element.
 
     Yields:
         The node x of the tensor; the nodes of the operations from x to ``node``, with ``node``.
@@ -157,9 +161,10 @@ def arguments_of(
         last = max(ends, key=order.__getitem__)
         value = value_of(last)
         value = value[0] if isinstance(value, tuple) else value
-        if not isinstance(value, Tensor) or str(value.shape) != shape:
+        alike = isinstance(value, Tensor) and str(value.shape) == shape
+        if same_shape and not alike:
             return
-        if len(ends) == 1 and is_tensor(last) and value.is_floating_point():
+        if alike and len(ends) == 1 and is_tensor(last) and value.is_floating_point():
             yield last, set(inside)
         if last in starts or operation(last) not in operations:
             return

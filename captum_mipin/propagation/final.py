@@ -2,11 +2,12 @@
 
 Methods that send back a value of the output, or that compute a cross entropy, start from logits.
 The functions of this module replace the output of a captured graph by these logits. All such
-methods use them; gradients do not, because the gradient of a probability is well defined.
+methods use them. Gradients do not, because the gradient of a probability is well defined; they say
+what they explain.
 
 A sigmoid is known by its values, however it is written: if the output is f(z) for each element z,
-and f(z) = σ(a z + b) or log σ(a z + b) on a grid, the logits are a z + b. A softmax is known by its
-form. Behind it, log p and, in a loss, −log p may be computed.
+and f(z) = σ(a z + b) or log σ(a z + b) on a grid, the logits are a z + b. So is a softmax, see
+:mod:`softmax`. Behind it, log p and, in a loss, −log p may be computed.
 """
 
 import warnings
@@ -21,19 +22,14 @@ from torch.nn.functional import hardsigmoid
 
 from captum_mipin.errors import LogitsWarning, UnsupportedOperationError
 from captum_mipin.graph.capture import CapturedGraph
-from captum_mipin.graph.marks import inherit, value_of
-from captum_mipin.graph.nodes import argument, operation, place
+from captum_mipin.graph.marks import inherit
+from captum_mipin.graph.nodes import operation, place
 from captum_mipin.graph.validate import level_of_caller
 from captum_mipin.propagation.draft import descendants
 from captum_mipin.propagation.elementwise import ELEMENTWISE, arguments_of
+from captum_mipin.propagation.softmax import softmax
 from captum_mipin.report import CheckRow
 from captum_mipin.rules.gates import REARRANGED
-
-#: Operations that compute a softmax of their first argument, or its logarithm.
-_SOFTMAXES = {
-    "softmax": "softmax", "_softmax": "softmax",
-    "log_softmax": "log-softmax", "_log_softmax": "log-softmax",
-}  # fmt: skip
 
 #: Operations by which a model may compute its output from several probabilities.
 _COMBINED = REARRANGED | {
@@ -82,9 +78,14 @@ class Final:
     shift: float = 0.0
 
     @property
+    def is_loss(self) -> bool:
+        """Return True for minus the logarithm of a softmax."""
+        return self.scale < 0 and "softmax" in self.name
+
+    @property
     def note(self) -> str:
         """The note in a table of :func:`~captum_mipin.check`."""
-        if self.scale < 0 and "softmax" in self.name:
+        if self.is_loss:
             return (
                 f"the {self.name} ends the model, in a loss that falls with it: minus the logits "
                 "that go into it are explained"
@@ -106,25 +107,53 @@ def below_final(captured: CapturedGraph) -> tuple[CapturedGraph, CheckRow | None
         end in a sigmoid or softmax; "refused" if the output is computed from probabilities in a way
         for which no logits are defined, such as their mean. The graph then is the same.
     """
-    search, node = _Search(captured), captured.output
-    behind: list[fx.Node] = []  # the operations behind ``node``, in order of execution
-    while True:
-        final = search.final(node, [n for n in behind if operation(n) not in _MOVES])
-        if final is not None:
-            moves = [n for n in behind if operation(n) in _MOVES]
-            return _moved(captured, final, moves), _row(final, "supported", final.note)
-        if operation(node) not in _MOVES and not search.is_function(node):
-            break
-        behind.insert(0, node)
-        node = node.all_input_nodes[0]
-    final = search.combined()
+    final, moves = _end(captured)
     if final is None:
         return captured, None
+    if moves is not None:
+        return _moved(captured, final, moves), _row(final, "supported", final.note)
     note = (
         f"the output is computed from the result of a {final.name}, so that its logits are not "
         "known: return the logits"
     )
     return captured, _row(final, "refused", note)
+
+
+def _end(captured: CapturedGraph) -> tuple[Final | None, list[fx.Node] | None]:
+    """Return the sigmoid or softmax that the output is, and the rearrangements behind it.
+
+    Both are None if there is none; the second is None if more than rearrangements is behind it.
+    """
+    search, node = _Search(captured), captured.output
+    behind: list[fx.Node] = []  # the operations behind ``node``, in order of execution
+    while True:
+        final = search.final(node, [n for n in behind if operation(n) not in _MOVES])
+        if final is not None:
+            return final, [n for n in behind if operation(n) in _MOVES]
+        if operation(node) not in _MOVES and not search.is_function(node):
+            return search.combined(), None
+        behind.insert(0, node)
+        node = node.all_input_nodes[0]
+
+
+def result_row(captured: CapturedGraph) -> CheckRow | None:
+    """Return the row of the sigmoid or softmax of a model, for methods that explain its result.
+
+    A model that returns its loss has none: it is clear what the gradient of a loss is.
+    """
+    final, _ = _end(captured)
+    if final is None or final.is_loss:
+        return None
+    caveat = f"the {final.name} ends the model: its result is explained, not the logits below it"
+    return replace(_row(final, "passes", "derivative"), caveat=caveat)
+
+
+def warn_of_result(captured: CapturedGraph) -> CapturedGraph:
+    """Return the graph as it is, with a warning if it ends in a sigmoid or softmax."""
+    row = result_row(captured)
+    if row is not None:
+        _warn(row, "explain the logits")
+    return captured
 
 
 def require_logits(captured: CapturedGraph) -> CapturedGraph:
@@ -145,13 +174,14 @@ def require_logits(captured: CapturedGraph) -> CapturedGraph:
             f"{row.operation} in {row.path or 'the model itself'}: {row.note}. This method starts "
             "from logits: pass a model without this last part"
         )
-    warnings.warn(
-        f"{row.operation} in {row.path or 'the model itself'}: {row.note}. Pass the model without "
-        "it to avoid this warning",
-        LogitsWarning,
-        stacklevel=level_of_caller(),
-    )
+    _warn(row, "avoid this warning")
     return graph
+
+
+def _warn(row: CheckRow, purpose: str) -> None:
+    text = f"{row.operation} in {row.path or 'the model itself'}: {row.caveat or row.note}"
+    text += f". Pass the model without it to {purpose}"
+    warnings.warn(text, LogitsWarning, stacklevel=level_of_caller())
 
 
 def _row(final: Final, status: str, note: str) -> CheckRow:
@@ -215,7 +245,8 @@ class _Search:
             behind: Functions of one element that follow, in order of execution. The result of the
                 last of them has to rise or fall with the logits.
         """
-        found = _softmax(node)
+        varies = self._varying.__contains__
+        found = softmax(node, varies, self._order)
         if found is not None:
             name, logits = found
             p = _GRID.sigmoid()
@@ -226,7 +257,6 @@ class _Search:
             return None
         other: Final | None = None
         if operation(node) in _FUNCTIONS:
-            varies = self._varying.__contains__
             for z, inside in arguments_of(node, varies, self._order, _FUNCTIONS):
                 y = _value({z: _GRID}, sorted(inside, key=self._order.__getitem__), behind)
                 match = None if y is None else _logistic(y)
@@ -309,42 +339,3 @@ def _logistic(y: Tensor) -> tuple[str, float, float] | None:
         if torch.allclose(y, hardsigmoid(a * _GRID), 1e-11, 1e-15):
             return "hardsigmoid", a, 0.0
     return None
-
-
-def _softmax(node: Any) -> tuple[str, fx.Node] | None:
-    """Return the name and the logits of a softmax, also one that is written by hand."""
-    kind: str = operation(node)
-    args: Any = getattr(node, "args", ())
-    if kind in _SOFTMAXES:  # over the batch, it mixes the examples
-        return None if _over_batch(node) else (_SOFTMAXES[kind], args[0])
-    if kind == "sub" and operation(args[1]) == "logsumexp" and args[1].args[0] is args[0]:
-        return None if _over_batch(args[1]) else ("log-softmax", args[0])
-    if kind != "div" or operation(args[0]) != "exp" or operation(args[1]) != "sum":
-        return None
-    alike = _same(args[1].args[0], args[0]) and not _over_batch(args[1])
-    return ("softmax", _unshifted(args[0].args[0])) if alike else None
-
-
-def _over_batch(node: Any) -> bool:
-    """Return True if a softmax, ``sum`` or ``logsumexp`` goes over the first dimension."""
-    dims = argument(node, 1, "dim")
-    if not isinstance(dims, (int, list, tuple)) or dims == []:
-        return True  # over all dimensions
-    dims = [dims] if isinstance(dims, int) else dims
-    return any(dim % value_of(node.args[0]).ndim == 0 for dim in dims)
-
-
-def _same(node: Any, other: Any) -> bool:
-    """Return True if two nodes are the same operation on the same tensor."""
-    return operation(node) == operation(other) and bool(node.args == other.args)
-
-
-def _unshifted(z: Any) -> Any:
-    """Return x for z = x − max(x), by which a softmax avoids overflow; else z."""
-    if operation(z) != "sub" or not isinstance(z.args[1], fx.Node):
-        return z
-    x, shift = z.args[:2]
-    while operation(shift) in ("detach", "getitem", "alias", "unsqueeze"):
-        shift = shift.args[0]
-    largest = operation(shift) in ("amax", "max", "logsumexp")
-    return x if largest and argument(shift, 0, "self") is x else z

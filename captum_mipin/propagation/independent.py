@@ -6,13 +6,14 @@ by ``cat`` and ``chunk``, calls of the model tell that no example depends on ano
 that cannot be captured is only called.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 from torch import fx, nn
+from torch._ops import OpOverload
 
 from captum_mipin.errors import CaptureError, UnsupportedOperationError
 from captum_mipin.graph.alone import Fault, fault
@@ -26,6 +27,7 @@ from captum_mipin.graph.signature import Signature, plain
 from captum_mipin.graph.state import State
 from captum_mipin.graph.trials import Trial
 from captum_mipin.propagation.batch_layout import ALONG, lay_out_batch
+from captum_mipin.propagation.final import warn_of_result
 from captum_mipin.propagation.marking import drop_unused, mark_signal, mark_varying
 from captum_mipin.propagation.passes import draft
 from captum_mipin.propagation.treatments import BATCH_SIZE, RANDOM, listed, uses_batch_size
@@ -48,6 +50,8 @@ _MOVES = REARRANGED | {
     "cat", "stack", "unbind", "split_with_sizes", "index", "index_select", "gather", "flip", "roll",
     "repeat", "movedim", "embedding_bag",
 }  # fmt: skip
+
+_PASSES = (mark_varying, drop_unused, mark_signal, lay_out_batch)
 
 _WAY_OUT = (
     "Expected a model that computes each example alone, and the same in each call: give batch "
@@ -120,10 +124,25 @@ def require_independent(model: Any, inputs: Inputs, extras: Extras = ()) -> None
         if captured is None:
             _check_calls(model, call)
         else:
-            check_graph(captured, model, call)
+            check_graph(warn_of_result(captured), model, call)
         passed[signature] = None  # of a model that cannot be read, no later call is trusted
         with suppress(Exception):
             passed[signature] = State(model)
+
+
+class Differentiated:
+    """Base class of methods that use the derivatives of the operations, without further rules."""
+
+    @staticmethod
+    def survey(captured: CapturedGraph, start: Sequence[str] | None = None) -> list[CheckRow]:
+        """Return one row per operation of a graph; those that mix examples are refused."""
+        rows = []
+        for node in draft(captured, _Any(), start, _PASSES).graph.nodes:
+            why = _dependence(node)
+            if why or (isinstance(original(node), OpOverload) and marks(node).signal):
+                status, note = ("refused", why) if why else ("passes", "derivative")
+                rows.append(CheckRow(place(node).path, str(original(node)), status, note))
+        return rows
 
 
 def check_graph(
@@ -137,8 +156,7 @@ def check_graph(
         call: Inputs and further arguments of a call of the model.
         output: Which output, see :func:`captum_mipin.graph.signature.select`.
     """
-    passes = (mark_varying, drop_unused, mark_signal, lay_out_batch)
-    nodes = draft(captured, _Any(), None, passes).graph.nodes
+    nodes = draft(captured, _Any(), None, _PASSES).graph.nodes
     dependent = [(node, reason) for node in nodes if (reason := _dependence(node))]
     if not dependent:
         return

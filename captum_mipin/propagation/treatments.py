@@ -39,6 +39,10 @@ _HINTS = {
         "only on differences of its inputs, so that no input has a share of its own",
     ),
     **dict.fromkeys(
+        ("exp", "exp2"),
+        "; if it is part of a softmax by which the model ends, return the logits that go into it",
+    ),
+    **dict.fromkeys(
         ("reciprocal", "rsqrt"),
         "; a divisor is recorded as a scale, so that no value is left that a signal could go to",
     ),

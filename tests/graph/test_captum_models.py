@@ -197,14 +197,14 @@ def test_toy_models_of_captum(name: str, untouched: Any) -> None:
         with pytest.raises(error, match=message), untouched(model, *inputs):
             fit()
         return
-    warned = (
-        pytest.warns(LogitsWarning, match=f"{case.ending} ends the model: the logits")
-        if case.ending
-        else nullcontext()
-    )
+
+    def warned(explained: str) -> Any:
+        match = f"{case.ending} ends the model: {explained}"
+        return pytest.warns(LogitsWarning, match=match) if case.ending else nullcontext()
+
     with untouched(model, *inputs):
         assert check(model, inputs, extras).ok
-        with warned:
+        with warned("the logits"):
             fit()
         mipin = MIPINAttribution(model, inverse)
         a, s = mipin.attribute(inputs, target, extras), mipin.source_signal(inputs, target, extras)
@@ -223,7 +223,8 @@ def test_toy_models_of_captum(name: str, untouched: Any) -> None:
     ):  # torch itself cannot: the model changes what its ReLU needs
         leaves = tuple(x.clone().requires_grad_() for x in inputs)
         gradients = Saliency(model).attribute(leaves, target, False, extras)
-        read = mipin.attribute(inputs, target, extras, multiply_by_gradients=True)
+        with warned("its result"):  # of which the gradient is
+            read = mipin.attribute(inputs, target, extras, multiply_by_gradients=True)
         for found, plain, gradient in zip(read, a, gradients, strict=True):
             torch.testing.assert_close(found, plain * gradient)
     few = tuple(x[3:5] for x in inputs)

@@ -9,18 +9,22 @@ from small import normal
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import InverseNetwork, MIPINAttribution, check
-from captum_mipin.bottleneck import IBA
+from captum_mipin import InverseNetwork, MIPINAttribution, NeighbourInverse, check
+from captum_mipin.bottleneck import IBA, InputIBA
 from captum_mipin.errors import LogitsWarning, UnsupportedOperationError
 from captum_mipin.graph.capture import capture
 from captum_mipin.graph.subgraph import Part
 from captum_mipin.methods import (
     LRP,
+    Deconvnet,
     DeepTaylor,
     ExcitationBackprop,
+    GradCAM,
     GuidedBackprop,
+    PatternAttribution,
     PatternNet,
     Patterns,
+    SmoothGrad,
 )
 from captum_mipin.methods.gradients import Gradient
 from captum_mipin.propagation.final import below_final
@@ -37,6 +41,17 @@ class Ends(nn.Module):
 
     def forward(self, x):
         return self.end(self.body(x))
+
+
+class Called(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 #: End of the model → the same end without its sigmoid or softmax.
@@ -135,6 +150,33 @@ def exp_over_one(z):
     return e / (1 + e)
 
 
+#: A softmax of z in further spellings.
+TAKEN |= {
+    name: (how, lambda z: z)
+    for name, how in {
+        "sum, unsqueezed": lambda z: z.exp() / z.exp().sum(1).unsqueeze(1),
+        "sum, indexed": lambda z: z.exp() / z.exp().sum(-1)[:, None],
+        "transposed": lambda z: (z.exp().T / z.exp().sum(1)).T,
+        "times one over the sum": lambda z: z.exp() * (1 / z.exp().sum(1, keepdim=True)),
+        "times the reciprocal": lambda z: z.exp() * z.exp().sum(1, keepdim=True).reciprocal(),
+        "times a power": lambda z: z.exp() * z.exp().sum(1, keepdim=True) ** -1,
+        "exp minus logsumexp": lambda z: torch.exp(z - z.logsumexp(1, keepdim=True)),
+        "minus the log of the sum": lambda z: z - z.exp().sum(1, keepdim=True).log(),
+        "by log and exp": lambda z: torch.exp(z - z.exp().sum(1, keepdim=True).log()),
+        "normalize": lambda z: F.normalize(z.exp(), p=1, dim=1),
+        "a mean": lambda z: z.exp() / (3 * z.exp().mean(1, keepdim=True)),
+        "e to the power": lambda z: math.e**z / (math.e**z).sum(1, keepdim=True),
+        "guarded": lambda z: z.exp() / (z.exp().sum(1, keepdim=True) + 1e-12),
+        "shifted by the largest of all": lambda z: (
+            (z - z.max()).exp() / (z - z.max()).exp().sum(1, keepdim=True)
+        ),
+        "shifted, expanded": lambda z: (z - z.amax(1)[:, None].expand_as(z)).softmax(1),
+        "shifted by hand, expanded": lambda z: once(z - z.amax(1)[:, None].expand_as(z)),
+        "class by class": lambda z: torch.stack(
+            [c.exp() / sum(d.exp() for d in z.unbind(1)) for c in z.unbind(1)], 1
+        ),
+    }.items()
+}
 TAKEN |= {how.__name__: (how, lambda z: z) for how in (once, shifted, shifted_by_max, exp_over_one)}
 
 REFUSED = {
@@ -174,6 +216,7 @@ OTHERS = {
     "a comparison": lambda z: (z > 0).to(z.dtype) * z,
     "a comparison alone": lambda z: (z > 0).to(z.dtype),
     "a norm": lambda z: z / z.sum(1, keepdim=True),
+    "exp2 over its sum": lambda z: z.exp2() / z.exp2().sum(1, keepdim=True),
     "exp over another sum": lambda z: z.exp() / (2 * z).exp().sum(1, keepdim=True),
 }
 
@@ -357,14 +400,56 @@ def test_every_method_explains_the_logits_and_says_so(method, end):
     torch.testing.assert_close(found, expected)
 
 
+EVERY = [
+    Gradient, GuidedBackprop, Deconvnet, SmoothGrad, GradCAM, LRP, DeepTaylor, ExcitationBackprop,
+    PatternNet, PatternAttribution, IBA, InputIBA, MIPINAttribution, InverseNetwork,
+    NeighbourInverse, None,
+]  # fmt: skip
+GRADIENTS = EVERY[:5]
+NAMED = {"softmax": lambda z: z.softmax(1), "sigmoid": torch.sigmoid, "softmax by hand": once}
+
+
+@pytest.mark.parametrize("end", NAMED)
+@pytest.mark.parametrize("method", EVERY)
+def test_check_names_the_end_for_every_method(method, end):
+    model = network(lambda z: NAMED[end](z).squeeze(-1))
+    report = check(model, normal(4, 5), method=method)
+    assert not report.refused
+    (row,) = [row for row in report.rows if f"{end.split()[0]} ends" in row.note + row.caveat]
+    explained = "its result is explained" if method in GRADIENTS else "the logits that go into it"
+    assert explained in row.note + row.caveat
+    rest = check(network(lambda z: z.squeeze(-1)), normal(4, 5), method=method).rows
+    assert set(rest) <= set(report.rows)
+
+
+@pytest.mark.parametrize("end", NAMED)
+@pytest.mark.parametrize("method", GRADIENTS)
+def test_gradients_say_that_they_are_those_of_the_probability(method, end):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    model, x = nn.Sequential(body, Called(NAMED[end])).eval(), normal(3, 1, 4, 4)
+    made = method(model, body[1]) if method is GradCAM else method(model)
+    match = rf"the {end.split()[0]} ends the model: its result is explained.*explain the logits"
+    with pytest.warns(LogitsWarning, match=match):
+        found = made.attribute(x, target=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        torch.testing.assert_close(made.attribute(x, target=1), found)
+        method(body, body[1]).attribute(x, 1) if method is GradCAM else method(body).attribute(x, 1)
+
+
+def test_check_of_a_method_without_rules_names_what_it_refuses():
+    model = network(lambda z: z.softmax(0) + (z > 0) * torch.rand(3))
+    refused = check(model, normal(4, 5), method=SmoothGrad).refused
+    assert [row.operation for row in refused] == ["aten.softmax.int", "aten.rand.default"]
+
+
 def test_gradients_are_those_of_the_probability():
     """As those of Captum's Saliency."""
     model, x = network(torch.sigmoid), normal(3, 5).requires_grad_()
     (expected,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
-    torch.testing.assert_close(Gradient(model).attribute(x.detach(), target=1), expected)
-    assert all(
-        row.status != "refused" for row in check(model, x.detach(), method=GuidedBackprop).rows
-    )
+    with pytest.warns(LogitsWarning):
+        torch.testing.assert_close(Gradient(model).attribute(x.detach(), target=1), expected)
 
 
 def test_check_names_the_final_operation():

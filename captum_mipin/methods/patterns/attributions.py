@@ -41,6 +41,11 @@ class PatternPropagation(Propagation):
             )
         self.patterns = patterns
 
+    @classmethod
+    def _bare(cls, model: nn.Module) -> "PatternPropagation":
+        """Return an object whose patterns are not fitted."""
+        return cls(model, Patterns(model))
+
     def explain(
         self, inputs: Inputs, target: Any, extras: Extras = (), layer: Site = None
     ) -> Explanation:
