@@ -176,7 +176,7 @@ class ModelChangedWarning(UserWarning):
 
 
 class DataWarning(UserWarning):
-    """A fit has very few examples, or explained inputs are scaled differently than in the fit.
+    """A fit has very few examples, inputs are scaled differently than in the fit, or a map is 0.
 
     Examples:
         >>> import warnings

@@ -269,6 +269,24 @@ CASES: dict[str, Case] = {
     **_COPIES,
     **_MIXES,
     **SELECTIONS,
+    "quantile.scalar": _on(SEQUENCE, 0.3, 2),
+    "nanquantile.scalar": _on(SEQUENCE, 0.3, 2),
+    "max_unpool2d.default": Case(
+        IMAGE,
+        lambda op, x: op(
+            x, _like(4 * torch.arange(36).view(1, 1, 6, 6).repeat(1, 4, 1, 1), x), [12, 12]
+        ),
+    ),
+    "max_unpool3d.default": Case(
+        VOLUME,
+        lambda op, x: op(
+            x,
+            _like(8 * torch.arange(64).view(1, 1, 4, 4, 4).repeat(1, 4, 1, 1, 1), x),
+            [8] * 3,
+            [2] * 3,
+            [0] * 3,
+        ),
+    ),
     **_REPLACED,
     "pixel_unshuffle.default": _on(IMAGE, 2),
     "rot90.default": _on(IMAGE, 1, [2, 3]),

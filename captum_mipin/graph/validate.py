@@ -1,6 +1,7 @@
 """Checks and conversions of the arguments that users pass."""
 
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from captum_mipin.errors import CaptureError, InputError
+from captum_mipin.errors import CaptureError, DataWarning, InputError
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.options import for_inputs, for_model, type_of
 from captum_mipin.training import check_evaluation
 from captum_mipin.types import Extras, Inputs
+
+#: Largest number of examples that a warning names.
+_NAMED = 8
 
 
 def as_inputs(inputs: Any) -> Inputs:
@@ -209,6 +213,24 @@ def check_finite(inputs: Inputs) -> None:
             raise InputError(
                 f"input {index} contains NaN or Inf, expected finite values: remove those examples"
             )
+
+
+def warn_of_zeros(zero: Tensor, cause: str) -> None:
+    """Warn of examples whose maps are 0.
+
+    Args:
+        zero: (batch,) True for such an example.
+        cause: Why their maps are 0.
+    """
+    found = zero.nonzero().flatten().tolist()
+    if found:
+        examples = ", ".join(map(str, found[:_NAMED])) + ", ..." * (len(found) > _NAMED)
+        warnings.warn(
+            f"the maps of {len(found)} of {len(zero)} examples ({examples}) are 0: {cause}; "
+            "expected a target whose output is positive: explain another target, or use LRP",
+            DataWarning,
+            stacklevel=level_of_caller(),
+        )
 
 
 def level_of_caller() -> int:

@@ -32,6 +32,7 @@ from captum_mipin.graph.validate import (
     check_output,
     finite,
     like,
+    warn_of_zeros,
 )
 from captum_mipin.propagation.check import check, survey
 from captum_mipin.propagation.final import require_logits, warn_of_result
@@ -303,6 +304,9 @@ class Signal(Propagation):
 class Relevance(Propagation):
     """Base class of methods that distribute the output over the input as relevance."""
 
+    #: Whether only positive contributions get relevance, so that an example may get none.
+    _positive = False
+
     @captum_entry
     def attribute(
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
@@ -330,6 +334,20 @@ class Relevance(Propagation):
         if not return_convergence_delta:
             return maps
         return maps, self.compute_convergence_delta(maps, explanation.output)
+
+    def explain(
+        self, inputs: Inputs, target: Any, extras: Extras = (), layer: Site = None
+    ) -> Explanation:
+        """Run one forward and one backward pass, see :meth:`Propagation.explain`."""
+        found = super().explain(inputs, target, extras, layer)
+        kept = [s.flatten(1).any(1) for s in found.signals if len(s) == len(found.output)]
+        if self._positive and kept:
+            warn_of_zeros(
+                ~torch.stack(kept).any(0),
+                "z⁺ sends nothing back from outputs without positive contributions, nor "
+                "preset='innvestigate' from negative outputs",
+            )
+        return found
 
     @property
     def multiplies_by_inputs(self) -> bool:

@@ -276,7 +276,7 @@ def replace_layers(
     weighted_nodes = {node for node, layer in layers.items() if not isinstance(layer, Scale)}
     inputs = [n for n in graph.nodes if n.op == "placeholder" and varies(n)]
     outputs = [n for n in graph.nodes if n.op == "output"]
-    first = _nearest(inputs, weighted_nodes, lambda n: list(n.users))
+    first = _nearest(inputs, weighted_nodes, lambda n: [user for user in n.users if varies(user)])
     last = _nearest(outputs, weighted_nodes, lambda n: n.all_input_nodes)
     for node, layer in layers.items():
         node.target = replace(layer, rule=choose(layer, node in first, node in last))

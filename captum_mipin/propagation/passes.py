@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.propagation.batch_layout import lay_out_batch
+from captum_mipin.propagation.calls import join_calls
 from captum_mipin.propagation.canonical import canonicalise
 from captum_mipin.propagation.channels import find_channels
 from captum_mipin.propagation.complex_parts import replace_complex
@@ -34,6 +35,7 @@ from captum_mipin.propagation.spelling import (
     replace_copies,
     replace_squares,
     rewrite_constant_products,
+    split_positions,
 )
 from captum_mipin.propagation.splits import write_splits
 from captum_mipin.propagation.sums import write_sums
@@ -47,12 +49,14 @@ MARKING: tuple[Pass, ...] = (
     drop_unused,
     replace_complex,
     replace_copies,
+    split_positions,
     replace_bounds,
     replace_squares,
     fold_padding,
     replace_constants,
     write_masks,
     replace_equivalents,
+    join_calls,
     join_slices,
     write_splits,
     join_elementwise,

@@ -73,14 +73,14 @@ def join_slices(draft: Draft) -> None:
     draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
 
 
-def _slice(node: Any, starts: Starts) -> Slice | None:
+def slice_or_copy(node: Any, starts: Starts) -> Slice | None:
     """Return the slice that a node computes, or copies; None for other operations."""
     node = _uncopied(node, starts)
     name = operation(node)
     if node in starts or not isinstance(node, fx.Node) or leaves_module(node):
         return None
     if name == "squeeze":
-        part, dims = _slice(node.args[0], starts), argument(node, 1, "dim")
+        part, dims = slice_or_copy(node.args[0], starts), argument(node, 1, "dim")
         if part is None or not part.kept or part.stop != part.start + 1:
             return None
         dims = [dims] if isinstance(dims, int) else list(dims or ())
@@ -137,7 +137,7 @@ def _uncopied(node: Any, starts: Starts) -> Any:
 
 def _put_together(node: Any, starts: Starts) -> None:
     """Rewrite a stack of slices of one tensor as an index of this tensor."""
-    parts = [_slice(part, starts) for part in node.args[0]]
+    parts = [slice_or_copy(part, starts) for part in node.args[0]]
     first, dim = parts[0], argument(node, 1, "dim", 0) % value_of(node).ndim
     if first is None or len(parts) < 2 or any(p is None or p.form != first.form for p in parts):
         return
@@ -297,9 +297,9 @@ def _group(term: _Term, starts: Starts) -> tuple[Any, Any]:
     """
     node = term.node
     if operation(node) == "mul" and not node.kwargs and all(map(varies, node.args)):
-        parts = [_slice(n, starts) for n in node.args]
+        parts = [slice_or_copy(n, starts) for n in node.args]
     else:
-        parts = [_slice(node, starts)]
+        parts = [slice_or_copy(node, starts)]
     slices = [part for part in parts if part is not None]
     if len(slices) < len(parts) or any(p.stop != p.start + 1 for p in slices):
         return None, None
@@ -374,7 +374,7 @@ def _aligned(node: fx.Node, pairs: Sequence[tuple[fx.Node, int]]) -> list[fx.Nod
 
 def _last_of_cumsum(node: Any, starts: Starts) -> None:
     """Rewrite the last slice of a cumulative sum as the sum."""
-    part = _slice(node, starts)
+    part = slice_or_copy(node, starts)
     source: Any = part.source if part else None
     if part is None or operation(source) != "cumsum" or source in starts or source.kwargs:
         return

@@ -14,6 +14,7 @@ method has no rule for ``detach()``, it is left out: the value is the same.
 """
 
 from functools import partial
+from operator import getitem
 from typing import Any
 
 import torch
@@ -86,9 +87,10 @@ def replace_copies(draft: Draft) -> None:
         if operation(node) == "slice" and is_copy(node):
             mark(node, original=original(node))
             node.target, node.args = aten.alias.default, node.args[:1]
-        if operation(node) not in copies:
+        known = operation(node) in copies
+        source: Any = node.args[copies[operation(node)]] if known else _broadcast(node)
+        if source is None and not known:
             continue
-        source: Any = node.args[copies[operation(node)]]
         if not isinstance(source, fx.Node):  # h[:, 0] = 0.0
             node.target = aten.full_like.default
             continue
@@ -125,6 +127,25 @@ def _expand_copies(node: Any) -> None:
         return
     mark(node, original=original(node))
     node.target, node.args, node.kwargs = aten.expand.default, (x, sizes), {}
+
+
+def _broadcast(node: Any) -> fx.Node | None:
+    """Return the tensor that ``broadcast_tensors`` returned in the same shape; None for others."""
+    if node.target is not getitem or operation(node.args[0]) != "broadcast_tensors":
+        return None
+    source: fx.Node = node.args[0].args[0][node.args[1]]
+    return source if str(value_of(source).shape) == str(value_of(node).shape) else None
+
+
+def split_positions(draft: Draft) -> None:
+    """Take the positions that a maximum pooling returns from a copy of it, which is recorded."""
+    for node in list(draft.graph.nodes):
+        places = [n for n in node.users if n.target is getitem and n.args[1] == 1]
+        if "max_pool" in operation(node) and places and node not in draft.starts:
+            with draft.graph.inserting_after(node):
+                copy = draft.graph.node_copy(node)
+            for n in places:
+                n.replace_input_with(node, copy)
 
 
 def replace_bounds(draft: Draft) -> None:

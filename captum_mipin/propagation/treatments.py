@@ -31,6 +31,13 @@ _FROM_LOGITS = (
     "nll_loss_nd", "binary_cross_entropy", "binary_cross_entropy_with_logits",
 )  # fmt: skip
 
+#: Losses, by which a model may end.
+_LOSSES = (
+    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "poisson_nll_loss",
+    "soft_margin_loss", "hinge_embedding_loss", "margin_ranking_loss", "multi_margin_loss",
+    "multilabel_margin_loss", "cosine_embedding_loss", "triplet_margin_loss", "ctc_loss",
+)  # fmt: skip
+
 #: Operation without a rule → reason or advice, appended to the reason for its refusal.
 _HINTS = {
     **dict.fromkeys(
@@ -38,6 +45,13 @@ _HINTS = {
         "; where it ends the model, return the logits that go into it; elsewhere its values depend "
         "only on differences of its inputs, so that no input has a share of its own",
     ),
+    **dict.fromkeys(
+        _LOSSES,
+        "; no part of a loss belongs to one input: return what the loss is computed from, and "
+        "explain this",
+    ),
+    "broadcast_tensors": "; use expand, or the broadcasting of + and ×",
+    "quantile": "; for several quantiles, stack torch.quantile(h, q, dim) with one number q each",
     **dict.fromkeys(
         ("exp", "exp2"),
         "; if it is part of a softmax by which the model ends, return the logits that go into it",

@@ -11,7 +11,8 @@ from torch import fx
 
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.nodes import argument
-from captum_mipin.rules.base import Passes, at, depends
+from captum_mipin.rules.base import Passes, Recorded, at, depends
+from captum_mipin.rules.linear_maps import copied
 
 
 def _chosen(node: fx.Node) -> tuple[int, ...]:
@@ -69,7 +70,24 @@ _WHERE = Passes(note=_NOTE, carriers=_chosen, records=True, refuse=_constants, e
 _LARGER = Passes(
     note=_NOTE + "; half to each of equals", carriers=at(0, 1), refuse=_bound, exact=True
 )
+#: Interpolations between two of the sorted elements, which get the signal of the result.
+QUANTILES = {
+    f"aten.{name}.scalar": Recorded(
+        run=copied, note="to the elements that it lies between", several=True, carriers=at(0)
+    )
+    for name in ("quantile", "nanquantile")
+}
 SELECTION = {
+    **QUANTILES,
+    **{
+        f"aten.max_unpool{dims}d.default": Passes(
+            note="recorded switch: from the places where it put the values",
+            carriers=at(0),
+            records=True,
+            exact=True,
+        )
+        for dims in (2, 3)
+    },
     **{f"aten.where.{form}": _WHERE for form in ("self", "ScalarSelf", "ScalarOther")},
     "aten.masked_fill.Scalar": Passes(note=_NOTE, records=True, refuse=_filled, exact=True),
     **{

@@ -8,8 +8,9 @@ from small import Function
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import InverseNetwork
+from captum_mipin import InverseNetwork, check
 from captum_mipin.errors import UnsupportedOperationError
+from captum_mipin.methods import LRP, GuidedBackprop
 
 
 def test_where_sends_each_signal_to_where_the_value_came_from_by_hand():
@@ -125,3 +126,91 @@ def test_a_selection_sends_back_to_the_position_it_chose_by_hand(name, selection
         for position, value in enumerate(values):
             expected[example][x[example] == value] += signal[example, position]
     torch.testing.assert_close(signals[at], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_unpooling_sends_back_from_the_places_where_it_put_the_values_by_hand(dims):
+    """Regress what was put there on the output: only the largest value of a window has a signal."""
+    pool, unpool = (getattr(F, f"max_{name}{dims}d") for name in ("pool", "unpool"))
+
+    def put(x):
+        return unpool(*pool(x, 2, return_indices=True), 2)
+
+    torch.manual_seed(0)
+    shape = {1: (2, 6), 2: (1, 4, 4), 3: (1, 2, 4, 4)}[dims]
+    x = torch.randn(80, *shape, dtype=torch.float64)
+    last = nn.Linear(x[0].numel(), 2, bias=False)
+    model = Function(lambda m, x: m["last"](put(x).flatten(1)), last=last).double().eval()
+    found = InverseNetwork(model, ridge=0).fit(x, 1, progress=False).source_signal(x[:5], 1)
+    y = model(x)[:, 1:].detach().numpy()
+    weight, bias = regress(put(x).flatten(1).numpy(), y, 0)
+    signal = torch.as_tensor(y @ weight.T + bias).view_as(x)
+    expected = torch.where(put(x) != 0, signal, 0)[:5]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    relevance = LRP(model).attribute(x[:5], 1)
+    torch.testing.assert_close(
+        relevance, put(x)[:5] * last.weight[1].view(shape), rtol=1e-4, atol=0
+    )
+    guided = GuidedBackprop(model).attribute(x[:5], 1)
+    torch.testing.assert_close(guided, (put(x) != 0)[:5] * last.weight[1].view(shape))
+
+
+@pytest.mark.parametrize("name", ["quantile", "nanquantile"])
+def test_a_quantile_sends_back_to_the_elements_that_it_lies_between_by_hand(name):
+    """Of five sorted values, the 0.3-quantile is 0.8 times the second and 0.2 times the third."""
+    torch.manual_seed(0)
+    x, quantile = torch.randn(80, 3, 5, dtype=torch.float64), getattr(torch, name)
+    model = Function(
+        lambda m, x: m["last"](quantile(x, 0.3, dim=2)), last=nn.Linear(3, 2, bias=False)
+    )
+    model = model.double().eval()
+    found = InverseNetwork(model, ridge=0).fit(x, 1, progress=False).source_signal(x[:5], 1)
+    values, order = x.sort(2)
+    q = 0.8 * values[..., 1] + 0.2 * values[..., 2]
+    y = model(x)[:, 1:].detach().numpy()
+    weight, bias = regress(q.numpy(), y, 0)
+    signal = torch.as_tensor(y @ weight.T + bias)[..., None]
+    expected = torch.zeros_like(x).scatter(2, order[..., 1:3], signal.expand(-1, -1, 2))
+    torch.testing.assert_close(found, expected[:5], rtol=1e-6, atol=1e-6)
+    parts = (
+        values[..., 1:3]
+        * torch.tensor([0.8, 0.2]).double()
+        * model.layers["last"].weight[1][:, None]
+    )
+    expected = torch.zeros_like(x).scatter(2, order[..., 1:3], parts.detach())
+    relevance = LRP(model).attribute(x[:5], 1)
+    torch.testing.assert_close(relevance, expected[:5], rtol=1e-3, atol=1e-6)
+
+
+LOSSES = {
+    "mse_loss": lambda z, y: F.mse_loss(z, y, reduction="none"),
+    "l1_loss": lambda z, y: F.l1_loss(z, y, reduction="none").mean(1),
+    "huber_loss": lambda z, y: F.huber_loss(z, y, reduction="none").sum(1),
+    "kl_div": lambda z, y: F.kl_div(z, y, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_refused_with_the_advice_to_return_what_goes_into_it(name):
+    class Losing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(4, 2)
+
+        def forward(self, x, y):
+            return LOSSES[name](self.last(x), y)
+
+    model, x, y = Losing().eval(), torch.randn(3, 4), torch.rand(3, 2)
+    (row,) = check(model, x, y).refused
+    assert row.operation == f"aten.{name}.default"
+    with pytest.raises(UnsupportedOperationError, match=f"{name}.*: return what the loss is comp"):
+        LRP(model).attribute(x, 0 if model(x, y).ndim > 1 else None, y)
+
+
+def test_several_quantiles_are_refused_with_what_to_write():
+    model = Function(
+        lambda m, x: m["last"](torch.quantile(x, torch.tensor([0.2, 0.7]), dim=2)[0]),
+        last=nn.Linear(3, 2),
+    ).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"stack torch\.quantile\(h, q, dim\)"):
+        LRP(model).attribute(torch.randn(2, 3, 5), 0)

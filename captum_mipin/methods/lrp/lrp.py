@@ -216,7 +216,7 @@ class DeepTaylor(LRP):
     In hidden layers, R_i = Σ_j (x_i w_ij)⁺ / Σ_i' (x_i' w_i'j)⁺ R_j (see :class:`ZPlus`), also for
     hidden values below 0, which networks with ReLU do not have. In the first layer the rule is
     :class:`ZBox` if the inputs have bounds, else :class:`WSquare`. All other operations have the
-    rules of :class:`LRP`.
+    rules of :class:`LRP`. A ``DataWarning`` names maps that are 0.
 
     Args:
         model: The network, see :class:`~captum_mipin.methods.base.Propagation`.
@@ -230,9 +230,8 @@ class DeepTaylor(LRP):
             has the rule α1β0 with full biases, also the first one if there are no bounds. Batch
             norms give the relevance of each output to the input at the same position. Sums give all
             relevance to each term, so it is not conserved. Activations, maximum and average pooling
-            multiply by their derivative. The relevance at the output is the positive part of the
-            target's output, so the map of a negative output is 0. Models with operations that
-            iNNvestigate does not support are refused.
+            multiply by their derivative. The relevance at the output is the output's positive part,
+            so the map of a negative output is 0. Other operations are refused.
         output: The output to explain if the model returns several tensors.
 
     Source: Montavon et al., Pattern Recognition 2017; Alber et al., JMLR 2019 (iNNvestigate).
@@ -245,6 +244,7 @@ class DeepTaylor(LRP):
     """
 
     _name = "Deep Taylor"
+    _positive = True
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ from captum_mipin.rules.gates import DIVISIONS, SCALE_OPERATIONS, factors
 from captum_mipin.rules.linear_maps import COPIES, MIXES, among, linear_in
 from captum_mipin.rules.normalization import NORMALIZATION, SCALES
 from captum_mipin.rules.pooling import POOLING
-from captum_mipin.rules.selection import NORMS
+from captum_mipin.rules.selection import NORMS, QUANTILES
 
 _BATCH_NORM = "aten._native_batch_norm_legit_no_training.default"
 _LAYER_NORM = "aten.layer_norm.default"
@@ -62,7 +62,7 @@ def relevance(takes: bool) -> dict[str, Rule]:
         table[name] = Passes(note="to its switches") if "max_pool" in name else by_shares
     for name, rule in COPIES.items():
         table[name] = adjoint_of(rule, "to the copied value")
-    for name, rule in NORMS.items():  # by shares R_i = x_i² / ‖x‖² R
+    for name, rule in {**NORMS, **QUANTILES}.items():  # of norms, R_i = x_i² / ‖x‖² R
         table[name] = _by_contribution(rule, carriers=varying)
     for name, rule in MIXES.items():
         table[name] = _by_contribution(rule, carriers=among(*linear_in(name), counts=varies))

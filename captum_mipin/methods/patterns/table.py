@@ -31,6 +31,7 @@ from captum_mipin.rules.gates import factors
 from captum_mipin.rules.linear_maps import COPIES, MIXES, mixed, sizes
 from captum_mipin.rules.normalization import NORMALIZATION, SCALES
 from captum_mipin.rules.pooling import POOLING, shared_out
+from captum_mipin.rules.selection import QUANTILES
 
 _LAYER, _MERGE = "captum_mipin.layer", "captum_mipin.merge"
 
@@ -81,7 +82,7 @@ def pattern_rules(
         run = partial(run_operator, partial(_averaged, attribution))
         average = Recorded(run=run, note="evenly", refuse=pool.refuse)
         rules[name] = Passes(note="to its switches") if "max_pool" in name else average
-    for name, copy in COPIES.items():
+    for name, copy in {**COPIES, **QUANTILES}.items():
         rules[name] = adjoint_of(copy, "to the copied value") if attribution else copy
     for name, mix in MIXES.items():
         run = partial(mixed, sizes(name), not attribution)
