@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import wraps
-from inspect import cleandoc
+from inspect import cleandoc, signature
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -57,9 +57,16 @@ def captum_entry(method: Callable[P, R]) -> Callable[P, R]:
     Captum's ``NoiseTunnel`` and ``TCAV`` call ``attribute.__wrapped__``, which ``functools.wraps``
     sets. Such a call skips the code of a decorator. Therefore this decorator only calls the method.
     """
+    names = [*signature(method).parameters][1:]
 
     @wraps(describe_common(method))
     def entry(*args: P.args, **kwargs: P.kwargs) -> R:
+        unknown = [name for name in kwargs if name not in names]
+        if unknown:
+            raise TypeError(
+                f"{method.__qualname__} has no argument {unknown[0]!r}, expected some of "
+                f"{', '.join(names)}: leave it out, or look for it among the arguments of the class"
+            )
         return method(*args, **kwargs)
 
     return entry

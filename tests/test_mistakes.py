@@ -385,3 +385,66 @@ def _without_arguments(function: Any) -> str:
     except TypeError as error:
         return str(error)
     return ""
+
+
+BRANCHES = {
+    "any": lambda h: h if (h > 0).any() else 2 * h,
+    "allclose": lambda h: h if torch.allclose(h, 0 * h) else 2 * h,
+    "equal": lambda h: h if torch.equal(h, 0 * h) else 2 * h,
+    "item": lambda h: h if h.mean().item() > 0 else 2 * h,
+    "number": lambda h: h * float(h.max()),
+    "list": lambda h: h if max(h.flatten().tolist()) > 0 else 2 * h,
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_branch_on_values_is_refused_by_every_method_with_a_graph(name: str) -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 5), Of(lambda m, h: BRANCHES[name](h)), nn.Linear(5, 3)
+    ).eval()
+    expected = r"an if, a loop or a shape depends on the values .*torch\.where"
+    for call in (
+        lambda: check(model, ROWS),
+        lambda: LRP(model).attribute(ROWS, 1),
+        lambda: methods.GuidedBackprop(model).attribute(ROWS, 1),
+        lambda: InverseNetwork(model).fit(ROWS, 1, progress=False),
+        lambda: IBA(model, "0").estimate(ROWS, progress=False),
+    ):
+        with pytest.raises(CaptureError, match=expected):
+            call()
+
+
+def test_a_conversion_to_numpy_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), Of(lambda m, h: h * h.detach().numpy().max())).eval()
+    with pytest.raises(CaptureError, match=r"to a NumPy array, .*write this part with torch\."):
+        LRP(model).attribute(ROWS, 1)
+
+
+def test_an_unknown_keyword_is_named_with_those_that_there_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    inverse = InverseNetwork(model).fit(ROWS, 1, progress=False)
+    for method, keyword in (
+        (LRP(model), "baselines"),
+        (MIPINAttribution(model, inverse), "n_steps"),
+        (SmoothGrad(model), "nt_samples"),
+    ):
+        expected = f"{keyword!r}, expected some of inputs, target, .*among the arguments of the c"
+        with pytest.raises(TypeError, match=expected):
+            method.attribute(ROWS, target=1, **{keyword: 1})
+
+
+def test_explain_takes_a_tensor_as_attribute_does() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    inverse = InverseNetwork(model).fit(ROWS, 1, progress=False)
+    for method in (LRP(model), methods.GuidedBackprop(model), inverse):
+        one, other = (method.explain(x, 1).signals for x in (ROWS, (ROWS,)))
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_check_says_which_methods_it_takes() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    for method in ("LRP", Saliency, methods.LeGrad):
+        with pytest.raises(
+            InputError, match=r"expected an object such as LRP\(model\) or a class "
+        ):
+            check(model, ROWS, method=method)

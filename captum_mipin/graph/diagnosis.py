@@ -41,7 +41,10 @@ _CONSTANT = re.compile(r"specialized it to be a constant|inferred to be a consta
 _MISSING, _MANY = re.compile(r"missing \d+ required"), re.compile(r"takes .* positional argument")
 
 #: What torch says of control flow that depends on values.
-_VALUES = re.compile(r"data-dependent|unbacked symint|Could not guard")
+_VALUES = re.compile(r"data-dependent|unbacked symint|Could not guard|aten\.(allclose|equal)\.")
+
+#: What torch says of a tensor that is converted to an array.
+_ARRAY = re.compile(r"\.numpy\(\) is not supported")
 
 #: Loggers of torch that print a traceback for an error that is reported in one line here.
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
@@ -115,6 +118,11 @@ def failure(
         return CaptureError(
             f"{start}an if, a loop or a shape depends on the values of a tensor, expected the same "
             "operations for all inputs. Write if as torch.where, and leave out checks of values."
+        )
+    if _ARRAY.search(str(error)):
+        return CaptureError(
+            f"{start}the model converts a tensor to a NumPy array, expected operations of torch "
+            "alone: write this part with torch."
         )
     return CaptureError(
         f"{start}{_line(error)}. Control flow must not depend on the data, and the batch size must "

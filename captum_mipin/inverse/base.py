@@ -137,14 +137,14 @@ class ModelInverse(Saved, Generic[S]):
         """Return the global map of a class, or raise NotFittedError if the inverse has none."""
 
     def explain(
-        self, inputs: Inputs, target: Any, extras: Extras = (), **options: Any
+        self, inputs: Tensor | Inputs, target: Any, extras: Any = (), **options: Any
     ) -> Explanation:
         """Send the logits of the target back, once per entry of ``biases``.
 
         Args:
-            inputs: Tensors (batch, ...).
+            inputs: Tensor (batch, ...) or tuple of such tensors.
             target: The class, in any form of Captum's ``target``; it may differ between examples.
-            extras: Further arguments of the model.
+            extras: Further arguments of the model: one object, or a tuple of several.
             options: ``biases``, ``local``, ``mask``, ``layer`` and ``evidence``, see
                 :class:`~captum_mipin.inverse.explain.Request`.
 
@@ -156,6 +156,7 @@ class ModelInverse(Saved, Generic[S]):
             CaptureError: The model's operations differ for inputs of this size.
             ModelChangedError: The model has changed since the fit.
         """
+        inputs, extras = as_inputs(inputs), as_extras(extras)
         request = Request(inputs=inputs, target=target, extras=extras, **options)
         state = self._fitted()
         check_inputs(inputs, explained=self.layer is None)

@@ -170,14 +170,14 @@ class Propagation(NoFuture, GradientAttribution):
         self._graphs = Graphs[Surrogate]()
 
     def explain(
-        self, inputs: Inputs, target: Any, extras: Extras = (), layer: Site = None
+        self, inputs: Tensor | Inputs, target: Any, extras: Any = (), layer: Site = None
     ) -> Explanation:
         """Run one forward and one backward pass, to the inputs or to the tensors at ``layer``.
 
         Args:
-            inputs: Tensors (batch, ...), the model's inputs.
+            inputs: Tensor (batch, ...) or tuple of such tensors, the model's inputs.
             target: The output to explain, in any form that Captum takes.
-            extras: Further arguments of the model.
+            extras: Further arguments of the model: one object, or a tuple of several.
             layer: A module of the model, whose output is explained; its
                 :class:`~captum_mipin.graph.layers.LayerInput`; or None to explain the inputs.
 
@@ -191,20 +191,21 @@ class Propagation(NoFuture, GradientAttribution):
             UnsupportedOperationError: The method has no rule for an operation of the model.
         """
         check_model(self.model)
-        check_inputs(inputs, explained=layer is None)
-        check_finite(inputs)
+        tensors, extras = as_inputs(inputs), as_extras(extras)
+        check_inputs(tensors, explained=layer is None)
+        check_finite(tensors)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autocast(inputs[0].device.type, enabled=False),
+            torch.autocast(tensors[0].device.type, enabled=False),
         ):
-            inputs, extras = plain((inputs, extras))
-            graph, surrogate = self._surrogate(inputs, extras, layer)
+            tensors, extras = plain((tensors, extras))
+            graph, surrogate = self._surrogate(tensors, extras, layer)
             dims = value_of(graph.output).shape[1:]
-            targets = per_example(target, torch.empty(len(inputs[0]), *dims, device="meta"))
+            targets = per_example(target, torch.empty(len(tensors[0]), *dims, device="meta"))
             run = Run(surrogate.steps, once=True)
             with TURNS.explaining():
-                output = surrogate(run, graph.values(self.model, inputs, extras))
+                output = surrogate(run, graph.values(self.model, tensors, extras))
                 start = self._start(output, targets)
                 sources = [run.sources[index] for index in range(surrogate.starts)]
                 signals = torch.autograd.grad(output, sources, start)
@@ -294,7 +295,7 @@ class Signal(Propagation):
         Raises:
             UnsupportedOperationError: The method has no rule for an operation of the model.
         """
-        explanation = self.explain(as_inputs(inputs), target, as_extras(additional_forward_args))
+        explanation = self.explain(inputs, target, additional_forward_args)
         maps = explanation.signals
         if multiply_by_inputs:
             maps = tuple(a * x for a, x in zip(maps, explanation.features, strict=True))
@@ -329,14 +330,14 @@ class Relevance(Propagation):
         """
         if verbose:
             self.log_rules(inputs, additional_forward_args)
-        explanation = self.explain(as_inputs(inputs), target, as_extras(additional_forward_args))
+        explanation = self.explain(inputs, target, additional_forward_args)
         maps = like(inputs, explanation.signals)
         if not return_convergence_delta:
             return maps
         return maps, self.compute_convergence_delta(maps, explanation.output)
 
     def explain(
-        self, inputs: Inputs, target: Any, extras: Extras = (), layer: Site = None
+        self, inputs: Tensor | Inputs, target: Any, extras: Any = (), layer: Site = None
     ) -> Explanation:
         """Run one forward and one backward pass, see :meth:`Propagation.explain`."""
         found = super().explain(inputs, target, extras, layer)

@@ -98,8 +98,9 @@ def _rows(
         return survey(graph, table(), start)
     if not hasattr(method, "survey"):
         raise InputError(
-            f"method is {type_of(method)}, which has no rules of operations to check; expected a "
-            "method such as LRP(model) or Deconvnet: pass one of these, or None for MIP-IN"
+            f"method is {type_of(method)}, which has no rules of operations to check; expected an "
+            "object such as LRP(model) or a class such as Deconvnet, of captum_mipin.methods: pass "
+            "one of these, or None for MIP-IN"
         )
     bare = getattr(method, "_bare", None) if isinstance(method, type) else None
     rows: list[CheckRow] = (bare(model) if bare else method).survey(graph, start)

@@ -31,7 +31,7 @@ from captum_mipin.options import check_choice, type_of
 from captum_mipin.propagation.attention import expand_attention
 from captum_mipin.rules import Options, Recorded, Rule
 from captum_mipin.rules.base import Back
-from captum_mipin.types import Extras, Inputs, Output, Target
+from captum_mipin.types import Inputs, Output, Target
 
 #: Number of paths of layers that an error lists.
 _SHOWN = 8
@@ -137,7 +137,7 @@ class LRP(Relevance):
             _check_rule(checked)
 
     def explain(
-        self, inputs: Inputs, target: Any, extras: Extras = (), layer: Site = None
+        self, inputs: Tensor | Inputs, target: Any, extras: Any = (), layer: Site = None
     ) -> Explanation:
         """Run one forward and one backward pass, see :meth:`Propagation.explain`.
 

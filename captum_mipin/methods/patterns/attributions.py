@@ -16,7 +16,7 @@ from captum_mipin.options import type_of
 from captum_mipin.rules import Options
 from captum_mipin.rules.base import Back
 from captum_mipin.targets import target_label
-from captum_mipin.types import Extras, Inputs, Target
+from captum_mipin.types import Inputs, Target
 
 
 class PatternPropagation(Propagation):
@@ -47,7 +47,7 @@ class PatternPropagation(Propagation):
         return cls(model, Patterns(model))
 
     def explain(
-        self, inputs: Inputs, target: Any, extras: Extras = (), layer: Site = None
+        self, inputs: Tensor | Inputs, target: Any, extras: Any = (), layer: Site = None
     ) -> Explanation:
         """Run one forward and one backward pass, see :meth:`Propagation.explain`.
 
