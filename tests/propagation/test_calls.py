@@ -96,6 +96,7 @@ def outputs_of_all_steps(m, x, cell):
     return m["last"](torch.stack(found, 1)[:, -1])
 
 
+@pytest.mark.filterwarnings("ignore::captum_mipin.errors.DataWarning")
 @pytest.mark.parametrize("kind", CELLS)
 @pytest.mark.parametrize("loop", [without_state, from_zeros, outputs_of_all_steps])
 def test_a_loop_over_cells_is_the_recurrent_layer(kind, loop):
