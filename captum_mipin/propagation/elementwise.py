@@ -67,7 +67,7 @@ def _multiply_by_gate(draft: Draft, node: Any) -> bool:
     """Rewrite a ratio x / (1 + exp(−q)) as x ⊙ σ(q); return True if rewritten."""
     x, divisor = node.args
     order = {n: at for at, n in enumerate(draft.graph.nodes)}
-    for q, inside in arguments_of(divisor, varies, order, ELEMENTWISE, draft.starts):
+    for q, inside in arguments_of(divisor, varies, order, ELEMENTWISE, starts=draft.starts):
         if all(n in inside or n is q for one in inside for n in one.all_input_nodes):
             function = Elementwise(extract(draft.graph, [q], [divisor]))
             activation = _recognised(partial(_inverse, function))
