@@ -497,7 +497,7 @@ def test_silu_is_the_same_however_it_is_written():
         (lambda h: torch.ones(7).double() - h, -1),
         (lambda h: torch.add(torch.ones(7).double(), h, alpha=2), 2),
         (lambda h: torch.rsub(h, 3, alpha=-2), 2),
-        (lambda h: h - 1e20, 1),
+        (lambda h: h - 1e6, 1),
     ],
 )
 def test_differences_from_constants_are_scales(shift, factor):
@@ -509,7 +509,6 @@ def test_differences_from_constants_are_scales(shift, factor):
     _centre(model, x)
     patterns = Patterns(model).fit(x, progress=False)
     last = patterns["layers.last/linear"]
-    last[~last.any(1)] = 1.0  # behind h - 1e20 all logits are constant, and have no pattern
     s = model(x)[:, :1].detach() * last[0]
     mask, a = model.layers["a"](x).detach() > 0, patterns["layers.a/linear"]
     torch.testing.assert_close(PatternNet(model, patterns).attribute(x, 0), (s / factor * mask) @ a)
