@@ -62,7 +62,8 @@ def pictures(images: Tensor) -> Tensor:
     if images.ndim != 4:
         raise InputError(
             f"inputs have shape {tuple(images.shape)}, but pictures need images (images, channels, "
-            "height, width): use the table for other inputs"
+            "height, width): for other inputs use the table, and draw_signal, draw_tokens, "
+            "draw_row or draw_volume of captum_mipin.comparison.drawing"
         )
     x = images.detach().cpu().float().nan_to_num()
     # only 1 or 3 channels are colours: otherwise show the mean of the channels

@@ -1,5 +1,6 @@
 """Several methods side by side: rows, errors, controls, and what is refused."""
 
+import re
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from captum.attr import Saliency
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, compare
-from captum_mipin.comparison import METHODS, METRICS
+from captum_mipin.comparison import METHODS, METRICS, drawing
 from captum_mipin.errors import InputError
 from captum_mipin.metrics import bounding_box_accuracy, deletion
 
@@ -258,8 +259,12 @@ def test_other_inputs_have_a_table_but_no_picture(mlp):
     )
     assert list(found.metrics) == ["deletion"]
     assert not any(row.errors for row in found.rows)
-    with pytest.raises(InputError, match="pictures need images"):
-        found.figure()
+    for picture in (found.figure, lambda: found.save_html("no.html")):
+        with pytest.raises(InputError, match="pictures need images") as refused:
+            picture()
+        named = set(re.findall(r"draw_\w+", str(refused.value)))
+        assert named == {name for name in drawing.__all__ if name.startswith("draw_")}
+        assert drawing.__name__ in str(refused.value)
 
 
 def test_progress_goes_to_the_error_stream_and_can_be_left_out(cnn, capsys, side_by_side):
