@@ -16,6 +16,7 @@ from torch import Tensor
 
 from captum_mipin.comparison.page import OVERLAY, SMALL, pictures, strength
 from captum_mipin.comparison.rows import ALL_ZERO, Row
+from captum_mipin.errors import InputError
 from captum_mipin.options import check_choice
 
 #: Option ``sign`` -> labels of the colour scale, from its lower to its upper end.
@@ -34,6 +35,8 @@ _PARTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 #: Method of this package, beside those of ``visualize_image_attr``.
 _OVERLAY = "overlay"
+#: Methods of ``visualize_image_attr`` that draw values of one sign only.
+_OF_ONE_SIGN = "masked_image", "alpha_scaling"
 #: Width of a picture in inches, and letters of a title that fit above it.
 _INCHES, _LETTERS = 1.5, 20
 #: Height of a legend in inches, and width of a figure in which no word of it is cut off.
@@ -75,8 +78,9 @@ def draw(
         across: True for one column per image and one line per method.
 
     Raises:
-        InputError: The option ``sign`` is not known.
+        InputError: The option ``method`` or ``sign`` is not known, or they do not go together.
     """
+    settings = _settings(options)
     colours = pictures(images).numpy()
     shape = len(numbers), len(rows) + 1
     shape = shape[::-1] if across else shape
@@ -88,8 +92,6 @@ def draw(
     drawn = Figure(figsize=(size[0], size[1] + LEGEND_INCHES), layout="compressed")
     grid = drawn.subplots(*shape, squeeze=False)
     axes = grid.T if across else grid
-    settings = {"method": _OVERLAY, "sign": "all", "cmap": "RdBu", **options, "use_pyplot": False}
-    check_choice("sign", settings["sign"], tuple(_ENDS))
     for line, number in zip(axes, numbers, strict=True):
         line[0].imshow(colours[number], interpolation=_interpolation(colours))
         # names of images stand at the images: below them, or above the columns
@@ -110,6 +112,21 @@ def draw(
         maps = [image for image in last if image.get_array().ndim == 2]
         add_legend(drawn, grid, maps, sign=settings["sign"])
     return drawn
+
+
+def _settings(options: Any) -> dict[str, Any]:
+    """Return all options of the drawing; raise InputError if one is not known or does not fit."""
+    settings = {"method": _OVERLAY, "sign": "all", "cmap": "RdBu", **options, "use_pyplot": False}
+    method, sign = settings["method"], settings["sign"]
+    check_choice("method", method, (_OVERLAY, *visualization.ImageVisualizationMethod.__members__))
+    check_choice("sign", sign, tuple(_ENDS))
+    if method in _OF_ONE_SIGN and sign == "all":
+        signs = [repr(other) for other in _ENDS if other != "all"]
+        raise InputError(
+            f"method={method!r} has sign='all', but it draws values of one sign only: pass "
+            f"sign={', '.join(signs[:-1])} or {signs[-1]}"
+        )
+    return settings
 
 
 def _wrapped(title: str) -> str:
@@ -143,7 +160,8 @@ def _draw_cell(
         settings: Options of Captum's ``visualize_image_attr``.
     """
     if isinstance(heat, str):
-        axis.text(0.5, 0.5, heat, ha="center", va="center", transform=axis.transAxes)
+        place = {"ha": "center", "va": "center", "fontsize": 8, "transform": axis.transAxes}
+        axis.text(0.5, 0.5, _wrapped(heat), **place)
         if heat != ALL_ZERO:
             return
         heat = torch.zeros(image.shape[:2], dtype=torch.float64)

@@ -1,5 +1,7 @@
 """Rows and columns of a comparison."""
 
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan
@@ -14,6 +16,8 @@ from captum_mipin.metrics.result import Better
 
 #: Text that replaces a map whose values are all 0.
 ALL_ZERO = "all 0"
+#: Letters of a reason that replaces a map.
+_LETTERS = 80
 _ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
 
 
@@ -104,10 +108,14 @@ class Row:
 
         Returns:
             Map (height, width) with a largest absolute value of 1; or one of the texts "failed",
-            "no image", "NaN" and "all 0".
+            "no image", "NaN" and "all 0", or the short reason why this image has no map.
         """
         if self.maps is None:
             return "failed"
+        for why, indices in self.missing.items():
+            if number in indices:
+                # the first part says what happened; the rest, what to do, stands under the table
+                return textwrap.shorten(re.split("[;:.] ", why)[0], _LETTERS, placeholder=" …")
         try:
             heats = heat(self.maps[number : number + 1], images[:1])
             (heat_map,) = resized(heats, images.shape[2:]).cpu()

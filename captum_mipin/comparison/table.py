@@ -148,14 +148,16 @@ class Comparison:
             **options: Options of Captum's ``visualize_image_attr``, which draws the maps for
                 another ``method=`` than "overlay", such as "heat_map", "blended_heat_map" or
                 "masked_image". ``sign`` ("all", "positive", "negative" or "absolute_value") and
-                ``cmap`` are for all. With ``show_colorbar=True`` Captum draws one scale per map.
+                ``cmap`` are for all; "masked_image" and "alpha_scaling" need another ``sign`` than
+                "all". With ``show_colorbar=True`` Captum draws one scale per map.
 
         Returns:
             A ``matplotlib.figure.Figure``. Notebooks show it; its ``savefig`` writes a file.
 
         Raises:
             ImportError: matplotlib is not installed.
-            InputError: The inputs are not images, or ``sign`` is not known.
+            InputError: The inputs are not images, or ``method`` or ``sign`` is not known, or they
+                do not go together.
         """
         _require_matplotlib("a figure")
         from captum_mipin.comparison.figure import draw

@@ -294,9 +294,18 @@ def test_an_empty_map_is_drawn_where_all_are(plain):
     assert len(shown.axes) == 3 + 2
 
 
-def test_a_sign_that_is_none_is_refused(plain):
-    with pytest.raises(InputError, match="sign='plus' is not one of 'all', 'positive'"):
-        plain.figure(sign="plus")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sign": "plus"}, "sign='plus' is not one of 'all', 'positive'"),
+        ({"method": "bogus"}, "method='bogus' is not one of 'overlay', 'heat_map'"),
+        ({"method": "masked_image"}, "sign='all', but .* one sign only: pass sign='positive'"),
+        ({"method": "alpha_scaling"}, "'alpha_scaling' has .*'negative' or 'absolute_value'"),
+    ],
+)
+def test_a_method_or_sign_that_is_none_or_does_not_fit_is_refused(plain, options, message):
+    with pytest.raises(InputError, match=message):
+        plain.figure(**options)
 
 
 def test_small_maps_are_drawn_without_a_warning(cnn):

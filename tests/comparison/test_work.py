@@ -170,7 +170,7 @@ def test_maps_survive_an_interrupt_before_their_scores(
     assert found.note == f"2 of 5 images were used: interrupted before {told}"
 
 
-def test_a_class_without_an_inverse_leaves_its_line(net, x, groups_of_two):
+def test_a_class_without_an_inverse_leaves_its_line(net, x, groups_of_two, tmp_path):
     inverse = InverseNetwork(net).fit(torch.rand(60, 1, 8, 8), targets=[0, 1], progress=False)
     targets = [0, 2, 1, 2, 2]
     metrics = ["insertion", "completeness"]
@@ -189,6 +189,11 @@ def test_a_class_without_an_inverse_leaves_its_line(net, x, groups_of_two):
         "no map for image 2 (cow), image 4 (cow), image 5 (cow) (MIP-IN): no inverse was fitted"
     )
     assert row.to_dict()["missing"] == {next(iter(row.missing)): [1, 3, 4]}
+    short = "no inverse was fitted for target 2"
+    texts = [text.get_text() for axis in found.figure().axes for text in axis.texts]
+    assert [" ".join(text.split()) for text in texts] == [short] * 3
+    found.save_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text("utf-8").count(f"<span>{short}</span>") == 3
     (row,) = compare(["MIP-IN"], x, 2, inverse=inverse, controls=False, progress=False).rows
     assert row.error.startswith("no inverse was fitted for target 2")
 
