@@ -3,9 +3,9 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from math import prod
 from typing import Any
 
@@ -33,6 +33,12 @@ UNSIGNED = {
 }
 #: Pixels of the image per place of the layer, at least and at most: 14 x 14 places at 224 x 224.
 _SCALES = 12, 20
+#: What else to do where layers give no images; ``sum`` makes one map of the maps of a layer.
+_OTHERS = (
+    "At other layers, use maps = LayerMIPINAttribution(model, inverse).attribute(x, target), and "
+    "{sum}"
+)
+_TOKENS = "patch_map(maps.sum(2)) of captum_mipin.methods"
 
 
 class PhotographAttribution(LayerMIPINAttribution):
@@ -110,14 +116,13 @@ def for_photographs(
     The layer is the last one with about 14 x 14 places for an image of 224 x 224 after which
     another layer with a window follows; the reading is A ⊙ gradient, absolute values summed over
     channels. Where a dense head begins, as in VGG, it is the layer that the head flattens, and
-    A ⊙ feature, with a DenseHeadWarning. They were chosen on other photographs than those on which
-    docs/results.md reports them. The result's attribute ``picked`` and the log say what was picked.
+    A ⊙ feature, with a DenseHeadWarning. They were chosen on other photographs than those of
+    docs/results.md. The result's attribute ``picked`` and the log say what was picked.
 
     Args:
         model: Network for images (batch, channels, height, width), in evaluation mode.
-        data: Photographs to fit on, like those to explain, prepared as the model expects them. By
-            box accuracy on SqueezeNet, 5 did as well as 200. Labels are not needed. The kinds are
-            those of ``InverseNetwork.fit``.
+        data: Photographs like those to explain, prepared as the model expects them, in any form
+            that ``InverseNetwork.fit`` takes. By box accuracy on SqueezeNet, 5 did as well as 200.
         targets: Classes to fit; None to fit each class when it is first explained.
         layer: A module of the model or its dotted name, to read A ⊙ gradient there instead.
         unpack: Function batch → (inputs, additional_forward_args), for other kinds of batches.
@@ -128,7 +133,7 @@ def for_photographs(
         A Captum ``LayerAttribution``, whose maps have the layer's size.
 
     Raises:
-        InputError: The images are too small, or no layer has such a size: pass ``layer``.
+        InputError: No layer has such a size, so pass ``layer``; or ``layer`` gives no image.
         CaptureError: The model cannot be captured, or uses an operation without a rule.
         FitError: The data is empty or not finite, or its shape changes.
 
@@ -143,11 +148,12 @@ def for_photographs(
         torch.Size([2, 1, 6, 6])
     """
     network = check_model(model)
-    data = list(data) if isinstance(data, Iterator) else data
-    reading = next(iter(UNSIGNED))
+    data, reading = list(data) if isinstance(data, Iterator) else data, next(iter(UNSIGNED))
+    call = next(iter(Batches(data, batch_size, unpack, device_of(network))))
     if layer is None:
-        call = next(iter(Batches(data, batch_size, unpack, device_of(network))))
         layer, reading = photograph_layer(network, *call)
+    else:
+        _check_places(network, module_of(layer, network), *call)
     inverse = InverseNetwork(model, layer=module_of(layer, network)).fit(
         data, targets, unpack=unpack, batch_size=batch_size, progress=progress, lazy=targets is None
     )  # fmt: skip
@@ -207,13 +213,78 @@ def photograph_layer(
         and names.count(call.path) == 1
     ]
     if not fitting:
-        sizes = {f"{call.path} ({call.places})": None for call in calls if "." not in call.path}
-        raise InputError(
-            f"no layer of this {type(model).__name__} has {low} to {high} pixels of the image per "
-            f"place, for images of {pixels} pixels; layers and their sizes are "
-            f"{', '.join(islice(sizes, 8))}. Pass larger images, or the layer with layer="
-        )
+        raise InputError(_why_none(type(model).__name__, calls, inputs[0].shape[2:]))
     return min(fitting)[2], by_gradient
+
+
+def _why_none(model: str, calls: Sequence["_Call"], size: Sequence[int]) -> str:
+    """Return why no layer was picked, in a sentence, and what to do.
+
+    Args:
+        model: Name of the model's class.
+        calls: Its calls of layers that give images.
+        size: Height and width of the images.
+    """
+    pixels, (low, high) = max(size), _SCALES
+    top = [call for call in calls if "." not in call.path]
+    last = next((call for call in top if _channels_last(call.shape, size)), None)
+    if last is not None:
+        return (
+            f"no layer of this {model} can be picked: its layers have their channels last, such as "
+            f"{last.path!r} with outputs {last.shape} of an image, expected (channels, height, "
+            f"width). {_OTHERS.format(sum='maps.sum(3)')}"
+        )
+    right = {repr(call.path): None for call in calls if low <= pixels / call.places <= high}
+    if right:
+        return (
+            f"no layer of this {model} can be picked: a convolution or pooling must come after it, "
+            f"but none comes after {', '.join(islice(right, 8))}, as in transformers, whose blocks "
+            f"give tokens. Pass that layer with layer=. {_OTHERS.format(sum=_TOKENS)}"
+        )
+    sizes = {f"{call.path} ({call.places})": None for call in top}
+    return (
+        f"no layer of this {model} has {low} to {high} pixels of the image per place, for images "
+        f"of {pixels} pixels; layers and their sizes are {', '.join(islice(sizes, 8))}. Pass "
+        "larger images, or the layer with layer="
+    )
+
+
+def _channels_last(shape: Sequence[int], size: Sequence[int]) -> bool:
+    """Return True if an output (three sizes) has the image's proportions in its first two."""
+    # how many times the stride along one side is that along the other, for both layouts
+    ratios = (high * size[1] / (wide * size[0]) for high, wide in pairwise(shape))
+    last, first = (max(ratio, 1 / ratio) for ratio in ratios)
+    return last < first and first > 1.5
+
+
+def _check_places(
+    model: nn.Module, layer: nn.Module, inputs: Inputs, extras: tuple[Any, ...] = ()
+) -> None:
+    """Raise InputError if the output of a layer is no image; a copy of the model runs once.
+
+    Args:
+        model, inputs, extras: As for :func:`photograph_layer`.
+        layer: The layer.
+    """
+    copied, site = copy.deepcopy((model, layer), copy_memo(model))
+    shapes: list[tuple[int, ...]] = []
+
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor):
+            shapes.append(tuple(first.shape[1:]))
+
+    site.register_forward_hook(hook)
+    with torch.no_grad():
+        copied(*inputs, *extras)
+    for shape in shapes:
+        if len(shape) != 3 or _channels_last(shape, inputs[0].shape[2:]):
+            name = next(path for path, part in model.named_modules() if part is layer)
+            way = _OTHERS.format(sum=_TOKENS if len(shape) == 2 else "maps.sum(3)")
+            raise InputError(
+                f"layer {name!r} gives {shape} for an image, expected (channels, height, width): "
+                f"pass a layer that gives an image, such as a convolution. {way * (len(shape) > 1)}"
+            )
 
 
 @dataclass

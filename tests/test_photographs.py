@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, compare, for_photographs
 from captum_mipin.comparison.arguments import named_methods
 from captum_mipin.errors import DenseHeadWarning, InputError
+from captum_mipin.methods import patch_map
 from captum_mipin.photographs import photograph_layer
 
 
@@ -152,3 +153,44 @@ def test_what_has_no_such_layer_is_refused_with_the_way_out():
         for_photographs(model.eval(), torch.rand(4, 3, 64, 64), 0, progress=False)
     with pytest.raises(InputError, match=r"shape \(4, 9\), expected images"):
         for_photographs(nn.Linear(9, 2).eval(), torch.rand(4, 9), 0, progress=False)
+
+
+@pytest.fixture
+def transformer():
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model = models.VisionTransformer(64, 16, 2, 2, 8, 16, num_classes=3).eval()
+    nn.init.normal_(model.heads.head.weight)  # torchvision begins with zeros
+    return model
+
+
+def test_a_layer_of_tokens_is_refused_and_the_way_out_works(transformer):
+    x, name = torch.rand(6, 3, 64, 64), "encoder.layers.encoder_layer_0"
+    refused = (
+        rf"'{name}' gives \(17, 8\).*expected \(channels, .*LayerMIPIN.*patch_map\(maps.sum\(2\)\)"
+    )
+    with pytest.raises(InputError, match=refused):
+        for_photographs(transformer, x, 0, layer=name, progress=False)
+    inverse = InverseNetwork(transformer, layer=name).fit(x, 0, progress=False)
+    maps = LayerMIPINAttribution(transformer, inverse).attribute(x[:2], 0)
+    assert patch_map(maps.sum(2)).shape == (2, 1, 4, 4)
+    mipin = for_photographs(transformer, x, 0, layer="conv_proj", progress=False)
+    assert mipin.attribute(x[:2], 0).shape == (2, 1, 4, 4)
+
+
+def test_a_transformer_without_a_layer_is_told_why(transformer):
+    why = r"convolution or pooling must come after it, but none comes after 'conv_proj',.*layer="
+    with pytest.raises(InputError, match=why):
+        for_photographs(transformer, torch.rand(2, 3, 64, 64), 0, progress=False)
+
+
+def test_channels_last_are_refused_with_and_without_a_layer():
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    options = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": [4, 4]}
+    model = models.SwinTransformer([4, 4], **options, num_classes=3).eval()
+    x = torch.rand(4, 3, 64, 64)
+    with pytest.raises(InputError, match=r"channels last, such as 'features' .*\(8, 8, 16\)"):
+        for_photographs(model, x, 0, progress=False)
+    with pytest.raises(InputError, match=r"'features.1' gives \(16, 16, 8\).*sum\(3\)"):
+        for_photographs(model, x, 0, layer="features.1", progress=False)
