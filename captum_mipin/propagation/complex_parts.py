@@ -34,7 +34,7 @@ _ON_EACH = (
     "contiguous", "alias", "detach", "unsqueeze", "squeeze", "permute", "transpose", "movedim",
     "select", "slice", "narrow", "index_select", "index", "roll", "flip", "repeat", "cat",
     "stack", "split", "split_with_sizes", "chunk", "unbind", "getitem", "diagonal",
-    "slice_scatter", "select_scatter", "copy", "sum", "mean", "neg", "pad", "constant_pad_nd",
+    "slice_scatter", "select_scatter", "copy", "sum", "mean", "neg",
     "resolve_conj", "resolve_neg",
 )  # fmt: skip
 _PRODUCTS = ("mul", "matmul", "mm", "bmm", "mv", "einsum")
@@ -68,21 +68,23 @@ class _Graph:
 
 def replace_complex(draft: Draft) -> None:
     """Replace complex values that depend on the model's inputs by their parts."""
-    graph = _Graph()
+    graph, rewritten = _Graph(), False
     for node in list(draft.graph.nodes):
         taken = [n for n in nodes_in((node.args, node.kwargs)) if varies(n)]
         complex_ones = [n for n in taken if _is_complex(n)]
-        if not varies(node) or node in draft.starts or not (_is_complex(node) or complex_ones):
+        concerned = _is_complex(node) or complex_ones or operation(node) in _TRANSFORMS
+        if not varies(node) or node in draft.starts or not concerned:
             continue
         rewrite = _REWRITES.get(operation(node))
         if rewrite is None or any(n not in graph.parts for n in complex_ones):
             continue  # it is refused, or an operation before it is
         parts = rewrite(graph, node)
+        rewritten |= parts is not None
         if parts is not None and _is_complex(node):
             graph.parts[node] = parts
         elif parts is not None:
             stand_for(node, parts[0])
-    if graph.parts:
+    if rewritten:
         draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
         mark_varying(draft)
 
@@ -124,29 +126,50 @@ def _on_each(graph: _Graph, node: Any) -> Parts | None:
     return None if real or "dtype" in node.kwargs else (run(0), run(1))
 
 
+def _padded(graph: _Graph, node: Any) -> Parts | None:
+    """Pad both parts, by zeros or by values of their own."""
+    value = argument(node, 3 if operation(node) == "pad" else 2, "value")
+    return _on_each(graph, node) if value in (None, 0) else None
+
+
 def _sum(graph: _Graph, node: Any) -> Parts | None:
     """Add or subtract; a real value has the imaginary part 0."""
-    (a, b), (c, d) = (graph.of(node, value) for value in node.args)
-    if node.kwargs:
+    if node.kwargs or len(node.args) > 2:
         return None
-    real = call(node, node.target, a, c)
-    if _is_zero(b):
-        b = call(node, _aten.zeros_like.default, real)
-    if _is_zero(d):
-        return real, _shaped(node, b, real)
-    return real, call(node, node.target, b, d)
+    (a, b), (c, d) = (graph.of(node, value) for value in node.args)
+    if operation(node) == "rsub":  # it subtracts from its second argument
+        (a, b), (c, d) = (c, d), (a, b)
+    sign = 1 if operation(node) == "add" else -1
+    return _whole(node, _plus(node, a, c, sign), _plus(node, b, d, sign))
 
 
-def _difference(graph: _Graph, node: Any) -> Parts:
-    """Subtract from a number: (c + i d) − (a + i b)."""
-    (a, b), (c, d) = (graph.of(node, value) for value in node.args[:2])
-    return call(node, node.target, a, c), call(node, node.target, b, d)
+def _plus(node: fx.Node, x: Any, y: Any, sign: int) -> Any:
+    """Return x + y or x − y of two parts, each a node or a number."""
+    if _is_zero(y):
+        return x
+    if isinstance(x, fx.Node):
+        return call(node, _aten.add.Tensor if sign > 0 else _aten.sub.Tensor, x, y)
+    if not isinstance(y, fx.Node):
+        return x + sign * y
+    if _is_zero(x):
+        return y if sign > 0 else call(node, _aten.neg.default, y)
+    return call(node, _aten.add.Tensor if sign > 0 else _aten.rsub.Scalar, y, x)
 
 
-def _shaped(node: fx.Node, value: fx.Node, other: fx.Node) -> fx.Node:
-    """Return a value in the shape of another one."""
-    same = str(value_of(value).shape) == str(value_of(other).shape)
-    return value if same else call(node, _aten.expand_as.default, value, other)
+def _whole(node: fx.Node, real: Any, imaginary: Any) -> Parts | None:
+    """Return two parts as nodes of the shape of a node's value."""
+    parts = [part for part in (real, imaginary) if isinstance(part, fx.Node)]
+    full = [part for part in parts if str(value_of(part).shape) == str(value_of(node).shape)]
+    if not full:
+        return None
+    results = []
+    for part in (real, imaginary):
+        if not isinstance(part, fx.Node):
+            part = call(node, _aten.full_like.default, full[0], part)
+        elif part not in full:
+            part = call(node, _aten.expand_as.default, part, full[0])
+        results.append(part)
+    return results[0], results[1]
 
 
 def _product(graph: _Graph, node: Any) -> Parts | None:
@@ -155,26 +178,24 @@ def _product(graph: _Graph, node: Any) -> Parts | None:
     factors: Sequence[Any] = node.args[1] if listed else node.args
     if len(factors) != 2 or node.kwargs:
         return None
-    (a, b), (c, d) = (graph.of(node, factor) for factor in factors)
 
     def times(x: Any, y: Any) -> Any:
         if _is_zero(x) or _is_zero(y):
-            return None
+            return 0
         first = isinstance(x, fx.Node)
         args = (node.args[0], [x, y]) if listed else (x, y) if first else (y, x)
         return call(node, node.target, *args)
 
-    def total(target: Any, x: Any, y: Any) -> fx.Node:
-        if x is None or y is None:
-            result = y if x is None else x
-            minus = x is None and target is _aten.sub.Tensor
-            return call(node, _aten.neg.default, result) if minus else result
-        return call(node, target, x, y)
+    return _multiplied(node, times, *(graph.of(node, factor) for factor in factors))
 
-    return (
-        total(_aten.sub.Tensor, times(a, c), times(b, d)),
-        total(_aten.add.Tensor, times(a, d), times(b, c)),
-    )
+
+def _multiplied(
+    node: fx.Node, times: Callable[[Any, Any], Any], x: Parts, y: Parts
+) -> Parts | None:
+    """Return the parts of a product, given a function that multiplies two real values."""
+    (a, b), (c, d) = x, y
+    real = _plus(node, times(a, c), times(b, d), -1)
+    return _whole(node, real, _plus(node, times(a, d), times(b, c), 1))
 
 
 def _shifted(graph: _Graph, node: Any) -> Parts | None:
@@ -193,17 +214,19 @@ def _shifted(graph: _Graph, node: Any) -> Parts | None:
 def _ratio(graph: _Graph, node: Any) -> Parts | None:
     """Divide by a real value, or multiply by the reciprocal of a complex constant."""
     z, divisor = node.args[0], node.args[1]
-    if node.kwargs or not _is_complex(z):
+    if node.kwargs or len(node.args) > 2 or (varies(divisor) and _is_complex(divisor)):
         return None
     a, b = graph.of(node, z)
     if not _is_complex(divisor):
-        return call(node, node.target, a, divisor), call(node, node.target, b, divisor)
-    if varies(divisor):
-        return None
+        parts = [call(node, node.target, part, divisor) for part in (a, b)]
+        return _whole(node, *parts)
     plain = isinstance(divisor, complex)
     inverse = 1 / divisor if plain else call(node, _aten.reciprocal.default, divisor)
-    node.target, node.args = _aten.mul.Tensor, (z, inverse)
-    return _product(graph, node)
+
+    def times(x: Any, y: Any) -> Any:
+        return 0 if _is_zero(x) or _is_zero(y) else call(node, _aten.mul.Tensor, x, y)
+
+    return _multiplied(node, times, (a, b), graph.of(node, inverse))
 
 
 def _conjugate(graph: _Graph, node: Any) -> Parts:
@@ -264,8 +287,8 @@ def _short_time(graph: _Graph, node: Any) -> Parts | None:
 
 _REWRITES: dict[str, Callable[[_Graph, Any], Parts | None]] = {
     **dict.fromkeys(_ON_EACH, _on_each),
-    **dict.fromkeys(("add", "sub"), _sum),
-    "rsub": _difference,
+    **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
+    **dict.fromkeys(("add", "sub", "rsub"), _sum),
     **dict.fromkeys(_PRODUCTS, _product),
     "div": _ratio,
     **dict.fromkeys(("fft_fftshift", "fft_ifftshift"), _shifted),

@@ -15,6 +15,7 @@ from torch import fx
 from captum_mipin.graph.marks import mark, value_of
 from captum_mipin.graph.nodes import argument, operation
 from captum_mipin.propagation.forms import insert
+from captum_mipin.rules.base import varies
 
 _aten = torch.ops.aten
 
@@ -107,7 +108,9 @@ class Fourier:
             argument(node, at + 1, name) for at, name in enumerate(names)
         )
         signals, value = node.args[0], value_of(node.args[0])
-        if str(node.target) != "aten.stft.default" or value.is_complex() or value.ndim != 2:
+        other = value.is_complex() or value.ndim != 2 or argument(node, 8, "align_to_window")
+        known = window is None or not (varies(window) or value_of(window).is_complex())
+        if str(node.target) != "aten.stft.default" or other or not known:
             return None
         coefficients = size // 2 + 1 if onesided in (None, True) else size
         scale = size**-0.5 if normalised else 1.0

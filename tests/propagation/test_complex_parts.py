@@ -74,6 +74,12 @@ USES = {
     "a ratio": lambda h: (FFT.rfft(h) / (1 + 2j) / FILTER).imag,
     "sums with real values": lambda h: (h[:, :7] - FFT.rfft(h) + h[:, 5:]).abs(),
     "sums with constants": lambda h: (1 - FFT.rfft(h) + 2j).abs(),
+    "made of two parts": lambda h: (h[:, :6] + 1j * h[:, 6:]).abs(),
+    "times a complex number": lambda h: ((2 + 0j) * h * 1j).imag + (h * 1j).imag,
+    "from a complex number": lambda h: torch.view_as_real((2j - h) * (1 - 2j) - (1 - 2j) * 2j),
+    "divided by a complex constant": lambda h: (h[:, :7] / FILTER).imag,
+    "an autocorrelation": lambda h: FFT.irfft(FFT.rfft(h).abs().square()),
+    "padded": lambda h: FFT.ifft(F.pad(FFT.fft(h), (1, 1))).abs(),
     "joined": lambda h: torch.cat([FFT.rfft(h), 1j * FFT.rfft(h)], 1).abs(),
     "split": lambda h: (FFT.fft(h).chunk(2, 1)[0] - FFT.fft(h).unbind(1)[3][:, None]).abs(),
     "shifted": lambda h: FFT.ifftshift(FFT.fftshift(FFT.fft(h), 1).roll(1, 1), 1).real,
@@ -170,6 +176,15 @@ def test_short_times_are_a_convolution():
     ("use", "name"),
     [
         (lambda h: FFT.rfft(h).angle(), "aten.angle.default"),
+        (lambda h: torch.rsub(FFT.rfft(h), FFT.rfft(2 * h), alpha=3).abs(), "aten.rsub.Tensor"),
+        (lambda h: FFT.ifft(F.pad(FFT.fft(h), (1, 1), value=1.0)).abs(), "aten.pad.default"),
+        (lambda h: stft(h, window=WINDOW + 0j).abs(), "aten.stft.default"),
+        (
+            lambda h: stft(
+                h, window=WINDOW[:4], win_length=4, center=False, align_to_window=True
+            ).abs(),
+            "aten.stft.default",
+        ),
         (lambda h: (FFT.rfft(h) ** 3).real, "aten.pow.Tensor_Scalar"),
         (lambda h: torch.istft(stft(h, window=WINDOW), 6, 2, window=WINDOW), "aten.istft.default"),
     ],
