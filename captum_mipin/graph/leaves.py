@@ -5,7 +5,6 @@ be written to it.
 """
 
 from collections import defaultdict, deque, namedtuple
-from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
 from functools import cache, partial
@@ -14,12 +13,14 @@ from types import (
     BuiltinMethodType,
     CellType,
     ClassMethodDescriptorType,
+    GenericAlias,
     GetSetDescriptorType,
     MappingProxyType,
     MemberDescriptorType,
     MethodDescriptorType,
     MethodType,
     ModuleType,
+    UnionType,
     WrapperDescriptorType,
 )
 from typing import Any
@@ -29,16 +30,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_mipin.graph.plain import ATOMS, BUFFERS, FEW, base_of, digest_of
+from captum_mipin.graph.plain import ATOMS, BUFFERS, FEW, base_of, digest_of, slots
 from captum_mipin.graph.twin import attributes_of
 
 #: Types of values that are compared by their form and version instead of their content.
 MEASURED = (Tensor, np.ndarray)
 
-#: Entries of classes that are written in C. Each is the same as long as its class.
+#: Entries of classes that are written in C, and annotations. Each is the same as long as its class.
 DESCRIPTORS = (
     GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType,
-    ClassMethodDescriptorType, type(vars(namedtuple("_", "field"))["field"]),
+    ClassMethodDescriptorType, type(vars(namedtuple("_", "field"))["field"]), UnionType,
+    GenericAlias,
 )  # fmt: skip
 
 #: Number of elements up to which the values of tensors that are no weights are compared.
@@ -142,21 +144,11 @@ def _parts(value: Any) -> list[Any] | None:
     return None
 
 
-def slots(value: Any) -> dict[str, Any]:
-    """Return those attributes of an object that its class lists in ``__slots__``."""
-    fields: dict[str, Any] = {}
-    for base in type(value).__mro__:
-        for name, part in vars(base).items() if "__slots__" in vars(base) else ():
-            if type(part) is MemberDescriptorType:
-                with suppress(AttributeError):  # an attribute without a value
-                    fields[name] = part.__get__(value)
-    return fields
-
-
 def _own(value: Any) -> list[Any]:
     """Return the attributes of an object of a subclass of a container."""
     names = getattr(value, "__dict__", None)
-    return [*names, *names.values()] if type(names) is dict else []
+    fields = slots(value) | (names if type(names) is dict else {})
+    return [*fields, *fields.values()]
 
 
 def form_of(tensor: Tensor) -> Any:

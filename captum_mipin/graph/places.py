@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from captum_mipin.graph.leaves import leaves, slots
+from captum_mipin.graph.leaves import leaves
 from captum_mipin.graph.modules import OWN
+from captum_mipin.graph.plain import slots
 from captum_mipin.graph.twin import attributes_of, package
 
 #: Function object → name → value.

@@ -6,9 +6,10 @@ import pickle
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import chain, compress, repeat
 from sys import intern
-from types import SimpleNamespace
+from types import MemberDescriptorType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ def base_of(value: Any) -> Any:
     A class derived from it may have other methods, as one that imports what it is asked for.
     """
     return next(base for base in _BASES if isinstance(value, base))
+
+
+def slots(value: Any) -> dict[str, Any]:
+    """Return those attributes of an object that its class lists in ``__slots__``."""
+    fields: dict[str, Any] = {}
+    for base in type(value).__mro__:
+        for name, part in vars(base).items() if "__slots__" in vars(base) else ():
+            if type(part) is MemberDescriptorType:
+                with suppress(AttributeError):  # an attribute without a value
+                    fields[name] = part.__get__(value)
+    return fields
 
 
 class _Pickler(pickle.Pickler):

@@ -5,7 +5,7 @@ user's model.
 """
 
 import copy
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from captum_mipin.copies import copy_memo
 from captum_mipin.graph.modules import named_tensors
-from captum_mipin.graph.plain import COPIES, is_long
+from captum_mipin.graph.plain import COPIES, base_of, is_long, slots
 
 #: Packages whose objects are shared by all copies of a model. pytest is there because an ``assert``
 #: of a model in a test module calls it.
@@ -89,21 +89,34 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     elif issubclass(kind, nn.Module) or _is_plain(value):
         memo[id(value)] = result = object.__new__(kind)
         vars(result).update((name, _copied(part, memo)) for name, part in vars(value).items())
-    elif issubclass(kind, dict):
-        memo[id(value)] = result = copy.copy(value)
-        result.clear()
-        for key, entry in value.items():
-            result[_copied(key, memo)] = _copied(entry, memo)
-    elif issubclass(kind, (list, deque)):
-        memo[id(value)] = result = copy.copy(value)
-        for index, entry in enumerate(value):
-            result[index] = _copied(entry, memo)
-    elif issubclass(kind, set):
-        memo[id(value)] = result = copy.copy(value)
+    elif issubclass(kind, (dict, list, deque, set)):
+        memo[id(value)] = result = _emptied(value)
+        base = base_of(value)
+        if base in (dict, OrderedDict):
+            for key, entry in list(base.items(value)):
+                base.__setitem__(result, _copied(key, memo), _copied(entry, memo))
+        elif base is set:
+            base.update(result, base.__iter__(value))
+        else:
+            for entry in list(base.__iter__(value)):
+                base.append(result, _copied(entry, memo))
     elif kind in (MethodType, partial) or issubclass(kind, tuple):
         memo[id(value)] = result = _rebound(value, memo)
     else:
         result = _deep_copy(value, memo)
+    return result
+
+
+def _emptied(value: Any) -> Any:
+    """Return a container without entries, of the same class and with the same attributes."""
+    kind: Any = type(value)
+    result = kind.__new__(kind)
+    if isinstance(value, deque):
+        deque.__init__(result, maxlen=value.maxlen)
+    if isinstance(value, defaultdict):
+        result.default_factory = value.default_factory
+    for name, part in {**slots(value), **(attributes_of(value) or {})}.items():
+        object.__setattr__(result, name, part)
     return result
 
 

@@ -386,3 +386,52 @@ def test_only_code_that_may_be_edited_is_rehearsed_for_names_that_it_computes(
     assert State(model).dynamic is not installed
     model.mode = "twice"  # what the name is computed from is a part of the state
     torch.testing.assert_close(GuidedBackprop(model).attribute(X[:2], 1), 2 * before)
+
+
+class Doubling(list):
+    """A list that yields something else than it holds."""
+
+    def __iter__(self) -> Any:
+        return (2 * value for value in list.__iter__(self))
+
+
+class DoublingDict(dict):
+    """A dictionary that returns something else than it holds."""
+
+    def items(self) -> Any:
+        return [(key, 2 * value) for key, value in dict.items(self)]
+
+    def values(self) -> Any:
+        return [2 * value for value in dict.values(self)]
+
+
+@pytest.mark.captured_anew
+@pytest.mark.parametrize("kept", [Doubling([1.0, 2.0]), DoublingDict(a=1.0, b=2.0)])
+def test_containers_that_return_other_values_than_they_hold(kept: Any) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m["last"](x) * sum(
+            m["first"].kept if isinstance(kept, list) else m["first"].kept.values()
+        )
+
+    first = nn.Identity()
+    first.kept = kept
+    model = Function(run, first=first, last=nn.Linear(4, 3)).eval()
+    found = GuidedBackprop(model).attribute(X[:2], 1)
+    torch.testing.assert_close(found, 6 * model.layers["last"].weight[1].detach().expand(2, 4))
+    assert list.__len__(kept) == 2 if isinstance(kept, list) else dict.__len__(kept) == 2
+
+
+class Slotted(list):
+    """A list with a field."""
+
+    __slots__ = ("scale",)
+
+
+def test_annotations_are_kept_and_fields_of_containers_are_read() -> None:
+    model = nn.Linear(4, 3)
+    model.kinds, model.slotted = (int | None, list[int]), Slotted([1.0])  # type: ignore[assignment]
+    model.slotted.scale = 1.0  # type: ignore[union-attr]
+    state = State(model)
+    assert state.holds()
+    model.slotted.scale = 2.0  # type: ignore[union-attr]
+    assert not state.holds()

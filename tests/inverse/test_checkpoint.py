@@ -1,5 +1,6 @@
 """Fits that are interrupted and continued from a checkpoint."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,19 @@ def test_data_is_the_same_where_outputs_differ_by_the_rounding_of_another_machin
     rounded = mlp.x * (1 + 1e-6)
     inverse = InverseNetwork(mlp.model).fit(rounded, [0, 2], checkpoint=path, **_settings(mlp.x))
     assert inverse.targets == [0, 2]
+
+
+def test_the_range_of_each_output_identifies_the_data(mlp: Any, tmp_path: Path) -> None:
+    path, model, x = tmp_path / "checkpoint", copy.deepcopy(mlp.model), mlp.x
+    with torch.no_grad():
+        model[-1].weight[0] *= 5000
+    _interrupted(model, x, path)
+    last = model[:-1](x).detach()
+    where = (last @ model[-1].weight[2]).argmax()  # which makes the range of output 2 larger
+    other = x.clone()
+    other[where] = x[where] * 1.05
+    with pytest.raises(InverseFileError, match="its data differ"):
+        InverseNetwork(model).fit(other, [0, 2], checkpoint=path, **_settings(x))
 
 
 def test_a_checkpoint_is_no_inverse_and_an_inverse_no_checkpoint(mlp: Any, tmp_path: Path) -> None:
