@@ -67,12 +67,17 @@ def expand_variances(draft: Draft) -> None:
         if not all(isinstance(size, int) for size in sizes) or prod(sizes) <= correction:
             continue  # over the batch, or not a number
         centred = insert(node, _aten.sub.Tensor, x, insert(node, _aten.mean.dim, x, dims, True))
+        if name == "std":
+            length = insert(node, _aten.linalg_vector_norm.default, centred, 2, dims, kept)
+            factor = (prod(sizes) - correction) ** -0.5
+            stand_for(node, insert(node, _aten.mul.Tensor, length, factor))
+            continue
         square = insert(node, _aten.pow.Tensor_Scalar, centred, 2)
         result = insert(node, _aten.mean.dim, square, dims, kept)
         if correction:  # Σ (x − μ)² / (n − c)
             factor = prod(sizes) / (prod(sizes) - correction)
             result = insert(node, _aten.mul.Tensor, result, factor)
-        stand_for(node, insert(node, _aten.sqrt.default, result) if name == "std" else result)
+        stand_for(node, result)
     mark_varying(draft)
 
 

@@ -6,7 +6,7 @@ The rule of an operation must not depend on the way in which a model writes it. 
   operation ``divided``;
 - each result of ``var_mean`` becomes an operation of its own;
 - a variance that is a feature, and no part of a norm, becomes mean((x − μ)²), for methods that have
-  no rule for it; a standard deviation becomes the square root of the variance;
+  no rule for it; a standard deviation becomes the norm of x − μ, divided by √n;
 - √Σ x², also of two tensors, becomes the norm of a vector;
 - the sum of a product of two values that depend on the input becomes ``weighted_sum``, which has
   the rule of a matrix product; their average becomes this sum, divided by a number.
@@ -159,19 +159,35 @@ def _moment(node: Any, starts: Starts) -> bool:
 
 
 def _length(node: Any, starts: Starts) -> bool:
-    """Rewrite √Σ x² and √(a² + b²) as the norm of a vector."""
-    inner = node.args[0]
+    """Rewrite √(c Σ x²), with a sum or an average, and √(a² + b²) as the norm of a vector."""
+    inner, factor = node.args[0], 1.0
     if (operation(node) == "pow" and node.args[1] != 0.5) or inner in starts or node.kwargs:
         return False
-    if operation(inner) == "sum" and not inner.kwargs and len(inner.args) > 1:
-        x, dims = _squared(inner.args[0], starts), inner.args[1:]
-    elif operation(inner) == "add" and not inner.kwargs:
-        x, dims = _stacked(node, [_squared(n, starts) for n in inner.args]), ([-1],)
-    else:
+    if (scaled := number_of(inner)) is not None:
+        inner, factor = scaled
+    name, plain = operation(inner), not getattr(inner, "kwargs", True)
+    if name == "var" and len(inner.users) == 1 and scaled is None:
+        named = inner.kwargs
+        become(node, getattr(_aten.std, str(inner.target).split(".")[-1]), *inner.args)
+        node.kwargs = named
+        return True
+    if inner in starts or factor <= 0 or not plain:
         return False
-    if x is not None:
+    x, dims = None, ([-1],)
+    if name in ("sum", "mean") and len(inner.args) > 1 and inner.args[1]:
+        x, dims = _squared(inner.args[0], starts), inner.args[1:]
+    elif name == "add":
+        x = _stacked(node, [_squared(n, starts) for n in inner.args])
+    sizes = [value_of(x).shape[dim] for dim in dims[0]] if name == "mean" and x else []
+    if x is None or not all(isinstance(size, int) for size in sizes):
+        return False
+    factor /= prod(sizes)
+    if factor == 1:
         become(node, _aten.linalg_vector_norm.default, x, 2, *dims)
-    return x is not None
+    else:
+        length = insert(node, _aten.linalg_vector_norm.default, x, 2, *dims)
+        become(node, _aten.mul.Tensor, length, factor**0.5)
+    return True
 
 
 def _hypotenuse(node: Any, starts: Starts) -> bool:
