@@ -728,7 +728,7 @@ def test_a_class_without_inverse_is_an_error_that_lists_those_with(mlp: Any) -> 
     for call in (mipin.attribute, mipin.source_signal, mipin.distractor):
         with pytest.raises(
             NotFittedError,
-            match=r"no inverse was fitted for target 1; fitted are \[2, 0\]\. Add it with fit",
+            match=r"fitted for target 1; fitted are \[2, 0\]\. Fit all .*=\[2, 0, 1\]\)",
         ):
             call(mlp.x[:2], [0, 1])
     with pytest.raises(NotFittedError, match=r"fitted are \[2, 0\]"):

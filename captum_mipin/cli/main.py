@@ -27,7 +27,7 @@ from captum_mipin.cli.arguments import (
 )
 from captum_mipin.cli.images import ImageFolder
 from captum_mipin.cli.models import load_model, outputs_of, predict, read_names
-from captum_mipin.cli.words import plainly
+from captum_mipin.cli.words import all_classes, not_fitted, plainly
 from captum_mipin.comparison import Comparison, Row
 from captum_mipin.comparison.methods import place_of, reading
 from captum_mipin.comparison.names import captions, class_name
@@ -199,7 +199,7 @@ def explain(args: Namespace) -> Outcome:
     # images whose class was not fitted are left out: the others are explained
     known = [i for i, c in enumerate(classes) if c is None or c in inverse.targets]
     if not known:
-        raise NotFittedError(_not_fitted(classes))
+        raise NotFittedError(not_fitted(classes, inverse.targets))
     kept, chosen = x[known], None if targets is None else [targets[i] for i in known]
     chosen_reading = args.reading or _default_reading(inverse)
     method = reading(mipin, chosen_reading)
@@ -226,10 +226,12 @@ def explain(args: Namespace) -> Outcome:
         dict(zip(columns, (image, c, class_name(names, c), score, i in known), strict=True))
         for i, (image, c, score) in enumerate(zip(images.names, classes, scores, strict=True))
     ]
-    return Outcome(_explained(data), {"images": data, "out": list(map(str, args.out))})
+    return Outcome(
+        _explained(data, inverse.targets), {"images": data, "out": list(map(str, args.out))}
+    )
 
 
-def _explained(rows: Sequence[Mapping[str, Any]]) -> str:
+def _explained(rows: Sequence[Mapping[str, Any]], fitted: Sequence[Any]) -> str:
     """Return the table of explained images, and how to fit the classes that are missing."""
     header = ["image", "target", "score"]
     cells = [
@@ -242,15 +244,7 @@ def _explained(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     missing = [row["target"] for row in rows if not row["explained"]]
     text = table(header, cells, left=2)
-    return f"{text}\n\n{_not_fitted(missing)}" if missing else text
-
-
-def _not_fitted(classes: Sequence[Any]) -> str:
-    """Return the sentence about classes that were not fitted."""
-    named = ",".join(map(str, sorted({*classes})))
-    return (
-        f"no inverse was fitted for target {named}: fit it with captum-mipin fit --targets {named}"
-    )
+    return f"{text}\n\n{not_fitted(missing, fitted)}" if missing else text
 
 
 def compare(args: Namespace) -> Outcome:
@@ -272,14 +266,15 @@ def compare(args: Namespace) -> Outcome:
         inverse.changed = "ignore"
     images = ImageFolder(args)
     x = images.stack()
-    written = perf_counter()
+    written, classes = perf_counter(), predict(args, model, x)[0]
+    needed = "" if inverse is None else all_classes(inverse.targets, classes or ())
 
     def write(comparison: Comparison, every: float = _EVERY) -> None:
         """Write the files of ``--out`` if the last time lies ``every`` seconds ago."""
         nonlocal written
         if perf_counter() - written >= every:
             pixels = images.denormalise(x[: len(comparison.images)])
-            shown = replace(_in_plain_words(comparison), images=pixels)
+            shown = replace(_in_plain_words(comparison, needed), images=pixels)
             for path in args.out:
                 _write(shown, path)
             written = perf_counter()
@@ -287,7 +282,7 @@ def compare(args: Namespace) -> Outcome:
     comparison = compare_methods(
         _methods(args, inverse, layer is not None),
         x,
-        predict(args, model, x)[0],
+        classes,
         metrics=[] if args.no_metrics else args.metrics or None,
         model=model,
         inverse=inverse,
@@ -299,19 +294,19 @@ def compare(args: Namespace) -> Outcome:
         batch_size=args.batch_size,
         progress=not args.quiet,
     )
-    comparison = _in_plain_words(comparison)
+    comparison = _in_plain_words(comparison, needed)
     write(comparison, 0)
     data = {**comparison.to_dict(), "files": images.names, "out": list(map(str, args.out))}
     return Outcome(comparison.table(), data, _failure(comparison))
 
 
-def _in_plain_words(comparison: Comparison) -> Comparison:
-    """Return a comparison whose errors name options of the command line."""
+def _in_plain_words(comparison: Comparison, needed: str) -> Comparison:
+    """Return a comparison whose errors name options of the command line, and all classes to fit."""
     rows = (
         replace(
             row,
-            errors={what: plainly(why) for what, why in row.errors.items()},
-            missing={plainly(why): images for why, images in row.missing.items()},
+            errors={what: plainly(why, needed) for what, why in row.errors.items()},
+            missing={plainly(why, needed): images for why, images in row.missing.items()},
         )
         for row in comparison.rows
     )

@@ -239,13 +239,12 @@ class ModelInverse(Saved, Generic[S]):
     def _check_targets(self, state: S, targets: Sequence[Target]) -> None:
         """Raise NotFittedError if a class was not fitted."""
         known = set(state.targets)
-        for target in targets:
-            if target not in known:
-                label = target_label(target)
-                raise NotFittedError(
-                    f"no inverse was fitted for target {label}; fitted are {self.targets}. "
-                    f"Add it with fit(data, targets=[{label}])"
-                )
+        missing = [target_label(t) for t in dict.fromkeys(targets) if t not in known]
+        if missing:
+            raise NotFittedError(
+                f"no inverse was fitted for target {missing[0]}; fitted are {self.targets}. "
+                f"Fit all of them with fit(data, targets={[*self.targets, *missing]})"
+            )
 
     def _check_reaches(self, surrogate: Surrogate, keys: Mapping[str, Any], layer: Site) -> None:
         """Raise an error if an inverse is missing between the output and ``layer``.

@@ -311,7 +311,7 @@ def test_explain_goes_on_where_a_class_was_not_fitted(model, few, capsys):
     assert call(explain) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].endswith("(not fitted)")
-    way_out = "fit it with captum-mipin fit --targets 2"
+    way_out = "fit all with captum-mipin fit --targets 0,1,2"
     assert lines[-1] == f"no inverse was fitted for target 2: {way_out}"
     written = load_file("two_maps.safetensors")
     assert written["target"].tolist() == [1, 0]
@@ -322,6 +322,31 @@ def test_explain_goes_on_where_a_class_was_not_fitted(model, few, capsys):
     assert call(explain, "--json") == 0
     rows = json.loads(capsys.readouterr().out)["images"]
     assert [row["explained"] for row in rows] == [True, False, True]
+
+
+def test_classes_that_are_missing_are_fitted_with_those_of_the_file(few, capsys):
+    """Formerly the advice named one class, and a fit of it alone lost the others."""
+    fit, out = f"fit {MODEL} photos --quiet", "--out two.safetensors"
+    options = f"{MODEL} few --inverse two.safetensors --targets 1,2,1"
+    for command in (
+        f"explain {options} --out two_maps.safetensors",
+        f"compare {options} --methods MIP-IN --no-metrics --quiet",
+    ):
+        assert call(f"{fit} {out} --targets 0,1") == 0
+        capsys.readouterr()
+        assert call(command) == 0
+        (advice,) = re.findall(r"captum-mipin fit (--targets [\d,]+)", capsys.readouterr().out)
+        assert advice == "--targets 0,1,2"
+        assert call(f"{fit} {out} {advice}") == 0
+        capsys.readouterr()
+        assert call(command) == 0
+        assert "no inverse was fitted" not in capsys.readouterr().out
+    assert call(f"{fit} {out} --targets 0") == 0
+    compare = f"compare {MODEL} few --inverse two.safetensors --methods MIP-IN --no-metrics --quiet"
+    capsys.readouterr()
+    assert call(f"{compare} --targets 0,2,1") == 0
+    advice = re.findall(r"captum-mipin fit --targets ([\d,]+)", capsys.readouterr().out)
+    assert advice == ["0,1,2"] * 2
 
 
 @pytest.mark.parametrize(
