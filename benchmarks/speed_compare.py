@@ -4,7 +4,7 @@
 
 Photographs and weights are those of the folder, or without it smooth noise of 224 x 224 and random
 weights: the time hardly depends on either. "32 steps" is the default of ``compare``, "one row a
-step" the published protocol (``steps=None``), which takes about seven times as long and is timed
+step" the published protocol (``steps=None``), which takes several times longer and is timed
 with ``--exact``. Each is timed once per method, in turn; wall time and processor time of all
 threads.
 """
