@@ -104,7 +104,7 @@ REASONS = {
         "prod prod.dim_int pow.Tensor_Tensor pow.Scalar atan2 atan2.out _cdist_forward "
         "_pdist_forward _log_softmax"
     ),
-    "Refused; the functions of `torch.fft` and `torch.stft` are replaced by dense layers and "
+    "Refused; most functions of `torch.fft`, and `torch.stft`, are replaced by dense layers and "
     "convolutions on real and imaginary parts": "_fft_c2r _fft_r2c",
     "Refused: it computes with all examples of the batch": (
         "mean masked_scatter _native_batch_norm_legit _native_batch_norm_legit.no_stats"
