@@ -57,12 +57,14 @@ def captum_entry(method: Callable[P, R]) -> Callable[P, R]:
     Captum's ``NoiseTunnel`` and ``TCAV`` call ``attribute.__wrapped__``, which ``functools.wraps``
     sets. Such a call skips the code of a decorator. Therefore this decorator only calls the method.
     """
-    names = [*signature(method).parameters][1:]
+    parameters = signature(method).parameters
+    names = [*parameters][1:]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     @wraps(describe_common(method))
     def entry(*args: P.args, **kwargs: P.kwargs) -> R:
         unknown = [name for name in kwargs if name not in names]
-        if unknown:
+        if unknown and not takes_all:
             raise TypeError(
                 f"{method.__qualname__} has no argument {unknown[0]!r}, expected some of "
                 f"{', '.join(names)}: leave it out, or look for it among the arguments of the class"

@@ -157,7 +157,6 @@ def test_networks_of_every_activation(activation):
         lambda u: torch.sigmoid(u) + 0.3,
         lambda u: -torch.sigmoid(u) / 3 - torch.ones(3, dtype=u.dtype),
         lambda u: torch.ones(3, dtype=u.dtype) - torch.sigmoid(u),
-        lambda u: u > 0,
         lambda u: 0.5 * (u > u.abs().square()).double() + 1,
     ],
 )
@@ -184,6 +183,23 @@ def test_gate_of_squeeze_and_excite_by_hand(made):
         "layers.w/linear",
         "input inputs_0/input/fork",
     ]  # the gate is not inverted
+
+
+@pytest.mark.parametrize("how", [lambda x, u: x * (u > 0), lambda x, u: torch.where(u > 0, x, 0)])
+def test_a_mask_is_a_switch_by_hand(how):
+    """For y = w · (x ⊙ m), m = 1[U x > 0]: x ⊙ m regressed on y, where m = 1, else 0."""
+    torch.manual_seed(0)
+    layers = {"w": nn.Linear(3, 1), "u": nn.Linear(3, 3)}
+    model = Function(lambda m, x: m["w"](how(x, m["u"](x))), **layers).double().eval()
+    x = torch.randn(40, 3, dtype=torch.float64)
+    inverse = InverseNetwork(model, ridge=0).fit(x, progress=False)
+    with torch.no_grad():
+        mask, s = model.layers["u"](x) > 0, model(x)
+    kept = x * mask
+    slope = ((kept - kept.mean(0)) * (s - s.mean())).sum(0) / (s - s.mean()).square().sum()
+    above = slope * (s - s.mean()) + kept.mean(0)
+    torch.testing.assert_close(inverse.source_signal(x), above * mask)
+    assert [row.layer for row in inverse.report.layers] == ["layers.w/linear"]
 
 
 @pytest.mark.parametrize("target", [0, 1])
