@@ -3,11 +3,11 @@
     python benchmarks/wild.py [FAMILIES] [--package NAME] [--processes N] [--methods NAMES]
 
 The packages are those of benchmarks/wild.txt, in an environment of their own; nothing is
-downloaded. Each family runs in a process of its own: ``check``, MIP-IN fitted on 32 inputs (from a
-late layer where the network is large), LRP-ε, Guided Backprop and IBA. A method works if its map is
-finite, has the shape of what it explains, is the same for an example alone as in a batch, and
-leaves the model as it was. Families that are named replace their rows of the results; the other
-rows stay.
+downloaded. Each family runs in a process of its own: ``check``, MIP-IN fitted on 32 inputs, LRP-ε,
+Guided Backprop and IBA. MIP-IN starts from a late layer where the network is large, or where an
+inverse of all of it needs more memory than there is. A method works if its map is finite, has the
+shape of what it explains, is the same for an example alone as in a batch, and leaves the model as
+it was. Families that are named replace their rows of the results; the other rows stay.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from captum_mipin import (
     MIPINError,
     check,
 )
-from captum_mipin.errors import InputError
+from captum_mipin.errors import FitError, InputError
 from captum_mipin.graph import capture, exporting
 from captum_mipin.graph.signature import Signature
 from captum_mipin.methods import GuidedBackprop, LayerPropagation
@@ -183,7 +183,14 @@ def methods(sample: Sample, late: nn.Module | None, large: bool) -> dict[str, Ca
     def mipin(sample: Sample, late: nn.Module | None) -> str:
         layer = sample.embedding if not large else late or sample.embedding
         inverse = InverseNetwork(sample.model, layer=layer, output=sample.output)
-        inverse.fit(sample.inputs, sample.target, batch_size=8, progress=False)
+        try:
+            inverse.fit(sample.inputs, sample.target, batch_size=8, progress=False)
+        except FitError as error:
+            if "of free memory" not in str(error) or layer is late:
+                raise
+            layer = late  # an inverse of the whole network needs more than this machine has
+            inverse = InverseNetwork(sample.model, layer=layer, output=sample.output)
+            inverse.fit(sample.inputs, sample.target, batch_size=8, progress=False)
         method: Any = (
             MIPINAttribution(sample.model, inverse)
             if layer is None
