@@ -56,7 +56,7 @@ def _group_norm(node: Any) -> None:
 
 
 def expand_variances(draft: Draft) -> None:
-    """Write variances and standard deviations that have no rule as mean((x − μ)²)."""
+    """Write variances that have no rule as mean((x − μ)²), and deviations as |x − μ| / √n."""
     node: Any
     for node in list(draft.graph.nodes):
         name, own = operation(node), varies(node) and node not in draft.starts

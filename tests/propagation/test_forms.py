@@ -552,3 +552,14 @@ def test_gradients_of_respelled_operations_equal_autograd():
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
     torch.testing.assert_close(Gradient(model).attribute(x, 1), expected)
+
+
+def test_a_constant_beside_a_length_is_none_of_a_norm():
+    def run(m, x):
+        h = m["a"](x)
+        return m["last"](h / (h.norm(dim=1, keepdim=True) + 1e-8))
+
+    model = Function(run, a=nn.Linear(4, 6), last=nn.Linear(6, 2)).double().eval()
+    graph = draft(capture(model, (normal(2, 4, dtype=torch.float64),)), table(), passes=MARKING)
+    names = {operation(node) for node in graph.graph.nodes}
+    assert "divided" in names and "rms_norm" not in names
