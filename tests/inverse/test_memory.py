@@ -224,7 +224,7 @@ plan = max(plans[-1].values(), key=lambda plan: plan.stored)
 print(status("VmHWM") - before, plan.stored + plan.further, plan.solver)
 """
 LAYERS = {
-    "convolution": ("nn.Conv1d(2, 32, 40), nn.ReLU()", (40, 2, 80), "moments"),
+    "convolution": ("nn.Conv1d(2, 48, 40), nn.ReLU()", (40, 2, 80), "moments"),
     "strided convolution": ("nn.Conv1d(2, 64, 64, stride=8), nn.ReLU()", (40, 2, 160), "moments"),
     "dense, few rows": ("nn.Linear(1500, 3000), nn.ReLU()", (400, 1500), "rows"),
 }
