@@ -25,6 +25,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
 from captum_mipin.graph.marks import inherit, set_value, value_of
 from captum_mipin.graph.nodes import operation
@@ -105,10 +106,9 @@ def functional(graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]
             _take_apart(result, node, decompositions, known)
     result.eliminate_dead_code()
     result = _renamed(result)
-    pairs = zip(
-        graph.find_nodes(op="placeholder"), result.find_nodes(op="placeholder"), strict=True
-    )
-    for before, after in pairs:  # fx.Graph renames some placeholders, such as "input"
+    pairs = [g.find_nodes(op="placeholder") for g in (graph, result)]
+    # fx.Graph renames some placeholders, such as "input"
+    for before, after in zip(*pairs, strict=True):
         after.name = before.name
     return result
 
@@ -362,7 +362,8 @@ def _parts(node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]) -> f
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         return run(*args, **kwargs)
 
-    values = [value_of(n) for n in inputs]
+    # make_fx takes one tensor for one argument; results of equal operations may be one tensor
+    values = tree_map_only(Tensor, Tensor.detach, [value_of(n) for n in inputs])
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     # pre_dispatch: other composites inside, such as linear in an LSTM, are not decomposed
     trace = make_fx(compute, table, pre_dispatch=node.target in table, _allow_non_fake_inputs=True)
@@ -371,9 +372,7 @@ def _parts(node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]) -> f
         with modes[0], enable_python_dispatcher(), _no_onednn():  # none inside torch.vmap
             return traced(node, values, trace)
     except Exception as error:
-        raise NotRewritableError(
-            f"{node.target} cannot be traced by itself ({error}): trace the whole program again"
-        ) from error
+        raise NotRewritableError(f"{node.target} cannot be traced by itself: {error}") from error
 
 
 def _renamed(graph: fx.Graph) -> fx.Graph:

@@ -108,6 +108,12 @@ def smaller(x: Tensor) -> Tensor:
     return (x > 0).float().add_(x.double())
 
 
+def equal_parts(x: Tensor) -> Tensor:
+    """Multiply the results of two equal operations, all three made of parts."""
+    a, b = (torch.einsum("bi,io->bo", x, torch.ones(5, 3) * n) for n in (2, 3))
+    return torch.einsum("bo,bo->b", a, b)
+
+
 @pytest.mark.parametrize("function", [chain, slices, whole])
 def test_writes_become_values(function: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(3, 5)
@@ -157,6 +163,7 @@ def test_what_is_in_doubt_is_refused(function: Callable[[Tensor], Tensor]) -> No
         a_composite,
         a_power,
         alpha,
+        equal_parts,
     ],
 )
 def test_captured_graphs_have_the_values_of_the_model(function: Callable[[Tensor], Tensor]) -> None:
