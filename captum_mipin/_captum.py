@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable
-from functools import wraps
-from inspect import cleandoc, signature
+from inspect import cleandoc
 from typing import Any, NoReturn, ParamSpec, TypeVar
+
+from captum_mipin.calls import Helpful, explained
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,26 +56,12 @@ def captum_entry(method: Callable[P, R]) -> Callable[P, R]:
     """Add ``__wrapped__`` to an ``attribute`` method for Captum, and describe common arguments.
 
     Captum's ``NoiseTunnel`` and ``TCAV`` call ``attribute.__wrapped__``, which ``functools.wraps``
-    sets. Such a call skips the code of a decorator. Therefore this decorator only calls the method.
+    sets. Such a call skips the code of a decorator. Therefore this one only words errors of calls.
     """
-    parameters = signature(method).parameters
-    names = [*parameters][1:]
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-    @wraps(describe_common(method))
-    def entry(*args: P.args, **kwargs: P.kwargs) -> R:
-        unknown = [name for name in kwargs if name not in names]
-        if unknown and not takes_all:
-            raise TypeError(
-                f"{method.__qualname__} has no argument {unknown[0]!r}, expected some of "
-                f"{', '.join(names)}: leave it out, or look for it among the arguments of the class"
-            )
-        return method(*args, **kwargs)
-
-    return entry
+    return explained(describe_common(method))
 
 
-class NoFuture:
+class NoFuture(Helpful):
     """A class without ``attribute_future``; list it as a base before Captum's base class."""
 
     def attribute_future(self, *args: Any, **kwargs: Any) -> NoReturn:

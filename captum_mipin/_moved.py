@@ -4,6 +4,9 @@ import warnings
 from importlib import import_module
 from typing import Any
 
+from captum_mipin.errors import MissingNameError
+from captum_mipin.options import closest
+
 _PACKAGE = __name__.partition(".")[0]
 
 #: Function of version 0.1 → the class that it made an object of.
@@ -20,7 +23,7 @@ def find(name: str) -> Any:
     """Return a name that the package itself had from where it is now, with a DeprecationWarning.
 
     Raises:
-        AttributeError: There is no such name.
+        MissingNameError: There is no such name.
     """
     rooms = ("methods", "bottleneck", "comparison", "rules", "errors")
     for address in (_CLASSES.get(name, ""), *(f"{_PACKAGE}.{room}.{name}" for room in rooms)):
@@ -30,4 +33,14 @@ def find(name: str) -> Any:
             text = f"{_PACKAGE}.{name} is now {address}: write from {module} import {new}"
             warnings.warn(text, DeprecationWarning, stacklevel=2)
             return value
-    raise AttributeError(f"module {_PACKAGE!r} has no attribute {name!r}")
+    names = {known: room for room in (*rooms, "metrics") for known in _public(f"{_PACKAGE}.{room}")}
+    advice = f"it is {_PACKAGE}.{names[name]}.{name}" if name in names else "import another name"
+    public = closest(name, {*names, *_public(_PACKAGE)})
+    raise MissingNameError(
+        f"module {_PACKAGE!r} has no attribute {name!r}, expected some of {public}: {advice}"
+    )
+
+
+def _public(module: str) -> list[str]:
+    names: list[str] = getattr(import_module(module), "__all__", [])
+    return names

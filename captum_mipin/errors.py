@@ -8,11 +8,13 @@ Every error is a :class:`MIPINError`, and also the built-in error that a user of
     │   └── UnsupportedOperationError (NotImplementedError)   an operation has no rule
     ├── RuleError (ValueError)                                a rule cannot be registered
     ├── InputError (AssertionError, ValueError)               inputs or options are wrong
+    │   └── ArgumentError (TypeError)                         a call has other arguments
     ├── TargetError (AssertionError, ValueError)              a target does not fit the output
     │   └── TargetRangeError (IndexError)                     a target's index is out of range
     ├── NotFittedError (ValueError)                           fit has to be called first
     ├── FitError (ValueError)                                 the data for fit is wrong
     ├── ModelChangedError (RuntimeError)                      the model is not the one fitted to
+    ├── MissingNameError (AttributeError, KeyError)           an object has no such name
     └── InverseFileError (ValueError)                         a file is not a saved inverse
         └── MissingFileError (FileNotFoundError)              there is no such file
 
@@ -92,6 +94,32 @@ class InputError(MIPINError, AssertionError, ValueError):
         Traceback (most recent call last):
         captum_mipin.errors.InputError: ...
     """
+
+
+class ArgumentError(InputError, TypeError):
+    """A call has arguments that do not exist, or too few or too many of them.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import InverseNetwork
+        >>> InverseNetwork(torch.nn.Linear(3, 2), rigde=1)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.ArgumentError: ...
+    """
+
+
+class MissingNameError(MIPINError, AttributeError, KeyError):
+    """An object has no attribute, method or entry with this name.
+
+    Examples:
+        >>> import torch
+        >>> from captum_mipin import InverseNetwork
+        >>> InverseNetwork(torch.nn.Linear(3, 2)).attribute  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        captum_mipin.errors.MissingNameError: ...
+    """
+
+    __str__ = Exception.__str__  # that of KeyError puts the message into quotes
 
 
 class TargetError(MIPINError, AssertionError, ValueError):

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from captum_mipin.errors import CaptureError, InputError
 
@@ -148,6 +148,15 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         known = ", ".join(map(repr, choices))
         raise InputError(f"{name}={value!r} is not one of {known}: pass one of them")
+
+
+def check_generator(generator: Any) -> None:
+    """Raise InputError unless ``generator`` is a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, Generator):
+        raise InputError(
+            f"generator is {type_of(generator)}, expected a torch.Generator: pass "
+            "torch.Generator().manual_seed(0)"
+        )
 
 
 def check_number(

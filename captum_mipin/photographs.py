@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from captum_mipin._captum import captum_entry
 from captum_mipin.attribution import LayerMIPINAttribution
+from captum_mipin.calls import explained
 from captum_mipin.copies import copy_memo
 from captum_mipin.errors import DenseHeadWarning, InputError
 from captum_mipin.graph.modules import module_of
@@ -101,6 +102,7 @@ class PhotographAttribution(LayerMIPINAttribution):
         return maps.abs().sum(1, keepdim=True)
 
 
+@explained
 def for_photographs(
     model: nn.Module,
     data: Any,

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from captum_mipin.calls import Helpful
+
 _SINGLE = (
     "The model takes no free batch size, so it was captured for one example: each example of a "
     "batch is computed as if it were alone."
@@ -45,7 +47,7 @@ class LayerFit:
 
 
 @dataclass(frozen=True)
-class FitReport:
+class FitReport(Helpful):
     """The quality of the inverse of every layer for every target.
 
     Examples:
@@ -107,7 +109,7 @@ class CheckRow:
 
 
 @dataclass(frozen=True)
-class CheckReport:
+class CheckReport(Helpful):
     """The results of ``check`` for every operation between input and output of a model.
 
     If it is printed, a block of rows that repeats many times stands there once.

@@ -10,6 +10,7 @@ import captum_mipin
 PACKAGE = Path(captum_mipin.__file__).parent
 BOTTOM = (
     "_captum",
+    "calls",
     "errors",
     "version",
     "types",

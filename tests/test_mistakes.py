@@ -22,14 +22,24 @@ from captum_mipin import (
     NeighbourInverse,
     check,
     compare,
+    for_photographs,
     methods,
     metrics,
 )
 from captum_mipin.bottleneck import Adversary, Bottleneck, ThreeStages
-from captum_mipin.errors import CaptureError, FitError, InputError, TargetError, TargetRangeError
+from captum_mipin.errors import (
+    ArgumentError,
+    CaptureError,
+    FitError,
+    InputError,
+    MissingNameError,
+    TargetError,
+    TargetRangeError,
+)
 from captum_mipin.methods import (
     LRP,
     Chefer,
+    Gamma,
     GradCAM,
     LayerPropagation,
     PatternAttribution,
@@ -37,7 +47,7 @@ from captum_mipin.methods import (
     Patterns,
     SmoothGrad,
 )
-from captum_mipin.metrics import deletion, mosaics
+from captum_mipin.metrics import deletion, mosaics, pointing_game
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ROWS = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
@@ -448,3 +458,155 @@ def test_check_says_which_methods_it_takes() -> None:
             InputError, match=r"expected an object such as LRP\(model\) or a class "
         ):
             check(model, ROWS, method=method)
+
+
+CALLS: dict[str, tuple[Callable[[Any, Any, Any], Any], str]] = {
+    "no data": (lambda m, i, r: i.fit(target=1), r"'target', .*: pass targets=$"),
+    "classes alone": (lambda m, i, r: i.fit(targets=1), "without data, .*: pass d"),
+    "labels": (lambda m, i, r: i.fit(ROWS, y=1), "'y', .*: pass targets=$"),
+    "of neighbours": (
+        lambda m, i, r: NeighbourInverse(m).fit(ROWS, target=1),
+        r"NeighbourInverse\.fit has no argument 'target', .*: pass targets=$",
+    ),
+    "patterns": (lambda m, i, r: Patterns(m).fit(ROWS, target=1), ": leave it out$"),
+    "no features": (lambda m, i, r: IBA(m, "0").estimate(), r"^IBA\.est.*without data"),
+    "beta": (lambda m, i, r: IBA(m, "0", beta=1), r"settings=Bottleneck\(beta=\.\.\.\)$"),
+    "epsilon": (lambda m, i, r: LRP(m, epsilon=1), r"pass rule=Epsilon\(epsilon\), a"),
+    "gamma": (lambda m, i, r: LRP(m, gamma=1), r"pass rule=Gamma\(gamma\), a class"),
+    "near": (lambda m, i, r: SmoothGrad(m, n_samples=1), "'n_samples', .*: pass samples="),
+    "ridge": (lambda m, i, r: InverseNetwork(m, lambda_=1), "'lambda_', .*: pass ridge=$"),
+    "no inverse": (lambda m, i, r: MIPINAttribution(m), r"expected .*\(model, inverse\): p"),
+    "targets": (lambda m, i, r: LRP(m).attribute(ROWS, targets=1), ": pass target=, or"),
+    "no inputs": (lambda m, i, r: LRP(m).attribute(target=1), "called without inputs, "),
+    "twice": (lambda m, i, r: LRP(m).attribute(ROWS, inputs=1), "got inputs twice, exp"),
+    "network first": (
+        lambda m, i, r: deletion(m, LRP(m), ROWS, 1),
+        r"4 values .* a network goes by name, .*\(method, inputs, target, model=model\)",
+    ),
+    "option of all": (lambda m, i, r: deletion(LRP(m), ROWS, targets=1), ": pass target="),
+    "no boxes": (lambda m, i, r: pointing_game(LRP(m), X, 1), r"boxes=\.\.\.\): pass boxes$"),
+    "table": (lambda m, i, r: compare("LRP", ROWS, target=1), "'target', .*: pass targets="),
+    "list of methods": (lambda m, i, r: check(m, ROWS, methods=LRP), ": pass method=$"),
+    "no path": (lambda m, i, r: i.save(), r"Network\.save was called without path, "),
+    "no model": (lambda m, i, r: InverseNetwork.load("a"), r"load\(path, model\): pass m"),
+    "number": (lambda m, i, r: float(r), "is no number: take result.mean, or"),
+    "rounded": (lambda m, i, r: f"{r:.2f}", "is no number: take result.mean, or"),
+    "index": (lambda m, i, r: r[0], r"is no list: take result\.values\[0\]"),
+    "key": (lambda m, i, r: r["mean"], r"is no list: take result\.mean"),
+    "seed": (lambda m, i, r: deletion(LRP(m), ROWS, 1, seed=1), r"pass generator=torch\.Gen"),
+    "spelling": (lambda m, i, r: NeighbourInverse(m, neighbors=5), "'neighbors', .*neighbours="),
+    "of a signal": (lambda m, i, r: i.source_signal(ROWS, targets=1), ": pass target=$"),
+    "of a class": (lambda m, i, r: i.class_attribution(targets=1), "'targets', .*: pass target=$"),
+    "no target": (lambda m, i, r: i.explain(ROWS), "without target, .*: pass target$"),
+    "no rule": (lambda m, i, r: captum_mipin.register_rule("a::b"), "without rule, .*: pass rule"),
+    "photographs": (lambda m, i, r: for_photographs(m, X, target=1), ": pass targets=$"),
+    "loop": (lambda m, i, r: list(r), "is no list: take result.values"),
+}  # fmt: skip
+
+
+#: Values of an option that looked right, were taken, and gave another result than was meant.
+VALUES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a seed": (
+        lambda m: deletion(LRP(m), ROWS, 1, generator=0),
+        r"an int, .*Generator\(\)",
+    ),
+    "a seed of mosaics": (lambda m: mosaics(m, X, [0] * 64, generator=0), "generator is an int"),
+    "a seed of noise": (
+        lambda m: (
+            IBA(m, "0").estimate(ROWS, progress=False).attribute(ROWS, 1, at="layer", generator=3)
+        ),
+        "generator is an int",
+    ),
+    "a box by its size": (
+        lambda m: pointing_game(X[:1], X[:1], boxes=[(4, 4, 2, 3)], model=m),
+        r"box \(4, 4, 2, 3\) .* ends before it begins, .*\(left, top, left \+ width, top \+ hei",
+    ),
+    "a box in shares": (
+        lambda m: pointing_game(X[:1], X[:1], boxes=[(0.1, 0.1, 0.5, 1)], model=m),
+        "is a share of the image, .* multiply shares by width and height",
+    ),
+    "a module of a composite": (
+        lambda m: LRP(m, composite=[(m[0], Gamma())]),
+        "which is a Linear: pass a type of modules, a pattern of module paths, or",
+    ),
+    "maps as targets": (
+        lambda m: deletion(m, ROWS, ROWS),
+        "the method is a Sequential, .* and the network itself as model=",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_of_another_form_is_refused(name: str) -> None:
+    call, message = VALUES[name]
+    with pytest.raises(InputError, match=message):
+        call(_mlp())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_with_other_arguments_says_which_there_are(name: str) -> None:
+    """Formerly Python's own TypeError, which knows neither the closest name nor what to do."""
+    model = _mlp()
+    result = deletion(LRP(model), ROWS[:2], 1)
+    call, message = CALLS[name]
+    with pytest.raises(ArgumentError, match=message) as caught:
+        call(model, InverseNetwork(model), result)
+    assert isinstance(caught.value, TypeError)
+
+
+def _compared(model: nn.Module, x: Tensor) -> Any:
+    return compare("LRP", x[:1], 1, model=model, metrics=["deletion"], progress=False)
+
+
+def test_a_comparison_says_which_rows_and_options_it_has() -> None:
+    result = _compared(_cnn(), X)
+    for call in (lambda: result[0], lambda: list(result), lambda: result["Saliency"]):
+        with pytest.raises(MissingNameError, match=r"is not one of 'LRP', .*comparison\.rows") as e:
+            call()
+        assert isinstance(e.value, KeyError)
+    with pytest.raises(ArgumentError, match=r"'signs', .*: pass sign=$"):
+        result.figure(signs="positive")
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "message"),
+    [
+        (InverseNetwork, "attribute", r": call MIPINAttribution\(model, inverse\)\.attribute\(inp"),
+        (NeighbourInverse, "attribute", r": call MIPINAttribution\(model, inverse\)\.attribute"),
+        (InverseNetwork, "predict", r": call source_signal\(inputs, target\)"),
+        (InverseNetwork, "source_signals", "the closest names are 'source_signal'"),
+        (Patterns, "attribute", r": call PatternAttribution\(model, patterns\)\.attribute"),
+        (lambda model: IBA(model, "0"), "fit", r": call estimate\(data\)"),
+        (LRP, "fit", r"it needs no fit: call attribute\(inputs, target\)"),
+        (lambda m: MIPINAttribution(m, InverseNetwork(m)), "fit", r"fit its inverse: inverse\.fit"),
+        (lambda m: deletion(LRP(m), ROWS[:2], 1), "score", r"take result\.mean, or result\.values"),
+        (LRP, "eval", "call it on the network"),
+        (InverseNetwork, "cuda", r"call to\('cuda'\)"),
+        (lambda m: InverseNetwork(m).report, "explained_variance", r"take it from report\.layers"),
+        (lambda m: check(m, ROWS), "supported", r"take report\.ok, or report\.rows"),
+        (lambda m: _compared(m, ROWS), "maps", r"take comparison\[method\]\.maps"),
+        (lambda m: _compared(m, ROWS), "plot", r"call comparison\.figure\(\)"),
+        (lambda model: captum_mipin, "deletion", r"it is captum_mipin\.metrics\.deletion$"),
+        (lambda model: captum_mipin, "MIPIn", "expected some of .*'MIPINAttribution'"),
+    ],
+)
+def test_a_name_that_is_not_there_says_what_is(make: Any, name: str, message: str) -> None:
+    thing = make(_mlp())
+    assert not hasattr(thing, name)
+    with pytest.raises(MissingNameError, match=message):
+        getattr(thing, name)
+
+
+def test_an_error_inside_a_property_or_a_call_stays_as_it_is() -> None:
+    class Broken(LRP):
+        @property
+        def weight(self) -> Any:
+            return self.model.absent
+
+        def attribute(self, inputs: Any, target: Any = None) -> Any:
+            return len(target)
+
+    with pytest.raises(AttributeError, match="'Sequential' object has no attribute 'absent'"):
+        _ = Broken(_mlp()).weight
+    with pytest.raises(TypeError, match=r"object of type 'int' has no len\(\)"):
+        deletion(Broken(_mlp()), ROWS[:2], 1)

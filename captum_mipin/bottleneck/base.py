@@ -31,7 +31,7 @@ from captum_mipin.graph.validate import (
     check_model,
     device_of,
 )
-from captum_mipin.options import check_number
+from captum_mipin.options import check_generator, check_number
 from captum_mipin.targets import per_example
 from captum_mipin.types import Inputs
 
@@ -55,6 +55,7 @@ class Run:
     @classmethod
     def of(cls, generator: torch.Generator | None, size: int | None, progress: bool) -> "Run":
         """Return the options; the seed is drawn from ``generator``, or is 0 if that is None."""
+        check_generator(generator)
         if generator is None:
             return cls(0, size, progress)
         draw = torch.randint(2**62, (1,), generator=generator, device=generator.device)

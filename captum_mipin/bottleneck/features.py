@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from captum_mipin._captum import NoFuture
 from captum_mipin.bottleneck.gaussian import Bottleneck, Noise
 from captum_mipin.bottleneck.samples import Parts
+from captum_mipin.calls import explained
 from captum_mipin.errors import FitError, InputError, NotFittedError
 from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
@@ -145,6 +146,7 @@ class LayerFeatures(Differentiated, Saved, NoFuture, Attribution, Generic[Settin
 
     # ----------------------------------------------------------------------------- estimate
 
+    @explained
     def estimate(
         self: _Self,
         data: Any,

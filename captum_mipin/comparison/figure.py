@@ -6,6 +6,7 @@ This module needs matplotlib, an optional package; it is imported only when a fi
 import io
 import textwrap
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from captum.attr import visualization
 from matplotlib import figure
 from torch import Tensor
 
+from captum_mipin.calls import unknown_argument
 from captum_mipin.comparison.page import OVERLAY, SMALL, pictures, strength
 from captum_mipin.comparison.rows import ALL_ZERO, Row
 from captum_mipin.errors import InputError
@@ -117,6 +119,10 @@ def draw(
 def _settings(options: Any) -> dict[str, Any]:
     """Return all options of the drawing; raise InputError if one is not known or does not fit."""
     settings = {"method": _OVERLAY, "sign": "all", "cmap": "RdBu", **options, "use_pyplot": False}
+    names = [*signature(visualization.visualize_image_attr).parameters][2:]
+    for name in settings:
+        if name not in names:
+            raise unknown_argument("Comparison.figure", name, names)
     method, sign = settings["method"], settings["sign"]
     check_choice("method", method, (_OVERLAY, *visualization.ImageVisualizationMethod.__members__))
     check_choice("sign", sign, tuple(_ENDS))

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
+from captum_mipin.calls import unknown_argument
 from captum_mipin.comparison.names import ClassNames
 from captum_mipin.comparison.table import Comparison
-from captum_mipin.errors import InputError
 from captum_mipin.metrics import Options
 from captum_mipin.options import check_number
 
@@ -60,12 +59,8 @@ class Extent:
         known = {**Settings.__annotations__, **Options.__annotations__}
         for name in options:
             if name not in known:
-                near = get_close_matches(name, [*known, *_NAMED], 1)
-                guess = f"did you mean {near[0]}=? " if near else ""
-                raise InputError(
-                    f"compare has no keyword {name}=: {guess}Its keywords are "
-                    f"{', '.join([*_NAMED, *known])}"
-                )
+                names = ["methods", "images", "targets", *_NAMED, *known]
+                raise unknown_argument("compare", name, names)
         shared = {name: options[name] for name in Options.__annotations__ if name in options}
         extent = cls(**{name: value for name, value in options.items() if name not in shared})
         if extent.steps is not None:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from captum_mipin.attribution import LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.calls import explained
 from captum_mipin.comparison.arguments import (
     check_targets,
     checked_names,
@@ -36,6 +37,7 @@ from captum_mipin.propagation.independent import require_independent
 
 
 @torch.inference_mode(False)  # weights copied in inference mode would have no gradients
+@explained
 def compare(
     methods: Mapping[str, Method | str] | Iterable[Method | str] | Method | str,
     images: Tensor,

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from captum_mipin import report
+from captum_mipin.calls import Helpful
 from captum_mipin.comparison.differences import Difference, best, difference, sentences
 from captum_mipin.comparison.rows import Row, columns
-from captum_mipin.errors import InputError
+from captum_mipin.errors import InputError, MissingNameError
 from captum_mipin.options import check_choice
 
 #: Entries of a difference in `Comparison.to_dict`.
@@ -19,7 +20,7 @@ _SHOWN = ("mean", "standard error", "n")
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(Helpful):
     """The maps and scores of methods and controls for the same images and metrics.
 
     Attributes:
@@ -52,7 +53,10 @@ class Comparison:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(f"{name!r} is not one of {', '.join(repr(row.name) for row in self.rows)}")
+        names = ", ".join(repr(row.name) for row in self.rows)
+        raise MissingNameError(
+            f"{name!r} is not one of {names}: pass one of them, or take comparison.rows for all"
+        )
 
     def __str__(self) -> str:
         return str(self.table())
@@ -108,7 +112,7 @@ class Comparison:
             to: Label of the row that the others are compared with; by default the best method.
 
         Raises:
-            KeyError: There is no such row.
+            MissingNameError: There is no such row.
             InputError: There is no such metric.
         """
         if metric is not None and metric not in self.metrics:

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import (
     InputError,
     ModelChangedError,
@@ -100,6 +101,7 @@ class ModelInverse(Saved, Generic[S]):
         """The classes that can be explained, in the form of ``target``; empty before a fit."""
         return [] if self._state is None else [target_label(t) for t in self._state.targets]
 
+    @explained
     def source_signal(
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
         local: bool = True, mask_input: bool = False,
@@ -136,6 +138,7 @@ class ModelInverse(Saved, Generic[S]):
     def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
         """Return the global map of a class, or raise NotFittedError if the inverse has none."""
 
+    @explained
     def explain(
         self, inputs: Tensor | Inputs, target: Any, extras: Any = (), **options: Any
     ) -> Explanation:

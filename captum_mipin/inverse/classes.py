@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import (
     InputError,
     InverseFileError,
@@ -42,6 +43,7 @@ class ClassInverse(ModelInverse[State]):
         super().__init__(model, **options)
         self.changed = changed
 
+    @explained
     def class_attribution(self, target: Any = None, additional_forward_args: Any = None) -> Any:
         """Return the global, unmasked map of a class (figure 3): the map for a logit of 1.
 

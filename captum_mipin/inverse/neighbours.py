@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from captum_mipin.calls import explained, unknown_argument
 from captum_mipin.errors import (
     FitError,
     InputError,
@@ -43,6 +44,8 @@ from captum_mipin.types import Extras, Inputs, Target
 
 #: Maximum bytes of the inverses of examples explained at once; a single example may take more.
 _TOGETHER = 1 << 29
+#: Options of :meth:`InverseNetwork.fit` that a neighbourhood fit cannot have.
+_ONLY_THERE = ("checkpoint", "distributed", "lazy", "keep", "cache")
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
         self._state = replace(state, kept=state.kept.map(lambda t: t.to(device)))
         return self
 
+    @explained
     def fit(
         self,
         data: Any,
@@ -157,6 +161,10 @@ class NeighbourInverse(ModelInverse[NeighbourState]):
             InputError: An option is not supported.
             TargetError, ModelChangedError, RuleError: As for :meth:`InverseNetwork.fit`.
         """
+        for name in unsupported:
+            if name not in _ONLY_THERE:
+                names = ["data", "targets", "memory", "progress", "unpack", "batch_size"]
+                raise unknown_argument("NeighbourInverse.fit", name, names)
         if unsupported:
             raise InputError(
                 f"a neighbourhood fit has no option {', '.join(unsupported)}: it makes one pass "

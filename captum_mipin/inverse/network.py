@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import (
     FitError,
     InputError,
@@ -27,7 +28,7 @@ from captum_mipin.inverse.request import FitRequest, Fitted, Solver
 from captum_mipin.inverse.scale import FEW, warn_of_few
 from captum_mipin.inverse.state import PARTS, Origin, State, packed, unpacked
 from captum_mipin.inverse.surrogates import shapes
-from captum_mipin.options import check_choice, check_number, type_of
+from captum_mipin.options import check_choice, check_generator, check_number
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale
 from captum_mipin.report import FitReport
@@ -179,6 +180,7 @@ class InverseNetwork(ClassInverse):
                 inverses[key] = replace(inverse, **moves)
         return self
 
+    @explained
     def fit(
         self,
         data: Any,
@@ -365,9 +367,5 @@ def _seed(generator: torch.Generator | None) -> int:
     """Return a random seed drawn from ``generator``; 0 without a generator."""
     if generator is None:
         return 0
-    if not isinstance(generator, torch.Generator):
-        raise InputError(
-            f"generator is {type_of(generator)}, expected a torch.Generator: pass "
-            "torch.Generator().manual_seed(0)"
-        )
+    check_generator(generator)
     return int(torch.randint(2**62, (), generator=generator))

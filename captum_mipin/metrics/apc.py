@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.case import Case, Options, explain, target_scores
 from captum_mipin.metrics.examples import Inputs
@@ -15,6 +16,7 @@ from captum_mipin.options import check_choice
 from captum_mipin.targets import per_example
 
 
+@explained
 def completeness(
     method: Any,
     inputs: Inputs,

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import ChanceWarning, InputError
 from captum_mipin.metrics.case import Case, Method, Options
+from captum_mipin.metrics.examples import check_boxes
 from captum_mipin.metrics.maps import Reduction, heat, hottest_first, resized
 from captum_mipin.metrics.result import Result, class_numbers, finite_rows
 from captum_mipin.options import check_choice, check_number
@@ -73,11 +75,13 @@ def box_masks(boxes: Boxes, size: Sequence[int]) -> Tensor:
                 "top, right, bottom), or a list of such boxes: pass boxes in pixels, and an empty "
                 "list for an image without one"
             )
+        check_boxes(rows, example_boxes)
         for left, top, right, bottom in rows.round().long().clamp(min=0).tolist():
             mask[top:bottom, left:right] = True
     return masks
 
 
+@explained
 def bounding_box_accuracy(
     method: Method,
     inputs: Tensor,
@@ -135,6 +139,7 @@ def bounding_box_accuracy(
     return Result.of("bounding box accuracy", values, "higher", settings, unscored, parts=parts)
 
 
+@explained
 def pointing_game(
     method: Method,
     inputs: Tensor,
@@ -192,7 +197,7 @@ def pointing_game(
     share = near.flatten(1).double().mean(1)
     chance = Result.of("chance", share, "neither", {}, unscored, classes=classes).mean
     if chance > _HIGHEST_CHANCE:
-        warnings.warn(_chance_text(chance, tolerance, masks), ChanceWarning, stacklevel=2)
+        warnings.warn(_chance_text(chance, tolerance, masks), ChanceWarning, stacklevel=3)
     return Result.of("pointing game", values, "higher", settings, unscored, classes=classes)
 
 
@@ -221,6 +226,7 @@ def _chance_text(chance: float, tolerance: float, masks: Tensor) -> str:
     )
 
 
+@explained
 def effective_heat_ratio(
     method: Method,
     inputs: Tensor,

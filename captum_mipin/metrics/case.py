@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_mipin.errors import CaptureError, InputError, MIPINError, TargetError
 from captum_mipin.metrics.examples import Examples, Inputs
-from captum_mipin.options import check_number, for_method, is_network, type_of
+from captum_mipin.options import check_generator, check_number, for_method, is_network, type_of
 from captum_mipin.targets import per_example
 from captum_mipin.training import check_evaluation
 
@@ -102,8 +102,10 @@ class Case:
                 f"model is {type_of(model)}, expected a torch.nn.Module or a function "
                 "inputs -> outputs: pass the network"
             )
+        if is_network(method):
+            check_method(method)
         examples = Examples.of(inputs, target, additional_forward_args)
-        return cls(method, examples, model, generator or seeded(), batch_size)
+        return cls(method, examples, model, seeded(generator), batch_size)
 
     @cached_property
     def maps(self) -> tuple[Tensor, ...]:
@@ -376,6 +378,7 @@ def _user_scores(score: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
     )
 
 
-def seeded() -> torch.Generator:
-    """Return the default generator of metrics, a new one with seed 0."""
-    return torch.Generator().manual_seed(0)
+def seeded(generator: torch.Generator | None = None) -> torch.Generator:
+    """Return the user's generator, or the default of metrics: a new one with seed 0."""
+    check_generator(generator)
+    return generator or torch.Generator().manual_seed(0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.case import Case, Method, Options, raw_outputs
 from captum_mipin.metrics.examples import Inputs
@@ -15,6 +16,7 @@ from captum_mipin.metrics.similarity import cosine, ssim, ssim_inputs
 from captum_mipin.targets import per_example
 
 
+@explained
 def class_sensitivity(
     method: Method,
     inputs: Inputs,

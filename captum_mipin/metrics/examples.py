@@ -138,3 +138,15 @@ class Examples:
 def _are_classes(inputs: tuple[Tensor, ...]) -> bool:
     """Return True if the inputs look like the classes of a batch: one integer for each example."""
     return len(inputs) == 1 and inputs[0].ndim == 1 and not inputs[0].is_floating_point()
+
+
+def check_boxes(rows: Tensor, boxes: Any) -> None:
+    """Raise InputError for boxes (boxes, 4) that end before they begin, or that are shares."""
+    shares = bool(rows.numel() and (rows.frac() != 0).any() and 0 <= rows.min() <= rows.max() <= 1)
+    if shares or bool((rows[:, 2:] < rows[:, :2]).any()):
+        mistake = "is a share of the image" if shares else "ends before it begins"
+        raise InputError(
+            f"the box {boxes!r} of an example {mistake}, expected (left, top, right, bottom) in "
+            "pixels: multiply shares by width and height, and turn (left, top, width, height) into "
+            "(left, top, left + width, top + height)"
+        )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.boxes import image_map
 from captum_mipin.metrics.case import Case, Method, Model, Options, raw_outputs, seeded
@@ -43,6 +44,7 @@ class Mosaics:
     targets: Tensor
 
 
+@explained
 def mosaics(
     model: Model,
     images: Tensor,
@@ -75,7 +77,7 @@ def mosaics(
         >>> mosaics(lambda x: 99 * x.mean((2, 3)), torch.eye(4)[..., None, None], range(4), n=2).n
         2
     """
-    generator = generator or seeded()
+    generator = seeded(generator)
     by_class = _recognised(model, images, labels, confidence, batch_size)
     to_find = [label for label in (by_class if classes is None else classes) if label in by_class]
     if len(by_class) < n * n or not to_find:
@@ -128,6 +130,7 @@ def _recognised(
     return {label: indices for label, indices in by_class.items() if indices}
 
 
+@explained
 def grid_pointing_game(
     method: Method,
     inputs: Tensor | Mosaics,

@@ -10,6 +10,7 @@ from captum.metrics import sensitivity_max as captum_sensitivity_max
 from torch import Tensor
 from typing_extensions import Unpack
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.case import Case, Method, Options, explain
 from captum_mipin.metrics.examples import Examples, Inputs
@@ -18,6 +19,7 @@ from captum_mipin.metrics.result import Result, finite_rows
 from captum_mipin.options import check_number
 
 
+@explained
 def infidelity(
     method: Method,
     inputs: Inputs,
@@ -85,6 +87,7 @@ def _check_shapes(maps: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
         )
 
 
+@explained
 def sensitivity_max(
     method: Method,
     inputs: Inputs,

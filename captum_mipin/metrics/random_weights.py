@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from captum_mipin.calls import explained
 from captum_mipin.copies import copy_memo
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.case import (
@@ -39,6 +40,7 @@ Redraw = Callable[[Tensor, torch.Generator], Tensor]
 Stages = dict[str, list[nn.Parameter]]
 
 
+@explained
 @torch.inference_mode(False)  # weights copied in inference mode would have no gradients
 def randomization(
     method: Method,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import InputError
 from captum_mipin.metrics.baselines import Baseline, replacement_of
 from captum_mipin.metrics.case import (
@@ -50,6 +51,7 @@ class Ends:
         return tuple(p if isinstance(p, (str, int, float)) else id(p) for p in parts)
 
 
+@explained
 def deletion(
     method: Method,
     inputs: Tensor,
@@ -101,6 +103,7 @@ def deletion(
     return _area("deletion", "lower", pixels, (step, steps), ends or Ends())
 
 
+@explained
 def insertion(
     method: Method,
     inputs: Tensor,
@@ -137,6 +140,7 @@ def insertion(
     return _area("insertion", "higher", back, (step, steps), ends or Ends())
 
 
+@explained
 def sensitivity_n(
     method: Method,
     inputs: Tensor,

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
+
+from captum_mipin.calls import Helpful
+from captum_mipin.errors import ArgumentError
 
 Better = Literal["higher", "lower", "neither"]
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class Result(Helpful):
     """The scores of one method by one metric.
 
     An example without a score has NaN in ``values``. Means leave it out, and ``unscored`` gives the
@@ -93,6 +96,19 @@ class Result:
             None if curves is None else curves.detach().to("cpu", torch.float64),
             dict(parts or {}),
         )
+
+    def __float__(self) -> NoReturn:
+        raise ArgumentError(
+            f"a Result of {self.metric} is no number: take result.mean, or result.values, the "
+            "scores of the examples"
+        )
+
+    def __getitem__(self, key: Any) -> NoReturn:
+        advice = f"result.{key}" if key in dir(self) else f"result.values[{key!r}]"
+        raise ArgumentError(f"a Result of {self.metric} is no list: take {advice}")
+
+    def __format__(self, form: str) -> str:
+        return str(self) if not form else format(float(self), form)
 
     def __len__(self) -> int:
         return len(self.values)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import InputError
 from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
@@ -20,6 +21,7 @@ from captum_mipin.rules import Rule, table
 from captum_mipin.types import Extras, Inputs, Output
 
 
+@explained
 def check(
     model: nn.Module,
     example_inputs: Tensor | Inputs,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import RuleError
 from captum_mipin.graph.exporting import decompositions
 from captum_mipin.options import type_of
@@ -46,6 +47,7 @@ _LOCK = Lock()
 _REGISTERED: dict[str, Rule] = {}
 
 
+@explained
 def register_rule(
     operation: str | torch._ops.OpOverload,
     rule: Passes | Recorded | Learned,

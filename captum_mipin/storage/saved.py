@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from captum_mipin.calls import Helpful, explained
 from captum_mipin.errors import InverseFileError, MIPINError, ModelChangedError
 from captum_mipin.graph.validate import check_model, device_of
 from captum_mipin.storage import files
@@ -22,7 +23,7 @@ _UNEXPECTED = (
 )  # fmt: skip
 
 
-class Saved(ABC):
+class Saved(Helpful, ABC):
     """An object fitted to a model that can be saved to a file and loaded from it.
 
     A subclass implements :meth:`_pack`, which returns its tensors and its content, and
@@ -33,6 +34,7 @@ class Saved(ABC):
     #: Name of the saved objects in error messages, such as "an inverse".
     _kind: ClassVar[str]
 
+    @explained
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write this object to a safetensors file.
 
@@ -46,6 +48,7 @@ class Saved(ABC):
         files.save(path, *self._pack())
 
     @classmethod
+    @explained
     def load(cls: type[_Self], path: str | os.PathLike[str], model: nn.Module) -> _Self:
         """Return the object from a file that :meth:`save` wrote.
 

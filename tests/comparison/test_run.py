@@ -229,8 +229,14 @@ def test_what_cannot_be_compared_is_refused(cnn):
             "boxes for 2 images, but 3",
         ),
         (lambda: compare(["Saliency"], x, 0, model=model, titles=["a"]), "1 titles, but 3 images"),
-        (lambda: compare(["Saliency"], x, 0, model=model, step=3), r"no keyword step=.*steps="),
-        (lambda: compare(["Saliency"], x, 0, model=model, layers=0), r"no keyword layers=.*layer="),
+        (
+            lambda: compare(["Saliency"], x, 0, model=model, step=3),
+            r"no argument 'step', .*: pass steps=$",
+        ),
+        (
+            lambda: compare(["Saliency"], x, 0, model=model, layers=0),
+            r"no argument 'layers', .*: pass layer=$",
+        ),
         (
             lambda: compare(["Saliency"], x.flatten(1), 0, model=model, boxes=BOXES),
             "boxes need images",

@@ -38,7 +38,7 @@ def test_boxes_in_any_form_are_the_same():
     lists = (box, [[b] for b in box], np.array(box), tensor, tensor[:, None])
     for form in (*lists, expected, expected[:, None], expected.float()):
         assert torch.equal(box_masks(form, (8, 8)), expected)
-    assert box_masks([(-5, -5, 99, 99), (3, 3, 3, 8), (5, 5, 2, 2)], (8, 8)).flatten(1).sum(
+    assert box_masks([(-5, -5, 99, 99), (3, 3, 3, 8), (9, 9, 12, 12)], (8, 8)).flatten(1).sum(
         1
     ).tolist() == [64, 0, 0]
 

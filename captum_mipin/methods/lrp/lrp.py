@@ -127,7 +127,7 @@ class LRP(Relevance):
                 "example composite=[(nn.Conv2d, Gamma(0.25))]"
             )
         for which, _ in self.composite:
-            if not isinstance(which, str) and not callable(which):
+            if isinstance(which, nn.Module) or not (isinstance(which, str) or callable(which)):
                 raise InputError(
                     f"composite contains {which!r}, which is {type_of(which)}: pass a "
                     "type of modules, a pattern of module paths, or a function (path, module) → "

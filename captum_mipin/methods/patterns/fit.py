@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from captum_mipin.calls import explained
 from captum_mipin.errors import FitError, ModelChangedError, NotFittedError
 from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.signature import Signature, first_example
@@ -152,6 +153,7 @@ class Patterns(Saved):
         """Return the counts of rows, neurons and dead neurons of each layer, printed as a table."""
         return self.fitted().report
 
+    @explained
     def fit(
         self,
         data: Any,
