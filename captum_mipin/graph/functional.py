@@ -363,7 +363,7 @@ def _parts(node: fx.Node, decompositions: Mapping[Any, Callable[..., Any]]) -> f
         return run(*args, **kwargs)
 
     # make_fx takes one tensor for one argument; results of equal operations may be one tensor
-    values = tree_map_only(Tensor, Tensor.detach, [value_of(n) for n in inputs])
+    values = tree_map_only(FakeTensor, Tensor.detach, [value_of(n) for n in inputs])
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
     # pre_dispatch: other composites inside, such as linear in an LSTM, are not decomposed
     trace = make_fx(compute, table, pre_dispatch=node.target in table, _allow_non_fake_inputs=True)
