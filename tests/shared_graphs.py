@@ -51,7 +51,7 @@ class SharedGraphs:
         alike = spelling(model)
         if alike is None:
             return self.trace(model, inputs, extras, shared, **options)
-        key: Hashable = (
+        key: tuple[Hashable, ...] = (
             alike,
             Signature.of(inputs, extras, shared),
             repr(options),
@@ -60,6 +60,9 @@ class SharedGraphs:
         if key not in self._shared:
             graph = self.trace(model, inputs, extras, shared, **options)
             self._shared[key] = Shared(graph, written(graph.graph))
+            if not graph.switches:  # then it is the same with detached=True and False
+                options["detached"] = not options["detached"]
+                self._shared[(*key[:2], repr(options), key[3])] = self._shared[key]
         self._used.add(key)
         return self._shared[key].graph
 

@@ -59,6 +59,8 @@ class CapturedGraph:
         single: Whether the model takes no free batch size. Then the graph was made from the graph
             for one example, see :mod:`captum_mipin.graph.lifting`.
         writes: Whether the model writes to its attributes or to other objects while it runs.
+        switches: Whether the model switches gradients on or off; else ``detached`` of
+            :func:`capture` changes nothing.
     """
 
     graph: fx.Graph
@@ -71,6 +73,7 @@ class CapturedGraph:
     places: dict[tuple[str, bool], tuple[str, ...]] = field(default_factory=dict)
     single: bool = False
     writes: bool = False
+    switches: bool = False
 
     def run(self, values: Mapping[str, Any]) -> Tensor:
         """Return the output for the values of all placeholders, see :meth:`values`."""
@@ -197,7 +200,7 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
 
     handle = trial.twin.register_forward_pre_hook(equal_lengths)
     try:
-        program, graph = export_graph(trial.twin, arguments, shapes, detached)
+        program, graph, switches = export_graph(trial.twin, arguments, shapes, detached)
     except CaptureError:
         raise
     except Exception as error:
@@ -221,7 +224,7 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
             refusal.sizes = tuple(int(n) for n in sizes if 1 < n <= _LARGEST_BATCH)
             raise refusal
     check_registered(program, trial.twin)
-    return _from_program(program, graph, len(call[0]), call[2])
+    return _from_program(program, graph, len(call[0]), call[2], switches)
 
 
 def _capture_one(
@@ -235,8 +238,8 @@ def _capture_one(
     """
     examples, count = examples_like(*call), len(call[0])
     try:
-        program, graph = export_graph(trial.twin, examples[0], None, detached)
-        one = _from_program(program, graph, count, call[2])
+        program, graph, switches = export_graph(trial.twin, examples[0], None, detached)
+        one = _from_program(program, graph, count, call[2], switches)
         named = zip(one.arguments, per_example(*call), strict=True)
         graph = lifted(one.graph, [name for name, own in named if own and name is not None])
         captured = _for_batches(one, graph)
@@ -299,7 +302,7 @@ def _keep_batch(node: fx.Node) -> None:
 
 
 def _from_program(
-    program: ExportedProgram, graph: fx.Graph, count: int, shared: bool
+    program: ExportedProgram, graph: fx.Graph, count: int, shared: bool, switches: bool
 ) -> CapturedGraph:
     """Return the graph of a program whose first ``count`` arguments are the inputs.
 
@@ -346,4 +349,5 @@ def _from_program(
     ((result,),) = next(node for node in graph.nodes if node.op == "output").args
     inputs = tuple(str(name) for name in arguments[:count])
     batch = str(value_of(nodes[inputs[0]]).shape[0])
-    return CapturedGraph(graph, constants, inputs, tuple(arguments), result, batch, shared)
+    call = inputs, tuple(arguments)
+    return CapturedGraph(graph, constants, *call, result, batch, shared, switches=switches)

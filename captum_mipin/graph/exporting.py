@@ -33,6 +33,9 @@ _RECURRENT = (
 )
 
 
+#: A part of a program that runs with gradients switched on or off.
+_SWITCH = torch.ops.higher_order.wrap_with_set_grad_enabled
+
 #: Numbers of dimensions of both factors of a product → its own operation.
 _VECTORS = {(1, 1): torch.ops.aten.dot.default, (2, 1): torch.ops.aten.mv.default}
 
@@ -51,8 +54,11 @@ def free_batch(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Any, Shape
 
 def export_graph(
     model: nn.Module, arguments: Any, shapes: ShapesCollection | None, detached: bool
-) -> tuple[ExportedProgram, fx.Graph]:
-    """Return a model's program, and its graph without operations that write to memory."""
+) -> tuple[ExportedProgram, fx.Graph, bool]:
+    """Return a model's program, its graph without operations that write to memory, and a flag.
+
+    The flag is True if the model switches gradients on or off: else ``detached`` changes nothing.
+    """
     device = pytree.tree_leaves(arguments)[0].device.type
     with (
         TURNS.exporting(), warnings.catch_warnings(), quiet(),
@@ -61,6 +67,7 @@ def export_graph(
         warnings.filterwarnings("ignore", message=_RECURRENT)
         with Whole():
             program = export(model, arguments, dynamic_shapes=shapes, strict=False)
+        switches = any(node.target is _SWITCH for node in program.graph.nodes)
         if detached:
             _detach(program.graph)
         spell_losses(program.graph)
@@ -68,20 +75,19 @@ def export_graph(
             if node.target is torch.ops.aten.matmul.default:
                 node.target = _VECTORS.get(tuple(value_of(n).ndim for n in node.args), node.target)
         try:
-            return program, functional(program.graph, decompositions())
+            return program, functional(program.graph, decompositions()), switches
         except NotRewritableError:  # then torch traces the program again, which takes longer
             # Without example inputs torch does not check guards: torch 2.9 fails at that check for
             # a model whose forward takes *inputs.
             program.example_inputs = None
             program = program.run_decompositions(dict(decompositions()))
-            return program, program.graph
+            return program, program.graph, switches
 
 
 def _detach(graph: fx.Graph) -> None:
     """Detach the inputs of those parts of a graph that run under ``torch.no_grad()``."""
     for node in list(graph.nodes):
-        without = node.target is torch.ops.higher_order.wrap_with_set_grad_enabled
-        if not without or node.args[0] is not False:
+        if node.target is not _SWITCH or node.args[0] is not False:
             continue
         for source in node.all_input_nodes:
             if isinstance(value_of(source), Tensor):

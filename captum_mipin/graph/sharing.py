@@ -33,13 +33,16 @@ class _Entry:
     """A graph, and what it was captured for.
 
     Attributes:
-        key: Signature of the call, and all options of the capture.
+        key: Signature of the call, which output, and the settings of torch.
+        detached: See :func:`captum_mipin.graph.capture.capture`; None if the graph is the same for
+            both values.
         state: The last state of the model for which the graph was found to be valid.
         graph: The graph.
         rehearsal: What a call of the model does; None if it failed.
     """
 
     key: Any
+    detached: bool | None
     state: State
     graph: Any
     rehearsal: Rehearsal | None
@@ -59,16 +62,20 @@ class _Model:
             self._state = State(model)
         return self._state
 
-    def find(self, key: Any, state: State, call: Callable[[bool], Rehearsal | None]) -> Any:
+    def find(
+        self, key: Any, detached: bool, state: State, call: Callable[[bool], Rehearsal | None]
+    ) -> Any:
         """Return a graph that is valid in the present state, None if there is none.
 
         Args:
             key: See :class:`_Entry`.
+            detached: See :class:`_Entry`.
             state: The present state.
             call: Function that returns what a call of the model does.
         """
-        for entry in [entry for entry in reversed(self._entries) if entry.key == key]:
-            if _holds(entry, state, call):
+        for entry in reversed(self._entries.copy()):
+            fits = entry.key == key and entry.detached in (None, detached)
+            if fits and _holds(entry, state, call):
                 entry.state = state
                 self._entries.remove(entry)
                 self._entries.append(entry)
@@ -104,7 +111,7 @@ def share(
     graphs = _graphs_of(model)
     with graphs.lock:
         # behind the lock: an export of another thread changes some of torch's settings for a while
-        key = Signature.of(*call), repr(output), detached, _modes()
+        key = Signature.of(*call), repr(output), _modes()
         try:
             state = graphs.state(model)
         except Exception:  # of any type: an object may define how it is read
@@ -114,12 +121,13 @@ def share(
         def rehearsed(one: bool) -> Rehearsal | None:
             return rehearse(model, call, output, state, one)
 
-        graph = graphs.find(key, state, rehearsed)
+        graph = graphs.find(key, detached, state, rehearsed)
         if graph is None:
             graph = make()
             writes = graph.writes or state.dynamic or any(map(state.may_read, _CAPTUMS))
             rehearsal = rehearsed(graph.single) if writes else None
-            graphs.add(_Entry(key, state, graph, rehearsal))
+            chosen = detached if graph.switches else None
+            graphs.add(_Entry(key, chosen, state, graph, rehearsal))
         return graph
 
 

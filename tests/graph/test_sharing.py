@@ -29,7 +29,7 @@ from captum_mipin import InverseNetwork, MIPINAttribution, check
 from captum_mipin.graph import capture as capture_module
 from captum_mipin.graph.leaves import leaves
 from captum_mipin.graph.state import State
-from captum_mipin.methods import LRP, GuidedBackprop, LayerPropagation
+from captum_mipin.methods import LRP, GuidedBackprop, LayerPropagation, PatternNet, Patterns
 
 pytestmark = [
     pytest.mark.captured_anew,
@@ -516,6 +516,26 @@ def test_toggling_costs_one_capture_a_state(traced: list[int]) -> None:
         model.detached = detached
         torch.testing.assert_close(explained(model), gradient(model))
     assert len(traced) == 2
+
+
+def test_all_methods_share_one_capture(traced: list[int]) -> None:
+    model = Squares(lambda m, h: h.relu()).eval()
+    InverseNetwork(model).fit(X, 1, progress=False)
+    patterns = Patterns(model, estimator="linear").fit(X, progress=False)
+    for method in (LRP(model), GuidedBackprop(model), PatternNet(model, patterns)):
+        method.attribute(X, target=1)
+    assert len(traced) == 1
+
+
+def test_methods_that_see_where_gradients_are_off_have_a_graph_of_their_own(
+    traced: list[int],
+) -> None:
+    model = Squares(no_grad_branch).eval()
+    model.detached = True
+    for method in (LRP, GuidedBackprop, LRP, GuidedBackprop):
+        method(model).attribute(X, target=1)
+    assert len(traced) == 2
+    torch.testing.assert_close(explained(model), gradient(model))
 
 
 def test_graphs_end_with_their_model() -> None:

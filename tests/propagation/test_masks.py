@@ -71,7 +71,10 @@ MASKS = {
 @pytest.mark.parametrize("kind", MASKS)
 def test_spelling_of_a_masked_mean_does_not_matter(kind):
     mask, x, given = MASKS[kind]
-    runs = [pooled(how, mask) for how in MEANS.values()]
+    # all for a given mask; of the others the first and one in three, each of them once
+    first, *others = MEANS.values()
+    start = {"given": slice(None), "constant": slice(0, None, 3), "of the input": slice(1, None, 3)}
+    runs = [pooled(how, mask) for how in (first, *others[start[kind]])]
     alike(runs, x, *given, more=True, **modules())
 
 

@@ -277,6 +277,7 @@ class _Fitting(Signal):
         self._nonzero: Tensor | None = None  # entries of the output that have not been 0 always
         self.count, self._batch = 0, 0
         self._layer_at, self._positive = patterns.layer, patterns.estimator == "positive"
+        self._gradients = torch.is_grad_enabled()  # the graph is that of the caller's methods
 
     def observe(self, inputs: Inputs, extras: Extras) -> int:
         """Run the model on one batch, add the batch's sums, and return its number of examples.
@@ -284,7 +285,8 @@ class _Fitting(Signal):
         Raises:
             FitError: An output or a feature is not finite.
         """
-        captured, surrogate = self._surrogate(inputs, extras, self._layer_at)
+        with torch.set_grad_enabled(self._gradients):
+            captured, surrogate = self._surrogate(inputs, extras, self._layer_at)
         output = surrogate(
             Run(surrogate.steps, fitting=()), captured.values(self.model, inputs, extras)
         )
