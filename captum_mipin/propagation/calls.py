@@ -30,7 +30,8 @@ def join_calls(draft: Draft) -> None:
             part = slice_or_copy(node.args[0], draft.starts)
             if part is not None:
                 layer = argument(node, 1, "weight"), argument(node, 2, "bias")
-                calls.setdefault((part.form, *layer), []).append((part, node))
+                key = part.form, *map(_spelling, layer)
+                calls.setdefault(key, []).append((part, node))
     for group in calls.values():
         # sorted by place in the tensor; the first call in the graph comes first in ``group``
         parts = sorted(group, key=lambda call: call[0].start)
@@ -39,6 +40,13 @@ def join_calls(draft: Draft) -> None:
         row = all(a.stop == b.start for a, b in pairwise(slices))
         if len(group) > 1 and row and slices[0].start == 0 and slices[-1].stop == size:
             _join(group[0][1], parts)
+
+
+def _spelling(node: Any) -> str:
+    """Return a text that is equal for constants which the same operations compute."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return str(node)
+    return f"{node.target}{fx.map_arg((node.args, node.kwargs), _spelling)}"
 
 
 def _join(first: fx.Node, parts: Sequence[tuple[Slice, fx.Node]]) -> None:

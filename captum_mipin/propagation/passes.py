@@ -12,6 +12,7 @@ from captum_mipin.propagation.calls import join_calls
 from captum_mipin.propagation.canonical import canonicalise
 from captum_mipin.propagation.channels import find_channels
 from captum_mipin.propagation.complex_parts import replace_complex
+from captum_mipin.propagation.dense import join_biases, write_layers
 from captum_mipin.propagation.divisors import divide_factors
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.elementwise import join_elementwise
@@ -56,12 +57,15 @@ MARKING: tuple[Pass, ...] = (
     replace_constants,
     write_masks,
     replace_equivalents,
+    rewrite_constant_products,
+    write_layers,
+    join_biases,
     join_calls,
     join_slices,
     write_splits,
     join_elementwise,
-    rewrite_constant_products,
     write_sums,
+    join_biases,
     spell,
     divide_factors,
     recognise_norms,
