@@ -7,7 +7,14 @@ import torch
 from captum.attr import LayerGradCam
 from torch import nn
 
-from captum_mipin import IBA, InverseNetwork, LayerMIPINAttribution, MIPINAttribution, check
+from captum_mipin import (
+    IBA,
+    InverseNetwork,
+    LayerMIPINAttribution,
+    MIPINAttribution,
+    check,
+    compare,
+)
 from captum_mipin.bottleneck import InputIBA
 from captum_mipin.errors import CaptureError, InputError
 from captum_mipin.inverse import NeighbourInverse
@@ -84,5 +91,17 @@ def test_a_bound_forward_stands_for_its_model(mlp: Any) -> None:
     assert torch.equal(MIPINAttribution(model.forward, inverse).attribute(x[:2], 0), expected)
     assert torch.equal(LRP(model.forward).attribute(x, 0), LRP(model).attribute(x, 0))
     assert not check(model.forward, x).refused
+    assert torch.equal(LRP(model.__call__).attribute(x, 0), LRP(model).attribute(x, 0))
+    for bound in (model.forward, model.__call__):
+        found = compare(["LRP"], x[:2], 0, model=bound, metrics=["deletion"], progress=False)
+        assert found["LRP"].maps is not None
     with pytest.raises(CaptureError, match="the model is a method, expected"):
         LRP(model.state_dict).attribute(x, 0)
+
+
+@pytest.mark.parametrize("layer", ["0", 0])
+def test_grad_cam_of_a_function_is_refused(layer: Any) -> None:
+    """Formerly the hooks were looked for in the function: an AttributeError."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).eval()
+    with pytest.raises(CaptureError, match=r"the model is a function, .* nn\.Module that has the"):
+        GradCAM(lambda x: model(x), layer or model[0])

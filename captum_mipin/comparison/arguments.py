@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ def compared_model(
     if model is None:
         owners = (attribution_of(method) for method in methods)
         model = next((owner.forward_func for owner in owners if owner is not None), None)
+    if isinstance(model, MethodType):
+        model = unwrapped(model)
     if any(isinstance(method, str) for method in methods) and not isinstance(model, nn.Module):
         found = "no network" if model is None else f"{type_of(model)}"
         raise InputError(

@@ -14,21 +14,25 @@ from captum_mipin.options import closest, type_of
 #: Attributes that every module has.
 OWN = frozenset(vars(nn.Module()))
 
+#: Name of the function that is ``nn.Module.__call__``.
+_CALL = nn.Module.__call__.__name__
+
 
 def unwrapped(model: Any) -> Any:
     """Return the module inside ``DataParallel``, ``DistributedDataParallel``, ``torch.compile``.
 
-    The module of a bound method ``model.forward`` is returned too, and any other model itself.
+    The module of a bound ``model.forward`` or ``model.__call__`` is returned too, and any other
+    model itself.
 
     Examples:
         >>> model = nn.Linear(2, 1)
         >>> unwrapped(nn.DataParallel(torch.compile(model))) is unwrapped(model) is model
         True
-        >>> unwrapped(model.forward) is model
+        >>> unwrapped(model.forward) is unwrapped(model.__call__) is model
         True
     """
     while True:
-        if isinstance(model, MethodType) and model.__name__ == "forward":
+        if isinstance(model, MethodType) and model.__name__ in ("forward", _CALL):
             model = model.__self__
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

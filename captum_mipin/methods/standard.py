@@ -14,7 +14,14 @@ from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import CaptureError, InputError
 from captum_mipin.graph.diagnosis import reasons
 from captum_mipin.graph.modules import module_of, unwrapped
-from captum_mipin.graph.validate import as_extras, as_inputs, check_finite, check_inputs, like
+from captum_mipin.graph.validate import (
+    as_extras,
+    as_inputs,
+    as_model,
+    check_finite,
+    check_inputs,
+    like,
+)
 from captum_mipin.options import check_callable, check_number, type_of
 from captum_mipin.propagation.independent import Differentiated, require_independent
 from captum_mipin.types import Extras, Inputs
@@ -147,7 +154,7 @@ class GradCAM(Differentiated, NoFuture, Attribution):
     _logits = False
 
     def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:
-        check_callable(model)
+        as_model(model)
         Attribution.__init__(self, model)
         self.layer = module_of(layer, model)
 
