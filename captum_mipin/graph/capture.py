@@ -142,6 +142,8 @@ def capture(
         ['aten.linear.default']
     """
     check_inputs(inputs, explained)
+    # a batch of any other size may get the graph, also one whose size is that of an argument
+    shared = shared or not any(per_example(inputs, extras, shared)[len(inputs) :])
 
     def make() -> CapturedGraph:
         check_exportable(model)
