@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 from typing import Any, Literal, TypedDict
@@ -39,7 +39,7 @@ class Options(TypedDict, total=False):
     Attributes:
         model: The explained model; by default the method's ``forward_func``.
         additional_forward_args: Further arguments of the model; a tensor as long as the batch has
-            one row per example.
+            one row per example, unless the model takes it only as shared by all.
         generator: The only source of random numbers; by default a generator with seed 0.
         batch_size: Number of examples per call of the method, and of inputs per call of the model;
             by default 32 examples, and as many inputs as the processor's caches hold.
@@ -105,7 +105,19 @@ class Case:
         if is_network(method):
             check_method(method)
         examples = Examples.of(inputs, target, additional_forward_args)
-        return cls(method, examples, model, seeded(generator), batch_size)
+        case = cls(method, examples, model, seeded(generator), batch_size)
+        # extras as long as the batch have a row per example if the model takes them so
+        shared = examples.shared or (not case._takes(shared=False) and case._takes(shared=True))
+        return replace(case, examples=replace(examples, shared=shared))
+
+    def _takes(self, shared: bool) -> bool:
+        """Return True if the model takes twice an example, with all extras shared or with rows."""
+        examples = replace(self.examples, shared=shared)
+        try:
+            raw_outputs(self.model, examples.select(torch.zeros(2, dtype=torch.long)))
+        except Exception:  # of any type: the model is the user's
+            return False
+        return True
 
     @cached_property
     def maps(self) -> tuple[Tensor, ...]:

@@ -1,11 +1,13 @@
 """The examples on which a metric is measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import InputError, TargetError
 from captum_mipin.options import for_inputs, type_of
@@ -22,13 +24,16 @@ class Examples:
         inputs: Tensors (examples, ...).
         is_tuple: True if the user passed a tuple of tensors, False for one tensor.
         target: One target for all examples, or a list or integer tensor with one per example.
-        extras: ``additional_forward_args``. A tensor as long as the batch has one row per example.
+        extras: ``additional_forward_args``. A tensor as long as the batch has one row per example,
+            also in a list or a dictionary.
+        shared: True if all examples share all extras, also a tensor as long as the batch.
     """
 
     inputs: tuple[Tensor, ...]
     is_tuple: bool
     target: Any
     extras: tuple[Any, ...]
+    shared: bool = False
 
     @classmethod
     def of(cls, inputs: Inputs, target: Any, additional_forward_args: Any = None) -> "Examples":
@@ -74,7 +79,9 @@ class Examples:
         extras = additional_forward_args
         if not isinstance(extras, tuple):
             extras = () if extras is None else (extras,)
-        return cls(tensors, isinstance(inputs, tuple), target, extras)
+        examples = cls(tensors, isinstance(inputs, tuple), target, extras)
+        # a part of the examples may be as long as a tensor that all of them share
+        return replace(examples, shared=not examples.has_rows)
 
     def __len__(self) -> int:
         return len(self.inputs[0])
@@ -97,9 +104,13 @@ class Examples:
     def is_uniform(self) -> bool:
         """True if all examples have the same target and the same further arguments."""
         targets = self.targets
-        return all(target == targets[0] for target in targets) and not any(
-            map(self._has_rows, self.extras)
-        )
+        return all(target == targets[0] for target in targets) and not self.has_rows
+
+    @property
+    def has_rows(self) -> bool:
+        """True if some of the extras has one row per example."""
+        leaves = pytree.tree_leaves(self.extras)
+        return not self.shared and any(map(self._has_row, leaves))
 
     @property
     def x(self) -> Tensor:
@@ -124,13 +135,15 @@ class Examples:
             target: Any = [self.target[i] for i in index.tolist()]
         else:
             target = self._rows(self.target, index)
-        extras = tuple(self._rows(extra, index) for extra in self.extras)
-        return Examples(inputs, self.is_tuple, target, extras)
+        extras = self.extras
+        if self.has_rows:
+            extras = pytree.tree_map(partial(self._rows, index=index), extras)
+        return replace(self, inputs=inputs, target=target, extras=extras)
 
     def _rows(self, value: Any, index: Tensor) -> Any:
-        return value[index.to(value.device)] if self._has_rows(value) else value
+        return value[index.to(value.device)] if self._has_row(value) else value
 
-    def _has_rows(self, value: Any) -> bool:
+    def _has_row(self, value: Any) -> bool:
         """Return True if the value is a tensor with one row per example."""
         return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self)
 

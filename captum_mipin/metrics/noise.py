@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from captum_mipin.calls import explained
 from captum_mipin.errors import InputError
-from captum_mipin.metrics.case import Case, Method, Options, explain
+from captum_mipin.metrics.case import Case, Method, Model, Options, explain
 from captum_mipin.metrics.examples import Examples, Inputs
 from captum_mipin.metrics.maps import flattened
 from captum_mipin.metrics.result import Result, finite_rows
@@ -59,12 +59,11 @@ def infidelity(
     values = [
         # infidelity = E_I [(I·A - (y(x) - y(x - I)))²]: I noise, A attribution, y output
         captum_infidelity(
-            model,
+            _with_extras(model, batch),
             perturb or _Noise(batch, samples, draw, noise).taken_away,
             batch.as_passed(batch.inputs),
             batch.as_passed(tuple(m[index] for m in case.maps)),
             target=batch.target,
-            additional_forward_args=batch.extras or None,
             n_perturb_samples=samples,
             normalize=normalize,
             max_examples_per_batch=_per_call(batch, case.rows_per_call, samples),
@@ -136,8 +135,6 @@ def sensitivity_max(
                 _Noise(batch, samples, draw, radius).added,
                 n_perturb_samples=samples,
                 max_examples_per_batch=_per_call(batch, case.examples_per_call, samples),
-                target=batch.target,
-                additional_forward_args=batch.extras,
             )
             values.append(largest)
             zero.append((flattened(maps) == 0).all(1).cpu())
@@ -161,13 +158,25 @@ def _explanation(method: Method, batch: Examples, maps: tuple[Tensor, ...]) -> C
         maps: Maps of the unchanged examples, which are not computed a second time.
     """
 
-    def explanation(x: Any, target: Any, additional_forward_args: Any) -> tuple[Tensor, ...]:
-        if x is batch.inputs:
-            return maps
-        changed = Examples.of(x if batch.is_tuple else x[0], target, additional_forward_args)
-        return _double(explain(method, changed))
+    def explanation(x: Any) -> tuple[Tensor, ...]:
+        return maps if x is batch.inputs else _double(explain(method, _copies(batch, x)))
 
     return explanation
+
+
+def _copies(batch: Examples, x: tuple[Tensor, ...]) -> Examples:
+    """Return examples for changed inputs x (examples * samples, ...) in Captum's order.
+
+    It is example 1 repeated, example 2 repeated, and so on. Captum itself would repeat all tensors
+    among the further arguments, also those that the examples share.
+    """
+    index = torch.arange(len(batch)).repeat_interleave(len(x[0]) // len(batch))
+    return batch.select(index, tuple(x))
+
+
+def _with_extras(model: Model, batch: Examples) -> Model:
+    """Return a function of inputs alone that runs the model with the further arguments."""
+    return lambda *x: model(*x, *_copies(batch, x).extras)
 
 
 def _double(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
