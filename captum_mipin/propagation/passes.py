@@ -16,7 +16,11 @@ from captum_mipin.propagation.dense import join_biases, write_layers
 from captum_mipin.propagation.divisors import divide_factors
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.elementwise import join_elementwise
-from captum_mipin.propagation.equivalents import expand_variances, replace_equivalents
+from captum_mipin.propagation.equivalents import (
+    expand_variances,
+    replace_equivalents,
+    write_group_norms,
+)
 from captum_mipin.propagation.forms import spell
 from captum_mipin.propagation.marking import (
     check_ends,
@@ -38,7 +42,7 @@ from captum_mipin.propagation.spelling import (
     rewrite_constant_products,
     split_positions,
 )
-from captum_mipin.propagation.splits import write_splits
+from captum_mipin.propagation.splits import write_slices, write_splits
 from captum_mipin.propagation.sums import write_sums
 from captum_mipin.propagation.treatments import check_supported
 from captum_mipin.rules import Rule
@@ -56,6 +60,7 @@ MARKING: tuple[Pass, ...] = (
     fold_padding,
     replace_constants,
     write_masks,
+    write_slices,
     replace_equivalents,
     rewrite_constant_products,
     write_layers,
@@ -69,6 +74,7 @@ MARKING: tuple[Pass, ...] = (
     spell,
     divide_factors,
     recognise_norms,
+    write_group_norms,
     expand_variances,
     rewrite_for_method,
     mark_signal,

@@ -24,9 +24,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
 from captum_mipin.graph.nodes import argument, operation
-from captum_mipin.propagation.canonical import is_copy
+from captum_mipin.propagation.canonical import is_copy, leaves_module
 from captum_mipin.propagation.constants import without_copies
-from captum_mipin.propagation.draft import Draft, is_tensor
+from captum_mipin.propagation.draft import Draft, is_tensor, number_of
 from captum_mipin.rules.base import varies
 from captum_mipin.rules.geometry import per_dimension
 
@@ -87,6 +87,10 @@ def replace_copies(draft: Draft) -> None:
         if operation(node) == "slice" and is_copy(node):
             mark(node, original=original(node))
             node.target, node.args = aten.alias.default, node.args[:1]
+        if (scaled := number_of(node)) is not None and scaled[1] == 1 and not leaves_module(node):
+            node.replace_all_uses_with(scaled[0])  # 1.0 * x
+            graph.erase_node(node)
+            continue
         known = operation(node) in copies
         source: Any = node.args[copies[operation(node)]] if known else _broadcast(node)
         if source is None and not known:
@@ -214,7 +218,7 @@ def _zeros_around(node: Any, dims: int) -> list[int] | None:
 def replace_constants(draft: Draft) -> None:
     """Replace constants that are made like a tensor of the input, as ``h.new_ones(3)``.
 
-    A constant that is copied to each example, and then used element by element, is used itself.
+    A value that is copied by ``expand``, and then used element by element, is used itself.
     """
     node: Any
     for node in list(draft.graph.nodes):
@@ -232,6 +236,19 @@ def replace_constants(draft: Draft) -> None:
                 value_of(node).shape
             ):
                 node.args = few
+            _broadcast_copies(draft, node)
+
+
+def _broadcast_copies(draft: Draft, node: fx.Node) -> None:
+    """Let an operation broadcast its arguments itself, instead of their copies by ``expand``."""
+    for copy in node.all_input_nodes:
+        if operation(copy) in ("expand", "expand_as") and copy not in draft.starts:
+            first = copy.all_input_nodes[0]
+            sources = [first if n is copy else n for n in node.all_input_nodes]
+            shapes = [value_of(n).shape for n in sources if is_tensor(n)]
+            whole = str(torch.broadcast_shapes(*shapes)) == str(value_of(node).shape)
+            if varies(copy) and whole and not leaves_module(copy):
+                node.replace_input_with(copy, first)
 
 
 def _unbatched(node: fx.Node, before: fx.Node) -> fx.Node:

@@ -1,5 +1,6 @@
-"""The pass that writes slices of one tensor as one split, if they do not overlap.
+"""The passes that write slices in one form, and as one split if they do not overlap.
 
+Entries that a list of numbers takes, ``h[:, [0, 1, 2]]``, are the slice ``h[:, 0:3]``.
 ``h[..., :8], h[..., 8:]`` are two operations on h, while ``h.chunk(2, -1)`` and ``unbind`` are one.
 Several become one ``split_with_sizes``.
 """
@@ -13,12 +14,41 @@ from torch import fx
 
 from captum_mipin.graph.marks import mark, value_of
 from captum_mipin.graph.nodes import operation
+from captum_mipin.propagation.constants import known_value
 from captum_mipin.propagation.draft import Draft
-from captum_mipin.propagation.forms import insert, stand_for
+from captum_mipin.propagation.forms import become, insert, stand_for
 from captum_mipin.propagation.slices import Slice, slice_of
 from captum_mipin.rules.base import varies
 
 _aten = torch.ops.aten
+
+
+def write_slices(draft: Draft) -> None:
+    """Rewrite entries that a constant list takes as a slice, if they are as far from each other."""
+    node: Any
+    for node in list(draft.graph.nodes):
+        if not varies(node) or node in draft.starts:
+            continue
+        if operation(node) == "index_select":
+            _, dim, index = node.args
+        elif operation(node) == "index":
+            places = [(at, n) for at, n in enumerate(node.args[1]) if n is not None]
+            dim, index = places[0]
+            if len(places) > 1:
+                continue
+        else:
+            continue
+        known = None if varies(index) else known_value(draft, index)
+        size = value_of(node.args[0]).shape[dim]
+        if known is None or known.ndim != 1 or known.dtype == torch.bool or not len(known):
+            continue
+        if isinstance(size, int):
+            numbers = [number % size for number in known.tolist()]
+            step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+            if step > 0 and numbers == list(range(numbers[0], numbers[-1] + 1, step)):
+                bounds = dim, numbers[0], numbers[-1] + 1, step
+                become(node, _aten.slice.Tensor, node.args[0], *bounds)
+    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
 
 
 def write_splits(draft: Draft) -> None:

@@ -27,6 +27,10 @@ SPELLINGS = {
         lambda m, h: F.group_norm(h, 1, m["norm"].weight, m["norm"].bias),
         lambda m, h: F.group_norm(h[..., None], 1, m["norm"].weight, m["norm"].bias)[..., 0],
     ],
+    "times 1": [
+        lambda m, h: h * torch.sigmoid(h) * m["q"](h),
+        lambda m, h: h * torch.sigmoid(1.0 * h) * (m["q"](h) / 1),
+    ],
     "lower bound of a norm": [
         lambda m, h: F.normalize(h),
         lambda m, h: h / (F.relu(h.norm(dim=-1, keepdim=True) - 1e-12) + 1e-12),
@@ -60,6 +64,30 @@ def test_further_spellings_do_not_matter(kind):
     nn.init.normal_(norm.bias)
     runs = [lambda m, x, how=how: m["last"](how(m, m["p"](x))) for how in SPELLINGS[kind]]
     alike(runs, X, more=True, norm=norm, **parts)
+
+
+CHANNELS = {
+    "view": lambda h, g: h * g[:, :, None, None],
+    "expand_as": lambda h, g: h * g.view(-1, 8, 1, 1).expand_as(h),
+    "expand": lambda h, g: g[..., None, None].expand(-1, -1, *h.shape[2:]) * h,
+    "repeat": lambda h, g: h * g[..., None, None].repeat(1, 1, 5, 5),
+}
+
+
+def test_spelling_of_gates_of_channels_does_not_matter():
+    torch.manual_seed(0)
+
+    def run(how):
+        def forward(m, x):
+            h = m["c"](x).relu()
+            return m["last"](how(h, m["g"](h.mean((2, 3))).sigmoid()).mean((2, 3)))
+
+        return forward
+
+    parts = {"c": nn.Conv2d(3, 8, 3, padding=1), "g": nn.Linear(8, 8), "last": nn.Linear(8, 2)}
+    nn.init.constant_(parts["last"].bias, 5.0)
+    runs = [run(how) for how in CHANNELS.values()]
+    alike(runs, normal(30, 3, 5, 5, dtype=torch.float64), more=True, **parts)
 
 
 def softmaxes(weigh):

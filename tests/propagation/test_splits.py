@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from captum_mipin.graph.capture import capture
 from captum_mipin.graph.nodes import operation
+from captum_mipin.methods import GuidedBackprop
 from captum_mipin.propagation.passes import MARKING, draft
 from captum_mipin.rules import table
 
@@ -22,6 +23,8 @@ HALVES = {
     "transposed index": lambda h: (lambda g: (g[0], g[1]))(h.view(-1, 2, 8).transpose(0, 1)),
     "narrow": lambda h: (h.narrow(-1, 0, 8), h.narrow(-1, 8, 8)),
     "tensor_split": lambda h: h.tensor_split(2, -1),
+    "lists": lambda h: (h[:, [0, 1, 2, 3, 4, 5, 6, 7]], h[..., list(range(-8, 0))]),
+    "index_select": lambda h: tuple(h.index_select(-1, n) for n in torch.arange(16).chunk(2)),
 }
 PRODUCTS = {
     "SwiGLU": lambda a, b: F.silu(a) * b,
@@ -40,6 +43,16 @@ def test_spelling_of_halves_does_not_matter(product):
         hows += [F.glu, lambda h: F.glu(torch.cat(h.chunk(2, -1), -1))]
     runs = [lambda m, x, how=how: m["last"](how(m["p"](x))) for how in hows]
     alike(runs, normal(60, 6, dtype=torch.float64), more=True, **parts)
+
+
+def test_entries_in_another_order_are_no_slice():
+    model = Function(lambda m, x: x[:, [1, 0]] * x[:, [0, 3]] + x[:, [-1, 1]].exp()).double().eval()
+    x = normal(3, 6, dtype=torch.float64).requires_grad_()
+    (expected,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
+    torch.testing.assert_close(GuidedBackprop(model).attribute(x.detach(), 1), expected)
+    made = draft(capture(model, (x.detach(),)), table(), passes=MARKING)
+    names = [operation(node) for node in made.graph.nodes if node.op == "call_function"]
+    assert names.count("index") == 2
 
 
 QKV = {
