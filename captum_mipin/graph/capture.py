@@ -16,12 +16,13 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.diagnosis import failure
 from captum_mipin.graph.exporting import check_registered, export_graph, free_batch
 from captum_mipin.graph.lifting import NotLiftableError, lifted
-from captum_mipin.graph.marks import mark, value_of
+from captum_mipin.graph.marks import mark, set_value, value_of
 from captum_mipin.graph.modules import is_quantised, tree
 from captum_mipin.graph.nodes import operation
 from captum_mipin.graph.sharing import share
@@ -216,7 +217,9 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
     if trial.written:
         trial.check_forgets(arguments)
     for symbol, bounds in program.range_constraints.items():
-        if bounds.lower > 2 or bounds.upper < _LARGEST_BATCH:
+        # else a number that the model counts, such as the length of nonzero()
+        batch = symbol_is_type(symbol, SymT.SIZE)
+        if batch and (bounds.lower > 2 or bounds.upper < _LARGEST_BATCH):
             refusal = _FixedBatchError(
                 f"the model accepts only sizes {bounds} of {symbol}, or computes differently for "
                 f"other sizes; expected all from 2 to {_LARGEST_BATCH}: the batch size must be "
@@ -303,6 +306,19 @@ def _keep_batch(node: fx.Node) -> None:
     node.target, node.args = torch.ops.aten.squeeze.dims, (source, ones)
 
 
+def _settle(node: fx.Node) -> None:
+    """Write a size that is a number, such as the count of a constant mask, as an integer."""
+    value = value_of(node)
+    if isinstance(value, Tensor) and any(_number(n) is not None for n in value.shape):
+        sizes = [n if (number := _number(n)) is None else number for n in value.shape]
+        set_value(node, value.new_empty(sizes))
+
+
+def _number(size: Any) -> int | None:
+    """Return the value of a symbolic size that has only one; None for any other size."""
+    return int(str(size)) if isinstance(size, torch.SymInt) and str(size).isdigit() else None
+
+
 def _from_program(
     program: ExportedProgram, graph: fx.Graph, count: int, shared: bool, switches: bool
 ) -> CapturedGraph:
@@ -342,6 +358,7 @@ def _from_program(
                 "argument itself"
             )
     for node in graph.nodes:
+        _settle(node)
         # The export used contiguous tensors. Of tensors with other strides, view() would fail.
         if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             mark(node, original=node.target)

@@ -10,8 +10,9 @@ from small import Wants
 from torch import Tensor, nn
 
 from captum_mipin import LRP, check
-from captum_mipin.errors import CaptureError
+from captum_mipin.errors import CaptureError, UnsupportedOperationError
 from captum_mipin.graph.capture import capture
+from captum_mipin.methods import GuidedBackprop
 
 
 def _values(model: nn.Module, inputs: tuple[Tensor, ...], extras: tuple[Any, ...] = ()) -> Tensor:
@@ -74,6 +75,46 @@ def test_weights_are_read_as_they_are_at_each_call() -> None:
     assert any(
         isinstance(v, Tensor) and v.data_ptr() == model.weight.data_ptr() for v in values.values()
     )
+
+
+class _Pairs(nn.Module):
+    """Products of all pairs of features; ``choose`` takes those of the upper triangle."""
+
+    def __init__(self, choose: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.choose, self.last = nn.Linear(5, 4), choose, nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        y: Tensor = self.last(self.choose(h[:, :, None] * h[:, None], torch.ones(4, 4).triu()))
+        return y
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda y, mask: y[:, mask.bool()],
+        lambda y, mask: y.flatten(1).index_select(1, mask.flatten().nonzero().squeeze(1)),
+        lambda y, mask: y.flatten(1).gather(1, mask.flatten().nonzero().T.expand(y.shape[0], -1)),
+    ],
+    ids=["mask", "index_select", "gather"],
+)
+def test_the_count_of_a_constant_mask_is_a_size(choose: Any) -> None:
+    rows, columns = torch.triu_indices(4, 4)
+    expected = _Pairs(lambda y, mask: y[:, rows, columns]).eval()
+    model, x = _Pairs(choose).eval(), torch.randn(3, 5)
+    torch.testing.assert_close(_values(model, (x,)), model(x))
+    for method in (LRP, GuidedBackprop):
+        torch.testing.assert_close(
+            method(model).attribute(x, target=1), method(expected).attribute(x, target=1)
+        )
+
+
+def test_a_mask_that_depends_on_the_input_is_refused_by_its_operation() -> None:
+    model = _Pairs(lambda y, mask: y.flatten(1)[:, :10] + y[y > 1].sum()).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.index\.Tensor in the model itself"):
+        LRP(model).attribute(torch.randn(3, 5), target=1)
 
 
 class _Odd(nn.Module):
