@@ -125,9 +125,11 @@ def check_model(model: Any) -> nn.Module:
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise CaptureError if a module is compiled by TorchScript, or sharded by FSDP."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # it is not imported for this question
+    """Raise CaptureError if a module is compiled by TorchScript, or its weights are sharded."""
+    # neither is imported for this question
+    fsdp, tensor = map(sys.modules.get, ("torch.distributed.fsdp", "torch.distributed.tensor"))
     sharded = (fsdp.FullyShardedDataParallel, fsdp.FSDPModule) if fsdp else ()
+    parts = (tensor.DTensor,) if tensor else ()
     for path, module in model.named_modules():
         name = f"module {path!r}" if path else "the model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -135,12 +137,14 @@ def check_exportable(model: nn.Module) -> None:
                 f"{name} is compiled by TorchScript, which torch.export cannot read; expected a "
                 "Python module: use the module from before torch.jit.script or torch.jit.trace"
             )
-        if isinstance(module, sharded):
+        own = (*module._parameters.values(), *module._buffers.values())
+        how = "by FSDP" if isinstance(module, sharded) else "as DTensors"
+        if isinstance(module, sharded) or any(isinstance(one, parts) for one in own):
             raise CaptureError(
-                f"{name} is sharded by FSDP, so that no process has all of its weights; expected "
+                f"{name} is sharded {how}, so that no process has all of its weights; expected "
                 "whole weights: on all processes, get them with torch.distributed.checkpoint."
                 "state_dict.get_model_state_dict(model, options=StateDictOptions("
-                "full_state_dict=True)), and load them into a model without FSDP"
+                "full_state_dict=True)), and load them into a model without shards"
             )
 
 

@@ -97,6 +97,13 @@ def check_ends(draft: Draft) -> None:
         CaptureError: An explained node gets no signal, or the batch is not the first dimension of
             an explained node or of the output.
     """
+    for node in (*draft.starts, draft.output):
+        if value_of(node).is_complex():
+            what = "the model's output" if node is draft.output else marks(node).key or node.name
+            raise CaptureError(
+                f"{what} has {value_of(node).dtype} numbers, expected real ones: let forward "
+                "return their absolute values or real parts, or name a layer with real numbers"
+            )
     lost = [node for node in draft.starts if not marks(node).signal]
     if lost or not marks(draft.output).signal:
         detached = [n for n in descendants(lost) if str(n.target) == "aten.detach.default"]

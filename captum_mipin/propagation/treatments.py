@@ -57,6 +57,10 @@ _HINTS = {
         "; if it is part of a softmax by which the model ends, return the logits that go into it",
     ),
     **dict.fromkeys(
+        ("log", "log2", "log10"),
+        ", since it has no value at 0; bound it, as in log(x.clamp(min=1e-6)), or use log1p(x)",
+    ),
+    **dict.fromkeys(
         ("reciprocal", "rsqrt"),
         "; a divisor is recorded as a scale, so that no value is left that a signal could go to",
     ),

@@ -114,21 +114,25 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:.*NO_SHARD", "ignore::FutureWarning")
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", ["FSDP", "FSDP 2", "tensor parallel"])
 def test_a_sharded_model_is_refused_and_its_whole_weights_are_taken(
-    version: int, group: None
+    version: str, group: None
 ) -> None:
     from torch.distributed import fsdp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     plain, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), torch.ones(2, 4)
     sharded = copy.deepcopy(plain)
-    if version == 1:
+    if version == "FSDP":
         sharded[0] = fsdp.FullyShardedDataParallel(sharded[0], device_id=torch.device("cpu"))
-    else:
+    elif version == "FSDP 2":
         fsdp.fully_shard(sharded[0], mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(CaptureError, match=r"module '0' is sharded by FSDP.*get_model_state_dict"):
+    else:
+        parallelize_module(sharded, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
+    how = "by FSDP" if "FSDP" in version else "as DTensors"
+    with pytest.raises(CaptureError, match=rf"module '0' is sharded {how}.*get_model_state_dict"):
         check(sharded, x)
     # the way out that the message names
     options = StateDictOptions(full_state_dict=True)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from captum_mipin import LRP, InverseNetwork, MIPINAttribution, check
-from captum_mipin.errors import UnsupportedOperationError
-from captum_mipin.methods import Deconvnet, GuidedBackprop
+from captum_mipin.errors import CaptureError, UnsupportedOperationError
+from captum_mipin.methods import Deconvnet, GuidedBackprop, LayerPropagation
 from captum_mipin.methods.gradients import Gradient
 
 FFT, WIDE = torch.fft, torch.float64
@@ -200,6 +200,22 @@ def test_a_transform_over_the_batch_is_refused():
     model = network(lambda h: FFT.fft2(h).real)
     with pytest.raises(UnsupportedOperationError, match="fft_fft2"):
         LRP(model).attribute(normal(5, 6, dtype=WIDE), 1)
+
+
+class _Spectrum(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft(x)
+
+
+def test_complex_outputs_and_layers_are_refused_as_such():
+    model = nn.Sequential(nn.Linear(4, 6), _Spectrum()).eval()
+    with pytest.raises(CaptureError, match=r"the model's output has torch\.complex64 numbers"):
+        LRP(model).attribute(torch.randn(2, 4), target=0)
+    further = Function(lambda m, x: m["last"](m["spectrum"](x).abs()), spectrum=_Spectrum(),
+                       last=nn.Linear(4, 3)).eval()  # fmt: skip
+    method = LayerPropagation(LRP(further), further.layers["spectrum"])
+    with pytest.raises(CaptureError, match=r"spectrum/fft_fft has torch\.complex64 numbers"):
+        method.attribute(torch.randn(2, 4), target=0)
 
 
 def test_a_norm_with_an_order_below_one_is_refused():

@@ -185,3 +185,13 @@ def test_decibels_are_logarithms():
     for other in others:  # all but PatternNet, whose scale is that of the constants
         for a, b in zip(other[:-1], first[:-1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_logarithm_without_a_bound_is_refused_with_advice():
+    model = Function(
+        lambda m, x: m["last"](m["first"](x).abs().log()),
+        first=nn.Linear(4, 5),
+        last=nn.Linear(5, 2),
+    ).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"log\(x\.clamp\(min=1e-6\)\)"):
+        LRP(model).attribute(torch.randn(3, 4), target=0)
