@@ -161,7 +161,7 @@ def _nodes(
     calls = {call for stack in stacks for call, (path, _) in stack if path in paths}
     reason = (
         "has no operation in the graph: it is not called, or does nothing at inference. "
-        "Name the module before it"
+        f"Name {_instead(captured, model, module)}"
     )
     leaving = [n for n in nodes if n in inside and _is_tensor(n) and not inside.issuperset(n.users)]
     if len(calls) == 1 and at_input:
@@ -181,6 +181,18 @@ def _nodes(
             "and one output: name another module"
         )
     raise CaptureError(f"layer {paths[0]!r} ({kind}) {reason}")
+
+
+def _instead(captured: CapturedGraph, model: nn.Module, module: nn.Module) -> str:
+    """Return the called modules that share weights with one that is not called."""
+    own = {id(weight) for weight in module.parameters(recurse=False)}
+    called = {path for node in captured.graph.nodes for path in place(node).stack}
+    shared = [
+        repr(path)
+        for path, other in model.named_modules()
+        if path in called and own & {id(weight) for weight in other.parameters(recurse=False)}
+    ]
+    return f"{' or '.join(shared)}, with the same weights" if shared else "the module before it"
 
 
 def _is_tensor(node: fx.Node) -> bool:

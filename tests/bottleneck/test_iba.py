@@ -656,6 +656,15 @@ def test_a_layer_that_is_never_reached_or_twice(x):
         IBA(model, first).estimate(x, progress=False)
 
 
+def test_a_layer_that_shares_its_weights_with_one_that_is_called(x):
+    first, never = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    never.weight = first.weight  # as the shared embedding of an encoder and a decoder
+    run = lambda m, x: m["last"](m["a"](x).flatten(1))  # noqa: E731
+    model = Function(run, a=first, b=never, last=nn.Linear(192, 2)).eval()
+    with pytest.raises(errors.CaptureError, match=r"Name 'layers.a', with the same weights"):
+        IBA(model, never).estimate(x, progress=False)
+
+
 def test_a_layer_whose_output_is_thrown_away(x):
     model = Function(
         lambda m, x: (
