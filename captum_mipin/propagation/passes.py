@@ -6,7 +6,15 @@ rewrites the graph, or raises an error. The function ``check`` runs only the mar
 
 from collections.abc import Callable, Mapping, Sequence
 
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    free_unbacked_symbols,
+)
+
+from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.capture import CapturedGraph
+from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.nodes import place
 from captum_mipin.propagation.batch_layout import lay_out_batch
 from captum_mipin.propagation.calls import join_calls
 from captum_mipin.propagation.canonical import canonicalise
@@ -110,6 +118,15 @@ def draft(
             :class:`~captum_mipin.propagation.draft.Draft`.
     """
     result = Draft.of(captured, rules, start, **options)
-    for run_pass in passes:
-        run_pass(result)
+    try:
+        for run_pass in passes:
+            run_pass(result)
+    except GuardOnDataDependentSymNode as error:
+        counted = next(n for n in captured.graph.nodes if free_unbacked_symbols(value_of(n)))
+        where = place(counted).path or "the model itself"
+        raise UnsupportedOperationError(
+            f"the size of the result of {counted.target} in {where} depends on the values of the "
+            "input, expected one size for all inputs: multiply with a mask, or use torch.where, in "
+            "place of a choice by a mask"
+        ) from error
     return result

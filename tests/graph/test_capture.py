@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import Wants
+from small import Function, Wants
 from torch import Tensor, nn
 
 from captum_mipin import LRP, check
@@ -115,6 +115,22 @@ def test_a_mask_that_depends_on_the_input_is_refused_by_its_operation() -> None:
     model = _Pairs(lambda y, mask: y.flatten(1)[:, :10] + y[y > 1].sum()).eval()
     with pytest.raises(UnsupportedOperationError, match=r"aten\.index\.Tensor in the model itself"):
         LRP(model).attribute(torch.randn(3, 5), target=1)
+
+
+def test_the_last_token_by_a_mask_of_the_input_is_refused_by_its_operation() -> None:
+    """As in BART, which reads the score where a text ends."""
+    embedding, head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def run(layers: Any, tokens: Tensor) -> Tensor:
+        h = layers["embedding"](tokens)
+        chosen = h[tokens.eq(2), :].view(h.shape[0], -1, h.shape[-1])
+        scores: Tensor = layers["head"](chosen[:, -1])
+        return scores
+
+    model = Function(run, embedding=embedding, head=head).eval()
+    tokens = torch.tensor([[3, 4, 2], [5, 6, 2]])
+    with pytest.raises(UnsupportedOperationError, match=r"depends on the values of the input"):
+        check(model, tokens, layer=embedding)
 
 
 class _Odd(nn.Module):
