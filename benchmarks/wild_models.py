@@ -9,7 +9,7 @@ import importlib.metadata
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -155,6 +155,10 @@ def transformers_model(kind: str, task: str) -> Any:
         choices = auto._model_mapping[type(config)]
         if isinstance(choices, tuple):  # as with and without a teacher
             config.architectures = [choices[0].__name__]
+        if getattr(config, "pad_token_id", 0) is None:
+            config.pad_token_id = 0
+        if kind == "t5":
+            config.decoder_start_token_id = 0
         return auto.from_config(config).eval()
 
     def runs(fields: dict[str, Any]) -> bool:
@@ -177,7 +181,10 @@ def transformers_inputs(model: Any, task: str) -> tuple[Tensor, ...]:
     """Return a batch that the model takes as its first input."""
     config = model.config
     if task == "Sequence":
-        return tokens(config.vocab_size)
+        (texts,) = tokens(config.vocab_size)
+        if config.model_type in ("bart", "t5"):  # they read the score where a text ends
+            texts[:, -1] = config.eos_token_id
+        return (texts,)
     if task == "Image":
         size = getattr(config, "image_size", 224)
         size = size if isinstance(size, int) else size[0]
@@ -189,13 +196,32 @@ def transformers_inputs(model: Any, task: str) -> tuple[Tensor, ...]:
     return noise(4000)
 
 
+def first_embedding(model: Any, texts: Tensor) -> nn.Module:
+    """Return the module that is called first with the weights of a model's input embedding.
+
+    An encoder and a decoder share these weights, and each has a module of its own for them.
+    """
+    called: list[nn.Module] = []
+    hooks = [
+        module.register_forward_hook(lambda module, *_: called.append(module))
+        for module in model.modules()
+        if getattr(module, "weight", None) is model.get_input_embeddings().weight
+    ]
+    with torch.no_grad():
+        model(texts)
+    for hook in hooks:
+        hook.remove()
+    return called[0]
+
+
 def transformers_families() -> Iterator[tuple[str, Family]]:
     """Return classifiers of images, texts and sounds of transformers."""
 
     def family(kind: str, task: str) -> Sample:
         model = transformers_model(kind, task)
-        embedding = model.get_input_embeddings() if task == "Sequence" else None
-        return Sample(model, transformers_inputs(model, task), "logits", embedding)
+        inputs = transformers_inputs(model, task)
+        embedding = first_embedding(model, inputs[0][:2]) if task == "Sequence" else None
+        return Sample(model, inputs, "logits", embedding)
 
     for kinds, task in ((IMAGES, "Image"), (TEXTS, "Sequence"), (SOUNDS, "Audio")):
         for kind in kinds:
@@ -249,10 +275,10 @@ def _monai() -> Iterator[tuple[str, Family]]:
         "n_input_channels": 1, "num_classes": 3,
     }  # fmt: skip
     yield "ResNet 3-D", partial(nets, "ResNet", (1, 32, 32, 32), **resnet)
-    yield "ViT 3-D", partial(
-        nets, "ViT", (1, 32, 32, 32), in_channels=1, img_size=(32, 32, 32), patch_size=(8, 8, 8),
+    yield "ViT 3-D", lambda: replace(nets(
+        "ViT", (1, 32, 32, 32), in_channels=1, img_size=(32, 32, 32), patch_size=(8, 8, 8),
         hidden_size=48, mlp_dim=96, num_layers=2, num_heads=4, classification=True, num_classes=3,
-    )  # fmt: skip
+    ), output=0)  # fmt: skip
     yield "UNet 2-D", partial(nets, "UNet", (1, 32, 32), pixel, **plane, **unet)
     yield "UNet 3-D", partial(nets, "UNet", (1, 16, 16, 16), (1, 8, 8, 8), **volume, **unet)
     yield (
@@ -340,16 +366,17 @@ def _vit_pytorch() -> Iterator[tuple[str, Family]]:
 def _pytorchcv() -> Iterator[tuple[str, Family]]:
     def family(name: str, size: int) -> Sample:
         model = importlib.import_module("pytorchcv.model_provider").get_model(name)
-        return Sample(model.eval(), noise(3, size, size))
+        output = 0 if name.startswith("nts") else None
+        return Sample(model.eval(), noise(3, size, size), output)
 
     for name in (
         "airnet50_1x64d_r2", "bagnet9", "condensenet74_c4_g4", "diracnet18v2", "dla34", "dpn68",
-        "fbnet_cb", "ibnresnet50", "igcv3_w1", "isqrtcovresnet18", "menet108_8x1_g3", "ntsnet_cub",
+        "fbnet_cb", "ibn_resnet50", "igcv3_w1", "isqrtcovresnet18", "menet108_8x1_g3", "ntsnet_cub",
         "octresnet10_ad2", "peleenet", "polynet", "rir_cifar10", "ror3_56_cifar10", "selecsls42b",
         "shakeshakeresnet20_2x16d_cifar10", "sknet50", "vovnet27s", "wrn20_10_1bit_cifar10",
         "xdensenet40_2_k24_bc_cifar10",
     ):  # fmt: skip
-        size = 32 if "cifar10" in name else 448 if name.startswith("nts") else 224
+        size = 32 if "cifar10" in name else {"ntsnet_cub": 448, "polynet": 331}.get(name, 224)
         yield name, partial(family, name, size)
 
 
