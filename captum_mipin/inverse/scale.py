@@ -16,7 +16,7 @@ FEW = 10
 #: Root mean square distance from the mean of the fit, in standard deviations of the fit, above
 #: which inputs have another scale; and the share of these deviations below which they do.
 _FAR, _NARROW = 20.0, 1 / 50
-#: Values in 0 ... 1 deviate by at most 0.5: if those of a fit deviate more, they are normalised.
+#: Values in 0 ... 1 deviate by at most 0.5: if those of images deviate more, they are normalised.
 _NORMALISED = 0.6
 
 
@@ -98,14 +98,18 @@ def warn_of_scale(inputs: Inputs, fitted: Sequence[tuple[float, float] | None] |
         # inputs of one value, such as a black image, have no scale
         narrow = 0 < variance**0.5 < _NARROW * deviation and len(x.unique()) > 2
         plain = x.ndim == 4 and deviation > _NORMALISED and _from_zero_to_one(x)
+        # E[x²] ≤ E[x] for values in 0 ... 1
+        fit_plain = x.ndim == 4 and mean**2 + deviation**2 <= mean
+        moved = abs(own - mean) > deviation / 2  # which the noise of a NoiseTunnel is not
+        normalised = fit_plain and moved and variance**0.5 > _NORMALISED and bool((x < 0).any())
         # values that overflow have an error of their own
-        if (far > _FAR and isfinite(far)) or narrow or plain:
+        if (far > _FAR and isfinite(far)) or narrow or plain or normalised:
             name = f"input {number} has" if len(inputs) > 1 else "the inputs have"
             warnings.warn(
                 f"{name} mean {own:.3g} and standard deviation {variance**0.5:.3g}, expected about "
                 f"{mean:.3g} and {deviation:.3g} as in the fit: scale the inputs as for the fit, "
-                "for example to 0 ... 1 instead of 0 ... 255, and normalise them if those of the "
-                "fit were normalised",
+                "for example to 0 ... 1 instead of 0 ... 255, and normalise them as for the fit, "
+                "or not if those of the fit were not",
                 DataWarning,
                 stacklevel=level_of_caller(),
             )

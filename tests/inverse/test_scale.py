@@ -49,6 +49,12 @@ def test_images_that_were_not_normalised_are_warned_of():
         fitted(x).source_signal(x[:2], target=0)
 
 
+def test_images_that_alone_are_normalised_are_warned_of():
+    x = images(64)
+    with pytest.warns(DataWarning, match=r"or not if those of the fit were not"):
+        fitted(x).source_signal((x[:2] - 0.45) / 0.225, target=0)
+
+
 def test_a_file_keeps_the_scale(tmp_path):
     inverse = fitted(images())
     inverse.save(tmp_path / "inverse.safetensors")
@@ -59,13 +65,13 @@ def test_a_file_keeps_the_scale(tmp_path):
 
 
 def test_inputs_of_the_same_kind_give_no_warning():
-    """Also dark, bright, constant and single images, and those normalised another way."""
+    """Also dark, bright, constant, black-and-white and single images."""
     inverse, x = fitted(images()), images(4, seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for explained in (
             x, x[:1], 0.1 * x, 0.9 + 0.1 * x, torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8),
-            (x - 0.5) / 0.25, (x > 0.5).float(),
+            (x > 0.5).float(),
         ):  # fmt: skip
             inverse.source_signal(explained, target=0)
 
