@@ -18,7 +18,7 @@ from captum_mipin.calls import explained
 from captum_mipin.copies import copy_memo
 from captum_mipin.errors import DenseHeadWarning, InputError
 from captum_mipin.graph.modules import module_of
-from captum_mipin.graph.validate import check_model, device_of
+from captum_mipin.graph.validate import check_model, device_of, level_of_caller
 from captum_mipin.inverse import InverseNetwork
 from captum_mipin.inverse.base import ModelInverse
 from captum_mipin.inverse.data import Batches, Unpack
@@ -201,7 +201,7 @@ def photograph_layer(
             "at once: on such a network, other methods found objects better (docs/results.md). "
             "Compare this map with LayerPropagation(LRP(model, rule=Gamma(0.25)), layer)",
             DenseHeadWarning,
-            stacklevel=3,
+            stacklevel=level_of_caller(),
         )
         return dense[-1].path, by_feature
     pixels = max(inputs[0].shape[2:])

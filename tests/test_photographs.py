@@ -116,8 +116,9 @@ def test_the_map_at_a_dense_head_is_a_times_feature(tmp_path):
     head = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(4 * 4 * 4, 6), nn.ReLU())
     model = nn.Sequential(body, head, nn.Linear(6, 3)).eval()
     x = torch.rand(24, 3, 64, 64)
-    with pytest.warns(DenseHeadWarning):
+    with pytest.warns(DenseHeadWarning) as caught:
         mipin = for_photographs(model, x, targets=[1], progress=False)
+    assert {warning.filename for warning in caught} == {__file__}
     assert mipin.picked == "MIP-IN unsigned × feature at 0"
     inverse = InverseNetwork(model, layer="0").fit(x, targets=[1], progress=False)
     a = LayerMIPINAttribution(model, inverse).attribute(x[:4], target=1)
