@@ -59,7 +59,9 @@ class NormArguments:
             dims = tuple(range(-len(passed["normalized_shape"]), 0))
             # σ² = variance + ε; for RMS norm, σ² = mean square + ε
             if name == "layer_norm":
-                return cls(x.var(dims, correction=0, keepdim=True) + eps, weight)
+                # 1/σ by the norm itself, since x.var takes several times as long on a CPU
+                inverse = torch.native_layer_norm(x, x.shape[dims[0] :], None, None, eps)[2]
+                return cls(inverse.to(x.dtype).pow(-2), weight)
             eps = torch.finfo(x.dtype).eps if passed.get("eps") is None else eps
             return cls(x.square().mean(dims, keepdim=True) + eps, weight)
         weight = None if weight is None else along(weight, x, 1)
