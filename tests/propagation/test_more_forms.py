@@ -138,3 +138,33 @@ def test_spelling_of_the_norms_of_a_cosine_does_not_matter():
     torch.manual_seed(0)
     runs = [lambda m, x, how=how: how(m["p"](x), m["w"].weight) for how in COSINES.values()]
     alike(runs, X, more=True, p=nn.Linear(6, 8), w=nn.Linear(8, 3))
+
+
+#: Other names of operations with rules → how they are usually written, for h (batch, 6).
+ALIASES = {
+    lambda h: torch.concat([h, 2 * h], 1): lambda h: torch.cat([h, 2 * h], 1),
+    lambda h: torch.hstack([h, 3 * h]): lambda h: torch.cat([h, 3 * h], 1),
+    lambda h: torch.vstack([h.T, h.T]).T: lambda h: torch.cat([h, h], 1),
+    lambda h: torch.dstack([h, 2 * h]).flatten(1): lambda h: torch.stack([h, 2 * h], 2).flatten(1),
+    lambda h: torch.tile(h, (1, 2)): lambda h: h.repeat(1, 2),
+    lambda h: h.clip(0, 1): lambda h: h.clamp(0, 1),
+    lambda h: h.absolute(): lambda h: h.abs(),
+    lambda h: h.arctan(): lambda h: h.atan(),
+    lambda h: h * torch.special.expit(h): lambda h: h * h.sigmoid(),
+    lambda h: h.fliplr(): lambda h: h.flip(1),
+    lambda h: torch.rsub(h, 1): lambda h: 1 - h,
+    lambda h: h.diff(dim=1): lambda h: h[:, 1:] - h[:, :-1],
+    lambda h: torch.msort(h.T).T: lambda h: h.sort(1)[0],
+    lambda h: torch.where(torch.greater(h, 0), h, 0): lambda h: torch.where(h > 0, h, 0),
+}
+
+
+def test_other_names_of_operations_do_not_matter():
+    torch.manual_seed(0)
+    first, last = nn.Linear(5, 6), nn.Linear(113, 3)
+
+    def run(functions):
+        return lambda m, x: m["last"](torch.cat([f(m["first"](x)) for f in functions], 1))
+
+    x = normal(40, 5, dtype=torch.float64)
+    alike([run(ALIASES.keys()), run(ALIASES.values())], x, more=True, first=first, last=last)
