@@ -7,6 +7,7 @@ changed.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,9 +23,9 @@ from captum_mipin.errors import CaptureError
 from captum_mipin.graph.diagnosis import failure
 from captum_mipin.graph.exporting import check_registered, export_graph, free_batch
 from captum_mipin.graph.lifting import NotLiftableError, lifted
-from captum_mipin.graph.marks import mark, set_value, value_of
+from captum_mipin.graph.marks import mark, value_of
 from captum_mipin.graph.modules import is_quantised, tree
-from captum_mipin.graph.nodes import operation
+from captum_mipin.graph.nodes import operation, settle_sizes
 from captum_mipin.graph.sharing import share
 from captum_mipin.graph.signature import per_example
 from captum_mipin.graph.trials import EXAMPLES, Trial, close, examples_like, joined
@@ -216,20 +217,54 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
         raise _FixedBatchError("the model contains torch.vmap, whose operations have no rules")
     if trial.written:
         trial.check_forgets(arguments)
+    _check_sizes(program)
+    check_registered(program, trial.twin)
+    captured = _from_program(program, graph, len(call[0]), call[2], switches)
+    _check_one(trial, call, captured)
+    return captured
+
+
+def _check_sizes(program: ExportedProgram) -> None:
+    """Raise _FixedBatchError if a program is valid for some batch sizes alone."""
+    found, sizes = "", list[int]()
     for symbol, bounds in program.range_constraints.items():
         # else a number that the model counts, such as the length of nonzero()
         batch = symbol_is_type(symbol, SymT.SIZE)
         if batch and (bounds.lower > 2 or bounds.upper < _LARGEST_BATCH):
-            refusal = _FixedBatchError(
-                f"the model accepts only sizes {bounds} of {symbol}, or computes differently for "
-                f"other sizes; expected all from 2 to {_LARGEST_BATCH}: the batch size must be "
-                "free, so remove conditions on x.shape[0]"
-            )
-            sizes = [bounds.lower - 1, bounds.upper + 1]
-            refusal.sizes = tuple(int(n) for n in sizes if 1 < n <= _LARGEST_BATCH)
-            raise refusal
-    check_registered(program, trial.twin)
-    return _from_program(program, graph, len(call[0]), call[2], switches)
+            found, sizes = f"{bounds} of {symbol}", [bounds.lower - 1, bounds.upper + 1]
+    for guard in map(str, getattr(program, "_guards_code", ())):
+        if remainder := re.search(r"% (\d+)", guard):  # as of: if x.shape[0] % 4 == 0
+            found, number = f"with {guard}", int(remainder[1])
+            sizes += [number, 2 * number, number + 1]
+    if found:
+        refusal = _FixedBatchError(
+            f"the model accepts only sizes {found}, or computes differently for other sizes; "
+            f"expected all from 2 to {_LARGEST_BATCH}: the batch size must be free, so remove "
+            "conditions on x.shape[0]"
+        )
+        refusal.sizes = tuple(int(n) for n in sizes if 1 < n <= _LARGEST_BATCH)
+        raise refusal
+
+
+def _check_one(trial: Trial, call: _Call, captured: CapturedGraph) -> None:
+    """Raise _FixedBatchError if a model computes something else for a batch of one example."""
+    count, example = len(call[0]), examples_like(*call)[0]
+    try:
+        expected = trial.run(example)
+        device = expected.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)  # as for trial.run
+            values = captured.values(trial.twin, example[:count], example[count:])
+            found = captured.run(values)
+    except Exception:  # of any type: the model takes no single example
+        return
+    finally:
+        trial.restore()
+    if found.numel() != expected.numel() or not close(found, expected.reshape(found.shape)):
+        raise _FixedBatchError(
+            "the model computes something else for a batch of one example; expected the same "
+            "operations for all batch sizes: remove conditions on x.shape[0]"
+        )
 
 
 def _capture_one(
@@ -265,7 +300,7 @@ def _capture_one(
     if trial.written:
         trial.check_forgets(examples[0])
     further = squeezed or any(per_example(*call)[count:])
-    sizes = {EXAMPLES, *refusal.sizes}
+    sizes = {EXAMPLES, 2, 4, 8, *refusal.sizes}  # a model may look if its size is even
     if any(trial.mixes(examples, results, size, further) for size in sizes):
         raise CaptureError(
             "the model's results for an example depend on the other examples of its batch or on "
@@ -304,19 +339,6 @@ def _keep_batch(node: fx.Node) -> None:
     ones = [dim % len(shape) for dim in given if isinstance(shape[dim], int) and shape[dim] == 1]
     mark(node, original=node.target)
     node.target, node.args = torch.ops.aten.squeeze.dims, (source, ones)
-
-
-def _settle(node: fx.Node) -> None:
-    """Write a size that is a number, such as the count of a constant mask, as an integer."""
-    value = value_of(node)
-    if isinstance(value, Tensor) and any(_number(n) is not None for n in value.shape):
-        sizes = [n if (number := _number(n)) is None else number for n in value.shape]
-        set_value(node, value.new_empty(sizes))
-
-
-def _number(size: Any) -> int | None:
-    """Return the value of a symbolic size that has only one; None for any other size."""
-    return int(str(size)) if isinstance(size, torch.SymInt) and str(size).isdigit() else None
 
 
 def _from_program(
@@ -358,7 +380,7 @@ def _from_program(
                 "argument itself"
             )
     for node in graph.nodes:
-        _settle(node)
+        settle_sizes(node)
         # The export used contiguous tensors. Of tensors with other strides, view() would fail.
         if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             mark(node, original=node.target)

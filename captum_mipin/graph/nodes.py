@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from captum_mipin.graph.marks import marks, module_stack, original, value_of
+from captum_mipin.graph.marks import marks, module_stack, original, set_value, value_of
 
 
 @dataclass(frozen=True)
@@ -100,3 +100,16 @@ def is_random(node: fx.Node) -> bool:
 def is_size(node: fx.Node) -> bool:
     """Return True if a node's value is a number that depends on the batch size."""
     return isinstance(value_of(node), (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def settle_sizes(node: fx.Node) -> None:
+    """Write a size that is a number, such as the count of a constant mask, as an integer."""
+    value = value_of(node)
+    if isinstance(value, Tensor) and any(_number(n) is not None for n in value.shape):
+        sizes = [n if (number := _number(n)) is None else number for n in value.shape]
+        set_value(node, value.new_empty(sizes))
+
+
+def _number(size: Any) -> int | None:
+    """Return the value of a symbolic size that has only one; None for any other size."""
+    return int(str(size)) if isinstance(size, torch.SymInt) and str(size).isdigit() else None

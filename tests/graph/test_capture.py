@@ -133,6 +133,41 @@ def test_the_last_token_by_a_mask_of_the_input_is_refused_by_its_operation() -> 
         check(model, tokens, layer=embedding)
 
 
+def _flipped(h: Tensor) -> Tensor:
+    return h.view(-1, 2, 4).flip(1).reshape(-1, 4)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: m["b"](_flipped(m["a"](x)) if x.shape[0] % 2 == 0 else m["a"](x)),
+        lambda m, x: m["b"](_flipped(m["a"](x)) if len(x) % 2 == 0 else m["a"](x)),
+        lambda m, x: m["a"](x) if x.shape[0] > 1 else m["b"](x),
+    ],
+    ids=["even", "even length", "one example"],
+)
+@pytest.mark.captured_anew
+def test_what_depends_on_the_batch_size_is_refused(run: Any) -> None:
+    model = Function(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4)).eval()
+    with pytest.raises(CaptureError, match="depend on the other examples of its batch or on their"):
+        capture(model, (torch.randn(3, 4),))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: m["b"](m["a"](x) + 0 if x.shape[0] % 2 == 0 else m["a"](x)),
+        lambda m, x: m["b"](m["a"](x).squeeze(0) if x.shape[0] == 1 else m["a"](x)).view(-1, 4),
+    ],
+    ids=["even", "one example"],
+)
+def test_a_branch_on_the_batch_size_may_compute_the_same(run: Any) -> None:
+    model = Function(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4)).eval()
+    for count in (1, 3, 4):
+        x = torch.randn(count, 4)
+        torch.testing.assert_close(_values(model, (x,)), model(x))
+
+
 class _Odd(nn.Module):
     """Models that cannot be captured, by name."""
 
