@@ -131,7 +131,7 @@ _COMPOSITE = frozenset(
      "not_equal", "fix", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctanh",
      "special_expit", "special_erf", "special_erfc", "special_expm1", "special_log1p",
      "special_exp2", "special_softmax", "special_log_softmax", "special_round", "atleast_1d",
-     "atleast_2d", "atleast_3d", "msort", "rad2deg", "deg2rad"}
+     "atleast_2d", "atleast_3d", "msort", "rad2deg", "deg2rad", "type_as"}
 )  # fmt: skip
 
 

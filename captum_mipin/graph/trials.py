@@ -213,7 +213,7 @@ def close(x: Tensor, y: Tensor) -> bool:
     if x.shape != y.shape or not x.is_floating_point():
         return torch.equal(x, y)
     # |x − y| ≤ √eps · max |y|
-    largest = float(y.abs().max()) if y.numel() else 0.0
+    largest = float(y.nan_to_num(0, 0, 0).abs().max()) if y.numel() else 0.0
     return torch.allclose(x, y, 0, largest * torch.finfo(y.dtype).eps ** 0.5, equal_nan=True)
 
 

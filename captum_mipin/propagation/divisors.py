@@ -135,6 +135,8 @@ def _sizes_before(step: Any, divisor: fx.Node) -> list[Any] | None:
     found: dict[int, set[bool]] = {}
     shapes = zip(value_of(step).shape, value_of(divisor).shape, strict=True)
     for group, (size, own) in zip(after, shapes, strict=True):
+        if size == 1 != own:  # the quotient has several elements for one of x
+            return None
         if size != 1:
             found.setdefault(group, set()).add(bool(own != 1))
     if any(len(kinds) > 1 for kinds in found.values()):

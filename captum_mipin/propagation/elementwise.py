@@ -37,7 +37,7 @@ _KNOWN: tuple[tuple[Any, dict[str, Any]], ...] = tuple(
     (getattr(torch.ops.aten, name).default, named)
     for name, named in (
         ("relu", {}), ("gelu", {}), ("gelu", {"approximate": "tanh"}), ("silu", {}), ("mish", {}),
-        ("hardswish", {}), ("tanh", {}), ("sigmoid", {}), ("softplus", {}),
+        ("hardswish", {}), ("tanh", {}), ("sigmoid", {}), ("hardsigmoid", {}), ("softplus", {}),
     )
 )  # fmt: skip
 #: Largest difference to a recognised activation: constants are often written with few digits.
@@ -58,9 +58,15 @@ def join_elementwise(draft: Draft) -> None:
             outer = reversed(_scaled(draft, node))
             if not any(_replace(draft, n, recognised=True) for n in outer):
                 _replace(draft, node) or (quotient and _multiply_by_gate(draft, node))
-        elif curve and varies(node) and node not in draft.starts:  # it may be a gate
-            _replace(draft, node, recognised=True)
+        elif (curve or _is_factor(node)) and varies(node) and node not in draft.starts:
+            _replace(draft, node, recognised=True)  # it may be a gate
     draft.graph.eliminate_dead_code(lambda n: n in draft.starts or n.is_impure())
+
+
+def _is_factor(node: fx.Node) -> bool:
+    """Return True for what may be a gate by hand, such as relu6(g + 3) / 6, beside a signal."""
+    ends = operation(node) in ("mul", "div", "add", "clamp", "hardtanh", "relu6")
+    return ends and any(operation(u) == "mul" and all(map(varies, u.args)) for u in node.users)
 
 
 def _multiply_by_gate(draft: Draft, node: Any) -> bool:

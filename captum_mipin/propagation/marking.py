@@ -18,10 +18,16 @@ from captum_mipin.rules.gates import DIVISIONS, GATES_AND_SCALES
 def mark_varying(draft: Draft) -> None:
     """Mark the nodes that are computed from the model's inputs, and count their gates.
 
-    All other nodes are constant.
+    All other nodes are constant. So are masks of integers among the inputs, unless nothing else
+    varies or they are explained: integers carry no signal.
     """
-    for node in draft.graph.nodes:
-        mark_as_varying(node, node in draft.inputs)
+    for masks in (True, False):
+        for node in draft.graph.nodes:
+            mark_as_varying(node, node in draft.inputs)
+            if masks and _is_cast(node):
+                mark(node, varies=False, gates=0)
+        if all(map(varies, (draft.output, *draft.starts))):
+            return
 
 
 def mark_as_varying(node: fx.Node, is_input: bool = False) -> None:
@@ -47,6 +53,13 @@ def _gates(node: fx.Node) -> int:
     compares = compares or (isinstance(value, Tensor) and value.dtype == torch.bool)
     makes = ratio or compares or operation(node) in GATES_AND_SCALES
     return makes + min(marks(n).gates for n in varying)
+
+
+def _is_cast(node: fx.Node) -> bool:
+    """Return True for floating numbers made of integers alone, such as a mask of ones and zeros."""
+    sources = [value_of(n) for n in node.all_input_nodes if isinstance(value_of(n), Tensor)]
+    whole = [x for x in sources if not x.is_floating_point() and x.dtype != torch.bool]
+    return is_floating(value_of(node)) and 0 < len(sources) == len(whole)
 
 
 def drop_unused(draft: Draft) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import fx
 
-from captum_mipin.graph.marks import marks
+from captum_mipin.graph.marks import marks, value_of
 from captum_mipin.graph.nodes import operation
-from captum_mipin.rules.base import depends
+from captum_mipin.rules.base import depends, is_floating
 
 _GATES = frozenset(
     {"sigmoid", "hardsigmoid", "softmax", "_softmax", "gt", "ge", "lt", "le", "eq", "ne",
@@ -74,10 +74,12 @@ def factors(node: fx.Node, counts: Callable[[Any], bool] = depends) -> tuple[int
         node: The product or ratio.
         counts: Function that returns False for constants.
     """
-    positions = tuple(i for i, n in enumerate(node.args) if counts(n))
+    arguments: Any = node.args
+    positions = tuple(
+        i for i, n in enumerate(arguments) if counts(n) and is_floating(value_of(n))
+    )  # integers carry no signal
     if operation(node) in DIVISIONS:
         return positions[:1]
-    arguments: Any = node.args
     gates = {i: marks(arguments[i]).gates for i in positions}
     least = [i for i in positions if gates[i] == min(gates.values())]
     return tuple(i for i in least if not is_gate(arguments[i], counts)) or tuple(least)

@@ -179,3 +179,33 @@ def test_weights_made_of_a_comparison_have_no_derivative():
     x = (X * MASK[..., None])[:5].requires_grad_()
     (expected,) = torch.autograd.grad(model.double().eval()(x)[:, 1].sum(), x)
     torch.testing.assert_close(GuidedBackprop(model).attribute(x.detach(), 1), expected)
+
+
+POOLED = {
+    "product": lambda h, k: (h * k[..., None].to(h.dtype)).sum(1),
+    "einsum": lambda h, k: torch.einsum("bnc,bn->bc", h, k.to(h.dtype)),
+    "where": lambda h, k: torch.where(k[..., None] > 0, h, 0.0).sum(1),
+    "integers": lambda h, k: (h * k[..., None]).sum(1),
+    "beside a sum": lambda h, k: (h * k[..., None].to(h.dtype)).sum(1) + h[:, 0],
+}
+
+
+@pytest.mark.parametrize("how", POOLED)
+def test_a_mask_among_the_inputs_gets_no_relevance(how):
+    """Of (tokens, mask) the tokens alone are explained, as with the mask as a further argument."""
+    torch.manual_seed(0)
+    parts = {"embedding": nn.Embedding(20, 6), "p": nn.Linear(6, 8, bias=False)}
+    parts["last"] = nn.Linear(8, 3, bias=False)
+
+    def run(m, tokens, mask):
+        return m["last"](POOLED[how](m["p"](m["embedding"](tokens)), mask))
+
+    model = Function(run, **parts).double().eval()
+    tokens, mask = torch.randint(0, 20, (4, 5)), MASK[:4].long()
+    for rule in (LRP(model, rule=Epsilon(1e-12)), GuidedBackprop(model)):
+        method = LayerPropagation(rule, parts["embedding"])
+        found = method.attribute((tokens, mask), target=1)
+        expected = method.attribute(tokens, target=1, additional_forward_args=(mask,))
+        torch.testing.assert_close(found, expected)
+        if isinstance(rule, LRP):
+            torch.testing.assert_close(found.flatten(1).sum(1), model(tokens, mask)[:, 1])

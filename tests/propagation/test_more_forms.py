@@ -3,9 +3,11 @@
 import pytest
 import torch
 from every_method import alike
-from small import normal
+from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
+
+from captum_mipin.methods import GuidedBackprop
 
 X = normal(60, 6, dtype=torch.float64)
 
@@ -140,6 +142,42 @@ def test_spelling_of_the_norms_of_a_cosine_does_not_matter():
     alike(runs, X, more=True, p=nn.Linear(6, 8), w=nn.Linear(8, 3))
 
 
+def test_each_element_divided_by_several_numbers():
+    """As the positions of DETR, and the frequencies of tables."""
+    torch.manual_seed(0)
+    hows = [
+        lambda h: (h[:, :, None] / torch.arange(1.0, 5.0)).flatten(1),
+        lambda h: (h[..., None] * (1 / torch.arange(1.0, 5.0))).flatten(1),
+        lambda h: h.repeat_interleave(4, 1) / torch.arange(1.0, 5.0).repeat(6),
+    ]
+    runs = [lambda m, x, how=how: m["last"](how(m["p"](x))) for how in hows]
+    for run in runs:
+        model = Function(run, p=nn.Linear(6, 6), last=nn.Linear(24, 2)).double().eval()
+        x = X[:3].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
+        found = GuidedBackprop(model).attribute(X[:3], target=1)
+        torch.testing.assert_close(found, expected)
+
+
+GATES = {
+    "hard sigmoid": [
+        F.hardsigmoid,
+        lambda g: F.relu6(g + 3) / 6,
+        lambda g: (g + 3).clamp(0, 6) / 6,
+        lambda g: (g / 6 + 0.5).clamp(0, 1),
+        lambda g: F.hardtanh(g + 3, 0, 6) * (1 / 6),
+    ],
+    "sigmoid": [torch.sigmoid, lambda g: (1 + torch.tanh(g / 2)) / 2],
+}
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_gates_by_hand_are_gates(kind):
+    torch.manual_seed(3)
+    runs = [lambda m, x, f=f: m["last"](m["p"](x) * f(m["g"](x))) for f in GATES[kind]]
+    alike(runs, X, more=True, p=nn.Linear(6, 8), g=nn.Linear(6, 8), last=nn.Linear(8, 2))
+
+
 #: Other names of operations with rules → how they are usually written, for h (batch, 6).
 ALIASES = {
     lambda h: torch.concat([h, 2 * h], 1): lambda h: torch.cat([h, 2 * h], 1),
@@ -155,13 +193,14 @@ ALIASES = {
     lambda h: torch.rsub(h, 1): lambda h: 1 - h,
     lambda h: h.diff(dim=1): lambda h: h[:, 1:] - h[:, :-1],
     lambda h: torch.msort(h.T).T: lambda h: h.sort(1)[0],
+    lambda h: h * torch.arange(6).type_as(h): lambda h: h * torch.arange(6).to(h.dtype),
     lambda h: torch.where(torch.greater(h, 0), h, 0): lambda h: torch.where(h > 0, h, 0),
 }
 
 
 def test_other_names_of_operations_do_not_matter():
     torch.manual_seed(0)
-    first, last = nn.Linear(5, 6), nn.Linear(113, 3)
+    first, last = nn.Linear(5, 6), nn.Linear(119, 3)
 
     def run(functions):
         return lambda m, x: m["last"](torch.cat([f(m["first"](x)) for f in functions], 1))
