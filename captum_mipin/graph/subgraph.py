@@ -39,8 +39,15 @@ def extract(
     for node in graph.nodes:  # in this order each node follows its arguments
         if node in needed and node not in copies:
             copies[node] = part.node_copy(node, copies.__getitem__)
+            if node.target is torch.ops.aten.copy.default:  # it has no derivative
+                copies[node].target = _copied
     part.output(tuple(copies[node] for node in results))
     return fx.GraphModule(nn.Module(), part)
+
+
+def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Return ``source`` in the shape and dtype of ``x``."""
+    return source.to(x.dtype).expand(x.shape)
 
 
 def run_part(module: fx.GraphModule, arguments: Iterable[Any], shown: Iterable[Any]) -> Any:

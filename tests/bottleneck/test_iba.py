@@ -656,6 +656,28 @@ def test_a_layer_that_is_never_reached_or_twice(x):
         IBA(model, first).estimate(x, progress=False)
 
 
+def test_writes_to_slices_above_the_layer(x):
+    """They equal the same network without writes."""
+    first, last = nn.Conv2d(3, 4, 1), nn.Linear(256, 2)
+
+    def written(m, x):
+        h = m["first"](x).relu()
+        halves = torch.zeros_like(h)
+        halves[:, :2], halves[:, 2:] = 2 * h[:, :2], h[:, 2:3]
+        return m["last"](halves.flatten(1))
+
+    def joined(m, x):
+        h = m["first"](x).relu()
+        return m["last"](torch.cat([2 * h[:, :2], h[:, 2:3].expand(-1, 2, -1, -1)], 1).flatten(1))
+
+    maps = []
+    for run in (written, joined):
+        iba = IBA(Function(run, first=first, last=last).eval(), first, settings="fast")
+        iba.estimate(x, progress=False)
+        maps.append(iba.attribute(x[:2], target=0, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(maps[0], maps[1])
+
+
 def test_a_layer_that_shares_its_weights_with_one_that_is_called(x):
     first, never = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
     never.weight = first.weight  # as the shared embedding of an encoder and a decoder
