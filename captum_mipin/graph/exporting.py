@@ -125,8 +125,8 @@ def check_registered(program: ExportedProgram, model: nn.Module) -> None:
 _COMPOSITE = frozenset(
     {"einsum", "addcmul", "addcdiv", "baddbmm", "take", "take_along_dim", "inner", "tensordot",
      "linalg_vecdot", "linalg_norm", "cosine_similarity", "dot", "vdot", "multiply", "divide",
-     "true_divide", "subtract", "negative", "rsub", "absolute", "clip", "concat", "concatenate",
-     "column_stack", "hstack", "vstack", "row_stack", "dstack", "tile", "fliplr", "flipud", "rot90",
+     "true_divide", "subtract", "negative", "absolute", "clip", "concat", "concatenate",
+     "column_stack", "hstack", "vstack", "row_stack", "dstack", "tile", "fliplr", "flipud",
      "diff", "outer", "ger", "linalg_matmul", "greater", "greater_equal", "less", "less_equal",
      "not_equal", "fix", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctanh",
      "special_expit", "special_erf", "special_erfc", "special_expm1", "special_log1p",

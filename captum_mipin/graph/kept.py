@@ -96,7 +96,11 @@ class Kept:
             other = [1 for new, old in pairs if new[1] is not old[1] or new[0] is not old[0]]
             if len(present) == len(entries) and not other:
                 continue
-            self.changed = True
+            # torch.export writes equal tuples in place of those it has read, such as strides
+            self.changed |= len(present) != len(entries) or not all(
+                new[0] is old[0] and _equal(new[1], old[1])
+                for new, old in zip(present, entries, strict=True)
+            )
             known = {id(value) for _, value in entries}
             for key, value in present:
                 leaves = () if id(value) in known else pytree.tree_leaves(value)
@@ -244,3 +248,10 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Return True for one object, or for two tuples of equal plain values."""
+    plain = type(a) is type(b) and type(a) in (int, float, bool, str)
+    tuples = type(a) is type(b) is tuple and len(a) == len(b)
+    return a is b or (plain and a == b) or (tuples and all(map(_equal, a, b)))

@@ -35,12 +35,14 @@ class Trial:
         twin: The copy.
         written: Names of the attributes and variables that calls have written tensors to.
         restores: Whether each call writes back what it has written.
+        alone: The result for one example, from :meth:`check_repeats`; None if the call failed.
     """
 
     def __init__(self, model: nn.Module, output: Output) -> None:
         self.twin, self.written = twin_of(model), list[str]()
         settle(self.twin)
         self._kept, self.restores = Kept(self.twin), True
+        self.alone: Tensor | None = None
 
         def finish(module: nn.Module, arguments: Any, value: Any) -> Tensor:
             # before torch compares the attributes of the model with those before the call
@@ -128,7 +130,8 @@ class Trial:
         A graph contains numbers from outside torch as constants, and does not show their changes.
         """
         try:
-            same = close(self.run(arguments), self.run(arguments))
+            self.alone = self.run(arguments)
+            same = close(self.alone, self.run(arguments))
         except Exception:  # of any type: the export fails as well, and tells the reason
             return
         if not same:

@@ -22,9 +22,14 @@ def mark_varying(draft: Draft) -> None:
     varies or they are explained: integers carry no signal.
     """
     for masks in (True, False):
+        integers: set[fx.Node] = set()  # that are computed from integers among the inputs alone
         for node in draft.graph.nodes:
             mark_as_varying(node, node in draft.inputs)
-            if masks and _is_cast(node):
+            sources = [n for n in node.all_input_nodes if isinstance(value_of(n), Tensor)]
+            whole = integers.issuperset(filter(varies, sources))
+            if varies(node) and whole and not is_floating(value_of(node)):
+                integers.add(node)
+            elif masks and sources and whole and not any(is_floating(value_of(n)) for n in sources):
                 mark(node, varies=False, gates=0)
         if all(map(varies, (draft.output, *draft.starts))):
             return
@@ -53,13 +58,6 @@ def _gates(node: fx.Node) -> int:
     compares = compares or (isinstance(value, Tensor) and value.dtype == torch.bool)
     makes = ratio or compares or operation(node) in GATES_AND_SCALES
     return makes + min(marks(n).gates for n in varying)
-
-
-def _is_cast(node: fx.Node) -> bool:
-    """Return True for floating numbers made of integers alone, such as a mask of ones and zeros."""
-    sources = [value_of(n) for n in node.all_input_nodes if isinstance(value_of(n), Tensor)]
-    whole = [x for x in sources if not x.is_floating_point() and x.dtype != torch.bool]
-    return is_floating(value_of(node)) and 0 < len(sources) == len(whole)
 
 
 def drop_unused(draft: Draft) -> None:

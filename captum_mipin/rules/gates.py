@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from captum_mipin.graph.marks import marks, value_of
 from captum_mipin.graph.nodes import operation
-from captum_mipin.rules.base import depends, is_floating
+from captum_mipin.rules.base import depends
 
 _GATES = frozenset(
     {"sigmoid", "hardsigmoid", "softmax", "_softmax", "gt", "ge", "lt", "le", "eq", "ne",
@@ -28,6 +28,12 @@ REARRANGED = frozenset(
      "clone", "dropout", "contiguous", "flatten", "unflatten", "rsub", "slice", "select", "getitem",
      "chunk", "split", "unsafe_split", "alias", "_to_copy"}
 )  # fmt: skip
+
+
+def _is_whole(value: Any) -> bool:
+    """Return True for a traced tensor of integers or truth values."""
+    real = isinstance(value, Tensor) and not value.is_complex()
+    return real and not value.is_floating_point()
 
 
 def is_gate(node: Any, counts: Callable[[Any], bool] = depends) -> bool:
@@ -76,7 +82,7 @@ def factors(node: fx.Node, counts: Callable[[Any], bool] = depends) -> tuple[int
     """
     arguments: Any = node.args
     positions = tuple(
-        i for i, n in enumerate(arguments) if counts(n) and is_floating(value_of(n))
+        i for i, n in enumerate(arguments) if counts(n) and not _is_whole(value_of(n))
     )  # integers carry no signal
     if operation(node) in DIVISIONS:
         return positions[:1]

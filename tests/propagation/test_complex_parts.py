@@ -176,7 +176,7 @@ def test_short_times_are_a_convolution():
     ("use", "name"),
     [
         (lambda h: FFT.rfft(h).angle(), "aten.angle.default"),
-        (lambda h: torch.rsub(FFT.rfft(h), FFT.rfft(2 * h), alpha=3).abs(), "aten.sub.Tensor"),
+        (lambda h: torch.rsub(FFT.rfft(h), FFT.rfft(2 * h), alpha=3).abs(), "aten.rsub.Tensor"),
         (lambda h: FFT.ifft(F.pad(FFT.fft(h), (1, 1), value=1.0)).abs(), "aten.pad.default"),
         (lambda h: stft(h, window=WINDOW + 0j).abs(), "aten.stft.default"),
         (
