@@ -180,7 +180,8 @@ def smooth(x: Tensor, sigma: float, positions: Sequence[int]) -> Tensor:
         if size <= reach:
             raise InputError(
                 f"a map of {size} positions cannot be smoothed with sigma={sigma:g}, which needs "
-                f"more than {reach} positions: use a layer with a larger map, or sigma=0"
+                f"more than {reach} positions: use a layer with a larger map, or pass "
+                "settings=Bottleneck(sigma=0)"
             )
         rows = x.movedim(dim, -1)
         padded = F.pad(rows.reshape(-1, 1, size), (reach, reach), mode="reflect")
