@@ -40,6 +40,8 @@ from captum_mipin import (
     MIPINError,
     check,
 )
+from captum_mipin.bottleneck import Bottleneck
+from captum_mipin.bottleneck.iba import IBA_SETTINGS
 from captum_mipin.errors import FitError, InputError
 from captum_mipin.graph import capture, exporting
 from captum_mipin.graph.signature import Signature
@@ -219,15 +221,22 @@ def methods(sample: Sample, late: nn.Module | None, large: bool) -> dict[str, Ca
             f"works in float64; in float32, {found.split(': ')[1]}" if exact == "works" else found
         )
 
-    def bottleneck() -> str:
+    def bottleneck(
+        sample: Sample, late: nn.Module | None, settings: Bottleneck = IBA_SETTINGS["fast"]
+    ) -> str:
         at, target = late or sample.embedding, sample.target
         if at is None:
             return "not tried: no layer"
-        iba = IBA(sample.model, at, settings="fast", output=sample.output)
+        iba = IBA(sample.model, at, settings=settings, output=sample.output)
         iba.estimate(sample.inputs, batch_size=8, progress=False)
         try:
             return examine(lambda x: iba.attribute(x, target=target), sample)
-        except InputError:  # the layer has tokens, not positions of the input
+        except MIPINError as error:
+            if "cannot be smoothed" in str(error):  # the layer has too few positions
+                return bottleneck(sample, late, replace(settings, sigma=0))
+            if not isinstance(error, InputError):
+                raise
+            # the layer has tokens, not positions of the input
             return examine(lambda x: iba.attribute(x, target=target, at="layer"), sample)
 
     tries = {
@@ -236,7 +245,7 @@ def methods(sample: Sample, late: nn.Module | None, large: bool) -> dict[str, Ca
         "Guided Backprop": lambda: sound(lambda sample, _: propagated(GuidedBackprop, sample)),
     }
     # IBA is defined for the cross entropy of classes
-    return tries | ({"IBA": bottleneck} if isinstance(sample.target, int) else {})
+    return tries | ({"IBA": lambda: sound(bottleneck)} if isinstance(sample.target, int) else {})
 
 
 def doubled(sample: Sample, late: nn.Module | None) -> tuple[Sample, nn.Module | None]:
