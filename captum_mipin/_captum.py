@@ -56,7 +56,7 @@ def captum_entry(method: Callable[P, R]) -> Callable[P, R]:
     """Add ``__wrapped__`` to an ``attribute`` method for Captum, and describe common arguments.
 
     Captum's ``NoiseTunnel`` and ``TCAV`` call ``attribute.__wrapped__``, which ``functools.wraps``
-    sets. Such a call skips the code of a decorator. Therefore this one only words errors of calls.
+    sets. Such a call skips the code of a decorator. Therefore this one only changes error messages.
     """
     return explained(describe_common(method))
 

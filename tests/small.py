@@ -17,6 +17,19 @@ class Function(nn.Module):
         return self.run(self.layers, *inputs)
 
 
+class Weighted(nn.Module):
+    """A network of inputs times a further argument, which may be a tensor in a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x, scale):
+        scale = scale["scale"] if isinstance(scale, dict) else scale
+        return self.last(self.first(x * scale).relu())
+
+
 class Wants(nn.Module):
     """A network of two inputs that takes a per-example tensor, a shared tensor and a number."""
 

@@ -251,7 +251,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Return True for one object, or for two tuples of equal plain values."""
+    """Return True for one object, for equal plain values, and for tuples of these."""
     plain = type(a) is type(b) and type(a) in (int, float, bool, str)
     tuples = type(a) is type(b) is tuple and len(a) == len(b)
     return a is b or (plain and a == b) or (tuples and all(map(_equal, a, b)))

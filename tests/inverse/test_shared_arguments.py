@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import Weighted
 from torch import Tensor, nn
 
 from captum_mipin import IBA, InverseNetwork, MIPINAttribution, NeighbourInverse
@@ -13,18 +14,6 @@ from captum_mipin.methods import LRP
 
 X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
 WEIGHTS, CLASSES = torch.arange(1.0, 5.0), [1, 0, 1, 0]
-
-
-class Weighted(nn.Module):
-    """A network whose inputs are weighted by a further argument."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor, weights: Tensor) -> Any:
-        return self.last(self.first(x * weights).relu())
 
 
 def _batches(weights: Tensor, size: int = 8) -> Any:

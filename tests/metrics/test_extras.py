@@ -5,25 +5,13 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import Saliency
-from torch import Tensor, nn
+from small import Weighted
+from torch import Tensor
 
 from captum_mipin.metrics import deletion, infidelity, sensitivity_max, sensitivity_n
 
 X = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
 SCALE = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) + 0.5
-
-
-class Weighted(nn.Module):
-    """A network of inputs times a further argument, which may be a tensor in a dictionary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor, scale: Any) -> Any:
-        scale = scale["scale"] if isinstance(scale, dict) else scale
-        return self.last(self.first(x * scale).relu())
 
 
 METRICS: dict[str, tuple[Any, dict[str, Any]]] = {
