@@ -133,6 +133,13 @@ def test_the_last_token_by_a_mask_of_the_input_is_refused_by_its_operation() -> 
         check(model, tokens, layer=embedding)
 
 
+@pytest.mark.captured_anew
+def test_equal_tuples_that_the_export_writes_are_no_change() -> None:
+    """Else each convolutional network would be called once more, to see what it writes."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, stride=(1, 2)), nn.AdaptiveAvgPool2d((1, 1))).eval()
+    assert not capture(model, (torch.randn(2, 1, 6, 6),)).writes
+
+
 def _flipped(h: Tensor) -> Tensor:
     return h.view(-1, 2, 4).flip(1).reshape(-1, 4)
 
