@@ -1,20 +1,23 @@
 """Rectifiers that a model computes with bounds, comparisons, masks or smooth gates.
 
 Such an operation is a rectifier if its value is x⁺: a lower bound of 0, or x if x > 0, else 0. A
-bound other than 0 is not a rectifier. A lower bound of a value that is only a divisor is not one
-either: in x / norm.clamp(min=0) it only scales the signal.
+bound other than 0 is not a rectifier. No operation is one if its value only scales the signal, as
+in x / norm.clamp(min=0), x / relu(norm) and x * scale.clamp(0, 1).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import inf, prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from captum_mipin.graph.marks import mark, original, value_of
-from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.graph.nodes import ancestors, argument, operation
 from captum_mipin.methods.base import NamedOperation
+from captum_mipin.propagation.draft import as_number
 from captum_mipin.rules.base import varies
 from captum_mipin.rules.gates import DIVISIONS, NEGATIONS, gate_source
 
@@ -29,14 +32,15 @@ _COMBINATIONS = frozenset(
 )
 #: Comparison → the equivalent comparison with exchanged sides.
 _EXCHANGED = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
-#: Operations f for which a value x is only a divisor if all their results f(x) are only divisors.
-_TOWARDS_DIVISORS = frozenset(
-    {"sqrt", "square", "pow", "abs", "add", "sub", "mul", "neg", "sum", "weighted_sum", "mean",
-     "expand", "expand_as", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten",
-     "unflatten", "permute", "transpose", "select", "slice", "clone", "contiguous", "alias",
-     "_to_copy"}
-    | {*_CLAMPS, *DIVISIONS, "maximum", "minimum", "where", "masked_fill"}
+#: Activations other than ReLU that are rectifiers for all values of their options.
+RECTIFIERS = (
+    "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "mish",
+    "softplus", "_prelu_kernel", "prelu", "rrelu",
 )  # fmt: skip
+#: Sums of products of two tensors.
+_SUMS = ("matmul", "bmm", "linear", "weighted_sum")
+#: Operations that are layers if one factor is a weight of the model; so are convolutions.
+_LAYERS = frozenset({"linear", "addmm", "mm", "bmm", "matmul", "baddbmm", "bilinear"})
 #: Operations that make a tensor of zeros. Operations that make a tensor of one number → the
 #: position of the number in their arguments.
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
@@ -80,10 +84,12 @@ def replace_smooth_gate(node: Any) -> bool:
 
 def _gate(node: Any, name: str) -> tuple[Gate | None, tuple[Any, ...]]:
     """Return the gate that replaces a node, or None, and the gate's arguments."""
-    args, scales = node.args, _leads_to_divisors(node)
+    args, rule, at = node.args, "", 0
     if name in _CLAMPS:
-        return (None, ()) if scales else _clamp(node, name)
-    rule, at = "", 0
+        return (None, ()) if _only_scales(node) else _clamp(node, name)
+    if name in ("relu", *RECTIFIERS) and _only_scales(node):
+        run = partial(node.target, **node.kwargs)
+        return Gate(rule="captum_mipin.scale", name=name, run=run), args
     if name in ("maximum", "max", "minimum", "min"):
         # this excludes max(x, dim), whose second argument is a number
         if all(isinstance(n, fx.Node) for n in args) and list(map(varies, args)).count(False) == 1:
@@ -105,8 +111,8 @@ def _gate(node: Any, name: str) -> tuple[Gate | None, tuple[Any, ...]]:
             if not rule and compared and varies(gate) and varies(x) and is_floating(x):
                 positive = _is_positive(gate, x, True)
                 rule, at = "captum_mipin.switch" if positive else "captum_mipin.choice", i
-    if rule in ("captum_mipin.switch", "captum_mipin.lower") and scales:
-        rule = "captum_mipin.choice"
+    if rule and rule != "captum_mipin.choice" and _only_scales(node):
+        rule = "captum_mipin.scale"
     return Gate(rule=rule, name=name, run=node.target, at=at) if rule else None, args
 
 
@@ -183,21 +189,70 @@ def _is_zero(value: Any) -> bool:
     return name in _ZEROS or (name in _FILLED and _is_zero(value.args[_FILLED[name]]))
 
 
-def _leads_to_divisors(node: fx.Node) -> bool:
-    """Return True if all paths from a node lead to divisors, so that its value only scales."""
-    waiting, seen = [node], {node}
+def _only_scales(node: fx.Node) -> bool:
+    """Return True if all paths from a node end in divisors, or in factors of fewer elements.
+
+    A path goes on through any operation but a layer of the model, behind which the value is no
+    scale any more, and comparisons, which have no derivative.
+    """
+    waiting: list[tuple[Any, float]] = [(node, inf)]
+    seen = {node}
     while waiting:
-        source = waiting.pop()
+        source, least = waiting.pop()
         if not source.users:
             return False
+        least = min(least, _elements(source))
         for user in source.users:
-            if _divides_by(user, source) or user in seen:
+            if user in seen or _divides_by(user, source) or _scales(user, source, least):
                 continue
-            if operation(user) not in _TOWARDS_DIVISORS:
+            if user.op == "output" or _is_layer(user):
                 return False
-            seen.add(user)
-            waiting.append(user)
+            if varies(user) and is_floating(user):
+                seen.add(user)
+                several = sum(map(varies, user.all_input_nodes)) > 1
+                waiting.append((user, inf if several else least))
     return True
+
+
+def _elements(node: fx.Node) -> int:
+    """Return the number of elements of a value for a batch of a size that no other size is."""
+    value = value_of(node)
+    sizes = value.shape if isinstance(value, Tensor) else ()
+    return prod(as_number(size, 7919) for size in sizes)
+
+
+def _scales(user: Any, source: fx.Node, least: float) -> bool:
+    """Return True if a value is a factor of the product ``user`` that only scales the other one.
+
+    Args:
+        user: The product.
+        source: The value.
+        least: Number of elements from which the value was computed alone, as by ``expand``.
+    """
+    name, pair = operation(user), user.args[:2]
+    if name not in ("mul", *_SUMS) or not all(map(varies, pair)) or pair.count(source) != 1:
+        return False
+    at = pair.index(source)
+    other = pair[1 - at]
+    if not is_floating(other) or least >= _elements(other):
+        return False
+    shapes = [value_of(n).shape for n in pair]
+    if name in ("mul", "weighted_sum"):  # the other factor has all elements of the product
+        return str(torch.broadcast_shapes(*shapes)) == str(shapes[1 - at])
+    # the other factor has them if this one is one row, or one column
+    return bool(shapes[at][-1 if at and name != "linear" else -2] == 1)
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """Return True for an operation that multiplies with weights of the model, as layers do."""
+    if operation(node) not in _LAYERS and "conv" not in operation(node):
+        return False
+    weights = ancestors(n for n in node.all_input_nodes if not varies(n))
+    return any(
+        n.op in ("placeholder", "get_attr")
+        and not all(operation(user) == "lift_fresh_copy" for user in n.users)
+        for n in weights
+    )
 
 
 def _divides_by(user: Any, source: fx.Node) -> bool:

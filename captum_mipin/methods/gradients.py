@@ -8,8 +8,8 @@ Every operation has its derivative, except rectifiers such as y = x⁺. There, w
 
 The two methods are defined for ReLU. For its bounded and smooth variants (ReLU6, SiLU, ...) the
 mask [x > 0] is replaced by the derivative. Sigmoid and tanh are not rectifiers, and have their
-derivative. The same holds for bounds other than 0, and for bounds of a divisor, as in
-``x / norm.clamp(min=0)``.
+derivative. The same holds for bounds other than 0, and for what only scales the signal, such as a
+divisor, ``x / norm.clamp(min=0)``, or a factor of fewer elements, ``x * scale.clamp(0, 1)``.
 """
 
 import operator
@@ -22,16 +22,11 @@ from torch import Tensor, fx
 
 from captum_mipin.graph.nodes import operation
 from captum_mipin.methods.base import Signal, Table
-from captum_mipin.methods.gates import is_floating, replace_gates
+from captum_mipin.methods.gates import RECTIFIERS, is_floating, replace_gates
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.base import Back, along, depends, value_and_adjoint
 
-#: Operations other than ReLU that are rectifiers for all values of their options.
-_RECTIFIERS = (
-    "silu", "gelu", "hardswish", "leaky_relu", "elu", "celu", "selu", "mish",
-    "softplus", "_prelu_kernel", "prelu", "rrelu",
-)  # fmt: skip
 #: Activations that are not rectifiers.
 _OTHERS = ("tanh", "sigmoid", "hardsigmoid", "log_sigmoid", "glu")
 #: Operations that return the positions of elements that they select, alone or as second result.
@@ -109,13 +104,16 @@ class _Gated(_Derived):
                 run=partial(_rectifier, self._masked, _relu), note=part + mask, exact=True
             ),
         }
-        for name in _RECTIFIERS:
+        for name in RECTIFIERS:
             run = partial(_rectifier, self._masked, _slope)
             rules[f"aten.{name}.default"] = Recorded(run=run, note=part + slope, caveat=_relative)
         for name in _OTHERS:
             rules[f"aten.{name}.default"] = Passes(note="derivative", caveat=_no_rectifier)
         rules["captum_mipin.choice"] = Recorded(
             run=_chosen, note="derivative", carriers=_carrier, records=True, caveat=_no_gate
+        )
+        rules["captum_mipin.scale"] = Recorded(
+            run=_chosen, note="derivative, as it only scales", carriers=_carrier, records=True
         )
         rules["captum_mipin.lower"] = Recorded(
             run=partial(_lower, self._masked),
@@ -143,8 +141,8 @@ class Deconvnet(_Gated):
     a function, ``clamp``, ``maximum`` with 0, ``where`` and products with x > 0, threshold at 0),
     ReLU6 and other ``clamp`` with the lower bound 0, SiLU (also as ``x * sigmoid(x)``), GELU,
     Hardswish, LeakyReLU, PReLU, ELU, CELU, SELU, Mish and softplus. Activations such as sigmoid and
-    tanh are not rectifiers, nor are bounds other than 0, such as ``clamp(min=1e-6)``, and bounds of
-    a value that is only a divisor.
+    tanh are not rectifiers, nor are bounds other than 0, such as ``clamp(min=1e-6)``. No operation
+    is one whose value, before any further layer, only divides or is a factor of fewer elements.
 
     Args:
         model: The network, see :class:`~captum_mipin.methods.base.Propagation`.
@@ -271,7 +269,7 @@ def _lower(
 
 
 def _chosen(options: Options, operation: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Back]:
-    """Run a selection by a comparison, not a rectifier; the backward function is the derivative."""
+    """Run an operation that is not a rectifier; the backward function is the derivative."""
     return _slope(operation, x, *arguments)
 
 

@@ -4,6 +4,8 @@ The reference is the same network, whose ReLU has the backward pass of the metho
 has the derivative of autograd.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from captum.attr import GuidedBackprop as CaptumsGuidedBackprop
@@ -61,6 +63,18 @@ def _variance(h):
     return h.var(1, keepdim=True)
 
 
+def _mean(h):
+    return h.mean(1, keepdim=True)
+
+
+def _split(h):
+    return h.unflatten(1, (4, 3))
+
+
+def _compared(h, scale):
+    return h.masked_fill(scale > 1, 0.5) * scale
+
+
 GUARDS = {
     "normalize": F.normalize,
     "norm.clamp(min=eps)": lambda h: h / _norm(h).clamp(min=1e-6),
@@ -76,6 +90,31 @@ GUARDS = {
     "masked_fill": lambda h: h / _norm(h).masked_fill(_norm(h) <= 0, 0.0),
     "threshold": lambda h: h / F.threshold(_norm(h), 0.0, 0.0),
     "a sum": lambda h: h / h.clamp(min=0).sum(1, keepdim=True),
+}
+DISTANT = {
+    "cat": lambda h: h / torch.cat([_norm(h).clamp(min=0)] * 12, 1),
+    "product with ones": lambda h: h / (_norm(h).clamp(min=0) @ torch.ones(1, 12).to(h)),
+    "exp": lambda h: h / _norm(h).clamp(min=0).exp(),
+    "log1p": lambda h: h / (1 + _norm(h).clamp(min=0).log1p()),
+    "amax": lambda h: h / h.clamp(min=0).amax(1, keepdim=True),
+    "cumsum": lambda h: h / (1 + h.clamp(min=0).cumsum(1)),
+    "norm of bounds": lambda h: h / h.relu().norm(dim=1, keepdim=True),
+    "relu": lambda h: h / _norm(h).relu(),
+    "softplus": lambda h: h / F.softplus(_mean(h)),
+    "gelu": lambda h: h / (F.gelu(_mean(h), approximate="tanh") + 2),
+    "a clipped factor": lambda h: h * _mean(h).clamp(0, 1),
+    "a bounded factor": lambda h: h * (1 - _mean(h)).clamp(min=0),
+    "a rectified factor": lambda h: h * (1 - _mean(h)).relu(),
+    "a maximum": lambda h: h * torch.maximum(1 - _mean(h), torch.zeros(()).to(h)),
+    "an expanded factor": lambda h: h * _mean(h).clamp(0, 1).expand_as(h),
+    "a factor of copies": lambda h: h * torch.cat([_mean(h).clamp(0, 1)] * 12, 1),
+    "bmm": lambda h: (h.mean(1)[:, None, None].clamp(0, 1) @ h[:, None])[:, 0],
+    "bmm from behind": lambda h: (h[:, :, None] @ h.mean(1)[:, None, None].clamp(0, 1))[:, :, 0],
+    "einsum": lambda h: torch.einsum("n,nc->nc", h.mean(1).clamp(0, 1), h),
+    "weights of a sum": lambda h: (_split(h) * (1 + _split(h).mean(2, keepdim=True)).relu()).sum(1),
+    "weights of a product": lambda h: ((1 + _split(h).mean(2)).relu()[:, None] @ _split(h))[:, 0],
+    "a factor of both": lambda h: h * _mean(h).clamp(min=0) / _norm(h),
+    "a factor and a comparison": lambda h: _compared(h, (1 - _mean(h)).relu()),
 }
 ELSEWHERE = {
     "clamp(min=1e-6)": lambda h: h.clamp(min=1e-6).pow(3),
@@ -106,6 +145,30 @@ DIMENSIONS = {
 @pytest.mark.parametrize("name", GUARDS)
 def test_a_guard_of_a_division_is_no_rectifier(method, name):
     assert _difference(method, GUARDS[name]) < 1e-12
+
+
+@BOTH
+@pytest.mark.parametrize("name", DISTANT)
+def test_what_only_scales_is_no_rectifier_whatever_stands_between(method, name):
+    assert _difference(method, DISTANT[name]) < 1e-12
+
+
+@BOTH
+@pytest.mark.parametrize("bound", [torch.relu, lambda h: h.clamp(min=0)])
+def test_a_bound_before_a_layer_of_a_gate_or_of_a_product_of_equals_is_a_rectifier(method, bound):
+    """As in squeeze and excitation, and in a gated linear unit."""
+    weight = normal(12, 12, seed=1, dtype=torch.float64)
+    for tail in (
+        lambda relu, h: h * (relu(_split(h)).flatten(1) @ weight).sigmoid(),
+        lambda relu, h: h * F.linear(relu(h), weight).mean(1, keepdim=True),
+        lambda relu, h: relu(h) * h.flip(1),
+        lambda relu, h: (relu(_split(h)) @ _split(h.flip(1)).mT).flatten(1)[:, :12],
+    ):
+
+        def by_hand(h, tail=tail):
+            return tail(lambda z: _Rectifier.apply(z, method is GuidedBackprop), h)
+
+        assert _difference(method, partial(tail, bound), by_hand) < 1e-12
 
 
 @BOTH
@@ -148,12 +211,12 @@ def test_a_tensor_of_bounds_is_a_rectifier_where_it_is_zero(method):
 
 def test_check_names_no_rectifier_where_there_is_none():
     x = normal(2, 6, dtype=torch.float64)
-    for tail in (*GUARDS.values(), *ELSEWHERE.values()):
+    for tail in (*GUARDS.values(), *DISTANT.values(), *ELSEWHERE.values()):
         report = check(_network(tail), x, method=GuidedBackprop)
         notes = [row.note for row in report.rows if row.operation != "aten.relu.default"]
         rectifiers = [note for note in notes if "positive part" in note]
         assert all(note.startswith("where the bound is 0") for note in rectifiers), report
-        assert any("elsewhere the derivative" in note or note == "derivative" for note in notes)
+        assert any("elsewhere the derivative" in n or n.startswith("derivative") for n in notes)
 
 
 def test_normalised_embeddings_equal_captums():
