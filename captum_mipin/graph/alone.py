@@ -1,20 +1,34 @@
 """Calls that show if a model computes each example alone, and the same in each call.
 
-They are for models that cannot be captured, and for those whose graph is in doubt.
+Calls of the model are for models that cannot be captured, and for those whose graph is in doubt. A
+graph is called where it is the same for the model and for another meaning of its arguments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
+from captum_mipin.errors import CaptureError
+from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.nodes import is_random, is_size, operation, place
+from captum_mipin.graph.signature import per_example
 from captum_mipin.graph.trials import EXAMPLES, Trial, close, examples_like, joined
 from captum_mipin.types import Extras, Inputs
 
 #: Batches of the examples 0, 1 and 2: each example is there with others, and alone.
 _BATCHES: tuple[tuple[int, ...], ...] = ((0, 1, 2), (0, 2, 2), (1, 1, 2), (0,), (1,), (2,))
+#: Batches of the same examples, in other places.
+_TURNED: tuple[tuple[int, ...], ...] = ((0, 1, 2), (1, 2, 0), (2, 0, 1))
+#: Operations whose results are the same at all places of a batch, if their arguments are.
+_UNIFORM = frozenset(
+    {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty",
+     "zeros_like", "ones_like", "full_like", "empty_like", "expand", "linear", "mul", "add",
+     "sigmoid", "tanh"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,7 @@ def fault(trial: Trial, inputs: Inputs, extras: Extras) -> Fault | None:
         >>> fault(Trial(model, None), (torch.randn(4, 2),), ())
         Fault(kind='mixing', path='1')
     """
+    found: list[Fault | None] = []
     for shared in (False, True) if extras else (False,):
         examples = examples_like(inputs, extras, shared)
         calls = [
@@ -58,8 +73,88 @@ def fault(trial: Trial, inputs: Inputs, extras: Extras) -> Fault | None:
             calls = [(rows, _results(trial, [examples[i] for i in rows], size)) for rows in cycles]
         known = [(rows, results) for rows, results in calls if results]
         if known:
-            return _fault(trial, examples, known)
-    return None
+            found.append(_fault(trial, examples, known))
+    return None if None in found else next(iter(found), None)
+
+
+def check_alone(
+    trial: Trial,
+    call: tuple[Inputs, Extras, bool],
+    graph: fx.Graph,
+    values: Callable[[Inputs, Extras], Mapping[str, Any]],
+) -> None:
+    """Raise CaptureError if a captured graph takes a shared argument, or places, for examples.
+
+    An argument as long as the batch is shared if the model mixes the examples with one row for each
+    of them, and does not with all of it: a table of classes, the matrix of a graph.
+
+    Args:
+        trial: The model.
+        call: Inputs, further arguments, and whether examples share these.
+        graph: The graph for such a call.
+        values: Function: inputs and further arguments → values of placeholders, by their names.
+    """
+    inputs, extras, _ = call
+    examples, own = examples_like(*call), any(per_example(*call)[len(inputs) :])
+    placed = _placed(graph)
+    if not (own or placed) or any(map(is_random, graph.nodes)):
+        return
+    interpreter = fx.Interpreter(fx.GraphModule(nn.Module(), graph), garbage_collect_values=False)
+
+    def moves(batches: Sequence[tuple[int, ...]]) -> bool:
+        found = []
+        for rows in batches:
+            batch = joined([examples[i] for i in rows], EXAMPLES)
+            known = values(batch[: len(inputs)], batch[len(inputs) :])
+            given = [known.get(n.name) for n in graph.find_nodes(op="placeholder")]
+            with torch.no_grad():
+                found.append((rows, interpreter.run(*given)[0]))
+        return _mixed(found)
+
+    try:
+        if own and moves(_BATCHES[:EXAMPLES]) and fault(trial, inputs, extras) is None:
+            raise CaptureError(
+                "each example would depend on the rows of other examples in a further argument; "
+                "expected an argument that all examples share, since the model then computes "
+                "each example alone: pass a batch of another size"
+            )
+        turned = bool(placed) and moves(_TURNED)
+    except CaptureError:
+        raise
+    except Exception:  # of any type: the graph does not take such a batch
+        return
+    differ = [node for node in placed if _differs(interpreter.env[node], value_of(node))]
+    if turned and differ:
+        raise CaptureError(
+            f"the result for an example depends on its place in the batch, by {differ[0].target} "
+            f"in {place(differ[0]).path or 'the model itself'}; expected the same result at each "
+            "place: compute positions along other dimensions than that of the batch"
+        )
+
+
+def _placed(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that have the size of the batch, but are not computed from its examples."""
+    depends, found = set[fx.Node](), list[fx.Node]()
+    for node in graph.nodes:
+        value = value_of(node)
+        sized = isinstance(value, Tensor) and not all(isinstance(n, int) for n in value.shape)
+        filled = is_size(node) or operation(node).startswith("new_")
+        filled = filled or operation(node).endswith("_like")
+        if node.op == "placeholder":
+            own = sized
+        else:
+            own = not filled and not depends.isdisjoint(node.all_input_nodes)
+        if own:
+            depends.add(node)
+        elif sized:
+            found.append(node)
+    return found if any(operation(node) not in _UNIFORM for node in found) else []
+
+
+def _differs(value: Tensor, traced: Tensor) -> bool:
+    """Return True if a value differs between the places of a batch."""
+    dims = [dim for dim, size in enumerate(traced.shape) if not isinstance(size, int)]
+    return any(not torch.equal(value, value.narrow(dim, 0, 1).expand_as(value)) for dim in dims)
 
 
 def _fault(

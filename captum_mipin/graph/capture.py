@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from captum_mipin.errors import CaptureError
+from captum_mipin.graph.alone import check_alone
 from captum_mipin.graph.diagnosis import failure
 from captum_mipin.graph.exporting import check_registered, export_graph, free_batch
 from captum_mipin.graph.lifting import NotLiftableError, lifted
@@ -221,6 +223,7 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
     check_registered(program, trial.twin)
     captured = _from_program(program, graph, len(call[0]), call[2], switches)
     _check_one(trial, call, captured)
+    check_alone(trial, call, graph, partial(captured.values, trial.twin))
     return captured
 
 

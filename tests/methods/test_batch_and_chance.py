@@ -21,6 +21,8 @@ from captum_mipin.methods import (
     LRP,
     AttentionRollout,
     Deconvnet,
+    DeepTaylor,
+    ExcitationBackprop,
     GradCAM,
     GuidedBackprop,
     LayerPropagation,
@@ -31,6 +33,7 @@ from captum_mipin.methods.gradients import Gradient
 from captum_mipin.propagation.independent import require_independent
 
 GRADIENTS = (Gradient, Deconvnet, GuidedBackprop)
+RELEVANCE = (LRP, DeepTaylor, ExcitationBackprop)
 MIXED = {
     "batch norm without statistics": (
         lambda h: F.batch_norm(h, None, None, training=True), "_native_batch_norm_legit"),
@@ -61,6 +64,19 @@ RANDOM = {
     "alpha_dropout": lambda h: F.alpha_dropout(h, 0.5, True),
     "normal": lambda h: h * torch.normal(torch.ones(6), 0.1),
 }
+PLACES = {
+    "arange": (lambda h: h + torch.arange(h.shape[0])[:, None], "arange.default"),
+    "a factor": (lambda h: h * torch.arange(h.shape[0])[:, None].cos(), "arange.default"),
+    "cumsum": (lambda h: h + torch.ones_like(h).cumsum(0), "cumsum.default"),
+    "eye": (lambda h: h + torch.eye(h.shape[0], 6), r"eye\.m"),
+    "tril": (lambda h: h * torch.ones_like(h).tril(), "tril.default"),
+}
+STAYS = {
+    "zeros": lambda h: h + torch.zeros(len(h), 6).cos(),
+    "an index": lambda h: h[torch.arange(len(h)), h.argmax(1)][:, None] * h,
+    "positions": lambda h: h + torch.arange(6),
+    "copies of positions": lambda h: h + torch.arange(6).expand(len(h), -1).flip(1),
+}
 STILL = {
     "dropout": lambda h: F.dropout(h, training=False),
     "attention": lambda h: F.scaled_dot_product_attention(*[h.view(-1, 1, 2, 3)] * 3).flatten(1),
@@ -90,6 +106,30 @@ def test_what_mixes_the_batch_is_refused(name):
         assert any(operation in row.operation for row in report.rows if row.status == "refused")
 
 
+@pytest.mark.parametrize("name", PLACES)
+def test_a_result_that_depends_on_the_place_in_the_batch_is_refused_by_every_method(name):
+    step, named = PLACES[name]
+    model, x = _network(step), normal(12, 5)
+    calls = (
+        *(partial(method(model).attribute, x, 1) for method in (*GRADIENTS, *RELEVANCE)),
+        lambda: InverseNetwork(model).fit(x, progress=False),
+        lambda: Patterns(model).fit(x, progress=False),
+        lambda: check(model, x, method=ExcitationBackprop),
+    )
+    for call in calls:
+        with pytest.raises(CaptureError, match=rf"its place in the batch, by aten\.{named}"):
+            call()
+    with pytest.raises(UnsupportedOperationError, match="mixes the examples of a batch"):
+        SmoothGrad(model).attribute(x, 1)
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_what_is_the_same_at_each_place_of_the_batch_is_not_refused(name):
+    x = normal(12, 5)
+    method = Gradient(_network(STAYS[name]))
+    torch.testing.assert_close(method.attribute(x, 1)[7:8], method.attribute(x[7:8], 1))
+
+
 def test_batch_norm_of_a_module_without_statistics_is_refused():
     norm = nn.BatchNorm2d(4, track_running_stats=False)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
@@ -114,7 +154,7 @@ def test_bags_of_words_are_refused_only_with_words_of_other_examples():
 
     words, parts = torch.arange(20).view(4, 5), {"bag": nn.EmbeddingBag(20, 3)}
     require_independent(Function(run, **parts).eval(), (words,))
-    with pytest.raises(UnsupportedOperationError, match=r"embedding_bag.* in layers.bag"):
+    with pytest.raises(UnsupportedOperationError, match=r"EmbeddingBag in layers.bag"):
         require_independent(Function(partial(run, shift=1), **parts).eval(), (words,))
 
 
