@@ -1,7 +1,8 @@
-"""The pass that writes masks in one form: ``where(m, x, 0)``, with a boolean m.
+"""The passes that write masks in one form: ``where(m, x, 0)``, with a boolean m.
 
 Code leaves out elements by ``masked_fill(x, ~m, 0)``, by ``where``, or by a product with m as
 numbers 0 and 1. All of them become ``where(m, x, 0)``. In a product, x must have its full shape.
+Integers that meet floating numbers are converted first, as in ``x * m.to(x.dtype)``.
 """
 
 from typing import Any
@@ -14,10 +15,31 @@ from captum_mipin.graph.nodes import operation
 from captum_mipin.propagation.constants import known_value
 from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.forms import SAME_NUMBERS, become, insert
+from captum_mipin.propagation.marking import mark_varying
 from captum_mipin.rules.base import is_floating, varies
 from captum_mipin.rules.gates import NEGATIONS
 
 _aten = torch.ops.aten
+
+#: Operation → position of its condition, which stays a boolean.
+_CHOOSING = {"where": 0, "masked_fill": 1}
+
+
+def write_numbers(draft: Draft) -> None:
+    """Convert integers before an operation that converts them to floating numbers itself."""
+    for node in list(draft.graph.nodes):
+        name = operation(node)
+        promotes = torch.Tag.pointwise in getattr(node.target, "tags", ()) or name == "cat"
+        if not promotes or not is_floating(value_of(node)):
+            continue
+        chooses = node.args[_CHOOSING[name]] if name in _CHOOSING else None
+        for source in node.all_input_nodes:
+            whole = is_tensor(source) and varies(source) and not is_floating(value_of(source))
+            if whole and source is not chooses and not value_of(source).is_complex():
+                kind = {"dtype": value_of(node).dtype}
+                number = insert(node, _aten._to_copy.default, source, **kind)
+                node.replace_input_with(source, number)
+    mark_varying(draft)
 
 
 def write_masks(draft: Draft) -> None:

@@ -37,7 +37,7 @@ from captum_mipin.propagation.marking import (
     mark_varying,
     rewrite_for_method,
 )
-from captum_mipin.propagation.masks import write_masks
+from captum_mipin.propagation.masks import write_masks, write_numbers
 from captum_mipin.propagation.norms import recognise_norms
 from captum_mipin.propagation.rewriting import cut_recordings, move_constants_first, place_steps
 from captum_mipin.propagation.slices import join_slices
@@ -60,6 +60,7 @@ Pass = Callable[[Draft], None]
 MARKING: tuple[Pass, ...] = (
     mark_varying,
     drop_unused,
+    write_numbers,
     replace_complex,
     replace_copies,
     split_positions,

@@ -7,7 +7,15 @@ from small import Function, normal
 from torch import nn
 
 from captum_mipin import InverseNetwork, check
-from captum_mipin.methods import LRP, DeepTaylor, Epsilon, GuidedBackprop, LayerPropagation
+from captum_mipin.methods import (
+    LRP,
+    Deconvnet,
+    DeepTaylor,
+    Epsilon,
+    ExcitationBackprop,
+    GuidedBackprop,
+    LayerPropagation,
+)
 
 X = normal(60, 5, 6, dtype=torch.float64)
 MASK = torch.rand(60, 5, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -209,3 +217,71 @@ def test_a_mask_among_the_inputs_gets_no_relevance(how):
         torch.testing.assert_close(found, expected)
         if isinstance(rule, LRP):
             torch.testing.assert_close(found.flatten(1).sum(1), model(tokens, mask)[:, 1])
+
+
+#: Operations on h (batch, tokens, features) and integers k (batch, tokens, 1).
+MIXED = {
+    "product": lambda h, k: h * k,
+    "product, integers first": lambda h, k: k * h,
+    "sum": lambda h, k: h + k,
+    "difference": lambda h, k: k - h,
+    "quotient": lambda h, k: h / (k + 1),
+    "maximum": lambda h, k: torch.maximum(h, k),
+    "where": lambda h, k: torch.where(k > 0, h, k),
+    "cat": lambda h, k: torch.cat([h[..., 1:], k], -1),
+    "scaled": lambda h, k: h * (k * 0.5 + 0.25),
+    "ratio": lambda h, k: h * (k / (k + 1)),
+    "few": lambda h, k: h.sum(-1, keepdim=True) * k.expand(-1, -1, 8),
+}
+METHODS = {
+    "LRP": LRP,
+    "AttnLRP": lambda model: LRP(model, attention="attnlrp"),
+    "Deep Taylor": DeepTaylor,
+    "Guided Backprop": GuidedBackprop,
+    "Deconvnet": Deconvnet,
+    "Excitation Backprop": ExcitationBackprop,
+}
+
+
+def positive():
+    """The modules, with positive outputs: of others Deep Taylor's maps are 0."""
+    parts = modules()
+    nn.init.constant_(parts["last"].bias, 50)
+    return parts
+
+
+@pytest.mark.parametrize("how", MIXED)
+def test_integers_among_the_inputs_need_no_conversion(how):
+    """Both spellings of (tokens, integers) have the map of the tokens alone, by every method."""
+    parts = positive()
+    found = []
+    for convert in (lambda h, k: k, lambda h, k: k.to(h.dtype)):
+
+        def run(m, x, k, convert=convert):
+            h = m["p"](x).relu()
+            return m["last"](MIXED[how](h, convert(h, k)[..., None]).sum(1))
+
+        model = Function(run, **parts).double().eval()
+        few, numbers = X[:5], MASK[:5].long()
+        found.append(
+            [
+                LayerPropagation(method(model), parts["p"]).attribute((few, numbers), 1)
+                for method in METHODS.values()
+            ]
+        )
+        for method, own in zip(METHODS.values(), found[-1], strict=True):
+            alone = LayerPropagation(method(model), parts["p"])
+            expected = alone.attribute(few, 1, additional_forward_args=(numbers,))
+            torch.testing.assert_close(own, expected)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("how", ["product", "quotient", "scaled", "few"])
+def test_integers_made_of_the_input_need_no_conversion(how):
+    runs = [
+        lambda m, x, convert=convert: (
+            lambda h, k: m["last"](MIXED[how](h, convert(h, k)[..., None]).sum(1))
+        )(m["p"](x).relu(), (x.sum(-1) > 0).long())
+        for convert in (lambda h, k: k, lambda h, k: k.to(h.dtype))
+    ]
+    alike(runs, X, more=True, **positive())

@@ -90,6 +90,7 @@ def test_the_passes_and_their_order() -> None:
     assert [one.__name__ for one in PASSES] == [
         "mark_varying",
         "drop_unused",
+        "write_numbers",
         "replace_complex",
         "replace_copies",
         "split_positions",
