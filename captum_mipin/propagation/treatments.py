@@ -27,8 +27,7 @@ _SIZED = (
 
 #: Operations on logits, by which a model may end.
 _FROM_LOGITS = (
-    "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "cross_entropy_loss",
-    "nll_loss_nd", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp",
 )  # fmt: skip
 
 #: Losses, by which a model may end.
@@ -49,6 +48,17 @@ _HINTS = {
         _LOSSES,
         "; no part of a loss belongs to one input: return what the loss is computed from, and "
         "explain this",
+    ),
+    **dict.fromkeys(
+        ("cross_entropy_loss", "nll_loss_nd"),
+        "; return the logits, or the loss of one label for each example, without weights and "
+        'smoothing: cross_entropy(z, y, reduction="none"), which is explained as minus the logit '
+        "of the label",
+    ),
+    **dict.fromkeys(
+        ("binary_cross_entropy", "binary_cross_entropy_with_logits"),
+        "; labels between 0 and 1 have a share of a logit z and of −z, so that no signal at z is "
+        "the only possible one: return the logits, or (1 - 2 * y) * z for labels y of 0 and 1",
     ),
     "broadcast_tensors": "; use expand, or the broadcasting of + and ×",
     "quantile": "; for several quantiles, stack torch.quantile(h, q, dim) with one number q each",

@@ -367,8 +367,19 @@ AMBIGUOUS = {
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_losses_of_several_classes_are_refused_with_the_advice_to_return_the_logits(name):
     x, y = normal(3, 5).double(), torch.tensor([2, 0, 1])
-    with pytest.raises(UnsupportedOperationError, match=r"aten.* in the .*return the logits"):
+    binary, spelled = "binary" in name, "logsumexp" in name
+    way = r"or \(1 - 2 \* y\) \* z" if binary else 'or the loss of .*reduction="none"'
+    expected = rf"aten.* in the .*return the logits{'' if spelled else f', {way}'}"
+    with pytest.raises(UnsupportedOperationError, match=expected):
         LRP(losing(AMBIGUOUS[name])).attribute(x, additional_forward_args=y)
+
+
+def test_a_binary_loss_may_be_given_as_the_logit_or_minus_it():
+    model = losing(lambda z, y: (1 - 2 * y) * z[:, 0])
+    x, y = normal(3, 5).double(), torch.tensor([1.0, 0.0, 1.0]).double()
+    found = LRP(model).attribute(x, additional_forward_args=y)
+    expected = LRP(network(lambda z: z).double()).attribute(x, target=0)
+    torch.testing.assert_close(found, (1 - 2 * y)[:, None] * expected)
 
 
 METHODS = {
