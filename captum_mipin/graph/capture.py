@@ -26,6 +26,7 @@ from captum_mipin.graph.diagnosis import failure
 from captum_mipin.graph.exporting import check_registered, export_graph, free_batch
 from captum_mipin.graph.lifting import NotLiftableError, lifted
 from captum_mipin.graph.marks import mark, value_of
+from captum_mipin.graph.modes import uncollected
 from captum_mipin.graph.modules import is_quantised, tree
 from captum_mipin.graph.nodes import operation, settle_sizes
 from captum_mipin.graph.sharing import share
@@ -158,6 +159,7 @@ def capture(
     return graph
 
 
+@uncollected()
 def trace(
     model: nn.Module,
     inputs: Inputs,
@@ -175,12 +177,16 @@ def trace(
     trial, call = Trial(model, output), (inputs, extras, shared)
     example = examples_like(*call)[0]
     trial.dequantise(example)
-    trial.check_repeats(example)
+    trial.run_alone(example)
+    writes = trial.writes or trial.alone is None  # torch.export writes as well
     try:
         graph = _capture_any(trial, call, detached)
-    except _FixedBatchError as error:
+    except CaptureError as error:
+        trial.check_repeats(example)
+        if not isinstance(error, _FixedBatchError):
+            raise
         graph = _capture_one(trial, call, detached, error)
-    return replace(graph, writes=trial.writes)
+    return replace(graph, writes=writes)
 
 
 class _FixedBatchError(CaptureError):
@@ -250,7 +256,11 @@ def _check_sizes(program: ExportedProgram) -> None:
 
 
 def _check_one(trial: Trial, call: _Call, captured: CapturedGraph) -> None:
-    """Raise _FixedBatchError if a model computes something else for a batch of one example."""
+    """Raise _FixedBatchError if a model computes something else for a batch of one example.
+
+    If it computes the same, two calls of the model do not differ either: all that is no operation
+    on tensors, such as a number of NumPy, is a constant of the graph.
+    """
     count, example, expected = len(call[0]), examples_like(*call)[0], trial.alone
     if expected is None:  # the model takes no single example
         return
@@ -261,6 +271,7 @@ def _check_one(trial: Trial, call: _Call, captured: CapturedGraph) -> None:
             values = captured.values(trial.twin, example[:count], example[count:])
             found = captured.run(values)
     except Exception:  # of any type: the graph takes no single example
+        trial.check_repeats(example)
         return
     if found.numel() != expected.numel() or not close(found, expected.reshape(found.shape)):
         raise _FixedBatchError(

@@ -1,7 +1,8 @@
 """The export of a model by ``torch.export``, and the reasons why an export is refused."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -52,6 +53,20 @@ def free_batch(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Any, Shape
     return pytree.tree_unflatten(leaves, structure), shapes
 
 
+@contextmanager
+def _without_lines() -> Iterator[None]:
+    """Let an export not look up the line of code of each operation; nothing here reads it."""
+    option = "do_not_emit_stack_traces"
+    before = getattr(fx.config, option, None)  # torch 2.9 has no such option
+    if before is not None:
+        setattr(fx.config, option, True)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(fx.config, option, before)
+
+
 def export_graph(
     model: nn.Module, arguments: Any, shapes: ShapesCollection | None, detached: bool
 ) -> tuple[ExportedProgram, fx.Graph, bool]:
@@ -61,7 +76,7 @@ def export_graph(
     """
     device = pytree.tree_leaves(arguments)[0].device.type
     with (
-        TURNS.exporting(), warnings.catch_warnings(), quiet(),
+        TURNS.exporting(), warnings.catch_warnings(), quiet(), _without_lines(),
         torch.autocast(device, enabled=False),
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=_RECURRENT)

@@ -5,7 +5,7 @@ were running. The passes of :mod:`captum_mipin.propagation` add one entry: a :cl
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -81,7 +81,12 @@ def mark(node: fx.Node, **changes: Any) -> None:
         >>> marks(x).key, marks(x).depends, marks(x).signal, marks(x).recorded
         ('input x/input', True, True, False)
     """
-    node.meta[_KEY] = replace(marks(node), **changes)
+    before = vars(marks(node))
+    after = before | changes
+    if len(after) > len(before):
+        raise TypeError(f"{changes.keys() - before.keys()} are no marks")
+    node.meta[_KEY] = marked = object.__new__(Marks)  # in a fifth of the time of replace
+    vars(marked).update(after)
 
 
 def inherit(node: fx.Node, source: fx.Node, **changes: Any) -> None:

@@ -83,6 +83,13 @@ def ancestors(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[f
     return reached
 
 
+def erase_unused(graph: fx.Graph, kept: Collection[fx.Node]) -> None:
+    """Erase the operations without users, but for some nodes that are kept."""
+    for node in reversed(graph.nodes):
+        if not node.users and node not in kept and not node.is_impure():
+            graph.erase_node(node)
+
+
 def is_random(node: fx.Node) -> bool:
     """Return True if an operation draws random numbers; dropout that is switched off draws none."""
     target = node.target

@@ -38,7 +38,7 @@ class _Entry:
             both values.
         state: The last state of the model for which the graph was found to be valid.
         graph: The graph.
-        rehearsal: What a call of the model does; None if it failed.
+        rehearsal: What a call of the model does; None if it failed, or if no call was needed.
     """
 
     key: Any
@@ -82,6 +82,16 @@ class _Model:
                 return entry.graph
         return None
 
+    def may_differ(self, key: Any, state: State) -> bool:
+        """Return True if what Captum writes to modules has called for another graph.
+
+        Args:
+            key: See :class:`_Entry`.
+            state: The present state.
+        """
+        again = any(entry.key == key for entry in self._entries)
+        return again and any(map(state.may_read, _CAPTUMS))
+
     def add(self, entry: _Entry) -> None:
         """Keep a graph, and drop the one that was not used for the longest time."""
         self._entries = [*self._entries, entry][-_GRAPHS:]
@@ -124,7 +134,7 @@ def share(
         graph = graphs.find(key, detached, state, rehearsed)
         if graph is None:
             graph = make()
-            writes = graph.writes or state.dynamic or any(map(state.may_read, _CAPTUMS))
+            writes = graph.writes or state.dynamic or graphs.may_differ(key, state)
             rehearsal = rehearsed(graph.single) if writes else None
             chosen = detached if graph.switches else None
             graphs.add(_Entry(key, chosen, state, graph, rehearsal))

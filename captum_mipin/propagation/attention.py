@@ -17,7 +17,7 @@ from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.layout import Layout
 from captum_mipin.graph.marks import inherit, mark, marks, value_of
-from captum_mipin.graph.nodes import argument, operation, place
+from captum_mipin.graph.nodes import argument, erase_unused, operation, place
 from captum_mipin.graph.subgraph import extract, run_part
 from captum_mipin.propagation.batch_layout import lay_out_batch
 from captum_mipin.propagation.divisors import steps_before
@@ -56,7 +56,7 @@ def expand_attention(graph: fx.Graph, starts: Collection[fx.Node]) -> None:
             _softmax_by_hand(node, starts)
         if operation(node) in SOFTMAX and node not in starts:
             _leave_out_shift(node, starts)
-    graph.eliminate_dead_code(lambda n: n in starts or n.is_impure())
+    erase_unused(graph, starts)
 
 
 def _expand(node: Any) -> None:

@@ -17,7 +17,7 @@ from torch import fx
 
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.marks import inherit, marks, set_value, value_of
-from captum_mipin.graph.nodes import argument, operation, place
+from captum_mipin.graph.nodes import argument, erase_unused, operation, place
 from captum_mipin.propagation.batch_layout import lay_out, takes_all
 from captum_mipin.propagation.draft import Draft, is_tensor, permutation
 from captum_mipin.propagation.marking import without_signal
@@ -58,7 +58,7 @@ def canonicalise(draft: Draft) -> None:
         if operation(node) == "linear" and node not in starts:
             while node.args[0] not in starts and _swapped(graph, node, draft.batch):
                 pass
-    graph.eliminate_dead_code(lambda node: node in starts or node.is_impure())
+    erase_unused(graph, starts)
     if lost := [node for node in starts if not node.users]:
         raise CaptureError(without_signal(lost, draft.output))
 

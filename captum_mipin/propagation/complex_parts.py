@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from captum_mipin.graph.marks import original, value_of
-from captum_mipin.graph.nodes import argument, nodes_in, operation
+from captum_mipin.graph.nodes import argument, erase_unused, nodes_in, operation
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.forms import insert, stand_for
 from captum_mipin.propagation.fourier import Fourier, Parts, call
@@ -85,7 +85,7 @@ def replace_complex(draft: Draft) -> None:
         elif parts is not None:
             stand_for(node, parts[0])
     if rewritten:
-        draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+        erase_unused(draft.graph, draft.starts)
         mark_varying(draft)
 
 

@@ -15,7 +15,7 @@ from torch import fx
 from captum_mipin.graph.dimensions import RESHAPES
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import mark, marks, original, value_of
-from captum_mipin.graph.nodes import ancestors, is_size, operation
+from captum_mipin.graph.nodes import ancestors, erase_unused, is_size, operation
 from captum_mipin.propagation.canonical import is_copy, leaves_module
 from captum_mipin.propagation.draft import Draft, is_tensor, permutation
 from captum_mipin.propagation.forms import Starts, become, insert, stand_for
@@ -34,7 +34,7 @@ def write_layers(draft: Draft) -> None:
             _product(node)
         if operation(node) == "linear":
             _before_reshapes(node, draft.starts)
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
 
 
 def _product(node: Any) -> None:
@@ -89,7 +89,7 @@ def join_biases(draft: Draft) -> None:
                 if layer is not None:
                     _join(layer, bias)
                     stand_for(node, value)
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
 
 
 def _layer(value: Any, user: fx.Node, bias: fx.Node, starts: Starts) -> Any:

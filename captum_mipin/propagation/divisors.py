@@ -12,7 +12,7 @@ from torch import fx
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import value_of
-from captum_mipin.graph.nodes import ancestors, argument, operation
+from captum_mipin.graph.nodes import ancestors, argument, erase_unused, operation
 from captum_mipin.propagation.canonical import leaves_module
 from captum_mipin.propagation.constants import without_copies
 from captum_mipin.propagation.draft import Draft, is_tensor, permutation, regrouped
@@ -37,7 +37,7 @@ def divide_factors(draft: Draft) -> None:
         )
         if (constant or node.target is DIVIDED) and node not in draft.starts:
             _divide_factor(node, draft.starts)
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
     mark_varying(draft)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from captum_mipin.graph.marks import mark, marks, original, value_of
-from captum_mipin.graph.nodes import nodes_in, operation
+from captum_mipin.graph.nodes import erase_unused, nodes_in, operation
 from captum_mipin.graph.subgraph import extract
 from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.forms import become, insert
@@ -60,7 +60,7 @@ def join_elementwise(draft: Draft) -> None:
                 _replace(draft, node) or (quotient and _multiply_by_gate(draft, node))
         elif (curve or _is_factor(node)) and varies(node) and node not in draft.starts:
             _replace(draft, node, recognised=True)  # it may be a gate
-    draft.graph.eliminate_dead_code(lambda n: n in draft.starts or n.is_impure())
+    erase_unused(draft.graph, draft.starts)
 
 
 def _is_factor(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from torch import fx
 from captum_mipin.graph.dimensions import RESHAPES
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import mark, original, value_of
-from captum_mipin.graph.nodes import argument, is_size, operation
+from captum_mipin.graph.nodes import argument, erase_unused, is_size, operation
 from captum_mipin.propagation.canonical import is_copy
 from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.forms import become, insert, stand_for
@@ -34,7 +34,7 @@ def replace_equivalents(draft: Draft) -> None:
             _exponential(node, node.args[0])
         elif operation(node) == "group_norm" and node.args[1] == 1:
             _group_norm(node)
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
 
 
 def _exponential(node: fx.Node, source: Any) -> None:
@@ -65,7 +65,7 @@ def write_group_norms(draft: Draft) -> None:
         groups = None if not varies(node) or node in draft.starts else _groups(node)
         if groups is not None:
             _with_weights(draft, node, *groups)
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
 
 
 def _groups(node: Any) -> tuple[int, float] | None:

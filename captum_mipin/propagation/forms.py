@@ -24,7 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from captum_mipin.graph.dimensions import RESHAPES
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
-from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.graph.nodes import argument, erase_unused, operation
 from captum_mipin.propagation.averages import whole_dims
 from captum_mipin.propagation.draft import Draft, number_of, permutation, regrouped
 from captum_mipin.propagation.marking import mark_as_varying, mark_varying
@@ -44,7 +44,7 @@ def spell(draft: Draft) -> None:
     for node in list(draft.graph.nodes):
         if node.op == "call_function" and is_of_example(node) and node not in draft.starts:
             any(rewrite(node, draft.starts) for rewrite in _REWRITES.get(operation(node), ()))
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
     mark_varying(draft)
 
 
@@ -348,18 +348,15 @@ def _gates_itself(a: fx.Node, b: fx.Node) -> bool:
     return any("softmax" not in operation(gate) for gate in gates)
 
 
-def insert(before: fx.Node, target: Any, *args: Any, **named: Any) -> fx.Node:
-    """Return a new node with all marks, inserted before another node."""
+def insert(before: fx.Node, target: Any, *args: Any, known: Any = None, **named: Any) -> fx.Node:
+    """Return a new node with all marks, inserted before another node; ``known`` is its value."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, named)
     inherit(node, before, original=original(before), key=f"{marks(before).key}/{node.name}")
-    values = fx.map_arg(args, value_of)
     value = value_of(next(iter(node.all_input_nodes), before))
-    with (
-        (value[0] if isinstance(value, (tuple, list)) else value).fake_mode,
-        enable_python_dispatcher(),
-    ):
-        set_value(node, target(*values, **named))
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    with first.fake_mode, enable_python_dispatcher():
+        set_value(node, target(*fx.map_arg(args, value_of), **named) if known is None else known)
     mark_as_varying(node)
     mark(node, added=operation(node) in SAME_NUMBERS)
     return node

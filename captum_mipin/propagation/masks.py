@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from captum_mipin.graph.marks import mark, value_of
-from captum_mipin.graph.nodes import operation
+from captum_mipin.graph.nodes import erase_unused, operation
 from captum_mipin.propagation.constants import known_value
 from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.forms import SAME_NUMBERS, become, insert
@@ -50,7 +50,7 @@ def write_masks(draft: Draft) -> None:
         masked = _masked(draft, node)
         if masked is not None and _is_whole(node, masked[0]):
             become(node, _aten.where.ScalarOther, masked[1], masked[0], 0.0)
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
 
 
 def _masked(draft: Draft, node: Any) -> tuple[Any, Any] | None:

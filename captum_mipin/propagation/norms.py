@@ -19,7 +19,7 @@ from torch import fx
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import mark, original, value_of
-from captum_mipin.graph.nodes import ancestors, argument, is_size, operation
+from captum_mipin.graph.nodes import ancestors, argument, erase_unused, is_size, operation
 from captum_mipin.propagation.canonical import is_copy
 from captum_mipin.propagation.draft import Draft, is_tensor, number_of
 from captum_mipin.propagation.forms import become, insert
@@ -76,7 +76,7 @@ def recognise_norms(draft: Draft) -> None:
         else:
             continue
         order = {n: at for at, n in enumerate(draft.graph.nodes)}
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
     mark_varying(draft)
 
 

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.marks import value_of
+from captum_mipin.graph.modes import uncollected
 from captum_mipin.graph.nodes import place
 from captum_mipin.propagation.batch_layout import lay_out_batch
 from captum_mipin.propagation.calls import join_calls
@@ -101,6 +102,7 @@ REWRITING: tuple[Pass, ...] = (
 PASSES = (*MARKING, *REWRITING)
 
 
+@uncollected()
 def draft(
     captured: CapturedGraph,
     rules: Mapping[str, Rule],

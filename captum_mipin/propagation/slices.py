@@ -21,7 +21,7 @@ from torch import fx
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import value_of
-from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.graph.nodes import argument, erase_unused, operation
 from captum_mipin.propagation.canonical import is_copy, leaves_module
 from captum_mipin.propagation.draft import Draft, is_tensor, number_of
 from captum_mipin.propagation.forms import Starts, become, insert, stand_for, unmoved
@@ -70,7 +70,7 @@ def join_slices(draft: Draft) -> None:
             own = node.op == "call_function" and varies(node) and node not in draft.starts
             if own and operation(node) in rewrite:
                 rewrite[operation(node)](node, draft.starts)
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
 
 
 def slice_or_copy(node: Any, starts: Starts) -> Slice | None:

@@ -23,7 +23,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import inherit, mark, marks, original, set_value, value_of
-from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.graph.nodes import argument, erase_unused, operation
 from captum_mipin.propagation.canonical import is_copy, leaves_module
 from captum_mipin.propagation.constants import without_copies
 from captum_mipin.propagation.draft import Draft, is_tensor, number_of
@@ -192,7 +192,7 @@ def fold_padding(draft: Draft) -> None:
             own = per_dimension(padding, dims)
             padding = [n + m for n, m in zip(own, zeros, strict=True)]
             node.args = (x.args[0], weight, bias, stride, padding, *rest)
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
 
 
 def _zeros_around(node: Any, dims: int) -> list[int] | None:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from captum_mipin.graph.marks import mark, value_of
-from captum_mipin.graph.nodes import operation
+from captum_mipin.graph.nodes import erase_unused, operation
 from captum_mipin.propagation.constants import known_value
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.forms import become, insert, stand_for
@@ -48,7 +48,7 @@ def write_slices(draft: Draft) -> None:
             if step > 0 and numbers == list(range(numbers[0], numbers[-1] + 1, step)):
                 bounds = dim, numbers[0], numbers[-1] + 1, step
                 become(node, _aten.slice.Tensor, node.args[0], *bounds)
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
 
 
 def write_splits(draft: Draft) -> None:
@@ -69,7 +69,7 @@ def write_splits(draft: Draft) -> None:
         apart = all(a[1] <= b[0] for a, b in pairwise(places))
         if len(taken) > 1 and len(places) > 1 and apart:
             _split(source, dim, slices, places)
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
 
 
 def _split(
@@ -91,5 +91,5 @@ def _split(
     for node, part in slices:
         value = insert(node, getitem, parts, bounds.index(part.start))
         if not part.kept:
-            value = insert(node, _aten.squeeze.dim, value, dim)
+            value = insert(node, _aten.squeeze.dim, value, dim, known=value_of(node))
         stand_for(node, value)

@@ -17,7 +17,7 @@ from torch import fx
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import mark, original, value_of
-from captum_mipin.graph.nodes import ancestors, argument, operation
+from captum_mipin.graph.nodes import ancestors, argument, erase_unused, operation
 from captum_mipin.propagation.averages import whole_dims
 from captum_mipin.propagation.canonical import leaves_module
 from captum_mipin.propagation.constants import known_value, without_copies
@@ -57,7 +57,7 @@ def write_sums(draft: Draft) -> None:
             _dense(draft, node)
         elif operation(node) == "mul" and all(map(varies, node.args)):
             _scale_product(draft, node)
-    draft.graph.eliminate_dead_code(lambda node: node in draft.starts or node.is_impure())
+    erase_unused(draft.graph, draft.starts)
 
 
 def _scaled(draft: Draft, node: Any) -> tuple[Any, float] | None:

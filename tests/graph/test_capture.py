@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -285,3 +286,56 @@ def test_a_graph_does_not_keep_its_model_alive():
     del model
     gc.collect()
     assert reference() is None
+
+
+class Activated(nn.Module):
+    """A model whose code reads an attribute that Captum writes to modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.activation = nn.Linear(4, 2), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Any:
+        CALLS[type(x) is Tensor] += 1
+        return self.activation(self.layer(x))
+
+
+CALLS = bytearray(2)  # with traced values, with numbers; a list would be restored
+
+
+@pytest.mark.captured_anew
+def test_a_capture_calls_the_model_once_with_numbers() -> None:
+    CALLS[:] = 0, 0
+    capture(Activated().eval(), (torch.rand(3, 4),))
+    assert list(CALLS) == [1, 1]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_numbers_that_come_in_turn_are_told(count: int, fixed: bool) -> None:
+    turns = cycle(range(count))
+
+    def forward(_: Any, x: Tensor) -> Tensor:
+        x = x.reshape(1, 4).reshape(-1, 4) if fixed else x
+        return x * next(turns)
+
+    with pytest.raises(CaptureError, match="two calls of the model with the same arguments"):
+        capture(Function(forward).eval(), (torch.rand(1, 4),))
+
+
+def test_a_capture_restores_what_it_switches_off() -> None:
+    seen, before = bytearray(1), vars(torch.fx.config).copy()
+
+    def forward(_: Any, x: Tensor) -> Tensor:
+        seen[0] |= gc.isenabled()
+        return x * 2
+
+    capture(Function(forward).eval(), (torch.rand(1, 4),))
+    assert not seen[0], "the collector pauses"
+    assert gc.isenabled() and vars(torch.fx.config) == before
+    gc.disable()
+    try:
+        capture(Function(lambda _, x: x * 3).eval(), (torch.rand(1, 4),))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
