@@ -7,7 +7,6 @@ changed.
 """
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,12 +17,17 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.alone import check_alone
 from captum_mipin.graph.diagnosis import failure
-from captum_mipin.graph.exporting import check_registered, export_graph, free_batch
+from captum_mipin.graph.exporting import (
+    FixedBatchError,
+    check_registered,
+    check_sizes,
+    export_graph,
+    free_batch,
+)
 from captum_mipin.graph.lifting import NotLiftableError, lifted
 from captum_mipin.graph.marks import mark, value_of
 from captum_mipin.graph.modes import uncollected
@@ -39,10 +43,6 @@ _LOGGER = logging.getLogger(__name__)
 
 #: Arguments of a call: inputs, further arguments, and whether examples share these.
 _Call = tuple[Inputs, Extras, bool]
-
-#: A model must accept all batch sizes up to this one. For larger batches torch itself uses other
-#: kernels of normalisation on GPUs.
-_LARGEST_BATCH = 65535
 
 
 @dataclass(frozen=True)
@@ -183,20 +183,10 @@ def trace(
         graph = _capture_any(trial, call, detached)
     except CaptureError as error:
         trial.check_repeats(example)
-        if not isinstance(error, _FixedBatchError):
+        if not isinstance(error, FixedBatchError):
             raise
         graph = _capture_one(trial, call, detached, error)
     return replace(graph, writes=writes)
-
-
-class _FixedBatchError(CaptureError):
-    """The model cannot be captured for a free batch size.
-
-    Attributes:
-        sizes: Batch sizes at which the model may compute differently; they are tried.
-    """
-
-    sizes: tuple[int, ...] = ()
 
 
 def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
@@ -217,15 +207,15 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
         raise
     except Exception as error:
         with trial.copied_buffers():
-            raise _FixedBatchError(str(failure(error, trial.twin, *call))) from error
+            raise FixedBatchError(str(failure(error, trial.twin, *call))) from error
     finally:
         handle.remove()
         trial.restore()
     if any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in graph.nodes):
-        raise _FixedBatchError("the model contains torch.vmap, whose operations have no rules")
+        raise FixedBatchError("the model contains torch.vmap, whose operations have no rules")
     if trial.written:
         trial.check_forgets(arguments)
-    _check_sizes(program)
+    check_sizes(program)
     check_registered(program, trial.twin)
     captured = _from_program(program, graph, len(call[0]), call[2], switches)
     _check_one(trial, call, captured)
@@ -233,30 +223,8 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
     return captured
 
 
-def _check_sizes(program: ExportedProgram) -> None:
-    """Raise _FixedBatchError if a program is valid for some batch sizes alone."""
-    found, sizes = "", list[int]()
-    for symbol, bounds in program.range_constraints.items():
-        # else a number that the model counts, such as the length of nonzero()
-        batch = symbol_is_type(symbol, SymT.SIZE)
-        if batch and (bounds.lower > 2 or bounds.upper < _LARGEST_BATCH):
-            found, sizes = f"{bounds} of {symbol}", [bounds.lower - 1, bounds.upper + 1]
-    for guard in map(str, getattr(program, "_guards_code", ())):
-        if remainder := re.search(r"% (\d+)", guard):  # as of: if x.shape[0] % 4 == 0
-            found, number = f"with {guard}", int(remainder[1])
-            sizes += [number, 2 * number, number + 1]
-    if found:
-        refusal = _FixedBatchError(
-            f"the model accepts only sizes {found}, or computes differently for other sizes; "
-            f"expected all from 2 to {_LARGEST_BATCH}: the batch size must be free, so remove "
-            "conditions on x.shape[0]"
-        )
-        refusal.sizes = tuple(int(n) for n in sizes if 1 < n <= _LARGEST_BATCH)
-        raise refusal
-
-
 def _check_one(trial: Trial, call: _Call, captured: CapturedGraph) -> None:
-    """Raise _FixedBatchError if a model computes something else for a batch of one example.
+    """Raise FixedBatchError if a model computes something else for a batch of one example.
 
     If it computes the same, two calls of the model do not differ either: all that is no operation
     on tensors, such as a number of NumPy, is a constant of the graph.
@@ -274,14 +242,14 @@ def _check_one(trial: Trial, call: _Call, captured: CapturedGraph) -> None:
         trial.check_repeats(example)
         return
     if found.numel() != expected.numel() or not close(found, expected.reshape(found.shape)):
-        raise _FixedBatchError(
+        raise FixedBatchError(
             "the model computes something else for a batch of one example; expected the same "
             "operations for all batch sizes: remove conditions on x.shape[0]"
         )
 
 
 def _capture_one(
-    trial: Trial, call: _Call, detached: bool, refusal: _FixedBatchError
+    trial: Trial, call: _Call, detached: bool, refusal: FixedBatchError
 ) -> CapturedGraph:
     """Return a graph for any batch size, made from the graph for one example.
 

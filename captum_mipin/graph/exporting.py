@@ -1,5 +1,6 @@
 """The export of a model by ``torch.export``, and the reasons why an export is refused."""
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, default_decompositions, export
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.diagnosis import quiet
@@ -27,6 +29,10 @@ from captum_mipin.types import Extras, Inputs
 #: Batch size of the example for the capture. torch.export treats sizes 0 and 1 as constants.
 _EXAMPLE_BATCH = 3
 
+#: A model must accept all batch sizes up to this one. For larger batches torch itself uses other
+#: kernels of normalisation on GPUs.
+_LARGEST_BATCH = 65535
+
 #: Pattern of a harmless warning about recurrent layers, whose weights are plain attributes as well.
 _RECURRENT = (
     r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, )?)+ (was|were) assigned during "
@@ -39,6 +45,16 @@ _SWITCH = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 #: Numbers of dimensions of both factors of a product → its own operation.
 _VECTORS = {(1, 1): torch.ops.aten.dot.default, (2, 1): torch.ops.aten.mv.default}
+
+
+class FixedBatchError(CaptureError):
+    """The model cannot be captured for a free batch size.
+
+    Attributes:
+        sizes: Batch sizes at which the model may compute differently; they are tried.
+    """
+
+    sizes: tuple[int, ...] = ()
 
 
 def free_batch(inputs: Inputs, extras: Extras, shared: bool) -> tuple[Any, ShapesCollection]:
@@ -110,6 +126,28 @@ def _detach(graph: fx.Graph) -> None:
                     cut = graph.call_function(torch.ops.aten.detach.default, (source,))
                 inherit(cut, source)
                 node.replace_input_with(source, cut)
+
+
+def check_sizes(program: ExportedProgram) -> None:
+    """Raise FixedBatchError if a program is valid for some batch sizes alone."""
+    found, sizes = "", list[int]()
+    for symbol, bounds in program.range_constraints.items():
+        # else a number that the model counts, such as the length of nonzero()
+        batch = symbol_is_type(symbol, SymT.SIZE)
+        if batch and (bounds.lower > 2 or bounds.upper < _LARGEST_BATCH):
+            found, sizes = f"{bounds} of {symbol}", [bounds.lower - 1, bounds.upper + 1]
+    for guard in map(str, getattr(program, "_guards_code", ())):
+        if remainder := re.search(r"% (\d+)", guard):  # as of: if x.shape[0] % 4 == 0
+            found, number = f"with {guard}", int(remainder[1])
+            sizes += [number, 2 * number, number + 1]
+    if found:
+        refusal = FixedBatchError(
+            f"the model accepts only sizes {found}, or computes differently for other sizes; "
+            f"expected all from 2 to {_LARGEST_BATCH}: the batch size must be free, so remove "
+            "conditions on x.shape[0]"
+        )
+        refusal.sizes = tuple(int(n) for n in sizes if 1 < n <= _LARGEST_BATCH)
+        raise refusal
 
 
 def check_registered(program: ExportedProgram, model: nn.Module) -> None:
