@@ -306,20 +306,18 @@ class Fit:
         return rows * (self._passes.rows or examples) // examples
 
     def _check_memory(self, trace: Trace) -> None:
-        """Raise FitError if a regression needs more memory than is free.
-
-        Args:
-            trace: A forward pass that recorded all learned steps.
-        """
+        """Raise FitError if memory is short, judged by a pass that recorded all learned steps."""
         request, plans = self._request, {}
         for key in request.surrogate.learned:
             seen = trace.seen(key)
             # Of the logits of a dense layer, the regression of a class uses only one.
             dense = isinstance(seen.inverter, (Dense, PooledDense))
             if not (dense and seen.outputs[0].shape == trace.output.shape):
-                plans[key] = self._plan(key, seen.inverter, seen.x)
+                batch = self._passes.working(key, seen, len(trace.output))
+                plans[key] = self._plan(key, seen.inverter, seen.x)._replace(batch=batch)
         classes = 1 if request.activations is not None else len(self._targets)
-        check_memory(plans, classes, request.memory, trace.output.device)
+        kept = self._passes.ahead(classes)
+        check_memory(plans, classes, request.memory, trace.output.device, kept)
 
     def _solve_by_rows(
         self,

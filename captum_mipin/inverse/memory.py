@@ -1,4 +1,4 @@
-"""The memory that the regressions of a fit take, and the memory that is free."""
+"""The memory that a fit takes, for regressions and for batches, and the memory that is free."""
 
 import os
 import sys
@@ -31,6 +31,7 @@ class Plan(NamedTuple):
         signals: Number of signals of one regression.
         descends: Whether ``solver="sgd"`` can fit this step.
         thins: Whether fewer ``positions=`` take less memory.
+        batch: Bytes that the values of a batch take, and what is computed from them on the way.
     """
 
     solver: Literal["moments", "rows", "sgd"]
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     signals: int
     descends: bool
     thins: bool
+    batch: int = 0
 
     @classmethod
     def of(cls, inverter: Inverter, rows: int | None, sgd: bool, *, whole: bool = False) -> "Plan":
@@ -74,20 +76,22 @@ class Plan(NamedTuple):
 
 
 def check_memory(
-    plans: Mapping[str, Plan], classes: int, memory: int, device: torch.device
+    plans: Mapping[str, Plan], classes: int, memory: int, device: torch.device, values: int = 0
 ) -> None:
-    """Raise FitError if regressions need more memory than is free.
+    """Raise FitError if a fit needs more memory than is free.
 
     Args:
         plans: Key of a step → its plan.
         classes: Number of classes that are fitted.
         memory: Bytes that the moments of several classes may take together.
         device: The device of the fit.
+        values: Bytes of the values and signals of all batches that are still to be stored.
     """
     free = free_memory(device)
     large = {}
     for key, plan in plans.items():
         needed = min(classes, plan.classes(memory)) * plan.stored + plan.further
+        needed += plan.batch + values
         if needed > free:
             large[key] = f"  {key}: {needed / 2**30:,.1f} GiB, for {plan.signals:,} signals"
     if not large:
@@ -100,12 +104,15 @@ def check_memory(
     thins = [key for key in large if plans[key].thins]
     if thins:
         ways.append(f"fit {', '.join(thins)} on fewer places of each map, with positions=")
-    if any(plans[key].stored + plans[key].further <= free for key in large):
-        ways.append("lower memory=, so that fewer classes are fitted at a time")
+    least = [plans[key].stored + plans[key].further + plans[key].batch for key in large]
+    if any(needed <= free for needed in least):
+        ways.append("lower memory=, so that fewer classes are fitted and values kept at a time")
+    if any(2 * plans[key].batch > free for key in large):
+        ways.append("pass smaller batches, with batch_size= or a loader of such batches")
     raise FitError(
         "\n".join(
             [
-                f"{place} has {free / 2**30:,.1f} GiB of free memory, and regressions need more:",
+                f"{place} has {free / 2**30:,.1f} GiB of free memory, and the fit needs more:",
                 *large.values(),
                 f"Change one of these: {'; '.join(ways)}",
             ]

@@ -220,7 +220,7 @@ class InverseNetwork(ClassInverse):
 
         Raises:
             FitError: The data is empty or not finite, its shape changes, the output of a class is
-                constant, or a regression needs more than the machine's memory.
+                constant, or memory is short.
             CaptureError: The model cannot be captured, or uses an operation without a rule.
             TargetError: The model has no such class.
             ModelChangedError: The model has changed since earlier classes were fitted.

@@ -12,9 +12,13 @@ from captum_mipin.graph.validate import finite
 from captum_mipin.inverse.data import Values, check_independent
 from captum_mipin.inverse.request import FitRequest
 from captum_mipin.inverse.trace import Trace
-from captum_mipin.propagation.runtime import Inverses, Run
+from captum_mipin.propagation.runtime import Inverses, Run, Seen
+from captum_mipin.regression.lag_gram import CHUNK
 from captum_mipin.rules import Options
 from captum_mipin.types import Extras, Inputs, Target
+
+#: Number of copies of a batch's values at a step that its moments take, as measured.
+COPIES = 4
 
 
 class Passes:
@@ -44,6 +48,7 @@ class Passes:
         self._sizes: Mapping[str, float] = {}  # bytes per example of the values stored for a step
         self._widest = 0.0  # bytes per example of the signals of one class
         self._all_kept = False
+        self._largest = 1  # number of examples of the largest batch
 
     # ------------------------------------------------------------------------------- first pass
 
@@ -71,7 +76,7 @@ class Passes:
                 values = request.activations.add(values)
             trace = self._trace(values, self._kept_steps)
             output = trace.output.detach()
-            rows += len(output)
+            rows, self._largest = rows + len(output), max(self._largest, len(output))
             if not finite(output):
                 raise FitError(
                     f"batch {index}: the model's output contains NaN or Inf, expected finite "
@@ -119,6 +124,37 @@ class Passes:
         self._sizes, self._widest = sizes or ({}, 0.0)
         self.most = max(counts)
         return sum(counts)
+
+    def ahead(self, targets: int) -> int:
+        """Return the bytes of all batches' values and signals that are still to be stored."""
+        rows, signals = self.rows or self._largest, targets * self._widest
+        if self._kept_steps:
+            held = 0.0 if self.rows is None else rows * sum(self._sizes.values())
+            every = rows * (sum(self._sizes.values()) + signals)
+            return round(max(min(every, max(self._request.memory, held)) - held, 0))
+        most = 0.0
+        for at in range(len(self._learned)):
+            below = self._learned[at:]
+            kept = below[: self._affordable(below, targets)]
+            most = max(
+                most, rows * (sum(self._sizes[key] for key in kept) + signals) if kept else 0
+            )
+        return round(most)
+
+    def working(self, key: str, seen: Seen, examples: int) -> int:
+        """Return the bytes that the values of one batch at a step take, with all copies of them.
+
+        Args:
+            key: The step.
+            seen: Its values for some examples.
+            examples: Number of these examples.
+        """
+        size, rows = max(1, seen.x.numel() // examples), self._largest
+        if self.rows and self.keeps(key) and seen.inverter.joins:  # small batches are joined
+            rows = max(rows, min(self.rows, CHUNK // 4 // size))
+        values = sum(t.nbytes for t in (seen.x, *seen.outputs)) * rows // examples
+        # signals, the same centred, in another order or dtype, and their Fourier transforms
+        return COPIES * values * (2 if self._request.settings.double else 1)
 
     def example(self, keys: Sequence[str] = ()) -> Trace:
         """Return the forward pass of one example, for a process without data."""

@@ -54,13 +54,13 @@ def solving_bytes(
     :func:`solve` takes up to five copies of the moments: divided by the number of rows, with the
     penalty, factored, copied by the solver, and for tied features once more. The moments of one
     more batch take no more than that before they are added. Blocks of ``parts`` are copied one by
-    one: then the bound is the moments of one more batch, and five copies of the largest block.
+    one: then the bound is the moments of one more batch, or five copies of the largest block.
     """
     size = groups, features, signals, own
     if not parts:
         return 5 * Moments.bytes_needed(*size)
     largest = max(parts, key=len)
-    return Moments.bytes_needed(*size, parts) + 5 * Moments.bytes_needed(*size, [largest])
+    return max(Moments.bytes_needed(*size, parts), 5 * Moments.bytes_needed(*size, [largest]))
 
 
 def solve(
