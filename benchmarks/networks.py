@@ -1,7 +1,8 @@
-"""The networks of the paper's tables 3 to 5, and how they are trained here.
+"""The networks of the paper's tables 3 to 5, two small transformers, and how they are trained here.
 
 The paper gives the layers and says that dropout was used. Optimiser, learning rate, epochs,
-augmentation and the place of the dropout are our choice, see :func:`train`.
+augmentation and the place of the dropout are our choice, see :func:`train`. The transformers'
+weights come with the repository (``weights/``, float16), since their training takes an hour.
 """
 
 import argparse
@@ -9,8 +10,10 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from compact_transformers import Transformer, cct, dropped, vit
 from data import Images, load
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -90,13 +93,16 @@ class Recipe:
         epochs: Passes over the data.
         decay: L2 weight decay.
         augment: Whether images are mirrored and shifted.
+        dropped: Share of a transformer's tokens that the first two thirds of the epochs leave out,
+            each time others: half the time an epoch. None for other networks.
     """
 
-    build: Callable[[], Network]
+    build: Callable[[], nn.Module]
     data: str
     epochs: int
     decay: float = 0.0
     augment: bool = False
+    dropped: float | None = None
 
 
 RECIPES = {
@@ -105,6 +111,8 @@ RECIPES = {
     "cnn-mnist": Recipe(cnn_mnist, "mnist", 4),
     "cnn-fashion-mnist": Recipe(cnn_mnist, "fashion-mnist", 6),
     "cnn-cifar10": Recipe(cnn_cifar, "cifar10", 16, decay=1e-3, augment=True),
+    "vit-cifar10": Recipe(vit, "cifar10", 48, decay=0.05, augment=True, dropped=0.5),
+    "cct-cifar10": Recipe(cct, "cifar10", 30, decay=0.05, augment=True, dropped=0.5),
 }
 
 
@@ -124,6 +132,17 @@ def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
     return F.pad(x, (2, 2, 2, 2))[..., row : row + height, column : column + width]
 
 
+def _tokens(model: Transformer, x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Return a transformer's tokens of images, each moved by itself, without a share of them."""
+    flip = torch.rand(len(x), generator=generator) < 0.5
+    x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+    rows, columns = torch.randint(0, 9, (2, len(x), 1), generator=generator) + torch.arange(32)
+    example = torch.arange(len(x))[:, None, None]
+    padded = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)
+    x = padded[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return dropped(model.tokens(x), share, generator)
+
+
 def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
     """Return the share of the images ``x`` that ``model`` classifies rightly."""
     with torch.no_grad():
@@ -134,24 +153,31 @@ def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
     return hits / len(x)
 
 
-def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -> Network:
+def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -> nn.Module:
     """Train the network ``name``.
 
-    Adam, one-cycle rate with maximum 1e-3 (2e-3 for CIFAR-10), batches of 128.
+    Adam, one-cycle rate with maximum 1e-3 (2e-3 for CIFAR-10), batches of 128. Transformers:
+    AdamW, and one shift of up to four pixels an image.
     """
     recipe, size = RECIPES[name], 128
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model, epochs = recipe.build(), epochs or recipe.epochs
     steps = epochs * -(-len(images.train) // size)
-    optimiser = torch.optim.Adam(model.parameters(), weight_decay=recipe.decay)
+    method = torch.optim.Adam if recipe.dropped is None else torch.optim.AdamW
+    optimiser = method(model.parameters(), weight_decay=recipe.decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, 2e-3 if recipe.augment else 1e-3, total_steps=steps
     )
     with tqdm(total=steps, desc=f"train {name}", unit="batch") as progress:
-        for _ in range(epochs):
+        for epoch in range(epochs):
             for x, y in _batches(images, size, generator):
-                loss = F.cross_entropy(model(_augment(x, generator) if recipe.augment else x), y)
+                if recipe.dropped is not None and isinstance(model, Transformer):
+                    share = recipe.dropped if 3 * epoch < 2 * epochs else 0.0
+                    logits = model.classify(_tokens(model, x, share, generator))
+                else:
+                    logits = model(_augment(x, generator) if recipe.augment else x)
+                loss = F.cross_entropy(logits, y)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
@@ -160,9 +186,7 @@ def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -
     return model.eval()
 
 
-def trained(
-    name: str, images: Images, seed: int = 0, cache: str | Path = ".cache/networks"
-) -> Network:
+def trained(name: str, images: Images, seed: int = 0, cache: str | Path = ".cache/networks") -> Any:
     """Return the network ``name``, trained at the first call and kept in ``cache``."""
     path = Path(cache) / f"{name}-{seed}.safetensors"
     if not path.exists():

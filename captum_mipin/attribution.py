@@ -43,6 +43,7 @@ class _MIPIN(NoFuture, GradientAttribution):
         GradientAttribution.__init__(self, model)
         self.inverse = inverse
         self._gradient = Gradient(model, output=inverse.output)
+        self._gradient_of_contrast = Gradient(model, output=inverse.output, contrast=True)
 
     def _products(
         self,
@@ -51,6 +52,7 @@ class _MIPIN(NoFuture, GradientAttribution):
         *,
         features: bool,
         gradients: bool,
+        contrast: bool,
         layer: Site = None,
     ) -> Inputs:
         """Return the attribution A, multiplied by features or gradients according to the options.
@@ -60,13 +62,15 @@ class _MIPIN(NoFuture, GradientAttribution):
             call: The call that is explained.
             features: True to multiply by the values at the inputs or at the layer's output.
             gradients: True to multiply by the gradient of the target's logit with respect to them.
+            contrast: True for the gradient of the target's contrast in place of its logit.
             layer: The place that is explained.
         """
         maps = explanation.signals[0]
         if features:
             maps = tuple(a * x for a, x in zip(maps, explanation.features, strict=True))
         if gradients:
-            slopes = self._gradient.explain(*call, layer).signals
+            gradient = self._gradient_of_contrast if contrast else self._gradient
+            slopes = gradient.explain(*call, layer).signals
             maps = tuple(a * g for a, g in zip(maps, slopes, strict=True))
         return maps
 
@@ -106,7 +110,7 @@ class MIPINAttribution(_MIPIN):
     def attribute(
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None, *,
         local: bool = True, mask_input: bool = False, multiply_by_inputs: bool = False,
-        multiply_by_gradients: bool = False, evidence: bool = False,
+        multiply_by_gradients: bool = False, evidence: bool = False, contrast: bool = False,
         return_convergence_delta: bool = False,
     ) -> Any:  # fmt: skip
         """Return A, the attribution of the target's logit to the input (algorithm 1).
@@ -123,6 +127,10 @@ class MIPINAttribution(_MIPIN):
                 over positions, or a dense layer on such an average. The average of the positive
                 parts of all positions is explained then, because the logit may be negative. If the
                 logit is positive, the map only differs by a factor.
+            contrast: True to explain only what the target has beyond all other classes: at each
+                position y_c − max_k≠c y_k, where it is positive, in place of the logit's part y_c.
+                It needs an output as ``evidence`` does. With ``multiply_by_gradients``, the
+                gradient is that of the average of these differences too.
             return_convergence_delta: True to return also the completeness error of the source
                 signal, Φ_c(S) − Φ_c(x).
 
@@ -134,19 +142,22 @@ class MIPINAttribution(_MIPIN):
             NotFittedError: The inverse was not fitted for this target.
             ModelChangedError: The model's weights changed since the fit.
         """
-        if evidence and return_convergence_delta:
+        if (evidence or contrast) and return_convergence_delta:
             raise InputError(
                 "return_convergence_delta=True measures the error for the whole output, but "
-                "evidence=True explains only a part of the output: pass only one of them"
+                f"{'contrast' if contrast else 'evidence'}=True explains only a part of the "
+                "output: pass only one of them"
             )
         call = as_inputs(inputs), target, as_extras(additional_forward_args)
         biases = (False, True) if return_convergence_delta else (False,)
         explanation = self.inverse.explain(
-            *call, biases=biases, local=local, mask=mask_input, evidence=evidence
-        )
+            *call, biases=biases, local=local, mask=mask_input, evidence=evidence,
+            contrast=contrast,
+        )  # fmt: skip
         maps = self._products(
-            explanation, call, features=multiply_by_inputs, gradients=multiply_by_gradients
-        )
+            explanation, call, features=multiply_by_inputs, gradients=multiply_by_gradients,
+            contrast=contrast,
+        )  # fmt: skip
         if not return_convergence_delta:
             return like(inputs, maps)
         # completeness error Φ_c(S) − Φ_c(x); Φ_c(x) is known from the pass of the explanation
@@ -253,7 +264,7 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False, *, local: bool = True,
         multiply_by_features: bool = False, multiply_by_gradients: bool = False,
-        evidence: bool = False,
+        evidence: bool = False, contrast: bool = False,
     ) -> Any:  # fmt: skip
         """Return A, the attribution of the target's logit to the layer's output (algorithm 1).
 
@@ -263,8 +274,8 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
             local: True to adapt the inverse to each example. False for the global view.
             multiply_by_features: True to return A ⊙ features, with the layer's output as features.
             multiply_by_gradients: True to return A ⊙ the gradient at the layer.
-            evidence: True to explain only the evidence for the target, as for
-                :meth:`MIPINAttribution.attribute`.
+            evidence, contrast: True to explain only the evidence for the target, or only what it
+                has beyond all other classes, as for :meth:`MIPINAttribution.attribute`.
 
         Returns:
             Tensor shaped like the layer's output or input; a tuple if the layer has several such
@@ -279,12 +290,14 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
         features, gradients = multiply_by_features, multiply_by_gradients
 
         def at(place: Site) -> Any:
-            explanation = self.inverse.explain(*call, local=local, layer=place, evidence=evidence)
-            return single(
-                self._products(
-                    explanation, call, features=features, gradients=gradients, layer=place
-                )
+            explanation = self.inverse.explain(
+                *call, local=local, layer=place, evidence=evidence, contrast=contrast
             )
+            maps = self._products(
+                explanation, call,
+                features=features, gradients=gradients, contrast=contrast, layer=place,
+            )  # fmt: skip
+            return single(maps)
 
         return at_places(at, self.layer, attribute_to_layer_input)
 

@@ -67,7 +67,7 @@ class PhotographAttribution(LayerMIPINAttribution):
         self, inputs: Tensor | Inputs, target: Any = None, additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False, *, local: bool = True,
         multiply_by_features: bool | None = None, multiply_by_gradients: bool | None = None,
-        evidence: bool = False,
+        evidence: bool = False, contrast: bool = False,
     ) -> Tensor:  # fmt: skip
         """Return maps (batch, 1, height, width), by default those of the reading that was picked.
 
@@ -77,8 +77,8 @@ class PhotographAttribution(LayerMIPINAttribution):
             multiply_by_features: True to multiply A by the layer's output; None for the reading's.
             multiply_by_gradients: True to multiply A by the gradient at the layer; None for the
                 reading's.
-            evidence: True to explain only the evidence for the target, as for
-                :meth:`MIPINAttribution.attribute`.
+            evidence, contrast: True to explain only the evidence for the target, or only what it
+                has beyond all other classes, as for :meth:`MIPINAttribution.attribute`.
 
         Returns:
             Maps with the height and width of the layer.
@@ -97,7 +97,7 @@ class PhotographAttribution(LayerMIPINAttribution):
         }
         maps: Tensor = super().attribute(
             inputs, target, additional_forward_args, attribute_to_layer_input, local=local,
-            evidence=evidence, **options,
+            evidence=evidence, contrast=contrast, **options,
         )  # fmt: skip
         return maps.abs().sum(1, keepdim=True)
 

@@ -40,7 +40,7 @@ from captum_mipin.errors import (
     UnsupportedOperationError,
 )
 from captum_mipin.graph.capture import capture
-from captum_mipin.rules.pooling import shared_out
+from captum_mipin.rules.pooling import evidence
 
 matplotlib.use("Agg")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -481,7 +481,7 @@ def test_evidence_is_told_at_the_last_average_alone() -> None:
 
 def test_evidence_is_in_units_of_what_is_averaged() -> None:
     x = torch.tensor([[1.0, -2.0, 3.0]])
-    _, back = shared_out(lambda t: t.mean(1), x, recorded=True, evidence=True)
+    back = evidence(lambda t: t.mean(1), x, x)
     assert back(torch.tensor([2.0])).tolist() == [[2, 0, 6]]
     assert back(torch.tensor([-2.0])).tolist() == [[0, -4, 0]]
 

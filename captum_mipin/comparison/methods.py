@@ -141,6 +141,10 @@ READINGS: dict[str, tuple[str, ...]] = {
     "evidence × feature": ("evidence", "multiply_by_features"),
     "evidence × input": ("evidence", "multiply_by_inputs"),
     "evidence × gradient": ("evidence", "multiply_by_gradients"),
+    "contrast": ("contrast",),
+    "contrast × feature": ("contrast", "multiply_by_features"),
+    "contrast × input": ("contrast", "multiply_by_inputs"),
+    "contrast × gradient": ("contrast", "multiply_by_gradients"),
 }
 #: Name -> function that makes the method.
 METHODS: dict[str, Callable[[Setup], Method]] = {

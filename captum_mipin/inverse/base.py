@@ -148,7 +148,7 @@ class ModelInverse(Saved, Generic[S]):
             inputs: Tensor (batch, ...) or tuple of such tensors.
             target: The class, in any form of Captum's ``target``; it may differ between examples.
             extras: Further arguments of the model: one object, or a tuple of several.
-            options: ``biases``, ``local``, ``mask``, ``layer`` and ``evidence``, see
+            options: ``biases``, ``local``, ``mask``, ``layer``, ``evidence`` and ``contrast``, see
                 :class:`~captum_mipin.inverse.explain.Request`.
 
         Raises:
@@ -170,10 +170,10 @@ class ModelInverse(Saved, Generic[S]):
                 f"this inverse stops at {self._name(self.layer)}, it does not reach the input: use "
                 "LayerMIPINAttribution, or fit InverseNetwork(model) without layer="
             )
-        if request.evidence and not (request.local and self.settings.shares):
+        if request.speaks and not (request.local and self.settings.shares):
             raise InputError(
-                'evidence=True needs local=True and pooling="shares": change these options, or '
-                "leave out evidence=True"
+                f'{request.speaks}=True needs local=True and pooling="shares": change these '
+                f"options, or leave out {request.speaks}=True"
             )
         mask = request.local and (request.mask or request.layer is not None)
         return self._back(state, replace(request, mask=mask))
@@ -202,14 +202,17 @@ class ModelInverse(Saved, Generic[S]):
     def _passes(self, state: S, request: Request, surrogate: Surrogate) -> Explanation:
         """Run one forward pass, and one backward pass per entry of ``request.biases``."""
         options = Options(local=request.local, shares=self.settings.shares)
-        evidence = surrogate.average() if request.evidence else None
+        evidence = None
+        if request.speaks:
+            evidence, classes = surrogate.average(request.speaks)
+            options = replace(options, contrast=classes if request.contrast else None)
         run = Run(surrogate.steps, options, evidence=evidence)
         with TURNS.explaining():
             output = surrogate(
                 run, surrogate.captured.values(self.model, request.inputs, request.extras)
             )
             logits = seed(output, request.target)
-            unit = request.unit or request.evidence
+            unit = request.unit or bool(request.speaks)
             start = seed(output, request.target, unit=True) if unit else logits
         features = tuple(run.sources[index] for index in range(surrogate.starts))
         run.inverses, run.groups = self._inverses(state, request, surrogate, features)

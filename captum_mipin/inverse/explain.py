@@ -30,6 +30,7 @@ class Request:
         layer: The place where the backward passes stop.
         evidence: True to send back only the evidence for the target at each position. This needs a
             model whose output is an average over positions.
+        contrast: True for evidence that the target has beyond all other classes.
         unit: True to send back 1 instead of the logit.
     """
 
@@ -41,7 +42,13 @@ class Request:
     mask: bool = False
     layer: Site = None
     evidence: bool = False
+    contrast: bool = False
     unit: bool = False
+
+    @property
+    def speaks(self) -> str:
+        """The name of the option that asks for evidence at each position; "" for none."""
+        return "contrast" if self.contrast else "evidence" if self.evidence else ""
 
     def pick(self, rows: Tensor, shared: bool) -> "Request":
         """Return the same request for some of the examples.

@@ -18,14 +18,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from captum_mipin.graph.nodes import operation
 from captum_mipin.methods.base import Signal, Table
 from captum_mipin.methods.gates import RECTIFIERS, is_floating, replace_gates
+from captum_mipin.propagation.averages import explain_contrast
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.base import Back, along, depends, value_and_adjoint
+from captum_mipin.types import Output
 
 #: Activations that are not rectifiers.
 _OTHERS = ("tanh", "sigmoid", "hardsigmoid", "log_sigmoid", "glu")
@@ -72,8 +74,12 @@ class Gradient(_Derived):
     Args:
         model: The network, see :class:`~captum_mipin.methods.base.Propagation`.
         output: The output to explain if the model returns several tensors.
+        contrast: True for the gradient of the target's contrast in place of its output Φ_c. The
+            contrast is what the class has beyond all others, C_c = mean_p (y_pc − max_k≠c y_pk)⁺.
+            It needs a model whose outputs are averages of outputs y_p at positions p, or a dense
+            layer on such an average.
 
-    Source: Simonyan et al., ICLR 2014 (workshop), with its sign.
+    Source: Simonyan et al., ICLR 2014 (workshop), with its sign; the contrast is our own.
 
     Examples:
         >>> from torch import nn
@@ -84,8 +90,13 @@ class Gradient(_Derived):
 
     _name = "Gradient"
 
+    def __init__(self, model: nn.Module, *, output: Output = None, contrast: bool = False) -> None:
+        super().__init__(model, output=output)
+        self.contrast = contrast
+
     def _table(self) -> Table:
-        return Table(_OWN, other=_derivative(exact=True))
+        rewrite = {"rewrite": explain_contrast} if self.contrast else {}
+        return Table(_OWN, **rewrite, other=_derivative(exact=True))
 
 
 class _Gated(_Derived):

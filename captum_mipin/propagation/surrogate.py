@@ -21,13 +21,15 @@ from torch import Tensor, fx
 
 from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.capture import CapturedGraph
-from captum_mipin.graph.layout import Layout
+from captum_mipin.graph.layout import Layout, batch_dimension
 from captum_mipin.graph.marks import marks, value_of
+from captum_mipin.graph.nodes import operation
 from captum_mipin.graph.subgraph import extract, run_part
+from captum_mipin.propagation.averages import FLAT, moves_ones
 from captum_mipin.propagation.draft import occurrences, sources
 from captum_mipin.propagation.passes import draft
 from captum_mipin.propagation.runtime import Run, sequence, source, step
-from captum_mipin.rules import Learned, Rule
+from captum_mipin.rules import Learned, Recorded, Rule
 from captum_mipin.rules.linear import pooled_dense
 from captum_mipin.rules.pooling import is_average
 
@@ -119,25 +121,52 @@ class Surrogate:
         steps = reversed(self.steps.items())
         return tuple(key for key, one in steps if isinstance(one.rule, Learned))
 
-    def average(self) -> str:
+    def average(self, option: str = "evidence") -> tuple[str, int | None]:
         """Return the key of the step that computes the output as an average over positions.
 
         It is the step of the average, or of a dense layer on an average.
 
+        Args:
+            option: The option that needs it, "evidence" or "contrast". With "contrast", the output
+                is the average itself, of two or more classes.
+
+        Returns:
+            The key, and the dimension of the classes in the averaged tensor, or behind the dense
+            layer; None if several dimensions are not averaged.
+
         Raises:
             UnsupportedOperationError: The output is not an average over positions.
         """
-        node = self.graph.output_node().all_input_nodes[0]
+        output = node = self.graph.output_node().all_input_nodes[0]
+        shape, whole = value_of(output).shape, True
         while node.target is not step and len(carried := sources(node)) == 1:
+            whole = whole and (operation(node) in FLAT or moves_ones(node))
             (node,) = carried
         rule = self._rule(node)
         dense = isinstance(rule, Learned) and rule.inverter is pooled_dense
         if dense or (is_average(rule) and self._averages_places(node)):
-            return str(node.args[1])
+            classes = -1 if dense else self._classes(node)
+            if option == "evidence" or (
+                whole and len(shape) == 2 and shape[1] > 1 and classes is not None
+            ):
+                return str(node.args[1]), classes
+        several = "" if option == "evidence" else ", for two or more classes"
         raise UnsupportedOperationError(
-            f"evidence=True is set, but the output is that of {marks(node).key}: it has to be an "
-            "average over positions, or a dense layer on such an average. Pass evidence=False"
+            f"{option}=True is set, but the output is that of {marks(node).key}: it has to be an "
+            f"average over positions, or a dense layer on such an average{several}. Pass "
+            f"{option}=False"
         )
+
+    def _classes(self, node: fx.Node) -> int | None:
+        """Return the only dimension but the batch that an average keeps; None for several."""
+        x: Any = node.args[2]
+        ndim, rule = value_of(x).ndim, self._rule(node)
+        assert isinstance(rule, Recorded)  # for mypy: it is the rule of an average
+        last: int = rule.run.args[0]  # type: ignore[attr-defined]
+        averaged: Any = range(ndim - last, ndim) if last else node.args[3]
+        kept = set(range(ndim)) - {dim % ndim for dim in averaged}
+        kept -= {batch_dimension(value_of(x), self.captured.batch)}
+        return kept.pop() if len(kept) == 1 else None
 
     def _rule(self, node: fx.Node) -> Rule | None:
         return self.steps[str(node.args[1])].rule if node.target is step else None

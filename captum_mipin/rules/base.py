@@ -33,6 +33,8 @@ class Options:
         packed: Store masks as bits, to save memory.
         evidence: For an output that is an average: send back the evidence for the output at each
             position, instead of the position's share in it.
+        contrast: With ``evidence``, the dimension of the classes in the averaged tensor: evidence
+            is what the target has beyond all other classes. None: all that the target has.
 
     Examples:
         >>> Options().shares, Options(shares=False).shares
@@ -44,6 +46,7 @@ class Options:
     bias: bool = True
     packed: bool = False
     evidence: bool = False
+    contrast: int | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Part, Solution
 from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, OwnOperation, along, at
 from captum_mipin.rules.geometry import ConvolutionArguments
-from captum_mipin.rules.pooling import shared_out
+from captum_mipin.rules.pooling import evidence, margins, shared_out
 
 
 def add_own(x: Tensor, inverse: Inverse, own: Sequence[Tensor], dim: int) -> Tensor:
@@ -323,13 +323,22 @@ class PooledDense(Inverter):
             Tensor (batch, ..., signals).
         """
         weight, bias, options = self.weight, self.bias, self.options
-        if live is not None:
+        classes = options.contrast if options.evidence else None  # None, or the last dimension
+        if live is not None and classes is None:
             s, weight, bias = s[:, live], weight[live], None if bias is None else bias[live]
         # y = W x + b at each position; its average over the positions is the output
         y = F.linear(self.x.contiguous(), weight, bias)
-        over = tuple(range(1, y.ndim - 1))
-        recorded = options.local and options.shares
-        return shared_out(lambda t: t.mean(over), y, recorded, options.evidence, leading=1)[1](s)
+
+        def average(t: Tensor) -> Tensor:
+            return t.mean(tuple(range(1, y.ndim - 1)))
+
+        if not options.evidence:
+            recorded = options.local and options.shares
+            return shared_out(average, y, recorded, leading=1)[1](s)
+        if classes is None:
+            return evidence(average, y, y)(s)
+        shown = evidence(average, y, margins(y, classes))(s)
+        return shown if live is None else shown[..., live]
 
 
 def _linear_of_pooled(x: Tensor, *arguments: Any) -> Tensor:

@@ -122,7 +122,10 @@ def average(
         return result
 
     recorded, leading = options.local and options.shares, x.ndim - dims if dims else 0
-    return shared_out(run, x, recorded, options.evidence, leading)
+    if options.evidence:
+        speaking = x if options.contrast is None else margins(x, options.contrast)
+        return run(x), evidence(run, x, speaking)
+    return shared_out(run, x, recorded, leading)
 
 
 def is_average(rule: Any) -> bool:
@@ -131,11 +134,7 @@ def is_average(rule: Any) -> bool:
 
 
 def shared_out(
-    operator: Callable[[Tensor], Tensor],
-    x: Tensor,
-    recorded: bool,
-    evidence: bool = False,
-    leading: int = 0,
+    operator: Callable[[Tensor], Tensor], x: Tensor, recorded: bool, leading: int = 0
 ) -> Recording:
     """Return averages y = P x, and the function that sends their signal S to the elements x.
 
@@ -149,9 +148,6 @@ def shared_out(
         operator: The function x → P x.
         x: Tensor of the elements, of any shape.
         recorded: Whether the shares depend on x. If False, all |x_i| are replaced by 1.
-        evidence: Whether to send the elements themselves instead of shares: |S_w| x_i if x_i has
-            the sign of S_w, else 0. For S_w = 1 this is the positive part of y_w, also if y_w is
-            negative.
         leading: Number of first dimensions over which P does not average, such as the batch.
 
     Returns:
@@ -164,12 +160,6 @@ def shared_out(
     def share(origin: Tensor | float, total: Tensor) -> Back:
         return lambda s: origin * ratio(back_through(ratio(s, total)), weight)
 
-    def speaking(s: Tensor) -> Tensor:
-        mean = ratio(back_through(s), weight)
-        return x * mean.abs() * (x * mean > 0)
-
-    if evidence:
-        return value, speaking
     # window w sends S_w x_i / Σ_j P_wj x_j to x_i; several windows: the mean weighted by P_wi
     if not recorded:
         return value, share(1.0, operator(torch.ones_like(x[one])))
@@ -180,6 +170,47 @@ def shared_out(
     total = operator(positive)
     above, below = share(positive, total), share(positive - x, total - value)
     return value, lambda s: above(s * (value > 0)) + below(s * (value < 0))
+
+
+def evidence(operator: Callable[[Tensor], Tensor], x: Tensor, speaking: Tensor) -> Back:
+    """Return the function that sends back the evidence at each element of averages y = P x.
+
+    Args:
+        operator: The function x → P x, as for :func:`shared_out`.
+        x: Tensor of the elements.
+        speaking: Tensor shaped like x, what each element says: x itself, or its :func:`margins`.
+
+    Returns:
+        The function: signal S of the shape of P x → |S_w| e_i if e_i has the sign of S_w, else 0,
+        for e = ``speaking``. For e = x and S_w = 1 its average is the positive part of y_w, also if
+        y_w is negative.
+    """
+    _, back_through = value_and_adjoint(operator, x)
+    weight = adjoint(operator, x)(torch.ones_like(operator(x)))  # Σ_w P_wi
+
+    def back(s: Tensor) -> Tensor:
+        mean = ratio(back_through(s), weight)
+        return speaking * mean.abs() * (speaking * mean > 0)
+
+    return back
+
+
+def margins(y: Tensor, dim: int) -> Tensor:
+    """Return how far each class is above the largest of all others, y_c − max_{k ≠ c} y_k.
+
+    Args:
+        y: Tensor with the outputs of two or more classes along a dimension.
+        dim: That dimension.
+
+    Returns:
+        Tensor shaped like y. It is positive for at most one class.
+
+    Examples:
+        >>> margins(torch.tensor([[3.0, 1.0, 2.0]]), 1)
+        tensor([[ 1., -2., -1.]])
+    """
+    first, second = y.topk(2, dim).values.split(1, dim)
+    return y - torch.where(y == first, second, first)
 
 
 def _negative(node: fx.Node) -> str | None:
