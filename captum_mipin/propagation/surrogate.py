@@ -132,7 +132,7 @@ class Surrogate:
 
         Returns:
             The key, and the dimension of the classes in the averaged tensor, or behind the dense
-            layer; None if several dimensions are not averaged.
+            layer; None if it is an average of averages, or several dimensions are not averaged.
 
         Raises:
             UnsupportedOperationError: The output is not an average over positions.
@@ -158,8 +158,16 @@ class Surrogate:
         )
 
     def _classes(self, node: fx.Node) -> int | None:
-        """Return the only dimension but the batch that an average keeps; None for several."""
+        """Return the only dimension but the batch that an average keeps.
+
+        Return None if it keeps several, or averages what is an average itself.
+        """
         x: Any = node.args[2]
+        below = x
+        while below.target is not step and len(carried := sources(below)) == 1:
+            (below,) = carried
+        if is_average(self._rule(below)):
+            return None
         ndim, rule = value_of(x).ndim, self._rule(node)
         assert isinstance(rule, Recorded)  # for mypy: it is the rule of an average
         last: int = rule.run.args[0]  # type: ignore[attr-defined]

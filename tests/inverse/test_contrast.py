@@ -23,7 +23,6 @@ ENDS: dict[str, Callable[[Tensor], Tensor]] = {
     "window": lambda y: F.avg_pool2d(y, 4)[:, :, 0, 0],
     "channels last": lambda y: y.permute(0, 2, 3, 1).mean((1, 2)),
     "tokens": lambda y: y.flatten(2).transpose(1, 2).mean(1),
-    "one by one": lambda y: y.mean(3).mean(2),
 }
 
 
@@ -203,6 +202,16 @@ def test_a_dense_head_and_a_single_class_are_refused() -> None:
     refused(one, x, 0, "for two or more classes. Pass contrast=False")
     alone = Ends(lambda y: y[:, 0], classes=1)
     refused(alone, x, None, "for two or more classes")
+
+
+def test_an_average_of_averages_is_refused() -> None:
+    x = torch.rand(40, 3, 6, 6, dtype=torch.float64)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AvgPool2d(2), nn.AvgPool2d(2), nn.Flatten())
+    mipin = MIPINAttribution(model.double().eval(), InverseNetwork(model).fit(x, progress=False))
+    assert mipin.attribute(x[:2], 0).any()
+    with pytest.raises(UnsupportedOperationError, match="it has to be an average"):
+        mipin.attribute(x[:2], 0, contrast=True)
 
 
 def test_options_that_exclude_the_contrast_are_named() -> None:
