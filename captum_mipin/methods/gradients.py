@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from captum_mipin.graph.nodes import operation
 from captum_mipin.methods.base import Signal, Table
 from captum_mipin.methods.gates import RECTIFIERS, is_floating, replace_gates
-from captum_mipin.propagation.averages import explain_contrast
+from captum_mipin.propagation.heads import explain_contrast
 from captum_mipin.rules import MIPIN, Options, Passes, Recorded, Rule
 from captum_mipin.rules.activations import ACTIVATIONS
 from captum_mipin.rules.base import Back, along, depends, value_and_adjoint

@@ -9,7 +9,6 @@ from captum_mipin.errors import CaptureError
 from captum_mipin.graph.layout import Layout, first_dimension, shape_text
 from captum_mipin.graph.marks import mark, marks, value_of
 from captum_mipin.graph.nodes import ancestors, operation
-from captum_mipin.propagation.averages import join_averages
 from captum_mipin.propagation.draft import Draft, descendants, is_constant
 from captum_mipin.rules.base import is_floating, varies
 from captum_mipin.rules.gates import DIVISIONS, GATES_AND_SCALES
@@ -66,15 +65,6 @@ def drop_unused(draft: Draft) -> None:
     for node in reversed(list(draft.graph.nodes)):
         if node.op not in ("placeholder", "output") and node not in needed:
             draft.graph.erase_node(node)
-
-
-def rewrite_for_method(draft: Draft) -> None:
-    """Run the rewrite of a method: ``rewrite`` of its table of rules, by default for MIP-IN.
-
-    MIP-IN has the rewrite :func:`~captum_mipin.propagation.averages.join_averages`.
-    """
-    rewrite = getattr(draft.rules, "rewrite", join_averages)
-    rewrite(draft.graph, draft.batch, draft.starts)
 
 
 def mark_signal(draft: Draft) -> None:

@@ -31,12 +31,12 @@ from captum_mipin.propagation.equivalents import (
     write_group_norms,
 )
 from captum_mipin.propagation.forms import spell
+from captum_mipin.propagation.heads import rewrite_for_method
 from captum_mipin.propagation.marking import (
     check_ends,
     drop_unused,
     mark_signal,
     mark_varying,
-    rewrite_for_method,
 )
 from captum_mipin.propagation.masks import write_masks, write_numbers
 from captum_mipin.propagation.norms import recognise_norms

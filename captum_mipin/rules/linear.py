@@ -6,7 +6,7 @@ inverses of the operations with weights together: see :mod:`captum_mipin.rules.a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from math import prod
 from typing import Any
 
@@ -22,7 +22,7 @@ from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Part, Solution
 from captum_mipin.rules.base import Inverse, Inverter, Learned, Options, OwnOperation, along, at
 from captum_mipin.rules.geometry import ConvolutionArguments
-from captum_mipin.rules.pooling import evidence, margins, shared_out
+from captum_mipin.rules.pooling import averaged, evidence, margins, shared_out
 
 
 def add_own(x: Tensor, inverse: Inverse, own: Sequence[Tensor], dim: int) -> Tensor:
@@ -281,6 +281,8 @@ class PooledDense(Inverter):
         bias: Tensor (outputs,), the bias of the dense layer; None for no bias.
         options: The options of the pass.
         dim: The dimension of the features in the operation's own argument x.
+        shares: Tensor (batch, ..., 1), the shares of the positions in a weighted average; None for
+            equal shares.
     """
 
     dense: Dense
@@ -289,9 +291,11 @@ class PooledDense(Inverter):
     bias: Tensor | None
     options: Options
     dim: int
+    shares: Tensor | None = None
 
     def part(self, examples: slice) -> "PooledDense":
-        return replace(self, x=self.x[examples])
+        shares = None if self.shares is None else self.shares[examples]
+        return replace(self, x=self.x[examples], shares=shares)
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -329,12 +333,11 @@ class PooledDense(Inverter):
         # y = W x + b at each position; its average over the positions is the output
         y = F.linear(self.x.contiguous(), weight, bias)
 
-        def average(t: Tensor) -> Tensor:
-            return t.mean(tuple(range(1, y.ndim - 1)))
-
+        average = partial(averaged, shares=self.shares)
         if not options.evidence:
+            leading = 1 if self.shares is None else 0  # examples have shares of their own
             recorded = options.local and options.shares
-            return shared_out(average, y, recorded, leading=1)[1](s)
+            return shared_out(average, y, recorded, leading=leading)[1](s)
         if classes is None:
             return evidence(average, y, y)(s)
         shown = evidence(average, y, margins(y, classes))(s)
@@ -347,16 +350,18 @@ def _linear_of_pooled(x: Tensor, *arguments: Any) -> Tensor:
 
 #: The operation ``linear(pooled, weight, bias)`` with the averaged tensor x as first argument. The
 #: arguments are x, pooled (a number times the average of x), weight, bias, the dimension of the
-#: features in x, and the number. Its inverse is :class:`PooledDense`.
+#: features in x, the number, and the shares of a weighted average, or None. Its inverse is
+#: :class:`PooledDense`.
 POOLED_LINEAR = OwnOperation("pooled_linear", _linear_of_pooled)
 
 
 def pooled_dense(options: Options, x: Tensor, *arguments: Any) -> PooledDense:
     """Return the inverse of :data:`POOLED_LINEAR` for the arguments of that operation."""
-    _, weight, bias, dim, scale = arguments
+    _, weight, bias, dim, scale, shares = arguments
     weight = weight if scale == 1 else weight * scale
-    inverse = dense(options, x, weight)
-    return PooledDense(inverse, x.detach().movedim(dim, -1), weight, bias, options, dim)
+    inverse, x = dense(options, x, weight), x.detach().movedim(dim, -1)
+    shares = None if shares is None else shares.detach().movedim(dim, -1)
+    return PooledDense(inverse, x, weight, bias, options, dim, shares)
 
 
 def dense(options: Options, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Dense:

@@ -195,6 +195,21 @@ def evidence(operator: Callable[[Tensor], Tensor], x: Tensor, speaking: Tensor) 
     return back
 
 
+def averaged(y: Tensor, shares: Tensor | None) -> Tensor:
+    """Return the average of a tensor over its positions.
+
+    Args:
+        y: Tensor (batch, ..., channels).
+        shares: Tensor (batch, ..., 1), the share a_p of each position for Σ a_p y_p; None for the
+            mean.
+
+    Returns:
+        Tensor (batch, channels).
+    """
+    over = tuple(range(1, y.ndim - 1))
+    return y.mean(over) if shares is None else (shares * y).sum(over)
+
+
 def margins(y: Tensor, dim: int) -> Tensor:
     """Return how far each class is above the largest of all others, y_c − max_{k ≠ c} y_k.
 
