@@ -74,10 +74,8 @@ class Gradient(_Derived):
     Args:
         model: The network, see :class:`~captum_mipin.methods.base.Propagation`.
         output: The output to explain if the model returns several tensors.
-        contrast: True for the gradient of the target's contrast in place of its output Φ_c. The
-            contrast is what the class has beyond all others, C_c = mean_p (y_pc − max_k≠c y_pk)⁺.
-            It needs a model whose outputs are averages of outputs y_p at positions p, or a dense
-            layer on such an average.
+        contrast: True for the gradient of :data:`~captum_mipin.propagation.heads.CONTRAST`, what
+            the target has beyond all other classes, in place of that of its output.
 
     Source: Simonyan et al., ICLR 2014 (workshop), with its sign; the contrast is our own.
 

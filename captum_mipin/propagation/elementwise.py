@@ -24,7 +24,7 @@ from captum_mipin.rules.base import Recorded, varies
 from captum_mipin.rules.gates import is_gate
 
 #: Operations that compute each element of their result from the same element of their arguments.
-ELEMENTWISE = frozenset(
+ELEMENTWISE: frozenset[str] = frozenset(
     {name.split(".")[1] for name in ACTIVATIONS} - {"glu"}
     | {name.split(".")[0] for name in CURVES}
     | {"add", "sub", "rsub", "mul", "div", "neg", "maximum", "minimum", "where", "masked_fill",

@@ -6,6 +6,7 @@ a number in front: ``W (c mean(x)) = mean((c W) x)``.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -14,14 +15,23 @@ from torch.nn import functional as F
 
 from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.marks import inherit, mark, marks, set_value, value_of
-from captum_mipin.graph.nodes import argument, operation
+from captum_mipin.graph.nodes import argument, is_size, operation
+from captum_mipin.graph.subgraph import extract
 from captum_mipin.propagation.averages import FLAT, Average, average_of, moves_ones
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.forms import insert
 from captum_mipin.propagation.softmax import softmax
 from captum_mipin.rules import POOLED_LINEAR
 from captum_mipin.rules.base import OwnOperation, varies
+from captum_mipin.rules.gates import REARRANGED
 from captum_mipin.rules.pooling import averaged, margins
+
+#: Operations that a weighted average may be computed with.
+_WEIGHTED = (REARRANGED - {"rsub", "slice", "getitem", "chunk", "split", "unsafe_split"}) | {
+    "matmul", "bmm", "weighted_sum", "mul", "sum",
+}  # fmt: skip
+#: Largest number of such operations.
+_LONGEST = 40
 
 
 def rewrite_for_method(draft: Draft) -> None:
@@ -100,47 +110,53 @@ def _fits(average: Average, weight: fx.Node) -> bool:
     return fits
 
 
-def _weighted(node: Any, starts: Sequence[fx.Node]) -> Average | None:
+def _weighted(node: fx.Node, starts: Sequence[fx.Node]) -> Average | None:
     """Return the weighted average Σ_p a_p x_p that a node's value (batch, kept) is, or None.
 
     The shares a_p of the positions p are the result of a softmax over all positions, as in the
-    pooling of a sequence by attention.
+    pooling of a sequence by attention. Whether it is one is found by values.
 
     Args:
         node: The node.
         starts: The explained nodes; the operations of the average do not contain them.
     """
-    chain: list[fx.Node] = []
-    while len(node.users) == 1 and node not in starts and operation(node) in FLAT:
-        chain.append(node)
-        node = node.all_input_nodes[0]
-    product = operation(node) in ("matmul", "bmm")
-    if not (product or operation(node) == "weighted_sum") or len(node.users) != 1 or node in starts:
+    order = {n: at for at, n in enumerate(node.graph.nodes)}
+    chain, ends, waiting = list[fx.Node](), list[fx.Node](), [node]
+    while waiting and len(chain) < _LONGEST:
+        n = waiting.pop()
+        if operation(n) in _WEIGHTED and n not in starts:
+            chain.append(n)
+            waiting.extend(i for i in n.all_input_nodes if varies(i) and i not in (*chain, *ends))
+        elif n not in ends and not is_size(n):
+            ends.append(n)
+    shares = [n for n in ends if (softmax(n, varies, order) or ("",))[0] == "softmax"]
+    if waiting or len(ends) != 2 or len(shares) != 1:
         return None
-    for shares, x in (node.args[:2], node.args[1::-1]):
-        if not (isinstance(x, fx.Node) and value_of(x).ndim == 3):
+    (a,), (x,) = shares, [n for n in ends if n is not shares[0]]
+    sizes = [*value_of(x).shape[1:]]
+    positions = prod(value_of(a).shape[1:])
+    for dim, size in enumerate(sizes, 1):
+        if not isinstance(size, int) or value_of(node).shape[1:] != (size,):
             continue
-        # (batch, 1, positions) @ x, x @ (batch, positions, 1), or a sum over the positions
-        at: int = (2 if x is node.args[0] else 1) if product else node.args[2][0] % 3
-        if not _is_softmax_of(shares, value_of(x).shape[at]):
-            continue
-        if product:
-            shares = insert(node, torch.ops.aten.transpose.int, shares, 1, 2)
-        return Average(x, 3 - at, 1.0, [*chain, node], shares)
+        aligned = [-1, *sizes[: dim - 1], 1, *sizes[dim:]]
+        if positions == prod(aligned[1:]) and _averages(node, a, x, dim):
+            a = insert(node, torch.ops.aten.reshape.default, a, aligned)
+            return Average(x, dim, 1.0, chain, a)
     return None
 
 
-def _is_softmax_of(node: Any, count: Any) -> bool:
-    """Return True for a softmax over ``count`` positions of each example, also rearranged."""
-    while operation(node) in (*FLAT, "transpose", "permute", "unsqueeze"):
-        node = node.all_input_nodes[0]
-    if not isinstance(node, fx.Node):
+def _averages(node: fx.Node, a: fx.Node, x: fx.Node, dim: int) -> bool:
+    """Return True if a node's value is Σ_p a_p x_p over all positions, for two random examples."""
+    draw = torch.Generator().manual_seed(0)
+    shares, values = (
+        torch.rand(2, *value_of(n).shape[1:], dtype=torch.float64, generator=draw) for n in (a, x)
+    )
+    try:
+        (found,) = extract(node.graph, [a, x], [node])(shares, values)
+    except Exception:  # of any type: it depends on other values, or takes no float64
         return False
-    found = softmax(node, varies, {n: at for at, n in enumerate(node.graph.nodes)})
-    if found is None or found[0] != "softmax":
-        return False
-    sizes = [size for size in value_of(node).shape if size != 1]
-    return len(sizes) == 2 and count in sizes
+    expected = torch.einsum("bp,bpc->bc", shares.flatten(1), values.movedim(dim, -1).flatten(1, -2))
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-9)
 
 
 def _contrast(x: Tensor, weight: Tensor | None, bias: Tensor | None, *about: Any) -> Tensor:

@@ -18,7 +18,7 @@ from captum_mipin.rules.base import (
     Recorded,
     Rule,
 )
-from captum_mipin.rules.linear import POOLED_LINEAR
+from captum_mipin.rules.pooled import POOLED_LINEAR
 from captum_mipin.rules.table import MIPIN, register_rule, table, unregister_rule
 
 __all__ = [

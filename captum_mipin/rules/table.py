@@ -22,6 +22,7 @@ from captum_mipin.rules.base import Learned, Passes, Recorded, Rule
 from captum_mipin.rules.linear import LINEAR
 from captum_mipin.rules.linear_maps import COPIES, MIXES
 from captum_mipin.rules.normalization import NORMALIZATION
+from captum_mipin.rules.pooled import POOLED
 from captum_mipin.rules.pooling import POOLING
 from captum_mipin.rules.rearrangement import REARRANGEMENT
 from captum_mipin.rules.selection import NORMS, SELECTION
@@ -30,6 +31,7 @@ from captum_mipin.rules.selection import NORMS, SELECTION
 MIPIN: Mapping[str, Rule] = MappingProxyType(
     {
         **LINEAR,
+        **POOLED,
         **ACTIVATIONS,
         **POOLING,
         **NORMALIZATION,
