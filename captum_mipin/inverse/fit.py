@@ -26,7 +26,8 @@ from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import Solution, solve
 from captum_mipin.report import LayerFit
 from captum_mipin.rules import Inverse, Inverter
-from captum_mipin.rules.linear import Convolution, Dense, PooledDense
+from captum_mipin.rules.linear import Convolution, Dense
+from captum_mipin.rules.pooled import PooledDense
 from captum_mipin.targets import target_label
 from captum_mipin.types import Inputs, Target
 

@@ -33,19 +33,8 @@ from captum_mipin.types import Output
 _OTHERS = ("tanh", "sigmoid", "hardsigmoid", "log_sigmoid", "glu")
 #: Operations that return the positions of elements that they select, alone or as second result.
 _POSITIONS = frozenset(
-    {
-        "argmax",
-        "argmin",
-        "argsort",
-        "max",
-        "min",
-        "sort",
-        "topk",
-        "kthvalue",
-        "median",
-        "mode",
-        *(f"max_pool{dims}d_with_indices" for dims in (1, 2, 3)),
-    }
+    {"argmax", "argmin", "argsort", "max", "min", "sort", "topk", "kthvalue", "median", "mode"}
+    | {f"max_pool{dims}d_with_indices" for dims in (1, 2, 3)}
 )
 #: Products of a value and weights.
 _PRODUCTS = ("weighted_sum", "matmul", "bmm", "divided")

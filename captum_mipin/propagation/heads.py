@@ -20,16 +20,19 @@ from captum_mipin.graph.subgraph import extract
 from captum_mipin.propagation.averages import FLAT, Average, average_of, moves_ones
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.forms import insert
-from captum_mipin.propagation.softmax import softmax
 from captum_mipin.rules import POOLED_LINEAR
 from captum_mipin.rules.base import OwnOperation, varies
 from captum_mipin.rules.gates import REARRANGED
 from captum_mipin.rules.pooling import averaged, margins
 
+_aten = torch.ops.aten
+
 #: Operations that a weighted average may be computed with.
 _WEIGHTED = (REARRANGED - {"rsub", "slice", "getitem", "chunk", "split", "unsafe_split"}) | {
-    "matmul", "bmm", "weighted_sum", "mul", "sum",
+    "matmul", "bmm", "weighted_sum", "mul", "sum", "add", "div", "divided",
 }  # fmt: skip
+#: Operations that make the shares, or weights that are divided by their sum.
+_GATES = ("softmax", "_softmax", "_safe_softmax", "exp")
 #: Largest number of such operations.
 _LONGEST = 40
 
@@ -113,50 +116,79 @@ def _fits(average: Average, weight: fx.Node) -> bool:
 def _weighted(node: fx.Node, starts: Sequence[fx.Node]) -> Average | None:
     """Return the weighted average Σ_p a_p x_p that a node's value (batch, kept) is, or None.
 
-    The shares a_p of the positions p are the result of a softmax over all positions, as in the
-    pooling of a sequence by attention. Whether it is one is found by values.
+    The shares a_p of the positions p are gates that sum to 1, as in the pooling of a sequence by
+    attention: the result of a softmax, or weights that are divided by their sum. Whether it is such
+    an average is found by values.
 
     Args:
         node: The node.
         starts: The explained nodes; the operations of the average do not contain them.
     """
-    order = {n: at for at, n in enumerate(node.graph.nodes)}
-    chain, ends, waiting = list[fx.Node](), list[fx.Node](), [node]
+    chain, ends, waiting = list[fx.Node](), dict[Any, fx.Node](), [node]
     while waiting and len(chain) < _LONGEST:
         n = waiting.pop()
         if operation(n) in _WEIGHTED and n not in starts:
             chain.append(n)
-            waiting.extend(i for i in n.all_input_nodes if varies(i) and i not in (*chain, *ends))
-        elif n not in ends and not is_size(n):
-            ends.append(n)
-    shares = [n for n in ends if (softmax(n, varies, order) or ("",))[0] == "softmax"]
-    if waiting or len(ends) != 2 or len(shares) != 1:
+            waiting.extend(i for i in n.all_input_nodes if varies(i) and i not in chain)
+        elif not is_size(n):
+            key = n if n in starts else (n.target, n.args, *n.kwargs.items())
+            first, last = sorted([n, ends.get(key, n)])
+            if first is not last:  # the same value, written twice
+                last.replace_all_uses_with(first)
+            ends[key] = first
+    gates = [n for n in ends.values() if operation(n) in _GATES]
+    if waiting or len(ends) != 2 or len(gates) != 1 or value_of(node).ndim != 2:
         return None
-    (a,), (x,) = shares, [n for n in ends if n is not shares[0]]
-    sizes = [*value_of(x).shape[1:]]
-    positions = prod(value_of(a).shape[1:])
+    (gate,), (x,) = gates, [n for n in ends.values() if n is not gates[0]]
+    sizes, positions = [*value_of(x).shape[1:]], prod(value_of(gate).shape[1:])
     for dim, size in enumerate(sizes, 1):
-        if not isinstance(size, int) or value_of(node).shape[1:] != (size,):
-            continue
         aligned = [-1, *sizes[: dim - 1], 1, *sizes[dim:]]
-        if positions == prod(aligned[1:]) and _averages(node, a, x, dim):
-            a = insert(node, torch.ops.aten.reshape.default, a, aligned)
-            return Average(x, dim, 1.0, chain, a)
+        if len(sizes) < 2 or value_of(node).shape[1:] != (size,) or positions != prod(aligned[1:]):
+            continue
+        kind = _kind(node, gate, x, dim)
+        if kind is None:
+            return None
+        shares = insert(node, _aten.reshape.default, gate, [-1, positions])
+        if kind == "normalised":
+            total = insert(node, _aten.sum.dim_IntList, shares, [1], True)
+            shares = insert(node, _aten.div.Tensor, shares, total)
+        return Average(x, dim, 1.0, chain, insert(node, _aten.reshape.default, shares, aligned))
     return None
 
 
-def _averages(node: fx.Node, a: fx.Node, x: fx.Node, dim: int) -> bool:
-    """Return True if a node's value is Σ_p a_p x_p over all positions, for two random examples."""
+def _kind(node: fx.Node, gate: fx.Node, x: fx.Node, dim: int) -> str | None:
+    """Return the kind of a node's weighted average, by its values for two random examples.
+
+    Args:
+        node: The node.
+        gate: The weights w, one for each position.
+        x: The tensor that is averaged.
+        dim: The dimension of x that is kept.
+
+    Returns:
+        "sum" for Σ_p w_p x_p with a softmax w over all positions, "normalised" for
+        Σ_p w_p x_p / Σ_p w_p, None for any other function.
+    """
     draw = torch.Generator().manual_seed(0)
-    shares, values = (
-        torch.rand(2, *value_of(n).shape[1:], dtype=torch.float64, generator=draw) for n in (a, x)
+    w, values = (
+        torch.rand(2, *value_of(n).shape[1:], dtype=torch.float64, generator=draw)
+        for n in (gate, x)
     )
     try:
-        (found,) = extract(node.graph, [a, x], [node])(shares, values)
+        (found,) = extract(node.graph, [gate, x], [node])(w, values)
     except Exception:  # of any type: it depends on other values, or takes no float64
-        return False
-    expected = torch.einsum("bp,bpc->bc", shares.flatten(1), values.movedim(dim, -1).flatten(1, -2))
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-9)
+        return None
+    places = values.movedim(dim, -1).flatten(1, -2)
+    total = torch.einsum("bp,bpc->bc", w.flatten(1), places)
+    if found.shape == total.shape:
+        if torch.allclose(found, total / w.flatten(1).sum(1, keepdim=True), rtol=1e-9):
+            return "normalised"
+        whole = "softmax" in operation(gate) and (
+            value_of(gate).shape[argument(gate, 1, "dim")] == w[0].numel()
+        )
+        if whole and torch.allclose(found, total, rtol=1e-9):
+            return "sum"
+    return None
 
 
 def _contrast(x: Tensor, weight: Tensor | None, bias: Tensor | None, *about: Any) -> Tensor:

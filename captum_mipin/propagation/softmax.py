@@ -24,10 +24,9 @@ _SOFTMAXES = {
 _EXPONENTIALS = {"exp", "pow", "logsumexp"}
 #: Operations that a softmax may be made of, and those that may be its last one.
 _PARTS = ELEMENTWISE | REARRANGED | _EXPONENTIALS | {
-    "sum", "mean", "amax", "max", "divided", "linalg_vector_norm", "expand_as", "stack", "cat",
-    "unbind",
+    "sum", "mean", "amax", "max", "linalg_vector_norm", "expand_as", "stack", "cat", "unbind",
 }  # fmt: skip
-_ENDS = {"div", "divided", "mul", "sub", "exp", "stack", "cat", "permute", "transpose"}
+_ENDS = {"div", "mul", "sub", "exp", "stack", "cat", "permute", "transpose"}
 
 
 def softmax(

@@ -30,7 +30,7 @@ from captum_mipin.propagation.draft import occurrences, sources
 from captum_mipin.propagation.passes import draft
 from captum_mipin.propagation.runtime import Run, sequence, source, step
 from captum_mipin.rules import Learned, Recorded, Rule
-from captum_mipin.rules.linear import pooled_dense
+from captum_mipin.rules.pooled import pooled_dense
 from captum_mipin.rules.pooling import is_average
 
 
