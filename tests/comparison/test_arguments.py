@@ -213,11 +213,14 @@ def test_evidence_times_input_is_that_of_the_pixels():
     x = torch.rand(20, 3, 8, 8)
     inverse = InverseNetwork(model).fit(x, 0, progress=False)
     ask = {"inverse": inverse, "metrics": [], "controls": False, "progress": False}
-    found = compare(["MIP-IN evidence x input", "MIP-IN × input"], x[:3], 0, **ask)
+    found = compare(
+        ["MIP-IN evidence x input", "MIP-IN × input", "MIP-IN contrast x input"], x[:3], 0, **ask
+    )
     mipin = MIPINAttribution(model, inverse)
     for name, options in (
         ("MIP-IN evidence × input", {"evidence": True}),
         ("MIP-IN × input", {}),
+        ("MIP-IN contrast × input", {"contrast": True}),
     ):
         expected = mipin.attribute(x[:3], target=0, **options) * x[:3]
         torch.testing.assert_close(found[name].maps, expected)
@@ -234,6 +237,7 @@ def test_labels_are_names_that_compare_takes(cnn, side_by_side):
         mipin,
         partial(mipin.attribute, multiply_by_inputs=True),
         partial(mipin.attribute, multiply_by_gradients=True, evidence=True),
+        partial(mipin.attribute, contrast=True, multiply_by_gradients=True),
         mipin.source_signal,
     ]
     names = list(named_methods(methods))
@@ -245,6 +249,7 @@ def test_labels_are_names_that_compare_takes(cnn, side_by_side):
         "MIP-IN",
         "MIP-IN × input",
         "MIP-IN evidence × gradient",
+        "MIP-IN contrast × gradient",
         "MIP-IN S",
     ]
     assert set(named_methods(names).values()) == set(names)

@@ -107,7 +107,7 @@ def test_every_method_and_metric_has_a_name_that_works(own_cnn, untouched, side_
     metrics = [name for name in METRICS if name != "grid_pointing_game"]
     # this network does not end in an average, so that its outputs have no evidence by place;
     # its inverse does not stop at a layer, which the unsigned reading needs; nor has it attention
-    others = ("evidence", "unsigned", "Rollout", "Chefer", "LeGrad")
+    others = ("evidence", "contrast", "unsigned", "Rollout", "Chefer", "LeGrad")
     names = [name for name in METHODS if not any(word in name for word in others)]
     with pytest.warns(UserWarning):  # Captum's, of its hooks
         found = side_by_side(
