@@ -8,6 +8,7 @@ changed.
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError
@@ -29,10 +29,10 @@ from captum_mipin.graph.exporting import (
     free_batch,
 )
 from captum_mipin.graph.lifting import NotLiftableError, lifted
-from captum_mipin.graph.marks import mark, value_of
+from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modes import uncollected
 from captum_mipin.graph.modules import is_quantised, tree
-from captum_mipin.graph.nodes import operation, settle_sizes
+from captum_mipin.graph.programs import settle_program
 from captum_mipin.graph.sharing import share
 from captum_mipin.graph.signature import per_example
 from captum_mipin.graph.trials import EXAMPLES, Trial, close, examples_like, joined
@@ -180,13 +180,49 @@ def trace(
     trial.run_alone(example)
     writes = trial.writes or trial.alone is None  # torch.export writes as well
     try:
-        graph = _capture_any(trial, call, detached)
+        graph = _capture(trial, call, detached)
+    except CaptureError as refusal:
+        graph = _capture_without_hooks(trial, call, detached, refusal)
+    return replace(graph, writes=writes)
+
+
+def _capture(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
+    """Return the graph of a model for any batch size, made from that for one if need be."""
+    try:
+        return _capture_any(trial, call, detached)
     except CaptureError as error:
-        trial.check_repeats(example)
+        trial.check_repeats(examples_like(*call)[0])
         if not isinstance(error, FixedBatchError):
             raise
-        graph = _capture_one(trial, call, detached, error)
-    return replace(graph, writes=writes)
+        return _capture_one(trial, call, detached, error)
+
+
+def _capture_without_hooks(
+    trial: Trial, call: _Call, detached: bool, refusal: CaptureError
+) -> CapturedGraph:
+    """Return the graph of a model without the hooks that only observe.
+
+    Raises:
+        CaptureError: ``refusal``; or the hooks that are its cause, which may change the output.
+    """
+    if not trial.hooks:
+        raise refusal
+    others = trial.leave_out_observers(examples_like(*call)[0])
+    with suppress(CaptureError):
+        return _capture(trial, call, detached)
+    for hook in trial.hooks:
+        hook.table.pop(hook.key, None)
+    trial.alone = None  # the result with the hooks
+    try:
+        _capture(trial, call, detached)
+    except CaptureError:
+        raise refusal from refusal.__cause__
+    raise CaptureError(
+        f"{refusal}\nThe cause is "
+        + ", or ".join(f"{name}, which {does}" for name, does in others.items())
+        + ". Expected hooks that only look, which are left out, or that compute with torch alone: "
+        "remove it for the explanation (handle.remove())"
+    ) from refusal.__cause__
 
 
 def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
@@ -311,65 +347,12 @@ def _for_batches(one: CapturedGraph, graph: fx.Graph) -> CapturedGraph:
     )
 
 
-def _keep_batch(node: fx.Node) -> None:
-    """Let ``squeeze`` keep the dimension of the batch, also of a batch of one example."""
-    source, *dims = node.args
-    shape: Any = value_of(node.all_input_nodes[0]).shape
-    given: Any = dims[0] if dims else range(len(shape))
-    given = [given] if isinstance(given, int) else given
-    ones = [dim % len(shape) for dim in given if isinstance(shape[dim], int) and shape[dim] == 1]
-    mark(node, original=node.target)
-    node.target, node.args = torch.ops.aten.squeeze.dims, (source, ones)
-
-
 def _from_program(
     program: ExportedProgram, graph: fx.Graph, count: int, shared: bool, switches: bool
 ) -> CapturedGraph:
-    """Return the graph of a program whose first ``count`` arguments are the inputs.
-
-    Raises:
-        CaptureError: The model writes to its tensors while it runs, or it takes an argument that is
-            not a tensor, such as a custom object.
-    """
-    signature = program.graph_signature
-    written = {
-        **signature.buffers_to_mutate,
-        **getattr(signature, "parameters_to_mutate", {}),
-        **signature.user_inputs_to_mutate,
-    }
-    if written:
-        raise CaptureError(
-            f"the model writes to {', '.join(map(repr, sorted(written.values())))} while it runs, "
-            "so that an explanation would depend on earlier calls; expected a forward that changes "
-            "no input, parameter or buffer: compute with a copy (clone) instead"
-        )
-    nodes = {node.name: node for node in graph.nodes}
-    constants: dict[str, str | Tensor] = {}
-    arguments: list[str | None] = []
-    for spec in signature.input_specs:
-        name = spec.arg.name
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            constants[name] = str(spec.target)
-        elif spec.kind is InputKind.CONSTANT_TENSOR:
-            constants[name] = program.constants[str(spec.target)]
-        elif spec.kind is InputKind.USER_INPUT:
-            arguments.append(name if name in nodes else None)
-        else:
-            raise CaptureError(
-                f"the exported model takes an argument of kind {spec.kind.name}, expected tensors, "
-                "parameters and buffers alone: wrap the model in a module that creates this "
-                "argument itself"
-            )
-    for node in graph.nodes:
-        settle_sizes(node)
-        # The export used contiguous tensors. Of tensors with other strides, view() would fail.
-        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-            mark(node, original=node.target)
-            node.target = torch.ops.aten.reshape.default
-        elif operation(node) == "squeeze":
-            _keep_batch(node)
-    ((result,),) = next(node for node in graph.nodes if node.op == "output").args
+    """Return the graph of a program whose first ``count`` arguments are the inputs."""
+    constants, arguments, result = settle_program(program, graph)
     inputs = tuple(str(name) for name in arguments[:count])
-    batch = str(value_of(nodes[inputs[0]]).shape[0])
-    call = inputs, tuple(arguments)
+    first = next(node for node in graph.nodes if node.name == inputs[0])
+    batch, call = str(value_of(first).shape[0]), (inputs, arguments)
     return CapturedGraph(graph, constants, *call, result, batch, shared, switches=switches)

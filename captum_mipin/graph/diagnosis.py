@@ -46,6 +46,9 @@ _VALUES = re.compile(r"data-dependent|unbacked symint|Could not guard|aten\.(all
 #: What torch says of a tensor that is converted to an array.
 _ARRAY = re.compile(r"\.numpy\(\) is not supported")
 
+#: What torch says of a write to a tensor that is no buffer.
+_WRITES = re.compile(r"Constant (\S+) is mutated in the forward")
+
 #: Loggers of torch that print a traceback for an error that is reported in one line here.
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
@@ -123,6 +126,14 @@ def failure(
         return CaptureError(
             f"{start}the model converts a tensor to a NumPy array, expected operations of torch "
             "alone: write this part with torch."
+        )
+    if write := _WRITES.search(str(error)):
+        hidden = "lifted_tensor" in write[1]
+        name = "a tensor that is not registered" if hidden else f"its tensor {write[1]!r}"
+        return CaptureError(
+            f"{start}the model writes to {name} in place, expected a result that depends on the "
+            "arguments alone: register a tensor that the result does not depend on, such as a "
+            "counter, as a buffer, and pass any other as an argument."
         )
     return CaptureError(
         f"{start}{_line(error)}. Control flow must not depend on the data, and the batch size must "

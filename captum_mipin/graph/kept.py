@@ -13,6 +13,8 @@ from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleT
 from typing import Any, NamedTuple
 from weakref import ReferenceType
 
+import torch
+from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 from torch.utils import _pytree as pytree
@@ -35,11 +37,13 @@ class _Place(NamedTuple):
         read: Function that returns the present entries, as pairs (key, value).
         write: Function that takes such pairs, and writes them.
         entries: The entries at the beginning.
+        attributes: Whether the entries are the attributes of an object.
     """
 
     read: Callable[[], list[tuple[Any, Any]]]
     write: Callable[[list[tuple[Any, Any]]], None]
     entries: list[tuple[Any, Any]]
+    attributes: bool = False
 
 
 class Kept:
@@ -48,7 +52,7 @@ class Kept:
     These are attributes of its modules and of other objects, containers, variables of enclosing
     functions, attributes of classes, and global variables. The search begins at the modules,
     their classes and their forward hooks, and follows every reference. Parameters and buffers are
-    left out.
+    left out. Of other tensors the values are kept as well.
 
     Args:
         model: The model.
@@ -69,6 +73,7 @@ class Kept:
 
     def __init__(self, model: nn.Module) -> None:
         self._places: list[_Place] = []
+        self._tensors: list[tuple[Tensor, int, Tensor]] = []  # with their versions and values
         self.changed = False
         seen: dict[int, Any] = {}  # contains the values, so that no id is used again
         stack: list[Any] = [
@@ -89,7 +94,7 @@ class Kept:
             The names of the attributes and variables that had got another tensor.
         """
         names: list[str] = []
-        for read, write, entries in self._places:
+        for read, write, entries, _ in self._places:
             present = read()
             pairs = zip(present, entries, strict=False)
             # a list takes half the time of a generator
@@ -98,7 +103,7 @@ class Kept:
                 continue
             # torch.export writes equal tuples in place of those it has read, such as strides
             self.changed |= len(present) != len(entries) or not all(
-                new[0] is old[0] and _equal(new[1], old[1])
+                new[0] is old[0] and equal(new[1], old[1])
                 for new, old in zip(present, entries, strict=True)
             )
             known = {id(value) for _, value in entries}
@@ -107,11 +112,33 @@ class Kept:
                 if any(isinstance(leaf, Tensor) for leaf in leaves):
                     names.append(str(key))
             write(entries)
+        # an export would record the copy
+        tensors = () if torch.compiler.is_exporting() else enumerate(self._tensors)
+        for at, (tensor, version, values) in tensors:
+            if tensor._version != version:
+                self.changed = True
+                tensor.data.copy_(values)
+                self._tensors[at] = tensor, tensor._version, values
         return names
+
+    def contents(self) -> list[tuple[bool, list[tuple[Any, Any, Any]]]]:
+        """Return what differs after a write to any place.
+
+        Returns:
+            For each place, whether its entries are attributes, and the entries as (key, value,
+            what differs after each write to the value itself).
+        """
+        return [
+            (place.attributes, [(key, value, version_of(value)) for key, value in place.read()])
+            for place in self._places
+        ]
 
     def _parts(self, value: Any) -> Iterable[Any]:
         """Return what a value refers to, and note the value if calls may write to it."""
-        if isinstance(value, (Tensor, str, bytes, int, float, type(None))):
+        if isinstance(value, Tensor):
+            self._keep_values(value)
+            return ()
+        if isinstance(value, (str, bytes, int, float, type(None))):
             return ()
         if isinstance(value, FunctionType):
             return self._parts_of_function(value)
@@ -130,6 +157,12 @@ class Kept:
         if isinstance(value, (dict, list, deque, set)):
             return self._contents(value)
         return self._attributes(value)
+
+    def _keep_values(self, tensor: Tensor) -> None:
+        """Keep the values of a tensor that calls may write to in place."""
+        plain = type(tensor) is Tensor and tensor.layout is torch.strided
+        if plain and not tensor.is_inference() and 0 not in tensor.stride():
+            self._tensors.append((tensor, tensor._version, tensor.detach().clone()))
 
     def _contents(self, value: Any) -> Iterable[Any]:
         """Note a container; return its entries."""
@@ -166,7 +199,7 @@ class Kept:
         ):
             return
         hidden = OWN | _AGAIN if module else frozenset()
-        self._note_names(names, lambda: [name for name in names if name not in hidden])
+        self._note_names(names, lambda: [name for name in names if name not in hidden], True)
         yield from (entry for name, entry in names.items() if name not in hidden)
         yield type(value)
         if module:
@@ -224,14 +257,16 @@ class Kept:
                 yield from (inside[name] for name in names if name in inside)
             yield value
 
-    def _note(self, read: Any, write: Any) -> None:
-        self._places.append(_Place(read, write, read()))
+    def _note(self, read: Any, write: Any, attributes: bool = False) -> None:
+        self._places.append(_Place(read, write, read(), attributes))
 
     def _note_some(self, scope: dict[str, Any], names: Iterable[str]) -> None:
         """Note the variables of a scope that have these names."""
         self._note_names(scope, lambda: [name for name in names if name in scope])
 
-    def _note_names(self, scope: dict[str, Any], names: Callable[[], Iterable[str]]) -> None:
+    def _note_names(
+        self, scope: dict[str, Any], names: Callable[[], Iterable[str]], attributes: bool = False
+    ) -> None:
         """Note some variables of a scope; ``names`` returns the names of those that exist."""
 
         def write(entries: Any) -> None:
@@ -239,7 +274,7 @@ class Kept:
                 del scope[name]
             scope.update(entries)
 
-        self._note(lambda: [(name, scope[name]) for name in names()], write)
+        self._note(lambda: [(name, scope[name]) for name in names()], write, attributes)
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -250,8 +285,15 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
     """Return True for one object, for equal plain values, and for tuples of these."""
     plain = type(a) is type(b) and type(a) in (int, float, bool, str)
     tuples = type(a) is type(b) is tuple and len(a) == len(b)
-    return a is b or (plain and a == b) or (tuples and all(map(_equal, a, b)))
+    return a is b or (plain and a == b) or (tuples and all(map(equal, a, b)))
+
+
+def version_of(value: Any) -> Any:
+    """Return what differs after each write to a tensor or an array; None for others."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value._version
+    return value.tobytes() if isinstance(value, ndarray) and value.dtype != object else None

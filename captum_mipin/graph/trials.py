@@ -12,6 +12,7 @@ from captum_mipin.errors import CaptureError
 from captum_mipin.graph.kept import Kept
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import is_quantised
+from captum_mipin.graph.observers import Watch, hooks_of
 from captum_mipin.graph.signature import per_example, plain, select
 from captum_mipin.graph.twin import twin_of
 from captum_mipin.training import settle
@@ -33,6 +34,7 @@ class Trial:
 
     Attributes:
         twin: The copy.
+        hooks: The user's forward hooks on it.
         written: Names of the attributes and variables that calls have written tensors to.
         restores: Whether each call writes back what it has written.
         alone: The result for one example, from :meth:`run_alone`; None if the call failed.
@@ -40,6 +42,7 @@ class Trial:
 
     def __init__(self, model: nn.Module, output: Output) -> None:
         self.twin, self.written = twin_of(model), list[str]()
+        self.hooks = hooks_of(self.twin)
         settle(self.twin)
         self._kept, self.restores = Kept(self.twin), True
         self.alone: Tensor | None = None
@@ -170,6 +173,30 @@ class Trial:
                 "whose result depends on its arguments alone: pass the tensor as an argument, or "
                 "clear it at the beginning of forward"
             )
+
+    def leave_out_observers(self, arguments: Any) -> dict[str, str]:
+        """Remove the hooks that cannot change the results of the copy.
+
+        Returns:
+            The name of each other hook → what it does.
+        """
+        others = pytree.tree_map_only(Tensor, lambda x: _variants(x)[1], arguments)
+        self.restores = False
+        try:
+            with Watch(self.twin, self.hooks) as watch:
+                self.run(arguments)
+                self.run(others)
+        except Exception:  # of any type: the model is the user's
+            return {str(hook): "fails" for hook in self.hooks}
+        finally:
+            self.restores = True
+            self.restore()
+        for hook in self.hooks:
+            if hook.key not in watch.reasons:
+                del hook.table[hook.key]
+        return {
+            str(hook): watch.reasons[hook.key] for hook in self.hooks if hook.key in watch.reasons
+        }
 
     def mixes(self, examples: list[Any], results: list[Tensor], size: int, further: bool) -> bool:
         """Return True if the results for a batch differ from those for each example alone.

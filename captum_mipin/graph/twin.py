@@ -7,7 +7,7 @@ user's model.
 import copy
 from collections import OrderedDict, defaultdict, deque
 from functools import partial
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -100,6 +100,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         else:
             for entry in list(base.__iter__(value)):
                 base.append(result, _copied(entry, memo))
+    elif kind is FunctionType:
+        memo[id(value)] = result = _enclosing(value, memo)
     elif kind in (MethodType, partial) or issubclass(kind, tuple):
         memo[id(value)] = result = _rebound(value, memo)
     else:
@@ -131,6 +133,25 @@ def _rebound(value: Any, memo: dict[int, Any]) -> Any:
     if all(part is old for part, old in zip(parts, value, strict=True)):
         return value
     return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
+def _enclosing(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """Return a function that refers to the copies of the modules in its enclosing variables."""
+    before = function.__closure__ or ()
+    cells = []
+    for cell in before:
+        try:
+            module = isinstance(cell.cell_contents, nn.Module)
+        except ValueError:  # a variable without a value
+            module = False
+        cells.append(CellType(_copied(cell.cell_contents, memo)) if module else cell)
+    if all(cell is old for cell, old in zip(cells, before, strict=True)):
+        return function
+    code, scope, name = function.__code__, function.__globals__, function.__name__
+    result = FunctionType(code, scope, name, function.__defaults__, tuple(cells))
+    result.__kwdefaults__, result.__qualname__ = function.__kwdefaults__, function.__qualname__
+    vars(result).update(vars(function))
+    return result
 
 
 def _is_plain(value: Any) -> bool:
