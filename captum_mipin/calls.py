@@ -11,6 +11,7 @@ from captum_mipin.options import closest, is_network
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 _RULES = ("Epsilon(epsilon)", "Gamma(gamma)", "AlphaBeta(alpha, beta)")
 _BOTTLENECK = ("beta", "steps", "learning_rate", "copies", "sigma", "start", "tolerance")
@@ -33,6 +34,11 @@ _ARGUMENTS: dict[str, dict[str, str]] = {
         ),
     },
     "Attribution": dict.fromkeys(_CLASSES, "pass target="),
+    "Bottleneck": {"lr": "pass learning_rate="},
+    "ThreeStages": {
+        **{name: f"pass input=Bottleneck({name}=...), or feature=" for name in _BOTTLENECK},
+        "steps": "pass input=Bottleneck(steps=...), or prior=Adversary(epochs=...)",
+    },
 }
 _SIGNAL = "call source_signal(inputs, target) for the signal of a class"
 _FRAME = "call pandas.DataFrame(report.to_dict())"
@@ -95,6 +101,34 @@ size: pass size=
     return entry
 
 
+def made_by_name(kind: type[T]) -> type[T]:
+    """Let a dataclass raise ArgumentError for fields that it does not have or that are missing.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> @made_by_name
+        ... @dataclass(frozen=True)
+        ... class Size:
+        ...     width: int
+        >>> Size(w=3)
+        Traceback (most recent call last):
+        captum_mipin.errors.ArgumentError: Size has no argument 'w', expected some of width: pass \
+width=
+    """
+    setattr(kind, "__init__", explained(vars(kind)["__init__"]))  # noqa: B010  # for mypy
+    return kind
+
+
+def no_list(advice: str) -> Callable[[Any, Any], NoReturn]:
+    """Return a ``__getitem__`` that raises ArgumentError with what to take instead."""
+
+    def entry(self: Any, index: Any) -> NoReturn:
+        kind = type(self).__name__
+        raise ArgumentError(f"a {kind} is no list, expected one of its names: {advice}")
+
+    return entry
+
+
 class Helpful:
     """A base class whose objects say what to type instead of a wrong argument or name."""
 
@@ -125,7 +159,8 @@ def unknown_argument(call: str, name: str, names: Iterable[str], advice: str = "
         advice: What to type instead; "" for the closest argument.
     """
     names = [*names]
-    near = get_close_matches(name, names, 1)
+    begun = [known for known in names if known.startswith(name)]  # an abbreviation
+    near = get_close_matches(name, names, 1) or begun
     advice = advice or (f"pass {near[0]}=" if near else "leave it out")
     return ArgumentError(
         f"{call} has no argument {name!r}, expected some of {', '.join(names)}: {advice}"

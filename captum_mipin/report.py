@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from captum_mipin.calls import Helpful
+from captum_mipin.calls import Helpful, no_list
 
 _SINGLE = (
     "The model takes no free batch size, so it was captured for one example: each example of a "
@@ -58,6 +58,8 @@ class FitReport(Helpful):
     """
 
     layers: tuple[LayerFit, ...]
+    if not TYPE_CHECKING:  # type checkers still report it
+        __getitem__ = no_list("take report.layers")
 
     def __str__(self) -> str:
         header = (
@@ -122,6 +124,8 @@ class CheckReport(Helpful):
 
     rows: tuple[CheckRow, ...]
     single: bool = False
+    if not TYPE_CHECKING:
+        __getitem__ = no_list("take report.rows")
 
     @property
     def refused(self) -> tuple[CheckRow, ...]:

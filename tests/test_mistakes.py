@@ -46,6 +46,7 @@ from captum_mipin.methods import (
     PatternNet,
     Patterns,
     SmoothGrad,
+    ZBox,
 )
 from captum_mipin.metrics import deletion, mosaics, pointing_game
 
@@ -500,6 +501,17 @@ CALLS: dict[str, tuple[Callable[[Any, Any, Any], Any], str]] = {
     "no target": (lambda m, i, r: i.explain(ROWS), "without target, .*: pass target$"),
     "no rule": (lambda m, i, r: captum_mipin.register_rule("a::b"), "without rule, .*: pass rule"),
     "photographs": (lambda m, i, r: for_photographs(m, X, target=1), ": pass targets=$"),
+    "an abbreviation": (lambda m, i, r: Gamma(g=1), r"Gamma has no argument 'g', .*: pass gamma=$"),
+    "half a box": (lambda m, i, r: ZBox(0), r"without high, .*: pass high"),
+    "a field": (lambda m, i, r: Bottleneck(betas=1), "'betas', .*: pass beta="),
+    "a rate": (lambda m, i, r: Bottleneck(lr=1), ": pass learning_rate="),
+    "stages": (lambda m, i, r: ThreeStages(beta=1), r": pass input=Bottleneck\(beta="),
+    "a critic": (lambda m, i, r: Adversary(epoch=1), "'epoch', .*: pass epochs="),
+    "a row of a report": (lambda m, i, r: check(m, ROWS)[0], r"no list, .*: take report\.rows"),
+    "rows of a report": (lambda m, i, r: list(check(m, ROWS)), r"no list, .*: take report\.rows"),
+    "a layer of a report": (
+        lambda m, i, r: i.fit(ROWS, 1, progress=False).report[0], r"no list, .* report\.layers"
+    ),
     "loop": (lambda m, i, r: list(r), "is no list: take result.values"),
 }  # fmt: skip
 

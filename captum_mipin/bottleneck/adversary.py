@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_mipin.bottleneck.gaussian import check_tolerance, normal, settled
+from captum_mipin.calls import made_by_name
 from captum_mipin.errors import InputError
 from captum_mipin.options import check_choice, check_number
 
 
+@made_by_name
 @dataclass(frozen=True)
 class Adversary:
     """The settings of the adversarial training that gives the prior.

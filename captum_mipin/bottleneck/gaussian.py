@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from captum_mipin.calls import made_by_name
 from captum_mipin.errors import CaptureError, InputError, TargetError
 from captum_mipin.options import check_number
 from captum_mipin.types import Target
@@ -36,6 +37,7 @@ def check_tolerance(tolerance: float | None) -> None:
         check_number("tolerance", tolerance, above=True)
 
 
+@made_by_name
 @dataclass(frozen=True)
 class Bottleneck:
     """The settings of a mask's optimisation; the defaults are those of Schulz et al.

@@ -16,6 +16,7 @@ from captum_mipin.bottleneck.base import LayerBottleneck, Place, Run
 from captum_mipin.bottleneck.gaussian import Bottleneck, Noise, Optimised, mask
 from captum_mipin.bottleneck.maps import at_input, finished, positions
 from captum_mipin.bottleneck.samples import Parts, Samples
+from captum_mipin.calls import made_by_name
 from captum_mipin.errors import InputError
 from captum_mipin.graph.layers import tensor_name
 from captum_mipin.graph.modules import layer_or_tensor
@@ -25,6 +26,7 @@ from captum_mipin.options import check_choice
 from captum_mipin.types import Inputs
 
 
+@made_by_name
 @dataclass(frozen=True)
 class ThreeStages:
     """The settings of InputIBA; the defaults are the published ones for images.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from captum_mipin.calls import made_by_name
 from captum_mipin.errors import InputError
 from captum_mipin.methods.layers import Layer
 from captum_mipin.options import check_number
@@ -97,6 +98,7 @@ class LayerRule:
         raise NotImplementedError
 
 
+@made_by_name
 @dataclass(frozen=True)
 class Epsilon(LayerRule):
     """LRP-ε: R_i = Σ_j x_i w_ij / (z_j + ε s(z_j)) R_j, where s is the sign, with s(0) = 1.
@@ -119,6 +121,7 @@ class Epsilon(LayerRule):
         return lambda r: call.shares(r, z, call.weight, self.epsilon)
 
 
+@made_by_name
 @dataclass(frozen=True)
 class AlphaBeta(LayerRule):
     """LRP-αβ: R_i = Σ_j (α (x_i w_ij)⁺ / z_j⁺ − β (x_i w_ij)⁻ / z_j⁻) R_j.
@@ -191,6 +194,7 @@ class FullBias(ZPlus):
         return _one_sign(call, _positive, _negative, self.epsilon, full_bias=True)
 
 
+@made_by_name
 @dataclass(frozen=True)
 class Gamma(LayerRule):
     """LRP-γ: R_i = Σ_j x_i (w_ij + γ w_ij⁺) / Σ_i' x_i' (w_i'j + γ w_i'j⁺) R_j, for x_i, z_j ≥ 0.
@@ -284,6 +288,7 @@ class WSquare(LayerRule):
         return _by_weights(call, call.weight.square())
 
 
+@made_by_name
 @dataclass(frozen=True, eq=False)
 class ZBox(LayerRule):
     """The z^B rule: R_i = Σ_j z_ij / Σ_i' z_i'j R_j with z_ij = x_i w_ij − l_i w_ij⁺ − h_i w_ij⁻.
