@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -96,7 +96,9 @@ def export_graph(
         torch.autocast(device, enabled=False),
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=_RECURRENT)
-        with Whole():
+        # a mode costs a part of each call of a function, and only recurrent layers need this one
+        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        with Whole() if recurrent else nullcontext():
             program = export(model, arguments, dynamic_shapes=shapes, strict=False)
         switches = any(node.target is _SWITCH for node in program.graph.nodes)
         if detached:
