@@ -22,8 +22,8 @@ _TOLERANCE = 1e-6
 def mixes_examples(node: fx.Node, batch: str) -> bool:
     """Return True if the result for an example depends on the other examples of the batch.
 
-    The result is False if the operation cannot be tested: if it is random, has sizes as arguments,
-    or fails on random numbers.
+    The result is False if the operation cannot be tested: if it is random, has sizes or values that
+    mix examples already as arguments, or fails on random numbers.
 
     Args:
         node: The node of the operation, with its layout marked.
@@ -35,7 +35,8 @@ def mixes_examples(node: fx.Node, batch: str) -> bool:
     whole, part = dict[fx.Node, Any](), dict[fx.Node, Any]()
     for source in node.all_input_nodes:
         value = value_of(source)
-        if is_size(source) or not isinstance(value, Tensor):
+        mixed = marks(source).depends and marks(source).mixes
+        if is_size(source) or mixed or not isinstance(value, Tensor):
             return False
         folded = folded_batch(value, batch)
         sizes = list(value.shape)
