@@ -16,6 +16,14 @@ from captum_mipin.options import for_inputs, for_model, type_of
 from captum_mipin.training import check_evaluation
 from captum_mipin.types import Extras, Inputs
 
+#: The Python modules whose layers compute with quantised numbers.
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
+#: Layouts of tensors that contain a part of their elements.
+_SPARSE = (
+    torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
+)  # fmt: skip
+
 #: Largest number of examples that a warning names.
 _NAMED = 8
 
@@ -112,6 +120,16 @@ def as_model(model: Any) -> nn.Module:
     return model
 
 
+def _check_dense(module: nn.Module, name: str) -> None:
+    """Raise CaptureError if a tensor of a module is sparse."""
+    for key, tensor in (vars(module) | module._parameters | module._buffers).items():
+        if isinstance(tensor, Tensor) and tensor.layout in _SPARSE:
+            raise CaptureError(
+                f"the tensor {key!r} of {name} has the layout {tensor.layout}, whose products have "
+                f"no rules; expected a dense tensor: module.{key} = module.{key}.to_dense()"
+            )
+
+
 def check_model(model: Any) -> nn.Module:
     """Return the module of :func:`as_model` if it is in evaluation mode.
 
@@ -125,7 +143,7 @@ def check_model(model: Any) -> nn.Module:
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise CaptureError if a module is compiled by TorchScript, or its weights are sharded."""
+    """Raise CaptureError if torch.export cannot read a module, or takes a part of its weights."""
     # neither is imported for this question
     fsdp, tensor = map(sys.modules.get, ("torch.distributed.fsdp", "torch.distributed.tensor"))
     sharded = (fsdp.FullyShardedDataParallel, fsdp.FSDPModule) if fsdp else ()
@@ -137,7 +155,14 @@ def check_exportable(model: nn.Module) -> None:
                 f"{name} is compiled by TorchScript, which torch.export cannot read; expected a "
                 "Python module: use the module from before torch.jit.script or torch.jit.trace"
             )
+        if type(module).__module__.startswith(_QUANTISED):
+            raise CaptureError(
+                f"{name} ({type(module).__name__}) is quantised by torch.ao.quantization, whose "
+                "packed weights and quantised activations have no graph; expected floating "
+                "weights: explain the model from before the quantisation"
+            )
         own = (*module._parameters.values(), *module._buffers.values())
+        _check_dense(module, name)
         how = "by FSDP" if isinstance(module, sharded) else "as DTensors"
         if isinstance(module, sharded) or any(isinstance(one, parts) for one in own):
             raise CaptureError(

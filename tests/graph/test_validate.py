@@ -140,3 +140,34 @@ def test_a_sharded_model_is_refused_and_its_whole_weights_are_taken(
     whole = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
     whole.load_state_dict(weights)
     torch.testing.assert_close(LRP(whole).attribute(x, 1), LRP(plain).attribute(x, 1))
+
+
+class Sparse(torch.nn.Module):
+    """A network of a graph, whose matrix may be sparse."""
+
+    def __init__(self, convert: Any) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 2)
+        self.register_buffer("A", convert(torch.eye(5)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer((self.A @ x.T).T)
+        return y
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_matrix_is_refused_by_name(convert: Any) -> None:
+    model = Sparse(convert).eval()
+    with pytest.raises(CaptureError, match=r"'A' of the model has the layout torch\.sparse_\w+.*"):
+        check(model, torch.randn(3, 5))
+    model.A = model.A.to_dense()  # as the error says
+    assert check(model, torch.randn(3, 5)).ok
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of its own quantised layers
+def test_dynamically_quantised_layers_are_refused_with_the_reason() -> None:
+    layer = torch.ao.nn.quantized.dynamic.Linear(4, 2)
+    model = torch.nn.Sequential(torch.nn.ReLU(), layer).eval()
+    with pytest.raises(CaptureError, match=r"module '1' \(Linear\) is quantised.*from before"):
+        check(model, torch.randn(3, 4))
