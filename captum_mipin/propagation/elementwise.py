@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from captum_mipin.graph.marks import mark, marks, original, value_of
 from captum_mipin.graph.nodes import erase_unused, nodes_in, operation
 from captum_mipin.graph.subgraph import extract
+from captum_mipin.propagation.canonical import leaves_module
 from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.forms import become, insert
 from captum_mipin.propagation.marking import mark_signal
@@ -46,6 +47,8 @@ _TOLERANCE = 1e-6
 
 def join_elementwise(draft: Draft) -> None:
     """Replace operations that are, with others before them, a function of a single tensor."""
+    for node in list(draft.graph.nodes):
+        _complement(draft, node)
     mark_signal(draft)
     for node in reversed(list(draft.graph.nodes)):  # the outermost operation of a function first
         product = operation(node) == "mul" and all(map(varies, node.args))
@@ -63,9 +66,24 @@ def join_elementwise(draft: Draft) -> None:
     erase_unused(draft.graph, draft.starts)
 
 
+def _complement(draft: Draft, node: Any) -> None:
+    """Rewrite x − x ⊙ g as x ⊙ (1 − g) for a gate g."""
+    if operation(node) != "sub" or node.kwargs or node in draft.starts:
+        return
+    x, product = node.args
+    if operation(product) != "mul" or x not in product.args or leaves_module(product):
+        return
+    gate = product.args[1 - product.args.index(x)]
+    alone = [*product.users] == [node] and product not in draft.starts
+    if alone and is_gate(gate, varies) and str(value_of(x).shape) == str(value_of(node).shape):
+        become(
+            node, torch.ops.aten.mul.Tensor, x, insert(node, torch.ops.aten.rsub.Scalar, gate, 1)
+        )
+
+
 def _is_factor(node: fx.Node) -> bool:
     """Return True for what may be a gate by hand, such as relu6(g + 3) / 6, beside a signal."""
-    ends = operation(node) in ("mul", "div", "add", "clamp", "hardtanh", "relu6")
+    ends = operation(node) in ("mul", "div", "add", "sub", "rsub", "clamp", "hardtanh", "relu6")
     return ends and any(operation(u) == "mul" and all(map(varies, u.args)) for u in node.users)
 
 

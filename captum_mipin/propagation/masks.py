@@ -12,6 +12,7 @@ from torch import fx
 
 from captum_mipin.graph.marks import mark, value_of
 from captum_mipin.graph.nodes import erase_unused, operation
+from captum_mipin.propagation.canonical import leaves_module
 from captum_mipin.propagation.constants import known_value
 from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.forms import SAME_NUMBERS, become, insert
@@ -63,6 +64,11 @@ def _masked(draft: Draft, node: Any) -> tuple[Any, Any] | None:
         if _is_zero(draft, other):
             return x, mask
         return (other, _not(node, mask)) if _is_zero(draft, x) else None
+    if name == "sub" and operation(node.args[1]) == "where":  # x − where(m, x, 0)
+        mask, x, other = node.args[1].args
+        kept = node.args[1] in draft.starts or leaves_module(node.args[1])
+        if x is node.args[0] and _is_zero(draft, other) and not (kept or node.kwargs):
+            return x, _not(node, mask)
     if name == "mul":
         for x, factor in (node.args, node.args[::-1]):
             if varies(x) and (mask := _boolean(node, factor)) is not None:

@@ -195,3 +195,23 @@ def test_a_logarithm_without_a_bound_is_refused_with_advice():
     ).eval()
     with pytest.raises(UnsupportedOperationError, match=r"log\(x\.clamp\(min=1e-6\)\)"):
         LRP(model).attribute(torch.randn(3, 4), target=0)
+
+
+def test_what_a_gate_takes_away_is_what_the_rest_of_the_gate_keeps():
+    torch.manual_seed(0)
+    parts = {"a": nn.Linear(6, 8), "b": nn.Linear(6, 8), "last": nn.Linear(8, 3)}
+    x = normal(60, 6, dtype=torch.float64)
+    smooth = (
+        lambda a, b: a * b.sigmoid(),
+        lambda a, b: a - a * torch.sigmoid(-b),
+        lambda a, b: a - torch.sigmoid(-b) * a,
+    )
+    masked = (
+        lambda a, b: a * (a > 0.3),
+        lambda a, b: a - a * ~(a > 0.3),
+        lambda a, b: a - a.masked_fill(a > 0.3, 0.0),
+        lambda a, b: a - torch.where(a > 0.3, 0.0, a),
+    )
+    for kind in (smooth, masked):
+        runs = [lambda m, x, f=f: m["last"](f(m["a"](x), m["b"](x))) for f in kind]
+        every_method.alike(runs, x, more=kind is smooth, **parts)
