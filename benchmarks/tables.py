@@ -184,6 +184,16 @@ def localization() -> str:
     return "\n\n".join(tables)
 
 
+#: Network of the mosaics -> its name in tables.
+_NETWORKS = {
+    "efficientnet_lite0": "EfficientNet-Lite0",
+    "mobilenet_v2": "MobileNetV2",
+    "squeezenet1_0": "SqueezeNet 1.0",
+    "resnet20": "ResNet-20, CIFAR-10",
+    "resnet56": "ResNet-56, CIFAR-10",
+}
+
+
 def mosaics() -> str:
     """Return a summary of the grid pointing game: MIP-IN, and the best of its peers by kind."""
     kinds = {
@@ -229,20 +239,47 @@ def mosaics() -> str:
     return show(rows)
 
 
+def contrast() -> str:
+    """Return the mosaics of MIP-IN's contrast, beside contrastive excitation backprop."""
+    columns = {
+        "MIP-IN, A × gradient": "A × gradient",
+        "MIP-IN, evidence × gradient": "evidence × gradient",
+        "gradient of the contrast × feature": "gradient of the contrast × feature",
+        "MIP-IN, contrast": "contrast",
+        "MIP-IN, contrast × gradient": "**contrast × gradient**",
+        "Excitation backprop, contrastive": "excitation backprop, contrastive",
+    }
+    rows = []
+    for name, title in _NETWORKS.items():
+        if not (RESULTS / f"contrast-{name}.json").exists():
+            continue
+        result = read(f"contrast-{name}")
+        for layer in ("input", "middle", "last"):
+            found = {row["method"]: row for row in result["rows"] if row["layer"] == layer}
+            own = found["MIP-IN, contrast × gradient"]
+            rows.append(
+                {
+                    "network (mosaics)": f"{title} ({result['settings']['mosaics']})",
+                    "at": _place(own),
+                    **{
+                        label: " / ".join(f"{found[method][n]:.2f}" for n in ("2x2", "3x3"))
+                        for method, label in columns.items()
+                    },
+                    "less excitation backprop": " / ".join(
+                        f"{own[f'{n} away']:+.3f} ± {own[f'{n} error']:.3f}" for n in ("2x2", "3x3")
+                    ),
+                }
+            )
+    return show(rows)
+
+
 def _place(row: dict[str, Any]) -> str:
     """Return where the maps of a row lie: "input", or "middle" or "last" with the module's name."""
     return f"{row['layer']}, `{row['path']}`" if row["path"] else str(row["layer"])
 
 
 def _mosaics() -> dict[str, dict[str, Any]]:
-    names = {
-        "efficientnet_lite0": "EfficientNet-Lite0",
-        "mobilenet_v2": "MobileNetV2",
-        "squeezenet1_0": "SqueezeNet 1.0",
-        "resnet20": "ResNet-20, CIFAR-10",
-        "resnet56": "ResNet-56, CIFAR-10",
-    }
-    return {title: read(f"localization-{name}") for name, title in names.items()}
+    return {title: read(f"localization-{name}") for name, title in _NETWORKS.items()}
 
 
 def zoo() -> str:
@@ -515,8 +552,8 @@ def which_map() -> str:
         ),
         (
             "Which of several objects?",
-            "the same with `evidence=True` (networks that end in an average)",
-            "best below the last layer: `ExcitationBackprop(model, contrastive=True)`",
+            "the same with `contrast=True` (networks that end in an average)",
+            "what the class shares with others",
         ),
         (
             "What do inputs with this score have in common?",
@@ -972,6 +1009,7 @@ def main() -> None:
     texts = {page: page.read_text() for page in pages()}
     own = (
         completeness,
+        contrast,
         controls,
         variants,
         layers,
