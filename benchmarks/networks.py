@@ -187,8 +187,9 @@ def train(name: str, images: Images, seed: int = 0, epochs: int | None = None) -
 
 
 def trained(name: str, images: Images, seed: int = 0, cache: str | Path = ".cache/networks") -> Any:
-    """Return the network ``name``, trained at the first call and kept in ``cache``."""
-    path = Path(cache) / f"{name}-{seed}.safetensors"
+    """Return the network ``name``: from ``weights/``, or trained and kept in ``cache``."""
+    path = Path(__file__).parent / "weights" / f"{name}-{seed}.safetensors"
+    path = path if path.exists() else Path(cache) / path.name
     if not path.exists():
         model = train(name, images, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
