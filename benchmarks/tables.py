@@ -273,6 +273,29 @@ def contrast() -> str:
     return show(rows)
 
 
+def transformers() -> str:
+    """Return the mosaics of each transformer, and how complete S is on single images."""
+    tables = []
+    for name, title in {"cct-cifar10": "Compact", "vit-cifar10": "ViT"}.items():
+        if not (RESULTS / f"transformers-{name}.json").exists():
+            continue
+        result = read(f"transformers-{name}")
+        settings, rows = result["settings"], []
+        for row in result["rows"]:
+            cells = {
+                n: f"{row[f'{n} share']:.2f} ± {row[f'{n} error']:.2f} / {row[f'{n} cell']:.2f}"
+                for n in ("2x2", "3x3")
+            }
+            rows.append({"at": row["place"], "method": row["method"], **cells})
+        apc = ", ".join(f"{part} {value:.0f} %" for part, value in settings["apc"].items())
+        about = f"{settings['mosaics']} mosaics, fitted on {settings['fit']} mosaics"
+        tables.append(
+            f"**{title}**, {about}. APC of {settings['apc_n']} single test images (fitted on "
+            f"{settings['apc_fit']}, at the input): {apc}.\n\n{show(rows)}"
+        )
+    return "\n\n".join(tables)
+
+
 def _place(row: dict[str, Any]) -> str:
     """Return where the maps of a row lie: "input", or "middle" or "last" with the module's name."""
     return f"{row['layer']}, `{row['path']}`" if row["path"] else str(row["layer"])
@@ -1051,6 +1074,7 @@ def main() -> None:
         photographs_fits,
         photographs_head,
         typical,
+        transformers,
         which_map,
         wild,
         wild_refused,
