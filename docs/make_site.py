@@ -29,7 +29,7 @@ PARTS = {
     ],
     "Reference": ["reference/index", "api", "operations", "format"],
     "Explanation": ["how_it_works", "methods", "bottlenecks", "metrics"],
-    "How far to trust it": ["notebooks/4_how_far_to_trust_it", "results", "paper"],
+    "How far to trust it": ["notebooks/4_how_far_to_trust_it", "results", "paper", "transformers"],
     "Project": ["CONTRIBUTING", "CHANGELOG"],
 }
 #: Subpackage -> what it holds.
