@@ -79,7 +79,7 @@ class Gradient(_Derived):
 
     def __init__(self, model: nn.Module, *, output: Output = None, contrast: bool = False) -> None:
         super().__init__(model, output=output)
-        self.contrast = contrast
+        self.contrast, self._logits = contrast, contrast
 
     def _table(self) -> Table:
         rewrite = {"rewrite": explain_contrast} if self.contrast else {}

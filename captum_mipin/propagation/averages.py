@@ -20,7 +20,7 @@ from captum_mipin.rules.geometry import per_dimension
 FLAT = ("reshape", "flatten", "squeeze", "clone", "alias", "contiguous", "dropout")
 
 
-def _batch_first(x: fx.Node, at: int) -> fx.Node:
+def batch_first(x: fx.Node, at: int) -> fx.Node:
     """Return a new node: the value of ``x`` with dimension ``at`` moved to the front."""
     order = [at, *(dim for dim in range(value_of(x).ndim) if dim != at)]
     with x.graph.inserting_after(x):
@@ -84,7 +84,7 @@ def average_of(node: fx.Node, batch: str, starts: Sequence[fx.Node]) -> Average 
         return None
     if at == 0:
         return Average(node, left[0], scale, chain)
-    return Average(_batch_first(node, at), left[0] + (left[0] < at), scale, chain)
+    return Average(batch_first(node, at), left[0] + (left[0] < at), scale, chain)
 
 
 def moves_ones(node: fx.Node) -> bool:

@@ -1,23 +1,24 @@
 """The passes on the end of a model: a dense layer behind an average over all positions.
 
 Both are inverted together. For a dense layer W, ``W mean(x) = mean(W x)``, so the order in which a
-network computes them must not change an explanation. The same holds for weighted averages, and for
-a number in front: ``W (c mean(x)) = mean((c W) x)``.
+network computes them must not change an explanation. A number may stand in front:
+``W (c mean(x)) = mean((c W) x)``. A dense layer behind a weighted average is inverted so too.
 """
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
 from captum_mipin.errors import UnsupportedOperationError
+from captum_mipin.graph.layout import batch_dimension
 from captum_mipin.graph.marks import inherit, mark, marks, set_value, value_of
 from captum_mipin.graph.nodes import argument, is_size, operation
 from captum_mipin.graph.subgraph import extract
-from captum_mipin.propagation.averages import FLAT, Average, average_of, moves_ones
+from captum_mipin.propagation.averages import FLAT, Average, average_of, batch_first, moves_ones
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.propagation.forms import insert
 from captum_mipin.rules import POOLED_LINEAR
@@ -29,7 +30,8 @@ _aten = torch.ops.aten
 
 #: Operations that a weighted average may be computed with.
 _WEIGHTED = (REARRANGED - {"rsub", "slice", "getitem", "chunk", "split", "unsafe_split"}) | {
-    "matmul", "bmm", "weighted_sum", "mul", "sum", "add", "div", "divided",
+    "matmul", "bmm", "weighted_sum", "mul", "sum", "add", "addcmul", "div", "divided", "mean",
+    *(f"{kind}avg_pool{dims}d" for kind in ("", "adaptive_", "_adaptive_") for dims in (1, 2, 3)),
 }  # fmt: skip
 #: Operations that make the shares, or weights that are divided by their sum.
 _GATES = ("softmax", "_softmax", "_safe_softmax", "exp")
@@ -59,7 +61,10 @@ def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
         average = None
         if operation(node) == "linear" and value_of(node).ndim == 2:
             pooled = node.all_input_nodes[0]
-            average = average_of(pooled, batch, starts) or _weighted(pooled, starts)
+            average = _joined(pooled, batch, starts)
+            if average is None and starts and _joined(pooled, batch, ()):
+                # an explained tensor lies between: the layer alone has another inverse
+                mark(node, key=f"{marks(node).key}, alone")
         if average is None or not _fits(average, argument(node, 1, "weight")):
             continue
         mark(node, original=node.target)
@@ -90,7 +95,7 @@ def explain_contrast(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> 
     average = None
     if len(shape) == 2 and shape[1] > 1:
         pooled = layer.all_input_nodes[0] if dense else output
-        average = average_of(pooled, batch, starts) or _weighted(pooled, starts)
+        average = _joined(pooled, batch, starts)
     if average is None or (dense and not _fits(average, argument(layer, 1, "weight"))):
         raise UnsupportedOperationError(
             f"contrast=True is set, but the output is that of {marks(layer).key}: it has to be an "
@@ -107,88 +112,141 @@ def explain_contrast(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> 
     graph.eliminate_dead_code(lambda node: node in starts or node.is_impure())
 
 
+def _joined(node: fx.Node, batch: str, starts: Sequence[fx.Node]) -> Average | None:
+    """Return the average or weighted average that a node's value is; None for others."""
+    return _weighted(node, batch, starts) or average_of(node, batch, starts)
+
+
 def _fits(average: Average, weight: fx.Node) -> bool:
     """Return True if the kept dimension of an average holds the features of a dense layer."""
     fits: bool = value_of(average.x).shape[average.dim] == value_of(weight).shape[1]
     return fits
 
 
-def _weighted(node: fx.Node, starts: Sequence[fx.Node]) -> Average | None:
-    """Return the weighted average Σ_p a_p x_p that a node's value (batch, kept) is, or None.
+class _Part(NamedTuple):
+    """The part of a graph that computes a value from weights w and a tensor x.
 
-    The shares a_p of the positions p are gates that sum to 1, as in the pooling of a sequence by
-    attention: the result of a softmax, or weights that are divided by their sum. Whether it is such
-    an average is found by values.
+    Attributes:
+        chain: The operations, last one first.
+        gate: The node of w.
+        x: The node of x.
+        copies: Node that computes w or x a second time → ``gate`` or ``x``.
+        sizes: The nodes of the batch size.
+    """
+
+    chain: list[fx.Node]
+    gate: fx.Node
+    x: fx.Node
+    copies: dict[fx.Node, fx.Node]
+    sizes: list[fx.Node]
+
+
+def _part(node: fx.Node, starts: Sequence[fx.Node]) -> _Part | None:
+    """Return the part by which a node may be a weighted average; None if there is none.
 
     Args:
         node: The node.
-        starts: The explained nodes; the operations of the average do not contain them.
+        starts: The explained nodes, which are no part of the chain.
     """
-    chain, ends, waiting = list[fx.Node](), dict[Any, fx.Node](), [node]
+    chain, ends, waiting = list[fx.Node](), dict[Any, list[fx.Node]](), [node]
+    sizes = dict[fx.Node, None]()
     while waiting and len(chain) < _LONGEST:
         n = waiting.pop()
         if operation(n) in _WEIGHTED and n not in starts:
             chain.append(n)
-            waiting.extend(i for i in n.all_input_nodes if varies(i) and i not in chain)
-        elif not is_size(n):
+            sizes.update(dict.fromkeys(filter(is_size, n.all_input_nodes)))
+            carried = (i for i in n.all_input_nodes if varies(i) and not is_size(i))
+            waiting.extend(i for i in carried if i not in chain)
+        else:
             key = n if n in starts else (n.target, n.args, *n.kwargs.items())
-            first, last = sorted([n, ends.get(key, n)])
-            if first is not last:  # the same value, written twice
-                last.replace_all_uses_with(first)
-            ends[key] = first
-    gates = [n for n in ends.values() if operation(n) in _GATES]
-    if waiting or len(ends) != 2 or len(gates) != 1 or value_of(node).ndim != 2:
+            ends.setdefault(key, []).append(n)
+    firsts = [min(same) for same in ends.values()]
+    gates = [n for n in firsts if operation(n) in _GATES]
+    if waiting or len(ends) != 2 or len(gates) != 1:
         return None
-    (gate,), (x,) = gates, [n for n in ends.values() if n is not gates[0]]
-    sizes, positions = [*value_of(x).shape[1:]], prod(value_of(gate).shape[1:])
-    for dim, size in enumerate(sizes, 1):
-        aligned = [-1, *sizes[: dim - 1], 1, *sizes[dim:]]
-        if len(sizes) < 2 or value_of(node).shape[1:] != (size,) or positions != prod(aligned[1:]):
-            continue
-        kind = _kind(node, gate, x, dim)
-        if kind is None:
-            return None
-        shares = insert(node, _aten.reshape.default, gate, [-1, positions])
-        if kind == "normalised":
-            total = insert(node, _aten.sum.dim_IntList, shares, [1], True)
-            shares = insert(node, _aten.div.Tensor, shares, total)
-        return Average(x, dim, 1.0, chain, insert(node, _aten.reshape.default, shares, aligned))
-    return None
+    (x,) = (n for n in firsts if n is not gates[0])
+    copies = {n: min(same) for same in ends.values() for n in same if n is not min(same)}
+    return _Part(chain, gates[0], x, copies, [*sizes])
 
 
-def _kind(node: fx.Node, gate: fx.Node, x: fx.Node, dim: int) -> str | None:
-    """Return the kind of a node's weighted average, by its values for two random examples.
+def _weighted(node: fx.Node, batch: str, starts: Sequence[fx.Node]) -> Average | None:
+    """Return c times the weighted average Σ_p a_p x_p that a value (batch, kept) is, or None.
+
+    The shares a_p of the positions p are gates that sum to 1, as in the pooling of a sequence by
+    attention: the result of a softmax, or exponentials that are divided by their sum. Whether a
+    value is such an average is found by numbers.
 
     Args:
-        node: The node.
-        gate: The weights w, one for each position.
-        x: The tensor that is averaged.
-        dim: The dimension of x that is kept.
-
-    Returns:
-        "sum" for Σ_p w_p x_p with a softmax w over all positions, "normalised" for
-        Σ_p w_p x_p / Σ_p w_p, None for any other function.
+        node: The node of the value.
+        batch: The symbol of the batch size.
+        starts: The explained nodes; the operations of the average do not contain them.
     """
-    draw = torch.Generator().manual_seed(0)
-    w, values = (
-        torch.rand(2, *value_of(n).shape[1:], dtype=torch.float64, generator=draw)
-        for n in (gate, x)
-    )
-    try:
-        (found,) = extract(node.graph, [gate, x], [node])(w, values)
-    except Exception:  # of any type: it depends on other values, or takes no float64
+    part = _part(node, starts) if value_of(node).ndim == 2 else None
+    if part is None:
         return None
-    places = values.movedim(dim, -1).flatten(1, -2)
-    total = torch.einsum("bp,bpc->bc", w.flatten(1), places)
-    if found.shape == total.shape:
-        if torch.allclose(found, total / w.flatten(1).sum(1, keepdim=True), rtol=1e-9):
-            return "normalised"
-        whole = "softmax" in operation(gate) and (
-            value_of(gate).shape[argument(gate, 1, "dim")] == w[0].numel()
-        )
-        if whole and torch.allclose(found, total, rtol=1e-9):
-            return "sum"
+    gate, x, at = part.gate, part.x, batch_dimension(value_of(part.x), batch)
+    gate_at = batch_dimension(value_of(gate), batch)
+    sizes = [size for dim, size in enumerate(value_of(x).shape) if dim != at]
+    if at is None or gate_at is None or len(sizes) < 2:
+        return None
+    numbers = _numbers(node, part, batch)
+    if numbers is None:
+        return None
+    w, values, found = numbers
+    w, values = w.movedim(gate_at, 0).flatten(1), values.movedim(at, 0)
+    dims = value_of(gate).shape[argument(gate, 1, "dim")] if "softmax" in operation(gate) else 0
+    for dim, size in enumerate(sizes, 1):
+        aligned = [-1, *sizes[: dim - 1], 1, *sizes[dim:]]
+        if value_of(node).shape[1:] != (size,) or w.shape[1] != prod(aligned[1:]):
+            continue
+        total = torch.einsum("bp,bpc->bc", w, values.movedim(dim, -1).flatten(1, -2))
+        normalised = _ratio(found, total / w.sum(1, keepdim=True))
+        scale = normalised or (_ratio(found, total) if dims == w.shape[1] else None)
+        if scale is None:
+            continue
+        for copy, first in part.copies.items():
+            copy.replace_all_uses_with(first)
+        if gate_at:
+            order = [gate_at, *(d for d in range(value_of(gate).ndim) if d != gate_at)]
+            gate = insert(node, _aten.permute.default, gate, order)
+        shares = insert(node, _aten.reshape.default, gate, [-1, w.shape[1]])
+        if normalised:
+            sums = insert(node, _aten.sum.dim_IntList, shares, [1], True)
+            shares = insert(node, _aten.div.Tensor, shares, sums)
+        shares = insert(node, _aten.reshape.default, shares, aligned)
+        return Average(batch_first(x, at) if at else x, dim, scale, part.chain, shares)
     return None
+
+
+def _numbers(node: fx.Node, part: _Part, batch: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return random weights w and values x of two examples, and what the graph makes of them."""
+    draw = torch.Generator().manual_seed(0)
+    given = {}
+    for n in (part.gate, part.x):
+        shape = [2 if str(size) == batch else size for size in value_of(n).shape]
+        if not all(isinstance(size, int) for size in shape):
+            return None
+        given[n] = torch.rand(shape, dtype=torch.float64, generator=draw)
+    copies = {copy: given[first] for copy, first in part.copies.items()}
+    sizes = {n: 2 for n in part.sizes if str(value_of(n)) == batch}
+    inputs: dict[fx.Node, Any] = {**given, **copies, **sizes}
+    try:
+        (found,) = extract(node.graph, inputs, [node])(*inputs.values())
+    except Exception:  # of any type: it depends on other values, or takes no such numbers
+        return None
+    return given[part.gate], given[part.x], found
+
+
+def _ratio(found: Tensor, expected: Tensor) -> float | None:
+    """Return c if ``found`` is c times ``expected`` in the precision of its dtype; else None."""
+    if found.shape != expected.shape or not found.is_floating_point():
+        return None
+    exact = found.dtype == torch.float64
+    tolerance = max(1e-9, 20 * torch.finfo(found.dtype).eps)
+    ratio = float((found.double() * expected).sum() / expected.square().sum()) if exact else 1.0
+    scale = round(ratio, 12)
+    close = torch.allclose(found.double(), scale * expected, rtol=tolerance, atol=0)
+    return scale if close and scale else None
 
 
 def _contrast(x: Tensor, weight: Tensor | None, bias: Tensor | None, *about: Any) -> Tensor:

@@ -14,6 +14,7 @@ gradient with respect to a tensor is the signal at this tensor.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -174,7 +175,10 @@ class Surrogate:
         averaged: Any = range(ndim - last, ndim) if last else node.args[3]
         kept = set(range(ndim)) - {dim % ndim for dim in averaged}
         kept -= {batch_dimension(value_of(x), self.captured.batch)}
-        return kept.pop() if len(kept) == 1 else None
+        classes = kept.pop() if len(kept) == 1 else None
+        if classes is None or value_of(x).shape[classes] != prod(value_of(node).shape[1:]):
+            return None  # a grid of averages
+        return classes
 
     def _rule(self, node: fx.Node) -> Rule | None:
         return self.steps[str(node.args[1])].rule if node.target is step else None

@@ -214,6 +214,27 @@ def test_an_average_of_averages_is_refused() -> None:
         mipin.attribute(x[:2], 0, contrast=True)
 
 
+def test_a_grid_of_averages_is_refused() -> None:
+    x = torch.rand(40, 3, 6, 6, dtype=torch.float64)
+    torch.manual_seed(0)
+    grid = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    refused(grid.double().eval(), x, 10, "it has to be an average")
+
+
+@pytest.mark.filterwarnings("ignore::captum_mipin.errors.LogitsWarning")
+@pytest.mark.parametrize("final", [nn.Softmax(1), nn.LogSoftmax(1)])
+def test_a_final_softmax_is_left_out(final: nn.Module) -> None:
+    model, x, target = setting("mean", True)
+    ends = nn.Sequential(model, final).eval()
+    mipin = [
+        MIPINAttribution(network, InverseNetwork(network).fit(x, progress=False))
+        for network in (model, ends)
+    ]
+    options = {"contrast": True, "multiply_by_gradients": True}
+    expected = mipin[0].attribute(x[:4], target[:4], **options)
+    torch.testing.assert_close(mipin[1].attribute(x[:4], target[:4], **options), expected)
+
+
 def test_options_that_exclude_the_contrast_are_named() -> None:
     model, x, target = setting("mean", True)
     mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False))

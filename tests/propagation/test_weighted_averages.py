@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 from every_method import alike
+from small import Function
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.errors import NotFittedError
+from captum_mipin.graph.capture import capture
+from captum_mipin.graph.nodes import operation
+from captum_mipin.propagation.passes import MARKING, draft
+from captum_mipin.rules import table
 
 #: How tokens (batch, tokens, features) and scores (batch, tokens, 1) become features.
 POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -21,6 +28,16 @@ POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum": lambda h, z: torch.einsum("bt,btf->bf", z[..., 0].softmax(1), h),
     "channels first": lambda h, z: (h.transpose(1, 2) * z.transpose(1, 2).softmax(2)).sum(2),
     "by hand": lambda h, z: ((z.exp() / z.exp().sum(1, keepdim=True)) * h).sum(1),
+    "divided behind": lambda h, z: (z.exp() * h).sum(1) / z.exp().sum(1),
+    "sizes": lambda h, z: torch.bmm(z.softmax(1).view(h.shape[0], 1, 6), h).view(h.size(0), -1),
+    "wider": lambda h, z: (z.softmax(1).double() * h).sum(1),
+}
+#: More of them, with other operations than the product and the sum; other methods have ε or
+#: patterns at these.
+MORE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "addcmul": lambda h, z: torch.addcmul(torch.zeros_like(h), z.softmax(1), h).sum(1),
+    "average": lambda h, z: F.avg_pool1d((6 * z.softmax(1) * h).mT, 6).squeeze(2),
+    "doubled": lambda h, z: (2 * z.softmax(1) * h).sum(1) / 2,
 }
 
 
@@ -70,6 +87,9 @@ def test_all_spellings_of_a_weighted_average_are_one() -> None:
 
     x = torch.randn(80, 6, 5, dtype=torch.float64)
     alike([partial(run, pool) for pool in POOLS.values()], x, more=True, **layers)
+    expected = mipin_map(partial(run, POOLS["sum"]), x, **layers)
+    for pool in MORE.values():
+        torch.testing.assert_close(mipin_map(partial(run, pool), x, **layers), expected)
 
 
 def test_the_evidence_is_that_of_each_token() -> None:
@@ -95,3 +115,106 @@ def test_the_evidence_is_that_of_each_token() -> None:
         assert (found != 0).equal(expected != 0)
         torch.testing.assert_close(found, expected * (found / expected).nan_to_num().amax((0, 1)))
         assert ratio.isfinite().all()
+
+
+def mipin_map(run: Callable[[Any, Tensor], Tensor], x: Tensor, **layers: nn.Module) -> Tensor:
+    """Return the map of MIP-IN for a network of layers, for the first examples and class 1."""
+    model = Function(run, **layers).to(x.dtype).eval()
+    inverse = InverseNetwork(model).fit(x, 1, progress=False)
+    result: Tensor = MIPINAttribution(model, inverse).attribute(x[:5], 1)
+    return result
+
+
+def test_as_many_tokens_as_features() -> None:
+    torch.manual_seed(0)
+    layers = {"body": nn.Linear(5, 6), "score": nn.Linear(6, 1), "head": nn.Linear(6, 3)}
+
+    def run(pool: Callable[[Tensor, Tensor], Tensor], m: Any, x: Tensor) -> Any:
+        h = m.body(x).relu()
+        return m.head(pool(h, 0 * m.score(h)))
+
+    x = torch.randn(80, 6, 5, dtype=torch.float64)
+    pools = (POOLS["sum"], POOLS["bmm"], mean)
+    found = [mipin_map(partial(run, pool), x, **layers) for pool in pools]
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
+
+
+def test_a_sequence_before_the_batch() -> None:
+    torch.manual_seed(0)
+    layers = {"body": nn.Linear(5, 8), "score": nn.Linear(8, 1), "head": nn.Linear(8, 3)}
+
+    def first(m: Any, x: Tensor) -> Any:
+        h = m.body(x.transpose(0, 1)).relu()
+        return m.head((m.score(h).softmax(0) * h).sum(0))
+
+    def second(m: Any, x: Tensor) -> Any:
+        h = m.body(x).relu()
+        return m.head((m.score(h).softmax(1) * h).sum(1))
+
+    x = torch.randn(80, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(mipin_map(first, x, **layers), mipin_map(second, x, **layers))
+
+
+def test_places_of_an_image_that_are_summed_one_dimension_after_the_other() -> None:
+    torch.manual_seed(0)
+    layers = {"body": nn.Conv2d(3, 8, 3), "score": nn.Conv2d(8, 1, 1), "head": nn.Linear(8, 3)}
+
+    def run(sums: Callable[[Tensor], Tensor], m: Any, x: Tensor) -> Any:
+        h = m.body(x).relu()
+        shares = m.score(h).flatten(1).softmax(1).view(-1, 1, 4, 4)
+        return m.head(sums(shares * h))
+
+    x = torch.randn(60, 3, 6, 6, dtype=torch.float64)
+    found = [
+        mipin_map(partial(run, sums), x, **layers)
+        for sums in (
+            lambda y: y.sum((2, 3)),
+            lambda y: y.sum(3).sum(2),
+            lambda y: 16 * F.adaptive_avg_pool2d(y, 1).flatten(1),
+        )
+    ]
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_a_part_in_another_precision_is_explained() -> None:
+    torch.manual_seed(0)
+    layers = {"body": nn.Linear(5, 8), "score": nn.Linear(8, 1), "head": nn.Linear(8, 3)}
+
+    def run(wide: torch.dtype, m: Any, x: Tensor) -> Any:
+        h = m.body(x).relu()
+        return m.head((m.score(h).to(wide).softmax(1) * h.to(wide)).sum(1).to(h.dtype))
+
+    x = torch.randn(80, 6, 5)
+    wide, same = (mipin_map(partial(run, t), x, **layers) for t in (torch.float64, torch.float32))
+    torch.testing.assert_close(wide, same, rtol=1e-3, atol=1e-4)
+
+
+def test_values_written_twice_stay_apart_where_there_is_no_average() -> None:
+    torch.manual_seed(0)
+    layers = {"body": nn.Linear(5, 8), "head": nn.Linear(8, 3)}
+
+    def once(m: Any, x: Tensor) -> Any:
+        z = m.body(x)
+        return m.head(z.relu().sum(1) + z.relu()[:, 0])
+
+    captured = capture(Function(once, **layers).eval(), (torch.randn(2, 6, 5),))
+    graph = draft(captured, table(), passes=MARKING).graph
+    assert sum(operation(node) == "relu" for node in graph.nodes) == 2
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_a_layer_inside_the_average_needs_an_inverse_of_its_own(even: bool) -> None:
+    class Pool(nn.Module):
+        def forward(self, h: Tensor, z: Tensor) -> Tensor:
+            return mean(h, z) if even else POOLS["sum"](h, z)
+
+    torch.manual_seed(0)
+    model = Pooled(Pool())
+    x = torch.randn(80, 6, 5, dtype=torch.float64)
+    inverse = InverseNetwork(model).fit(x, progress=False)
+    with pytest.raises(NotFittedError, match="did not learn head/linear, alone"):
+        LayerMIPINAttribution(model, inverse, model.pool).attribute(x[:2], 0)
+    own = InverseNetwork(model, layer=model.pool).fit(x, progress=False)
+    assert LayerMIPINAttribution(model, own).attribute(x[:2], 0).any()
