@@ -244,7 +244,8 @@ def test_a_dense_layer_on_averages_is_joined_with_them() -> None:
     joined = drafted[y]
     assert str(joined.target) == "captum_mipin.pooled_linear.default"
     assert original(joined) is aten.linear.default
-    assert joined.args == (drafted[net.x], drafted[mean], drafted[net.weights[0]], None, 1, 1)
+    weight = drafted[net.weights[0]]
+    assert joined.args == (drafted[net.x], drafted[mean], weight, None, 1, 1, None)
     assert marks(drafted[mean]).joined
 
 
