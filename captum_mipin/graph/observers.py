@@ -5,6 +5,7 @@ cannot change the model's output: it returns None, changes no tensor that it is 
 random numbers, and writes to nothing that the model's code can read.
 """
 
+import dis
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -114,6 +115,8 @@ class Watch:
             reason = f"writes to {str(written)!r}, which the model's code may read"
         elif not torch.equal(random, torch.random.get_rng_state()):
             reason = "draws random numbers"
+        elif _may_act(hook.call):
+            reason = "may act on the model for some values only, by its code"
         else:
             return None
         self.reasons.setdefault(hook.key, reason)
@@ -128,6 +131,41 @@ class Watch:
             [one for one in entries if not named or reads(str(one[0]).rpartition(".")[2])]
             for named, entries in places
         ]
+
+
+def _may_act(call: Any) -> bool:
+    """Return True if a hook's code may change what it is handed, for values that were not tried.
+
+    A hook without branches acts in each call, or in none. One with branches may return something,
+    or write in place, in some of them. What is written by ``x.data`` is not counted by torch.
+    """
+    while isinstance(call, partial):
+        call = call.func
+    call = getattr(call, "__func__", call)
+    code = getattr(call, "__code__", None) or getattr(type(call).__call__, "__code__", None)
+    if code is None:
+        return True
+    steps = list(dis.get_instructions(code))
+    in_place = any(name.endswith("_") and not name.endswith("__") for name in code.co_names)
+    if not any("JUMP" in step.opname and "IF" in step.opname for step in steps):
+        return in_place and "data" in code.co_names
+    handed, line, lines = code.co_varnames[: code.co_argcount], 0, list[int]()
+    for step in steps:
+        starts = getattr(step, "line_number", None) or step.starts_line
+        line = line if starts is None or isinstance(starts, bool) else starts
+        lines.append(line)
+    read = {line for step, line in zip(steps, lines, strict=True) if step.argval in handed}
+    for before, step, line in zip([steps[0], *steps], steps, lines, strict=False):
+        returned = before if step.opname == "RETURN_VALUE" else step
+        if step.opname.startswith("RETURN") and (
+            "CONST" not in returned.opname or returned.argval is not None
+        ):
+            return True
+        augmented = step.opname == "BINARY_OP" and step.argrepr.endswith("=")
+        writes = augmented or step.opname.startswith(("INPLACE", "STORE_SUBSCR"))
+        if (writes and line in read) or (step.opname == "STORE_ATTR" and step.argval == "data"):
+            return True
+    return in_place
 
 
 def _first_difference(before: Any, after: Any) -> Any:

@@ -19,7 +19,7 @@ from captum_mipin.graph.nodes import ancestors, argument, operation
 from captum_mipin.methods.base import NamedOperation
 from captum_mipin.propagation.draft import as_number
 from captum_mipin.rules.base import varies
-from captum_mipin.rules.gates import DIVISIONS, NEGATIONS, gate_source
+from captum_mipin.rules.gates import DIVISIONS, NEGATIONS, gate_source, is_gate
 
 #: Operations that are rectifiers if their lower bound is 0.
 _CLAMPS = ("clamp", "clamp_min", "clip", "clamp_max", "hardtanh", "relu6")
@@ -234,8 +234,8 @@ def _scales(user: Any, source: fx.Node, least: float) -> bool:
         return False
     at = pair.index(source)
     other = pair[1 - at]
-    if not is_floating(other) or least >= _elements(other):
-        return False
+    if not is_floating(other) or least >= _elements(other) or is_gate(other, varies):
+        return False  # beside a gate, the value is what carries the signal
     shapes = [value_of(n).shape for n in pair]
     if name in ("mul", "weighted_sum"):  # the other factor has all elements of the product
         return str(torch.broadcast_shapes(*shapes)) == str(shapes[1 - at])

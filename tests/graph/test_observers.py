@@ -58,6 +58,15 @@ class Logger:
         self.seen.append((len(kwargs), float(y.mean())))
 
 
+class Few(Logger):
+    """Keeps the first numbers alone, by name."""
+
+    def hook(self, module: nn.Module, args: Any, y: Tensor) -> None:
+        if len(self.seen) < 3:
+            key = "mean"
+            self.seen.append({key: float(y.mean())})
+
+
 def _nan(module: nn.Module, args: Any, y: Tensor) -> None:
     if y.isnan().any():
         raise ValueError("not a number")
@@ -71,6 +80,10 @@ OBSERVERS = {
     "of the whole model": lambda m, log: m.register_forward_hook(log.hook),
     "partial": lambda m, log: m.body.register_forward_hook(partial(log.named, "body")),
     "an attribute of the module": lambda m, log: m.body.register_forward_hook(log.writes),
+    "of the first calls": lambda m, log: m.body.register_forward_hook(partial(Few.hook, log)),
+    "a lambda": lambda m, log: m.body.register_forward_hook(
+        lambda module, args, y: log.seen.append(float(y.mean()))
+    ),
     "a check": lambda m, log: m.head.register_forward_hook(_nan),
     "before": lambda m, log: m.head.register_forward_pre_hook(log.before),
     "names": lambda m, log: m.head.register_forward_hook(log.of_names, with_kwargs=True),
@@ -123,6 +136,29 @@ def behind_autograd(module: nn.Module, args: Any, y: Tensor) -> None:
     y.data.mul_(float(y.mean()))
 
 
+SOMETIMES = "may act on the model for some values only, by its code"
+
+
+def clips(module: nn.Module, args: Any, y: Tensor) -> Any:
+    if float(y.abs().max()) > 1e6:
+        return y.clamp(-5, 5)
+    return None
+
+
+def clips_in_place(module: nn.Module, args: Any, y: Tensor) -> None:
+    if float(y.abs().max()) > 1e6:
+        y.clamp_(-5, 5)
+
+
+def clips_entries(module: nn.Module, args: Any, y: Tensor) -> None:
+    if float(y.abs().max()) > 1e6:
+        y[y > 5] = 5
+
+
+def weights(module: nn.Module, args: Any, y: Tensor) -> None:
+    module.weight.data.mul_(min(1.0, 1e6 / float(y.abs().max())))
+
+
 def random(module: nn.Module, args: Any, y: Tensor) -> None:
     float(torch.rand(()) * y.mean())
 
@@ -138,6 +174,13 @@ def _writers(model: Any) -> dict[str, tuple[Any, str]]:
         "returns": (returns, "returns a value"),
         "in_place": (in_place, "may change what it is handed"),
         "behind_autograd": (behind_autograd, "may change what it is handed"),
+        "clips": (clips, SOMETIMES),
+        "clips_in_place": (
+            clips_in_place,
+            "may act on the model for some values only, by its code",
+        ),
+        "clips_entries": (clips_entries, SOMETIMES),
+        "weights": (weights, SOMETIMES),
         "random": (random, "draws random numbers"),
         "scale": (scale, "writes to 'scale', which the model's code may read"),
         "keep": (keep, "writes to 'an entry of a list', which the model's code may read"),
