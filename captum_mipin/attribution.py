@@ -274,8 +274,9 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
             local: True to adapt the inverse to each example. False for the global view.
             multiply_by_features: True to return A ⊙ features, with the layer's output as features.
             multiply_by_gradients: True to return A ⊙ the gradient at the layer.
-            evidence, contrast: True to explain only the evidence for the target, or only what it
-                has beyond all other classes, as for :meth:`MIPINAttribution.attribute`.
+            evidence: True to explain only the evidence for the target, as for
+                :meth:`MIPINAttribution.attribute`.
+            contrast: True to explain only what the target has beyond all other classes, as there.
 
         Returns:
             Tensor shaped like the layer's output or input; a tuple if the layer has several such

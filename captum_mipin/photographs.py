@@ -77,8 +77,9 @@ class PhotographAttribution(LayerMIPINAttribution):
             multiply_by_features: True to multiply A by the layer's output; None for the reading's.
             multiply_by_gradients: True to multiply A by the gradient at the layer; None for the
                 reading's.
-            evidence, contrast: True to explain only the evidence for the target, or only what it
-                has beyond all other classes, as for :meth:`MIPINAttribution.attribute`.
+            evidence: True to explain only the evidence for the target, as for
+                :meth:`MIPINAttribution.attribute`.
+            contrast: True to explain only what the target has beyond all other classes, as there.
 
         Returns:
             Maps with the height and width of the layer.

@@ -138,7 +138,8 @@ def test_what_follows_from_gates_is_recorded(name, pool):
     }
 
     def pooled(m, h, w):
-        return m["last"](pool(h, w))
+        # a dense layer that follows at once is inverted together with an average by a softmax
+        return m["last"](pool(h, w).relu())
 
     def made(m, x):
         return weights(m, m["q"](x)[..., 0])
