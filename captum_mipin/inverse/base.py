@@ -170,6 +170,10 @@ class ModelInverse(Saved, Generic[S]):
                 f"this inverse stops at {self._name(self.layer)}, it does not reach the input: use "
                 "LayerMIPINAttribution, or fit InverseNetwork(model) without layer="
             )
+        if request.evidence and request.contrast:
+            raise InputError(
+                "evidence=True and contrast=True are two questions: pass only one of them"
+            )
         if request.speaks and not (request.local and self.settings.shares):
             raise InputError(
                 f'{request.speaks}=True needs local=True and pooling="shares": change these '

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.layout import batch_dimension
 from captum_mipin.graph.marks import inherit, mark, marks, set_value, value_of
-from captum_mipin.graph.nodes import argument, is_size, operation
+from captum_mipin.graph.nodes import argument, erase_unused, is_size, operation
 from captum_mipin.graph.subgraph import extract
 from captum_mipin.propagation.averages import FLAT, Average, average_of, batch_first, moves_ones
 from captum_mipin.propagation.draft import Draft
@@ -62,8 +62,11 @@ def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
         if operation(node) == "linear" and value_of(node).ndim == 2:
             pooled = node.all_input_nodes[0]
             average = _joined(pooled, batch, starts)
-            if average is None and starts and _joined(pooled, batch, ()):
-                # an explained tensor lies between: the layer alone has another inverse
+            while operation(pooled) in FLAT and pooled not in starts:
+                pooled = pooled.all_input_nodes[0]
+            known = (average is not None and average.shares is not None) or pooled in starts
+            if not known and _weighted(pooled, batch, ()):
+                # a product inside the average is explained: the layer then has another inverse
                 mark(node, key=f"{marks(node).key}, alone")
         if average is None or not _fits(average, argument(node, 1, "weight")):
             continue
@@ -109,7 +112,7 @@ def explain_contrast(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> 
     inherit(contrast, output, key=f"{marks(output).key}/contrast", added=True)
     set_value(contrast, value_of(output))
     graph.output_node().args = (contrast,)
-    graph.eliminate_dead_code(lambda node: node in starts or node.is_impure())
+    erase_unused(graph, starts)
 
 
 def _joined(node: fx.Node, batch: str, starts: Sequence[fx.Node]) -> Average | None:

@@ -240,6 +240,8 @@ def test_options_that_exclude_the_contrast_are_named() -> None:
     mipin = MIPINAttribution(model, InverseNetwork(model).fit(x, progress=False))
     with pytest.raises(InputError, match='contrast=True needs local=True and pooling="shares"'):
         mipin.attribute(x[:12], target, contrast=True, local=False)
+    with pytest.raises(InputError, match="evidence=True and contrast=True are two questions"):
+        mipin.attribute(x[:12], target, contrast=True, evidence=True)
     with pytest.raises(InputError, match="contrast=True explains only a part"):
         mipin.attribute(x[:12], target, contrast=True, return_convergence_delta=True)
     even = MIPINAttribution(model, InverseNetwork(model, pooling="even").fit(x, progress=False))

@@ -204,17 +204,38 @@ def test_values_written_twice_stay_apart_where_there_is_no_average() -> None:
     assert sum(operation(node) == "relu" for node in graph.nodes) == 2
 
 
-@pytest.mark.parametrize("even", [True, False])
-def test_a_layer_inside_the_average_needs_an_inverse_of_its_own(even: bool) -> None:
-    class Pool(nn.Module):
-        def forward(self, h: Tensor, z: Tensor) -> Tensor:
-            return mean(h, z) if even else POOLS["sum"](h, z)
+class Inside(nn.Module):
+    """A weighted average whose product and whose result are outputs of modules."""
 
-    torch.manual_seed(0)
-    model = Pooled(Pool())
-    x = torch.randn(80, 6, 5, dtype=torch.float64)
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.score, self.head = nn.Linear(5, 8), nn.Linear(8, 1), nn.Linear(8, 3)
+        self.activation, self.shares = activation, nn.Softmax(1)
+        self.product = Function(lambda m, a, h: a * h)
+        self.result = Function(lambda m, y: y.sum(1))
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.activation(self.body(x))
+        return self.head(self.result(self.product(self.shares(3 * self.score(h)), h)))
+
+
+def test_at_the_average_the_same_coefficients_hold() -> None:
+    model, x = Inside(nn.LeakyReLU(1.0)), torch.randn(80, 6, 5, dtype=torch.float64)
+    inverse = InverseNetwork(model).fit(x, progress=False)
+    pooled, tokens = (
+        LayerMIPINAttribution(model, inverse, layer).attribute(x[:3], 1)
+        for layer in (model.result, model.activation)
+    )
+    shares = (3 * model.score(model.body(x[:3]))).softmax(1)
+    torch.testing.assert_close(pooled, (shares * tokens).sum(1))
+
+
+def test_a_product_inside_the_average_needs_an_inverse_of_its_own() -> None:
+    model, x = Inside(nn.ReLU()), torch.randn(80, 6, 5, dtype=torch.float64)
     inverse = InverseNetwork(model).fit(x, progress=False)
     with pytest.raises(NotFittedError, match="did not learn head/linear, alone"):
-        LayerMIPINAttribution(model, inverse, model.pool).attribute(x[:2], 0)
-    own = InverseNetwork(model, layer=model.pool).fit(x, progress=False)
+        LayerMIPINAttribution(model, inverse, model.product).attribute(x[:2], 0)
+    own = InverseNetwork(model, layer=model.product).fit(x, progress=False)
     assert LayerMIPINAttribution(model, own).attribute(x[:2], 0).any()
