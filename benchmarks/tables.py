@@ -560,6 +560,12 @@ def which_map() -> str:
         centre = _chosen(name, "centre prior")["accuracy"]
     head = f"{max(row['accuracy'] for row in dense.values()):.2f} against {mipin['accuracy']:.2f}"
     places = f"{min(pixels):.2f} to {max(pixels):.2f} against {centre:.2f}"
+    found = [
+        read(f"contrast-boxes-{name}")["rows"][0] for name in ("squeezenet1_0", "mobilenet_v2")
+    ]
+    boxes = ", ".join(
+        f"{row['contrast × gradient']:.2f} against {row['A × gradient']:.2f}" for row in found
+    )
     layer, whole = "LayerMIPINAttribution(model, inverse)", "MIPINAttribution(model, inverse)"
     answers = (
         (
@@ -576,7 +582,7 @@ def which_map() -> str:
         (
             "Which of several objects?",
             "the same with `contrast=True` (networks that end in an average)",
-            "what the class shares with others",
+            f"the whole of one object: boxes are found less well than without it ({boxes})",
         ),
         (
             "What do inputs with this score have in common?",
