@@ -127,10 +127,10 @@ class MIPINAttribution(_MIPIN):
                 over positions, or a dense layer on such an average. The average of the positive
                 parts of all positions is explained then, because the logit may be negative. If the
                 logit is positive, the map only differs by a factor.
-            contrast: True to explain only what the target has beyond all other classes: at each
-                position y_c − max_k≠c y_k, where it is positive, in place of the logit's part y_c.
-                It needs an output as ``evidence`` does. With ``multiply_by_gradients``, the
-                gradient is that of the average of these differences too.
+            contrast: True to explain only what the target c has beyond all other classes k: at
+                each position max(0, y_c − max_k≠c y_k), in place of y_c, the part of the logit that
+                comes from there. It needs an average over positions, as ``evidence`` does. With
+                ``multiply_by_gradients``, the gradient is that of the average of these parts.
             return_convergence_delta: True to return also the completeness error of the source
                 signal, Φ_c(S) − Φ_c(x).
 

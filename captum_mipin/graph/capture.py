@@ -210,6 +210,8 @@ def _capture_without_hooks(
     others = trial.leave_out_observers(examples_like(*call)[0])
     with suppress(CaptureError):
         return _capture(trial, call, detached)
+    if not others:  # all hooks only look: they are not the cause
+        raise refusal from refusal.__cause__
     for hook in trial.hooks:
         hook.table.pop(hook.key, None)
     trial.alone = None  # the result with the hooks

@@ -77,19 +77,31 @@ def test_equal_shares_are_a_plain_average(pool: str) -> None:
         )
 
 
-def test_all_spellings_of_a_weighted_average_are_one() -> None:
-    torch.manual_seed(0)
-    layers = {"body": nn.Linear(5, 8), "score": nn.Linear(8, 1), "head": nn.Linear(8, 3)}
+def attention(
+    pool: Callable[[Tensor, Tensor], Tensor], scale: float
+) -> Callable[[Any, Tensor], Tensor]:
+    """Return the function of layers and inputs that pools tokens with scores times ``scale``."""
 
-    def run(pool: Callable[[Tensor, Tensor], Tensor], m: Any, x: Tensor) -> Any:
+    def run(m: Any, x: Tensor) -> Tensor:
         h = m.body(x).relu()
-        return m.head(pool(h, 3 * m.score(h)))
+        result: Tensor = m.head(pool(h, scale * m.score(h)))
+        return result
 
-    x = torch.randn(80, 6, 5, dtype=torch.float64)
-    alike([partial(run, pool) for pool in POOLS.values()], x, more=True, **layers)
-    expected = mipin_map(partial(run, POOLS["sum"]), x, **layers)
+    return run
+
+
+def layers_of(width: int) -> dict[str, nn.Module]:
+    """Return a layer on tokens, one for their scores, and a dense one behind the average."""
+    torch.manual_seed(0)
+    return {"body": nn.Linear(5, width), "score": nn.Linear(width, 1), "head": nn.Linear(width, 3)}
+
+
+def test_all_spellings_of_a_weighted_average_are_one() -> None:
+    layers, x = layers_of(8), torch.randn(80, 6, 5, dtype=torch.float64)
+    alike([attention(pool, 3) for pool in POOLS.values()], x, more=True, **layers)
+    expected = mipin_map(attention(POOLS["sum"], 3), x, **layers)
     for pool in MORE.values():
-        torch.testing.assert_close(mipin_map(partial(run, pool), x, **layers), expected)
+        torch.testing.assert_close(mipin_map(attention(pool, 3), x, **layers), expected)
 
 
 def test_the_evidence_is_that_of_each_token() -> None:
@@ -126,23 +138,15 @@ def mipin_map(run: Callable[[Any, Tensor], Tensor], x: Tensor, **layers: nn.Modu
 
 
 def test_as_many_tokens_as_features() -> None:
-    torch.manual_seed(0)
-    layers = {"body": nn.Linear(5, 6), "score": nn.Linear(6, 1), "head": nn.Linear(6, 3)}
-
-    def run(pool: Callable[[Tensor, Tensor], Tensor], m: Any, x: Tensor) -> Any:
-        h = m.body(x).relu()
-        return m.head(pool(h, 0 * m.score(h)))
-
-    x = torch.randn(80, 6, 5, dtype=torch.float64)
+    layers, x = layers_of(6), torch.randn(80, 6, 5, dtype=torch.float64)
     pools = (POOLS["sum"], POOLS["bmm"], mean)
-    found = [mipin_map(partial(run, pool), x, **layers) for pool in pools]
+    found = [mipin_map(attention(pool, 0), x, **layers) for pool in pools]
     torch.testing.assert_close(found[0], found[2])
     torch.testing.assert_close(found[1], found[2])
 
 
 def test_a_sequence_before_the_batch() -> None:
-    torch.manual_seed(0)
-    layers = {"body": nn.Linear(5, 8), "score": nn.Linear(8, 1), "head": nn.Linear(8, 3)}
+    layers = layers_of(8)
 
     def first(m: Any, x: Tensor) -> Any:
         h = m.body(x.transpose(0, 1)).relu()
@@ -179,8 +183,7 @@ def test_places_of_an_image_that_are_summed_one_dimension_after_the_other() -> N
 
 
 def test_a_part_in_another_precision_is_explained() -> None:
-    torch.manual_seed(0)
-    layers = {"body": nn.Linear(5, 8), "score": nn.Linear(8, 1), "head": nn.Linear(8, 3)}
+    layers = layers_of(8)
 
     def run(wide: torch.dtype, m: Any, x: Tensor) -> Any:
         h = m.body(x).relu()
