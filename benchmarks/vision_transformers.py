@@ -1,6 +1,6 @@
 """Which part of a mosaic a transformer's maps show: MIP-IN beside the methods for transformers.
 
-    python benchmarks/transformers.py NETWORK --data FOLDER
+    python benchmarks/vision_transformers.py NETWORK --data FOLDER
 
 Mosaics of n x n test images of CIFAR-10, each recognised alone with a confidence of at least 0.9,
 for the networks ``vit-cifar10`` and ``cct-cifar10`` of ``networks.py`` with the positions of one
