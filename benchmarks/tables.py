@@ -1,6 +1,7 @@
 """Write the tables of README.md and docs/ from the results files: python benchmarks/tables.py."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from common import RESULTS, pages, read, show
@@ -326,31 +327,35 @@ def zoo() -> str:
 
 def capture() -> str:
     """Return the cost of ``check`` beside that of torch's export alone."""
-    rows = [
+    return _networks(
+        "speed-capture",
         {
-            "network": row["network"],
-            "input": row["input"],
-            "`torch.export` alone": f"{row['export s']:.1f} s",
-            "`check`": f"{row['check s'] / row['export s']:.2f} × that",
-        }
-        for row in read("speed-capture")["rows"]
+            "`torch.export` alone": lambda row: f"{row['export s']:.1f} s",
+            "`check`": lambda row: f"{row['check s'] / row['export s']:.2f} × that",
+        },
+    )
+
+
+def _networks(name: str, columns: dict[str, Callable[[dict[str, Any]], str]]) -> str:
+    """Return a row a network of a results file: its input, and one function of the row a column."""
+    rows = [
+        {"network": row["network"], "input": row["input"]}
+        | {title: cell(row) for title, cell in columns.items()}
+        for row in read(name)["rows"]
     ]
     return show(rows)
 
 
 def fresh() -> str:
     """Return the cost of a fresh object of a model that was captured before."""
-    rows = [
+    return _networks(
+        "speed-fresh",
         {
-            "network": row["network"],
-            "input": row["input"],
-            "first LRP object": f"{1e3 * row['first s']:.0f} ms",
-            "fresh object": f"{1e3 * row['fresh s']:.0f} ms",
-            "same object again": f"{1e3 * row['same s']:.1f} ms",
-        }
-        for row in read("speed-fresh")["rows"]
-    ]
-    return show(rows)
+            "first LRP object": lambda row: f"{1e3 * row['first s']:.0f} ms",
+            "fresh object": lambda row: f"{1e3 * row['fresh s']:.0f} ms",
+            "same object again": lambda row: f"{1e3 * row['same s']:.1f} ms",
+        },
+    )
 
 
 def scale() -> str:

@@ -14,6 +14,8 @@ from captum_mipin.errors import FitError, InputError
 from captum_mipin.inverse.distributed import Processes
 from captum_mipin.methods import Patterns
 
+FAILED = "FitError: the fit failed in process 1 of 2: "
+APART = "FitError: the processes cannot fit together: "
 #: What each of two processes does, one scenario after the other.
 SCRIPT = """
 import json, os, signal, sys
@@ -237,48 +239,16 @@ def test_all_end_with_the_inverse_of_one_process(run, alone, name):
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
-        (
-            "raises in the first batch",
-            "FitError: the fit failed in process 1 of 2: OSError: no such image",
-            "OSError",
-        ),
-        (
-            "raises later",
-            "FitError: the fit failed in process 1 of 2: OSError: no such image",
-            "OSError: no such image",
-        ),
-        (
-            "raises in a later pass",
-            "FitError: the fit failed in process 1 of 2: OSError: no such image",
-            "OSError",
-        ),
-        (
-            "other weights",
-            "FitError: the processes cannot fit together: their weights differ",
-            "FitError",
-        ),
-        (
-            "not finite",
-            "FitError: the fit failed in process 1 of 2: FitError: batch 0: input",
-            "FitError: batch 0",
-        ),
+        ("raises in the first batch", FAILED + "OSError: no such image", "OSError"),
+        ("raises later", FAILED + "OSError: no such image", "OSError: no such image"),
+        ("raises in a later pass", FAILED + "OSError: no such image", "OSError"),
+        ("other weights", APART + "their weights differ", "FitError"),
+        ("not finite", FAILED + "FitError: batch 0: input", "FitError: batch 0"),
         ("nothing", "FitError: the data yields no batch", "FitError: the data yields no batch"),
         ("one example", "FitError: the data has 1 example", "FitError: the data has 1 example"),
-        (
-            "cannot solve",
-            "FitError: the fit failed in process 1 of 2: MemoryError: too large",
-            "MemoryError",
-        ),
-        (
-            "a smaller machine",
-            "FitError: the fit failed in process 1 of 2: FitError: this machine",
-            "FitError: this machine",
-        ),
-        (
-            "earlier classes",
-            "FitError: the processes cannot fit together: their classes differ",
-            "FitError",
-        ),
+        ("cannot solve", FAILED + "MemoryError: too large", "MemoryError"),
+        ("a smaller machine", FAILED + "FitError: this machine", "FitError: this machine"),
+        ("earlier classes", APART + "their classes differ", "FitError"),
         (
             "a sampler of its own",
             "FitError: the DataLoader draws by a BatchSampler",
@@ -313,28 +283,16 @@ def test_all_end_with_the_patterns_of_one_process(run, alone, name):
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
-        (
-            "where one raises",
-            "FitError: the fit failed in process 1 of 2: OSError: no such image",
-            "OSError: no such image",
-        ),
+        ("where one raises", FAILED + "OSError: no such image", "OSError: no such image"),
         ("of nothing", "FitError: the data has no batch", "FitError: the data has no batch"),
         ("of one example", "FitError: the data has 1 example", "FitError: the data has 1 example"),
-        (
-            "of other weights",
-            "FitError: the processes cannot fit together: their weights differ",
-            "FitError: the processes",
-        ),
+        ("of other weights", APART + "their weights differ", "FitError: the processes"),
         (
             "that are not finite",
-            "FitError: the fit failed in process 1 of 2: FitError: batch 0: the model's output",
+            FAILED + "FitError: batch 0: the model's output",
             "FitError: batch 0: the model's output or features contain NaN",
         ),
-        (
-            "of other inputs",
-            "FitError: the processes cannot fit together: their inputs differ",
-            "FitError: the processes",
-        ),
+        ("of other inputs", APART + "their inputs differ", "FitError: the processes"),
         (
             "in batches of none",
             "InputError: batch_size=0 must be",

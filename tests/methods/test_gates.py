@@ -142,15 +142,20 @@ DIMENSIONS = {
 
 
 @BOTH
-@pytest.mark.parametrize("name", GUARDS)
-def test_a_guard_of_a_division_is_no_rectifier(method, name):
-    assert _difference(method, GUARDS[name]) < 1e-12
-
-
-@BOTH
-@pytest.mark.parametrize("name", DISTANT)
-def test_what_only_scales_is_no_rectifier_whatever_stands_between(method, name):
-    assert _difference(method, DISTANT[name]) < 1e-12
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(function, id=f"{kind}: {name}")
+        for kind, functions in {
+            "guard of a division": GUARDS,
+            "scale, whatever stands between": DISTANT,
+            "bound elsewhere than at zero": ELSEWHERE,
+        }.items()
+        for name, function in functions.items()
+    ],
+)
+def test_what_is_no_rectifier_has_its_derivative(method, function):
+    assert _difference(method, function) < 1e-12
 
 
 @BOTH
@@ -172,12 +177,6 @@ def test_a_bound_before_a_layer_of_a_gate_or_of_a_product_of_equals_is_a_rectifi
             return tail(lambda z: _Rectifier.apply(z, method is GuidedBackprop), h)
 
         assert _difference(method, partial(tail, bound), by_hand) < 1e-12
-
-
-@BOTH
-@pytest.mark.parametrize("name", ELSEWHERE)
-def test_a_bound_elsewhere_than_at_zero_is_no_rectifier(method, name):
-    assert _difference(method, ELSEWHERE[name]) < 1e-12
 
 
 @BOTH

@@ -188,9 +188,6 @@ class PatternNet(PatternPropagation, Signal):
     _name = "PatternNet"
     _attribution = False
 
-    def __init__(self, model: nn.Module, patterns: Patterns) -> None:
-        super().__init__(model, patterns)
-
 
 class PatternAttribution(PatternPropagation, Relevance):
     """PatternAttribution: how much each input's signal contributes to the target's output.
@@ -217,6 +214,3 @@ class PatternAttribution(PatternPropagation, Relevance):
 
     _name = "PatternAttribution"
     _attribution = True
-
-    def __init__(self, model: nn.Module, patterns: Patterns) -> None:
-        super().__init__(model, patterns)
