@@ -279,8 +279,8 @@ class LayerMIPINAttribution(_MIPIN, LayerAttribution):
             contrast: True to explain only what the target has beyond all other classes, as there.
 
         Returns:
-            Tensor shaped like the layer's output or input; a tuple if the layer has several such
-            tensors; a list of these for a list of layers.
+            Tensor shaped like the layer's output or input, but with the batch as first dimension; a
+            tuple if the layer has several such tensors; a list of these for a list of layers.
 
         Raises:
             CaptureError: The layer is called several times, or never.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from captum_mipin.bottleneck.gaussian import CrossEntropy
 from captum_mipin.errors import InputError
 from captum_mipin.graph.capture import CapturedGraph
+from captum_mipin.graph.layout import batch_dimension
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.signature import pick
 from captum_mipin.graph.subgraph import Part
@@ -82,7 +83,8 @@ class Samples:
         """Return the shape of a tensor of the graph, without the batch."""
         nodes = self.parts.captured.graph.nodes
         (value,) = (value_of(node) for node in nodes if node.name == name)
-        return tuple(map(int, value.shape[1:]))
+        at = batch_dimension(value, self.parts.captured.batch)
+        return tuple(int(size) for dim, size in enumerate(value.shape) if dim != at)
 
     def groups(self, name: str, copies: int, size: int | None) -> list["Samples"]:
         """Return the samples in groups; the samples of a group are optimised together.

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.kept import Kept
-from captum_mipin.graph.layout import first_dimension, shape_text
+from captum_mipin.graph.layout import batch_dimension, shape_text
 from captum_mipin.graph.marks import module_stack, value_of
 from captum_mipin.graph.nodes import place
 from captum_mipin.graph.signature import pick
@@ -69,7 +69,7 @@ def module_output(captured: CapturedGraph, model: nn.Module, layer: nn.Module) -
 
 
 def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | str) -> str:
-    """Return the name of a floating tensor of the graph with the batch as its first dimension.
+    """Return the name of a floating tensor of the graph with the batch as one of its dimensions.
 
     Args:
         captured: The model's graph.
@@ -77,8 +77,8 @@ def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | st
         layer: A module, whose output is meant; or the name of a tensor of the graph.
 
     Raises:
-        CaptureError: The graph has no such tensor, its dtype is not floating, or its first
-            dimension is not the batch.
+        CaptureError: The graph has no such tensor, its dtype is not floating, or none of its
+            dimensions is the batch.
     """
     nodes = {node.name: node for node in captured.graph.nodes}
     name = layer if isinstance(layer, str) else module_output(captured, model, layer)
@@ -98,10 +98,10 @@ def tensor_name(captured: CapturedGraph, model: nn.Module, layer: nn.Module | st
             f"{shown} has dtype {value.dtype}, expected a floating dtype, because noise is added "
             "to it: name another layer"
         )
-    if not first_dimension(value, captured.batch):
+    if batch_dimension(value, captured.batch) is None:
         raise CaptureError(
-            f"{shown} has shape {shape_text(value, captured.batch)}, expected the batch as its "
-            "first dimension: name another layer"
+            f"{shown} has shape {shape_text(value, captured.batch)}, expected the batch as one of "
+            "its dimensions: name another layer"
         )
     return name
 

@@ -66,11 +66,6 @@ def batched(value: Any) -> bool:
     return isinstance(value, Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
 
 
-def first_dimension(value: Tensor, batch: str) -> bool:
-    """Return True if the first dimension of a traced tensor, and no other, is the batch."""
-    return batch_dimension(value, batch) == 0
-
-
 def shape_text(value: Tensor, batch: str) -> str:
     """Return the shape of a traced tensor for an error message, with the word batch.
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from captum_mipin.errors import CaptureError, InputError
 from captum_mipin.graph.capture import CapturedGraph
-from captum_mipin.graph.layout import batched
+from captum_mipin.graph.layout import batch_dimension, batched
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.nodes import ancestors, is_size
 from captum_mipin.graph.turns import TURNS
@@ -92,7 +92,7 @@ def _advice(shown: Iterable[Any], arguments: Iterable[Any]) -> str:
 
 
 class Part:
-    """The part of a network behind one of its tensors x, as a function of x.
+    """The part of a network behind one of its tensors x, as a function of x; the batch is first.
 
     The network is split in two: :meth:`below` computes x from the inputs, :meth:`above` computes
     the result from x. Tensors that the result needs besides x are computed by :meth:`below` too.
@@ -147,6 +147,9 @@ class Part:
         tensors = [node for node in others if not is_size(node)]
         sizes = [node for node in others if is_size(node)]
         self._symbol, self._inputs = captured.batch, captured.inputs
+        # the batch may be another dimension of a tensor, as in (tokens, batch, features)
+        dims = (batch_dimension(value_of(node), captured.batch) for node in (first, last))
+        self._first, self._last = (dim or 0 for dim in dims)
         self._sizes = [value_of(node).node.expr for node in sizes]
         placeholders = graph.find_nodes(op="placeholder")
         self._order = [node.name for node in placeholders]
@@ -163,19 +166,20 @@ class Part:
         arguments = [values[name] for name in self._order]
         with TURNS.explaining():
             first, *others = run_part(self._below, arguments, map(values.get, self._inputs))
-        return first, others
+        return first.movedim(self._first, 0), others
 
     def above(self, x: Tensor, others: Sequence[Any]) -> Tensor:
         """Return the result for a value of x.
 
         Args:
-            x: Tensor (batch, ...), of the shape of the tensor in the network.
+            x: Tensor (batch, ...), else of the shape of the tensor in the network.
             others: The other tensors, from :meth:`below`.
         """
         sizes = [evaluate(size, self._symbol, len(x)) for size in self._sizes]
         with TURNS.explaining():
-            (result,) = run_part(self._above, [x, *others, *sizes], [x])
-        value: Tensor = result
+            arguments = [x.movedim(0, self._first), *others, *sizes]
+            (result,) = run_part(self._above, arguments, [x])
+        value: Tensor = result.movedim(self._last, 0)
         return value
 
 

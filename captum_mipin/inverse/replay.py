@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from captum_mipin.errors import CaptureError, FitError
 from captum_mipin.graph.capture import CapturedGraph
-from captum_mipin.graph.layout import first_dimension, shape_text
+from captum_mipin.graph.layout import batch_dimension, shape_text
 from captum_mipin.graph.marks import marks, value_of
 from captum_mipin.graph.nodes import ancestors, is_size, place
 from captum_mipin.graph.subgraph import evaluate, extract, run_part
@@ -55,6 +55,7 @@ class Replay:
         self._arguments = [node.name for node in placeholders]
         features = [node for node in captured.graph.nodes if node.name == feature]
         self._feature = extract(captured.graph, placeholders, features) if features else None
+        self._at = [batch_dimension(value_of(node), self._batch) or 0 for node in features]
 
         graph = surrogate.graph
         run, (result,) = next(iter(graph.nodes)), graph.output_node().all_input_nodes
@@ -84,7 +85,7 @@ class Replay:
         arguments = [values[name] for name in self._arguments]
         with TURNS.explaining():
             (x,) = run_part(self._feature, arguments, map(values.get, self._inputs))
-        return [x.detach().flatten(1)]
+        return [x.detach().movedim(self._at[0], 0).flatten(1)]
 
     def inverses(
         self,
@@ -127,17 +128,17 @@ class Replay:
 
 
 def _check_feature(captured: CapturedGraph, feature: str | None) -> None:
-    """Raise CaptureError unless compared tensors are floating and have the batch first."""
+    """Raise CaptureError unless compared tensors are floating and have one batch dimension."""
     names = captured.inputs if feature is None else (feature,)
     for node in captured.graph.nodes:
         value = value_of(node)
         if node.name in names and not (
-            value.is_floating_point() and first_dimension(value, captured.batch)
+            value.is_floating_point() and batch_dimension(value, captured.batch) is not None
         ):
             raise CaptureError(
                 f"neighbours cannot be compared by {place(node)}, of dtype {value.dtype} and shape "
                 f"{shape_text(value, captured.batch)}, expected floating-point numbers with the "
-                "batch as the first dimension: pass another feature="
+                "batch as one dimension: pass another feature="
             )
 
 

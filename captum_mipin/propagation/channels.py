@@ -1,12 +1,13 @@
 """The pass that finds the dimension of each tensor's channels."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
 from captum_mipin.graph.marks import mark, marks, value_of
 from captum_mipin.graph.nodes import operation
-from captum_mipin.propagation.draft import Draft, is_tensor
+from captum_mipin.propagation.draft import Draft, is_tensor, permutation
 from captum_mipin.rules.base import varies
 from captum_mipin.rules.gates import factors
 
@@ -24,9 +25,6 @@ _CHANNELS = {
     },
     **dict.fromkeys(("_native_batch_norm_legit_no_training", "group_norm", "instance_norm"), 1),
 }
-
-#: Operations that move dimensions; if argument and result have the same shape, this is a chance.
-_MOVES = ("permute", "transpose", "t")
 
 
 def find_channels(draft: Draft) -> None:
@@ -52,26 +50,38 @@ def channels(node: fx.Node, batch: int | None = None) -> int | None:
     at = marks(node).layout.dim if batch is None else batch
     # First look at operations that use the tensor: their inverses are regressions on its channels.
     for downwards in (True, False):
-        queue, reached = [node], {node}  # breadth first: the nearest operation decides
-        for current in queue:
+        # breadth first: the nearest operation decides; each node is reached with the order in which
+        # it has the dimensions of the tensor
+        queue, reached = [(node, list(range(value.ndim)))], {node}
+        for current, order in queue:
             near = list(current.users if downwards else current.all_input_nodes)
             for teller in near if downwards else [current]:
                 dim = _channels_of(teller, current)
-                if dim is not None and dim % value.ndim != at:
-                    return dim % int(value.ndim)
-            if not downwards and operation(current) in _MOVES:
-                continue
+                if dim is not None and order[dim] != at:
+                    return order[dim]
             for other in near:
-                moves = downwards and operation(other) in _MOVES
-                if other not in reached and not moves and _same_shape(other, node):
-                    queue.append(other)
+                moved = _moved(order, other if downwards else current, downwards)
+                if other not in reached and _has_shape(other, node, moved):
+                    queue.append((other, moved))
                     reached.add(other)
     # No operation determines it: take dimension 1, else the last one, else the first one.
     return next(dim for dim in (1, value.ndim - 1, 0) if dim != at)
 
 
-def _same_shape(one: fx.Node, other: fx.Node) -> bool:
-    return is_tensor(one) and str(value_of(one).shape) == str(value_of(other).shape)
+def _moved(order: Sequence[int], move: fx.Node, forwards: bool) -> list[int]:
+    """Return an order of dimensions behind a transposition, or before it; else the order itself."""
+    dims = [1, 0] if operation(move) == "t" and len(order) == 2 else permutation(move)
+    if dims is None:
+        return list(order)
+    return [order[at] for at in (dims if forwards else map(dims.index, range(len(dims))))]
+
+
+def _has_shape(one: fx.Node, other: fx.Node, order: Sequence[int]) -> bool:
+    """Return True if the shape of one tensor is that of another, in an order of dimensions."""
+    if not is_tensor(one) or value_of(one).ndim != len(order):
+        return False
+    shape = value_of(other).shape
+    return [str(size) for size in value_of(one).shape] == [str(shape[dim]) for dim in order]
 
 
 def _channels_of(user: fx.Node, node: fx.Node) -> int | None:

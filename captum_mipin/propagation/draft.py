@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from captum_mipin.errors import RuleError
 from captum_mipin.graph.capture import CapturedGraph
-from captum_mipin.graph.marks import mark, marks, value_of
+from captum_mipin.graph.layout import batch_dimension
+from captum_mipin.graph.marks import inherit, mark, marks, set_value, value_of
 from captum_mipin.graph.nodes import argument, is_size, nodes_in, operation, place
 from captum_mipin.propagation.runtime import Step
 from captum_mipin.rules import Rule
@@ -34,7 +36,7 @@ class Draft:
         rules: Operation → rule.
         inputs: The placeholders of the model's inputs.
         starts: The explained nodes: the inputs, or tensors of a layer. In the backward pass, the
-            signal ends at these nodes.
+            signal ends at these nodes. The batch is their first dimension.
         batch: The symbol of the batch size.
         calibrate: True to learn one factor per channel that scales the signal to the units of the
             explained values. Nothing is learned if the units are the same already.
@@ -82,6 +84,7 @@ class Draft:
         named = {source.name: node for source, node in copies.items()}
         inputs = tuple(named[name] for name in captured.inputs)
         starts = inputs if start is None else tuple(named[name] for name in start)
+        starts = tuple(_batch_first(node, captured.batch) for node in starts)
         # a tensor of the code is copied wherever it is used, so that nothing can change its values
         literals = {
             named[name]: tensor
@@ -121,6 +124,33 @@ class Draft:
     def carried(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes to which a node sends its signal; a node used twice occurs twice."""
         return nodes_in([node.args[at] for at in self.carriers(node)])
+
+
+def _batch_first(node: fx.Node, batch: str) -> fx.Node:
+    """Return a node with the value of another one, the batch as its first dimension.
+
+    Models that are written for (tokens, batch, features) have layers with the batch in another
+    dimension. The new node is put between such a layer and its users.
+
+    Args:
+        node: The node.
+        batch: The symbol of the batch size.
+    """
+    value, graph = value_of(node), node.graph
+    at = batch_dimension(value, batch) if isinstance(value, Tensor) else None
+    if not at:
+        return node
+    order = [at, *(dim for dim in range(value.ndim) if dim != at)]
+    with graph.inserting_after(node):
+        first = graph.call_function(torch.ops.aten.permute.default, (node, order))
+    with graph.inserting_after(first):
+        back = [order.index(dim) for dim in range(value.ndim)]
+        moved = graph.call_function(torch.ops.aten.permute.default, (first, back))
+    node.replace_all_uses_with(moved, lambda user: user is not first)
+    for one in (first, moved):
+        inherit(one, node, added=True)
+    set_value(first, value.permute(order))
+    return first
 
 
 def is_constant(node: fx.Node) -> bool:

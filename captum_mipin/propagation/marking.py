@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from captum_mipin.errors import CaptureError
-from captum_mipin.graph.layout import Layout, first_dimension, shape_text
+from captum_mipin.graph.layout import Layout, batch_dimension, shape_text
 from captum_mipin.graph.marks import mark, marks, value_of
 from captum_mipin.graph.nodes import ancestors, operation
 from captum_mipin.propagation.draft import Draft, descendants, is_constant
@@ -95,8 +95,8 @@ def check_ends(draft: Draft) -> None:
     """Check the model's output and the explained nodes.
 
     Raises:
-        CaptureError: An explained node gets no signal, or the batch is not the first dimension of
-            an explained node or of the output.
+        CaptureError: An explained node gets no signal, the batch is no dimension of an explained
+            node, or it is not the first dimension of the output.
     """
     for node in (*draft.starts, draft.output):
         if value_of(node).is_complex():
@@ -122,11 +122,11 @@ def check_ends(draft: Draft) -> None:
             )
         raise CaptureError(text)
     for node in draft.starts:
-        if not first_dimension(value_of(node), draft.batch):
+        if batch_dimension(value_of(node), draft.batch) != 0:
             shape = shape_text(value_of(node), draft.batch)
             raise CaptureError(
-                f"{marks(node).key} has shape {shape}, expected the batch as its first dimension: "
-                "name another layer"
+                f"{marks(node).key} has shape {shape}, expected the batch as one of its "
+                "dimensions: name another layer"
             )
     if marks(draft.output).layout != Layout():
         shape = shape_text(value_of(draft.output), draft.batch)
