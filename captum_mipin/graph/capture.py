@@ -29,6 +29,7 @@ from captum_mipin.graph.exporting import (
     free_batch,
 )
 from captum_mipin.graph.lifting import NotLiftableError, lifted
+from captum_mipin.graph.literals import settle_literals
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modes import uncollected
 from captum_mipin.graph.modules import is_quantised, tree
@@ -299,6 +300,7 @@ def _capture_one(
     try:
         program, graph, switches = export_graph(trial.twin, examples[0], None, detached)
         one = _from_program(program, graph, count, call[2], switches)
+        one.constants.update(settle_literals(one.graph, one.constants))
         named = zip(one.arguments, per_example(*call), strict=True)
         graph = lifted(one.graph, [name for name, own in named if own and name is not None])
         captured = _for_batches(one, graph)

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import MappingProxyType
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, default_decompositions, export
+from torch.nn.functional import pad
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
@@ -209,6 +210,22 @@ def _bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return y if bias is None else y + bias
 
 
+def _pad_sequence(
+    sequences: Sequence[Tensor],
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    padding_side: str = "right",
+) -> Tensor:
+    """Return sequences of different lengths as one tensor, the shorter ones padded."""
+    longest = max(x.shape[0] for x in sequences)
+    rows = []
+    for x in sequences:
+        more = longest - x.shape[0]
+        ends = (0, more) if padding_side == "right" else (more, 0)
+        rows.append(pad(x, (0, 0) * (x.ndim - 1) + ends, value=padding_value) if more else x)
+    return torch.stack(rows, 0 if batch_first else 1)
+
+
 @cache
 def decompositions() -> Mapping[Any, Any]:
     """Return the composite operations to replace by their parts, such as einsum and LSTM.
@@ -225,6 +242,7 @@ def decompositions() -> Mapping[Any, Any]:
     )
     parts[torch.ops.aten.aminmax.default] = _aminmax
     parts[torch.ops.aten.mv.default] = _mv
+    parts[torch.ops.aten.pad_sequence.default] = _pad_sequence
     parts[torch.ops.aten.bilinear.default] = _bilinear
     parts |= {own: in_parts(parts[original]) for own, original in WHOLE.items()}
     return MappingProxyType(parts)

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from captum_mipin.graph.diagnosis import quiet
 from captum_mipin.graph.dimensions import RESHAPES, dimensions, indices, item, with_batch
 from captum_mipin.graph.marks import inherit, set_value, value_of
-from captum_mipin.graph.nodes import operation, place
+from captum_mipin.graph.nodes import ancestors, operation, place
 
 aten = torch.ops.aten
 
@@ -90,6 +90,7 @@ class _Lift:
         self._extra: dict[fx.Node, bool | None] = {}
         self._single = set[fx.Node]()  # nodes with a list of a single result, which is their copy
         self._size: fx.Node | None = None
+        needed = ancestors([graph.output_node()])  # without checks of sizes
         for node in graph.nodes:
             if node.op == "placeholder":
                 self._placeholder(node, node.name in batched)
@@ -97,10 +98,9 @@ class _Lift:
                     self._first = self._copies[node]
             elif node.op == "output":
                 self._output(node)
-            elif isinstance(node.target, OpOverload) or node.target is operator.getitem:
-                self._operation(node)
-            else:
-                self._vmapped(node)
+            elif node in needed:
+                known = isinstance(node.target, OpOverload) or node.target is operator.getitem
+                (self._operation if known else self._vmapped)(node)
         self.graph.eliminate_dead_code()
         self.graph.lint()
         self._trace({self._copies[node] for node in self._copies if node.name in batched})

@@ -67,8 +67,9 @@ class LayerPropagation(NoFuture, LayerAttribution, GradientAttribution):
 
         Returns:
             Tensor shaped like the layer's output or input, but with the batch as first dimension; a
-            tuple if the layer has several such tensors; a list of these for a list of layers. With ``return_convergence_delta``, a pair
-            of these and a tensor delta (batch,), or a list of such tensors.
+            tuple if the layer has several such tensors; a list of these for a list of layers. With
+            ``return_convergence_delta``, a pair of these and a tensor delta (batch,), or a list of
+            such tensors.
 
         Raises:
             CaptureError: The layer is called several times, or never.

@@ -10,6 +10,7 @@ import torch
 from small import Function
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from captum_mipin import InverseNetwork, MIPINAttribution, check
 from captum_mipin.bottleneck import IBA
@@ -47,6 +48,32 @@ def _frames(m: Any, x: Tensor) -> Tensor:
     """Take the channels of an image (C, H, W) for frames of a film."""
     h = torch.relu(m["frames"](x[:, None]))
     return m["out"](h.mean((0, 2, 3)))
+
+
+def _packed(m: Any, x: Tensor, apart: bool = True) -> Tensor:
+    """Put the tokens of all examples into one sequence, in which attention stays within each."""
+    sequences = [one.flatten(1) for one in x]
+    counts = torch.tensor([one.shape[0] for one in sequences])
+    owner = torch.arange(len(x)).repeat_interleave(counts)
+    h = torch.relu(m["dense"](m["layer"](pad_sequence([torch.cat(sequences)], batch_first=True))))
+    filled = torch.arange(h.shape[1]) < torch.tensor([h.shape[1]])
+    own = ((owner[:, None] == owner) | (not apart)) & filled
+    h = F.scaled_dot_product_attention(h, h, h, attn_mask=own)
+    queries = m["last"].weight[None, :1].expand(1, len(x), -1)
+    h = F.scaled_dot_product_attention(
+        queries, h, h, attn_mask=(torch.arange(len(x))[:, None] == owner) & filled
+    )
+    filled = torch.arange(h.shape[1]) < torch.tensor([len(x)])
+    y: Tensor = m["last"](h.flatten(0, 1)[filled])
+    return y
+
+
+def _unpacked(m: Any, x: Tensor) -> Tensor:
+    h = _tokens(m, x)
+    h = F.scaled_dot_product_attention(h, h, h)
+    queries = m["last"].weight[None, :1].expand(x.shape[0], -1, -1)
+    y: Tensor = m["last"](F.scaled_dot_product_attention(queries, h, h)[:, 0])
+    return y
 
 
 Spelling = Callable[[Any, Tensor], Tensor]
@@ -115,6 +142,7 @@ PAIRS: dict[str, tuple[Spelling, Spelling]] = {
             torch.relu(m["frames"](x.flatten(0, 1)[:, None])).unflatten(0, (-1, 2)).mean((1, 3, 4))
         ),
     ),
+    "packed into one sequence": (_packed, _unpacked),
     "sums of scalars": (
         lambda m, x: torch.stack(
             [torch.stack([(w[0, 0, 0] * one).sum() for w in m["conv"].weight]) for one in x]
@@ -321,6 +349,7 @@ MIXING: dict[str, Spelling] = {
     "statistics of chunks": lambda m, x: torch.cat(
         [_body(m, F.batch_norm(h, None, None, training=True)) for h in x.chunk(max(1, len(x) // 2))]
     ),
+    "packed without a mask": lambda m, x: _packed(m, x, apart=False),
     "branch": lambda m, x: _body(m, x) * (2 if x.shape[0] > 20 else 1),
     "branch for few": lambda m, x: _body(m, x) * (2 if x.shape[0] < 12 else 1),
 }
