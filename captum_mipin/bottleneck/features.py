@@ -17,7 +17,7 @@ from captum_mipin.bottleneck.samples import Parts
 from captum_mipin.calls import explained
 from captum_mipin.errors import FitError, InputError, NotFittedError
 from captum_mipin.graph.cache import Graphs
-from captum_mipin.graph.capture import CapturedGraph, capture
+from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.layers import tensor_name
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import layer_or_tensor
@@ -26,7 +26,7 @@ from captum_mipin.graph.validate import as_model, check_model, device_of, finite
 from captum_mipin.inverse.data import Batches, Unpack, check_independent
 from captum_mipin.options import check_choice, check_number, type_of
 from captum_mipin.propagation.final import require_logits
-from captum_mipin.propagation.independent import Differentiated, check_graph
+from captum_mipin.propagation.independent import Differentiated, capture_apart, check_graph
 from captum_mipin.regression.statistics import Statistics
 from captum_mipin.storage.saved import Saved
 from captum_mipin.storage.watch import Watch
@@ -276,7 +276,9 @@ class LayerFeatures(Differentiated, Saved, NoFuture, Attribution, Generic[Settin
         known = next(iter(self._state.structures)) if self._state else None
 
         def make(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-            return capture(self.model, inputs, extras, shared, output=self.output, explained=False)
+            return capture_apart(
+                self.model, inputs, extras, shared, output=self.output, explained=False
+            )
 
         def find() -> Signature:
             return self._graphs.find(inputs, extras, make, prepare=require_logits, fitted=known)

@@ -7,7 +7,7 @@ changed.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -121,6 +121,7 @@ def capture(
     output: Output = None,
     explained: bool = True,
     detached: bool = False,
+    mixes: Callable[[CapturedGraph], bool] | None = None,
 ) -> CapturedGraph:
     """Capture ``model`` as a graph for inputs of these shapes and any batch size.
 
@@ -136,6 +137,8 @@ def capture(
         explained: See :func:`captum_mipin.graph.validate.check_inputs`.
         detached: Detach the inputs of those parts that the model runs under ``torch.no_grad()``.
             If False, the graph does not show where gradients were switched off.
+        mixes: Function that tells of a graph if its examples seem to depend on each other. If calls
+            of the model show that they do not, the model is captured for one example.
 
     Raises:
         CaptureError: ``torch.export`` cannot follow the model, or its output is not one tensor.
@@ -153,7 +156,12 @@ def capture(
 
     def make() -> CapturedGraph:
         check_exportable(model)
-        return trace(model, inputs, extras, shared, output=output, detached=detached)
+        call, options = (model, inputs, extras, shared), {"output": output, "detached": detached}
+        graph = trace(*call, **options)
+        if mixes is not None and not graph.single and mixes(graph):
+            with suppress(CaptureError):  # it does mix them: the operation is refused by its name
+                return trace(*call, **options, single=True)
+        return graph
 
     check_model(model)
     graph: CapturedGraph = share(model, (inputs, extras, shared), output, detached, make)
@@ -169,8 +177,11 @@ def trace(
     *,
     output: Output,
     detached: bool,
+    single: bool = False,
 ) -> CapturedGraph:
     """Export a checked model for checked inputs; see :func:`capture` for the arguments.
+
+    With ``single``, the graph is made from that for one example.
 
     All graphs of this package are made by calls of ``captum_mipin.graph.capture.trace``. Replace
     this one name to share graphs between models, as the tests do.
@@ -181,8 +192,14 @@ def trace(
     trial.run_alone(example)
     writes = trial.writes or trial.alone is None  # torch.export writes as well
     try:
-        graph = _capture(trial, call, detached)
+        if single:
+            refusal = FixedBatchError("the examples of a batch seem to depend on each other")
+            graph = _capture_one(trial, call, detached, refusal)
+        else:
+            graph = _capture(trial, call, detached)
     except CaptureError as refusal:
+        if single:
+            raise
         graph = _capture_without_hooks(trial, call, detached, refusal)
     return replace(graph, writes=writes)
 

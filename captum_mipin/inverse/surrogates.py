@@ -12,13 +12,13 @@ from torch import nn
 
 from captum_mipin.errors import CaptureError, ModelChangedError
 from captum_mipin.graph.cache import Graphs, Starts
-from captum_mipin.graph.capture import CapturedGraph, capture
+from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.layers import Site, tensors_at
 from captum_mipin.graph.signature import Signature, first_example
 from captum_mipin.inverse.state import Origin
 from captum_mipin.propagation.final import below_final, require_logits
 from captum_mipin.propagation.fingerprint import difference, structure
-from captum_mipin.propagation.independent import check_graph
+from captum_mipin.propagation.independent import capture_apart, check_graph
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.rules import Rule, table
 from captum_mipin.types import Extras, Inputs, Output
@@ -88,7 +88,9 @@ class Surrogates:
         return self.graphs.build(starts, rules, find, build)[1]
 
     def _capture(self, inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-        return capture(self._model, inputs, extras, shared, output=self._output, explained=False)
+        return capture_apart(
+            self._model, inputs, extras, shared, output=self._output, explained=False
+        )
 
     def _check_same_model(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError, UnsupportedOperationError
 from captum_mipin.graph.cache import Graphs, Starts
-from captum_mipin.graph.capture import CapturedGraph, capture
+from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.signature import plain
 from captum_mipin.graph.turns import TURNS
@@ -33,7 +33,7 @@ from captum_mipin.graph.validate import (
 from captum_mipin.options import check_number
 from captum_mipin.propagation.attention import Encoder
 from captum_mipin.propagation.final import require_logits
-from captum_mipin.propagation.independent import check_graph
+from captum_mipin.propagation.independent import capture_apart, check_graph
 from captum_mipin.propagation.runtime import seed
 from captum_mipin.targets import per_example
 from captum_mipin.types import Extras, Inputs, Output, Target
@@ -152,7 +152,7 @@ class TokenAttribution(NoFuture, Attribution):
     def _encoder(self, inputs: Inputs, extras: Extras) -> tuple[CapturedGraph, Encoder]:
         def graph_of(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
             options: dict[str, Any] = {"output": self.output, "explained": False}
-            return capture(self.model, inputs, extras, shared, **options)
+            return capture_apart(self.model, inputs, extras, shared, **options)
 
         def build(graph: CapturedGraph, start: Starts) -> Encoder:
             encoder = Encoder(graph)

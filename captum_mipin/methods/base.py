@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError
 from captum_mipin.graph.cache import Graphs, Starts
-from captum_mipin.graph.capture import CapturedGraph, capture
+from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.layers import Site, tensors_at
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.signature import Signature, plain
@@ -36,7 +36,7 @@ from captum_mipin.graph.validate import (
 )
 from captum_mipin.propagation.check import check, survey
 from captum_mipin.propagation.final import require_logits, warn_of_result
-from captum_mipin.propagation.independent import check_graph
+from captum_mipin.propagation.independent import capture_apart, check_graph
 from captum_mipin.propagation.runtime import Run, seed
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.report import CheckRow
@@ -253,7 +253,7 @@ class Propagation(NoFuture, GradientAttribution):
             return surrogate
 
         def graph_of(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-            return capture(
+            return capture_apart(
                 self.model, inputs, extras, shared,
                 output=self.output, explained=False, detached=self._detached,
             )  # fmt: skip

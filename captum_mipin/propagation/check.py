@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from captum_mipin.calls import explained
 from captum_mipin.errors import InputError
 from captum_mipin.graph.cache import Graphs
-from captum_mipin.graph.capture import CapturedGraph, capture
+from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.layers import tensors_at
 from captum_mipin.graph.modules import module_of
 from captum_mipin.graph.validate import as_extras, as_inputs, as_model, check_inputs
 from captum_mipin.options import type_of
 from captum_mipin.propagation.final import below_final, result_row
+from captum_mipin.propagation.independent import capture_apart
 from captum_mipin.propagation.passes import MARKING, draft
 from captum_mipin.propagation.treatments import treatments
 from captum_mipin.report import CheckReport, CheckRow
@@ -70,7 +71,7 @@ def check(
     graphs = Graphs[None]()
 
     def graph_of(inputs: Inputs, extras: Extras, shared: bool) -> CapturedGraph:
-        return capture(model, inputs, extras, shared, output=output, explained=layer is None)
+        return capture_apart(model, inputs, extras, shared, output=output, explained=layer is None)
 
     graph = graphs.get(graphs.find(inputs, extras, graph_of))
     assert graph is not None  # for mypy: find has captured the graph

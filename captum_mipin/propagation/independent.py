@@ -145,6 +145,25 @@ class Differentiated:
         return rows
 
 
+def capture_apart(
+    model: nn.Module, inputs: Inputs, extras: Extras = (), shared: bool = False, **options: Any
+) -> CapturedGraph:
+    """Capture a model; if its examples only seem to depend on each other, for one example.
+
+    See :func:`captum_mipin.graph.capture.capture` for the arguments.
+    """
+    return capture(model, inputs, extras, shared, mixes=_seems_to_mix, **options)
+
+
+def _seems_to_mix(captured: CapturedGraph) -> bool:
+    """Return True if operations of a graph join examples, and none is random."""
+    try:
+        reasons = [_dependence(node) for node in draft(captured, _Any(), None, _PASSES).graph.nodes]
+    except UnsupportedOperationError:  # a size depends on values
+        return False
+    return any(reasons) and RANDOM not in reasons
+
+
 def check_graph(
     captured: CapturedGraph, model: nn.Module, call: Call, output: Output = None
 ) -> None:
@@ -186,7 +205,7 @@ def _captured(model: nn.Module, call: Call) -> CapturedGraph | None:
     """Return the graph of a model; None if it cannot be captured."""
     graphs = Graphs[None]()
     try:
-        return graphs.get(graphs.find(*call, partial(capture, model, explained=False)))
+        return graphs.get(graphs.find(*call, partial(capture_apart, model, explained=False)))
     except CaptureError:
         return None
 

@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from captum_mipin import InverseNetwork, MIPINAttribution, check
 from captum_mipin.bottleneck import IBA
-from captum_mipin.errors import CaptureError, UnsupportedOperationError
-from captum_mipin.methods import LRP, GuidedBackprop
+from captum_mipin.errors import CaptureError
+from captum_mipin.methods import LRP, Epsilon, GuidedBackprop
+from captum_mipin.methods.gradients import Gradient
 
 
 def _parts() -> dict[str, nn.Module]:
@@ -328,10 +329,69 @@ def test_entries_of_other_examples_are_refused(name: str, x: Tensor) -> None:
         check(_choosing(OTHERS[name]), x[:4], torch.tensor([0, 1, 2, 1]))
 
 
-def test_an_index_that_may_choose_other_examples_is_refused_with_the_way_out(x: Tensor) -> None:
-    model = _choosing(lambda o, y: o.flatten()[y + 4 * torch.arange(o.shape[0])])
-    with pytest.raises(UnsupportedOperationError, match=r"aten.index.*write x.gather\(1, y"):
-        LRP(model).attribute(x[:4], additional_forward_args=torch.tensor([0, 1, 2, 1]))
+def test_an_index_into_all_outputs_may_choose_each_examples_own(x: Tensor) -> None:
+    """o.flatten()[y + 4 i] is o[i, y], which no shape tells: calls of the model do."""
+    labels = torch.tensor([0, 1, 2, 1])
+    runs = (
+        lambda o, y: o.flatten()[y + 4 * torch.arange(o.shape[0])],
+        lambda o, y: o.gather(1, y[:, None])[:, 0],
+    )
+    for method in (LRP, GuidedBackprop):
+        found, expected = (
+            method(_choosing(run)).attribute(x[:4], additional_forward_args=labels) for run in runs
+        )
+        torch.testing.assert_close(found, expected)
+    other = _choosing(lambda o, y: o.flatten()[y + 4 * torch.arange(o.shape[0]).flip(0)])
+    with pytest.raises(CaptureError, match=r"depends on its place in the batch"):
+        LRP(other).attribute(x[:4], additional_forward_args=labels)
+
+
+def _films(m: Any, x: Tensor, first: bool) -> Tensor:
+    """Take the class token from the first rows of (films · frames, tokens, features)."""
+    films, frames = x.shape[:2]
+    h = torch.relu(m["dense"](x.flatten(0, 1).flatten(1))[:, None])
+    token = (m["last"].weight[:1] + m["layer"].weight[:6])[None].expand(films * frames, -1, -1)
+    h = torch.cat((token, h), 1)
+    token = h[:films, 0] if first else h.unflatten(0, (-1, 2))[:, 0, 0]
+    h = torch.cat((token[:, None], h[:, 1].unflatten(0, (-1, 2))), 1)
+    y: Tensor = m["last"](F.scaled_dot_product_attention(h, h, h).mean(1))
+    return y
+
+
+def _experts(m: Any, x: Tensor, each: bool) -> Tensor:
+    """Send each token to two of three experts; ``each``: with a matrix of its own for each."""
+    h = torch.relu(m["dense"](x.flatten(2)))
+    tokens = h.flatten(0, 1)
+    weights = torch.stack((m["last"].weight, m["own"].weight, m["own"].weight.flip(0)))
+    share, chosen = m["gate"](tokens).softmax(-1).topk(2, -1)
+    if each:
+        many = weights[chosen.reshape(-1)]
+        y = torch.bmm(many, tokens.repeat_interleave(2, dim=0).unsqueeze(-1)).squeeze(-1)
+        y = (y * share.reshape(-1, 1)).view(tokens.shape[0], 2, 4).sum(1)
+    else:
+        share = torch.zeros(tokens.shape[0], 3, dtype=x.dtype).scatter(1, chosen, share)
+        y = torch.stack([F.linear(tokens, weight) for weight in weights], 1)
+        y = (share[:, :, None] * y).sum(1)
+    return y.view(x.shape[0], 2, 4).sum(1)
+
+
+@pytest.mark.parametrize("name", ["films", "experts"])
+def test_examples_that_only_seem_to_be_mixed_are_explained(name: str, x: Tensor) -> None:
+    parts = _parts() | {"own": nn.Linear(6, 4).double(), "gate": nn.Linear(6, 3).double()}
+    spelling = {"films": _films, "experts": _experts}[name]
+    one, other = (
+        Function(lambda m, x, way=way: spelling(m, x, way), **parts).eval() for way in (True, False)
+    )
+    torch.testing.assert_close(one(x[:4]), other(x[:4]))
+    assert check(one, x[:4]).ok
+    leaf = x[:4].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(other(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(Gradient(one).attribute(x[:4], 1), expected)
+    found = LRP(one, rule=Epsilon(1e-12)).attribute(x[:4], 1)
+    torch.testing.assert_close(found, LRP(other, rule=Epsilon(1e-12)).attribute(x[:4], 1))
+    inverse = InverseNetwork(one).fit(x, 1, progress=False)
+    found = inverse.source_signal(x[:4], 1)
+    torch.testing.assert_close(inverse.source_signal(x[2:3], 1), found[2:3])
 
 
 def _carries(m: Any, x: Tensor) -> Tensor:
