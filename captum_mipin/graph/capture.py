@@ -156,11 +156,11 @@ def capture(
 
     def make() -> CapturedGraph:
         check_exportable(model)
-        call, options = (model, inputs, extras, shared), {"output": output, "detached": detached}
-        graph = trace(*call, **options)
+        call = model, inputs, extras, shared
+        graph = trace(*call, output=output, detached=detached)
         if mixes is not None and not graph.single and mixes(graph):
             with suppress(CaptureError):  # it does mix them: the operation is refused by its name
-                return trace(*call, **options, single=True)
+                return trace(*call, output=output, detached=detached, single=True)
         return graph
 
     check_model(model)
