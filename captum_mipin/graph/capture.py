@@ -201,6 +201,9 @@ def trace(
         if single:
             raise
         graph = _capture_without_hooks(trial, call, detached, refusal)
+    finally:
+        for hook in trial.hooks:
+            hook.put_back()
     return replace(graph, writes=writes)
 
 
@@ -231,7 +234,7 @@ def _capture_without_hooks(
     if not others:  # all hooks only look: they are not the cause
         raise refusal from refusal.__cause__
     for hook in trial.hooks:
-        hook.table.pop(hook.key, None)
+        hook.leave_out()
     trial.alone = None  # the result with the hooks
     try:
         _capture(trial, call, detached)
@@ -258,11 +261,14 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
 
     handle = trial.twin.register_forward_pre_hook(equal_lengths)
     try:
+        trial.save_written()
         program, graph, switches = export_graph(trial.twin, arguments, shapes, detached)
     except CaptureError:
         raise
     except Exception as error:
-        with trial.copied_buffers():
+        if trial.alone is not None:  # else the error of the model itself is the reason
+            trial.check_weights()
+        with trial.isolated():
             raise FixedBatchError(str(failure(error, trial.twin, *call))) from error
     finally:
         handle.remove()
@@ -315,6 +321,7 @@ def _capture_one(
     """
     examples, count = examples_like(*call), len(call[0])
     try:
+        trial.save_written()
         program, graph, switches = export_graph(trial.twin, examples[0], None, detached)
         one = _from_program(program, graph, count, call[2], switches)
         one.constants.update(settle_literals(one.graph, one.constants))

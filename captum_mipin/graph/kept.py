@@ -6,6 +6,7 @@ its own. After a call with traced values they would contain traced values.
 """
 
 import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -14,14 +15,15 @@ from typing import Any, NamedTuple
 from weakref import ReferenceType
 
 import torch
-from numpy import ndarray
+from numpy import memmap, ndarray
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks_of_all
 from torch.utils import _pytree as pytree
 
-from captum_mipin.graph.modules import OWN
+from captum_mipin.graph.everywhere import original, tables_of_all
+from captum_mipin.graph.modules import OWN, named_tensors
 from captum_mipin.graph.plain import base_of, is_long
 from captum_mipin.graph.twin import FOREIGN, attributes_of, package
+from captum_mipin.graph.writes import Saved
 
 #: Attributes of recurrent layers that contain their parameters again; torch exchanges these itself.
 _AGAIN = frozenset({"_flat_weights", "_flat_weight_refs"})
@@ -37,13 +39,11 @@ class _Place(NamedTuple):
         read: Function that returns the present entries, as pairs (key, value).
         write: Function that takes such pairs, and writes them.
         entries: The entries at the beginning.
-        attributes: Whether the entries are the attributes of an object.
     """
 
     read: Callable[[], list[tuple[Any, Any]]]
     write: Callable[[list[tuple[Any, Any]]], None]
     entries: list[tuple[Any, Any]]
-    attributes: bool = False
 
 
 class Kept:
@@ -56,9 +56,12 @@ class Kept:
 
     Args:
         model: The model.
+        reads: Whether a call may read an attribute with a name. If it is given, the search leaves
+            out hooks, and what other attributes alone refer to.
 
     Attributes:
         changed: Whether a restoration has found other contents.
+        words: The names in the code that calls may run.
 
     Examples:
         >>> import torch
@@ -71,16 +74,18 @@ class Kept:
         (['last'], {})
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, reads: Callable[[str], bool] | None = None) -> None:
+        self._reads = reads
         self._places: list[_Place] = []
         self._tensors: list[tuple[Tensor, int, Tensor]] = []  # with their versions and values
+        self._weights: list[Tensor] = []  # of all modules, also of unregistered ones
+        self._arrays: list[tuple[Any, Any, bytes]] = []  # with a copy, and its bytes
         self.changed = False
+        self.words = set[str]()
         seen: dict[int, Any] = {}  # contains the values, so that no id is used again
-        stack: list[Any] = [
-            model,
-            *hooks_of_all._global_forward_hooks.values(),
-            *hooks_of_all._global_forward_pre_hooks.values(),
-        ]
+        stack: list[Any] = [model]
+        if reads is None:
+            stack += [original(hook) for table in tables_of_all() for hook in table.values()]
         while stack:
             value = stack.pop()
             if id(value) not in seen:
@@ -94,7 +99,7 @@ class Kept:
             The names of the attributes and variables that had got another tensor.
         """
         names: list[str] = []
-        for read, write, entries, _ in self._places:
+        for read, write, entries in self._places:
             present = read()
             pairs = zip(present, entries, strict=False)
             # a list takes half the time of a generator
@@ -113,23 +118,33 @@ class Kept:
                     names.append(str(key))
             write(entries)
         # an export would record the copy
-        tensors = () if torch.compiler.is_exporting() else enumerate(self._tensors)
-        for at, (tensor, version, values) in tensors:
+        tensors = () if torch.compiler.is_exporting() else self._tensors
+        for tensor, version, values in tensors:
             if tensor._version != version:
                 self.changed = True
                 tensor.data.copy_(values)
-                self._tensors[at] = tensor, tensor._version, values
+                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+        for held, values, content in self._arrays:
+            if bytes(held) != content:
+                self.changed = True
+                held[... if isinstance(held, ndarray) else slice(None)] = values
         return names
 
-    def contents(self) -> list[tuple[bool, list[tuple[Any, Any, Any]]]]:
+    def saved(self, model: nn.Module) -> Saved:
+        """Return weights, buffers and the other tensors of a model, to be saved before writes."""
+        others = [*self._weights, *(tensor for tensor, _, _ in self._tensors)]
+        named = [*named_tensors(model), *(("a tensor", tensor) for tensor in others)]
+        return Saved(named, self.words)
+
+    def contents(self) -> list[list[tuple[Any, Any, Any]]]:
         """Return what differs after a write to any place.
 
         Returns:
-            For each place, whether its entries are attributes, and the entries as (key, value,
-            what differs after each write to the value itself).
+            For each place, its entries as (key, value, what differs after each write to the value
+            itself).
         """
         return [
-            (place.attributes, [(key, value, version_of(value)) for key, value in place.read()])
+            [(key, value, version_of(value)) for key, value in place.read()]
             for place in self._places
         ]
 
@@ -139,6 +154,9 @@ class Kept:
             self._keep_values(value)
             return ()
         if isinstance(value, (str, bytes, int, float, type(None))):
+            return ()
+        if isinstance(value, (ndarray, bytearray, array)):
+            self._keep_array(value)
             return ()
         if isinstance(value, FunctionType):
             return self._parts_of_function(value)
@@ -163,6 +181,13 @@ class Kept:
         plain = type(tensor) is Tensor and tensor.layout is torch.strided
         if plain and not tensor.is_inference() and 0 not in tensor.stride():
             self._tensors.append((tensor, tensor._version, tensor.detach().clone()))
+
+    def _keep_array(self, value: Any) -> None:
+        """Keep the values of an array; those of a file cannot be kept."""
+        if not isinstance(value, ndarray):
+            self._arrays.append((value, value[:], bytes(value)))
+        elif value.flags.writeable and not isinstance(value, memmap):
+            self._arrays.append((value, value.copy(), value.tobytes()))
 
     def _contents(self, value: Any) -> Iterable[Any]:
         """Note a container; return its entries."""
@@ -198,12 +223,19 @@ class Kept:
             or (package(type(value)) in FOREIGN and not module)
         ):
             return
-        hidden = OWN | _AGAIN if module else frozenset()
-        self._note_names(names, lambda: [name for name in names if name not in hidden], True)
-        yield from (entry for name, entry in names.items() if name not in hidden)
+        hidden, reads = OWN | _AGAIN if module else frozenset(), self._reads
+
+        def present() -> list[str]:
+            return [n for n in names if n not in hidden and (reads is None or reads(n))]
+
+        self._note_names(names, present)
+        yield from (names[name] for name in present())
         yield type(value)
         if module:
+            registered = (*value._parameters.values(), *value._buffers.values())
+            self._weights += [tensor for tensor in registered if tensor is not None]
             yield from value._modules.values()
+        if module and reads is None:
             yield from value._forward_hooks.values()
             yield from value._forward_pre_hooks.values()
 
@@ -212,8 +244,11 @@ class Kept:
         if package(kind) in _SKIPPED:
             return
 
+        reads = self._reads
+
         def names() -> Iterable[str]:
-            return [name for name in vars(kind) if not name.startswith("__")]
+            names = [name for name in vars(kind) if not name.startswith("__")]
+            return names if reads is None else filter(reads, names)
 
         def write(entries: Any) -> None:
             for name in set(names()) - dict(entries).keys():
@@ -223,7 +258,9 @@ class Kept:
                     setattr(kind, name, value)
 
         self._note(lambda: [(name, vars(kind)[name]) for name in names()], write)
-        yield from vars(kind).values()
+        for name, part in vars(kind).items():
+            if reads is None or name.startswith("__") or reads(name):
+                yield part
         yield from kind.__mro__[1:]
 
     def _parts_of_function(self, function: FunctionType) -> Iterator[Any]:
@@ -249,6 +286,7 @@ class Kept:
             self._note(read, write)
             yield from (entry for _, entry in read())
         names, scope = tuple(dict.fromkeys(_names(function.__code__))), function.__globals__
+        self.words.update(names)
         self._note_some(scope, names)
         for value in [scope[name] for name in names if name in scope]:
             if isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in _SKIPPED:
@@ -257,16 +295,14 @@ class Kept:
                 yield from (inside[name] for name in names if name in inside)
             yield value
 
-    def _note(self, read: Any, write: Any, attributes: bool = False) -> None:
-        self._places.append(_Place(read, write, read(), attributes))
+    def _note(self, read: Any, write: Any) -> None:
+        self._places.append(_Place(read, write, read()))
 
     def _note_some(self, scope: dict[str, Any], names: Iterable[str]) -> None:
         """Note the variables of a scope that have these names."""
         self._note_names(scope, lambda: [name for name in names if name in scope])
 
-    def _note_names(
-        self, scope: dict[str, Any], names: Callable[[], Iterable[str]], attributes: bool = False
-    ) -> None:
+    def _note_names(self, scope: dict[str, Any], names: Callable[[], Iterable[str]]) -> None:
         """Note some variables of a scope; ``names`` returns the names of those that exist."""
 
         def write(entries: Any) -> None:
@@ -274,7 +310,7 @@ class Kept:
                 del scope[name]
             scope.update(entries)
 
-        self._note(lambda: [(name, scope[name]) for name in names()], write, attributes)
+        self._note(lambda: [(name, scope[name]) for name in names()], write)
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -229,15 +229,18 @@ def _in_order(
 
     twin = twin_of(model)
     kept, module = Kept(twin), twin.get_submodule(path)
+    saved = kept.saved(twin)
     if at_input:
         module.register_forward_pre_hook(note, with_kwargs=True)
     else:
         module.register_forward_hook(note, with_kwargs=True)
     with torch.no_grad():
         try:
-            twin(*inputs, *extras)
+            with saved.watched():
+                twin(*inputs, *extras)
         finally:
             kept.restore()
+            saved.put_back()
         run = extract(captured.graph, placeholders, nodes)
         results = run(*(values[node.name] for node in placeholders))
     left, ordered = dict(zip(nodes, results, strict=True)), list[fx.Node]()

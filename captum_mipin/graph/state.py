@@ -83,6 +83,7 @@ class State:
 
     Args:
         model: The model.
+        hooks: Whether the hooks that torch runs for every module belong to it.
 
     Attributes:
         dynamic: Whether the model's own code, which is not installed, may compute the names of what
@@ -99,9 +100,9 @@ class State:
         (False, [('scale',)])
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, hooks: bool = True) -> None:
         self._lost = False
-        walk = _Walk(model, self._lose)
+        walk = _Walk(model, self._lose, hooks)
         self.entries: dict[Path, Any] = walk.entries
         self._places, self._kept = walk.places, walk.kept
         self._weights, self._measured = walk.weights, walk.measured
@@ -147,7 +148,7 @@ class _Walk:
         dynamic: See :class:`State`.
     """
 
-    def __init__(self, model: nn.Module, lose: Callable[[Any], None]) -> None:
+    def __init__(self, model: nn.Module, lose: Callable[[Any], None], hooks: bool) -> None:
         self.entries: dict[Path, Any] = {}
         self.places: list[Place] = []
         self.weights: list[tuple[Any, Any]] = []
@@ -167,7 +168,8 @@ class _Walk:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 self._numbers.setdefault(id(tensor), len(self._numbers))
         self._visit_tree(model, ())
-        self._note(hooks_of_all, ("every module",), hooks_of_all_modules)
+        if hooks:
+            self._note(hooks_of_all, ("every module",), hooks_of_all_modules)
         self._follow()
         self._note_scopes()
 

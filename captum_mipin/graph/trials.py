@@ -34,7 +34,7 @@ class Trial:
 
     Attributes:
         twin: The copy.
-        hooks: The user's forward hooks on it.
+        hooks: The user's forward hooks on it, and those of every module.
         written: Names of the attributes and variables that calls have written tensors to.
         restores: Whether each call writes back what it has written.
         alone: The result for one example, from :meth:`run_alone`; None if the call failed.
@@ -45,12 +45,13 @@ class Trial:
         self.hooks = hooks_of(self.twin)
         settle(self.twin)
         self._kept, self.restores = Kept(self.twin), True
+        self._saved = self._kept.saved(self.twin)
         self.alone: Tensor | None = None
 
         def finish(module: nn.Module, arguments: Any, value: Any) -> Tensor:
             # before torch compares the attributes of the model with those before the call
             if self.restores:
-                self.restore()
+                self.written += self._kept.restore()
             return select(value, output)
 
         self.twin.register_forward_hook(finish)
@@ -58,11 +59,23 @@ class Trial:
     @property
     def writes(self) -> bool:
         """Return True if a call has written to anything that existed before."""
-        return self._kept.changed
+        return self._kept.changed or bool(self._saved.written)
+
+    def check_weights(self) -> None:
+        """Raise CaptureError if calls have written to weights."""
+        weights = {name for name, _ in self.twin.named_parameters()}
+        if names := sorted(weights & self._saved.written):
+            raise CaptureError(
+                f"the model writes to its weights {', '.join(map(repr, names))} in place while it "
+                "runs, so that an explanation would depend on earlier calls; expected a forward "
+                "and hooks that change no weight: compute the changed weight as a new tensor, or "
+                "write to it before the explanation"
+            )
 
     def restore(self) -> None:
         """Write back all that calls have written."""
         self.written += self._kept.restore()
+        self._saved.put_back()
 
     def run(
         self, arguments: Any, seed: int = 0, mode: AbstractContextManager[Any] | None = None
@@ -78,16 +91,20 @@ class Trial:
         devices = [device] if device.type == "cuda" else []
         arguments = pytree.tree_map_only(Tensor, torch.clone, arguments)  # a call may write to them
         with (
-            plain_modes(device), torch.random.fork_rng(devices), self.copied_buffers(),
+            plain_modes(device), torch.random.fork_rng(devices), self.isolated(),
             mode or torch.no_grad(),
         ):  # fmt: skip
             torch.manual_seed(seed)
             result: Tensor = self.twin(*arguments)
         return result
 
+    def save_written(self) -> None:
+        """Save what calls write to in place, for an export and :meth:`restore` behind it."""
+        self._saved.save_written()
+
     @contextmanager
-    def copied_buffers(self) -> Iterator[None]:
-        """Give the copy buffers of its own, because a call may write to them."""
+    def isolated(self) -> Iterator[None]:
+        """Keep calls of the copy from writing to weights, and give it buffers of its own."""
         own = [(vars(module), module._buffers) for module in self.twin.modules()]
         try:
             for attributes, buffers in own:
@@ -95,10 +112,13 @@ class Trial:
                     name: None if buffer is None else buffer.clone()
                     for name, buffer in buffers.items()
                 }
-            yield
+            with self._saved.watched():
+                yield
         finally:
             for attributes, buffers in own:
                 attributes["_buffers"] = buffers
+            if self.restores:
+                self.restore()
 
     def dequantise(self, arguments: Any) -> None:
         """Replace quantised weights of the copy by the floating weights that they stand for.
@@ -183,7 +203,7 @@ class Trial:
         others = pytree.tree_map_only(Tensor, lambda x: _variants(x)[1], arguments)
         self.restores = False
         try:
-            with Watch(self.twin, self.hooks) as watch:
+            with Watch(self.twin, self.hooks, self._saved) as watch:
                 self.run(arguments)
                 self.run(others)
         except Exception:  # of any type: the model is the user's
@@ -193,7 +213,7 @@ class Trial:
             self.restore()
         for hook in self.hooks:
             if hook.key not in watch.reasons:
-                del hook.table[hook.key]
+                hook.leave_out()
         return {
             str(hook): watch.reasons[hook.key] for hook in self.hooks if hook.key in watch.reasons
         }

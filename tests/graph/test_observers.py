@@ -1,14 +1,17 @@
 """Hooks that only look at values, and counters: they change no map, and are left as they were."""
 
+import threading
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from captum_mipin import InverseNetwork, check
 from captum_mipin.errors import CaptureError
+from captum_mipin.graph.everywhere import give_back, replace_here
 from captum_mipin.methods.gradients import Gradient
 
 X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -54,6 +57,15 @@ class Logger:
     def before(self, module: nn.Module, args: Any) -> None:
         self.seen.append(float(args[0].mean()))
 
+    def returning(self, module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        if isinstance(y, Tensor):
+            self.seen.append(float(y.mean()))
+        return y
+
+    def returning_arguments(self, module: nn.Module, args: Any) -> Any:
+        self.seen.append(args[0].detach().numpy())
+        return args
+
     def of_names(self, module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
         self.seen.append((len(kwargs), float(y.mean())))
 
@@ -72,6 +84,22 @@ def _nan(module: nn.Module, args: Any, y: Tensor) -> None:
         raise ValueError("not a number")
 
 
+def _list_on_the_model(model: Any, log: Logger) -> Any:
+    model.kept = log.seen
+    return model.body.register_forward_hook(
+        lambda module, args, y: model.kept.append(y.detach().numpy())
+    )
+
+
+def _lists_by_name(model: Any, log: Logger) -> Any:
+    model.kept = {"body": log.seen}
+
+    def hook(module: nn.Module, args: Any, y: Tensor) -> None:
+        model.kept["body"].append(float(y.mean()))
+
+    return model.body.register_forward_hook(hook)
+
+
 OBSERVERS = {
     "a mean": lambda m, log: m.body.register_forward_hook(log.hook),
     "an array": lambda m, log: m.body.register_forward_hook(log.array),
@@ -87,6 +115,12 @@ OBSERVERS = {
     "a check": lambda m, log: m.head.register_forward_hook(_nan),
     "before": lambda m, log: m.head.register_forward_pre_hook(log.before),
     "names": lambda m, log: m.head.register_forward_hook(log.of_names, with_kwargs=True),
+    "a list on the model": _list_on_the_model,
+    "lists on the model by name": _lists_by_name,
+    "returns the output": lambda m, log: m.body.register_forward_hook(log.returning),
+    "returns the arguments": lambda m, log: m.head.register_forward_pre_hook(
+        log.returning_arguments
+    ),
 }
 
 
@@ -96,6 +130,14 @@ def test_a_hook_that_only_looks_changes_nothing(kind: str) -> None:
     expected = Gradient(Net()).attribute(X, 1)
     model, log = Net(), Logger()
     OBSERVERS[kind](model, log)
+    _check_left_alone(model, log, expected)
+    hooks = [*model._forward_hooks.values(), *model.body._forward_hooks.values()]
+    hooks += [*model.head._forward_hooks.values(), *model.head._forward_pre_hooks.values()]
+    assert len(hooks) == 1
+
+
+def _check_left_alone(model: nn.Module, log: Logger, expected: Tensor) -> None:
+    """Check that maps are as expected, and that a log is left as it was."""
     with torch.no_grad():
         model(X[:1])
     before = list(log.seen), log.last, log.sum.clone()
@@ -105,9 +147,59 @@ def test_a_hook_that_only_looks_changes_nothing(kind: str) -> None:
     assert len(log.seen) == len(before[0])
     assert log.last == before[1]
     assert torch.equal(log.sum, before[2])
-    hooks = [*model._forward_hooks.values(), *model.body._forward_hooks.values()]
-    hooks += [*model.head._forward_hooks.values(), *model.head._forward_pre_hooks.values()]
-    assert len(hooks) == 1
+    with torch.no_grad():
+        model(X[:1])
+    assert len(log.seen) >= len(before[0])
+
+
+OF_ALL = {
+    "numbers": (module_hooks.register_module_forward_hook, lambda log: log.hook),
+    "arrays": (module_hooks.register_module_forward_hook, lambda log: log.array),
+    "returns": (module_hooks.register_module_forward_hook, lambda log: log.returning),
+    "before": (module_hooks.register_module_forward_pre_hook, lambda log: log.before),
+}
+
+
+@pytest.mark.captured_anew
+@pytest.mark.parametrize("kind", OF_ALL)
+def test_a_hook_of_every_module_that_only_looks_changes_nothing(kind: str) -> None:
+    expected = Gradient(Net()).attribute(X, 1)
+    model, log = Net(), Logger()
+    register, hook = OF_ALL[kind]
+    tables = module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks
+    call = hook(log)
+    with register(call):
+        before = [dict(table) for table in tables]
+        _check_left_alone(model, log, expected)
+        assert [dict(table) for table in tables] == before
+    assert len(log.seen) > 3  # each call of the model has called it for three modules
+
+
+@pytest.mark.captured_anew
+def test_a_hook_of_every_module_that_acts_is_refused_and_given_back() -> None:
+    def scales(module: nn.Module, args: Any, y: Any) -> Any:
+        return y * float(y.mean()) if isinstance(module, nn.Linear) else None
+
+    with module_hooks.register_module_forward_hook(scales) as handle:
+        with pytest.raises(CaptureError, match=r"the forward hook 'scales' of every module, which"):
+            check(Net(), X)
+        assert module_hooks._global_forward_hooks[handle.id] is scales
+
+
+def test_other_threads_run_the_hooks_of_every_module_during_a_capture() -> None:
+    log, module = Logger(), nn.Identity()
+    with module_hooks.register_module_forward_hook(log.hook) as handle:
+        table = module_hooks._global_forward_hooks
+        replace_here(table, handle.id, lambda *handed: None)
+        module(X)
+        assert log.seen == []
+        other = threading.Thread(target=lambda: module(2 * X))
+        other.start()
+        other.join()
+        give_back(table, handle.id)
+        module(X)
+        assert table[handle.id] == log.hook
+    assert log.seen == [float(2 * X.mean()), float(X.mean())]
 
 
 class Reads(Net):
@@ -155,6 +247,15 @@ def clips_entries(module: nn.Module, args: Any, y: Tensor) -> None:
         y[y > 5] = 5
 
 
+def clips_or_returns(module: nn.Module, args: Any, y: Tensor) -> Any:
+    float(y.mean())
+    return y.clamp(-5, 5) if float(y.abs().max()) > 1e6 else y
+
+
+def clips_elsewhere(module: nn.Module, args: Any, y: Tensor) -> Any:
+    return clips_or_returns(module, args, y)
+
+
 def weights(module: nn.Module, args: Any, y: Tensor) -> None:
     module.weight.data.mul_(min(1.0, 1e6 / float(y.abs().max())))
 
@@ -180,6 +281,8 @@ def _writers(model: Any) -> dict[str, tuple[Any, str]]:
             "may act on the model for some values only, by its code",
         ),
         "clips_entries": (clips_entries, SOMETIMES),
+        "clips_or_returns": (clips_or_returns, SOMETIMES),
+        "clips_elsewhere": (clips_elsewhere, SOMETIMES),
         "weights": (weights, SOMETIMES),
         "random": (random, "draws random numbers"),
         "scale": (scale, "writes to 'scale', which the model's code may read"),
