@@ -189,7 +189,9 @@ def trace(
     trial, call = Trial(model, output), (inputs, extras, shared)
     example = examples_like(*call)[0]
     trial.dequantise(example)
+    trial.check_iterators()  # a call would advance those that nothing can stand for
     trial.run_alone(example)
+    trial.check_iterators()
     writes = trial.writes or trial.alone is None  # torch.export writes as well
     try:
         if single:
@@ -261,8 +263,8 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
 
     handle = trial.twin.register_forward_pre_hook(equal_lengths)
     try:
-        trial.save_written()
-        program, graph, switches = export_graph(trial.twin, arguments, shapes, detached)
+        with trial.exporting():
+            program, graph, switches = export_graph(trial.twin, arguments, shapes, detached)
     except CaptureError:
         raise
     except Exception as error:
@@ -321,8 +323,8 @@ def _capture_one(
     """
     examples, count = examples_like(*call), len(call[0])
     try:
-        trial.save_written()
-        program, graph, switches = export_graph(trial.twin, examples[0], None, detached)
+        with trial.exporting():
+            program, graph, switches = export_graph(trial.twin, examples[0], None, detached)
         one = _from_program(program, graph, count, call[2], switches)
         one.constants.update(settle_literals(one.graph, one.constants))
         named = zip(one.arguments, per_example(*call), strict=True)

@@ -9,8 +9,16 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinMethodType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+)
 from typing import Any, NamedTuple
 from weakref import ReferenceType
 
@@ -20,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from captum_mipin.graph.everywhere import original, tables_of_all
+from captum_mipin.graph.iterators import StandIn, is_iterator
 from captum_mipin.graph.modules import OWN, named_tensors
 from captum_mipin.graph.plain import base_of, is_long
 from captum_mipin.graph.twin import FOREIGN, attributes_of, package
@@ -30,6 +39,9 @@ _AGAIN = frozenset({"_flat_weights", "_flat_weight_refs"})
 
 #: Packages whose module variables and classes calls of a model do not write to.
 _SKIPPED = FOREIGN | sys.stdlib_module_names
+
+#: Methods of objects of C, such as that of an iterator.
+_METHODS = (BuiltinMethodType, MethodWrapperType)
 
 
 class _Place(NamedTuple):
@@ -62,6 +74,7 @@ class Kept:
     Attributes:
         changed: Whether a restoration has found other contents.
         words: The names in the code that calls may run.
+        fixed: Iterators that nothing can stand for, as those in tuples and in ``partial``.
 
     Examples:
         >>> import torch
@@ -78,6 +91,8 @@ class Kept:
         self._reads = reads
         self._places: list[_Place] = []
         self._tensors: list[tuple[Tensor, int, Tensor]] = []  # with their versions and values
+        self._iterators: dict[int, Any] = {}  # by id
+        self.fixed: list[Any] = []
         self._weights: list[Tensor] = []  # of all modules, also of unregistered ones
         self._arrays: list[tuple[Any, Any, bytes]] = []  # with a copy, and its bytes
         self.changed = False
@@ -90,7 +105,10 @@ class Kept:
             value = stack.pop()
             if id(value) not in seen:
                 seen[id(value)] = value
-                stack.extend(self._parts(value))
+                parts = list(self._parts(value))
+                if isinstance(value, (tuple, partial, *_METHODS)):
+                    self.fixed += filter(is_iterator, parts)
+                stack.extend(parts)
 
     def restore(self) -> list[str]:
         """Write the first contents back.
@@ -136,6 +154,39 @@ class Kept:
         named = [*named_tensors(model), *(("a tensor", tensor) for tensor in others)]
         return Saved(named, self.words)
 
+    @contextmanager
+    def standing_in(self) -> Iterator[list[StandIn]]:
+        """Put something in the place of each iterator, which advances a copy; return these."""
+        places, stand_ins = self._places, dict[int, StandIn]()
+
+        def replaced(key: Any, value: Any) -> tuple[Any, Any]:
+            if id(value) not in self._iterators:
+                return key, value
+            return key, stand_ins.setdefault(id(value), StandIn(key, value))
+
+        self._places = [
+            place._replace(entries=[replaced(*entry) for entry in place.entries])
+            if self._iterators
+            else place
+            for place in places
+        ]
+        changed = [
+            (old, new) for old, new in zip(places, self._places, strict=True)
+            if any(isinstance(value, StandIn) for _, value in new.entries)
+        ]  # fmt: skip
+        try:
+            for _, new in changed:
+                new.write(new.entries)
+            yield list(stand_ins.values())
+        finally:
+            self._places = places
+            for old, _ in changed:
+                old.write(old.entries)
+
+    def holds(self, iterator: Any) -> bool:
+        """Return True if the search has found an iterator."""
+        return id(iterator) in self._iterators
+
     def contents(self) -> list[list[tuple[Any, Any, Any]]]:
         """Return what differs after a write to any place.
 
@@ -158,6 +209,9 @@ class Kept:
         if isinstance(value, (ndarray, bytearray, array)):
             self._keep_array(value)
             return ()
+        if is_iterator(value):
+            self._iterators[id(value)] = value
+            return ()
         if isinstance(value, FunctionType):
             return self._parts_of_function(value)
         if isinstance(value, type):
@@ -166,7 +220,7 @@ class Kept:
             return value.__func__, value.__self__
         if isinstance(value, partial):
             return value.func, *value.args, *value.keywords.values()
-        if isinstance(value, (BuiltinMethodType, ReferenceType)):
+        if isinstance(value, (*_METHODS, ReferenceType)):
             return (value() if isinstance(value, ReferenceType) else value.__self__,)
         if isinstance(value, (property, staticmethod, classmethod)):
             return (value.fget if isinstance(value, property) else value.__func__,)

@@ -236,7 +236,7 @@ def _in_order(
         module.register_forward_hook(note, with_kwargs=True)
     with torch.no_grad():
         try:
-            with saved.watched():
+            with saved.watched(), kept.standing_in():
                 twin(*inputs, *extras)
         finally:
             kept.restore()

@@ -110,6 +110,17 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
             table.update(entries)
 
 
+def _state_without_hooks(model: nn.Module) -> State:
+    """Return the state that the code of a model can reach, without that of its hooks."""
+    with _without_hooks(model):
+        return State(model, hooks=False)
+
+
+def without_hooks(model: nn.Module) -> Kept:
+    """Return what the code of a model can reach, without that of its hooks."""
+    return Kept(model, _state_without_hooks(model).may_read)
+
+
 class Watch:
     """A block of calls of a model, which shows what the model's hooks do.
 
@@ -125,8 +136,7 @@ class Watch:
     def __init__(self, model: nn.Module, hooks: list[Hook], saved: Saved) -> None:
         self._model, self._hooks, self._saved = model, hooks, saved
         self.reasons: dict[int, str] = {}
-        with _without_hooks(model):
-            self._state = State(model, hooks=False)
+        self._state = _state_without_hooks(model)
 
     def __enter__(self) -> "Watch":
         for hook in self._hooks:
@@ -153,8 +163,8 @@ class Watch:
             reason = "may change what it is handed"
         elif written is not None:
             reason = f"writes to {str(written)!r}, which the model's code may read"
-        elif changed := dict(self._saved.altered().items() - altered.items()):
-            reason = f"writes to {min(changed)!r}, which the model's code may read"
+        elif memory := self._written(altered):
+            reason = f"writes to {memory!r}, which the model's code may read"
         elif not torch.equal(random, torch.random.get_rng_state()):
             reason = "draws random numbers"
         elif _may_act(hook.call, len(handed), result is not None):
@@ -163,6 +173,13 @@ class Watch:
             return None
         self.reasons.setdefault(hook.key, reason)
         return result
+
+    def _written(self, before: dict[str, bytes]) -> str | None:
+        """Return the name of a weight whose memory a hook has changed, None if there is none."""
+        now, named = self._saved.altered(), dict(named_tensors(self._model))
+        written = sorted(name for name, memory in now.items() if memory != before.get(name))
+        reads = self._state.may_read
+        return next((n for n in written if n in named and reads(n.rpartition(".")[2])), None)
 
     def _readable(self, kept: Kept) -> list[list[tuple[Any, Any, Any]]]:
         """Return all places that the model's code may read, each with its present entries."""

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError
+from captum_mipin.graph.iterators import StandIn
 from captum_mipin.graph.kept import Kept
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import is_quantised
-from captum_mipin.graph.observers import Watch, hooks_of
+from captum_mipin.graph.observers import Watch, hooks_of, without_hooks
 from captum_mipin.graph.signature import per_example, plain, select
 from captum_mipin.graph.twin import twin_of
 from captum_mipin.training import settle
@@ -45,7 +46,7 @@ class Trial:
         self.hooks = hooks_of(self.twin)
         settle(self.twin)
         self._kept, self.restores = Kept(self.twin), True
-        self._saved = self._kept.saved(self.twin)
+        self._saved, self._advanced = self._kept.saved(self.twin), list[StandIn]()
         self.alone: Tensor | None = None
 
         def finish(module: nn.Module, arguments: Any, value: Any) -> Tensor:
@@ -98,9 +99,12 @@ class Trial:
             result: Tensor = self.twin(*arguments)
         return result
 
-    def save_written(self) -> None:
-        """Save what calls write to in place, for an export and :meth:`restore` behind it."""
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        """Keep an export from writing to weights and from advancing iterators."""
         self._saved.save_written()
+        with self._kept.standing_in():
+            yield
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
@@ -112,8 +116,11 @@ class Trial:
                     name: None if buffer is None else buffer.clone()
                     for name, buffer in buffers.items()
                 }
-            with self._saved.watched():
-                yield
+            with self._saved.watched(), self._kept.standing_in() as stand_ins:
+                try:
+                    yield
+                finally:
+                    self._advanced += [one for one in stand_ins if one.advanced]
         finally:
             for attributes, buffers in own:
                 attributes["_buffers"] = buffers
@@ -151,6 +158,19 @@ class Trial:
         """Set ``alone``, the result for one example."""
         with suppress(Exception):  # of any type: the export fails as well, and tells the reason
             self.alone = self.run(arguments)
+
+    def check_iterators(self) -> None:
+        """Raise CaptureError if calls advance an iterator that the model's own code can reach.
+
+        Those of hooks that number their calls may advance, if copies can stand for them.
+        """
+        fixed = [StandIn("a field of a tuple or function", one) for one in self._kept.fixed]
+        if not (self._advanced or fixed):
+            return
+        own = without_hooks(self.twin)
+        for one in [*self._advanced, *fixed]:
+            if not one.copied or own.holds(one.iterator):
+                raise one.refusal()
 
     def check_repeats(self, arguments: Any) -> None:
         """Raise CaptureError if further calls with one example and the same seed differ.
