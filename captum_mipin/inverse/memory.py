@@ -93,7 +93,7 @@ def check_memory(
         needed = min(classes, plan.classes(memory)) * plan.stored + plan.further
         needed += plan.batch + values
         if needed > free:
-            large[key] = f"  {key}: {needed / 2**30:,.1f} GiB, for {plan.signals:,} signals"
+            large[key] = f"  {key}: {_shown(needed)}, for {plan.signals:,} signals"
     if not large:
         return
     place = "this machine" if device.type == "cpu" else f"device {device}"
@@ -112,12 +112,17 @@ def check_memory(
     raise FitError(
         "\n".join(
             [
-                f"{place} has {free / 2**30:,.1f} GiB of free memory, and the fit needs more:",
+                f"{place} has {_shown(free)} of free memory, and the fit needs more:",
                 *large.values(),
                 f"Change one of these: {'; '.join(ways)}",
             ]
         )
     )
+
+
+def _shown(size: int) -> str:
+    """Return a number of bytes as text."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int:
