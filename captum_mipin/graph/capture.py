@@ -188,8 +188,8 @@ def trace(
     """
     trial, call = Trial(model, output), (inputs, extras, shared)
     example = examples_like(*call)[0]
-    trial.dequantise(example)
     trial.check_iterators()  # a call would advance those that nothing can stand for
+    trial.dequantise(example)
     trial.run_alone(example)
     trial.check_iterators()
     writes = trial.writes or trial.alone is None  # torch.export writes as well
@@ -217,6 +217,9 @@ def _capture(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
         trial.check_repeats(examples_like(*call)[0])
         if not isinstance(error, FixedBatchError):
             raise
+        if trial.counts_states:
+            with trial.free_lengths(), suppress(CaptureError):
+                return _capture_any(trial, call, detached)
         return _capture_one(trial, call, detached, error)
 
 

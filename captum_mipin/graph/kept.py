@@ -74,6 +74,7 @@ class Kept:
     Attributes:
         changed: Whether a restoration has found other contents.
         words: The names in the code that calls may run.
+        counting: The global variables of functions that call ``len``.
         fixed: Iterators that nothing can stand for, as those in tuples and in ``partial``.
 
     Examples:
@@ -93,6 +94,7 @@ class Kept:
         self._tensors: list[tuple[Tensor, int, Tensor]] = []  # with their versions and values
         self._iterators: dict[int, Any] = {}  # by id
         self.fixed: list[Any] = []
+        self.counting: list[dict[str, Any]] = []
         self._weights: list[Tensor] = []  # of all modules, also of unregistered ones
         self._arrays: list[tuple[Any, Any, bytes]] = []  # with a copy, and its bytes
         self.changed = False
@@ -341,6 +343,8 @@ class Kept:
             yield from (entry for _, entry in read())
         names, scope = tuple(dict.fromkeys(_names(function.__code__))), function.__globals__
         self.words.update(names)
+        if "len" in names and "len" not in scope and all(scope is not s for s in self.counting):
+            self.counting.append(scope)
         self._note_some(scope, names)
         for value in [scope[name] for name in names if name in scope]:
             if isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in _SKIPPED:

@@ -159,6 +159,28 @@ class Trial:
         with suppress(Exception):  # of any type: the export fails as well, and tells the reason
             self.alone = self.run(arguments)
 
+    @contextmanager
+    def free_lengths(self) -> Iterator[None]:
+        """Let ``len(x)`` of a tensor be ``x.shape[0]``, whose size an export keeps free.
+
+        Python's own ``len`` makes a number of it. Other threads get the same lengths.
+        """
+        for scope in self._kept.counting:
+            scope["len"] = _length
+        try:
+            yield
+        finally:
+            for scope in self._kept.counting:
+                if scope.get("len") is _length:
+                    del scope["len"]
+
+    @property
+    def counts_states(self) -> bool:
+        """Return True for recurrent models that may make states of the size ``len(x)``."""
+        layers = nn.RNNBase, nn.RNNCellBase
+        recurrent = any(isinstance(module, layers) for module in self.twin.modules())
+        return recurrent and bool(self._kept.counting)
+
     def check_iterators(self) -> None:
         """Raise CaptureError if calls advance an iterator that the model's own code can reach.
 
@@ -255,6 +277,10 @@ class Trial:
         except Exception:  # of any type: the model does not take such a batch
             return further
         return not close(found, joined(results, size))
+
+
+def _length(x: Any) -> Any:
+    return x.shape[0] if isinstance(x, Tensor) and x.ndim else len(x)
 
 
 def examples_like(inputs: Inputs, extras: Extras, shared: bool) -> list[Any]:

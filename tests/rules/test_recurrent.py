@@ -9,7 +9,8 @@ from small import Function
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import LRP, InverseNetwork, check
+from captum_mipin import LRP, InverseNetwork, MIPINAttribution, check
+from captum_mipin.methods import PatternNet, Patterns
 
 
 class Recurrent(nn.Module):
@@ -163,3 +164,33 @@ def test_cells_and_complements_of_gates():
         Function(written, last=nn.Linear(3, 2), **parts).double().eval(),
         torch.randn(40, 4, dtype=torch.float64),
     )
+
+
+class ZeroStates(Recurrent):
+    """A recurrent network whose states are zeros of the size ``len(x)``; ``nothing`` gives none."""
+
+    def __init__(self, kind, nothing):
+        super().__init__(kind)
+        self.nothing = nothing
+
+    def forward(self, x):
+        state = None if self.nothing else torch.zeros(1, len(x), 3, dtype=x.dtype)
+        if state is not None and isinstance(self.layer, nn.LSTM):
+            state = state, state
+        return self.last(self.layer(x, state)[0][:, -1])
+
+
+@pytest.mark.captured_anew
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_states_of_zeros_with_the_size_of_the_batch_are_no_states(kind):
+    x, maps = torch.randn(40, 4, 4, dtype=torch.float64), []
+    for nothing in (True, False):
+        torch.manual_seed(0)
+        model = ZeroStates(kind, nothing).double().eval()
+        inverse = InverseNetwork(model).fit(x, 1, progress=False)
+        patterns = Patterns(model, estimator="linear").fit(x, progress=False)
+        methods = MIPINAttribution(model, inverse), PatternNet(model, patterns), LRP(model)
+        maps.append([method.attribute(x[:5], target=1) for method in methods])
+    for without, zeros in zip(*maps, strict=True):
+        torch.testing.assert_close(zeros, without, rtol=1e-9, atol=1e-12)
+    assert "len" not in globals()
