@@ -141,6 +141,7 @@ SOUNDS = (
     "audio-spectrogram-transformer", "data2vec-audio", "hubert", "sew", "unispeech",
     "unispeech-sat", "wav2vec2", "wavlm", "whisper",
 )  # fmt: skip
+VIDEOS = ("timesformer", "vivit")
 
 
 def transformers_model(kind: str, task: str) -> Any:
@@ -189,6 +190,8 @@ def transformers_inputs(model: Any, task: str) -> tuple[Tensor, ...]:
         size = getattr(config, "image_size", 224)
         size = size if isinstance(size, int) else size[0]
         return noise(getattr(config, "num_channels", 3), size, size)
+    if task == "Video":
+        return noise(config.num_frames, config.num_channels, config.image_size, config.image_size)
     if config.model_type == "audio-spectrogram-transformer":
         return noise(config.max_length, config.num_mel_bins)
     if config.model_type == "whisper":
@@ -215,7 +218,7 @@ def first_embedding(model: Any, texts: Tensor) -> nn.Module:
 
 
 def transformers_families() -> Iterator[tuple[str, Family]]:
-    """Return classifiers of images, texts and sounds of transformers."""
+    """Return classifiers of images, texts, sounds and films of transformers."""
 
     def family(kind: str, task: str) -> Sample:
         model = transformers_model(kind, task)
@@ -223,7 +226,8 @@ def transformers_families() -> Iterator[tuple[str, Family]]:
         embedding = first_embedding(model, inputs[0][:2]) if task == "Sequence" else None
         return Sample(model, inputs, "logits", embedding)
 
-    for kinds, task in ((IMAGES, "Image"), (TEXTS, "Sequence"), (SOUNDS, "Audio")):
+    tasks = {"Image": IMAGES, "Sequence": TEXTS, "Audio": SOUNDS, "Video": VIDEOS}
+    for task, kinds in tasks.items():
         for kind in kinds:
             yield kind, partial(family, kind, task)
 
@@ -357,6 +361,7 @@ def _vit_pytorch() -> Iterator[tuple[str, Family]]:
         ("nest", "NesT", {"dim": 32, "heads": 2, "patch_size": 4, "num_hierarchies": 3,
                           "block_repeats": (1, 1, 1)}),
         ("xcit", "XCiT", small | patches | {"cls_depth": 1}),
+        ("na_vit", "NaViT", small | patches),
     ):  # fmt: skip
         sized = {} if module in ("cvt", "twins_svt", "cct") else {"image_size": 64}
         options = {"num_classes": size["num_classes"]} | sized | options

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError, MIPINError
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.signature import pick, plain, select
-from captum_mipin.graph.validate import described, device_of
+from captum_mipin.graph.validate import SPARSE, described, device_of
 from captum_mipin.targets import per_example
 from captum_mipin.types import Extras, Inputs
 
@@ -48,6 +50,9 @@ _ARRAY = re.compile(r"\.numpy\(\) is not supported")
 
 #: What torch says of a write to a tensor that is no buffer.
 _WRITES = re.compile(r"Constant (\S+) is mutated in the forward")
+
+#: What torch says of a tensor that it cannot trace.
+_UNTRACED = re.compile(r"fake tensor in the exported program constant's list")
 
 #: Loggers of torch that print a traceback for an error that is reported in one line here.
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
@@ -112,6 +117,11 @@ def failure(
         f"torch.export cannot capture {_name(model)} for inputs {described(inputs)}"
         f"{_where(error, model)}: "
     )
+    if sparse := _sparse(model, *arguments):
+        return CaptureError(
+            f"{start}the model computes {sparse}, whose products have no rules; expected dense "
+            "tensors: make this one dense with to_dense()."
+        )
     if _CONSTANT.search(str(error)):
         return CaptureError(
             f"{start}the model computes with the batch size as a fixed number, expected any batch "
@@ -126,6 +136,13 @@ def failure(
         return CaptureError(
             f"{start}the model converts a tensor to a NumPy array, expected operations of torch "
             "alone: write this part with torch."
+        )
+    if _UNTRACED.search(str(error)):
+        return CaptureError(
+            f"{start}the model computes with a tensor that cannot be traced: the data of a "
+            "parameter (weight.data), or what an earlier call has kept; expected arguments and "
+            "registered tensors alone: take weight.detach() for weight.data, and change weights "
+            "outside of forward."
         )
     if write := _WRITES.search(str(error)):
         hidden = "lifted_tensor" in write[1]
@@ -217,6 +234,28 @@ def _output(model: Any, inputs: Inputs, extras: Extras) -> Any:
             return model(*inputs, *extras)
     except Exception as error:  # of any type: the model is the user's
         return error
+
+
+class _Sparse(TorchFunctionMode):
+    """A mode that notes the first function that takes a sparse tensor, wherever it is kept."""
+
+    found = ""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        for x in () if self.found else pytree.tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor) and x.layout in SPARSE:
+                name = getattr(function, "__name__", "an operation")
+                self.found = f"{name} with a tensor of the layout {x.layout}"
+        return function(*args, **(kwargs or {}))
+
+
+def _sparse(model: Any, inputs: Inputs, extras: Extras) -> str:
+    """Return what a model computes with a sparse tensor; "" if there is none."""
+    with _Sparse() as mode:
+        _output(model, inputs, extras)
+    return mode.found
 
 
 def _line(error: Exception) -> str:

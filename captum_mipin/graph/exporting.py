@@ -240,6 +240,9 @@ def decompositions() -> Mapping[Any, Any]:
         (torch.ops.aten.lerp.Scalar, torch.ops.aten.lerp.Tensor),
         lambda a, b, w: (1 - w) * a + w * b,
     )
+    parts[torch.ops.aten.rsub.Tensor] = lambda a, b, *, alpha=1: (
+        b - a if alpha == 1 else b - alpha * a
+    )
     parts[torch.ops.aten.aminmax.default] = _aminmax
     parts[torch.ops.aten.mv.default] = _mv
     parts[torch.ops.aten.pad_sequence.default] = _pad_sequence

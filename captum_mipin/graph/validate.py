@@ -20,7 +20,7 @@ from captum_mipin.types import Extras, Inputs
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 #: Layouts of tensors that contain a part of their elements.
-_SPARSE = (
+SPARSE = (
     torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
 )  # fmt: skip
 
@@ -123,7 +123,7 @@ def as_model(model: Any) -> nn.Module:
 def _check_dense(module: nn.Module, name: str) -> None:
     """Raise CaptureError if a tensor of a module is sparse."""
     for key, tensor in (vars(module) | module._parameters | module._buffers).items():
-        if isinstance(tensor, Tensor) and tensor.layout in _SPARSE:
+        if isinstance(tensor, Tensor) and tensor.layout in SPARSE:
             raise CaptureError(
                 f"the tensor {key!r} of {name} has the layout {tensor.layout}, whose products have "
                 f"no rules; expected a dense tensor: module.{key} = module.{key}.to_dense()"

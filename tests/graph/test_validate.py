@@ -165,6 +165,31 @@ def test_a_sparse_matrix_is_refused_by_name(convert: Any) -> None:
     assert check(model, torch.randn(3, 5)).ok
 
 
+def test_a_sparse_matrix_that_no_module_holds_is_refused_by_name() -> None:
+    matrix, x = torch.eye(5).to_sparse(), torch.randn(3, 5)
+
+    class Closure(Sparse):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.layer((matrix @ x.T).T)
+            return y
+
+    with pytest.raises(CaptureError, match=r"matmul with a tensor of the layout torch\.sparse_coo"):
+        check(Closure(torch.Tensor.clone).eval(), x)
+    matrix = matrix.to_dense()  # as the error says
+    assert check(Closure(torch.Tensor.clone).eval(), x).ok
+
+
+def test_writes_to_the_data_of_a_parameter_are_refused_with_the_way_out() -> None:
+    class Clamped(Sparse):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.layer.bias.data.clamp_(min=0)
+            y: torch.Tensor = self.layer(x)
+            return y
+
+    with pytest.raises(CaptureError, match=r"the data of a parameter.*outside of forward"):
+        check(Clamped(torch.Tensor.clone).eval(), torch.randn(3, 5))
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's, of its own quantised layers
 def test_dynamically_quantised_layers_are_refused_with_the_reason() -> None:
     layer = torch.ao.nn.quantized.dynamic.Linear(4, 2)

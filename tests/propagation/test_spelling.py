@@ -113,3 +113,19 @@ def test_other_paddings_stay_what_they_are(pad):
     x = torch.randn(8, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     model.double().eval()(x)[:, 1].sum().backward()
     torch.testing.assert_close(GuidedBackprop(model).attribute(x.detach(), target=1), x.grad)
+
+
+def test_rsub_is_the_difference_in_the_other_order():
+    torch.manual_seed(0)
+    layers = {"first": nn.Linear(4, 6), "second": nn.Linear(4, 6), "last": nn.Linear(6, 2)}
+    x = torch.randn(40, 4, dtype=torch.float64)
+    for spelled, plain in (
+        (lambda a, b: torch.rsub(a, b), lambda a, b: b - a),
+        (lambda a, b: torch.rsub(a, b, alpha=2), lambda a, b: b - 2 * a),
+        (lambda a, b: torch.rsub(a, a.new_ones(6)), lambda a, b: 1 - a),
+    ):
+        one, other = (
+            lambda m, x, run=run: m["last"](run(m["first"](x), m["second"](x)).relu())
+            for run in (spelled, plain)
+        )
+        alike(x, one, other, **layers)
