@@ -117,29 +117,29 @@ def failure(
         f"torch.export cannot capture {_name(model)} for inputs {described(inputs)}"
         f"{_where(error, model)}: "
     )
-    if sparse := _sparse(model, *arguments):
-        return CaptureError(
-            f"{start}the model computes {sparse}, whose products have no rules; expected dense "
-            "tensors: make this one dense with to_dense()."
-        )
+    return CaptureError(f"{start}{_sparse(model, *arguments) or _reason(error, model, inputs)}")
+
+
+def _reason(error: Exception, model: nn.Module, inputs: Inputs) -> str:
+    """Return why ``torch.export`` cannot capture a model that runs, and what to do."""
     if _CONSTANT.search(str(error)):
-        return CaptureError(
-            f"{start}the model computes with the batch size as a fixed number, expected any batch "
+        return (
+            f"the model computes with the batch size as a fixed number, expected any batch "
             f"size. {_advice_on_batch(model, inputs)}"
         )
     if _VALUES.search(str(error)):
-        return CaptureError(
-            f"{start}an if, a loop or a shape depends on the values of a tensor, expected the same "
+        return (
+            "an if, a loop or a shape depends on the values of a tensor, expected the same "
             "operations for all inputs. Write if as torch.where, and leave out checks of values."
         )
     if _ARRAY.search(str(error)):
-        return CaptureError(
-            f"{start}the model converts a tensor to a NumPy array, expected operations of torch "
+        return (
+            "the model converts a tensor to a NumPy array, expected operations of torch "
             "alone: write this part with torch."
         )
     if _UNTRACED.search(str(error)):
-        return CaptureError(
-            f"{start}the model computes with a tensor that cannot be traced: the data of a "
+        return (
+            "the model computes with a tensor that cannot be traced: the data of a "
             "parameter (weight.data), or what an earlier call has kept; expected arguments and "
             "registered tensors alone: take weight.detach() for weight.data, and change weights "
             "outside of forward."
@@ -147,13 +147,13 @@ def failure(
     if write := _WRITES.search(str(error)):
         hidden = "lifted_tensor" in write[1]
         name = "a tensor that is not registered" if hidden else f"its tensor {write[1]!r}"
-        return CaptureError(
-            f"{start}the model writes to {name} in place, expected a result that depends on the "
+        return (
+            f"the model writes to {name} in place, expected a result that depends on the "
             "arguments alone: register a tensor that the result does not depend on, such as a "
             "counter, as a buffer, and pass any other as an argument."
         )
-    return CaptureError(
-        f"{start}{_line(error)}. Control flow must not depend on the data, and the batch size must "
+    return (
+        f"{_line(error)}. Control flow must not depend on the data, and the batch size must "
         "be free (x.shape[0] keeps it so, len(x) does not)."
     )
 
@@ -252,10 +252,13 @@ class _Sparse(TorchFunctionMode):
 
 
 def _sparse(model: Any, inputs: Inputs, extras: Extras) -> str:
-    """Return what a model computes with a sparse tensor; "" if there is none."""
+    """Return what a model computes with a sparse tensor, and what to do; "" if there is none."""
     with _Sparse() as mode:
         _output(model, inputs, extras)
-    return mode.found
+    return mode.found and (
+        f"the model computes {mode.found}, whose products have no rules; expected dense tensors: "
+        "make this one dense with to_dense()."
+    )
 
 
 def _line(error: Exception) -> str:
