@@ -51,9 +51,6 @@ _ARRAY = re.compile(r"\.numpy\(\) is not supported")
 #: What torch says of a write to a tensor that is no buffer.
 _WRITES = re.compile(r"Constant (\S+) is mutated in the forward")
 
-#: What torch says of a tensor that it cannot trace.
-_UNTRACED = re.compile(r"fake tensor in the exported program constant's list")
-
 #: Loggers of torch that print a traceback for an error that is reported in one line here.
 _LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
@@ -136,13 +133,6 @@ def _reason(error: Exception, model: nn.Module, inputs: Inputs) -> str:
         return (
             "the model converts a tensor to a NumPy array, expected operations of torch "
             "alone: write this part with torch."
-        )
-    if _UNTRACED.search(str(error)):
-        return (
-            "the model computes with a tensor that cannot be traced: the data of a "
-            "parameter (weight.data), or what an earlier call has kept; expected arguments and "
-            "registered tensors alone: take weight.detach() for weight.data, and change weights "
-            "outside of forward."
         )
     if write := _WRITES.search(str(error)):
         hidden = "lifted_tensor" in write[1]
