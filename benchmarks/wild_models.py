@@ -141,7 +141,7 @@ SOUNDS = (
     "audio-spectrogram-transformer", "data2vec-audio", "hubert", "sew", "unispeech",
     "unispeech-sat", "wav2vec2", "wavlm", "whisper",
 )  # fmt: skip
-VIDEOS = ("timesformer", "vivit")
+VIDEOS = ("timesformer",)
 
 
 def transformers_model(kind: str, task: str) -> Any:
