@@ -156,12 +156,23 @@ def capture_apart(
 
 
 def _seems_to_mix(captured: CapturedGraph) -> bool:
-    """Return True if operations of a graph join examples, and none is random."""
+    """Return True if a graph only moves its examples to other places, and none is random."""
     try:
-        reasons = [_dependence(node) for node in draft(captured, _Any(), None, _PASSES).graph.nodes]
+        nodes = draft(captured, _Any(), None, _PASSES).graph.nodes
     except UnsupportedOperationError:  # a size depends on values
         return False
-    return any(reasons) and RANDOM not in reasons
+    dependent = [(node, reason) for node in nodes if (reason := _dependence(node))]
+    return bool(dependent) and _may_seem(dependent)
+
+
+def _may_seem(dependent: Sequence[tuple[fx.Node, str]]) -> bool:
+    """Return True if calls can tell whether the operations that join examples mix them.
+
+    What only moves does so for all values alike. A choice by values, such as the best of a batch,
+    may mix for other values than those of the calls.
+    """
+    moved = operation(dependent[0][0]) in _MOVES
+    return moved and all(reason is not RANDOM for _, reason in dependent)
 
 
 def check_graph(
@@ -179,10 +190,8 @@ def check_graph(
     dependent = [(node, reason) for node in nodes if (reason := _dependence(node))]
     if not dependent:
         return
-    moved = operation(dependent[0][0]) in _MOVES
     lost = folded_batch(value_of(captured.output), captured.batch) is None
-    random = any(why is RANDOM for _, why in dependent)
-    if random or lost or not moved or _fault(model, call, output):
+    if lost or not _may_seem(dependent) or _fault(model, call, output):
         _refuse(CheckRow(place(n).path, str(original(n)), "refused", why) for n, why in dependent)
 
 
