@@ -56,6 +56,15 @@ APART = {
     "new_zeros": lambda h: h + h.new_zeros(len(h), 6),
     "new_full": lambda h: h * h.new_full((len(h), 1), 2.0),
 }
+#: What mixes examples, but not in batches of a few examples or of small values.
+SELDOM = {
+    "the first nine": (
+        lambda h: h * ((h > 0.5).to(h).cumsum(0) <= 9).to(h), "cumsum"),
+    "the best nine": (
+        lambda h: h * ((h[None, :, 0] > h[:, None, 0]).sum(1) < 9).to(h)[:, None], "gt"),
+    "statistics of large values": (
+        lambda h: torch.where(h.var(0).mean() > 99, h - h.mean(0), h), "var"),
+}  # fmt: skip
 RANDOM = {
     "a state": lambda h: h + torch.randn(h.shape[0], 6),
     "dropout": F.dropout,
@@ -104,6 +113,19 @@ def test_what_mixes_the_batch_is_refused(name):
             method(_network(step)).attribute(normal(4, 5), 1)
         report = check(_network(step), normal(4, 5), method=method)
         assert any(operation in row.operation for row in report.rows if row.status == "refused")
+
+
+@pytest.mark.parametrize("name", SELDOM)
+def test_what_mixes_the_batch_for_some_values_alone_is_refused(name):
+    step, operation = SELDOM[name]
+    model, x = _network(step), normal(20, 5)
+    for call in (
+        *(partial(method(model).attribute, x, 1) for method in RELEVANCE),
+        lambda: InverseNetwork(model).fit(x, progress=False),
+    ):
+        with pytest.raises(UnsupportedOperationError, match=rf"aten\.{operation}"):
+            call()
+    assert not check(model, x).ok
 
 
 @pytest.mark.parametrize("name", PLACES)
