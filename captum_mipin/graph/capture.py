@@ -192,6 +192,7 @@ def trace(
     trial.dequantise(example)
     trial.run_alone(example)
     trial.check_iterators()
+    trial.check_data()
     writes = trial.writes or trial.alone is None  # torch.export writes as well
     try:
         if single:

@@ -40,6 +40,9 @@ _AGAIN = frozenset({"_flat_weights", "_flat_weight_refs"})
 #: Packages whose module variables and classes calls of a model do not write to.
 _SKIPPED = FOREIGN | sys.stdlib_module_names
 
+#: The name of tensors that are not attributes of modules.
+A_TENSOR = "a tensor"
+
 #: Methods of objects of C, such as that of an iterator.
 _METHODS = (BuiltinMethodType, MethodWrapperType)
 
@@ -153,7 +156,7 @@ class Kept:
     def saved(self, model: nn.Module) -> Saved:
         """Return weights, buffers and the other tensors of a model, to be saved before writes."""
         others = [*self._weights, *(tensor for tensor, _, _ in self._tensors)]
-        named = [*named_tensors(model), *(("a tensor", tensor) for tensor in others)]
+        named = [*named_tensors(model), *((A_TENSOR, tensor) for tensor in others)]
         return Saved(named, self.words)
 
     @contextmanager

@@ -116,6 +116,11 @@ def _state_without_hooks(model: nn.Module) -> State:
         return State(model, hooks=False)
 
 
+def may_read(model: nn.Module, name: str) -> bool:
+    """Return True if the code of a model, without its hooks, may read a tensor of this name."""
+    return _state_without_hooks(model).may_read(name.rpartition(".")[2])
+
+
 def without_hooks(model: nn.Module) -> Kept:
     """Return what the code of a model can reach, without that of its hooks."""
     return Kept(model, _state_without_hooks(model).may_read)

@@ -10,12 +10,13 @@ from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.iterators import StandIn
-from captum_mipin.graph.kept import Kept
+from captum_mipin.graph.kept import A_TENSOR, Kept
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import is_quantised
-from captum_mipin.graph.observers import Watch, hooks_of, without_hooks
+from captum_mipin.graph.observers import Watch, hooks_of, may_read, without_hooks
 from captum_mipin.graph.signature import per_example, plain, select
 from captum_mipin.graph.twin import twin_of
+from captum_mipin.graph.writes import Fields
 from captum_mipin.training import settle
 from captum_mipin.types import Extras, Inputs, Output
 
@@ -60,10 +61,31 @@ class Trial:
     @property
     def writes(self) -> bool:
         """Return True if a call has written to anything that existed before."""
-        return self._kept.changed or bool(self._saved.written)
+        saved = self._saved
+        return self._kept.changed or bool(saved.written or saved.exchanged or saved.graded)
+
+    def check_data(self, equal: bool = False) -> None:
+        """Raise CaptureError if calls have given other values to weights by ``.data = ...``.
+
+        Args:
+            equal: Refuse other memory with the same values as well, which is another ``.data`` too.
+        """
+        if self.alone is None:  # the error of the model itself is the reason
+            return
+        names = [n for n, differs in self._saved.exchanged.items() if differs or equal]
+        if names and self.hooks:  # hooks that only look may do so with what the model does not read
+            names = [n for n in names if n != A_TENSOR and may_read(self.twin, n)]
+        if names:
+            raise CaptureError(
+                f"the model assigns to the data of {', '.join(map(repr, names))} while it runs, as "
+                "by .data = ..., so that an explanation would depend on earlier calls; expected a "
+                "forward and hooks that change no weight and no buffer: compute the changed one as "
+                "a new tensor and leave .data as it is, or assign it before the explanation"
+            )
 
     def check_weights(self) -> None:
-        """Raise CaptureError if calls have written to weights."""
+        """Raise CaptureError if calls have written to weights or to their gradients."""
+        self.check_data(equal=True)
         weights = {name for name, _ in self.twin.named_parameters()}
         if names := sorted(weights & self._saved.written):
             raise CaptureError(
@@ -71,6 +93,12 @@ class Trial:
                 "runs, so that an explanation would depend on earlier calls; expected a forward "
                 "and hooks that change no weight: compute the changed weight as a new tensor, or "
                 "write to it before the explanation"
+            )
+        if names := sorted(weights & self._saved.graded):
+            raise CaptureError(
+                "the model computes the gradients of its weights "
+                f"{', '.join(map(repr, names))} while it runs; expected a forward and hooks "
+                "without a backward pass: adapt the weights before the explanation"
             )
 
     def restore(self) -> None:
@@ -103,8 +131,11 @@ class Trial:
     def exporting(self) -> Iterator[None]:
         """Keep an export from writing to weights and from advancing iterators."""
         self._saved.save_written()
-        with self._kept.standing_in():
-            yield
+        try:
+            with self._kept.standing_in():
+                yield
+        finally:
+            self._saved.put_back()
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
@@ -116,11 +147,13 @@ class Trial:
                     name: None if buffer is None else buffer.clone()
                     for name, buffer in buffers.items()
                 }
+            cloned = [Fields.of(*named) for named in self.twin.named_buffers()]
             with self._saved.watched(), self._kept.standing_in() as stand_ins:
                 try:
                     yield
                 finally:
                     self._advanced += [one for one in stand_ins if one.advanced]
+                    self._saved.note(cloned)
         finally:
             for attributes, buffers in own:
                 attributes["_buffers"] = buffers

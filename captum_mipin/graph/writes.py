@@ -2,11 +2,13 @@
 
 Their memory is saved before the first operation that writes to it, so that nothing is copied for
 the models that write to none. A write by ``x.data`` or under ``torch.no_grad()`` is one as well.
+An assignment ``x.data = y`` writes to no memory, but gives the tensor another. It is noticed
+afterwards, as are another ``grad`` and ``requires_grad``.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +16,68 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_mipin.graph.modules import parts_of
+from captum_mipin.graph.modules import parts_of, tensor_bytes
 
 #: Names by which code may reach the memory of a tensor, to write to it without an operation.
 _ARRAYS = frozenset(
     {"numpy", "array", "asarray", "__array__", "from_dlpack", "to_dlpack", "__dlpack__",
      "data_ptr", "untyped_storage", "storage", "_typed_storage", "set_"}
 )  # fmt: skip
+
+
+class Fields(NamedTuple):
+    """What a tensor has in those fields that code may assign to.
+
+    Attributes:
+        name: Its name.
+        tensor: The tensor.
+        data: Another tensor with the same memory, which keeps it alive; None if it has none.
+        grad: Its gradient.
+        requires_grad: Whether it requires one.
+    """
+
+    name: str
+    tensor: Tensor
+    data: Tensor | None
+    grad: Tensor | None
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "Fields":
+        """Return the present fields of a tensor."""
+        data = tensor.detach() if _place(tensor) else None
+        grad = tensor.grad if tensor.is_leaf else None
+        return cls(name.lstrip("."), tensor, data, grad, tensor.requires_grad)
+
+    @property
+    def exchanged(self) -> bool:
+        """Return True if the tensor has other memory than before."""
+        return self.data is not None and _layout(self.tensor) != _layout(self.data)
+
+    @property
+    def differs(self) -> bool:
+        """Return True if the tensor has other memory, and in it other values."""
+        if self.data is None or not self.exchanged:
+            return False
+        try:
+            same = self.tensor.shape == self.data.shape and self.tensor.dtype == self.data.dtype
+            return not same or tensor_bytes(self.tensor) != tensor_bytes(self.data)
+        except RuntimeError:  # there are no values, as in an export
+            return True
+
+    @property
+    def has_other_grad(self) -> bool:
+        """Return True if the tensor has another gradient than before."""
+        return self.tensor.is_leaf and self.tensor.grad is not self.grad
+
+    def put_back(self) -> None:
+        """Assign the fields again."""
+        if self.data is not None and self.exchanged:
+            self.tensor.data = self.data
+        if self.has_other_grad:
+            self.tensor.grad = self.grad
+        if self.tensor.is_leaf and self.tensor.requires_grad != self.requires_grad:
+            self.tensor.requires_grad_(self.requires_grad)
 
 
 class Saved:
@@ -32,6 +89,9 @@ class Saved:
 
     Attributes:
         written: The names of those that operations have written to.
+        exchanged: The names of those that calls have given other memory → whether the values in it
+            have differed.
+        graded: The names of those whose gradients calls have written to.
 
     Examples:
         >>> weight = torch.ones(2)
@@ -47,14 +107,25 @@ class Saved:
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]], words: Iterable[str]) -> None:
         self._tensors: dict[int, list[tuple[str, Tensor]]] = {}
+        self._fields: dict[int, Fields] = {}
         for name, tensor in tensors:
-            for _, part in parts_of(name, tensor):
-                place = _place(part)
-                if place and all(part is not one for _, one in self._tensors.get(place, ())):
-                    self._tensors.setdefault(place, []).append((name, part))
+            if id(tensor) in self._fields:
+                continue
+            self._fields[id(tensor)] = fields = Fields.of(name, tensor)
+            self._add(name, tensor)
+            if fields.grad is not None:
+                self._add(f"{fields.name}.grad", fields.grad)
         self._arrays = not _ARRAYS.isdisjoint(words)
         self._memory: dict[int, tuple[Any, list[int]]] = {}
-        self.written = set[str]()
+        self.written, self.graded = set[str](), set[str]()
+        self.exchanged: dict[str, bool] = {}
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        """Note where the memory of a tensor is, to be saved before a write to it."""
+        for _, part in parts_of(name, tensor):
+            place = _place(part)
+            if place and all(part is not one for _, one in self._tensors.get(place, ())):
+                self._tensors.setdefault(place, []).append((name, part))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -98,8 +169,22 @@ class Saved:
                 found[name] = now
         return found
 
+    def note(self, fields: Iterable[Fields]) -> None:
+        """Note the names of tensors whose fields have been assigned to."""
+        for one in fields:
+            if one.exchanged:
+                self.exchanged[one.name] = one.differs or self.exchanged.get(one.name, False)
+            if one.has_other_grad:
+                self.graded.add(one.name)
+
     def put_back(self) -> None:
         """Write the saved memory back, so that tensors and their versions are as they were."""
+        self.note(self._fields.values())
+        self.graded |= {
+            one.name for one in self._fields.values() if f"{one.name}.grad" in self.written
+        }
+        for one in self._fields.values():  # first, since the memory is written by these tensors
+            one.put_back()
         memory, self._memory = self._memory, {}
         for place, (values, versions) in memory.items():
             tensors = self._tensors[place]
@@ -113,6 +198,13 @@ def _place(tensor: Tensor) -> int | None:
     """Return where the memory of a tensor begins; None if it has none of its own."""
     with suppress(RuntimeError, NotImplementedError):
         return tensor.untyped_storage().data_ptr() or None
+    return None
+
+
+def _layout(tensor: Tensor) -> Any:
+    """Return what differs for tensors that do not lie at one place; None if it has no memory."""
+    with suppress(RuntimeError, NotImplementedError):
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
     return None
 
 

@@ -154,3 +154,100 @@ def test_a_file_of_an_array_is_not_kept(tmp_path: Any) -> None:
     file[0] = 1
     kept.restore()
     assert file[0] == 1
+
+
+def _assigned(model: Any) -> None:
+    model.body.weight.data = model.body.weight.data * 0.9
+
+
+def _by_vector(model: Any) -> None:
+    weights = list(model.head.parameters())
+    vector = torch.nn.utils.parameters_to_vector(weights)
+    torch.nn.utils.vector_to_parameters(vector * 0.9, weights)
+
+
+def _assigned_buffer(model: Any) -> None:
+    model.scale.data = model.scale * 0.9
+
+
+def _assigned_other(model: Any) -> None:
+    model.extra.data = model.extra * 0.9
+
+
+ASSIGNMENTS: dict[str, Callable[[Any], None]] = {
+    "body.weight": _assigned,
+    "head.weight": _by_vector,
+    "scale": _assigned_buffer,
+    "extra": _assigned_other,
+}
+
+
+@pytest.mark.captured_anew
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+@pytest.mark.parametrize("by", [_by_forward, _failing, _by_a_hook])
+def test_data_that_is_assigned_is_put_back(by: Any, name: str, untouched: Any) -> None:
+    model = by(ASSIGNMENTS[name]).eval()
+    tensors = [*model.parameters(), model.scale, model.extra]
+    places = [tensor.data_ptr() for tensor in tensors]
+    expected = "model itself: fails" if by is _failing else f"assigns to the data of .*'{name}'"
+    with untouched(model, model.extra), pytest.raises(CaptureError, match=expected):
+        check(model, X)
+    assert [tensor.data_ptr() for tensor in tensors] == places
+
+
+@pytest.mark.captured_anew
+def test_a_limit_of_norms_is_refused_by_name(untouched: Any) -> None:
+    def limit(model: Any) -> None:
+        weight = model.body.weight
+        weight.data = torch.renorm(weight.data, 2, 0, 0.5)
+
+    model = Net(limit).eval()
+    for _ in range(2):  # at the second time all norms are below the limit
+        with untouched(model), pytest.raises(CaptureError, match=r"data of 'body.weight'"):
+            check(model, X)
+        model(X)
+
+
+@pytest.mark.captured_anew
+def test_a_hook_may_assign_to_data_that_the_model_does_not_read() -> None:
+    model, last = Net().eval(), torch.zeros(5)
+
+    def hook(module: nn.Module, args: Any, y: Tensor) -> None:
+        last.data = y.mean(0)
+
+    model.body.register_forward_hook(hook)
+    assert check(model, X).ok
+    assert torch.equal(last, torch.zeros(5))
+
+
+@pytest.mark.captured_anew
+@pytest.mark.parametrize("before", [False, True])
+def test_gradients_of_weights_are_left_as_they_were(before: bool) -> None:
+    def adapt(model: Any) -> None:
+        with torch.enable_grad():
+            model.head(model.body(X).relu()).square().mean().backward()
+
+    model = Net(adapt).eval()
+    if before:
+        model(X)
+    grads = [weight.grad for weight in model.parameters()]
+    values = [None if grad is None else grad.clone() for grad in grads]
+    with pytest.raises(CaptureError, match=r"computes the gradients of its weights 'body.bias'"):
+        check(model, X)
+    for weight, grad, value in zip(model.parameters(), grads, values, strict=True):
+        assert weight.grad is grad
+        assert value is None or torch.equal(value, grad)
+
+
+@pytest.mark.captured_anew
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_require_gradients_as_before(fails: bool) -> None:
+    model = Net(lambda model: model.body.requires_grad_(False), fails).eval()
+    model.head.bias.requires_grad_(False)
+    if fails:
+        with pytest.raises(CaptureError):
+            check(model, X)
+    else:
+        assert check(model, X).ok
+    flags = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    assert flags == dict.fromkeys(flags, True) | {"head.bias": False}
