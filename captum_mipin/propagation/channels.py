@@ -1,13 +1,13 @@
 """The pass that finds the dimension of each tensor's channels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import fx
 
 from captum_mipin.graph.marks import mark, marks, value_of
 from captum_mipin.graph.nodes import operation
-from captum_mipin.propagation.draft import Draft, is_tensor, permutation
+from captum_mipin.propagation.draft import Draft, is_tensor, moved
 from captum_mipin.rules.base import varies
 from captum_mipin.rules.gates import factors
 
@@ -25,6 +25,11 @@ _CHANNELS = {
     },
     **dict.fromkeys(("_native_batch_norm_legit_no_training", "group_norm", "instance_norm"), 1),
 }
+
+#: Products of weights and values, or of two values.
+_PRODUCTS = ("matmul", "bmm", "weighted_sum")
+
+_Order = Sequence[int | None]
 
 
 def find_channels(draft: Draft) -> None:
@@ -49,76 +54,95 @@ def channels(node: fx.Node, batch: int | None = None) -> int | None:
         return None
     at = marks(node).layout.dim if batch is None else batch
     # First look at operations that use the tensor: their inverses are regressions on its channels.
-    for downwards in (True, False):
+    # A product of two values with a signal each is asked last: it has no weights.
+    for both, downwards in ((False, True), (False, False), (True, True), (True, False)):
         # breadth first: the nearest operation decides; each node is reached with the order in which
         # it has the dimensions of the tensor
-        queue, reached = [(node, list(range(value.ndim)))], {node}
-        for current, order in queue:
-            near = list(current.users if downwards else current.all_input_nodes)
-            for teller in near if downwards else [current]:
-                dim = _channels_of(teller, current)
-                if dim is not None and order[dim] != at:
+        start: _Order = list(range(value.ndim))
+        queue, reached = [(node, start)], {node}
+        for current, dims in queue:
+            for teller, tensor, order in _beyond(current, dims, downwards):
+                dim = _channels_of(teller, tensor, both)
+                if dim is not None and order[dim] not in (at, None):
                     return order[dim]
-            for other in near:
-                moved = _moved(order, other if downwards else current, downwards)
-                if other not in reached and _has_shape(other, node, moved):
-                    queue.append((other, moved))
-                    reached.add(other)
+                for other in [teller] if downwards else teller.all_input_nodes:
+                    same = is_tensor(other) and _shape(other) == _shape(tensor)
+                    if same and other not in reached and operation(teller) not in _PRODUCTS:
+                        queue.append((other, order))
+                        reached.add(other)
     # No operation determines it: take dimension 1, else the last one, else the first one.
     return next(dim for dim in (1, value.ndim - 1, 0) if dim != at)
 
 
-def _moved(order: Sequence[int], move: fx.Node, forwards: bool) -> list[int]:
-    """Return an order of dimensions behind a transposition, or before it; else the order itself."""
-    dims = [1, 0] if operation(move) == "t" and len(order) == 2 else permutation(move)
-    if dims is None:
-        return list(order)
-    return [order[at] for at in (dims if forwards else map(dims.index, range(len(dims))))]
+def _beyond(
+    node: fx.Node, order: _Order, downwards: bool
+) -> Iterator[tuple[fx.Node, fx.Node, _Order]]:
+    """Yield the operations next to a tensor, beyond all transpositions and reshapes.
+
+    Args:
+        node: The node of the tensor.
+        order: The order in which it has the dimensions of another tensor, see :func:`moved`.
+        downwards: Whether to look at operations that use it; else, at the one that computes it.
+
+    Yields:
+        The operation, the tensor beside it, and the order of the dimensions of this tensor.
+    """
+    for near in list(node.users) if downwards else [node]:
+        dims = moved(order, near, downwards)
+        if dims is None:
+            yield near, node, order
+        else:
+            yield from _beyond(near if downwards else near.all_input_nodes[0], dims, downwards)
 
 
-def _has_shape(one: fx.Node, other: fx.Node, order: Sequence[int]) -> bool:
-    """Return True if the shape of one tensor is that of another, in an order of dimensions."""
-    if not is_tensor(one) or value_of(one).ndim != len(order):
-        return False
-    shape = value_of(other).shape
-    return [str(size) for size in value_of(one).shape] == [str(shape[dim]) for dim in order]
+def _shape(node: fx.Node) -> list[str]:
+    return [str(size) for size in value_of(node).shape]
 
 
-def _channels_of(user: fx.Node, node: fx.Node) -> int | None:
+def _channels_of(user: Any, node: fx.Node, both: bool) -> int | None:
     """Return the dimension of the channels of ``node`` by the operation ``user``; None if unknown.
 
     Args:
         user: An operation that uses ``node``, or ``node`` itself.
         node: The node.
+        both: Whether to ask products of two values that get a signal, and nothing else.
     """
+    if operation(user) in _PRODUCTS:
+        carriers = factors(user, varies)
+        one = carriers if len(carriers) == 1 else [i for i in carriers if user.args[i] is node]
+        # of the product itself, and of x in x x, the last one
+        return _free_dimension(user, node, one or carriers) if both is (len(carriers) > 1) else None
+    if both:
+        return None
     if operation(user) == "pooled_linear":  # its fifth argument is the dimension: see POOLED_LINEAR
         dim: Any = user.args[4]
         return int(dim) if user.args[0] is node else None
-    if operation(user) in ("matmul", "bmm", "weighted_sum"):
-        return _free_dimension(user, node)
     return _CHANNELS.get(operation(user))
 
 
-def _free_dimension(user: Any, node: fx.Node) -> int | None:
+def _free_dimension(user: Any, node: fx.Node, carriers: Sequence[int]) -> int | None:
     """Return the dimension of the values in a product of weights and values that is not summed.
 
     Args:
         user: The matrix product, or the weighted sum.
         node: One of its factors, or the product itself.
+        carriers: The positions of the factors that are the values.
 
     Returns:
         The number of the dimension; None if there is none.
     """
-    carriers = factors(user, varies)
-    if not carriers:
-        return None
     if operation(user) != "weighted_sum":
-        return -2 if carriers == (0,) else -1  # V P or P V
-    values, weights = user.args[carriers[0]], user.args[1 - carriers[0]]
-    dims = user.args[2]
-    sizes = list(enumerate(value_of(weights).shape))
-    free = [dim for dim, size in sizes if dim not in dims and type(size) is int and size == 1]
-    if not free or node not in (values, user):
+        if not carriers or (carriers[-1] == 0 and value_of(node).ndim < 2):
+            return None
+        return -2 if carriers[-1] == 0 else -1  # V P or P V
+    summed: Any = user.args[2]
+    free = [dim for at in carriers for dim in _without(user.args[1 - at], summed)]
+    if not free or (node is not user and all(user.args[at] is not node for at in carriers)):
         return None
-    removed = 0 if node is values else sum(dim < free[-1] for dim in dims)
-    return free[-1] - removed
+    return max(free) - (sum(dim < max(free) for dim in summed) if node is user else 0)
+
+
+def _without(weights: fx.Node, summed: Sequence[int]) -> list[int]:
+    """Return the dimensions of size 1 of weights that are not summed over."""
+    sizes = enumerate(value_of(weights).shape)
+    return [dim for dim, size in sizes if dim not in summed and type(size) is int and size == 1]

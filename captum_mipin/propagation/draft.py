@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from captum_mipin.errors import RuleError
 from captum_mipin.graph.capture import CapturedGraph
+from captum_mipin.graph.dimensions import RESHAPES
 from captum_mipin.graph.layout import batch_dimension
 from captum_mipin.graph.marks import inherit, mark, marks, set_value, value_of
 from captum_mipin.graph.nodes import argument, is_size, nodes_in, operation, place
@@ -215,6 +216,39 @@ def regrouped(reshape: fx.Node) -> tuple[list[int], list[int]]:
     common = sorted(set(starts[0]) & set(starts[1]))
     before, after = ([bisect(common, start) for start in each] for each in starts)
     return before, after
+
+
+def moved(order: Sequence[int | None], move: fx.Node, forwards: bool) -> list[int | None] | None:
+    """Return where dimensions of a tensor are behind a transposition or reshape, or before it.
+
+    Args:
+        order: For each dimension on one side of the operation, the number of the dimension of the
+            tensor that it is; None if it is none of them.
+        move: The operation.
+        forwards: Whether ``order`` is that of its argument; else, it is that of its result.
+
+    Returns:
+        The order on the other side; None if the operation is another one. A dimension of size 1
+        behind a reshape, or one that it makes of several, is none of the tensor.
+    """
+    dims = [1, 0] if operation(move) == "t" and len(order) == 2 else permutation(move)
+    if dims is not None:
+        return [order[at] for at in (dims if forwards else map(dims.index, range(len(dims))))]
+    if operation(move) not in RESHAPES or not is_tensor(move):
+        return None
+    groups: list[dict[int, list[int]]] = [{}, {}]
+    ends = (move.all_input_nodes[0], move)
+    for found, node, numbers in zip(groups, ends, regrouped(move), strict=True):
+        for dim, (size, number) in enumerate(zip(value_of(node).shape, numbers, strict=True)):
+            if type(size) is not int or size != 1:
+                found.setdefault(number, []).append(dim)
+    here, there = groups if forwards else groups[::-1]
+    result: list[int | None] = [None] * value_of(ends[forwards]).ndim
+    for number, after in there.items():
+        before = here.get(number, [])
+        if len(after) == len(before) == 1:
+            result[after[0]] = order[before[0]]
+    return result
 
 
 def descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:

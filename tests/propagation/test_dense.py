@@ -112,6 +112,23 @@ def test_what_is_no_bias_stays_a_sum(added, names):
     assert found == [*names, "add"]
 
 
+ATTENTION = {  # without a softmax: q (kᵀ v)
+    "matmul": lambda k, v: k @ (k.mT @ v),
+    "bmm": lambda k, v: torch.bmm(k, k.permute(0, 2, 1).bmm(v)),
+    "einsum": lambda k, v: torch.einsum("btf,bfg->btg", k, torch.einsum("btf,btg->bfg", k, v)),
+    "transposed": lambda k, v: k @ (v.mT @ k).mT,
+    "sums": lambda k, v: (k[..., None] * (k[..., None] * v[:, :, None]).sum(1)[:, None]).sum(2),
+}
+
+
+@pytest.mark.parametrize("pool", [torch.amax, torch.mean])
+def test_spelling_of_a_product_of_two_tokens_does_not_matter(pool):
+    def run(how):
+        return lambda m, x: m["last"](pool(how(m["a"](x).relu(), m["b"](x)), 1))
+
+    alike([run(how) for how in ATTENTION.values()], TOKENS, **modules())
+
+
 def test_attention_by_einsum_has_the_gradient_of_its_queries_and_keys():
     def run(m, x):
         q, k, v = (torch.einsum("btd,dhk->bthk", x, w.view(6, 2, 4)) for w in m["w"])
