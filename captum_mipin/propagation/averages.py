@@ -74,7 +74,9 @@ def average_of(node: fx.Node, batch: str, starts: Sequence[fx.Node]) -> Average 
             averaged = {kept[dim] for dim in averaged} | dims
         elif scaled is not None and not averaged:
             scale *= scaled[1]
-        elif averaged or not (operation(node) in FLAT or moves_ones(node)):
+        elif (order := permutation(node)) is not None:
+            averaged = {order[dim] for dim in averaged}
+        elif averaged or not is_flat(node):
             break
         chain.append(node)
         node = _source(node)
@@ -92,6 +94,14 @@ def moves_ones(node: fx.Node) -> bool:
     order = permutation(node) or []
     moved = [dim for dim in order if value_of(_source(node)).shape[dim] != 1]
     return bool(order) and moved == sorted(moved)
+
+
+def is_flat(node: fx.Node) -> bool:
+    """Return True if an operation changes no numbers, and moves or leaves out sizes of 1 only."""
+    if operation(node) not in FLAT:
+        return False
+    before, after = ([str(n) for n in value_of(n).shape] for n in (_source(node), node))
+    return [size for size in before if size != "1"] == [size for size in after if size != "1"]
 
 
 def whole_dims(node: fx.Node) -> set[int]:

@@ -6,6 +6,7 @@ of a convolution. If x goes to several operations, reshapes that leave the featu
 come behind the layer.
 """
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -16,8 +17,9 @@ from captum_mipin.graph.dimensions import RESHAPES
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import mark, marks, original, value_of
 from captum_mipin.graph.nodes import ancestors, erase_unused, is_size, operation
+from captum_mipin.propagation.averages import moves_ones
 from captum_mipin.propagation.canonical import is_copy, leaves_module
-from captum_mipin.propagation.draft import Draft, is_tensor, permutation
+from captum_mipin.propagation.draft import Draft, is_tensor, moved, permutation
 from captum_mipin.propagation.forms import Starts, become, insert, stand_for
 from captum_mipin.rules.base import varies
 
@@ -108,13 +110,14 @@ def _layer(value: Any, user: fx.Node, bias: fx.Node, starts: Starts) -> Any:
             if (layer := _layer(term, value, bias, starts)) is not None:
                 return layer
         return None
-    last = value
+    chain = []
     while operation(value) not in _LAYERS:
-        before = _reshaped(value, starts)[:1]
-        if not before or not _is_plain(before[0], value, starts):
+        before = value.args[0] if permutation(value) else next(iter(_reshaped(value, starts)), None)
+        if leaves_module(value) or not _is_plain(before, value, starts):
             return None
-        value = before[0]
-    return value if _fits(value, last, bias) else None
+        chain.append(value)
+        value = before
+    return value if _fits(value, chain, bias) else None
 
 
 def _is_plain(node: Any, user: fx.Node, starts: Starts) -> bool:
@@ -126,14 +129,16 @@ def _is_plain(node: Any, user: fx.Node, starts: Starts) -> bool:
     return whole and alone and not leaves_module(node)
 
 
-def _fits(layer: Any, last: fx.Node, bias: fx.Node) -> bool:
+def _fits(layer: Any, chain: Sequence[fx.Node], bias: fx.Node) -> bool:
     """Return True if ``bias`` is one number for each output of a layer that has no bias.
 
     Args:
         layer: The layer.
-        last: The node of its result, maybe reshaped, to which the bias is added.
+        chain: The reshapes and transpositions of its result, last one first; to the result of
+            these, the bias is added.
         bias: The node of the bias.
     """
+    last = chain[0] if chain else layer
     _, weight, *others = layer.args
     if any(others[:1]) or layer.kwargs or batched(value_of(bias)) or varies(weight):
         return False
@@ -141,9 +146,16 @@ def _fits(layer: Any, last: fx.Node, bias: fx.Node) -> bool:
     sizes = (1,) * (len(shape) - len(sizes)) + tuple(sizes)
     if value_of(bias).dtype != value_of(layer).dtype or len(sizes) > len(shape):
         return False
+    channels, ndim = -1, value_of(layer).ndim
     if operation(layer) != "linear":  # (batch, channels, ...)
-        places = len(shape) - value_of(weight).ndim + 1
-        return last is layer and [at for at, n in enumerate(sizes) if n != 1] == [places]
+        channels = 1 - value_of(weight).ndim
+    if channels != -1 or any(permutation(move) and not moves_ones(move) for move in chain):
+        order: list[int | None] | None = list(range(ndim))
+        for move in reversed(chain):
+            order = order and (list(order) if is_copy(move) else moved(order, move, True))
+        places = [at for at, dim in enumerate(order or ()) if dim == ndim + channels]
+        wide = [at for at, size in enumerate(sizes) if size != 1]
+        return wide == places and prod(sizes) == outputs
     count = next((n for n in range(1, len(shape)) if prod(sizes[-n:]) == outputs), 0)
     features = shape[len(shape) - count :]
     plain = all(isinstance(n, int) for n in features) and prod(sizes) == outputs > 1

@@ -170,9 +170,11 @@ def permutation(node: fx.Node) -> list[int] | None:
     Returns:
         For each dimension of the result, the number of that dimension in the argument.
     """
-    if operation(node) not in ("transpose", "permute") or not is_tensor(node):
+    if operation(node) not in ("t", "transpose", "permute") or not is_tensor(node):
         return None
     ndim = value_of(node).ndim
+    if operation(node) == "t":
+        return list(range(ndim))[::-1]
     if operation(node) == "permute":
         return [dim % ndim for dim in argument(node, 1, "dims")]
     order = list(range(ndim))
@@ -231,8 +233,7 @@ def moved(order: Sequence[int | None], move: fx.Node, forwards: bool) -> list[in
         The order on the other side; None if the operation is another one. A dimension of size 1
         behind a reshape, or one that it makes of several, is none of the tensor.
     """
-    dims = [1, 0] if operation(move) == "t" and len(order) == 2 else permutation(move)
-    if dims is not None:
+    if (dims := permutation(move)) is not None:
         return [order[at] for at in (dims if forwards else map(dims.index, range(len(dims))))]
     if operation(move) not in RESHAPES or not is_tensor(move):
         return None

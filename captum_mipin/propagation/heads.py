@@ -18,8 +18,15 @@ from captum_mipin.graph.layout import batch_dimension
 from captum_mipin.graph.marks import inherit, mark, marks, set_value, value_of
 from captum_mipin.graph.nodes import argument, erase_unused, is_size, operation
 from captum_mipin.graph.subgraph import extract
-from captum_mipin.propagation.averages import FLAT, Average, average_of, batch_first, moves_ones
-from captum_mipin.propagation.draft import Draft
+from captum_mipin.propagation.averages import (
+    FLAT,
+    Average,
+    average_of,
+    batch_first,
+    is_flat,
+    moves_ones,
+)
+from captum_mipin.propagation.draft import Draft, permutation
 from captum_mipin.propagation.forms import insert
 from captum_mipin.rules import POOLED_LINEAR
 from captum_mipin.rules.base import OwnOperation, varies
@@ -62,9 +69,9 @@ def join_averages(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
         if operation(node) == "linear" and value_of(node).ndim == 2:
             pooled = node.all_input_nodes[0]
             average = _joined(pooled, batch, starts)
-            while operation(pooled) in FLAT and pooled not in starts:
-                pooled = pooled.all_input_nodes[0]
-            known = (average is not None and average.shares is not None) or pooled in starts
+            known = (average is not None and average.shares is not None) or (
+                _unmoved(pooled, starts) in starts
+            )
             if not known and _weighted(pooled, batch, ()):
                 # a product inside the average is explained: the layer then has another inverse
                 mark(node, key=f"{marks(node).key}, alone")
@@ -113,6 +120,13 @@ def explain_contrast(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> 
     set_value(contrast, value_of(output))
     graph.output_node().args = (contrast,)
     erase_unused(graph, starts)
+
+
+def _unmoved(node: fx.Node, starts: Sequence[fx.Node]) -> fx.Node:
+    """Return the node of a value before transpositions and the operations :data:`FLAT`."""
+    while node not in starts and (is_flat(node) or permutation(node) is not None):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _joined(node: fx.Node, batch: str, starts: Sequence[fx.Node]) -> Average | None:

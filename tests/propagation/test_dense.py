@@ -94,6 +94,24 @@ def test_spelling_of_the_bias_of_a_convolution_does_not_matter():
     alike(runs, x, more=True, **modules(c=nn.Conv2d(3, 8, 3)))
 
 
+TRANSPOSED = {  # layers of tokens (batch, tokens, features), to which a bias is added
+    "module": F.linear,
+    "weights first": lambda x, w, b: (w @ x.mT + b[:, None]).mT,
+    "batch last": lambda x, w, b: (F.linear(x, w).transpose(0, 2) + b[:, None, None]).transpose(
+        0, 2
+    ),
+    "convolution": lambda x, w, b: F.conv1d(x.mT, w[..., None]).mT + b,
+}
+
+
+def test_a_bias_behind_a_transposition_belongs_to_its_layer():
+    runs = [
+        lambda m, x, how=how: m["last"](how(x, m["a"].weight, m["a"].bias).relu().mean(1))
+        for how in TRANSPOSED.values()
+    ]
+    alike(runs, TOKENS, **modules())
+
+
 @pytest.mark.parametrize(
     ("added", "names"),
     [
@@ -102,8 +120,10 @@ def test_spelling_of_the_bias_of_a_convolution_does_not_matter():
         (lambda m, x: (lambda y: torch.cat([y, y + m["b"].bias], 1))(x @ m["b"].weight.T),
          ["linear"]),
         (lambda m, x: (x @ m["b"].weight[:6].T)[:, None] + m["b"].bias[:4, None], ["linear"]),
+        (lambda m, x: (x[:, None] * m["b"].weight[:, :1] @ m["b"].weight.T).mT + m["b"].bias,
+         ["linear"]),
     ],
-    ids=["one number", "behind a module", "used twice", "broadcast"],
+    ids=["one number", "behind a module", "used twice", "broadcast", "of positions"],
 )  # fmt: skip
 def test_what_is_no_bias_stays_a_sum(added, names):
     model = Function(added, **modules(free=nn.Linear(6, 6, bias=False))).double().eval()
@@ -127,6 +147,24 @@ def test_spelling_of_a_product_of_two_tokens_does_not_matter(pool):
         return lambda m, x: m["last"](pool(how(m["a"](x).relu(), m["b"](x)), 1))
 
     alike([run(how) for how in ATTENTION.values()], TOKENS, **modules())
+
+
+AVERAGES = {  # of tokens (batch, tokens, features), before a dense layer W
+    "features last": lambda h, w: h.mean(1) @ w.T,
+    "batch last": lambda h, w: h.permute(1, 2, 0).mean(0).T @ w.T,
+    "batch between": lambda h, w: F.linear(h.permute(1, 0, 2).mT.mean(0).t(), w),
+    "weights first": lambda h, w: (w @ h.permute(2, 1, 0).mean(1)).T,
+    "features first": lambda h, w: h.mT.mean(2, keepdim=True).mT.squeeze(1) @ w.T,
+    "sum": lambda h, w: (h.permute(2, 0, 1).sum(2) / 5).transpose(0, 1) @ w.T,
+}
+
+
+def test_transpositions_between_an_average_and_a_layer_do_not_matter():
+    runs = [
+        lambda m, x, how=how: how(m["a"](x).relu(), m["last"].weight) + m["last"].bias
+        for how in AVERAGES.values()
+    ]
+    alike(runs, TOKENS, **modules())
 
 
 def test_attention_by_einsum_has_the_gradient_of_its_queries_and_keys():
