@@ -220,7 +220,9 @@ def _capture(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
             raise
         if trial.counts_states:
             with trial.free_lengths(), suppress(CaptureError):
-                return _capture_any(trial, call, detached)
+                graph = _capture_any(trial, call, detached)
+                if trial.runs_recurrent(graph.graph):
+                    return graph
         return _capture_one(trial, call, detached, error)
 
 

@@ -162,6 +162,9 @@ class Kept:
     @contextmanager
     def standing_in(self) -> Iterator[list[StandIn]]:
         """Put something in the place of each iterator, which advances a copy; return these."""
+        if not self._iterators:
+            yield []
+            return
         places, stand_ins = self._places, dict[int, StandIn]()
 
         def replaced(key: Any, value: Any) -> tuple[Any, Any]:
@@ -171,8 +174,6 @@ class Kept:
 
         self._places = [
             place._replace(entries=[replaced(*entry) for entry in place.entries])
-            if self._iterators
-            else place
             for place in places
         ]
         changed = [

@@ -5,12 +5,13 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.iterators import StandIn
 from captum_mipin.graph.kept import A_TENSOR, Kept
+from captum_mipin.graph.marks import module_stack
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import is_quantised
 from captum_mipin.graph.observers import Watch, hooks_of, may_read, without_hooks
@@ -209,10 +210,15 @@ class Trial:
 
     @property
     def counts_states(self) -> bool:
-        """Return True for recurrent models that may make states of the size ``len(x)``."""
-        layers = nn.RNNBase, nn.RNNCellBase
-        recurrent = any(isinstance(module, layers) for module in self.twin.modules())
+        """Return True for models that may make recurrent states of the size ``len(x)``."""
+        recurrent = any(isinstance(module, _RECURRENT) for module in self.twin.modules())
         return recurrent and bool(self._kept.counting)
+
+    def runs_recurrent(self, graph: fx.Graph) -> bool:
+        """Return True if a recurrent layer ran while a graph of the model was traced."""
+        paths = {path for node in graph.nodes for path, _ in module_stack(node).values()}
+        modules = dict(self.twin.named_modules())
+        return any(isinstance(modules.get(path), _RECURRENT) for path in paths)
 
     def check_iterators(self) -> None:
         """Raise CaptureError if calls advance an iterator that the model's own code can reach.
@@ -310,6 +316,9 @@ class Trial:
         except Exception:  # of any type: the model does not take such a batch
             return further
         return not close(found, joined(results, size))
+
+
+_RECURRENT = nn.RNNBase, nn.RNNCellBase
 
 
 def _length(x: Any) -> Any:
