@@ -137,7 +137,7 @@ def parts(row: dict[str, Any]) -> Iterator[None]:
         setattr(owner, name, call)
 
     for owner, name, part in (
-        (surrogates, "capture", "capture s"),
+        (surrogates, "capture_apart", "capture s"),
         (Passes, "_trace", "forward s"),
         (Passes, "_below", "forward s"),
         (Trace, "signals", "signals down s"),
