@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ from the results files: python benchmarks/tables.py."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from common import RESULTS, pages, read, show
@@ -274,25 +274,47 @@ def contrast() -> str:
     return show(rows)
 
 
+#: Titles of the transformers, and the sizes of their mosaics.
+_TRANSFORMERS = {
+    "vit-cifar10": ("ViT", ("2x2", "3x3")),
+    "cct-cifar10": ("Compact", ("2x2", "3x3")),
+    "minilm": ("MiniLM", ("2", "3")),
+}
+
+
+def _transformers() -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    """Yield title, sizes of the mosaics and results of each transformer."""
+    for name, (title, sizes) in _TRANSFORMERS.items():
+        if (RESULTS / f"transformers-{name}.json").exists():
+            yield title, sizes, read(f"transformers-{name}")
+
+
 def transformers() -> str:
-    """Return the mosaics of each transformer, and how complete S is on single images."""
+    """Return the measures of each transformer's maps, and how complete S is on single inputs."""
     tables = []
-    for name, title in {"cct-cifar10": "Compact", "vit-cifar10": "ViT"}.items():
-        if not (RESULTS / f"transformers-{name}.json").exists():
-            continue
-        result = read(f"transformers-{name}")
+    for title, sizes, result in _transformers():
         settings, rows = result["settings"], []
         for row in result["rows"]:
+            reading = settings.get("reading", row["method"])
+            if row["method"].startswith("MIP-IN") and row["method"] != reading:
+                continue
             cells = {
-                n: f"{row[f'{n} share']:.2f} ± {row[f'{n} error']:.2f} / {row[f'{n} cell']:.2f}"
-                for n in ("2x2", "3x3")
+                f"mosaics {n}": f"{row[f'{n} share']:.2f} ± {row[f'{n} error']:.2f} / "
+                f"{row[f'{n} cell']:.2f}"
+                for n in sizes
             }
-            rows.append({"at": row["place"], "method": row["method"], **cells})
+            single = {
+                key: f"{row[key]:.2f}"
+                for key in ("insertion", "deletion", "class cosine", "random weights")
+                if key in row
+            }
+            rows.append({"at": row["place"], "method": row["method"], **cells, **single})
         apc = ", ".join(f"{part} {value:.0f} %" for part, value in settings["apc"].items())
-        about = f"{settings['mosaics']} mosaics, fitted on {settings['fit']} mosaics"
+        count = settings.get("reported", settings["mosaics"])
         tables.append(
-            f"**{title}**, {about}. APC of {settings['apc_n']} single test images (fitted on "
-            f"{settings['apc_fit']}, at the input): {apc}.\n\n{show(rows)}"
+            f"**{title}**, {count} mosaics, fitted on {settings['fit']} mosaics. APC of "
+            f"{settings['apc_n']} single inputs (fitted on {settings['apc_fit']}): {apc}."
+            f"\n\n{show(rows)}"
         )
     return "\n\n".join(tables)
 

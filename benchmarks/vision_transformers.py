@@ -1,10 +1,13 @@
-"""Which part of a mosaic a transformer's maps show: MIP-IN beside the methods for transformers.
+"""What a transformer's maps show: MIP-IN beside the methods for transformers.
 
     python benchmarks/vision_transformers.py NETWORK --data FOLDER
 
-Mosaics of n x n test images of CIFAR-10, each recognised alone with a confidence of at least 0.9,
-for the networks ``vit-cifar10`` and ``cct-cifar10`` of ``networks.py`` with the positions of one
-image in each cell. MIP-IN is fitted on mosaics of training images, whatever their classes.
+The networks are ``vit-cifar10`` and ``cct-cifar10`` of ``networks.py``, on test images of CIFAR-10.
+
+**Mosaics** of n x n images, each recognised alone with a confidence of at least 0.9; each cell has
+the positions of one image. MIP-IN is fitted on mosaics of training images, whatever their classes.
+The first half of the mosaics of 2 x 2 is there to choose a reading of MIP-IN by (``READING``), the
+second half is reported.
 
 - *share*: positive attribution in the cell of the class / all positive attribution, after the sum
   over channels or features; chance is 1 / n².
@@ -12,7 +15,10 @@ image in each cell. MIP-IN is fitted on mosaics of training images, whatever the
 - Occlusion, the reference, replaces one cell by the mean of the training images and takes the fall
   of the logit: it shows that the network itself looks at the right cell.
 
-APC (equation 10) is that of single test images, also with the output of another image.
+**Single images**: insertion and deletion (the mean training image in place of what is missing),
+the cosine of the maps for two classes, the correlation with the maps of a network made random
+block after block from the output down, and APC (equation 10), also with the output of another
+image. Given the masks, A is the logit times a map, so that shares do not depend on the output.
 """
 
 import argparse
@@ -23,19 +29,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser_of, show, write
+from common import RESULTS, parser_of, show, write
 from compact_transformers import tiled
-from data import Images, load
+from data import CIFAR10_CLASSES, Images, load
 from networks import trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_mipin import LRP, InverseNetwork, LayerMIPINAttribution, MIPINAttribution
+from captum_mipin.comparison import compare
 from captum_mipin.methods import AttentionRollout, Chefer, GuidedBackprop, LayerPropagation, LeGrad
 from captum_mipin.methods.gradients import Gradient
-from captum_mipin.metrics import Mosaics, completeness, grid_pointing_game, mosaics
+from captum_mipin.metrics import (
+    Mosaics,
+    class_sensitivity,
+    completeness,
+    deletion,
+    grid_pointing_game,
+    insertion,
+    mosaics,
+    randomization,
+)
 
 Method = Callable[[Tensor, Tensor], Tensor]
+#: The reading of MIP-IN that the first halves of the mosaics of all transformers choose.
+READING = "MIP-IN, A × gradient"
+#: The rows of the methods that need no fit.
+PEERS = ("gradient, absolute", "gradient × feature", "Guided Backprop", "LRP-ε", "AttnLRP")
+#: The rows of the methods that are fitted, beside the other readings on the first mosaics.
+FITTED = (READING, "pattern only")
+#: All readings of MIP-IN: the kind, and what it is multiplied by.
+KINDS = ("A", "evidence", "contrast")
+FACTORS = {"": "", " × feature": "features", " × gradient": "gradients"}
+#: Where the network turns an image into tokens, and the first norm behind.
+PLACES = ("input", "blocks.0.norm1", "middle", "last")
 
 
 def scattered(images: Tensor, n: int, count: int) -> Tensor:
@@ -58,42 +85,68 @@ def as_map(values: Tensor, n: int) -> Tensor:
     return grid
 
 
-def methods(
-    model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, pooled: bool
-) -> dict[str, Method]:
-    """Return the methods at a layer, or at the input for None.
+def place_of(network: nn.Module, place: str) -> str:
+    """Return the dotted name of the module at one of ``PLACES``, "" for the input."""
+    depth = len(network.blocks)  # type: ignore[arg-type]
+    names = {"middle": f"blocks.{depth // 2 - 1}.norm2", "last": f"blocks.{depth - 1}.norm2"}
+    return "" if place == "input" else names.get(place, place)
 
-    Args:
-        model: The network.
-        inverse: Its inverse down to the input.
-        layer: The layer.
-        pooled: Whether the network averages its tokens, so that there is evidence for each token.
-    """
+
+def peers(model: nn.Module, layer: nn.Module | None) -> dict[str, Method]:
+    """Return the methods that need no fit, at a layer, or at the input for None."""
 
     def at_place(method: Any) -> Any:
         return (method if layer is None else LayerPropagation(method, layer)).attribute
 
-    def times_features(method: Any, x: Tensor, target: Tensor) -> Tensor:
-        explanation = method.explain(x, target, (), layer)
+    def absolute(x: Tensor, target: Tensor) -> Tensor:
+        maps: Tensor = at_place(Gradient(model))(x, target).abs()
+        return maps
+
+    def times_features(x: Tensor, target: Tensor) -> Tensor:
+        explanation = Gradient(model).explain(x, target, (), layer)
         product: Tensor = explanation.signals[0] * explanation.features[0]
         return product
 
-    found: dict[str, Method] = {
-        "gradient, absolute": lambda x, target: at_place(Gradient(model))(x, target).abs(),
-        "gradient × feature": partial(times_features, Gradient(model)),
+    return {
+        "gradient, absolute": absolute,
+        "gradient × feature": times_features,
         "Guided Backprop": at_place(GuidedBackprop(model)),
         "LRP-ε": at_place(LRP(model)),
         "AttnLRP": at_place(LRP(model, attention="attnlrp")),
     }
+
+
+def for_tokens(model: nn.Module) -> dict[str, Method]:
+    """Return the methods whose maps have one value a token."""
+    named: dict[str, Any] = {
+        "attention rollout": AttentionRollout(model),
+        "Chefer": Chefer(model),
+        "LeGrad": LeGrad(model),
+    }
+    return {name: method.attribute for name, method in named.items()}
+
+
+def readings(
+    model: nn.Module, inverse: InverseNetwork, layer: nn.Module | None, *, pooled: bool
+) -> dict[str, Method]:
+    """Return all readings of MIP-IN at a layer, or at the input for None.
+
+    Args:
+        model: The network.
+        inverse: Its inverse down to the input or the layer.
+        layer: The layer.
+        pooled: Whether the network averages its tokens, so that there is evidence for each token.
+    """
     ours: Any = MIPINAttribution(model, inverse)
     if layer is not None:
         ours = LayerMIPINAttribution(model, inverse, layer)
-    product = f"multiply_by_{'features' if layer else 'inputs'}"
-    times = {"": "", " × feature": product, " × gradient": "multiply_by_gradients"}
-    for kind in ("", "evidence", "contrast")[: 3 if pooled else 1]:
-        for name, option in times.items():
-            options = {key: True for key in (kind, option) if key}
-            found[f"MIP-IN, {kind or 'A'}{name}"] = partial(_reading, ours, options)
+    found: dict[str, Method] = {}
+    for kind in KINDS[: 3 if pooled else 1]:
+        for name, factor in FACTORS.items():
+            factor = "inputs" if factor == "features" and layer is None else factor
+            options = {kind: True} if kind != "A" else {}
+            options |= {f"multiply_by_{factor}": True} if factor else {}
+            found[f"MIP-IN, {kind}{name}"] = partial(_reading, ours, options)
     found["pattern only"] = partial(_reading, ours, {"local": False})
     return found
 
@@ -103,20 +156,35 @@ def _reading(method: Any, options: dict[str, bool], x: Tensor, target: Tensor) -
     return maps
 
 
-def scores(maps: Tensor, grid: Mosaics) -> dict[str, float]:
-    """Return the share with its standard error, and how often the cell has the largest sum."""
-    result = grid_pointing_game(maps, grid)
-    sums = F.adaptive_avg_pool2d(maps, grid.n).flatten(1)
-    n = f"{grid.n}x{grid.n}"
+def controls(like: Tensor) -> dict[str, Tensor]:
+    """Return maps (batch, 1, height, width) that know nothing of the network."""
+    h, w = like.shape[2:]
+    away = [(torch.arange(k) - (k - 1) / 2) / k for k in (h, w)]
+    blob = torch.exp(-8 * (away[0][:, None] ** 2 + away[1] ** 2))
+    draw = torch.Generator().manual_seed(0)
     return {
-        f"{n} share": result.mean,
-        f"{n} error": result.standard_error,
-        f"{n} cell": float((sums.argmax(1) == grid.cells).double().mean()),
+        "random": torch.rand(like.shape, generator=draw),
+        "centre prior": blob.expand(like.shape),
+        "mask only": torch.ones(like.shape),  # no value of a token is 0
+    }
+
+
+def scores(maps: Tensor, grid: Mosaics) -> dict[str, float]:
+    """Return share and cell of the second half of the mosaics, and the share of the first half."""
+    half, n = len(maps) // 2, f"{grid.n}x{grid.n}"
+    result = grid_pointing_game(maps, grid)
+    report = result.values[half:].double()
+    hit = F.adaptive_avg_pool2d(maps, grid.n).flatten(1).argmax(1) == grid.cells
+    return {
+        f"{n} share": float(report.mean()),
+        f"{n} error": float(report.std() / len(report) ** 0.5),
+        f"{n} cell": float(hit[half:].double().mean()),
+        f"{n} share, first half": float(result.values[:half].mean()),
     }
 
 
 def occlusion(model: nn.Module, grid: Mosaics, mean: Tensor) -> Tensor:
-    """Return the fall of the logit for each cell that is replaced by ``mean`` (3,), as a map."""
+    """Return the fall of the logit for each cell that is replaced by ``mean`` (3, 1, 1)."""
     with torch.no_grad():
         logit = model(grid.x).gather(1, grid.targets[:, None])[:, 0]
         falls = []
@@ -124,13 +192,23 @@ def occlusion(model: nn.Module, grid: Mosaics, mean: Tensor) -> Tensor:
             row, column = divmod(cell, grid.n)
             x = grid.x.clone()
             place = x[:, :, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
-            place.copy_(mean[:, None, None].expand_as(place))
+            place.copy_(mean.expand_as(place))
             falls.append(logit - model(x).gather(1, grid.targets[:, None])[:, 0])
     result: Tensor = torch.stack(falls, 1).unflatten(1, (1, grid.n, grid.n))
     return result
 
 
-def measure(network: nn.Module, images: Images, n: int, options: argparse.Namespace) -> Any:
+Table = dict[tuple[str, str], dict[str, float]]
+#: What the picture shows: (place, method).
+SHOWN = (
+    ("tokens", "LeGrad"),
+    ("blocks.0.norm1", "gradient × feature"),
+    ("blocks.0.norm1", "AttnLRP"),
+    ("blocks.0.norm1", READING),
+)
+
+
+def on_mosaics(network: nn.Module, images: Images, n: int, options: argparse.Namespace) -> Table:
     """Return (place, method) → scores on mosaics of n x n images."""
     draw, model = torch.Generator().manual_seed(n), tiled(network, n).eval()  # type: ignore[arg-type]
     grid = mosaics(
@@ -139,30 +217,97 @@ def measure(network: nn.Module, images: Images, n: int, options: argparse.Namesp
     inverse = InverseNetwork(model).fit(
         scattered(images.train, n, options.fit), batch_size=25, progress=False
     )
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    found["cells", "occlusion"] = scores(
-        occlusion(model, grid, images.train[:5000].mean((0, 2, 3))), grid
-    )
-    tokens: dict[str, Any] = {
-        "attention rollout": AttentionRollout(model),
-        "Chefer": Chefer(model),
-        "LeGrad": LeGrad(model),
-    }
-    places: dict[tuple[str, str], Method] = {
-        ("tokens", name): method.attribute for name, method in tokens.items()
-    }
-    depth = len(network.blocks)  # type: ignore[arg-type]
-    middle, last = f"blocks.{depth // 2 - 1}.norm2", f"blocks.{depth - 1}.norm2"
-    for place in ("input", "blocks.0.norm1", middle, last):
-        layer = None if place == "input" else model.get_submodule(place)
-        for name, method in methods(model, inverse, layer, network.pool is not None).items():
-            places[place, name] = method
-    for key, method in places.items():
+    found: Table = {("cells", "occlusion"): scores(occlusion(model, grid, _mean(images)), grid)}
+    methods = {("tokens", name): method for name, method in for_tokens(model).items()}
+    for place in PLACES:
+        path = place_of(network, place)
+        layer = model.get_submodule(path) if path else None
+        ours = readings(model, inverse, layer, pooled=network.pool is not None)
+        if n > 2:  # the reading is chosen by then
+            ours = {name: ours[name] for name in FITTED}
+        methods |= {(place, key): f for key, f in {**peers(model, layer), **ours}.items()}
+    shown = {}
+    for key, method in methods.items():
         parts = zip(grid.x.split(20), grid.targets.split(20), strict=True)
         maps = torch.cat([as_map(method(x, target).detach(), n) for x, target in parts])
         found[key] = scores(maps, grid)
+        if key in SHOWN:
+            shown[", ".join(key)] = maps
         print(*key, found[key], file=sys.stderr, flush=True)
+        if key[1] == "LeGrad":
+            found |= {("tokens", name): scores(m, grid) for name, m in controls(maps).items()}
+    if n == 2:
+        picture(options.network, model, grid, shown)
     return found
+
+
+def picture(name: str, model: nn.Module, grid: Mosaics, maps: dict[str, Tensor]) -> None:
+    """Draw the first mosaics of the second half with maps, in results/transformers-<name>.jpg."""
+    chosen = slice(len(grid.x) // 2, len(grid.x) // 2 + 4)
+    x, targets = grid.x[chosen], grid.targets[chosen]
+    found = compare(
+        {label: shown[chosen] for label, shown in maps.items()}, x, targets, model=model,
+        metrics=[], controls=False, titles=[CIFAR10_CLASSES[k] for k in targets], progress=False,
+    )  # fmt: skip
+    found.figure().savefig(RESULTS / f"transformers-{name}.jpg", dpi=80)
+
+
+def _mean(images: Images) -> Tensor:
+    return images.train[:5000].mean((0, 2, 3))[:, None, None]
+
+
+def on_images(network: nn.Module, images: Images, count: int) -> Table:
+    """Return (place, method) → measures on single images that the network recognises."""
+    fit, pooled = images.train[:500], network.pool is not None
+    right = network(images.test[:1000]).argmax(1) == images.test_labels[:1000]
+    x, labels = (part[:1000][right][:count] for part in (images.test, images.test_labels))
+    inverse = InverseNetwork(network).fit(fit, batch_size=100, progress=False)
+    found: Table = {}
+
+    def named(place: str, name: str, model: nn.Module, kept: InverseNetwork | None = None) -> Any:
+        """Return the method of a network, fitted to it unless there is an inverse."""
+        path = place_of(model, place) if place != "tokens" else ""
+        layer = model.get_submodule(path) if path else None
+        if place == "tokens":
+            method = for_tokens(model)[name]
+        elif name in PEERS:
+            method = peers(model, layer)[name]
+        else:
+            own = kept or InverseNetwork(model).fit(fit[:200], batch_size=100, progress=False)
+            method = readings(model, own, layer, pooled=pooled)[name]
+        return lambda x, target: as_map(method(x, torch.as_tensor(target)).detach(), 1)
+
+    tokens = [("tokens", name) for name in for_tokens(network)]
+    asked = [*tokens, *((place, name) for place in PLACES for name in (*PEERS, *FITTED))]
+    stages = [name for name, _ in reversed(list(network.named_children())) if name != "blocks"]
+    depth = len(network.blocks)  # type: ignore[arg-type]
+    stages[-1:-1] = [f"blocks.{i}" for i in reversed(range(depth))]
+    for place, name in asked:
+        method = named(place, name, network, inverse)
+        maps = method(x, labels)
+        found[place, name] = _replaced(maps, network, images, x, labels)
+        apart = class_sensitivity(method, x, labels, model=network).parts["cosine"]
+        found[place, name]["class cosine"] = apart.mean
+        if place in ("tokens", *PLACES[:2]):
+            found[place, name]["random weights"] = randomization(
+                method, x[:20], labels[:20], model=network, layers=stages,
+                refit=partial(named, place, name),
+            ).mean  # fmt: skip
+        print(place, name, found[place, name], file=sys.stderr, flush=True)
+    for name, control in controls(x).items():
+        found["tokens", name] = _replaced(control, network, images, x, labels)
+    return found
+
+
+def _replaced(
+    maps: Tensor, network: nn.Module, images: Images, x: Tensor, labels: Tensor
+) -> dict[str, float]:
+    """Return insertion and deletion of maps, with the mean training image in place of pixels."""
+    options: Any = {"model": network, "baseline": _mean(images), "steps": 16}
+    return {
+        "insertion": insertion(maps, x, labels, **options).mean,
+        "deletion": deletion(maps, x, labels, **options).mean,
+    }
 
 
 def main() -> None:
@@ -171,21 +316,27 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the CIFAR-10 sheets")
     parser.add_argument("--mosaics", type=int, default=200)
     parser.add_argument("--fit", type=int, default=60, help="mosaics to fit on")
+    parser.add_argument("--images", type=int, default=50, help="single images to explain")
     options = parser.parse_args()
     images = load("cifar10", options.data)
     network = trained(options.network, images)
-    by_size = [measure(network, images, n, options) for n in (2, 3)]
-    rows = [
-        {"place": place, "method": method, **by_size[0][place, method], **by_size[1][place, method]}
-        for place, method in by_size[0]
-    ]
+    found = on_mosaics(network, images, 2, options)
+    for table in (
+        on_mosaics(network, images, 3, options),
+        on_images(network, images, options.images),
+    ):
+        for key, row in table.items():
+            found.setdefault(key, {}).update(row)
+    rows = [{"place": key[0], "method": key[1], **row} for key, row in found.items()]
     x, labels = images.test[:500], images.test_labels[:500]
     single = InverseNetwork(network).fit(images.train[:500], batch_size=100, progress=False)
     apc = completeness(MIPINAttribution(network, single), x, labels)
     write(
         f"transformers-{options.network}", rows, data="CIFAR-10", split="test",
-        mosaics=options.mosaics, fit=options.fit, target="the class of the cell", confidence=0.9,
-        reduction="sum over channels or features, then ReLU",
+        mosaics=options.mosaics, reported=options.mosaics - options.mosaics // 2, fit=options.fit,
+        target="the class of the cell; of single images the label, which is predicted",
+        confidence=0.9, reduction="sum over channels or features, then ReLU",
+        images=options.images, reading=READING,
         apc={"S": apc.mean, **{name: part.mean for name, part in apc.parts.items()}},
         apc_n=500, apc_fit=500,
     )  # fmt: skip
