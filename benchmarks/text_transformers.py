@@ -25,11 +25,21 @@ from common import RESULTS, parser_of, show, write
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vision_transformers import FITTED, PEERS, READING, Method, Table, for_tokens, peers, readings
+from vision_transformers import (
+    FITTED,
+    PEERS,
+    READING,
+    Method,
+    Singles,
+    Table,
+    for_tokens,
+    peers,
+    readings,
+)
 
 from captum_mipin import InverseNetwork, MIPINAttribution
 from captum_mipin.comparison.drawing import draw_tokens
-from captum_mipin.metrics import class_sensitivity, completeness, deletion, insertion, randomization
+from captum_mipin.metrics import completeness
 
 LIBRARIES = ("torch", "sklearn", "numpy", "sympy")
 #: Tokens of a passage, without [CLS] and [SEP].
@@ -296,33 +306,22 @@ def on_passages(model: Reader, known: Tensor, x: Tensor, labels: Tensor, mask: i
     found: Table = {}
     tokens = [("tokens", name) for name in for_tokens(model)]
     stages = ["head", *(f"bert.encoder.layer.{i}" for i in reversed(range(6))), "bert.embeddings"]
+    single = Singles(model, x, labels, {"baseline": mask, "step": 2}, stages, _special_last)
     for place, name in [*tokens, *((p, m) for p in PLACES for m in (*PEERS, *FITTED))]:
-        method = named(place, name, model, inverse)
-        found[place, name] = _replaced(method(x, labels), model, x, labels, mask)
-        apart = class_sensitivity(method, x, labels, model=model).parts["cosine"]
-        found[place, name]["class cosine"] = apart.mean
-        if place in ("tokens", "embeddings") and name not in FITTED:
-            found[place, name]["random weights"] = randomization(
-                method, x[:20], labels[:20], model=model, layers=stages,
-                refit=partial(named, place, name),
-            ).mean  # fmt: skip
+        anew = place in ("tokens", "embeddings") and name not in FITTED
+        refit = partial(named, place, name) if anew else None
+        found[place, name] = single.measured(named(place, name, model, inverse), refit)
         print(place, name, found[place, name], file=sys.stderr, flush=True)
     for name, control in controls(x).items():
-        found["tokens", name] = _replaced(control, model, x, labels, mask)
+        found["tokens", name] = single.replaced(control)
     return found
 
 
-def _replaced(
-    maps: Tensor, model: Reader, x: Tensor, labels: Tensor, mask: int
-) -> dict[str, float]:
-    """Return insertion and deletion of maps, with [MASK] in place of tokens; [CLS], [SEP] last."""
+def _special_last(maps: Tensor) -> Tensor:
+    """Return maps in which [CLS] and [SEP] are the coldest, so that they go last."""
     heat = maps.clone()
     heat[:, [0, -1]] = maps.min() - 1
-    options: Any = {"model": model, "baseline": mask, "step": 2}
-    return {
-        "insertion": insertion(heat, x, labels, **options).mean,
-        "deletion": deletion(heat, x, labels, **options).mean,
-    }
+    return heat
 
 
 def _fitted(model: nn.Module, ids: Tensor) -> InverseNetwork:

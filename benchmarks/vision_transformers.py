@@ -24,6 +24,7 @@ image. Given the masks, A is the logit times a map, so that shares do not depend
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,48 @@ def _mean(images: Images) -> Tensor:
     return images.train[:5000].mean((0, 2, 3))[:, None, None]
 
 
+@dataclass(frozen=True)
+class Singles:
+    """Single inputs that a network recognises, and how its maps of them are measured.
+
+    Attributes:
+        model: The network.
+        x: The inputs (N, ...).
+        labels: Their classes (N,).
+        options: Options of insertion and deletion.
+        layers: Names of modules, in the order in which they are made random.
+        heat: Function from maps to the heat that orders what is put in or taken away.
+    """
+
+    model: nn.Module
+    x: Tensor
+    labels: Tensor
+    options: dict[str, Any]
+    layers: list[str]
+    heat: Callable[[Tensor], Tensor] = torch.Tensor.clone
+
+    def replaced(self, maps: Tensor) -> dict[str, float]:
+        """Return insertion and deletion of maps."""
+        heat, about = self.heat(maps), {"model": self.model, **self.options}
+        return {
+            "insertion": insertion(heat, self.x, self.labels, **about).mean,
+            "deletion": deletion(heat, self.x, self.labels, **about).mean,
+        }
+
+    def measured(
+        self, method: Method, refit: Callable[[nn.Module], Method] | None
+    ) -> dict[str, float]:
+        """Return the measures of a method; those of random weights if ``refit`` makes it anew."""
+        x, labels, row = self.x, self.labels, self.replaced(method(self.x, self.labels))
+        apart = class_sensitivity(method, x, labels, model=self.model)
+        row["class cosine"] = apart.parts["cosine"].mean
+        if refit is not None:
+            row["random weights"] = randomization(
+                method, x[:20], labels[:20], model=self.model, layers=self.layers, refit=refit
+            ).mean
+        return row
+
+
 def on_images(network: nn.Module, images: Images, count: int) -> Table:
     """Return (place, method) → measures on single images that the network recognises."""
     fit, pooled = images.train[:500], network.pool is not None
@@ -282,32 +325,14 @@ def on_images(network: nn.Module, images: Images, count: int) -> Table:
     stages = [name for name, _ in reversed(list(network.named_children())) if name != "blocks"]
     depth = len(network.blocks)  # type: ignore[arg-type]
     stages[-1:-1] = [f"blocks.{i}" for i in reversed(range(depth))]
+    single = Singles(network, x, labels, {"baseline": _mean(images), "steps": 16}, stages)
     for place, name in asked:
-        method = named(place, name, network, inverse)
-        maps = method(x, labels)
-        found[place, name] = _replaced(maps, network, images, x, labels)
-        apart = class_sensitivity(method, x, labels, model=network).parts["cosine"]
-        found[place, name]["class cosine"] = apart.mean
-        if place in ("tokens", *PLACES[:2]):
-            found[place, name]["random weights"] = randomization(
-                method, x[:20], labels[:20], model=network, layers=stages,
-                refit=partial(named, place, name),
-            ).mean  # fmt: skip
+        refit = partial(named, place, name) if place in ("tokens", *PLACES[:2]) else None
+        found[place, name] = single.measured(named(place, name, network, inverse), refit)
         print(place, name, found[place, name], file=sys.stderr, flush=True)
     for name, control in controls(x).items():
-        found["tokens", name] = _replaced(control, network, images, x, labels)
+        found["tokens", name] = single.replaced(control)
     return found
-
-
-def _replaced(
-    maps: Tensor, network: nn.Module, images: Images, x: Tensor, labels: Tensor
-) -> dict[str, float]:
-    """Return insertion and deletion of maps, with the mean training image in place of pixels."""
-    options: Any = {"model": network, "baseline": _mean(images), "steps": 16}
-    return {
-        "insertion": insertion(maps, x, labels, **options).mean,
-        "deletion": deletion(maps, x, labels, **options).mean,
-    }
 
 
 def main() -> None:
