@@ -80,8 +80,8 @@ class Trial:
             raise CaptureError(
                 f"the model assigns to the data of {', '.join(map(repr, names))} while it runs, as "
                 "by .data = ..., so that an explanation would depend on earlier calls; expected a "
-                "forward and hooks that change no weight and no buffer: compute the changed one as "
-                "a new tensor and leave .data as it is, or assign it before the explanation"
+                "forward and hooks that change no weight and no buffer: compute the changed value "
+                "as a new tensor, or assign it before the explanation"
             )
 
     def check_weights(self) -> None:
