@@ -137,14 +137,19 @@ def causes(refused: Sequence[CheckRow]) -> list[CheckRow]:
 
 
 def treatments(draft: Draft) -> list[CheckRow]:
-    """Return one row per marked operation with its treatment, in order of execution."""
+    """Return one row per marked operation with its treatment, in order of execution.
+
+    What a rewrite has added, as the conversion of integers, has one only if it is refused.
+    """
     rows = []
     for node in draft.graph.nodes:
         if is_random(node):
             path = place(node).path
             rows.append(CheckRow(path, str(original(node)), "refused", RANDOM))
         elif _is_treated(node):
-            rows.append(_treatment(draft, node))
+            row = _treatment(draft, node)
+            if row.status == "refused" or not marks(node).added:
+                rows.append(row)
     return rows
 
 
@@ -163,7 +168,6 @@ def _is_treated(node: fx.Node) -> bool:
         and (known.signal or known.discrete or known.recorded)
         and any(marks(n).depends for n in node.all_input_nodes)
         and node.target is not operator.getitem
-        and not known.added
     )
 
 

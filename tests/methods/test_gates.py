@@ -229,3 +229,18 @@ def test_normalised_embeddings_equal_captums():
     with pytest.warns(UserWarning):
         expected = CaptumsGuidedBackprop(model).attribute(x.clone(), target=1)
     torch.testing.assert_close(GuidedBackprop(model).attribute(x, 1), expected)
+
+
+@BOTH
+def test_a_number_of_comparisons_is_refused_as_integers_where_it_is_as_floats(method):
+    def refused(kind):
+        def tail(h):
+            k = (h > 0).sum(1, keepdim=True).to(kind)
+            bound = torch.full((), 0.5, dtype=h.dtype)
+            return h * k + (h + k) + h * k.sigmoid() + torch.maximum(k, bound) + h / k
+
+        rows = check(_network(tail), normal(2, 6, dtype=torch.float64), method=method).rows
+        return [row.operation.split(".")[1] for row in rows if row.status == "refused"]
+
+    assert refused(torch.int64) == ["mul", "add", "sigmoid", "maximum"]
+    assert refused(torch.float64) == ["_to_copy"]
