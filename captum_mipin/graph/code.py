@@ -9,11 +9,12 @@ from types import CodeType
 _FUNCTIONS = 4096
 
 
-def _parts(code: CodeType) -> Iterator[CodeType]:
+def code_parts(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of a function, and of the functions that it defines."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _parts(constant)
+            yield from code_parts(constant)
 
 
 @lru_cache(_FUNCTIONS)
@@ -42,15 +43,15 @@ def attribute_names(code: CodeType) -> frozenset[str]:
         >>> sorted(attribute_names((lambda x: getattr(x.data, "ndim")).__code__))
         ['data', 'getattr', 'ndim']
     """
-    names = {name for part in _parts(code) for name in part.co_names}
-    texts = [text for part in _parts(code) for text in part.co_consts if isinstance(text, str)]
+    names = {name for part in code_parts(code) for name in part.co_names}
+    texts = [text for part in code_parts(code) for text in part.co_consts if isinstance(text, str)]
     return frozenset(names | {word for text in texts for word in text.split(".")})
 
 
 def _operands(code: CodeType, operations: tuple[str, ...]) -> frozenset[str]:
     return frozenset(
         str(step.argval)
-        for part in _parts(code)
+        for part in code_parts(code)
         for step in dis.get_instructions(part)
         if step.opname in operations
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from captum_mipin.graph.acting import Function, read
 from captum_mipin.graph.everywhere import give_back, original, replace_here, tables_of_all
 from captum_mipin.graph.kept import Kept, equal, version_of
 from captum_mipin.graph.modules import named_tensors
@@ -158,13 +159,17 @@ class Watch:
         leaves, form = pytree.tree_flatten(handed)
         copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         before, random = self._readable(kept), torch.random.get_rng_state()
-        altered = self._saved.altered()
+        altered, versions = self._saved.altered(), list(map(version_of, leaves))
         result = hook.call(module, *handed)
         present, now = pytree.tree_flatten(handed)
         written = _first_difference(before, self._readable(kept))
         if result is not None and not _is_unchanged(hook, handed, result):
             reason = "returns a value"
-        elif now != form or not all(map(_same, present, copies)):
+        elif (
+            now != form
+            or not all(map(_same, present, copies))
+            or versions != list(map(version_of, present))
+        ):
             reason = "may change what it is handed"
         elif written is not None:
             reason = f"writes to {str(written)!r}, which the model's code may read"
@@ -213,45 +218,23 @@ def _may_act(call: Any, count: int, returns: bool) -> bool:
     """Return True if a hook's code may change what it is handed, for values that were not tried.
 
     A hook without branches acts in each call, or in none. One with branches may return something,
-    or write in place, in some of them. What is written by ``x.data`` is not counted by torch.
+    or write in place, in some of them; so may one that writes by ``x.data`` or NumPy, since torch
+    does not count such writes.
 
     Args:
         call: The hook.
         count: Number of its arguments behind the module; the last one is what it may return.
         returns: Whether it has returned that.
     """
-    bound = 0
-    while isinstance(call, partial):
-        bound, call = bound + len(call.args), call.func
-    method = getattr(call, "__func__", None)
-    code = getattr(method or call, "__code__", None)
-    if code is None:
-        method = type(call).__call__
-        code = getattr(method, "__code__", None)
-    if code is None:
+    function = Function.of(call)
+    if function is None:
         return True
-    bound += method is not None
-    steps = list(dis.get_instructions(code))
-    handed = code.co_varnames[: code.co_argcount]
-    branches = any("JUMP" in step.opname and "IF" in step.opname for step in steps)
-    in_place = any(name.endswith("_") and not name.endswith("__") for name in code.co_names)
-    last = handed[bound + count : bound + count + 1]
-    if (branches or returns) and _returns_something(steps, last[0] if last else None):
+    steps = list(dis.get_instructions(function.call.__code__))
+    last = function.arguments[len(function.bound) + count :][:1]
+    known = read(function)
+    if (known.branches or returns) and _returns_something(steps, last[0] if last else None):
         return True
-    if not branches:
-        return in_place and "data" in code.co_names
-    line, lines = 0, list[int]()
-    for step in steps:
-        starts = getattr(step, "line_number", None) or step.starts_line
-        line = line if starts is None or isinstance(starts, bool) else starts
-        lines.append(line)
-    read = {line for step, line in zip(steps, lines, strict=True) if step.argval in handed}
-    for step, line in zip(steps, lines, strict=True):
-        augmented = step.opname == "BINARY_OP" and step.argrepr.endswith("=")
-        writes = augmented or step.opname.startswith(("INPLACE", "STORE_SUBSCR"))
-        if (writes and line in read) or (step.opname == "STORE_ATTR" and step.argval == "data"):
-            return True
-    return in_place
+    return known.writes and (known.branches or known.uncounted)
 
 
 def _returns_something(steps: list[dis.Instruction], argument: str | None) -> bool:
@@ -266,7 +249,8 @@ def _returns_something(steps: list[dis.Instruction], argument: str | None) -> bo
         from_const = before if step.opname == "RETURN_VALUE" else step  # else it is RETURN_CONST
         nothing = "CONST" in from_const.opname and from_const.argval is None
         whole = before.opname.startswith("LOAD_FAST") and before.argval == argument
-        if not nothing and (not whole or argument is None or step.is_jump_target):
+        alone = step.opname != "RETURN_VALUE" or not step.is_jump_target
+        if not alone or not (nothing or (whole and argument is not None)):
             return True
     return False
 

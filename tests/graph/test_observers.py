@@ -256,6 +256,19 @@ def clips_elsewhere(module: nn.Module, args: Any, y: Tensor) -> Any:
     return clips_or_returns(module, args, y)
 
 
+def clips_without_a_branch(module: nn.Module, args: Any, y: Tensor) -> None:
+    float(y.mean())
+    y.clamp_(-1e6, 1e6)
+
+
+def clips_or_nothing(module: nn.Module, args: Any, y: Tensor) -> Any:
+    return y.clamp(-5, 5) if float(y.abs().max()) > 1e6 else None
+
+
+def clips_by_a_helper(module: nn.Module, args: Any, y: Tensor) -> None:
+    clips_in_place(module, args, y)
+
+
 def weights(module: nn.Module, args: Any, y: Tensor) -> None:
     module.weight.data.mul_(min(1.0, 1e6 / float(y.abs().max())))
 
@@ -276,10 +289,10 @@ def _writers(model: Any) -> dict[str, tuple[Any, str]]:
         "in_place": (in_place, "may change what it is handed"),
         "behind_autograd": (behind_autograd, "may change what it is handed"),
         "clips": (clips, SOMETIMES),
-        "clips_in_place": (
-            clips_in_place,
-            "may act on the model for some values only, by its code",
-        ),
+        "clips_in_place": (clips_in_place, SOMETIMES),
+        "clips_without_a_branch": (clips_without_a_branch, "may change what it is handed"),
+        "clips_or_nothing": (clips_or_nothing, SOMETIMES),
+        "clips_by_a_helper": (clips_by_a_helper, SOMETIMES),
         "clips_entries": (clips_entries, SOMETIMES),
         "clips_or_returns": (clips_or_returns, SOMETIMES),
         "clips_elsewhere": (clips_elsewhere, SOMETIMES),
