@@ -89,7 +89,9 @@ def as_map(values: Tensor, n: int) -> Tensor:
 def place_of(network: nn.Module, place: str) -> str:
     """Return the dotted name of the module at one of ``PLACES``, "" for the input."""
     depth = len(network.blocks)  # type: ignore[arg-type]
-    names = {"middle": f"blocks.{depth // 2 - 1}.norm2", "last": f"blocks.{depth - 1}.norm2"}
+    # Behind the last attention, a network that reads a class token drops all others.
+    last = "norm1" if network.pool is None else "norm2"
+    names = {"middle": f"blocks.{depth // 2 - 1}.norm2", "last": f"blocks.{depth - 1}.{last}"}
     return "" if place == "input" else names.get(place, place)
 
 
