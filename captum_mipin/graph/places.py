@@ -27,7 +27,7 @@ IGNORED = OWN - {
 }  # fmt: skip
 
 #: Packages whose objects are compared as a whole. They do not change what a model computes.
-_OPAQUE = ("logging", "threading", "captum_mipin", "torch.fx", "torch.export")
+_OPAQUE = ("logging", "threading", "captum_mipin", "torch.fx", "torch.export", "torch._ops")
 
 _LIBRARY = sys.stdlib_module_names
 

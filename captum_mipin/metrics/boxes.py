@@ -1,5 +1,6 @@
 """Localization by boxes: how much of a map's heat lies in the box around an object."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -366,12 +367,20 @@ def _expected_share(flat: Tensor, inside: Tensor, n: Tensor) -> tuple[Tensor, Te
 
 def _near(masks: Tensor, tolerance: float) -> Tensor:
     """Return booleans (examples, height, width), True within ``tolerance`` pixels of the mask."""
-    # dilate the mask by a disk of radius ``tolerance``: a pixel is near if a disk around it
-    # overlaps the mask. No distance exceeds 1.5 · the longer side, so that the disk needs no more.
-    reach = int(min(tolerance, max(masks.shape[1:]) * 1.5))
-    offset = torch.arange(-reach, reach + 1)
-    disk = (offset[:, None] ** 2 + offset**2 <= tolerance**2).float()
-    return F.conv2d(masks[:, None].float(), disk[None, None], padding=reach)[:, 0] > 0.5
+    # A pixel is near if a disk around it overlaps the mask. The disk has a row of pixels at each
+    # distance dy, dx = -reach … reach with dx² + dy² ≤ tolerance². Sums over rows are differences
+    # of cumulative sums; a convolution with the disk takes seconds for an image of 448 pixels.
+    height, width = masks.shape[1:]
+    squared = math.floor(min(tolerance, height + width) ** 2)
+    sums = F.pad(masks.cumsum(2), (1, 0))
+    columns, near = torch.arange(width, device=masks.device), torch.zeros_like(masks)
+    for dy in range(min(math.isqrt(squared), height - 1) + 1):
+        reach = math.isqrt(squared - dy**2)
+        after, before = (columns + reach + 1).clamp(max=width), (columns - reach).clamp(min=0)
+        row = sums[:, :, after] > sums[:, :, before]
+        near[:, dy:] |= row[:, : height - dy]
+        near[:, : height - dy] |= row[:, dy:]
+    return near
 
 
 def _heat_ratios(heat: Tensor, inside: Tensor, threshold: float, weighted: bool) -> Tensor:
