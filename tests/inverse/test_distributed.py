@@ -24,8 +24,10 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from captum_mipin import InverseNetwork
 from captum_mipin.methods import Patterns
+from captum_mipin.graph import capture
 from captum_mipin.inverse import fit as fitting
 from captum_mipin.inverse import memory
+from shared_graphs import SharedGraphs
 
 distributed.init_process_group("gloo")
 rank, folder = distributed.get_rank(), sys.argv[1]
@@ -60,6 +62,7 @@ def only_in_the_second(name, instead, module=fitting):  # in the place of a func
 def broken(*arguments):
     raise MemoryError("too large for this machine")
 
+capture.trace = SharedGraphs(capture.trace)  # one capture for all scenarios
 found = {}
 
 def scenario(name, data, count=40, change=lambda model: None, **options):
@@ -171,8 +174,8 @@ def run(tmp_path_factory):
     """What each process found."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "script.py").write_text(SCRIPT)
-    root = str(Path(__file__).parents[2])
-    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    path = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     torchrun = [
         sys.executable,
         "-m",
