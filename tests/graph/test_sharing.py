@@ -527,6 +527,15 @@ def test_all_methods_share_one_capture(traced: list[int]) -> None:
     assert len(traced) == 1
 
 
+def test_operators_fill_caches_of_their_own_which_cost_no_capture(traced: list[int]) -> None:
+    """They do so at their first call: no other test calls these two."""
+    for operator in (torch.ops.aten.rad2deg.default, torch.ops.aten.deg2rad):
+        model = Squares(lambda m, h, called=operator: called(h)).eval()
+        for _ in range(2):
+            capture_module.capture(model, (X,))
+    assert len(traced) == 2
+
+
 def test_methods_that_see_where_gradients_are_off_have_a_graph_of_their_own(
     traced: list[int],
 ) -> None:
