@@ -1,6 +1,5 @@
 """Localization by boxes: how much of a map's heat lies in the box around an object."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -8,14 +7,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from captum_mipin.calls import explained
 from captum_mipin.errors import ChanceWarning, InputError
 from captum_mipin.metrics.case import Case, Method, Options
 from captum_mipin.metrics.examples import check_boxes
-from captum_mipin.metrics.maps import Reduction, heat, hottest_first, resized
+from captum_mipin.metrics.maps import Reduction, dilated, heat, hottest_first, resized
 from captum_mipin.metrics.result import Result, class_numbers, finite_rows
 from captum_mipin.options import check_choice, check_number
 
@@ -186,7 +184,7 @@ def pointing_game(
     if tolerance is None:
         # tolerance = 15 pixels · shorter side / 224 pixels
         tolerance = _PROTOCOL_TOLERANCE * min(masks.shape[1:]) / _PROTOCOL_SIDE
-    hottest, near = heats == heats.amax((1, 2), keepdim=True), _near(masks, tolerance)
+    hottest, near = heats == heats.amax((1, 2), keepdim=True), dilated(masks, tolerance)
     # pointing game = |{hottest pixels} ∩ {pixels near the box}| / |{hottest pixels}|
     values = (hottest & near).sum((1, 2)).double() / hottest.sum((1, 2))
     classes = _classes_of(case) if average == "classes" else None
@@ -363,24 +361,6 @@ def _expected_share(flat: Tensor, inside: Tensor, n: Tensor) -> tuple[Tensor, Te
     # E|hits| = |above ∩ box| + free / |tied| · |tied ∩ box|
     hits = (above & inside).sum(1) + free / tied.sum(1) * (tied & inside).sum(1)
     return hits / n, torch.where(tied.sum(1) > free, free, 0.0) / n
-
-
-def _near(masks: Tensor, tolerance: float) -> Tensor:
-    """Return booleans (examples, height, width), True within ``tolerance`` pixels of the mask."""
-    # A pixel is near if a disk around it overlaps the mask. The disk has a row of pixels at each
-    # distance dy, dx = -reach … reach with dx² + dy² ≤ tolerance². Sums over rows are differences
-    # of cumulative sums; a convolution with the disk takes seconds for an image of 448 pixels.
-    height, width = masks.shape[1:]
-    squared = math.floor(min(tolerance, height + width) ** 2)
-    sums = F.pad(masks.cumsum(2), (1, 0))
-    columns, near = torch.arange(width, device=masks.device), torch.zeros_like(masks)
-    for dy in range(min(math.isqrt(squared), height - 1) + 1):
-        reach = math.isqrt(squared - dy**2)
-        after, before = (columns + reach + 1).clamp(max=width), (columns - reach).clamp(min=0)
-        row = sums[:, :, after] > sums[:, :, before]
-        near[:, dy:] |= row[:, : height - dy]
-        near[:, : height - dy] |= row[:, dy:]
-    return near
 
 
 def _heat_ratios(heat: Tensor, inside: Tensor, threshold: float, weighted: bool) -> Tensor:

@@ -1,5 +1,6 @@
-"""Functions that reduce maps over channels, resize them, and sort their places."""
+"""Functions that reduce maps over channels, resize and dilate them, and sort their places."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -125,3 +126,20 @@ def positions(order: Tensor) -> Tensor:
 def flattened(maps: Iterable[Tensor]) -> Tensor:
     """Return all maps of each example as one row (examples, entries), float64."""
     return torch.cat([m.double().flatten(1) for m in maps], 1)
+
+
+def dilated(masks: Tensor, tolerance: float) -> Tensor:
+    """Return booleans (examples, height, width), True within ``tolerance`` pixels of the mask."""
+    # near: a disk around the pixel overlaps the mask. Its row at a distance dy has the pixels with
+    # dx² + dy² ≤ tolerance²; sums over rows are differences of cumulative sums.
+    height, width = masks.shape[1:]
+    squared = math.floor(min(tolerance, height + width) ** 2)
+    sums = F.pad(masks.cumsum(2), (1, 0))
+    columns, near = torch.arange(width, device=masks.device), torch.zeros_like(masks)
+    for dy in range(min(math.isqrt(squared), height - 1) + 1):
+        reach = math.isqrt(squared - dy**2)
+        after = (columns + reach + 1).clamp(max=width)
+        row = sums[:, :, after] > sums[:, :, (columns - reach).clamp(min=0)]
+        near[:, dy:] |= row[:, : height - dy]
+        near[:, : height - dy] |= row[:, dy:]
+    return near
