@@ -295,7 +295,8 @@ class Fit:
         rows = self._regressed_rows(key, inverter, x) if alone else None
         settings = self._request.settings
         whole = settings.ridge == 0 or self._drawn(inverter, x) is not None
-        return Plan.of(inverter, rows, settings.solver == "sgd", whole=whole)
+        sgd, width = settings.solver == "sgd", x.element_size()
+        return Plan.of(inverter, rows, sgd, whole=whole, width=width)
 
     def _regressed_rows(self, key: str, inverter: Inverter, x: Tensor) -> int:
         """Return the number of rows of a step's regression; ``x`` has the features of a batch."""

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from captum_mipin.errors import FitError
-from captum_mipin.regression.dual import bytes_by_rows
+from captum_mipin.regression.dual import bytes_by_rows, bytes_of_table
 from captum_mipin.regression.moments import Moments
 from captum_mipin.regression.ridge import solving_bytes
 from captum_mipin.rules import Inverter
@@ -43,7 +43,9 @@ class Plan(NamedTuple):
     batch: int = 0
 
     @classmethod
-    def of(cls, inverter: Inverter, rows: int | None, sgd: bool, *, whole: bool = False) -> "Plan":
+    def of(
+        cls, inverter: Inverter, rows: int | None, sgd: bool, *, whole: bool = False, width: int = 4
+    ) -> "Plan":
         """Return the plan of a step.
 
         Args:
@@ -52,6 +54,7 @@ class Plan(NamedTuple):
             sgd: True to fit single convolutions by gradient descent.
             whole: True for one Gram matrix of all signals, as the pseudo-inverse without λ and
                 drawn positions need it; False for one of each part, if there are parts.
+            width: Bytes of one number of the data.
         """
         _, features, signals, own = inverter.size
         descends = isinstance(inverter, Convolution) and inverter.plain
@@ -65,10 +68,21 @@ class Plan(NamedTuple):
             and isinstance(inverter, (Dense, Convolution))
             and inverter.by_rows(rows)
         ):
-            stored, further = bytes_by_rows(rows, features * (1 + own), signals)
+            table = own > 0 or isinstance(inverter, Convolution)
+            count = bytes_of_table if table else bytes_by_rows
+            stored, further = count(rows, features * (1 + own), signals, width)
             return cls("rows", stored, further, *ways)
         size = *inverter.size, () if whole else inverter.blocks
         return cls("moments", Moments.bytes_needed(*size), solving_bytes(*size), *ways)
+
+    def needed(self, classes: int = 1) -> int:
+        """Return the bytes that the fit of some classes takes at its peak.
+
+        Regressions are solved when no batch is at hand. The moments of a batch are added to those
+        of the batches before.
+        """
+        one = self.stored if self.solver == "moments" else 0
+        return classes * self.stored + max(self.further, self.batch + one)
 
     def classes(self, memory: int) -> int:
         """Return the number of classes, at least 1, that ``memory`` bytes can store together."""
@@ -90,8 +104,7 @@ def check_memory(
     free = free_memory(device)
     large = {}
     for key, plan in plans.items():
-        needed = min(classes, plan.classes(memory)) * plan.stored + plan.further
-        needed += plan.batch + values
+        needed = plan.needed(min(classes, plan.classes(memory))) + values
         if needed > free:
             large[key] = f"  {key}: {_shown(needed)}, for {plan.signals:,} signals"
     if not large:
@@ -104,8 +117,7 @@ def check_memory(
     thins = [key for key in large if plans[key].thins]
     if thins:
         ways.append(f"fit {', '.join(thins)} on fewer places of each map, with positions=")
-    least = [plans[key].stored + plans[key].further + plans[key].batch for key in large]
-    if any(needed <= free for needed in least):
+    if any(plans[key].needed() <= free for key in large):
         ways.append("lower memory=, so that fewer classes are fitted and values kept at a time")
     if any(2 * plans[key].batch > free for key in large):
         ways.append("pass smaller batches, with batch_size= or a loader of such batches")

@@ -15,10 +15,12 @@ from captum_mipin.inverse.trace import Trace
 from captum_mipin.propagation.runtime import Inverses, Run, Seen
 from captum_mipin.regression.lag_gram import CHUNK
 from captum_mipin.rules import Options
+from captum_mipin.rules.linear import Dense
 from captum_mipin.types import Extras, Inputs, Target
 
-#: Number of copies of a batch's values at a step that its moments take, as measured.
-COPIES = 4
+#: Number of copies of a batch's values at a step that its moments take, as measured, and at a
+#: dense layer, which has neither patches nor Fourier transforms.
+COPIES, DENSE_COPIES = 4, 2
 
 
 class Passes:
@@ -154,7 +156,8 @@ class Passes:
             rows = max(rows, min(self.rows, CHUNK // 4 // size))
         values = sum(t.nbytes for t in (seen.x, *seen.outputs)) * rows // examples
         # signals, the same centred, in another order or dtype, and their Fourier transforms
-        return COPIES * values * (2 if self._request.settings.double else 1)
+        copies = DENSE_COPIES if isinstance(seen.inverter, Dense) else COPIES
+        return copies * values * (2 if self._request.settings.double else 1)
 
     def example(self, keys: Sequence[str] = ()) -> Trace:
         """Return the forward pass of one example, for a process without data."""

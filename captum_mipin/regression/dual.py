@@ -94,13 +94,31 @@ class RowSolution:
     condition: float
 
 
-def bytes_by_rows(rows: int, features: int, signals: int) -> tuple[int, int]:
-    """Return the bytes of the rows in float64, and of what :func:`solve_rows` allocates for them.
+def bytes_by_rows(rows: int, features: int, signals: int, width: int) -> tuple[int, int]:
+    """Return the bytes of the rows of signals, and of what :func:`solve_rows` takes in addition.
 
-    Both are upper bounds. The second counts copies of the rows of signals and their Gram matrix.
+    Args:
+        rows: Number of rows.
+        features: Number of features.
+        signals: Number of signals.
+        width: Bytes of one number of the rows.
     """
-    stored = 8 * rows * signals
-    return stored, 5 * stored + 6 * 8 * rows * (rows + features)
+    stored = width * rows * signals
+    # signals: joined, without those that are always 0; in float64: centred, beside S Sᵀ, and
+    # solved. Features: joined, centred, and once more on the way. Eight matrices of rows.
+    return stored, 2 * stored + 8 * rows * (3 * signals + 8 * rows) + 3 * width * rows * features
+
+
+def bytes_of_table(rows: int, features: int, signals: int, width: int) -> tuple[int, int]:
+    """Return the bytes of the rows of signals, and of what :func:`solve_table` takes in addition.
+
+    See :func:`bytes_by_rows` for the arguments; ``features`` counts own signals as well.
+    """
+    stored = width * rows * signals
+    # signals: joined; in float64: centred, and on the way. Six copies of the features, five
+    # matrices of rows, and the weights.
+    further = stored + 8 * (rows * (2 * signals + 6 * features + 5 * rows) + features * signals)
+    return stored, further
 
 
 def solve_rows(
