@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from captum_mipin.errors import CaptureError
+from captum_mipin.graph.exporting import FixedBatchError
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.nodes import is_random, is_size, operation, place
 from captum_mipin.graph.signature import per_example
@@ -75,6 +76,39 @@ def fault(trial: Trial, inputs: Inputs, extras: Extras) -> Fault | None:
         if known:
             found.append(_fault(trial, examples, known))
     return None if None in found else next(iter(found), None)
+
+
+def check_one(
+    trial: Trial,
+    call: tuple[Inputs, Extras, bool],
+    run: Callable[[Inputs, Extras], Tensor],
+) -> None:
+    """Raise FixedBatchError if a model computes something else for a batch of one example.
+
+    If it computes the same, two calls of the model do not differ either: all that is no operation
+    on tensors, such as a number of NumPy, is a constant of the graph.
+
+    Args:
+        trial: The model.
+        call: Inputs, further arguments, and whether examples share these.
+        run: Function that runs the graph for such a call: inputs and further arguments → output.
+    """
+    count, example, expected = len(call[0]), examples_like(*call)[0], trial.alone
+    if expected is None:  # the model takes no single example
+        return
+    try:
+        device = expected.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)  # as for trial.run
+            found = run(example[:count], example[count:])
+    except Exception:  # of any type: the graph takes no single example
+        trial.check_repeats(example)
+        return
+    if found.numel() != expected.numel() or not close(found, expected.reshape(found.shape)):
+        raise FixedBatchError(
+            "the model computes something else for a batch of one example; expected the same "
+            "operations for all batch sizes: remove conditions on x.shape[0]"
+        )
 
 
 def check_alone(

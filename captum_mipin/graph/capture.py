@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError
-from captum_mipin.graph.alone import check_alone
+from captum_mipin.graph.alone import check_alone, check_one
 from captum_mipin.graph.diagnosis import failure
 from captum_mipin.graph.exporting import (
     FixedBatchError,
@@ -122,6 +122,7 @@ def capture(
     explained: bool = True,
     detached: bool = False,
     mixes: Callable[[CapturedGraph], bool] | None = None,
+    counts: Callable[[CapturedGraph], bool] | None = None,
 ) -> CapturedGraph:
     """Capture ``model`` as a graph for inputs of these shapes and any batch size.
 
@@ -139,6 +140,8 @@ def capture(
             If False, the graph does not show where gradients were switched off.
         mixes: Function that tells of a graph if its examples seem to depend on each other. If calls
             of the model show that they do not, the model is captured for one example.
+        counts: Function that tells of a graph if it uses the number of examples as a value. Then it
+            is returned in place of one that was made for one example, where the number is 1.
 
     Raises:
         CaptureError: ``torch.export`` cannot follow the model, or its output is not one tensor.
@@ -154,17 +157,30 @@ def capture(
     # a batch of any other size may get the graph, also one whose size is that of an argument
     shared = shared or not any(per_example(inputs, extras, shared)[len(inputs) :])
 
-    def make() -> CapturedGraph:
-        check_exportable(model)
-        call = model, inputs, extras, shared
-        graph = trace(*call, output=output, detached=detached)
-        if mixes is not None and not graph.single and mixes(graph):
-            with suppress(CaptureError):  # it does mix them: the operation is refused by its name
-                return trace(*call, output=output, detached=detached, single=True)
-        return graph
-
     check_model(model)
-    graph: CapturedGraph = share(model, (inputs, extras, shared), output, detached, make)
+    call, options = (inputs, extras, shared), {"output": output, "detached": detached}
+    make = partial(_capture_as_told, model, call, options, mixes, counts)
+    graph: CapturedGraph = share(model, call, output, detached, make)
+    return graph
+
+
+def _capture_as_told(
+    model: nn.Module,
+    call: _Call,
+    options: dict[str, Any],
+    mixes: Callable[[CapturedGraph], bool] | None,
+    counts: Callable[[CapturedGraph], bool] | None,
+) -> CapturedGraph:
+    """Return the graph of a model, or another one of it, as two functions tell of it."""
+    check_exportable(model)
+    graph = trace(model, *call, **options)
+    if mixes is not None and not graph.single and mixes(graph):
+        with suppress(CaptureError):  # it does mix them: the operation is refused by its name
+            return trace(model, *call, **options, single=True)
+    elif counts is not None and graph.single:
+        with suppress(CaptureError):
+            free = trace(model, *call, **options, lengths=True)
+            return free if counts(free) else graph
     return graph
 
 
@@ -178,15 +194,19 @@ def trace(
     output: Output,
     detached: bool,
     single: bool = False,
+    lengths: bool = False,
 ) -> CapturedGraph:
     """Export a checked model for checked inputs; see :func:`capture` for the arguments.
 
-    With ``single``, the graph is made from that for one example.
+    With ``single``, the graph is made from that for one example. With ``lengths``, ``len(x)`` is
+    free in it; a model without ``len`` is refused.
 
     All graphs of this package are made by calls of ``captum_mipin.graph.capture.trace``. Replace
     this one name to share graphs between models, as the tests do.
     """
     trial, call = Trial(model, output), (inputs, extras, shared)
+    if lengths and not trial.counts_lengths:
+        raise CaptureError("the model's code does not call len")
     example = examples_like(*call)[0]
     trial.check_iterators()  # a call would advance those that nothing can stand for
     trial.dequantise(example)
@@ -198,10 +218,13 @@ def trace(
         if single:
             refusal = FixedBatchError("the examples of a batch seem to depend on each other")
             graph = _capture_one(trial, call, detached, refusal)
+        elif lengths:
+            with trial.free_lengths():
+                graph = _capture_any(trial, call, detached)
         else:
             graph = _capture(trial, call, detached)
     except CaptureError as refusal:
-        if single:
+        if single or lengths:
             raise
         graph = _capture_without_hooks(trial, call, detached, refusal)
     finally:
@@ -218,7 +241,7 @@ def _capture(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
         trial.check_repeats(examples_like(*call)[0])
         if not isinstance(error, FixedBatchError):
             raise
-        if trial.counts_states:
+        if trial.is_recurrent and trial.counts_lengths:
             with trial.free_lengths(), suppress(CaptureError):
                 graph = _capture_any(trial, call, detached)
                 if trial.runs_recurrent(graph.graph):
@@ -288,34 +311,9 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
     check_sizes(program)
     check_registered(program, trial.twin)
     captured = _from_program(program, graph, len(call[0]), call[2], switches)
-    _check_one(trial, call, captured)
+    check_one(trial, call, lambda *one: captured.run(captured.values(trial.twin, *one)))
     check_alone(trial, call, graph, partial(captured.values, trial.twin))
     return captured
-
-
-def _check_one(trial: Trial, call: _Call, captured: CapturedGraph) -> None:
-    """Raise FixedBatchError if a model computes something else for a batch of one example.
-
-    If it computes the same, two calls of the model do not differ either: all that is no operation
-    on tensors, such as a number of NumPy, is a constant of the graph.
-    """
-    count, example, expected = len(call[0]), examples_like(*call)[0], trial.alone
-    if expected is None:  # the model takes no single example
-        return
-    try:
-        device = expected.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(0)  # as for trial.run
-            values = captured.values(trial.twin, example[:count], example[count:])
-            found = captured.run(values)
-    except Exception:  # of any type: the graph takes no single example
-        trial.check_repeats(example)
-        return
-    if found.numel() != expected.numel() or not close(found, expected.reshape(found.shape)):
-        raise FixedBatchError(
-            "the model computes something else for a batch of one example; expected the same "
-            "operations for all batch sizes: remove conditions on x.shape[0]"
-        )
 
 
 def _capture_one(

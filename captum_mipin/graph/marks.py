@@ -37,6 +37,8 @@ class Marks:
             is only used as a gate, condition or attention weight.
         discrete: Whether the value would get a signal if its dtype were floating.
         layout: Position of the examples within the value.
+        beside: Whether the value is computed from the further arguments of each example, but not
+            from the explained tensors.
         mixes: The reason why examples of a batch influence each other here; empty if they do not.
         channels: The dimension of the channels; None if the value has a single channel.
         joined: Whether the node is part of an average that is inverted together with the dense
@@ -55,6 +57,7 @@ class Marks:
     recorded: bool = False
     discrete: bool = False
     layout: Layout = field(default_factory=Layout)
+    beside: bool = False
     mixes: str = ""
     channels: int | None = None
     joined: bool = False

@@ -209,10 +209,14 @@ class Trial:
                     del scope["len"]
 
     @property
-    def counts_states(self) -> bool:
-        """Return True for models that may make recurrent states of the size ``len(x)``."""
-        recurrent = any(isinstance(module, _RECURRENT) for module in self.twin.modules())
-        return recurrent and bool(self._kept.counting)
+    def counts_lengths(self) -> bool:
+        """Return True for models whose code calls ``len``."""
+        return bool(self._kept.counting)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Return True for models with recurrent layers, whose states may have the size len(x)."""
+        return any(isinstance(module, _RECURRENT) for module in self.twin.modules())
 
     def runs_recurrent(self, graph: fx.Graph) -> bool:
         """Return True if a recurrent layer ran while a graph of the model was traced."""

@@ -52,7 +52,7 @@ _ALONG_DIMS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ("index_select", "gather", "scatter", "scatter_add", "scatter_reduce", "index_add",
          "index_copy", "index_fill", "amin", "cumsum", "cummax", "cummin", "max.dim", "min.dim",
-         "median.dim", "nanmedian.dim"),
+         "median.dim", "nanmedian.dim", "cumprod", "logcumsumexp", "prod", "logsumexp"),
         (1, "dim"),
     ),
     **dict.fromkeys(("topk", "kthvalue"), (2, "dim", -1)),
@@ -138,7 +138,7 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
     value = _tensor(node)
     folded = folded_batch(value, batch) if isinstance(value, Tensor) else None
     if folded is None:
-        if any(marks(n).mixes for n in node.all_input_nodes if marks(n).depends):
+        if any(marks(n).mixes for n in node.all_input_nodes if _has_examples(n)):
             return FOLLOWS
         shape = shape_text(value, batch) if isinstance(value, Tensor) else value
         return (
@@ -151,7 +151,7 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
         return stacked if stacked.outer * stacked.inner == count else ALONG
     layouts = set[Layout]()
     for source in node.all_input_nodes:
-        if not marks(source).depends or marks(source).mixes:
+        if not _has_examples(source) or marks(source).mixes:
             continue  # an argument that mixes examples is refused at its own operation
         x, at = _tensor(source), marks(source).layout
         outer, inner = at.outer, at.inner
@@ -161,7 +161,7 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
             outer = _quotient(outer * prod(x.shape[: at.dim]), prod(value.shape[:dim]))
             inner = _quotient(inner * prod(x.shape[at.dim + 1 :]), prod(value.shape[dim + 1 :]))
         layout = Layout(dim, outer, inner)
-        if outer * inner != count or _works_along(node, source, layout):
+        if outer * inner != count or works_along(node, source, layout):
             return _CHOSEN if operation(node) in ("index", "index_select", "gather") else ALONG
         if dim != at.dim and not _is_known(node):
             return (
@@ -185,18 +185,18 @@ def _stacked(node: fx.Node, batch: str) -> Layout | None:
     operations.
     """
     first: Any = node.args[0] if node.args else None
-    if operation(node) == "repeat_interleave" and marks(first).depends and not marks(first).mixes:
+    if operation(node) == "repeat_interleave" and _has_examples(first) and not marks(first).mixes:
         at, (copies, along) = marks(first).layout, (node.args[1], argument(node, 2, "dim"))
         if isinstance(copies, int) and along is not None and along % value_of(node).ndim == at.dim:
             return Layout(at.dim, at.outer, at.inner * copies)
     if operation(node) == "cat" and len(first) > 1:
         known, along = [marks(part) for part in first], argument(node, 1, "dim", 0)
         same = {(one.layout.dim, one.layout.inner) for one in known}
-        if all(one.depends and not one.mixes for one in known) and len(same) == 1:
+        if all((one.depends or one.beside) and not one.mixes for one in known) and len(same) == 1:
             ((dim, inner),) = same
             if along % value_of(node).ndim == dim:
                 return Layout(dim, sum(one.layout.outer for one in known), inner)
-    if operation(node) in _PARTS and marks(first).depends and not marks(first).mixes:
+    if operation(node) in _PARTS and _has_examples(first) and not marks(first).mixes:
         at, parts = marks(first).layout, value_of(node)
         along = argument(node, 2, "dim", 0) % parts[0].ndim
         folded = folded_batch(parts[0], batch)
@@ -204,6 +204,11 @@ def _stacked(node: fx.Node, batch: str) -> Layout | None:
             outer, rest = divmod(folded[1], at.inner)
             return Layout(along, outer, at.inner) if rest == 0 else None
     return None
+
+
+def _has_examples(node: fx.Node) -> bool:
+    """Return True for a value that may differ from example to example."""
+    return marks(node).depends or marks(node).beside
 
 
 def _tensor(node: fx.Node) -> Any:
@@ -217,7 +222,7 @@ def _quotient(above: int, below: int) -> int:
     return above // below if above % below == 0 else 0
 
 
-def _works_along(node: fx.Node, source: fx.Node, layout: Layout) -> bool:
+def works_along(node: fx.Node, source: fx.Node, layout: Layout) -> bool:
     """Return True if an operation computes along the dimension of the examples.
 
     Args:

@@ -27,10 +27,11 @@ from captum_mipin.graph.signature import Signature, plain
 from captum_mipin.graph.state import State
 from captum_mipin.graph.trials import Trial
 from captum_mipin.propagation.batch_layout import ALONG, lay_out_batch
+from captum_mipin.propagation.beside import BATCH_SIZE, lay_out_beside
 from captum_mipin.propagation.final import warn_of_result
 from captum_mipin.propagation.marking import drop_unused, mark_signal, mark_varying
 from captum_mipin.propagation.passes import draft
-from captum_mipin.propagation.treatments import BATCH_SIZE, RANDOM, listed, uses_batch_size
+from captum_mipin.propagation.treatments import RANDOM, listed, uses_batch_size
 from captum_mipin.report import CheckRow
 from captum_mipin.rules import Passes, Rule
 from captum_mipin.rules.base import is_floating
@@ -51,7 +52,7 @@ _MOVES = REARRANGED | {
     "repeat", "movedim", "embedding_bag",
 }  # fmt: skip
 
-_PASSES = (mark_varying, drop_unused, mark_signal, lay_out_batch)
+_PASSES = (mark_varying, drop_unused, mark_signal, lay_out_beside, lay_out_batch)
 
 _WAY_OUT = (
     "Expected a model that computes each example alone, and the same in each call: give batch "
@@ -152,7 +153,8 @@ def capture_apart(
 
     See :func:`captum_mipin.graph.capture.capture` for the arguments.
     """
-    return capture(model, inputs, extras, shared, mixes=_seems_to_mix, **options)
+    told: dict[str, Any] = {"mixes": _seems_to_mix, "counts": _counts_examples}
+    return capture(model, inputs, extras, shared, **told, **options)
 
 
 def _seems_to_mix(captured: CapturedGraph) -> bool:
@@ -163,6 +165,15 @@ def _seems_to_mix(captured: CapturedGraph) -> bool:
         return False
     dependent = [(node, reason) for node in nodes if (reason := _dependence(node))]
     return bool(dependent) and _may_seem(dependent)
+
+
+def _counts_examples(captured: CapturedGraph) -> bool:
+    """Return True if a graph uses the number of examples as a value."""
+    try:
+        nodes = draft(captured, _Any(), None, _PASSES).graph.nodes
+    except UnsupportedOperationError:
+        return False
+    return any(_dependence(node) == BATCH_SIZE for node in nodes)
 
 
 def _may_seem(dependent: Sequence[tuple[fx.Node, str]]) -> bool:

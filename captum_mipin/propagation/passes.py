@@ -17,6 +17,7 @@ from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modes import uncollected
 from captum_mipin.graph.nodes import place
 from captum_mipin.propagation.batch_layout import lay_out_batch
+from captum_mipin.propagation.beside import lay_out_beside
 from captum_mipin.propagation.calls import join_calls
 from captum_mipin.propagation.canonical import canonicalise
 from captum_mipin.propagation.channels import find_channels
@@ -88,6 +89,7 @@ MARKING: tuple[Pass, ...] = (
     expand_variances,
     rewrite_for_method,
     mark_signal,
+    lay_out_beside,
     lay_out_batch,
     check_ends,
 )

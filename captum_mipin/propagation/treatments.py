@@ -9,6 +9,7 @@ from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.marks import marks, original, value_of
 from captum_mipin.graph.nodes import is_random, is_size, nodes_in, operation, place
 from captum_mipin.propagation.batch_layout import FOLLOWS
+from captum_mipin.propagation.beside import BATCH_SIZE, mixed_beside
 from captum_mipin.propagation.complex_parts import obstacle
 from captum_mipin.propagation.draft import Draft
 from captum_mipin.report import CheckRow
@@ -90,12 +91,6 @@ RANDOM = (
     "further argument"
 )
 
-#: Reason for the refusal of operations with the size of the batch among their arguments.
-BATCH_SIZE = (
-    "it uses the size of the batch, or a number computed from the whole batch, as a value, so an "
-    "explanation would depend on the other examples"
-)
-
 #: Largest number of refused operations that an error lists.
 NAMED = 8
 
@@ -154,7 +149,12 @@ def treatments(draft: Draft) -> list[CheckRow]:
 
 
 def uses_batch_size(node: fx.Node) -> bool:
-    """Return True if an operation uses the size of the batch as more than a shape."""
+    """Return True if an operation uses the size of the batch, or what is computed from all of it.
+
+    The use of the size as a shape does not count.
+    """
+    if mixed_beside(node):
+        return True
     start = 2 if operation(node) == "new_full" else 1  # behind its shape
     further = nodes_in((node.args[start:], node.kwargs))
     return operation(node) not in _SIZED and any(map(is_size, further))

@@ -84,6 +84,8 @@ STAYS = {
     "zeros": lambda h: h + torch.zeros(len(h), 6).cos(),
     "an index": lambda h: h[torch.arange(len(h)), h.argmax(1)][:, None] * h,
     "positions": lambda h: h + torch.arange(6),
+    "a mean of ones": lambda h: h * torch.ones(h.shape[0], 6).mean(0),
+    "rows of ones": lambda h: h * torch.ones(h.shape[0], 6)[torch.arange(h.shape[0])],
     "copies of positions": lambda h: h + torch.arange(6).expand(len(h), -1).flip(1),
 }
 STILL = {
@@ -175,8 +177,37 @@ def test_bags_of_words_are_refused_only_with_words_of_other_examples():
 
 def test_a_constant_with_the_size_of_the_batch_as_its_value_is_refused():
     model = _network(lambda h: h * h.new_full((h.shape[0], 1), 1 / h.shape[0]))
-    with pytest.raises(UnsupportedOperationError, match=r"aten\.new_full.*the size of the batch"):
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.mul.*the size of the batch"):
         Gradient(model).attribute(normal(4, 5), 1)
+
+
+def test_values_computed_from_the_number_of_examples_are_refused():
+    def factors(n):
+        ones = torch.ones(n)
+        yield from (torch.tensor(n), torch.full((1,), n), torch.arange(n).amax(), ones.sum())
+        yield from (ones.norm(), ones.softmax(0)[:, None], ones.cumsum(0).amax() > 16)
+        yield from (ones.view(1, -1).sum(1), (ones[:, None] * ones).sum(1, keepdim=True))
+
+    model = _network(lambda h: sum(h * k for k in factors(h.shape[0])))
+    refused = [row for row in check(model, normal(4, 5)).rows if row.status == "refused"]
+    assert len(refused) == 9
+    assert all("the size of the batch" in row.note for row in refused)
+
+
+def test_a_length_that_matters_for_many_examples_alone_is_refused():
+    model = _network(lambda h: h * (torch.ones(len(h)).cumsum(0).amax() > 16))
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.mul.*the size of the batch"):
+        LRP(model).attribute(normal(4, 5), 1)
+
+
+def test_a_sum_of_the_further_arguments_of_all_examples_is_refused():
+    model = Function(
+        lambda m, x, k: m["last"](m["first"](x) * (k.sum() > 16)),
+        first=nn.Linear(5, 6),
+        last=nn.Linear(6, 2),
+    ).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.mul.*the whole batch"):
+        LRP(model).attribute(normal(4, 5), 1, additional_forward_args=torch.ones(4, 1))
 
 
 @pytest.mark.parametrize("name", RANDOM)

@@ -193,7 +193,7 @@ def test_what_mixes_beside_or_before_the_layer_is_refused(run):
 def test_what_reads_the_batch_is_refused_also_where_batches_begin_with_one_example():
     torch.manual_seed(0)
     model = Mixing(MIXING["sum of ones"]).double().eval()
-    with pytest.raises(MIPINError, match="other examples of its batch"):
+    with pytest.raises(UnsupportedOperationError, match="the other examples"):
         InverseNetwork(model).fit(
             list(torch.randn(24, 6, dtype=torch.float64).split(1)), targets=0, progress=False
         )

@@ -117,6 +117,7 @@ def test_the_passes_and_their_order() -> None:
         "expand_variances",
         "rewrite_for_method",
         "mark_signal",
+        "lay_out_beside",
         "lay_out_batch",
         "check_ends",
         "check_supported",
