@@ -1,6 +1,7 @@
 """What cannot work is refused with a full message, and leaves nothing half-done."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from odd_batches import Batches, batch_at, interrupt
-from small import Scaled
+from small import Function, Scaled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from captum_mipin import (
+    LRP,
     InverseNetwork,
     LayerMIPINAttribution,
     MIPINAttribution,
@@ -469,6 +471,21 @@ def test_wrong_further_arguments(mlp: Any, survives: Any) -> None:
         survives(mlp),
     ):
         mlp.mipin.attribute(mlp.x[:2], 0, (1, 2))
+
+
+def test_states_with_the_batch_in_the_second_dimension() -> None:
+    def run(m: Any, x: Tensor, h: Tensor, turned: bool = False) -> Tensor:
+        h = h.transpose(0, 1).contiguous() if turned else h
+        return m["last"](m["layer"](x, h)[0][:, -1])
+
+    layers = {"layer": nn.GRU(4, 3, batch_first=True), "last": nn.Linear(3, 2)}
+    x, h = torch.randn(5, 2, 4), torch.randn(1, 5, 3)
+    with pytest.raises(CaptureError, match=r"(?s)shape \(1, 5, 3\).*expected.*pass h\.transpose"):
+        LRP(Function(run, **layers).eval()).attribute(x, 1, additional_forward_args=h)
+    turned = Function(partial(run, turned=True), **layers).eval()
+    found = LRP(turned).attribute(x, 1, additional_forward_args=h.transpose(0, 1))
+    alone = LRP(turned).attribute(x[3:4], 1, additional_forward_args=h[:, 3:4].transpose(0, 1))
+    torch.testing.assert_close(found[3:4], alone)
 
 
 def _too_much(model: nn.Module) -> Tensor:

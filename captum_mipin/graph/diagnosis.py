@@ -5,13 +5,11 @@ error is the reason, and other forms of the inputs are tried, to find one that t
 """
 
 import linecache
-import logging
 import re
-import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
-from threading import get_ident
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,43 +49,6 @@ _ARRAY = re.compile(r"\.numpy\(\) is not supported")
 #: What torch says of a write to a tensor that is no buffer.
 _WRITES = re.compile(r"Constant (\S+) is mutated in the forward")
 
-#: Loggers of torch that print a traceback for an error that is reported in one line here.
-_LOUD = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
-
-
-class _OtherThreads:
-    """A stream without what the present thread writes to it."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream, self._thread = stream, get_ident()
-
-    def write(self, text: str) -> int:
-        """Write text of any other thread."""
-        silent = get_ident() == self._thread
-        return len(text) if silent else int(self._stream.write(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch from logging the errors of an export, which are raised as well.
-
-    torch also prints the operations that it had recorded before the error.
-    """
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    stream: Any = _OtherThreads(sys.stderr)
-    try:
-        with redirect_stderr(stream):
-            yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
-
 
 def failure(
     error: Exception, model: nn.Module, inputs: Inputs, extras: Extras, shared: bool
@@ -114,7 +75,8 @@ def failure(
         f"torch.export cannot capture {_name(model)} for inputs {described(inputs)}"
         f"{_where(error, model)}: "
     )
-    return CaptureError(f"{start}{_sparse(model, *arguments) or _reason(error, model, inputs)}")
+    reason = _sparse(model, *arguments) or _turned(model, inputs, extras, shared)
+    return CaptureError(f"{start}{reason or _reason(error, model, inputs)}")
 
 
 def _reason(error: Exception, model: nn.Module, inputs: Inputs) -> str:
@@ -249,6 +211,36 @@ def _sparse(model: Any, inputs: Inputs, extras: Extras) -> str:
         f"the model computes {mode.found}, whose products have no rules; expected dense tensors: "
         "make this one dense with to_dense()."
     )
+
+
+def _turned(model: Any, inputs: Inputs, extras: Extras, shared: bool) -> str:
+    """Return which further argument has its examples along another dimension, and what to do.
+
+    The states of a recurrent layer have, (layers, batch, hidden). Return "" if the model takes no
+    other number of examples with fewer entries along such a dimension.
+    """
+    count, one = len(inputs[0]), torch.zeros(1, dtype=torch.long, device=inputs[0].device)
+    dims = {
+        x.shape.index(count, 1): tuple(x.shape)
+        for x in pytree.tree_leaves(extras)
+        if isinstance(x, Tensor) and len(x.shape) > 1 and count in x.shape[1:] and count > 1
+    }
+    first, others = plain(pick(inputs, extras, one, shared))
+    for dim, shape in dims.items():
+        narrow = partial(_first_along, dim, count)
+        if _fits(_output(model, first, pytree.tree_map_only(Tensor, narrow, others)), 1):
+            return (
+                f"a further argument has shape {shape}, with the {count} examples along dimension "
+                f"{dim}; expected them along the first dimension: pass h.transpose(0, {dim}) in "
+                "place of such a tensor h, and let forward begin with "
+                f"h = h.transpose(0, {dim}).contiguous()."
+            )
+    return ""
+
+
+def _first_along(dim: int, count: int, x: Tensor) -> Tensor:
+    """Return the first entry of a tensor that has ``count`` entries along a dimension."""
+    return x.narrow(dim, 0, 1) if x.ndim > dim and x.shape[dim] == count else x
 
 
 def _line(error: Exception) -> str:

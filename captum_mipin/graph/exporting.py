@@ -16,11 +16,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from captum_mipin.errors import CaptureError
-from captum_mipin.graph.diagnosis import quiet
 from captum_mipin.graph.functional import NotRewritableError, functional
 from captum_mipin.graph.losses import spell_losses
 from captum_mipin.graph.marks import inherit, value_of
 from captum_mipin.graph.modules import OWN, named_tensors
+from captum_mipin.graph.quiet import quiet
 from captum_mipin.graph.recurrence import KINDS, WHOLE, Whole, in_parts
 from captum_mipin.graph.signature import per_example, plain
 from captum_mipin.graph.turns import TURNS

@@ -27,10 +27,10 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils import _pytree as pytree
 
-from captum_mipin.graph.diagnosis import quiet
 from captum_mipin.graph.dimensions import RESHAPES, dimensions, indices, item, with_batch
 from captum_mipin.graph.marks import inherit, set_value, value_of
 from captum_mipin.graph.nodes import ancestors, operation, place
+from captum_mipin.graph.quiet import quiet
 
 aten = torch.ops.aten
 
