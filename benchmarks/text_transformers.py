@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vision_transformers import (
+    AVERAGED,
     FITTED,
     PEERS,
     READING,
@@ -240,7 +241,7 @@ def on_mosaics(model: Reader, grid: Mosaics, inverse: InverseNetwork, words: Wor
     for place, path in PLACES.items():
         layer = model.get_submodule(path)
         ours = readings(model, inverse, layer, pooled=True)
-        if grid.n > 2:  # the reading is chosen by then
+        if grid.n > 2:  # the readings are chosen by then
             ours = {name: ours[name] for name in FITTED}
         named = {**peers(model, layer), **ours}
         methods |= {(place, name): method for name, method in named.items()}
@@ -262,19 +263,22 @@ SHOWN = (
     ("embeddings", "gradient × feature"),
     ("embeddings", "AttnLRP"),
     ("tokens", "LeGrad"),
-    ("embeddings", READING),
+    ("last", AVERAGED),
 )
 
 
 def picture(words: Words, grid: Mosaics, maps: dict[str, Tensor]) -> None:
     """Draw the first text of the second half once a method: results/transformers-minilm.png."""
-    number = len(grid.ids) // 2
+    number, middle = len(grid.ids) // 2, 1 + PIECES
     read = words.tokenizer.convert_ids_to_tokens(grid.ids[number].tolist())
-    target = LIBRARIES[int(grid.targets[number])]
+    read.insert(middle, "|")
+    target, place = LIBRARIES[int(grid.targets[number])], int(grid.cells[number]) + 1
     drawn = []
     for label, shown in maps.items():
-        figure = draw_tokens(read, shown[number], letters=90)
-        figure.suptitle(f"{label}, for {target}", fontsize=9)
+        values = shown[number]
+        values = torch.cat([values[:middle], values.new_zeros(1), values[middle:]])
+        figure = draw_tokens(read, values, letters=90)
+        figure.suptitle(f"{label}, for {target}, passage {place} of {grid.n}", fontsize=9)
         kept = BytesIO()
         figure.savefig(kept, dpi=80)
         drawn.append(Image.open(kept).convert("RGB"))
@@ -365,7 +369,8 @@ def main() -> None:
         train=sum(len(part) for part in train), accuracy=accuracy, mosaics=options.mosaics,
         reported=options.mosaics - options.mosaics // 2, fit=options.fit, confidence=0.9,
         target="the library of a passage; of single passages the label, which is predicted",
-        reduction="sum over features, then ReLU", passages=options.passages, reading=READING,
+        reduction="sum over features, then ReLU", passages=options.passages,
+        readings=[READING, AVERAGED],
         apc=complete(model, known, ids, every), apc_n=len(ids), apc_fit=len(known),
     )  # fmt: skip
     print(show(rows))

@@ -6,8 +6,8 @@ The networks are ``vit-cifar10`` and ``cct-cifar10`` of ``networks.py``, on test
 
 **Mosaics** of n x n images, each recognised alone with a confidence of at least 0.9; each cell has
 the positions of one image. MIP-IN is fitted on mosaics of training images, whatever their classes.
-The first half of the mosaics of 2 x 2 is there to choose a reading of MIP-IN by (``READING``), the
-second half is reported.
+The first half of the mosaics of 2 x 2 is there to choose readings of MIP-IN by (``READING`` and
+``AVERAGED``), the second half is reported.
 
 - *share*: positive attribution in the cell of the class / all positive attribution, after the sum
   over channels or features; chance is 1 / n².
@@ -53,12 +53,13 @@ from captum_mipin.metrics import (
 )
 
 Method = Callable[[Tensor, Tensor], Tensor]
-#: The reading of MIP-IN that the first halves of the mosaics of all transformers choose.
-READING = "MIP-IN, A × gradient"
+#: The readings of MIP-IN that the first halves of the mosaics choose: of those that all
+#: transformers have, and of those of networks that average their tokens.
+READING, AVERAGED = "MIP-IN, A × gradient", "MIP-IN, contrast × feature"
 #: The rows of the methods that need no fit.
 PEERS = ("gradient, absolute", "gradient × feature", "Guided Backprop", "LRP-ε", "AttnLRP")
 #: The rows of the methods that are fitted, beside the other readings on the first mosaics.
-FITTED = (READING, "pattern only")
+FITTED = (READING, AVERAGED, "pattern only")
 #: All readings of MIP-IN: the kind, and what it is multiplied by.
 KINDS = ("A", "evidence", "contrast")
 FACTORS = {"": "", " × feature": "features", " × gradient": "gradients"}
@@ -226,8 +227,8 @@ def on_mosaics(network: nn.Module, images: Images, n: int, options: argparse.Nam
         path = place_of(network, place)
         layer = model.get_submodule(path) if path else None
         ours = readings(model, inverse, layer, pooled=network.pool is not None)
-        if n > 2:  # the reading is chosen by then
-            ours = {name: ours[name] for name in FITTED}
+        if n > 2:  # the readings are chosen by then
+            ours = {name: ours[name] for name in FITTED if name in ours}
         methods |= {(place, key): f for key, f in {**peers(model, layer), **ours}.items()}
     shown = {}
     for key, method in methods.items():
@@ -323,7 +324,8 @@ def on_images(network: nn.Module, images: Images, count: int) -> Table:
         return lambda x, target: as_map(method(x, torch.as_tensor(target)).detach(), 1)
 
     tokens = [("tokens", name) for name in for_tokens(network)]
-    asked = [*tokens, *((place, name) for place in PLACES for name in (*PEERS, *FITTED))]
+    fitted = [name for name in FITTED if pooled or name != AVERAGED]
+    asked = [*tokens, *((place, name) for place in PLACES for name in (*PEERS, *fitted))]
     stages = [name for name, _ in reversed(list(network.named_children())) if name != "blocks"]
     depth = len(network.blocks)  # type: ignore[arg-type]
     stages[-1:-1] = [f"blocks.{i}" for i in reversed(range(depth))]
@@ -363,7 +365,7 @@ def main() -> None:
         mosaics=options.mosaics, reported=options.mosaics - options.mosaics // 2, fit=options.fit,
         target="the class of the cell; of single images the label, which is predicted",
         confidence=0.9, reduction="sum over channels or features, then ReLU",
-        images=options.images, reading=READING,
+        images=options.images, readings=[READING, AVERAGED],
         apc={"S": apc.mean, **{name: part.mean for name, part in apc.parts.items()}},
         apc_n=500, apc_fit=500,
     )  # fmt: skip
