@@ -105,8 +105,8 @@ def bytes_by_rows(rows: int, features: int, signals: int, width: int) -> tuple[i
     """
     stored = width * rows * signals
     # signals: joined, without those that are always 0; in float64: centred, beside S Sᵀ, and
-    # solved. Features: joined, centred, and once more on the way. Eight matrices of rows.
-    return stored, 2 * stored + 8 * rows * (3 * signals + 8 * rows) + 3 * width * rows * features
+    # solved, twice. Features: joined, centred, and once more on the way. Eight matrices of rows.
+    return stored, 2 * stored + 8 * rows * (4 * signals + 8 * rows) + 3 * width * rows * features
 
 
 def bytes_of_table(rows: int, features: int, signals: int, width: int) -> tuple[int, int]:

@@ -329,7 +329,7 @@ def solve_symmetric(
         result, norm = inverse @ cross, torch.linalg.matrix_norm(inverse, 1)
     # condition = ‖A‖₁ ‖A^-1‖₁; A is symmetric: norms of rows equal those of columns, without a copy
     condition = torch.linalg.vector_norm(ridged, 1, -1).amax(-1) * norm
-    return result.masked_fill_(dead.unsqueeze(-1), 0.0), float(condition.max())
+    return result.masked_fill(dead.unsqueeze(-1), 0.0), float(condition.max())
 
 
 def _norm_of_inverse(factor: Tensor) -> Tensor:
