@@ -1,6 +1,7 @@
 """Small fitted networks, shared captures, and a watch over everything that must stay as it was."""
 
 import copy
+import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,12 @@ from captum_mipin.graph import capture as capture_module
 
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")  # the same examples each time
+
+
+def pytest_collection_finish() -> None:
+    """Keep what imports and collection have made out of all garbage collections to come."""
+    gc.collect()
+    gc.freeze()
 
 
 class Fitted(NamedTuple):

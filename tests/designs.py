@@ -1,6 +1,6 @@
 """Which cases of a product to test, and the rows of a regression that a test writes out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -32,6 +32,13 @@ def covered(*parameters: Sequence[Any], step: int = 1) -> list[Any]:
     rows = pairwise(*parameters)
     others = [row for row in list(product(*parameters))[::step] if row not in rows]
     return [*rows, *(pytest.param(row, marks=pytest.mark.full) for row in others)]
+
+
+def aside(names: Iterable[str], *others: str) -> list[Any]:
+    """Return all names; ``others``, which repeat what the rest tests, for runs with ``-m full``."""
+    assert {*others} <= {*names}
+    marks = dict.fromkeys(others, pytest.mark.full)
+    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
 
 def rows_of(x: Tensor, groups: int) -> Tensor:

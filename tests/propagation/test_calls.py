@@ -1,5 +1,7 @@
 """A layer that is called for each slice of a tensor is explained like one call of the layer."""
 
+from itertools import product
+
 import pytest
 import torch
 from every_method import alike
@@ -96,9 +98,17 @@ def outputs_of_all_steps(m, x, cell):
     return m["last"](torch.stack(found, 1)[:, -1])
 
 
+LOOPS = without_state, from_zeros, outputs_of_all_steps
+#: Every cell and every loop; other pairs of them for runs with ``-m full``.
+CELLS_IN_LOOPS = [
+    pair if nn.LSTM in pair or pair in zip(CELLS, LOOPS, strict=True)
+    else pytest.param(*pair, marks=pytest.mark.full)
+    for pair in product(CELLS, LOOPS)
+]  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore::captum_mipin.errors.DataWarning")
-@pytest.mark.parametrize("kind", CELLS)
-@pytest.mark.parametrize("loop", [without_state, from_zeros, outputs_of_all_steps])
+@pytest.mark.parametrize(("kind", "loop"), CELLS_IN_LOOPS)
 def test_a_loop_over_cells_is_the_recurrent_layer(kind, loop):
     """The cell has the weights of the layer, as the same objects."""
     torch.manual_seed(0)

@@ -99,12 +99,12 @@ class Steps(nn.Module):
 @pytest.mark.parametrize(
     "layer",
     [
-        (nn.LSTM, True, {}),
+        pytest.param((nn.LSTM, True, {}), marks=pytest.mark.full),
         (nn.LSTM, False, {"bias": False, "proj_size": 2}),
         (nn.LSTM, True, {"num_layers": 2, "bidirectional": True}),
         (nn.GRU, True, {"bidirectional": True}),
         (nn.GRU, False, {"num_layers": 2, "bias": False}),
-        (nn.RNN, True, {}),
+        pytest.param((nn.RNN, True, {}), marks=pytest.mark.full),
         (nn.RNN, False, {"nonlinearity": "relu", "num_layers": 2}),
     ],
     ids=str,
