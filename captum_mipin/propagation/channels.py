@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import fx
+from torch import SymInt, fx
 
 from captum_mipin.graph.marks import mark, marks, value_of
 from captum_mipin.graph.nodes import operation
@@ -65,9 +65,14 @@ def channels(node: fx.Node, batch: int | None = None) -> int | None:
                 dim = _channels_of(teller, tensor, both)
                 if dim is not None and order[dim] not in (at, None):
                     return order[dim]
+                if operation(teller) in _PRODUCTS:
+                    continue
                 for other in [teller] if downwards else teller.all_input_nodes:
-                    same = is_tensor(other) and _shape(other) == _shape(tensor)
-                    if same and other not in reached and operation(teller) not in _PRODUCTS:
+                    if (
+                        other not in reached
+                        and is_tensor(other)
+                        and _shape(other) == _shape(tensor)
+                    ):
                         queue.append((other, order))
                         reached.add(other)
     # No operation determines it: take dimension 1, else the last one, else the first one.
@@ -95,8 +100,9 @@ def _beyond(
             yield from _beyond(near if downwards else near.all_input_nodes[0], dims, downwards)
 
 
-def _shape(node: fx.Node) -> list[str]:
-    return [str(size) for size in value_of(node).shape]
+def _shape(node: fx.Node) -> list[Any]:
+    """Return the sizes of a tensor; those that are symbols as expressions, to compare them."""
+    return [s.node.expr if isinstance(s, SymInt) else s for s in value_of(node).shape]
 
 
 def _channels_of(user: Any, node: fx.Node, both: bool) -> int | None:

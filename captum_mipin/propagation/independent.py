@@ -45,6 +45,9 @@ Call = tuple[Inputs, Extras]
 #: Model → signature of a call → state of the model when it last passed the check.
 _PASSED: WeakKeyDictionary[nn.Module, dict[Signature, State | None]] = WeakKeyDictionary()
 
+#: Graph → name of the explained output → what :func:`_dependent` returns for it.
+_DEPENDENT: WeakKeyDictionary[fx.Graph, dict[str, list[tuple[fx.Node, str]]]] = WeakKeyDictionary()
+
 #: Operations that only move the examples to other places, from which later ones may move them back,
 #: and ``embedding_bag``, whose offsets tell which of all words are an example's.
 _MOVES = REARRANGED | {
@@ -160,20 +163,18 @@ def capture_apart(
 def _seems_to_mix(captured: CapturedGraph) -> bool:
     """Return True if a graph only moves its examples to other places, and none is random."""
     try:
-        nodes = draft(captured, _Any(), None, _PASSES).graph.nodes
+        dependent = _dependent(captured)
     except UnsupportedOperationError:  # a size depends on values
         return False
-    dependent = [(node, reason) for node in nodes if (reason := _dependence(node))]
     return bool(dependent) and _may_seem(dependent)
 
 
 def _counts_examples(captured: CapturedGraph) -> bool:
     """Return True if a graph uses the number of examples as a value."""
     try:
-        nodes = draft(captured, _Any(), None, _PASSES).graph.nodes
+        return any(reason == BATCH_SIZE for _, reason in _dependent(captured))
     except UnsupportedOperationError:
         return False
-    return any(_dependence(node) == BATCH_SIZE for node in nodes)
 
 
 def _may_seem(dependent: Sequence[tuple[fx.Node, str]]) -> bool:
@@ -197,8 +198,7 @@ def check_graph(
         call: Inputs and further arguments of a call of the model.
         output: Which output, see :func:`captum_mipin.graph.signature.select`.
     """
-    nodes = draft(captured, _Any(), None, _PASSES).graph.nodes
-    dependent = [(node, reason) for node in nodes if (reason := _dependence(node))]
+    dependent = _dependent(captured)
     if not dependent:
         return
     lost = folded_batch(value_of(captured.output), captured.batch) is None
@@ -236,6 +236,16 @@ def _fault(model: nn.Module, call: Call, output: Output = None) -> Fault | None:
         return fault(Trial(model, output), *call)
     except Exception:  # of any type: the model decides how it is copied
         return None
+
+
+def _dependent(captured: CapturedGraph) -> list[tuple[fx.Node, str]]:
+    """Return the operations that join examples, count them or are random, with the reasons."""
+    known = _DEPENDENT.setdefault(captured.graph, {})
+    output = captured.output.name
+    if output not in known:
+        nodes = draft(captured, _Any(), None, _PASSES).graph.nodes
+        known[output] = [(node, reason) for node in nodes if (reason := _dependence(node))]
+    return known[output]
 
 
 def _dependence(node: fx.Node) -> str:
