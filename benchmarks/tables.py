@@ -294,9 +294,10 @@ def transformers() -> str:
     tables = []
     for title, sizes, result in _transformers():
         settings, rows = result["settings"], []
+        readings = settings.get("readings")  # those chosen on the first half
         for row in result["rows"]:
-            reading = settings.get("reading", row["method"])
-            if row["method"].startswith("MIP-IN") and row["method"] != reading:
+            ours = row["method"].startswith("MIP-IN")
+            if ours and readings is not None and row["method"] not in readings:
                 continue
             cells = {
                 f"mosaics {n}": f"{row[f'{n} share']:.2f} ± {row[f'{n} error']:.2f} / "
@@ -317,6 +318,19 @@ def transformers() -> str:
             f"\n\n{show(rows)}"
         )
     return "\n\n".join(tables)
+
+
+def transformer_readings() -> str:
+    """Return the shares of all readings of MIP-IN on the first half of the smaller mosaics."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for title, (size, *_), result in _transformers():
+        for row in result["rows"]:
+            share, method = row.get(f"{size} share, first half"), row["method"]
+            if method.startswith("MIP-IN") and share is not None:
+                line = rows.setdefault((title, method), {"network": title, "reading": method})
+                place = "input" if row["place"] == "embeddings" else row["place"]
+                line[place] = f"{share:.2f}"
+    return show(list(rows.values()))
 
 
 def _place(row: dict[str, Any]) -> str:
@@ -1108,6 +1122,7 @@ def main() -> None:
         photographs_head,
         typical,
         transformers,
+        transformer_readings,
         which_map,
         wild,
         wild_refused,

@@ -29,9 +29,7 @@ _LAYERS = ("linear", "conv1d", "conv2d", "conv3d")
 
 def write_layers(draft: Draft) -> None:
     """Rewrite products with a matrix as dense layers, before reshapes of examples and tokens."""
-    for node in list(draft.graph.nodes):
-        if not varies(node) or node in draft.starts:
-            continue
+    for node in draft.varying():
         if operation(node) in ("mm", "addmm") and not node.kwargs:
             _product(node)
         if operation(node) == "linear":
@@ -82,8 +80,8 @@ def _reshaped(node: Any, starts: Starts) -> list[Any]:
 
 def join_biases(draft: Draft) -> None:
     """Rewrite a layer without bias, and a constant that is added to its result, as one layer."""
-    for node in list(draft.graph.nodes):
-        if operation(node) != "add" or node.kwargs or not varies(node) or node in draft.starts:
+    for node in draft.varying():
+        if operation(node) != "add" or node.kwargs:
             continue
         for value, bias in (node.args, node.args[::-1]):
             if isinstance(bias, fx.Node) and is_tensor(bias) and not varies(bias):

@@ -18,7 +18,7 @@ from captum_mipin.graph.marks import inherit, mark, marks, set_value, value_of
 from captum_mipin.graph.nodes import argument, is_size, nodes_in, operation, place
 from captum_mipin.propagation.runtime import Step
 from captum_mipin.rules import Rule
-from captum_mipin.rules.base import is_floating
+from captum_mipin.rules.base import is_floating, varies
 
 #: Operations whose result depends only on the shape of their argument.
 _CONSTANT = frozenset(
@@ -99,6 +99,12 @@ class Draft:
     def output(self) -> fx.Node:
         """The node whose value the graph returns."""
         return self.graph.output_node().all_input_nodes[0]
+
+    def varying(self) -> Iterator[Any]:
+        """Yield the nodes that vary with the input and are not explained; they may be rewritten."""
+        for node in list(self.graph.nodes):
+            if varies(node) and node not in self.starts:
+                yield node
 
     def rule(self, node: fx.Node) -> Rule | None:
         """Return the rule of a node's operation."""

@@ -26,10 +26,7 @@ _aten = torch.ops.aten
 
 def replace_equivalents(draft: Draft) -> None:
     """Replace exponentials of log-softmaxes by softmaxes, and group norms by layer norms."""
-    node: Any
-    for node in list(draft.graph.nodes):
-        if not varies(node) or node in draft.starts:
-            continue
+    for node in draft.varying():
         if operation(node) == "exp" and node.args[0] not in draft.starts:
             _exponential(node, node.args[0])
         elif operation(node) == "group_norm" and node.args[1] == 1:
@@ -61,8 +58,8 @@ def _group_norm(node: Any) -> None:
 
 def write_group_norms(draft: Draft) -> None:
     """Rewrite norms of groups of channels, with γ and β of each channel behind, as group norms."""
-    for node in list(draft.graph.nodes):
-        groups = None if not varies(node) or node in draft.starts else _groups(node)
+    for node in draft.varying():
+        groups = _groups(node)
         if groups is not None:
             _with_weights(draft, node, *groups)
     erase_unused(draft.graph, draft.starts)
@@ -128,10 +125,9 @@ def _is_of_channels(weight: fx.Node, node: fx.Node) -> bool:
 
 def expand_variances(draft: Draft) -> None:
     """Write variances that have no rule as mean((x − μ)²), and deviations as |x − μ| / √n."""
-    node: Any
-    for node in list(draft.graph.nodes):
-        name, own = operation(node), varies(node) and node not in draft.starts
-        if name not in ("var", "std") or not own or draft.rule(node) is not None:
+    for node in draft.varying():
+        name = operation(node)
+        if name not in ("var", "std") or draft.rule(node) is not None:
             continue
         x, dims, kept, correction = _variance(node)
         sizes = [value_of(x).shape[dim] for dim in dims or ()]

@@ -45,8 +45,8 @@ def write_numbers(draft: Draft) -> None:
 
 def write_masks(draft: Draft) -> None:
     """Rewrite each operation that leaves out elements by a mask."""
-    for node in list(draft.graph.nodes):
-        if not varies(node) or node in draft.starts or not is_floating(value_of(node)):
+    for node in draft.varying():
+        if not is_floating(value_of(node)):
             continue
         masked = _masked(draft, node)
         if masked is not None and _is_whole(node, masked[0]):

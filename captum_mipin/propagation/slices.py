@@ -66,9 +66,8 @@ def join_slices(draft: Draft) -> None:
         dict.fromkeys(("add", "sub"), _sum),
     )  # fmt: skip
     for rewrite in rewrites:
-        for node in list(draft.graph.nodes):
-            own = node.op == "call_function" and varies(node) and node not in draft.starts
-            if own and operation(node) in rewrite:
+        for node in draft.varying():
+            if node.op == "call_function" and operation(node) in rewrite:
                 rewrite[operation(node)](node, draft.starts)
     erase_unused(draft.graph, draft.starts)
 

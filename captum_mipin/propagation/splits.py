@@ -25,10 +25,7 @@ _aten = torch.ops.aten
 
 def write_slices(draft: Draft) -> None:
     """Rewrite entries that a constant list takes as a slice, if they are as far from each other."""
-    node: Any
-    for node in list(draft.graph.nodes):
-        if not varies(node) or node in draft.starts:
-            continue
+    for node in draft.varying():
         if operation(node) == "index_select":
             _, dim, index = node.args
         elif operation(node) == "index":
@@ -55,8 +52,8 @@ def write_splits(draft: Draft) -> None:
     """Rewrite slices of one tensor along one dimension, which several operations take, as one."""
     groups: dict[tuple[fx.Node, int], list[tuple[Any, Slice]]] = {}
     first_of: dict[Slice, fx.Node] = {}
-    for node in list(draft.graph.nodes):
-        part = slice_of(node, draft.starts) if varies(node) and node not in draft.starts else None
+    for node in draft.varying():
+        part = slice_of(node, draft.starts)
         if part is None or operation(part.source) in ("stack", "cat"):
             continue
         if first_of.setdefault(part, node) is not node:

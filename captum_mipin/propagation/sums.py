@@ -47,9 +47,8 @@ _aten = torch.ops.aten
 
 def write_sums(draft: Draft) -> None:
     """Rewrite sums and averages of products with constants, and dense layers that are sums."""
-    node: Any
-    for node in list(draft.graph.nodes):
-        if node.op != "call_function" or not varies(node) or node in draft.starts:
+    for node in draft.varying():
+        if node.op != "call_function":
             continue
         if operation(node) in ("sum", "mean") or "avg_pool" in operation(node):
             _sum(draft, node)

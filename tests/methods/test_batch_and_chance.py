@@ -304,23 +304,14 @@ class Branching(nn.Module):
         return self.last(self.step(h).mean((2, 3)))
 
 
-class Step(nn.Module):
-    def __init__(self, run):
-        super().__init__()
-        self.run = run
-
-    def forward(self, h):
-        return self.run(h)
-
-
 UNCAPTURABLE = {
     "batch norm": (nn.BatchNorm2d(4, track_running_stats=False), "BatchNorm2d in step: .*batch"),
-    "largest value": (Step(lambda h: h / h.abs().max()), "Step in step: .*batch"),
-    "dropout": (Step(F.dropout), "Step in step: it is random"),
-    "random": (Step(lambda h: h * random.random()), "Step in step: it is random"),
+    "largest value": (Function(lambda m, h: h / h.abs().max()), "Function in step: .*batch"),
+    "dropout": (Function(lambda m, h: F.dropout(h)), "Function in step: it is random"),
+    "random": (Function(lambda m, h: h * random.random()), "Function in step: it is random"),
     "numpy": (
-        Step(lambda h: h * numpy.random.default_rng().random()),
-        "Step in step: it is random",
+        Function(lambda m, h: h * numpy.random.default_rng().random()),
+        "Function in step: it is random",
     ),
 }
 
