@@ -27,14 +27,15 @@ def missing(path: Path) -> list[str]:
     return [name for name in FURTHER.get(path.stem, ()) if find_spec(name) is None]
 
 
-def run(notebook: Any, folder: str | Path) -> Any:
-    """Return a notebook with the outputs of its cells, run from top to bottom in a new kernel.
+def run(notebook: Any, folder: str | Path, client: NotebookClient | None = None) -> Any:
+    """Return a notebook with the outputs of its cells, run from top to bottom.
 
     What goes to stderr is dropped: progress bars, which differ from run to run.
 
     Args:
         notebook: As ``nbformat.read`` returns it.
         folder: Working directory of the kernel, where the notebook leaves its files.
+        client: The client of a running kernel, whose variables are dropped; None for a new kernel.
 
     Raises:
         CellExecutionError: A cell raises an exception.
@@ -42,13 +43,14 @@ def run(notebook: Any, folder: str | Path) -> Any:
     # pictures of 72 dots an inch, for small files; matplotlib reads this before all other settings
     Path(folder, "matplotlibrc").write_text("figure.dpi: 72\nsavefig.dpi: figure\n")
     metadata = copy.deepcopy(notebook.metadata)
-    client = NotebookClient(
-        notebook,
-        resources={"metadata": {"path": str(folder)}},
-        record_timing=False,
-        coalesce_streams=True,
-    )
-    executed = client.execute()
+    if client is None:
+        executed = client_of(notebook, folder).execute()
+    else:
+        anew = f"import os\nos.chdir({str(folder)!r})\nget_ipython().reset(new_session=True)"
+        client.nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(anew)])
+        client.execute(cleanup_kc=False)
+        client.nb = notebook
+        executed = client.execute(cleanup_kc=False)
     executed.metadata = metadata  # the kernel has added its version of Python
     for cell in executed.cells:
         if cell.cell_type == "code":
@@ -57,6 +59,12 @@ def run(notebook: Any, folder: str | Path) -> Any:
                 if "image/png" in data:
                     data["image/png"] = reduced(data["image/png"])
     return executed
+
+
+def client_of(notebook: Any, folder: str | Path) -> NotebookClient:
+    """Return what runs a notebook in a kernel of its own."""
+    resources = {"metadata": {"path": str(folder)}}
+    return NotebookClient(notebook, resources=resources, record_timing=False, coalesce_streams=True)
 
 
 def reduced(picture: str) -> str:

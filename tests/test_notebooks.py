@@ -17,7 +17,8 @@ pytest.importorskip("matplotlib", reason="pictures are for those who have it")
 pytest.importorskip("nbclient", reason="notebooks are run by developers")
 
 import nbformat
-from execute import FURTHER, NOTEBOOKS, missing, run
+from execute import FURTHER, NOTEBOOKS, client_of, missing, run
+from jupyter_core.utils import run_sync
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?")
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -55,20 +56,26 @@ def agrees(now, before):
     )
 
 
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """A folder for what notebooks write, and no weights at hand."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    return tmp_path
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """A kernel for all notebooks, which imports torch once; there are no weights at hand."""
+    folder = tmp_path_factory.mktemp("kernel")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(folder))
+        client = client_of(nbformat.v4.new_notebook(), folder)
+        client.execute(cleanup_kc=False)
+    yield client
+    client.kc.stop_channels()
+    run_sync(client.km.shutdown_kernel)(now=True)
 
 
 @notebooks
-def test_it_runs_and_shows_what_it_was_committed_with(path, elsewhere):
+def test_it_runs_and_shows_what_it_was_committed_with(path, kernel, tmp_path):
     if lacking := missing(path):
         pytest.skip(f"needs further packages: {', '.join(lacking)}")
     committed = code(read(path))
     for number, (cell, now) in enumerate(
-        zip(committed, code(run(read(path), elsewhere)), strict=True), 1
+        zip(committed, code(run(read(path), tmp_path, kernel)), strict=True), 1
     ):
         assert cell.execution_count == number
         kinds = [[output.output_type for output in c.outputs] for c in (now, cell)]
@@ -127,17 +134,20 @@ def test_there_are_six_and_most_have_pictures():
     assert [len(pictures(path)) for path in NOTEBOOKS] == [2, 2, 3, 0, 1, 7]
 
 
-def test_pretrained_weights_take_the_place_of_the_small_network(elsewhere):
+def test_pretrained_weights_take_the_place_of_the_small_network(kernel, tmp_path):
     """Those at hand are used; here they are random."""
     from torchvision.models import SqueezeNet1_0_Weights, squeezenet1_0
 
-    weights = elsewhere / "hub" / "checkpoints" / Path(SqueezeNet1_0_Weights.DEFAULT.url).name
+    weights = tmp_path / "hub" / "checkpoints" / Path(SqueezeNet1_0_Weights.DEFAULT.url).name
     weights.parent.mkdir(parents=True)
     torch.save(squeezenet1_0().state_dict(), weights)
     sources = [cell.source for cell in code(read(NOTEBOOKS[2]))]
     imports = re.findall(r"^(?:from|import) .*$", "\n".join(sources), re.MULTILINE)
-    cell = nbformat.v4.new_code_cell("\n".join([*imports, sources[-1]]))
-    (output,) = code(run(nbformat.v4.new_notebook(cells=[cell]), elsewhere))[0].outputs
+    imports += ["import os", "home = os.environ['TORCH_HOME']"]
+    imports.append(f"os.environ['TORCH_HOME'] = {str(tmp_path)!r}")
+    lines = "\n".join([*imports, sources[-1]]), "os.environ['TORCH_HOME'] = home"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(part) for part in lines])
+    (output,) = code(run(notebook, tmp_path, kernel))[0].outputs
     assert output.output_type == "execute_result"
     # two photographs by image, MIP-IN and Grad-CAM, and the legend
     assert re.fullmatch(r"<Figure size [\d.]+x[\d.]+ with 7 Axes>", text(output))
