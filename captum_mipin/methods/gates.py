@@ -18,6 +18,7 @@ from captum_mipin.graph.marks import mark, original, value_of
 from captum_mipin.graph.nodes import ancestors, argument, operation
 from captum_mipin.methods.base import NamedOperation
 from captum_mipin.propagation.draft import as_number
+from captum_mipin.propagation.forms import become, insert
 from captum_mipin.rules.base import varies
 from captum_mipin.rules.gates import DIVISIONS, NEGATIONS, gate_source, is_gate
 
@@ -72,13 +73,20 @@ def replace_gates(graph: fx.Graph, batch: str, starts: Sequence[fx.Node]) -> Non
 
 
 def replace_smooth_gate(node: Any) -> bool:
-    """Replace x · sigmoid(x) by SiLU, x · hardsigmoid(x) by Hardswish; return True if replaced."""
-    if operation(node) == "mul":
-        for x, gate in (node.args, node.args[::-1]):
-            if operation(gate) in _SMOOTH and gate.args[0] is x:
-                mark(node, original=original(node))
-                node.target, node.args = _SMOOTH[operation(gate)], (x,)
-                return True
+    """Replace x · sigmoid(x) by SiLU, x · hardsigmoid(x) by Hardswish; return True if replaced.
+
+    A product x · sigmoid(−x) is −SiLU(−x).
+    """
+    for x, gate in (node.args, node.args[::-1]) if operation(node) == "mul" else ():
+        if operation(gate) not in _SMOOTH:
+            continue
+        (q,), smooth = gate.args, _SMOOTH[operation(gate)]
+        if q is x:
+            become(node, smooth, x)
+            return True
+        if operation(q) == "neg" and q.args[0] is x:
+            become(node, torch.ops.aten.neg.default, insert(node, smooth, q))
+            return True
     return False
 
 

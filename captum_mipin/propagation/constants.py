@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from captum_mipin.graph.dimensions import RESHAPES
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import value_of
-from captum_mipin.graph.nodes import ancestors, operation
+from captum_mipin.graph.nodes import ancestors, argument, operation
 from captum_mipin.propagation.canonical import is_copy
 from captum_mipin.propagation.draft import Draft, regrouped
 from captum_mipin.propagation.forms import Starts, insert
@@ -53,6 +53,18 @@ def known_value(draft: Draft, node: fx.Node) -> Tensor | None:
         return None
     result: Tensor = values[node]
     return result
+
+
+def known_number(draft: Draft, node: fx.Node) -> float | None:
+    """Return the number that all elements of a constant are; None if they are not known."""
+    name, fills = operation(node), {"ones": 1.0, "zeros": 0.0, "full": argument(node, 1, "")}
+    fill = fills.get(name.removeprefix("new_").removesuffix("_like"))
+    if batched(value_of(node)) or name.endswith("_like"):
+        fill = argument(node, 2, "") if name == "new_full" else fill
+        return float(fill) if isinstance(fill, (int, float)) else None
+    value = known_value(draft, node)
+    alike = value is not None and value.numel() > 0 and bool((value == value.flatten()[0]).all())
+    return float(value.flatten()[0]) if alike and value is not None else None
 
 
 def without_copies(node: fx.Node, before: fx.Node, starts: Starts) -> fx.Node:

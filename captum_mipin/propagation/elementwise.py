@@ -5,7 +5,7 @@ function f(x) of each element. It is treated as one operation: by a built-in act
 same values if there is one, else as the function itself.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -16,9 +16,10 @@ from torch import Tensor, fx
 from captum_mipin.graph.marks import mark, marks, original, value_of
 from captum_mipin.graph.nodes import erase_unused, nodes_in, operation
 from captum_mipin.graph.subgraph import extract
-from captum_mipin.propagation.canonical import leaves_module
+from captum_mipin.propagation.complements import scaled_gate, write_complement
+from captum_mipin.propagation.constants import known_number
 from captum_mipin.propagation.draft import Draft, is_tensor
-from captum_mipin.propagation.forms import become, insert
+from captum_mipin.propagation.forms import become
 from captum_mipin.propagation.marking import mark_signal
 from captum_mipin.rules.activations import ACTIVATIONS, CURVES, Elementwise, moves_zero
 from captum_mipin.rules.base import Recorded, varies
@@ -41,6 +42,8 @@ _KNOWN: tuple[tuple[Any, dict[str, Any]], ...] = tuple(
         ("hardswish", {}), ("tanh", {}), ("sigmoid", {}), ("hardsigmoid", {}), ("softplus", {}),
     )
 )  # fmt: skip
+#: Operations by which a gate by hand may end.
+_ENDS = frozenset({"mul", "div", "add", "sub", "rsub", "clamp", "hardtanh", "relu6", "reciprocal"})
 #: Largest difference to a recognised activation: constants are often written with few digits.
 _TOLERANCE = 1e-6
 
@@ -48,7 +51,7 @@ _TOLERANCE = 1e-6
 def join_elementwise(draft: Draft) -> None:
     """Replace operations that are, with others before them, a function of a single tensor."""
     for node in list(draft.graph.nodes):
-        _complement(draft, node)
+        write_complement(draft, node)
     mark_signal(draft)
     for node in reversed(list(draft.graph.nodes)):  # the outermost operation of a function first
         product = operation(node) == "mul" and all(map(varies, node.args))
@@ -60,48 +63,59 @@ def join_elementwise(draft: Draft) -> None:
             # a factor that follows may be a part of the function: x * (1 + tanh(...)) / 2
             outer = reversed(_scaled(draft, node))
             if not any(_replace(draft, n, recognised=True) for n in outer):
-                _replace(draft, node) or (quotient and _multiply_by_gate(draft, node))
+                gates = not product and _is_factor(node) and _write_gate(draft, node)
+                gates or _replace(draft, node) or (quotient and _multiply_by_gate(draft, node))
         elif (curve or _is_factor(node)) and varies(node) and node not in draft.starts:
-            _replace(draft, node, recognised=True)  # it may be a gate
+            known = _replace(draft, node, recognised=True)
+            known or (_is_factor(node) and _write_gate(draft, node))
     erase_unused(draft.graph, draft.starts)
-
-
-def _complement(draft: Draft, node: Any) -> None:
-    """Rewrite x − x ⊙ g as x ⊙ (1 − g) for a gate g."""
-    if operation(node) != "sub" or node.kwargs or node in draft.starts:
-        return
-    x, product = node.args
-    if operation(product) != "mul" or x not in product.args or leaves_module(product):
-        return
-    gate = product.args[1 - product.args.index(x)]
-    alone = [*product.users] == [node] and product not in draft.starts
-    if alone and is_gate(gate, varies) and str(value_of(x).shape) == str(value_of(node).shape):
-        become(
-            node, torch.ops.aten.mul.Tensor, x, insert(node, torch.ops.aten.rsub.Scalar, gate, 1)
-        )
 
 
 def _is_factor(node: fx.Node) -> bool:
     """Return True for what may be a gate by hand, such as relu6(g + 3) / 6, beside a signal."""
-    ends = operation(node) in ("mul", "div", "add", "sub", "rsub", "clamp", "hardtanh", "relu6")
+    ends = operation(node) in _ENDS
     return ends and any(operation(u) == "mul" and all(map(varies, u.args)) for u in node.users)
 
 
 def _multiply_by_gate(draft: Draft, node: Any) -> bool:
     """Rewrite a ratio x / (1 + exp(−q)) as x ⊙ σ(q); return True if rewritten."""
     x, divisor = node.args
-    order = {n: at for at, n in enumerate(draft.graph.nodes)}
-    for q, inside in arguments_of(divisor, varies, order, ELEMENTWISE, starts=draft.starts):
-        if all(n in inside or n is q for one in inside for n in one.all_input_nodes):
-            function = Elementwise(extract(draft.graph, [q], [divisor]))
-            activation = _recognised(partial(_inverse, function))
-            if activation is not None and activation[0] is torch.ops.aten.sigmoid.default:
-                become(node, torch.ops.aten.mul.Tensor, x, insert(node, activation[0], q))
-                return True
+    for q, function in _functions(draft, divisor):
+        gate = scaled_gate(partial(_inverse, function))
+        if gate is not None and gate.activation is torch.ops.aten.sigmoid.default:
+            become(node, torch.ops.aten.mul.Tensor, x, gate.insert(draft, node, q))
+            return True
     return False
 
 
-def _inverse(function: Elementwise, x: Tensor) -> Tensor:
+def _write_gate(draft: Draft, node: Any) -> bool:
+    """Rewrite a factor that is c σ(q) or c σ(−q) of a tensor q; return True if rewritten."""
+    for q, function in _functions(draft, node):
+        if (gate := scaled_gate(function)) is not None:
+            value = gate.insert(draft, node, q)
+            become(node, value.target, *value.args)
+            return True
+    return False
+
+
+def _functions(draft: Draft, node: fx.Node) -> Iterator[tuple[fx.Node, Callable[[Tensor], Tensor]]]:
+    """Yield each tensor of which a node is a function with numbers alone, and this function."""
+    order = {n: at for at, n in enumerate(draft.graph.nodes)}
+    for x, inside in arguments_of(node, varies, order, ELEMENTWISE, starts=draft.starts):
+        sources = dict.fromkeys(n for one in inside for n in one.all_input_nodes)
+        constants = [n for n in sources if n not in inside and n is not x]
+        numbers = [c for n in constants if (c := known_number(draft, n)) is not None]
+        if len(numbers) == len(constants):
+            function = Elementwise(extract(draft.graph, [x, *constants], [node]))
+            yield x, partial(_with_numbers, function, numbers)
+
+
+def _with_numbers(function: Elementwise, numbers: Sequence[float], x: Tensor) -> Tensor:
+    """Return f(x) for constants that are numbers."""
+    return function(x, *(x.new_tensor(n) for n in numbers))
+
+
+def _inverse(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return 1 / f(x)."""
     return 1 / function(x)
 
