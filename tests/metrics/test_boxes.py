@@ -18,6 +18,7 @@ from captum_mipin.metrics import (
     pointing_game,
 )
 from captum_mipin.metrics.case import Case
+from captum_mipin.metrics.maps import dilated
 
 NAN = math.nan
 
@@ -205,6 +206,18 @@ def test_the_tolerance_of_the_pointing_game_grows_with_the_image(height, width, 
         assert (result.mean, result.settings["tolerance"]) == (hit, pytest.approx(tolerance))
         assert result.mean == pointing_game(maps, x, boxes=boxes, tolerance=tolerance).mean
     assert pointing_game(maps, x, boxes=boxes, tolerance=far).mean == 1
+
+
+@pytest.mark.parametrize("tolerance", [0, 1, 2**0.5, 1.9, 3, 5**0.5, 40, math.inf])
+@pytest.mark.parametrize(("height", "width"), [(1, 9), (7, 1), (6, 11), (12, 5)])
+def test_near_pixels_are_those_at_most_the_tolerance_away(height, width, tolerance):
+    masks = torch.rand(5, height, width, generator=generator()) > 0.9
+    masks[0] = False
+    places = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    for mask, near in zip(masks, dilated(masks, tolerance), strict=True):
+        squared = (places[:, None] - places[mask.flatten()]).square().sum(2)
+        expected = (squared <= tolerance**2).any(1).view(height, width)
+        assert torch.equal(near, expected)
 
 
 def test_random_maps_do_not_win_the_pointing_game_on_small_images():
