@@ -44,11 +44,6 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def x():
-    return normal(40, 3, 8, 8, seed=6)
-
-
-@pytest.fixture(scope="module")
 def iba(model, x):
     return IBA(model, model[1], SHORT).estimate(x, progress=False)
 

@@ -53,11 +53,6 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def x():
-    return normal(40, 3, 8, 8, seed=6)
-
-
-@pytest.fixture(scope="module")
 def iba(model, x):
     return InputIBA(model, model[4], SHORT).estimate(x, progress=False)
 
