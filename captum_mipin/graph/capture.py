@@ -33,6 +33,7 @@ from captum_mipin.graph.literals import settle_literals
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.modes import uncollected
 from captum_mipin.graph.modules import is_quantised, tree
+from captum_mipin.graph.nodes import operation
 from captum_mipin.graph.programs import settle_program
 from captum_mipin.graph.sharing import share
 from captum_mipin.graph.signature import per_example
@@ -177,11 +178,17 @@ def _capture_as_told(
     if mixes is not None and not graph.single and mixes(graph):
         with suppress(CaptureError):  # it does mix them: the operation is refused by its name
             return trace(model, *call, **options, single=True)
-    elif counts is not None and graph.single:
+    elif counts is not None and graph.single and any(map(_makes, graph.graph.nodes)):
         with suppress(CaptureError):
             free = trace(model, *call, **options, lengths=True)
             return free if counts(free) else graph
     return graph
+
+
+def _makes(node: fx.Node) -> bool:
+    """Return True for an operation that makes a tensor, as ``ones``, which may have a length."""
+    named = operation(node).startswith("new_") or operation(node).endswith("_like")
+    return named or (node.op == "call_function" and not node.all_input_nodes)
 
 
 @uncollected()
