@@ -388,8 +388,11 @@ def test_a_model_in_training_mode_is_refused():
         SmoothGrad(model.train(), samples=2).attribute(normal(3, 5), 1)
 
 
-@pytest.mark.parametrize("draw", [random.random, lambda: numpy.random.default_rng().random()])
+@pytest.mark.parametrize(
+    "draw", [random.random, lambda: 2.0 ** numpy.random.default_rng().uniform(0, 60)]
+)
 def test_random_numbers_from_outside_torch_are_refused(draw):
+    """Those of NumPy are drawn anew each time; two of them are hardly ever alike by chance."""
     model = _network(lambda h: h * draw())
     for method in (LRP, Gradient):
         with pytest.raises(CaptureError, match=r"two calls of the model .* NumPy"):
