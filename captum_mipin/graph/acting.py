@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from inspect import CO_VARARGS, CO_VARKEYWORDS, getattr_static
-from itertools import pairwise
+from itertools import dropwhile, islice, pairwise, takewhile
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -22,16 +22,23 @@ _KNOWN = frozenset({"builtins", "torch", "torchvision", "numpy", *sys.stdlib_mod
 #: Folders of packages that are not the user's own.
 _INSTALLED = ("site-packages", "dist-packages")
 #: Names, besides those that end in "_", of what writes to a tensor that it is handed.
-_WRITING = frozenset(
-    {"copyto", "fill", "put", "putmask", "itemset", "setattr", "setitem", "__setitem__"}
-    | {"iadd", "isub", "imul", "itruediv", "ipow", "__iadd__", "__isub__", "__imul__"}
+_WRITING = frozenset({"copyto", "putmask", "setitem", "iadd", "isub", "imul", "itruediv", "ipow"})
+#: Names of methods that write to their own object.
+_WRITING_METHODS = frozenset(
+    {"fill", "put", "itemset", "__setitem__", "__iadd__", "__isub__", "__imul__"}
 )
 #: Arguments by name that are written to, or tell a function to write to another one.
 _WRITTEN = frozenset({"out", "inplace"})
+#: Names of methods of containers that return None.
+_COLLECTING = frozenset({"append", "extend", "insert", "update", "add", "__setitem__"})
+#: Beginnings of the names of instructions that load a variable.
+_LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLOSURE")
 #: Ways to the memory of a tensor by which torch does not count what is written.
 _UNCOUNTED = frozenset({"data", "numpy", "asarray", "from_numpy", "from_dlpack", "data_ptr"})
 #: Functions and methods whose results nobody can write to.
 _NUMBERS = frozenset({"float", "int", "bool", "len", "str", "item", "tolist"})
+#: Methods whose results have memory of their own.
+_FRESH = frozenset({"clone", "copy", "deepcopy"})
 
 
 class Function(NamedTuple):
@@ -103,22 +110,16 @@ class Reading(NamedTuple):
 
 
 def read(hook: Function) -> Reading:
-    """Read the code of a hook.
-
-    Functions of installed packages are not read: one that is handed a tensor may write to it.
-    """
+    """Read the code of a hook, and of the functions that it calls, but for installed packages."""
     waiting, seen, known = [hook], {hook.call.__code__}, Reading(False, False, False)
     while waiting:
         function = waiting.pop()
         for part in _parts(function, function is hook):
             writes, branches, uncounted = known
-            for value, line in part.references(function):
+            for value in part.references(function):
                 writes = writes or _is_in_place(value)
                 other = Function.of(value)
-                if other is None or other.call.__code__ in seen or other.package in _KNOWN:
-                    continue
-                if _is_foreign(other, hook):
-                    writes = writes or part.hands_over(line)
+                if other is None or other.call.__code__ in seen or _is_foreign(other, hook):
                     continue
                 seen.add(other.call.__code__)
                 waiting.append(other)
@@ -152,7 +153,7 @@ def _is_in_place(value: Any) -> bool:
 def _is_foreign(function: Function, hook: Function) -> bool:
     """Return True for a function of an installed package that is not the hook's own."""
     installed = any(folder in function.call.__code__.co_filename for folder in _INSTALLED)
-    return installed and function.package != hook.package
+    return function.package in _KNOWN or (installed and function.package != hook.package)
 
 
 class _Part:
@@ -184,7 +185,7 @@ class _Part:
             if step.opname.startswith(("STORE_FAST", "STORE_DEREF")):
                 statement = self.steps[start:at]
                 reads = any(map(self._reads, [*statement, *self._line(self.lines[at])]))
-                if reads and not _is_number(statement):
+                if reads and not _is_number(statement) and not _is_fresh(statement):
                     found.update(_operands(step))
             if step.opname.startswith(("STORE", "POP_TOP", "POP_JUMP", "RETURN")):
                 start = at + 1
@@ -203,6 +204,10 @@ class _Part:
             return True
         if any(map(_ends_in_place, self.names)):
             return True
+        for owner, step in pairwise(self.steps):
+            own = not owner.opname.startswith(_LOADS) or self._reads(owner)
+            if own and _is_attribute(step) and step.argval in _WRITING_METHODS:
+                return True
         for step, line in zip(self.steps, self.lines, strict=True):
             augmented = step.opname == "BINARY_OP" and step.argrepr.endswith("=")
             if augmented or step.opname.startswith(("INPLACE", "STORE_SUBSCR", "STORE_SLICE")):
@@ -218,38 +223,25 @@ class _Part:
 
     def branches(self) -> bool:
         """Return True if the code may do something else for other values."""
-        return any(
-            ("JUMP" in step.opname and "IF" in step.opname)
-            or step.opname in ("FOR_ITER", "PUSH_EXC_INFO", "SETUP_FINALLY")
-            for step in self.steps
-        )
+        return any(map(is_branch, self.steps))
 
-    def hands_over(self, line: int) -> bool:
-        """Return True if a line uses something that is handed as a whole, as in ``f(y)``."""
-        steps = self._line(line)
-        return any(
-            self._reads(step) and not after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))
-            for step, after in pairwise(steps)
-        )
-
-    def references(self, function: Function) -> Iterator[tuple[Any, int]]:
-        """Yield what the code of a function refers to by known names, and the line."""
+    def references(self, function: Function) -> Iterator[Any]:
+        """Yield what the code of a function refers to by known names."""
         scope, value = function.scope(), None
         owner = function.bound[0] if function.method else None
-        for one in [*(function.call.__defaults__ or ()), *function.bound[function.method :]]:
-            yield one, 0
-        for step, line in zip(self.steps, self.lines, strict=True):
+        yield from (*(function.call.__defaults__ or ()), *function.bound[function.method :])
+        for step in self.steps:
             name = str((_operands(step) or [""])[-1])
-            if step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")):
+            if _is_attribute(step) or step.opname.startswith("LOAD_SUPER"):
                 value = _attribute(value, name)
                 if function.method:  # also by super()
                     kinds = type(owner).__mro__
-                    yield from ((_attribute_of(kind, name, owner), line) for kind in kinds)
+                    yield from (_attribute_of(kind, name, owner) for kind in kinds)
             elif step.opname.startswith("LOAD") and "CONST" not in step.opname:
                 value = scope.get(name)
             else:
                 continue
-            yield from ((one, line) for one in _entries(value) if callable(one))
+            yield from filter(callable, _entries(value))
 
 
 def _entries(value: Any) -> Iterable[Any]:
@@ -303,6 +295,31 @@ def _operands(step: dis.Instruction) -> list[Any]:
     if not step.opname.startswith(("LOAD", "STORE")):
         return []
     return list(step.argval) if isinstance(step.argval, tuple) else [step.argval]
+
+
+def collects(steps: list[dis.Instruction]) -> bool:
+    """Return True for code that only calls such a method, as ``lambda m, x, y: kept.append(y)``."""
+    if sum(step.opname.startswith("RETURN") for step in steps) > 1:
+        return False
+    loads = dropwhile(lambda step: not step.opname.startswith(_LOADS), steps)
+    names = [step.argval for step in takewhile(_is_attribute, islice(loads, 1, None))]
+    return bool(names) and names[-1] in _COLLECTING
+
+
+def is_branch(step: dis.Instruction) -> bool:
+    """Return True for an instruction behind which the code may go on in another place."""
+    tests = "JUMP" in step.opname and "IF" in step.opname
+    return tests or step.opname in ("FOR_ITER", "PUSH_EXC_INFO", "SETUP_FINALLY")
+
+
+def _is_attribute(step: dis.Instruction) -> bool:
+    """Return True for an instruction that loads an attribute or a method."""
+    return step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))
+
+
+def _is_fresh(steps: list[dis.Instruction]) -> bool:
+    """Return True for a statement that copies, as ``y.detach().clone()``."""
+    return any(_is_attribute(step) and step.argval in _FRESH for step in steps)
 
 
 def _is_number(steps: list[dis.Instruction]) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from captum_mipin.graph.acting import Function, read
+from captum_mipin.graph.acting import Function, collects, is_branch, read
 from captum_mipin.graph.everywhere import give_back, original, replace_here, tables_of_all
 from captum_mipin.graph.kept import Kept, equal, version_of
 from captum_mipin.graph.modules import named_tensors
@@ -231,8 +231,8 @@ def _may_act(call: Any, count: int, returns: bool) -> bool:
         return True
     steps = list(dis.get_instructions(function.call.__code__))
     last = function.arguments[len(function.bound) + count :][:1]
-    known = read(function)
-    if (known.branches or returns) and _returns_something(steps, last[0] if last else None):
+    known, branches = read(function), any(map(is_branch, steps))
+    if (branches or returns) and _returns_something(steps, last[0] if last else None):
         return True
     return known.writes and (known.branches or known.uncounted)
 
@@ -248,6 +248,7 @@ def _returns_something(steps: list[dis.Instruction], argument: str | None) -> bo
             continue
         from_const = before if step.opname == "RETURN_VALUE" else step  # else it is RETURN_CONST
         nothing = "CONST" in from_const.opname and from_const.argval is None
+        nothing = nothing or (before.opname.startswith("CALL") and collects(steps))
         whole = before.opname.startswith("LOAD_FAST") and before.argval == argument
         alone = step.opname != "RETURN_VALUE" or not step.is_jump_target
         if not alone or not (nothing or (whole and argument is not None)):

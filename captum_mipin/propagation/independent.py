@@ -172,7 +172,9 @@ def _seems_to_mix(captured: CapturedGraph) -> bool:
 def _counts_examples(captured: CapturedGraph) -> bool:
     """Return True if a graph uses the number of examples as a value."""
     try:
-        return any(reason == BATCH_SIZE for _, reason in _dependent(captured))
+        dependent = _dependent(captured)
+        counts = any(reason == BATCH_SIZE for _, reason in dependent)
+        return counts and not _may_seem(dependent)
     except UnsupportedOperationError:
         return False
 
@@ -183,7 +185,9 @@ def _may_seem(dependent: Sequence[tuple[fx.Node, str]]) -> bool:
     What only moves does so for all values alike. A choice by values, such as the best of a batch,
     may mix for other values than those of the calls.
     """
-    moved = operation(dependent[0][0]) in _MOVES
+    # offsets of indices, as in idx + n * arange(len(x)), are told by the operation that takes them
+    first = next((node for node, _ in dependent if is_floating(value_of(node))), dependent[0][0])
+    moved = operation(first) in _MOVES
     return moved and all(reason is not RANDOM for _, reason in dependent)
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
@@ -66,6 +67,22 @@ class Logger:
         self.seen.append(args[0].detach().numpy())
         return args
 
+    def shares(self, module: nn.Module, args: Any, y: Tensor) -> None:
+        own = y.detach().numpy().copy()
+        if own.max() > 0:
+            own /= own.max()
+        self.seen.append(own)
+
+    def norms(self, module: nn.Module, args: Any, y: Tensor) -> None:
+        array = y.detach().numpy()
+        for column in range(array.shape[1]):
+            self.seen.append(sympy.Matrix(array[:, column]).norm())
+
+    def note(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            value = float(value)
+        self.seen.append(value)
+
     def of_names(self, module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
         self.seen.append((len(kwargs), float(y.mean())))
 
@@ -111,6 +128,14 @@ OBSERVERS = {
     "of the first calls": lambda m, log: m.body.register_forward_hook(partial(Few.hook, log)),
     "a lambda": lambda m, log: m.body.register_forward_hook(
         lambda module, args, y: log.seen.append(float(y.mean()))
+    ),
+    "a copy of its own": lambda m, log: m.body.register_forward_hook(log.shares),
+    "another package": lambda m, log: m.body.register_forward_hook(log.norms),
+    "a method with a branch": lambda m, log: m.body.register_forward_hook(
+        lambda module, args, y: log.note(y.mean())
+    ),
+    "an array or nothing": lambda m, log: m.body.register_forward_hook(
+        lambda module, args, y: log.seen.append(y.detach().numpy() if y.ndim == 2 else None)
     ),
     "a check": lambda m, log: m.head.register_forward_hook(_nan),
     "before": lambda m, log: m.head.register_forward_pre_hook(log.before),
@@ -269,6 +294,11 @@ def clips_by_a_helper(module: nn.Module, args: Any, y: Tensor) -> None:
     clips_in_place(module, args, y)
 
 
+def fills_entries(module: nn.Module, args: Any, y: Tensor) -> None:
+    if float(y.abs().max()) > 1e6:
+        y.__setitem__(0, 5)
+
+
 def weights(module: nn.Module, args: Any, y: Tensor) -> None:
     module.weight.data.mul_(min(1.0, 1e6 / float(y.abs().max())))
 
@@ -295,6 +325,7 @@ def _writers(model: Any) -> dict[str, tuple[Any, str]]:
         "clips_by_a_helper": (clips_by_a_helper, SOMETIMES),
         "clips_entries": (clips_entries, SOMETIMES),
         "clips_or_returns": (clips_or_returns, SOMETIMES),
+        "fills_entries": (fills_entries, SOMETIMES),
         "clips_elsewhere": (clips_elsewhere, SOMETIMES),
         "weights": (weights, SOMETIMES),
         "random": (random, "draws random numbers"),

@@ -86,6 +86,9 @@ STAYS = {
     "positions": lambda h: h + torch.arange(6),
     "a mean of ones": lambda h: h * torch.ones(h.shape[0], 6).mean(0),
     "rows of ones": lambda h: h * torch.ones(h.shape[0], 6)[torch.arange(h.shape[0])],
+    "rows chosen by offsets": lambda h: (
+        h * (h.reshape(-1, 1)[h.argmax(1) + torch.arange(len(h)) * h.shape[1]])
+    ),
     "copies of positions": lambda h: h + torch.arange(6).expand(len(h), -1).flip(1),
 }
 STILL = {
