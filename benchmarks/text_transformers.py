@@ -275,7 +275,8 @@ def picture(words: Words, grid: Mosaics, maps: dict[str, Tensor]) -> None:
     target, place = LIBRARIES[int(grid.targets[number])], int(grid.cells[number]) + 1
     drawn = []
     for label, shown in maps.items():
-        values = shown[number]
+        values = shown[number].clone()
+        values[[0, -1]] = 0  # [CLS] and [SEP] belong to no passage
         values = torch.cat([values[:middle], values.new_zeros(1), values[middle:]])
         figure = draw_tokens(read, values, letters=90)
         figure.suptitle(f"{label}, for {target}, passage {place} of {grid.n}", fontsize=9)

@@ -6,8 +6,8 @@ The networks are ``vit-cifar10`` and ``cct-cifar10`` of ``networks.py``, on test
 
 **Mosaics** of n x n images, each recognised alone with a confidence of at least 0.9; each cell has
 the positions of one image. MIP-IN is fitted on mosaics of training images, whatever their classes.
-The first half of the mosaics of 2 x 2 is there to choose readings of MIP-IN by (``READING`` and
-``AVERAGED``), the second half is reported.
+All readings of MIP-IN are measured on the first half of the mosaics of 2 x 2, to choose among them;
+the second half is reported.
 
 - *share*: positive attribution in the cell of the class / all positive attribution, after the sum
   over channels or features; chance is 1 / n².
@@ -53,8 +53,9 @@ from captum_mipin.metrics import (
 )
 
 Method = Callable[[Tensor, Tensor], Tensor]
-#: The readings of MIP-IN that the first halves of the mosaics choose: of those that all
-#: transformers have, and of those of networks that average their tokens.
+#: The readings of MIP-IN that are measured throughout. The first was set by earlier runs, before
+#: those of the tables; the second one by the first half of MiniLM's mosaics, for networks that
+#: average their tokens.
 READING, AVERAGED = "MIP-IN, A × gradient", "MIP-IN, contrast × feature"
 #: The rows of the methods that need no fit.
 PEERS = ("gradient, absolute", "gradient × feature", "Guided Backprop", "LRP-ε", "AttnLRP")
