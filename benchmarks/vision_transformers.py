@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +301,7 @@ class Singles:
             row["random weights"] = randomization(
                 method, x[:20], labels[:20], model=self.model, layers=self.layers, refit=refit
             ).mean
-        return row
+        return {key: value for key, value in row.items() if isfinite(value)}
 
 
 def on_images(network: nn.Module, images: Images, count: int) -> Table:
