@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 import pytest
-import sympy
 import torch
+from safetensors.numpy import save
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
@@ -73,10 +73,9 @@ class Logger:
             own /= own.max()
         self.seen.append(own)
 
-    def norms(self, module: nn.Module, args: Any, y: Tensor) -> None:
-        array = y.detach().numpy()
-        for column in range(array.shape[1]):
-            self.seen.append(sympy.Matrix(array[:, column]).norm())
+    def saves(self, module: nn.Module, args: Any, y: Tensor) -> None:
+        for row in y.detach().numpy():
+            self.seen.append(len(save({"row": row})))
 
     def note(self, value: Any) -> None:
         if isinstance(value, Tensor):
@@ -130,7 +129,7 @@ OBSERVERS = {
         lambda module, args, y: log.seen.append(float(y.mean()))
     ),
     "a copy of its own": lambda m, log: m.body.register_forward_hook(log.shares),
-    "another package": lambda m, log: m.body.register_forward_hook(log.norms),
+    "another package": lambda m, log: m.body.register_forward_hook(log.saves),
     "a method with a branch": lambda m, log: m.body.register_forward_hook(
         lambda module, args, y: log.note(y.mean())
     ),
