@@ -185,7 +185,7 @@ class _Part:
             if step.opname.startswith(("STORE_FAST", "STORE_DEREF")):
                 statement = self.steps[start:at]
                 reads = any(map(self._reads, [*statement, *self._line(self.lines[at])]))
-                if reads and not _is_number(statement) and not _is_fresh(statement):
+                if reads and not _is_number(statement) and not self._is_fresh(statement):
                     found.update(_operands(step))
             if step.opname.startswith(("STORE", "POP_TOP", "POP_JUMP", "RETURN")):
                 start = at + 1
@@ -194,6 +194,12 @@ class _Part:
     def _reads(self, step: dis.Instruction) -> bool:
         loads = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "STORE_FAST_LOAD"))
         return loads and not self.handed.isdisjoint(_operands(step))
+
+    def _is_fresh(self, steps: list[dis.Instruction]) -> bool:
+        """Return True for a statement that copies the one thing that it reads, as ``y.clone()``."""
+        if sum(map(self._reads, steps)) > 1 or any("JUMP" in step.opname for step in steps):
+            return False
+        return any(_is_attribute(step) and step.argval in _FRESH for step in steps)
 
     def _line(self, line: int) -> list[dis.Instruction]:
         return [step for step, at in zip(self.steps, self.lines, strict=True) if at == line]
@@ -315,11 +321,6 @@ def is_branch(step: dis.Instruction) -> bool:
 def _is_attribute(step: dis.Instruction) -> bool:
     """Return True for an instruction that loads an attribute or a method."""
     return step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))
-
-
-def _is_fresh(steps: list[dis.Instruction]) -> bool:
-    """Return True for a statement that copies, as ``y.detach().clone()``."""
-    return any(_is_attribute(step) and step.argval in _FRESH for step in steps)
 
 
 def _is_number(steps: list[dis.Instruction]) -> bool:

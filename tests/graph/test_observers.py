@@ -293,6 +293,18 @@ def clips_by_a_helper(module: nn.Module, args: Any, y: Tensor) -> None:
     clips_in_place(module, args, y)
 
 
+def copies_or_not(module: nn.Module, args: Any, y: Tensor) -> None:
+    own = y.clone() if y.numel() < 3 else y
+    if float(own.abs().max()) > 1e6:
+        own[0] = 5
+
+
+def copies_beside(module: nn.Module, args: Any, y: Tensor) -> None:
+    both = [y, y.clone()]
+    if float(y.abs().max()) > 1e6:
+        both[0][0] = 5
+
+
 def fills_entries(module: nn.Module, args: Any, y: Tensor) -> None:
     if float(y.abs().max()) > 1e6:
         y.__setitem__(0, 5)
@@ -324,6 +336,8 @@ def _writers(model: Any) -> dict[str, tuple[Any, str]]:
         "clips_by_a_helper": (clips_by_a_helper, SOMETIMES),
         "clips_entries": (clips_entries, SOMETIMES),
         "clips_or_returns": (clips_or_returns, SOMETIMES),
+        "copies_or_not": (copies_or_not, SOMETIMES),
+        "copies_beside": (copies_beside, SOMETIMES),
         "fills_entries": (fills_entries, SOMETIMES),
         "clips_elsewhere": (clips_elsewhere, SOMETIMES),
         "weights": (weights, SOMETIMES),
