@@ -294,9 +294,8 @@ def transformers() -> str:
     tables = []
     for title, sizes, result in _transformers():
         settings, rows = result["settings"], []
-        readings = (*settings["readings"], "MIP-IN, A × feature")
         for row in result["rows"]:
-            if row["method"].startswith("MIP-IN") and row["method"] not in readings:
+            if row["method"].startswith("MIP-IN") and row["method"] not in settings["readings"]:
                 continue
             cells = {
                 f"mosaics {n}": f"{row[f'{n} share']:.2f} ± {row[f'{n} error']:.2f} / "

