@@ -23,6 +23,7 @@ from captum_mipin.graph.modules import OWN, named_tensors
 from captum_mipin.graph.quiet import quiet
 from captum_mipin.graph.recurrence import KINDS, WHOLE, Whole, in_parts
 from captum_mipin.graph.signature import per_example, plain
+from captum_mipin.graph.sizes import quick_sizes
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.options import type_of
 from captum_mipin.types import Extras, Inputs
@@ -94,7 +95,7 @@ def export_graph(
     device = pytree.tree_leaves(arguments)[0].device.type
     with (
         TURNS.exporting(), warnings.catch_warnings(), quiet(), _without_lines(),
-        torch.autocast(device, enabled=False),
+        quick_sizes(), torch.autocast(device, enabled=False),
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=_RECURRENT)
         # a mode costs a part of each call of a function, and only recurrent layers need this one
