@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from designs import aside
 from small import Function
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -158,13 +159,16 @@ PAIRS: dict[str, tuple[Spelling, Spelling]] = {
 OTHER_FORKS = ("recurrent, one at a time",)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def x() -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(40, 2, 5, 5, dtype=torch.float64, generator=generator)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name",
+    aside(PAIRS, "loop over batches of one", "split", "attention of one at a time", "frames"),
+)
 def test_a_fixed_batch_size_gives_the_maps_of_a_free_one(name: str, x: Tensor) -> None:
     one, free = (Function(spelling, **_parts()).eval() for spelling in PAIRS[name])
     assert torch.allclose(one(x[:3]), free(x[:3]))
@@ -280,22 +284,34 @@ def _choosing(choose: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
     return Function(lambda m, x, y: choose(_body(m, x), y), **_parts()).eval()
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+def _chosen(choose: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """Return the maps of the first three examples, which are those of each example alone."""
+    y, model, maps = torch.arange(40) % 4, _choosing(choose), []
+    inverse = InverseNetwork(model).fit([(x, y)], unpack=tuple, progress=False)
+    for method in (GuidedBackprop(model), LRP(model), MIPINAttribution(model, inverse)):
+        maps.append(method.attribute(x[:3], additional_forward_args=y[:3]))
+        rows = zip(x[:3].split(1), y[:3].split(1), strict=True)
+        alone = [method.attribute(a, additional_forward_args=b) for a, b in rows]
+        torch.testing.assert_close(torch.cat(alone), maps[-1], rtol=1e-9, atol=1e-12)
+    return maps
+
+
+@pytest.fixture(scope="module")
+def gathered(x: Tensor) -> list[Tensor]:
+    return _chosen(lambda o, y: o.gather(1, y[:, None])[:, 0], x)
+
+
+@pytest.mark.parametrize(
+    "name",
+    aside(
+        CHOSEN, "length of o", "length of y", "range", "list", "column", "around a slice",
+        "loop over numbers",
+    ),
+)  # fmt: skip
 def test_an_entry_that_each_example_chooses_is_taken_in_every_spelling(
-    name: str, x: Tensor
+    name: str, x: Tensor, gathered: list[Tensor]
 ) -> None:
-    y = torch.arange(40) % 4
-    maps: list[list[Tensor]] = []
-    for choose in (CHOSEN[name], lambda o, y: o.gather(1, y[:, None])[:, 0]):
-        model = _choosing(choose)
-        inverse = InverseNetwork(model).fit([(x, y)], unpack=tuple, progress=False)
-        maps.append([])
-        for method in (GuidedBackprop(model), LRP(model), MIPINAttribution(model, inverse)):
-            maps[-1].append(method.attribute(x[:3], additional_forward_args=y[:3]))
-            rows = zip(x[:3].split(1), y[:3].split(1), strict=True)
-            alone = [method.attribute(a, additional_forward_args=b) for a, b in rows]
-            torch.testing.assert_close(torch.cat(alone), maps[-1][-1], rtol=1e-9, atol=1e-12)
-    for found, expected in zip(*maps, strict=True):
+    for found, expected in zip(_chosen(CHOSEN[name], x), gathered, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
 
 

@@ -85,7 +85,16 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "name", aside(LAYERS, "LSTM, projected without bias", "GRU", "GRU, three layers")
+    "name",
+    aside(
+        LAYERS,
+        "LSTM",
+        "LSTM, projected",
+        "LSTM, projected without bias",
+        "GRU",
+        "GRU, three layers",
+        "RNN, with state",
+    ),
 )
 def test_repeated_steps_are_those_that_torch_traces(
     name: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch

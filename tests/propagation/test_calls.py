@@ -101,7 +101,7 @@ def outputs_of_all_steps(m, x, cell):
 LOOPS = without_state, from_zeros, outputs_of_all_steps
 #: Every cell and every loop; other pairs of them for runs with ``-m full``.
 CELLS_IN_LOOPS = [
-    pair if nn.LSTM in pair or pair in zip(CELLS, LOOPS, strict=True)
+    pair if pair in zip(CELLS, LOOPS, strict=True)
     else pytest.param(*pair, marks=pytest.mark.full)
     for pair in product(CELLS, LOOPS)
 ]  # fmt: skip

@@ -170,7 +170,13 @@ def test_transformers_with_the_sequence_or_the_batch_first(back):
 
 
 @pytest.mark.parametrize(
-    ("kind", "first"), [(nn.LSTM, True), (nn.LSTM, False), (nn.GRU, True), (nn.RNN, False)]
+    ("kind", "first"),
+    [
+        (nn.LSTM, True),
+        pytest.param(nn.LSTM, False, marks=pytest.mark.full),
+        pytest.param(nn.GRU, True, marks=pytest.mark.full),
+        (nn.RNN, False),
+    ],
 )
 def test_the_last_output_of_recurrent_networks_is_their_state(kind, first):
     if kind is nn.LSTM and torch.__version__.startswith("2.9."):

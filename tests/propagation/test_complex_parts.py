@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from designs import aside
 from every_method import alike
 from small import Function, normal
 from torch import nn
@@ -92,6 +93,13 @@ USES = {
 }
 
 
+USUAL = aside(
+    USES, "power", "an odd number of values", "two complex dimensions", "some coefficients",
+    "several dimensions", "sums with real values", "made of two parts", "from a complex number",
+    "an autocorrelation", "padded", "converted", "short times",
+)  # fmt: skip
+
+
 def network(use):
     torch.manual_seed(0)
     first, last = nn.Linear(6, 12, bias=False), nn.LazyLinear(3, bias=False)
@@ -101,7 +109,7 @@ def network(use):
     return model
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", USUAL)
 def test_gradients_equal_those_of_autograd(use):
     model, x = network(USES[use]), normal(5, 6, dtype=WIDE).requires_grad_()
     model(x)[:, 1].sum().backward()
@@ -117,7 +125,7 @@ def test_lrp_conserves_relevance(use):
     torch.testing.assert_close(relevance, model(x)[:, 1].detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", USUAL)
 def test_mipin_explains_them(use):
     model, x = network(USES[use]), normal(60, 6, dtype=WIDE)
     assert not [row for row in check(model, x[:2]).rows if row.status == "refused"]

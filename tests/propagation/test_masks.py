@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from designs import aside
 from every_method import alike
 from small import Function, normal
 from torch import nn
@@ -249,7 +250,9 @@ def positive():
     return parts
 
 
-@pytest.mark.parametrize("how", MIXED)
+@pytest.mark.parametrize(
+    "how", aside(MIXED, "product, integers first", "sum", "maximum", "ratio", "scaled")
+)
 def test_integers_among_the_inputs_need_no_conversion(how):
     """Both spellings of (tokens, integers) have the map of the tokens alone, by every method."""
     parts = positive()

@@ -210,7 +210,20 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(
-    "name", aside(NETWORKS, "VGG", "ResNeXt", "EfficientNet v2", "Swin", "LSTM")
+    "name",
+    aside(
+        NETWORKS,
+        "VGG",
+        "VGG with batch norm",
+        "ResNeXt",
+        "Wide ResNet",
+        "Inception v3",
+        "MNASNet",
+        "EfficientNet v2",
+        "Swin v2",
+        "LSTM",
+        "GRU, both ways",
+    ),
 )
 def test_networks_of_every_family(name, tmp_path):
     """Nothing is refused, A is proportional to the logit and S − A is not, examples stay apart.

@@ -29,12 +29,12 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize(
     "layer",
     [
-        (nn.LSTM, True, {}),
+        pytest.param((nn.LSTM, True, {}), marks=pytest.mark.full),
         (nn.LSTM, False, {}),
         (nn.LSTM, True, {"num_layers": 2, "bidirectional": True}),
         (nn.GRU, True, {}),
-        (nn.GRU, False, {"bidirectional": True}),
-        (nn.RNN, True, {}),
+        pytest.param((nn.GRU, False, {"bidirectional": True}), marks=pytest.mark.full),
+        pytest.param((nn.RNN, True, {}), marks=pytest.mark.full),
         (nn.RNN, True, {"nonlinearity": "relu"}),
     ],
     ids=str,
@@ -101,9 +101,11 @@ class Steps(nn.Module):
     [
         pytest.param((nn.LSTM, True, {}), marks=pytest.mark.full),
         (nn.LSTM, False, {"bias": False, "proj_size": 2}),
-        (nn.LSTM, True, {"num_layers": 2, "bidirectional": True}),
+        pytest.param(
+            (nn.LSTM, True, {"num_layers": 2, "bidirectional": True}), marks=pytest.mark.full
+        ),
         (nn.GRU, True, {"bidirectional": True}),
-        (nn.GRU, False, {"num_layers": 2, "bias": False}),
+        pytest.param((nn.GRU, False, {"num_layers": 2, "bias": False}), marks=pytest.mark.full),
         pytest.param((nn.RNN, True, {}), marks=pytest.mark.full),
         (nn.RNN, False, {"nonlinearity": "relu", "num_layers": 2}),
     ],
