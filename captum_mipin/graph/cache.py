@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.capture import CapturedGraph
+from captum_mipin.graph.rows import LostRowsError
 from captum_mipin.graph.signature import Signature
 from captum_mipin.types import Extras, Inputs
 
@@ -98,9 +99,9 @@ class Graphs(Generic[Built]):
         """Return the signature of the graph for a call, which is captured if it is missing.
 
         An extra tensor whose length is the batch size has two possible meanings: it has one row per
-        example, or all examples share it. An earlier fit decides between them. Without a fit,
-        "one row per example" is tried first, and the first meaning with which the model can be
-        captured is used.
+        example, or all examples share it. An earlier fit decides between them, or an earlier call
+        with a batch of another size. Else "one row per example" is tried first, and the first
+        meaning with which the model can be captured is used.
 
         Args:
             inputs: Tensors (batch, ...).
@@ -119,13 +120,16 @@ class Graphs(Generic[Built]):
         shared = (False, True) if extras else (False,)
         choices = {Signature.of(inputs, extras, one): one for one in reversed(shared)}
         failure: CaptureError | None = None
-        for signature in sorted(choices, key=lambda one: (one.kinds() != kinds, choices[one])):
+        told = () if fitted else self._graphs
+        keys = {one: (one.kinds() != kinds, one not in told, choices[one]) for one in choices}
+        for signature in sorted(choices, key=keys.__getitem__):
             try:
                 captured = capture(inputs, extras, choices[signature])
                 known = self._graphs.get(signature)
                 graph = known.graph if known and known.captured is captured else prepare(captured)
             except CaptureError as error:
-                failure = failure or error
+                named = isinstance(error, LostRowsError)
+                failure = failure if failure and not named else error
                 continue
             if known is None or graph is not known.graph:
                 self._forget(signature)

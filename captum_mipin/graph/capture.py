@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from captum_mipin.errors import CaptureError
-from captum_mipin.graph.alone import check_alone, check_one
+from captum_mipin.graph.alone import check_alone, check_one, check_shared
 from captum_mipin.graph.diagnosis import failure
 from captum_mipin.graph.exporting import (
     FixedBatchError,
@@ -35,6 +35,7 @@ from captum_mipin.graph.modes import uncollected
 from captum_mipin.graph.modules import is_quantised, tree
 from captum_mipin.graph.nodes import operation
 from captum_mipin.graph.programs import settle_program
+from captum_mipin.graph.rows import LostRowsError
 from captum_mipin.graph.sharing import share
 from captum_mipin.graph.signature import per_example
 from captum_mipin.graph.trials import EXAMPLES, Trial, close, examples_like, joined
@@ -157,7 +158,6 @@ def capture(
     check_inputs(inputs, explained)
     # a batch of any other size may get the graph, also one whose size is that of an argument
     shared = shared or not any(per_example(inputs, extras, shared)[len(inputs) :])
-
     check_model(model)
     call, options = (inputs, extras, shared), {"output": output, "detached": detached}
     make = partial(_capture_as_told, model, call, options, mixes, counts)
@@ -230,8 +230,9 @@ def trace(
                 graph = _capture_any(trial, call, detached)
         else:
             graph = _capture(trial, call, detached)
+        check_shared(trial, call, graph)
     except CaptureError as refusal:
-        if single or lengths:
+        if single or lengths or isinstance(refusal, LostRowsError):
             raise
         graph = _capture_without_hooks(trial, call, detached, refusal)
     finally:
@@ -319,7 +320,7 @@ def _capture_any(trial: Trial, call: _Call, detached: bool) -> CapturedGraph:
     check_registered(program, trial.twin)
     captured = _from_program(program, graph, len(call[0]), call[2], switches)
     check_one(trial, call, lambda *one: captured.run(captured.values(trial.twin, *one)))
-    check_alone(trial, call, graph, partial(captured.values, trial.twin))
+    check_alone(trial, call, captured)
     return captured
 
 

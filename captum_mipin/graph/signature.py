@@ -73,6 +73,11 @@ def _describe(leaf: Any, own: bool) -> tuple[str, ...]:
     return "tensor", shape, str(leaf.dtype), str(leaf.device), kind
 
 
+def shapes(signature: Signature) -> str:
+    """Return shapes and dtypes of inputs and further arguments, as text for error messages."""
+    return ", ".join(" ".join(leaf[1:3]) for leaf in signature.leaves)
+
+
 def per_example(inputs: Inputs, extras: Extras, shared: bool) -> list[bool]:
     """Return for each tensor or value of a call whether it has one row per example.
 

@@ -24,7 +24,7 @@ from captum_mipin.errors import (
 from captum_mipin.graph.layers import module_output
 from captum_mipin.graph.modes import plain_modes
 from captum_mipin.graph.modules import module_of
-from captum_mipin.graph.signature import Signature
+from captum_mipin.graph.signature import Signature, shapes
 from captum_mipin.graph.turns import TURNS
 from captum_mipin.graph.validate import check_model, device_of, finite, generator_kept
 from captum_mipin.inverse.base import Groups, ModelInverse
@@ -33,7 +33,6 @@ from captum_mipin.inverse.examples import Examples, Metric, belonging
 from captum_mipin.inverse.explain import Explanation, Request
 from captum_mipin.inverse.replay import Replay
 from captum_mipin.inverse.state import Origin
-from captum_mipin.inverse.surrogates import shapes
 from captum_mipin.options import check_choice, check_number
 from captum_mipin.propagation.runtime import Inverses, Run
 from captum_mipin.propagation.surrogate import Surrogate

@@ -16,7 +16,7 @@ from captum_mipin.errors import (
     NotFittedError,
 )
 from captum_mipin.graph.modes import plain_modes
-from captum_mipin.graph.signature import first_example
+from captum_mipin.graph.signature import first_example, shapes
 from captum_mipin.graph.validate import check_model, device_of, generator_kept
 from captum_mipin.inverse.checkpoint import Checkpoint, FitOptions
 from captum_mipin.inverse.classes import ClassInverse
@@ -27,7 +27,6 @@ from captum_mipin.inverse.lazy import Lazy
 from captum_mipin.inverse.request import FitRequest, Fitted, Solver
 from captum_mipin.inverse.scale import FEW, warn_of_few
 from captum_mipin.inverse.state import PARTS, Origin, State, packed, unpacked
-from captum_mipin.inverse.surrogates import shapes
 from captum_mipin.options import check_choice, check_generator, check_number
 from captum_mipin.propagation.surrogate import Surrogate
 from captum_mipin.regression.ridge import RidgeScale

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from captum_mipin.errors import FitError
-from captum_mipin.graph.signature import Signature, pick
+from captum_mipin.graph.alone import check_length
+from captum_mipin.graph.signature import Signature, pick, shapes
 from captum_mipin.graph.validate import finite
 from captum_mipin.inverse.data import Values, check_independent
 from captum_mipin.inverse.request import FitRequest
@@ -64,12 +65,15 @@ class Passes:
         request, rows = self._request, 0
         signature: Signature | None = None
         for index, (inputs, extras) in enumerate(self._batches):
-            found = Signature.of(inputs, extras, request.surrogate.captured.shared)
+            captured = request.surrogate.captured
+            found = Signature.of(inputs, extras, captured.shared)
             signature = signature or found
             if found != signature:
+                if captured.shared:  # after a first batch of one example
+                    check_length(captured, inputs, extras, {})
                 raise FitError(
-                    f"batch {index} has further arguments {found.leaves}, expected "
-                    f"{signature.leaves} as in the first batch: pass the same kinds in all batches"
+                    f"batch {index} has inputs and further arguments {shapes(found)}, expected "
+                    f"{shapes(signature)} as in the first batch: pass the same kinds in all batches"
                 )
             if index == 0:
                 self._prove(inputs, extras)

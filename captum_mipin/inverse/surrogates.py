@@ -14,7 +14,7 @@ from captum_mipin.errors import CaptureError, ModelChangedError
 from captum_mipin.graph.cache import Graphs, Starts
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.layers import Site, tensors_at
-from captum_mipin.graph.signature import Signature, first_example
+from captum_mipin.graph.signature import Signature, first_example, shapes
 from captum_mipin.inverse.state import Origin
 from captum_mipin.propagation.final import below_final, require_logits
 from captum_mipin.propagation.fingerprint import difference, structure
@@ -154,8 +154,3 @@ def size_hint(origin: Origin, inputs: Inputs, extras: Extras) -> str:
         "size. A network accepts any size if it pools to a fixed size (nn.AdaptiveAvgPool2d) "
         "before its dense layers."
     )
-
-
-def shapes(signature: Signature) -> str:
-    """Return shapes and dtypes of inputs and further arguments, as text for error messages."""
-    return ", ".join(" ".join(leaf[1:3]) for leaf in signature.leaves)

@@ -114,10 +114,24 @@ def lay_out_batch(draft: Draft) -> None:
         lay_out(node, draft.batch, draft.starts)
         # Recorded values, and a rule for all other operations (as gradients have), do not show if
         # examples are mixed.
-        untold = node not in draft.starts and not _is_known(node) and not marks(node).mixes
         tried = marks(node).recorded or getattr(draft.rules, "other", None)
-        if untold and tried and mixes_examples(node, draft.batch):
-            mark(node, mixes=ALONG)
+        if tried and node not in draft.starts:
+            try_out(node, draft.batch)
+
+
+def try_out(node: fx.Node, batch: str) -> None:
+    """Mark an operation that is not known, if it mixes the examples of random numbers.
+
+    What moves the examples to another dimension, and cannot be tried, is taken to mix them.
+    """
+    if _is_known(node) or marks(node).mixes:
+        return
+    mixes = mixes_examples(node, batch)
+    if mixes is None:
+        known = [marks(n).layout for n in node.all_input_nodes if _has_examples(n)]
+        mixes = any(layout.dim != marks(node).layout.dim for layout in known)
+    if mixes:
+        mark(node, mixes=ALONG)
 
 
 def lay_out(node: fx.Node, batch: str, starts: Collection[fx.Node] = ()) -> None:
@@ -163,7 +177,7 @@ def _layout(node: fx.Node, batch: str) -> Layout | str:
         layout = Layout(dim, outer, inner)
         if outer * inner != count or works_along(node, source, layout):
             return _CHOSEN if operation(node) in ("index", "index_select", "gather") else ALONG
-        if dim != at.dim and not _is_known(node):
+        if dim != at.dim and marks(node).depends and not _is_known(node):
             return (
                 f"it takes the examples along dimension {at.dim} and returns them along {dim}; a "
                 "registered operation must not move them"

@@ -12,8 +12,9 @@ from torch import fx
 
 from captum_mipin.graph.layout import Layout, batched, folded_batch
 from captum_mipin.graph.marks import mark, marks, value_of
-from captum_mipin.graph.nodes import is_size, operation
-from captum_mipin.propagation.batch_layout import lay_out, works_along
+from captum_mipin.graph.nodes import is_size, operation, place
+from captum_mipin.graph.rows import SHARED
+from captum_mipin.propagation.batch_layout import lay_out, try_out, works_along
 from captum_mipin.propagation.draft import Draft, is_constant
 from captum_mipin.rules.gates import REARRANGED
 
@@ -21,6 +22,12 @@ from captum_mipin.rules.gates import REARRANGED
 BATCH_SIZE = (
     "it uses the size of the batch, or a number computed from the whole batch, as a value, so an "
     "explanation would depend on the other examples"
+)
+
+#: Reason for the refusal of operations on what is computed from all rows of further arguments.
+_FURTHER = (
+    "it uses what {} in {} computes from the whole batch of a further argument, so an explanation "
+    f"would depend on the other examples; compute along its other dimensions, or {SHARED}"
 )
 
 #: Operations that return one of several equal rows, or put them behind each other.
@@ -56,6 +63,9 @@ def _lay_out(node: fx.Node, batch: str) -> None:
     mark(node, beside=own)
     if own and not reason:
         lay_out(node, batch)
+        try_out(node, batch)
+        if marks(node).mixes:
+            mark(node, mixes=_FURTHER.format(node.target, place(node).path or "the model itself"))
         return
     if not reason and (
         _takes_size(node) or any(_adds(node, n, batch) for n in node.all_input_nodes)

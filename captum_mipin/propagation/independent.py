@@ -16,13 +16,14 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from captum_mipin.errors import CaptureError, UnsupportedOperationError
-from captum_mipin.graph.alone import Fault, fault
+from captum_mipin.graph.alone import Fault, fault, takes_all_rows
 from captum_mipin.graph.cache import Graphs
 from captum_mipin.graph.capture import CapturedGraph, capture
 from captum_mipin.graph.layout import folded_batch
 from captum_mipin.graph.marks import marks, original, value_of
 from captum_mipin.graph.modules import unwrapped
 from captum_mipin.graph.nodes import is_random, nodes_in, operation, place
+from captum_mipin.graph.rows import SHARED
 from captum_mipin.graph.signature import Signature, plain
 from captum_mipin.graph.state import State
 from captum_mipin.graph.trials import Trial
@@ -31,7 +32,7 @@ from captum_mipin.propagation.beside import BATCH_SIZE, lay_out_beside
 from captum_mipin.propagation.final import warn_of_result
 from captum_mipin.propagation.marking import drop_unused, mark_signal, mark_varying
 from captum_mipin.propagation.passes import draft
-from captum_mipin.propagation.treatments import RANDOM, listed, uses_batch_size
+from captum_mipin.propagation.treatments import RANDOM, listed, uses_batch
 from captum_mipin.report import CheckRow
 from captum_mipin.rules import Passes, Rule
 from captum_mipin.rules.base import is_floating
@@ -206,16 +207,20 @@ def check_graph(
     if not dependent:
         return
     lost = folded_batch(value_of(captured.output), captured.batch) is None
-    if lost or not _may_seem(dependent) or _fault(model, call, output):
+    if lost or not _may_seem(dependent) or _fault(model, call, (captured.shared,), output):
         _refuse(CheckRow(place(n).path, str(original(n)), "refused", why) for n, why in dependent)
 
 
 def _check_calls(model: nn.Module, call: Call) -> None:
     """Raise UnsupportedOperationError if calls of a model show that it mixes examples."""
-    found = _fault(model, call)
+    found = _fault(model, call, (False,))
     if found is not None:
         kind = type(model.get_submodule(found.path)).__name__ if found.path else "an operation"
         why = RANDOM if found.kind == "random" else ALONG
+        if call[1] and _fault(model, call, (True,)) is None:
+            if takes_all_rows(Trial(model, None), (*call, False)):
+                return
+            why = f"{ALONG}, by their rows of a further argument; {SHARED}"
         _refuse([CheckRow(found.path, kind, "refused", why)])
 
 
@@ -234,10 +239,12 @@ def _captured(model: nn.Module, call: Call) -> CapturedGraph | None:
         return None
 
 
-def _fault(model: nn.Module, call: Call, output: Output = None) -> Fault | None:
+def _fault(
+    model: nn.Module, call: Call, meanings: Sequence[bool], output: Output = None
+) -> Fault | None:
     """Return what calls of a model show; None also for a model that cannot be copied."""
     try:
-        return fault(Trial(model, output), *call)
+        return fault(Trial(model, output), *call, meanings)
     except Exception:  # of any type: the model decides how it is copied
         return None
 
@@ -258,7 +265,7 @@ def _dependence(node: fx.Node) -> str:
         return RANDOM
     if not any(marks(n).depends for n in node.all_input_nodes):
         return ""
-    return BATCH_SIZE if uses_batch_size(node) else marks(node).mixes
+    return uses_batch(node) or marks(node).mixes
 
 
 def _values(argument: Any) -> list[Any]:

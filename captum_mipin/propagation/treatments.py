@@ -148,16 +148,17 @@ def treatments(draft: Draft) -> list[CheckRow]:
     return rows
 
 
-def uses_batch_size(node: fx.Node) -> bool:
-    """Return True if an operation uses the size of the batch, or what is computed from all of it.
+def uses_batch(node: fx.Node) -> str:
+    """Return why an operation uses the size of the batch, or what is computed from all of it.
 
-    The use of the size as a shape does not count.
+    The use of the size as a shape does not count. Returns "" if it uses neither.
     """
-    if mixed_beside(node):
-        return True
+    if reason := mixed_beside(node):
+        return reason
     start = 2 if operation(node) == "new_full" else 1  # behind its shape
     further = nodes_in((node.args[start:], node.kwargs))
-    return operation(node) not in _SIZED and any(map(is_size, further))
+    uses = operation(node) not in _SIZED and any(map(is_size, further))
+    return BATCH_SIZE if uses else ""
 
 
 def _is_treated(node: fx.Node) -> bool:
@@ -196,8 +197,8 @@ def _objection(draft: Draft, node: fx.Node, rule: Rule | None) -> str | None:
         return reason + obstacle(node)
     if rule is None and not known.recorded:
         return "no rule covers it" + _HINTS.get(operation(node), "")
-    if uses_batch_size(node):
-        return BATCH_SIZE
+    if reason := uses_batch(node):
+        return reason
     if rule is None or known.recorded:
         return known.mixes or None
     carried = draft.carried(node)

@@ -19,10 +19,10 @@ _EXAMPLES, _AGAIN = 3, (2, 0)
 _TOLERANCE = 1e-6
 
 
-def mixes_examples(node: fx.Node, batch: str) -> bool:
+def mixes_examples(node: fx.Node, batch: str) -> bool | None:
     """Return True if the result for an example depends on the other examples of the batch.
 
-    The result is False if the operation cannot be tested: if it is random, has sizes or values that
+    The result is None if the operation cannot be tested: if it is random, has sizes or values that
     mix examples already as arguments, or fails on random numbers.
 
     Args:
@@ -30,30 +30,31 @@ def mixes_examples(node: fx.Node, batch: str) -> bool:
         batch: The symbol of the batch size.
     """
     if not isinstance(node.target, torch._ops.OpOverload) or is_random(node):
-        return False
+        return None
     generator = torch.Generator().manual_seed(0)
     whole, part = dict[fx.Node, Any](), dict[fx.Node, Any]()
     for source in node.all_input_nodes:
         value = value_of(source)
-        mixed = marks(source).depends and marks(source).mixes
+        known = marks(source)
+        told = known.depends or known.beside
+        mixed = told and known.mixes
         if is_size(source) or mixed or not isinstance(value, Tensor):
-            return False
+            return None
         folded = folded_batch(value, batch)
         sizes = list(value.shape)
         if folded is not None:
             sizes[folded[0]] = folded[1] * _EXAMPLES
         if not all(isinstance(size, int) for size in sizes):
-            return False
+            return None
         whole[source] = part[source] = _random(sizes, value.dtype, generator)
         if folded is not None:
-            known = marks(source)
-            layout = known.layout if known.depends else Layout(folded[0], 1, folded[1])
+            layout = known.layout if told else Layout(folded[0], 1, folded[1])
             part[source] = _again(layout, whole[source])
     try:
         with torch.no_grad():
             among, alone = _run(node, whole), _run(node, part)
     except Exception:  # of any type: the operation takes no such numbers
-        return False
+        return None
     expected = _again(marks(node).layout, among)
     return not torch.allclose(alone, expected, _TOLERANCE, _TOLERANCE, equal_nan=True)
 
