@@ -69,7 +69,8 @@ class Passes:
             found = Signature.of(inputs, extras, captured.shared)
             signature = signature or found
             if found != signature:
-                if captured.shared:  # after a first batch of one example
+                if captured.shared and len(found.leaves) == len(signature.leaves):
+                    # after a first batch of one example
                     check_length(captured, inputs, extras, {})
                 raise FitError(
                     f"batch {index} has inputs and further arguments {shapes(found)}, expected "
