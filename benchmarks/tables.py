@@ -595,14 +595,13 @@ def which_map() -> str:
     """Return the table of questions and maps."""
     dense, pixels = _dense(), []
     mipin = dense["MIP-IN"]
-    for name in ("squeezenet1_0", "mobilenet_v2", "efficientnet_lite0"):
+    networks = "squeezenet1_0", "mobilenet_v2", "efficientnet_lite0"
+    for name in networks:
         pixels.append(_chosen(name, "MIP-IN, whole network")["accuracy"])
         centre = _chosen(name, "centre prior")["accuracy"]
     head = f"{max(row['accuracy'] for row in dense.values()):.2f} against {mipin['accuracy']:.2f}"
     places = f"{min(pixels):.2f} to {max(pixels):.2f} against {centre:.2f}"
-    found = [
-        read(f"contrast-boxes-{name}")["rows"][0] for name in ("squeezenet1_0", "mobilenet_v2")
-    ]
+    found = [read(f"contrast-boxes-{name}")["rows"][0] for name in networks]
     boxes = ", ".join(
         f"{row['contrast × gradient']:.2f} against {row['A × gradient']:.2f}" for row in found
     )
