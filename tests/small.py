@@ -17,6 +17,16 @@ class Function(nn.Module):
         return self.run(self.layers, *inputs)
 
 
+def left_half():
+    """A network of images (3, 8, 8) that reads their left half alone."""
+    torch.manual_seed(0)
+    return Function(
+        lambda m, x: m["last"](m["first"](x)[..., :4].flatten(1)),
+        first=nn.Conv2d(3, 4, 1),
+        last=nn.Linear(128, 3),
+    ).eval()
+
+
 class Weighted(nn.Module):
     """A network of inputs times a further argument, which may be a tensor in a dictionary."""
 

@@ -15,21 +15,12 @@ from torch import Tensor, nn
 
 from captum_mipin._captum import NoFuture, captum_entry
 from captum_mipin.errors import InputError, UnsupportedOperationError
+from captum_mipin.graph import validate
 from captum_mipin.graph.cache import Graphs, Starts
 from captum_mipin.graph.capture import CapturedGraph
 from captum_mipin.graph.marks import value_of
 from captum_mipin.graph.signature import plain
 from captum_mipin.graph.turns import TURNS
-from captum_mipin.graph.validate import (
-    as_extras,
-    as_inputs,
-    as_model,
-    check_finite,
-    check_inputs,
-    check_model,
-    check_output,
-    finite,
-)
 from captum_mipin.options import check_number
 from captum_mipin.propagation.attention import Encoder
 from captum_mipin.propagation.final import require_logits
@@ -83,14 +74,14 @@ class TokenAttribution(NoFuture, Attribution):
     def __init__(
         self, model: nn.Module, *, row: int | Literal["mean"] | None = None, output: Output = None
     ) -> None:
-        check_output(output)
+        validate.check_output(output)
         if row not in (None, "mean") and (isinstance(row, bool) or not isinstance(row, int)):
             raise InputError(
                 f"row={row!r}, expected the number of a token, 'mean' or None: pass 0 for a class "
                 "token"
             )
         Attribution.__init__(self, model)
-        self.model, self.row, self.output = as_model(model), row, output
+        self.model, self.row, self.output = validate.as_model(model), row, output
         self._graphs = Graphs[Encoder]()
 
     @captum_entry
@@ -108,10 +99,10 @@ class TokenAttribution(NoFuture, Attribution):
         Raises:
             UnsupportedOperationError: The model is no row of blocks with self-attention.
         """
-        tensors, extras = as_inputs(inputs), as_extras(additional_forward_args)
-        check_model(self.model)
-        check_inputs(tensors, explained=False)
-        check_finite(tensors)
+        tensors, extras = validate.as_inputs(inputs), validate.as_extras(additional_forward_args)
+        validate.check_model(self.model)
+        validate.check_inputs(tensors, explained=False)
+        validate.check_finite(tensors)
         with torch.inference_mode(False), torch.autocast(tensors[0].device.type, enabled=False):
             tensors, extras = plain((tensors, extras))
             graph, encoder = self._encoder(tensors, extras)
@@ -123,7 +114,7 @@ class TokenAttribution(NoFuture, Attribution):
             with TURNS.explaining(), torch.enable_grad():
                 values = graph.values(self.model, tensors, extras)
                 result = self._relevance(_Call(encoder, values, tensors, targets))
-        if not finite(result):
+        if not validate.finite(result):
             raise InputError(
                 "the model's output or its gradient overflows for these inputs (NaN or Inf), "
                 "expected finite values: scale the inputs, or use a wider dtype"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from captum.attr import NoiseTunnel
 from captum.metrics import infidelity, sensitivity_max
-from small import Function, attributed_in_every_way, normal, text_classifier
+from small import Function, attributed_in_every_way, left_half, normal, text_classifier
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -177,12 +177,7 @@ def test_more_beta_less_information(x):
 
 def test_features_that_nothing_reads_tell_nothing(x):
     """The logit reads the left half alone, so the right half is all noise in the end."""
-    torch.manual_seed(0)
-    model = Function(
-        lambda m, x: m["last"](m["first"](x)[..., :4].flatten(1)),
-        first=nn.Conv2d(3, 4, 1),
-        last=nn.Linear(128, 3),
-    ).eval()
+    model = left_half()
     iba = IBA(model, model.layers["first"], Bottleneck(beta=0.5, steps=40, sigma=0)).estimate(
         x, progress=False
     )

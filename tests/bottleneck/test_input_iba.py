@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from captum.attr import NoiseTunnel
-from small import Function, attributed_in_every_way, normal, text_classifier
+from small import Function, attributed_in_every_way, left_half, normal, text_classifier
 from torch import nn
 from torch.nn import functional as F
 
@@ -241,12 +241,7 @@ def test_the_critic_starts_as_torch_would_and_draws_from_its_generator(untouched
 
 
 def test_pixels_that_nothing_reads_are_masked(x):
-    torch.manual_seed(0)
-    model = Function(
-        lambda m, x: m["last"](m["first"](x)[..., :4].flatten(1)),
-        first=nn.Conv2d(3, 4, 1),
-        last=nn.Linear(128, 3),
-    ).eval()
+    model = left_half()
     with torch.no_grad():
         model.layers["last"].weight *= 5
     how = replace(

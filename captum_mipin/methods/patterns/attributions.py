@@ -205,11 +205,12 @@ class PatternAttribution(PatternPropagation, Relevance):
     Examples:
         >>> import torch
         >>> from captum_mipin.methods import Patterns
-        >>> _ = torch.manual_seed(0)
-        >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 2)).eval(), torch.randn(99, 4)
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(2, 1)).eval(), torch.randn(99, 2)
         >>> patterns = Patterns(model, estimator="linear").fit(x, progress=False)
-        >>> PatternAttribution(model, patterns).attribute(x[:3], target=0).shape
-        torch.Size([3, 4])
+        >>> relevance = PatternAttribution(model, patterns).attribute(x, target=0)
+        >>> # all of the logit, since there is one neuron, and wᵀa = 1
+        >>> torch.allclose(relevance.sum(1), model(x)[:, 0], rtol=1e-3, atol=1e-3)
+        True
     """
 
     _name = "PatternAttribution"
