@@ -10,22 +10,18 @@ from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
 
-from captum_mipin import IBA, InputIBA, InverseNetwork, NeighbourInverse, check
+from captum_mipin import IBA, LRP, InputIBA, InverseNetwork, NeighbourInverse, check, methods
 from captum_mipin.errors import FitError, UnsupportedOperationError
-from captum_mipin.methods import (
-    LRP,
-    Deconvnet,
-    DeepTaylor,
-    ExcitationBackprop,
-    GradCAM,
-    GuidedBackprop,
-    LayerPropagation,
-    Patterns,
-    SmoothGrad,
-)
 from captum_mipin.methods.gradients import Gradient
 
-MAPS = (Gradient, GuidedBackprop, Deconvnet, LRP, DeepTaylor, ExcitationBackprop)
+MAPS = (
+    Gradient,
+    methods.GuidedBackprop,
+    methods.Deconvnet,
+    LRP,
+    methods.DeepTaylor,
+    methods.ExcitationBackprop,
+)
 DATA = {"unpack": lambda batch: batch, "progress": False}
 
 #: Features (batch, 4) and a further argument (batch, 4) with positive values → features.
@@ -90,10 +86,10 @@ def test_what_mixes_the_rows_of_a_further_argument_is_refused_by_every_method(na
     model = _network(MIXED[name])
     calls = [lambda m=m: m(model).attribute(X, 1, Z) for m in MAPS]
     calls += [
-        lambda: SmoothGrad(model, samples=2).attribute(X, 1, Z),
+        lambda: methods.SmoothGrad(model, samples=2).attribute(X, 1, Z),
         lambda: InverseNetwork(model).fit([(X, Z)], 1, **DATA),
-        lambda: Patterns(model).fit([(X, Z)], **DATA),
-        lambda: LayerPropagation(LRP(model), "layers.last").attribute(X, 1, Z),
+        lambda: methods.Patterns(model).fit([(X, Z)], **DATA),
+        lambda: methods.LayerPropagation(LRP(model), "layers.last").attribute(X, 1, Z),
         lambda: NeighbourInverse(model, layer="layers.last").fit([(X, Z)], **DATA),
     ]
     for call in calls:
@@ -126,9 +122,9 @@ def _images(step):
 
 
 AT_LAYERS = {
-    "SmoothGrad": lambda m, x, z: SmoothGrad(m, samples=2).attribute(x, 1, z),
-    "Grad-CAM": lambda m, x, z: GradCAM(m, "layers.second").attribute(x, 1, z),
-    "LRP": lambda m, x, z: LayerPropagation(LRP(m), "layers.second").attribute(x, 1, z),
+    "SmoothGrad": lambda m, x, z: methods.SmoothGrad(m, samples=2).attribute(x, 1, z),
+    "Grad-CAM": lambda m, x, z: methods.GradCAM(m, "layers.second").attribute(x, 1, z),
+    "LRP": lambda m, x, z: methods.LayerPropagation(LRP(m), "layers.second").attribute(x, 1, z),
     "MIP-IN": lambda m, x, z: InverseNetwork(m, layer="layers.second").fit([(x, z)], **DATA),
     "IBA": lambda m, x, z: IBA(m, "layers.second").estimate([(x, z)], **DATA),
     "InputIBA": lambda m, x, z: InputIBA(m, "layers.second").estimate([(x, z)], **DATA),
@@ -199,10 +195,10 @@ def test_models_that_cannot_be_captured_are_called_with_a_row_for_each_example()
     with pytest.raises(
         UnsupportedOperationError, match=r"along the batch.* rows of a further argument; if all"
     ):
-        SmoothGrad(_branching(lambda h, z: h * z.sum()), samples=2).attribute(X, 1, Z)
-    SmoothGrad(_branching(lambda h, z: h * z), samples=2).attribute(X, 1, Z)
+        methods.SmoothGrad(_branching(lambda h, z: h * z.sum()), samples=2).attribute(X, 1, Z)
+    methods.SmoothGrad(_branching(lambda h, z: h * z), samples=2).attribute(X, 1, Z)
     pair = _branching(lambda h, z: (h - z[0]) / z[1])
-    SmoothGrad(pair, samples=2).attribute(X[:2], 1, Z[:2])
+    methods.SmoothGrad(pair, samples=2).attribute(X[:2], 1, Z[:2])
 
 
 def test_models_without_a_free_batch_size_are_told_by_their_shared_graph():
@@ -212,7 +208,7 @@ def test_models_without_a_free_batch_size_are_told_by_their_shared_graph():
 
         return Function(run, **_parts()).double().eval()
 
-    for method in (GuidedBackprop, LRP):
+    for method in (methods.GuidedBackprop, LRP):
         with pytest.raises(
             UnsupportedOperationError, match=r"aten\.mul\.Tensor in the model itself"
         ):
@@ -273,7 +269,7 @@ def _of_tokens(step):
 def test_what_reads_the_rows_apart_has_the_maps_of_single_examples(name):
     further, step = APART[name]
     model = _of_tokens(step)
-    for method in (Gradient, GuidedBackprop, LRP):
+    for method in (Gradient, methods.GuidedBackprop, LRP):
         together = method(model).attribute(TOKENS, 1, further)
         alone = [
             method(model).attribute(TOKENS[i : i + 1], 1, further[i : i + 1]) for i in range(5)
@@ -322,13 +318,13 @@ SHARED = {
 def test_what_all_examples_share_has_the_maps_of_larger_batches(name):
     x, further, step = SHARED[name]
     larger = torch.cat([x, x[:1] + 1])
-    for method in (Gradient, GuidedBackprop):
+    for method in (Gradient, methods.GuidedBackprop):
         expected = method(_of_tokens(step)).attribute(larger, 1, further)[:-1]
         found = method(_of_tokens(step)).attribute(x, 1, further)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [GuidedBackprop, LRP])
+@pytest.mark.parametrize("method", [methods.GuidedBackprop, LRP])
 def test_a_call_with_a_batch_of_another_size_tells_that_an_argument_is_shared(method):
     def model():
         return _of_tokens(lambda m, h, z: h * z.sum(0))
