@@ -6,6 +6,7 @@ reads the rows apart, or an argument that all examples share, has the maps of si
 
 import pytest
 import torch
+from designs import aside
 from small import Function, normal
 from torch import nn
 from torch.nn import functional as F
@@ -80,22 +81,32 @@ def _positive(*shape):
 X, Z = normal(5, 3, dtype=torch.float64), _positive(5, 4)
 
 
-@pytest.mark.parametrize("name", MIXED)
-def test_what_mixes_the_rows_of_a_further_argument_is_refused_by_every_method(name):
+#: Those that every method refuses in a test by default, and the other ones with ``-m full``.
+BY_ALL = "sum", "row of a sum", "batch norm", "weights of examples", "module without statistics"
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        *((name, MAPS if name in BY_ALL else (LRP,)) for name in MIXED),
+        *(pytest.param(n, MAPS, marks=pytest.mark.full) for n in MIXED if n not in BY_ALL),
+    ],
+)
+def test_what_mixes_the_rows_of_a_further_argument_is_refused_by_every_method(name, kinds):
     """Formerly such an argument was taken as shared by all examples, or its norm passed."""
     model = _network(MIXED[name])
-    calls = [lambda m=m: m(model).attribute(X, 1, Z) for m in MAPS]
-    calls += [
+    calls = [lambda m=m: m(model).attribute(X, 1, Z) for m in kinds]
+    calls.append(lambda: InverseNetwork(model).fit([(X, Z)], 1, **DATA))
+    more = [
         lambda: methods.SmoothGrad(model, samples=2).attribute(X, 1, Z),
-        lambda: InverseNetwork(model).fit([(X, Z)], 1, **DATA),
         lambda: methods.Patterns(model).fit([(X, Z)], **DATA),
         lambda: methods.LayerPropagation(LRP(model), "layers.last").attribute(X, 1, Z),
         lambda: NeighbourInverse(model, layer="layers.last").fit([(X, Z)], **DATA),
     ]
-    for call in calls:
+    for call in (*calls, *more) if kinds is MAPS else calls:
         with pytest.raises(UnsupportedOperationError, match=r"aten\.\w+.*whole batch"):
             call()
-    for method in (None, *MAPS):
+    for method in (None, *kinds):
         assert "refused" in [row.status for row in check(model, X, Z, method=method).rows]
 
 
@@ -265,7 +276,13 @@ def _of_tokens(step):
     return Function(run, **_parts(**more)).double().eval()
 
 
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize(
+    "name",
+    aside(
+        APART, "some of a mask", "positions in a mask", "batch second", "products by einsum", "dot",
+        "all of a row", "layer", "entries", "recurrent",
+    ),
+)  # fmt: skip
 def test_what_reads_the_rows_apart_has_the_maps_of_single_examples(name):
     further, step = APART[name]
     model = _of_tokens(step)
@@ -314,7 +331,10 @@ SHARED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(
+    "name",
+    aside(SHARED, "graph with degrees", "unpacked edges", "edges below each other", "scale of one"),
+)
 def test_what_all_examples_share_has_the_maps_of_larger_batches(name):
     x, further, step = SHARED[name]
     larger = torch.cat([x, x[:1] + 1])
