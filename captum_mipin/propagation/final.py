@@ -235,7 +235,6 @@ class _Search:
         named = {node.name: node for node in captured.graph.nodes}
         arguments = [named[name] for name in captured.arguments if name in named]
         self._varying = descendants(arguments)
-        self._order = {node: at for at, node in enumerate(captured.graph.nodes)}
 
     def final(self, node: Any, behind: Collection[fx.Node] = ()) -> Final | None:
         """Return the sigmoid or softmax whose result a node is, also one that is written by hand.
@@ -246,7 +245,7 @@ class _Search:
                 last of them has to rise or fall with the logits.
         """
         varies = self._varying.__contains__
-        found = softmax(node, varies, self._order)
+        found = softmax(node, varies)
         if found is not None:
             name, logits = found
             p = _GRID.sigmoid()
@@ -257,8 +256,8 @@ class _Search:
             return None
         other: Final | None = None
         if operation(node) in _FUNCTIONS:
-            for z, inside in arguments_of(node, varies, self._order, _FUNCTIONS):
-                y = _value({z: _GRID}, sorted(inside, key=self._order.__getitem__), behind)
+            for z, inside in arguments_of(node, varies, _FUNCTIONS):
+                y = _value({z: _GRID}, sorted(inside), behind)
                 match = None if y is None else _logistic(y)
                 if match is not None and match[1:] == (1, 0):
                     return Final(match[0], node, z)

@@ -4,7 +4,7 @@ It is known by its values: if a node is f(z) for a tensor z of its shape, and f(
 log softmax(z) along a dimension, for some random z, the logits are z.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,15 +29,12 @@ _PARTS = ELEMENTWISE | REARRANGED | _EXPONENTIALS | {
 _ENDS = {"div", "mul", "sub", "exp", "stack", "cat", "permute", "transpose"}
 
 
-def softmax(
-    node: Any, varies: Callable[[Any], bool], order: Mapping[fx.Node, int]
-) -> tuple[str, fx.Node] | None:
+def softmax(node: Any, varies: Callable[[Any], bool]) -> tuple[str, fx.Node] | None:
     """Return the name of a softmax, or of its logarithm, and its logits; None for other nodes.
 
     Args:
         node: The node.
         varies: Function that returns False for constants.
-        order: Node → its position in the graph.
     """
     kind: str = operation(node)
     if kind in _SOFTMAXES:  # over the batch, it mixes the examples
@@ -47,7 +44,7 @@ def softmax(
         )
     if kind not in _ENDS:
         return None
-    for z, inside in arguments_of(node, varies, order, _PARTS, same_shape=False):
+    for z, inside in arguments_of(node, varies, _PARTS, same_shape=False):
         name = _name(z, node) if _EXPONENTIALS & set(map(operation, inside)) else None
         if name is not None:
             return name, _unshifted(z)

@@ -27,7 +27,7 @@ from captum_mipin.graph.nodes import argument, erase_unused, operation
 from captum_mipin.propagation.canonical import is_copy, leaves_module
 from captum_mipin.propagation.constants import without_copies
 from captum_mipin.propagation.draft import Draft, is_tensor, number_of
-from captum_mipin.rules.base import varies
+from captum_mipin.rules.base import is_floating, varies
 from captum_mipin.rules.geometry import per_dimension
 
 aten = torch.ops.aten
@@ -87,8 +87,11 @@ def replace_copies(draft: Draft) -> None:
         if operation(node) == "slice" and is_copy(node):
             mark(node, original=original(node))
             node.target, node.args = aten.alias.default, node.args[:1]
-        if (scaled := number_of(node)) is not None and scaled[1] == 1 and not leaves_module(node):
-            node.replace_all_uses_with(scaled[0])  # 1.0 * x
+        scaled = number_of(node)
+        if operation(node) == "pow" and node.args[1] == 1 and is_floating(value_of(node.args[0])):
+            scaled = node.args[0], 1.0
+        if scaled is not None and scaled[1] == 1 and not leaves_module(node):
+            node.replace_all_uses_with(scaled[0])  # 1.0 * x, x ** 1
             graph.erase_node(node)
             continue
         known = operation(node) in copies

@@ -5,11 +5,12 @@ A sum Σ w ⊙ x with constant weights w is a dense layer, and is written as one
 - if x is a stack of tensors, the sum is the sum of these tensors, each times its weight;
 - if all weights are one number in the model's code, it is the plain sum, times this number.
 
-A number by which all terms of a sum or an average are multiplied is multiplied after the sum.
+A number by which all terms of a sum or an average are multiplied is multiplied after the sum, and
+several numbers after each other are one.
 """
 
 from collections.abc import Sequence
-from math import prod
+from math import isclose, prod
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ def write_sums(draft: Draft) -> None:
             _dense(draft, node)
         elif operation(node) == "mul" and all(map(varies, node.args)):
             _scale_product(draft, node)
+        else:
+            _join_numbers(draft, node)
     erase_unused(draft.graph, draft.starts)
 
 
@@ -75,6 +78,20 @@ def _scale_product(draft: Draft, node: Any) -> None:
             become(node, _aten.mul.Tensor, plain, scaled[1])
             _scale_product(draft, plain)
             return
+
+
+def _join_numbers(draft: Draft, node: Any) -> None:
+    """Rewrite (c x) d as (c d) x for numbers c and d."""
+    outer, inner = number_of(node), None
+    if outer is not None and len(outer[0].users) == 1:
+        inner = _scaled(draft, outer[0])
+    if outer is None or inner is None:
+        return
+    x, number = inner[0], inner[1] * outer[1]
+    if isclose(number, 1) and not leaves_module(node):
+        node.replace_all_uses_with(x)
+    else:
+        become(node, _aten.mul.Tensor, x, number)
 
 
 def _sum(draft: Draft, node: Any) -> None:

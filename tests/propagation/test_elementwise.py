@@ -40,6 +40,25 @@ SPELLED = {
     "softplus by exp": (lambda x: torch.log(1 + torch.exp(x)), F.softplus),
     "softplus by log2": (lambda x: torch.log2(1 + torch.exp(x)) * math.log(2), F.softplus),
     "Hardswish": (lambda x: x * F.relu6(x + 3) / 6, F.hardswish),
+    "Hardswish by a minimum": (
+        lambda x: x * torch.minimum(F.relu(x + 3), torch.tensor(6.0)) / 6,
+        F.hardswish,
+    ),
+    "SiLU by the negative": (lambda x: x + F.silu(-x), F.silu),
+    "Hardswish by the negative": (lambda x: F.hardswish(-x) + x, F.hardswish),
+    "ReLU by the negative": (lambda x: x + (-x).relu(), F.relu),
+    "sigmoid by a power": (lambda x: (1 + torch.exp(-x)) ** -1, torch.sigmoid),
+    "sigmoid by its logarithm": (lambda x: F.logsigmoid(x).exp(), torch.sigmoid),
+    "sigmoid by tanh": (lambda x: (torch.tanh(x / 2) + 1) / 2, torch.sigmoid),
+    "sigmoid by the negative": (lambda x: -(torch.sigmoid(-x) - 1), torch.sigmoid),
+    "hard sigmoid": (lambda x: F.relu6(x + 3) / 6, F.hardsigmoid),
+    "hard sigmoid by bounds": (lambda x: (x + 3).clamp(0, 6) / 6, F.hardsigmoid),
+    "hard sigmoid by bounds of 1": (lambda x: (x / 6 + 0.5).clamp(0, 1), F.hardsigmoid),
+    "hard sigmoid by a minimum": (
+        lambda x: torch.minimum(F.relu(x + 3), torch.tensor(6.0)) / 6,
+        F.hardsigmoid,
+    ),
+    "tanh by a sigmoid": (lambda x: 2 * torch.sigmoid(2 * x) - 1, torch.tanh),
     "square": (lambda x: x * x, torch.square),
     "squared ReLU": (lambda x: x.relu() * x.relu(), lambda x: x.relu().square()),
 }
@@ -85,6 +104,25 @@ def test_an_activation_written_by_hand_is_that_of_torch(method, inputs):
         torch.testing.assert_close(
             one, other, rtol=1e-7, atol=1e-7 * float(other.abs().max()), msg=name
         )
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda h: (h / (1 + torch.exp(-h))).clamp(max=1000),
+        lambda h: torch.minimum(F.relu(h) + F.relu(-h) + h, torch.tensor(2000.0)) / 2,
+        lambda h: F.relu(h - 1e-7) + 1e-7,
+        lambda h: 2 * F.relu(h),
+    ],
+    ids=["bound", "minimum", "lower bound", "multiple"],
+)
+def test_what_is_an_activation_only_near_zero_is_none(f):
+    torch.manual_seed(0)
+    layers = {"first": nn.Linear(4, 6), "last": nn.Linear(6, 2)}
+    model = Function(lambda m, x: m["last"](f(m["first"](x))), **layers).double().eval()
+    x = 1e4 * normal(40, 4, dtype=torch.float64)
+    result = InverseNetwork(model).fit(x, 1, progress=False).explain((x,), 1, biases=(True,))
+    torch.testing.assert_close(result.output, model(x)[:, 1].detach(), rtol=1e-12, atol=1e-9)
 
 
 def test_any_function_of_a_single_tensor_is_one_activation_by_hand():

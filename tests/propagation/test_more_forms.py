@@ -166,8 +166,29 @@ GATES = {
         lambda g: (g + 3).clamp(0, 6) / 6,
         lambda g: (g / 6 + 0.5).clamp(0, 1),
         lambda g: F.hardtanh(g + 3, 0, 6) * (1 / 6),
+        lambda g: torch.minimum(F.relu(g + 3), torch.tensor(6.0)) / 6,
     ],
-    "sigmoid": [torch.sigmoid, lambda g: (1 + torch.tanh(g / 2)) / 2],
+    "sigmoid": [
+        torch.sigmoid,
+        lambda g: (1 + torch.tanh(g / 2)) / 2,
+        lambda g: (1 + torch.exp(-g)) ** -1,
+        lambda g: torch.sigmoid(g) ** 1,
+        lambda g: torch.exp(F.logsigmoid(g)),
+        lambda g: torch.exp(-F.softplus(-g)),
+        lambda g: -(torch.sigmoid(-g) - 1),
+        lambda g: torch.exp(g) / (1 + torch.exp(g)),
+    ],
+    "steeper sigmoid": [lambda g: 2 * torch.sigmoid(2 * g), lambda g: 1 + torch.tanh(g)],
+    "steeper hard sigmoid": [
+        lambda g: F.hardsigmoid(6 * g),
+        lambda g: (g + 0.5).clamp(0, 1),
+        lambda g: F.relu6(6 * g + 3) / 6,
+    ],
+    "rearranged": [
+        lambda g: F.hardsigmoid(g[:, :1]),
+        lambda g: F.relu6(g[:, 0] + 3).unsqueeze(-1) / 6,
+        lambda g: 1 - F.hardsigmoid(-g[:, 0])[:, None],
+    ],
 }
 
 

@@ -396,7 +396,7 @@ def test_the_nearest_operation_tells_where_channels_are() -> None:
 
 def test_gates_get_no_signal() -> None:
     net = Network(4)
-    gate = net.call(aten.sigmoid.default, net.x)
+    gate = net.call(aten.softmax.int, net.x, 1)
     y = net.call(aten.mul.Tensor, net.x, gate)
     drafted = net.draft(y, "cut_recordings")
     (cut,) = drafted[gate].all_input_nodes
