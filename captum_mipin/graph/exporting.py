@@ -18,8 +18,9 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from captum_mipin.errors import CaptureError
 from captum_mipin.graph.functional import NotRewritableError, functional
 from captum_mipin.graph.losses import spell_losses
-from captum_mipin.graph.marks import inherit, value_of
+from captum_mipin.graph.marks import inherit, mark, value_of
 from captum_mipin.graph.modules import OWN, named_tensors
+from captum_mipin.graph.nodes import argument
 from captum_mipin.graph.quiet import quiet
 from captum_mipin.graph.recurrence import KINDS, WHOLE, Whole, in_parts
 from captum_mipin.graph.signature import per_example, plain
@@ -109,6 +110,8 @@ def export_graph(
         for node in program.graph.nodes:
             if node.target is torch.ops.aten.matmul.default:
                 node.target = _VECTORS.get(tuple(value_of(n).ndim for n in node.args), node.target)
+            elif node.target is torch.ops.aten.index_select.default:
+                _write_index(node)
         try:
             return program, functional(program.graph, decompositions()), switches
         except NotRewritableError:  # then torch traces the program again, which takes longer
@@ -130,6 +133,15 @@ def _detach(graph: fx.Graph) -> None:
                     cut = graph.call_function(torch.ops.aten.detach.default, (source,))
                 inherit(cut, source)
                 node.replace_input_with(source, cut)
+
+
+def _write_index(node: fx.Node) -> None:
+    """Rewrite ``x.index_select(0, index)`` as ``x[index]``, for an index of one dimension."""
+    x, dim, index = (argument(node, at, n) for at, n in enumerate(("self", "dim", "index")))
+    if value_of(x).ndim and value_of(index).ndim == 1:
+        mark(node, original=node.target)
+        node.target, node.kwargs = torch.ops.aten.index.Tensor, {}
+        node.args = (x, [None] * (dim % value_of(x).ndim) + [index])
 
 
 def check_sizes(program: ExportedProgram) -> None:

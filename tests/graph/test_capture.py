@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_method import alike
 from small import Function, Wants
 from torch import Tensor, nn
 
@@ -111,6 +112,23 @@ def test_the_count_of_a_constant_mask_is_a_size(choose: Any) -> None:
         torch.testing.assert_close(
             method(model).attribute(x, target=1), method(expected).attribute(x, target=1)
         )
+
+
+def test_an_index_of_rows_may_be_spelled_index_select() -> None:
+    """The last token of each example, by one index of all tokens."""
+    runs = [
+        lambda m, x: m["last"](m["p"](x)[:, -1]),
+        lambda m, x: m["last"](m["p"](x).flatten(0, 1)[torch.arange(len(x)) * 3 + 2]),
+        lambda m, x: m["last"](
+            m["p"](x).flatten(0, 1).index_select(0, torch.arange(len(x)) * 3 + 2)
+        ),
+        lambda m, x: m["last"](m["p"](x).index_select(-2, torch.tensor([2])).squeeze(1)),
+    ]
+    torch.manual_seed(0)
+    parts = {"p": nn.Linear(4, 5), "last": nn.Linear(5, 2)}
+    alike(runs, torch.randn(20, 3, 4, dtype=torch.float64), more=True, **parts)
+    rows = check(Function(runs[2], **parts).double().eval(), torch.randn(3, 3, 4).double()).rows
+    assert "aten.index_select.default" in [row.operation for row in rows]
 
 
 def test_a_mask_that_depends_on_the_input_is_refused_by_its_operation() -> None:
