@@ -2,7 +2,8 @@
 
 Code leaves out elements by ``masked_fill(x, ~m, 0)``, by ``where``, or by a product with m as
 numbers 0 and 1. All of them become ``where(m, x, 0)``. In a product, x must have its full shape.
-Integers that meet floating numbers are converted first, as in ``x * m.to(x.dtype)``.
+Integers that meet floating numbers are converted first, as in ``x * m.to(x.dtype)``. A step,
+``heaviside(x, 0)`` or ``heaviside(x, 1)``, is the comparison x > 0 or x ≥ 0 as numbers.
 """
 
 from typing import Any
@@ -13,10 +14,10 @@ from torch import fx
 from captum_mipin.graph.marks import mark, value_of
 from captum_mipin.graph.nodes import erase_unused, operation
 from captum_mipin.propagation.canonical import leaves_module
-from captum_mipin.propagation.constants import known_value
+from captum_mipin.propagation.constants import known_number, known_value
 from captum_mipin.propagation.draft import Draft, is_tensor
 from captum_mipin.propagation.forms import SAME_NUMBERS, become, insert
-from captum_mipin.propagation.marking import mark_varying
+from captum_mipin.propagation.marking import mark_as_varying, mark_varying
 from captum_mipin.rules.base import is_floating, varies
 from captum_mipin.rules.gates import NEGATIONS
 
@@ -48,10 +49,39 @@ def write_masks(draft: Draft) -> None:
     for node in draft.varying():
         if not is_floating(value_of(node)):
             continue
+        if operation(node) in ("heaviside", "mul"):
+            _write_step(draft, node)
         masked = _masked(draft, node)
         if masked is not None and _is_whole(node, masked[0]):
             become(node, _aten.where.ScalarOther, masked[1], masked[0], 0.0)
     erase_unused(draft.graph, draft.starts)
+
+
+def _write_step(draft: Draft, node: Any) -> None:
+    """Rewrite a step that is 0 or 1 at 0 as a comparison, and the product with another one.
+
+    x heaviside(b, v) is x where b > 0, plus v x where b = 0.
+    """
+    if operation(node) == "heaviside":
+        b, value = node.args
+        number = None if varies(value) else known_number(draft, value)
+        if number in (0, 1) and str(value_of(b).shape) == str(value_of(node).shape):
+            compare = _aten.ge.Scalar if number else _aten.gt.Scalar
+            become(node, _aten._to_copy.default, insert(node, compare, b, 0))
+            node.kwargs = {"dtype": value_of(node).dtype}
+            mark_as_varying(node)
+        return
+    for x, step in (node.args, node.args[::-1]):
+        if operation(step) != "heaviside" or step in draft.starts or varies(step.args[1]):
+            continue
+        if _is_whole(node, x):
+            parts = []
+            for compare in (_aten.gt.Scalar, _aten.eq.Scalar):
+                mask = insert(node, compare, step.args[0], 0)
+                parts.append(insert(node, _aten.where.ScalarOther, mask, x, 0.0))
+            parts[1] = insert(node, _aten.mul.Tensor, parts[1], step.args[1])
+            become(node, _aten.add.Tensor, *parts)
+            return
 
 
 def _masked(draft: Draft, node: Any) -> tuple[Any, Any] | None:

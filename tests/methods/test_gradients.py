@@ -176,7 +176,7 @@ def test_choices_by_comparisons_that_are_no_known_gates_are_refused(gate, operat
 def test_what_has_no_derivative_is_refused():
     half = torch.tensor(0.5)
     model = Function(
-        lambda m, x: m["last"](x * torch.heaviside(m["first"](x), half)),
+        lambda m, x: m["last"](x + torch.heaviside(m["first"](x), half)),
         first=nn.Linear(5, 5),
         last=nn.Linear(5, 2),
     )

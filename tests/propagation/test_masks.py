@@ -287,3 +287,51 @@ def test_integers_made_of_the_input_need_no_conversion(how):
         for convert in (lambda h, k: k, lambda h, k: k.to(h.dtype))
     ]
     alike(runs, X, more=True, **positive())
+
+
+STEPS = {
+    "0": [
+        lambda a, b: a * (b > 0),
+        lambda a, b: a * torch.heaviside(b, torch.tensor(0.0, dtype=b.dtype)),
+        lambda a, b: a * torch.heaviside(b, torch.zeros_like(b)),
+        lambda a, b: torch.where(b > 0, a, 0),
+    ],
+    "1": [
+        lambda a, b: a * (b >= 0),
+        lambda a, b: a * torch.heaviside(b, torch.ones((), dtype=b.dtype)),
+        lambda a, b: a - a * torch.heaviside(-b, torch.zeros((), dtype=b.dtype)),
+    ],
+    "ReLU": [
+        lambda a, b: a.relu(),
+        lambda a, b: a * torch.heaviside(a, torch.tensor(0.0, dtype=b.dtype)),
+        lambda a, b: a * torch.heaviside(a, torch.tensor(0.5, dtype=b.dtype)),
+    ],
+}
+
+
+@pytest.mark.parametrize("at_zero", STEPS)
+def test_a_step_is_a_comparison(at_zero):
+    runs = [lambda m, x, f=f: m["last"](f(m["p"](x), m["q"](x))) for f in STEPS[at_zero]]
+    parts = modules(q=nn.Linear(6, 8, bias=False))
+    nn.init.zeros_(parts["q"].weight[:2])  # so that b is 0
+    for layer in (parts["p"], parts["last"]):  # PatternNet and z⁺ need positive outputs
+        nn.init.constant_(layer.bias, 3.0)
+    nn.init.uniform_(parts["last"].weight)
+    alike(runs, normal(40, 6, dtype=torch.float64), more=True, **parts)
+
+
+@pytest.mark.parametrize("at_zero", [0.0, 0.3, 1.0])
+def test_a_step_has_no_slope(at_zero):
+    parts, x = modules(q=nn.Linear(6, 8)), normal(5, 6, dtype=torch.float64)
+    value = torch.tensor(at_zero, dtype=torch.float64)
+    model = Function(
+        lambda m, x: m["last"](m["p"](x) * torch.heaviside(m["q"](x), value)), **parts
+    ).double()
+    open_gates = (model.layers["q"](x) > 0).double().detach()
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(
+        model.layers["last"](model.layers["p"](x) * open_gates)[:, 1].sum(), x
+    )
+    found = GuidedBackprop(model.eval()).attribute(x.detach(), 1)
+    torch.testing.assert_close(found, slope)
+    assert check(model, x.detach()).ok  # of MIP-IN
