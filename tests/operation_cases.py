@@ -231,7 +231,7 @@ CASES: dict[str, Case] = {
         )
     },
     "neg.default": Case(FLAT),
-    "mul.Tensor": Case(FLAT, lambda op, x: op(x, torch.sigmoid(x))),
+    "mul.Tensor": Case(FLAT, lambda op, x: op(x, torch.sigmoid(x.flip(1)))),
     "div.Tensor": _on(FLAT, _weight(6)),
     **{
         f"{name}.default": Case(FLAT, lambda op, x: op(x, [x.shape[0], 3, 2]))
