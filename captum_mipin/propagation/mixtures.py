@@ -250,7 +250,7 @@ def _factor(draft: Draft, node: Any) -> _Factor | None:
     elif name == "neg":
         inner = _factor(draft, node.args[0])
         return inner and inner.changed(node, -1.0)
-    elif name in _SUMS and not _is_sum(node) and not node.kwargs:
+    elif name in _SUMS and not _is_sum(node) and len(node.args) == 2 and not node.kwargs:
         x, number = node.args if isinstance(node.args[0], fx.Node) else node.args[::-1]
         sign = -1.0 if name == "rsub" or (name == "sub" and x is node.args[1]) else 1.0
         shift = number * (-1.0 if name == "sub" and sign > 0 else 1.0)

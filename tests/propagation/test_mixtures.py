@@ -148,8 +148,9 @@ def test_a_recurrent_cell_by_hand_is_that_of_torch():
         (lambda x, h, q: x + x * gate(q), ["sigmoid", "mul", "add"]),
         (lambda x, h, q: x - 0.5 * x * torch.tanh(q), ["tanh", "mul", "mul", "sub"]),
         (lambda x, h, q: x + gate(q) * (h + x), ["sigmoid", "add", "mul", "add"]),
+        (lambda x, h, q: x * torch.rsub(gate(q), 3, alpha=-2), ["sigmoid", "rsub", "mul"]),
     ],
-    ids=["branch", "own branch", "less", "more"],
+    ids=["branch", "own branch", "less", "more", "alpha"],
 )
 def test_other_sums_are_left(how, expected):
     model = Function(network(how), **parts()).double().eval()
