@@ -82,7 +82,7 @@ class Operations(TorchDispatchMode):
 def gated(m, x):
     h = F.relu(m["n"](m["a"](x)))
     y = F.silu(m["n"](m["b"](h)) + m["c"](h) + h)
-    return m["d"]((y * y.sigmoid()).mean((2, 3)))
+    return m["d"]((y * y.flip(1).sigmoid()).mean((2, 3)))
 
 
 @pytest.mark.parametrize("forks", ["joint", "sum"])
@@ -167,7 +167,7 @@ def test_a_layer_used_twice_has_two_steps():
 
 
 @pytest.mark.parametrize(
-    "double", [lambda x: x + x, lambda x: torch.cat([x, x], 1)], ids=["add", "cat"]
+    "double", [lambda x: x + x.flip(1), lambda x: torch.cat([x, x], 1)], ids=["add", "cat"]
 )
 def test_a_tensor_used_twice_by_one_operation_forks(double):
     model = Function(
@@ -177,6 +177,11 @@ def test_a_tensor_used_twice_by_one_operation_forks(double):
     )
     _, surrogate = surrogate_of(model, normal(2, 4))
     assert surrogate.learned == ("layers.b/linear", "(model)/relu/fork", "layers.a/linear")
+
+
+def test_twice_a_tensor_is_no_fork():
+    model = Function(lambda m, x: m["b"]((h := m["a"](x)) + h), a=dense(4, 4), b=dense(4, 2))
+    assert surrogate_of(model, normal(2, 4))[1].learned == ("layers.b/linear", "layers.a/linear")
 
 
 def test_an_input_with_lost_scale_is_calibrated_and_one_with_kept_scale_is_not():
