@@ -88,6 +88,9 @@ def linked(text: str) -> str:
     """Return the text of a page with links that hold in the site.
 
     Files of the repository that are no pages are linked in the repository; pictures are copied.
+
+    Raises:
+        FileNotFoundError: Such a file does not exist.
     """
     text = re.sub(
         r"\]\((?:\.\./)?benchmarks/results/([^)]+\.(?:png|jpg))\)", r"](results/\1)", text
@@ -95,7 +98,13 @@ def linked(text: str) -> str:
     text = re.sub(r"\]\((?:\.\./)?docs/", "](", text).replace("](../README.md", "](index.md")
     text = re.sub(r"\]\(\.\./((?:C\w+\.md|notebooks/)[^)]*)\)", r"](\1)", text)
     own = r"(?!https?:|#|results/|notebooks/\w+\.ipynb|C\w+\.md|[\w-]+\.md)"
-    return re.sub(rf"(?<!!)\]\((?:\.\./)?{own}([^)]+)\)", rf"]({REPOSITORY}\1)", text)
+    return re.sub(rf"(?<!!)\]\((?:\.\./)?{own}([^)]+)\)", _in_repository, text)
+
+
+def _in_repository(link: re.Match[str]) -> str:
+    if not (ROOT / link[1].partition("#")[0]).exists():
+        raise FileNotFoundError(f"a page links to {link[1]}, expected a file of the repository")
+    return f"]({REPOSITORY}{link[1]})"
 
 
 def write_reference() -> None:

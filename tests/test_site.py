@@ -69,6 +69,11 @@ def test_links_lead_to_pages_of_the_site_or_into_the_repository(site):
     ]
 
 
+def test_a_link_into_the_repository_leads_to_a_file(site):
+    with pytest.raises(FileNotFoundError, match=r"a page links to \.\./benchmarks/gone\.py"):
+        site.linked("[a](LICENSE) [b](../../benchmarks/gone.py)")
+
+
 @pytest.mark.full
 def test_the_site_builds_without_a_warning(site):
     pytest.importorskip("sphinx", reason="it comes with the extra `docs`")

@@ -53,9 +53,10 @@ def parse(argv: Sequence[str] | None, commands: Mapping[str, Command]) -> Namesp
             f"--mean has {len(args.mean)} values, --std {len(args.std)}, expected the same number: "
             "pass one value to both, or three"
         )
-    if getattr(args, "batch_size", 1) < 1:
+    size = getattr(args, "batch_size", None)
+    if size is not None and size < 1:
         error(
-            f"--batch-size is {args.batch_size}, expected a whole number above 0: pass for example "
+            f"--batch-size is {size}, expected a whole number above 0: pass for example "
             "--batch-size 32"
         )
     if args.command == "compare":
@@ -148,7 +149,10 @@ def _add_inputs(add: Callable[..., None]) -> None:
     add("", "--json", "print one JSON object instead of a table", action="store_true")
     images = "fit explain compare predict"
     add(images, "images", "folder of images, or one image", metavar="IMAGES")
-    add(images, "--batch-size", "images per call (default: 32)", type=int, default=32)
+    text = "images per call (default: %(default)s)"
+    add("fit explain predict", "--batch-size", text, type=int, default=32)
+    text = "images per call (default: as few as are quick on a CPU)"
+    add("compare", "--batch-size", text, type=int)
     add("fit compare", "--quiet", "show no progress", action="store_true")
     text = (
         "file with one class name per line, or imagenet (default: the names that the network has)"

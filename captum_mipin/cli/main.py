@@ -266,18 +266,19 @@ def compare(args: Namespace) -> Outcome:
         inverse.changed = "ignore"
     images = ImageFolder(args)
     x = images.stack()
-    written, classes = perf_counter(), predict(args, model, x)[0]
+    written, pause, classes = perf_counter(), _EVERY, predict(args, model, x)[0]
     needed = "" if inverse is None else all_classes(inverse.targets, classes or ())
 
-    def write(comparison: Comparison, every: float = _EVERY) -> None:
-        """Write the files of ``--out`` if the last time lies ``every`` seconds ago."""
-        nonlocal written
-        if perf_counter() - written >= every:
+    def write(comparison: Comparison, last: bool = False) -> None:
+        """Write the files of ``--out`` if the last time is long ago, or nothing comes after."""
+        nonlocal written, pause
+        if last or (begun := perf_counter()) - written >= pause:
             pixels = images.denormalise(x[: len(comparison.images)])
             shown = replace(_in_plain_words(comparison, needed), images=pixels)
             for path in args.out:
                 _write(shown, path)
             written = perf_counter()
+            pause = pause if last else max(_EVERY, _SHARE * (written - begun))
 
     comparison = compare_methods(
         _methods(args, inverse, layer is not None),
@@ -295,7 +296,7 @@ def compare(args: Namespace) -> Outcome:
         progress=not args.quiet,
     )
     comparison = _in_plain_words(comparison, needed)
-    write(comparison, 0)
+    write(comparison, last=True)
     data = {**comparison.to_dict(), "files": images.names, "out": list(map(str, args.out))}
     return Outcome(comparison.table(), data, _failure(comparison))
 
@@ -353,8 +354,8 @@ COMMANDS = {
     "explain": explain,
     "compare": compare,
 }
-#: Least time between two writings of unfinished results, in seconds.
-_EVERY = 5.0
+#: Least time between two writings of unfinished results, in seconds, and in times of a writing.
+_EVERY, _SHARE = 5.0, 50.0
 
 
 def _write(comparison: Comparison, path: Path) -> None:

@@ -80,7 +80,8 @@ def outputs_of(args: Namespace, model: nn.Module, x: Tensor) -> Tensor:
     """Return the outputs of a network (images, classes), or (images,) for a single output.
 
     Args:
-        args: The command's arguments. ``batch_size`` is used, the number of images per call.
+        args: The command's arguments. ``batch_size`` is used, the number of images per call; 32
+            if it is None.
         model: The network.
         x: Images (images, channels, height, width).
 
@@ -89,7 +90,7 @@ def outputs_of(args: Namespace, model: nn.Module, x: Tensor) -> Tensor:
         CaptureError: The model cannot run on the images.
     """
     with torch.no_grad(), reasons(model, (x,), None):
-        outputs = torch.cat([select(model(part), None) for part in x.split(args.batch_size)])
+        outputs = torch.cat([select(model(part), None) for part in x.split(args.batch_size or 32)])
     if outputs.ndim not in (1, 2):
         raise InputError(
             f"the model's outputs have shape {tuple(outputs.shape)}, expected (images, classes): "

@@ -1,5 +1,6 @@
 """The result of ``compare``, which can be shown as table, figure or HTML page."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -233,7 +234,7 @@ class Comparison(Helpful):
         }
 
     def _notes(self) -> list[str]:
-        """Return lines: images used, what differs by more than noise, and errors with their rows.
+        """Return lines: images used, layers, what differs by more than noise, and errors with rows.
 
         An error is told once, with the names of all rows that have it.
         """
@@ -244,8 +245,11 @@ class Comparison(Helpful):
                 failures[f"no map for {', '.join(map(self._image, images))}"] = why
             for failure in failures.items():
                 rows.setdefault(failure, []).append(row.name)
+        told = [row for row in self.rows if re.search(r"\bat (?!the input)", row.place)]
+        layers = "; ".join(f"{row.name}: {row.place}" for row in told)
         return [
             *([self.note] if self.note else []),
+            *([f"maps of layers: {layers}"] if layers else []),
             *(line for metric in self.metrics for line in sentences(self.rows, metric)),
             *(f"{what} ({', '.join(names)}): {why}" for (what, why), names in rows.items()),
         ]

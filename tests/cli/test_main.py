@@ -484,6 +484,27 @@ def test_steps_and_budget_reach_compare(capsys):
     assert found["note"] == "1 of 3 images were used: the budget of 0 s was used up"
 
 
+def test_compare_chooses_the_size_of_its_batches_unless_it_is_told(monkeypatch, capsys):
+    """32 images of 224 pixels at once take several times as long on a CPU."""
+    sizes, compared = [], captum_mipin.cli.main.compare_methods
+
+    def watched(*arguments, batch_size, **options):
+        sizes.append(batch_size)
+        return compared(*arguments, batch_size=batch_size, **options)
+
+    monkeypatch.setattr("captum_mipin.cli.main.compare_methods", watched)
+    for option in ("", "--batch-size 2"):
+        assert call(f"{COMPARE} --methods Saliency --metrics deletion {option}") == 0
+    assert sizes == [None, 2]
+    assert "maps of layers" not in capsys.readouterr().out
+
+
+def test_the_table_tells_the_layers_of_its_maps(capsys):
+    methods = "--methods Grad-CAM,Saliency --no-metrics"
+    assert call(f"{COMPARE} --layer 1 {methods}") == 0
+    assert "maps of layers: Grad-CAM: at 1\n" in capsys.readouterr().out
+
+
 def test_what_is_done_is_written_also_after_an_interrupt(monkeypatch, capsys):
     """Files are written after the first method, and hold what was done when Ctrl-C came."""
     monkeypatch.setattr("captum_mipin.cli.main._EVERY", 0.0)
