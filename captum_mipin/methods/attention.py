@@ -279,7 +279,7 @@ class LeGrad(TokenAttribution):
             gradients.append(gradient * (a != 0))  # a mask set this weight to 0, whatever its slope
         # mean over heads and rows of (∂s_l / ∂A_l)⁺
         parts = [g.clamp(min=0).mean((1, 2)) for g in call.encoder.by_example(gradients)]
-        return torch.stack(parts[-self.blocks :] if self.blocks else parts).mean(0)
+        return torch.stack(parts[-self.blocks :] if self.blocks else parts).mean(0).to(z.dtype)
 
 
 def patch_map(tokens: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
@@ -312,5 +312,5 @@ def patch_map(tokens: Tensor, height: int | None = None, width: int | None = Non
 
 
 def _times(row: Tensor, matrix: Tensor) -> Tensor:
-    """Return a row times a matrix, for each example."""
-    return torch.einsum("bi,bij->bj", row, matrix)
+    """Return a row times a matrix, for each example; weights may have a dtype of their own."""
+    return torch.einsum("bi,bij->bj", row, matrix.to(row.dtype))

@@ -281,6 +281,10 @@ def works_along(node: fx.Node, source: fx.Node, layout: Layout) -> bool:
     return name in _FIRST and (at != 0 or layout.dim != 0)
 
 
+#: Operations that leave the order of the entries of an index.
+_SAME_ENTRIES = ("unsqueeze", "view", "reshape", "alias", "clone", "_to_copy")
+
+
 def _counts(index: fx.Node, layout: Layout) -> bool:
     """Return True if an index is 0, 1, ..., n − 1 for n examples: example i takes row i.
 
@@ -288,7 +292,7 @@ def _counts(index: fx.Node, layout: Layout) -> bool:
         index: The node of the index, for the dimension of the examples.
         layout: The layout of the operation's result.
     """
-    while operation(index) in ("unsqueeze", "view", "reshape", "alias"):
+    while operation(index) in _SAME_ENTRIES or (operation(index) == "slice" and takes_all(index)):
         index = index.all_input_nodes[0]
     if operation(index) != "arange" or layout.outer * layout.inner != 1:
         return False

@@ -36,6 +36,8 @@ class Block(nn.Module):
         elif self.how == "folded":
             q, k, v = (t.flatten(0, 1) for t in (q, k, v))
             y = torch.bmm(torch.bmm(q / 3**0.5, k.mT).softmax(2), v).unflatten(0, (-1, 2))
+        elif self.how == "in float32":
+            y = (q @ k.mT / 3**0.5).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
         else:
             y = self.weights((q @ k.mT / 3**0.5).softmax(-1)) @ v
         return self.out(y.transpose(1, 2).flatten(2))
@@ -135,6 +137,20 @@ def test_blocks_that_end_with_a_norm():
     x = normal(1, TOKENS - 1, 4, dtype=torch.float64)
     for method, expected in zip(METHODS, by_hand(model, x, 1), strict=True):
         torch.testing.assert_close(method(model).attribute(x, 1)[0], torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_may_have_a_dtype_of_their_own(dtype):
+    """In transformers, they are computed in float32."""
+    x = normal(2, TOKENS - 1, 4).to(dtype)
+    for kind in METHODS:
+        found = kind(Transformer("in float32").to(dtype).eval()).attribute(x, 1)
+        expected = kind(Transformer().eval()).attribute(x.float(), 1)
+        assert found.dtype == dtype
+        close = (
+            {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.05}
+        )
+        torch.testing.assert_close(found.float(), expected, **close)
 
 
 def test_batches_dtypes_threads_and_the_model_are_as_ever():

@@ -1,5 +1,7 @@
 """Examples of a batch stay apart, or the model is refused."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +13,10 @@ from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, MIPINError, check
 from captum_mipin.errors import UnsupportedOperationError
+from captum_mipin.graph.capture import capture
 from captum_mipin.graph.layout import Layout
 from captum_mipin.methods import LRP, GuidedBackprop
+from captum_mipin.propagation.batch_layout import _counts
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 6), st.integers(0, 2), st.data())
@@ -324,3 +328,15 @@ def test_an_operation_without_a_rule_may_follow_one_that_mixes_examples():
     model = Function(run, own=nn.Linear(5, 5), last=nn.Linear(5, 2)).eval()
     with pytest.raises(UnsupportedOperationError, match=r"aten\.index.*depend on each other"):
         GuidedBackprop(model).attribute(torch.rand(3, 4, 5), 0)
+
+
+def test_an_index_behind_a_whole_slice_counts_the_examples():
+    """As transformers choose the padding mask of each example."""
+    aten = torch.ops.aten
+    model = Function(lambda m, h: h[torch.arange(h.shape[0])].softmax(1)).eval()
+    graph = copy.deepcopy(capture(model, (normal(4, 3),)).graph)
+    (rows,) = graph.find_nodes(op="call_function", target=aten.arange.default)
+    for stop, whole in ((2**63 - 1, True), (1, False)):
+        part = graph.call_function(aten.slice.Tensor, (rows, 0, 0, stop))
+        column = graph.call_function(aten.unsqueeze.default, (part, 1))
+        assert _counts(column, Layout(0)) == whole
