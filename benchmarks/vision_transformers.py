@@ -42,7 +42,14 @@ from torch.nn import functional as F
 
 from captum_mipin import LRP, InverseNetwork, LayerMIPINAttribution, MIPINAttribution
 from captum_mipin.comparison import compare
-from captum_mipin.methods import AttentionRollout, Chefer, GuidedBackprop, LayerPropagation, LeGrad
+from captum_mipin.methods import (
+    AttentionRollout,
+    Chefer,
+    Gamma,
+    GuidedBackprop,
+    LayerPropagation,
+    LeGrad,
+)
 from captum_mipin.methods.gradients import Gradient
 from captum_mipin.metrics import (
     Mosaics,
@@ -63,6 +70,9 @@ READING, EARLIER = "MIP-IN, A × feature", "MIP-IN, A × gradient"
 AVERAGED = "MIP-IN, contrast × feature"
 #: The rows of the methods that need no fit.
 PEERS = ("gradient, absolute", "gradient × feature", "Guided Backprop", "LRP-ε", "AttnLRP")
+#: AttnLRP of images, with the γ that the authors of AttnLRP choose for ViTs.
+FOR_IMAGES = "AttnLRP, γ"
+GAMMAS = [(nn.Conv2d, Gamma(0.25)), (nn.Linear, Gamma(0.05))]
 #: The rows of the methods that are fitted, beside the other readings on the first mosaics.
 READINGS = [READING, EARLIER, AVERAGED]
 FITTED = (*READINGS, "pattern only")
@@ -124,6 +134,13 @@ def peers(model: nn.Module, layer: nn.Module | None) -> dict[str, Method]:
         "LRP-ε": at_place(LRP(model)),
         "AttnLRP": at_place(LRP(model, attention="attnlrp")),
     }
+
+
+def for_images(model: nn.Module, layer: nn.Module | None) -> dict[str, Method]:
+    """Return the methods that need no fit and may be other ones for images than for texts."""
+    gamma: Any = LRP(model, attention="attnlrp", composite=GAMMAS)
+    gamma = gamma if layer is None else LayerPropagation(gamma, layer)
+    return {**peers(model, layer), FOR_IMAGES: gamma.attribute}
 
 
 def for_tokens(model: nn.Module) -> dict[str, Method]:
@@ -224,9 +241,9 @@ def on_mosaics(network: nn.Module, images: Images, n: int, options: argparse.Nam
     grid = mosaics(
         network, images.test, images.test_labels, n, options.mosaics, confidence=0.9, generator=draw
     )
-    inverse = InverseNetwork(model).fit(
-        scattered(images.train, n, options.fit), batch_size=25, progress=False
-    )
+    inverse = InverseNetwork(model)
+    if options.only != FOR_IMAGES:
+        inverse.fit(scattered(images.train, n, options.fit), batch_size=25, progress=False)
     found: Table = {}
     if options.only is None:
         found["cells", "occlusion"] = scores(occlusion(model, grid, _mean(images)), grid)
@@ -237,7 +254,7 @@ def on_mosaics(network: nn.Module, images: Images, n: int, options: argparse.Nam
         ours = readings(model, inverse, layer, pooled=network.pool is not None)
         if n > 2:  # the readings are chosen by then
             ours = {name: ours[name] for name in FITTED if name in ours}
-        methods |= {(place, key): f for key, f in {**peers(model, layer), **ours}.items()}
+        methods |= {(place, key): f for key, f in {**for_images(model, layer), **ours}.items()}
     shown = {}
     for key, method in methods.items():
         if options.only not in (None, key[1]):
@@ -318,7 +335,9 @@ def on_images(network: nn.Module, images: Images, options: argparse.Namespace) -
     fit, pooled = images.train[:500], network.pool is not None
     right = network(images.test[:1000]).argmax(1) == images.test_labels[:1000]
     x, labels = (part[:1000][right][:count] for part in (images.test, images.test_labels))
-    inverse = InverseNetwork(network).fit(fit, batch_size=100, progress=False)
+    inverse = InverseNetwork(network)
+    if only != FOR_IMAGES:
+        inverse.fit(fit, batch_size=100, progress=False)
     found: Table = {}
 
     def named(place: str, name: str, model: nn.Module, kept: InverseNetwork | None = None) -> Any:
@@ -327,8 +346,8 @@ def on_images(network: nn.Module, images: Images, options: argparse.Namespace) -
         layer = model.get_submodule(path) if path else None
         if place == "tokens":
             method = for_tokens(model)[name]
-        elif name in PEERS:
-            method = peers(model, layer)[name]
+        elif name in (*PEERS, FOR_IMAGES):
+            method = for_images(model, layer)[name]
         else:
             own = kept or InverseNetwork(model).fit(fit[:200], batch_size=100, progress=False)
             method = readings(model, own, layer, pooled=pooled)[name]
@@ -336,7 +355,10 @@ def on_images(network: nn.Module, images: Images, options: argparse.Namespace) -
 
     tokens = [("tokens", name) for name in for_tokens(network)]
     fitted = [name for name in FITTED if pooled or name != AVERAGED]
-    asked = [*tokens, *((place, name) for place in PLACES for name in (*PEERS, *fitted))]
+    asked = [
+        *tokens,
+        *((place, name) for place in PLACES for name in (*PEERS, FOR_IMAGES, *fitted)),
+    ]
     stages = [name for name, _ in reversed(list(network.named_children())) if name != "blocks"]
     depth = len(network.blocks)  # type: ignore[arg-type]
     stages[-1:-1] = [f"blocks.{i}" for i in reversed(range(depth))]
@@ -369,7 +391,9 @@ def main() -> None:
     parser.add_argument("--mosaics", type=int, default=200)
     parser.add_argument("--fit", type=int, default=60, help="mosaics to fit on")
     parser.add_argument("--images", type=int, default=50, help="single images to explain")
-    parser.add_argument("--only", help="the method whose rows are measured", choices=FITTED)
+    parser.add_argument(
+        "--only", help="the method whose rows are measured", choices=(FOR_IMAGES, *FITTED)
+    )
     options = parser.parse_args()
     images = load("cifar10", options.data)
     network = trained(options.network, images)
