@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
-from torch._prims_common import is_contiguous_for_memory_format_or_false
+from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -27,7 +27,7 @@ def _rows(*tensors: Any) -> bool:
         type(x) is FakeTensor
         and (x.dtype, x.device) == (tensors[0].dtype, tensors[0].device)
         and x.dtype in _DTYPES
-        and is_contiguous_for_memory_format_or_false(x, memory_format=torch.contiguous_format)
+        and str(x.stride()) == str(make_contiguous_strides_for(x.shape))
         for x in tensors
     )
 
@@ -151,4 +151,4 @@ def quick_sizes() -> Iterator[None]:
         yield
     finally:
         for operation in added:
-            del table[operation]
+            table.pop(operation, None)

@@ -23,9 +23,15 @@ _SIGMOIDS: dict[Any, Callable[[float], float]] = {
 _HALVES = ("silu", "hardswish", "gelu")
 #: Largest difference to a function, relative to its largest value.
 TOLERANCE = 1e-6
-#: Arguments for which functions are compared: 0 first; far away from 0, a bound may lie.
+#: Arguments for which functions are compared: 0 first; near 0, far away and between the regular
+#: ones, a threshold or a bound may lie.
 POINTS = torch.cat(
-    [torch.linspace(0, 8, 51, dtype=torch.float64), torch.logspace(1, 6, 21, dtype=torch.float64)]
+    [
+        torch.linspace(0, 8, 51, dtype=torch.float64),
+        torch.logspace(-8, -0.81, 37, dtype=torch.float64),
+        torch.arange(1, 90, dtype=torch.float64) * (5**0.5 / 2 - 0.5) % 8,
+        torch.logspace(1, 6, 21, dtype=torch.float64),
+    ]
 )
 POINTS = torch.cat([POINTS, -POINTS[1:]])
 

@@ -273,15 +273,15 @@ def _factor(draft: Draft, node: Any) -> _Factor | None:
     return _Factor(node, node) if is_gate(node, varies) else None
 
 
-def _shares(draft: Draft, y: Any, x: Any) -> Iterator[tuple[float, list[Term]]]:
-    """Yield c and further terms for y = c x + ..., if it has x among its terms."""
+def _shares(draft: Draft, y: Any, x: Any, depth: int = 3) -> Iterator[tuple[float, list[Term]]]:
+    """Yield c and further terms for y = c x + ..., if it has x among the terms of a few sums."""
     if y is x:
         yield 1.0, []
-    elif varies(y) and operation(y) in _SUMS and y not in draft.starts and not leaves_module(y):
+    elif depth and varies(y) and operation(y) in _SUMS and len(y.args) == 2 and _is_inner(draft, y):
         pair: list[Term] = _summands(y)
         for one, other in (pair, pair[::-1]):
             c, part = _plain(draft, one)
-            for share, others in _shares(draft, part, x):
+            for share, others in _shares(draft, part, x, depth - 1):
                 yield c * share, [*((c * d, n) for d, n in others), other]
 
 

@@ -14,7 +14,7 @@ from math import isclose, prod
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from captum_mipin.graph.layout import batched
 from captum_mipin.graph.marks import mark, original, value_of
@@ -115,7 +115,9 @@ def _sum_of_scaled(draft: Draft, node: Any) -> bool:
     if operation(source) not in ("mul", "div") or source in draft.starts or not along:
         return False
     x, scale = source.args if varies(source.args[0]) else source.args[::-1]
-    if not isinstance(scale, fx.Node) or str(value_of(x).shape) != str(value_of(source).shape):
+    if not isinstance(value_of(scale), Tensor):  # a number, or the size of the batch
+        return False
+    if str(value_of(x).shape) != str(value_of(source).shape):
         return False
     own = {
         x,
@@ -150,6 +152,8 @@ def _sum_of_product(draft: Draft, node: Any) -> None:
     if pair is None or product in draft.starts or leaves_module(product):
         return
     if sum(map(varies, pair)) != 1 or len(product.all_input_nodes) != 2:
+        return
+    if not all(isinstance(value_of(n), Tensor) for n in pair):  # a number is no layer
         return
     ndim, shape = value_of(product).ndim, value_of(product).shape
     factors = sorted(pair, key=varies, reverse=True)

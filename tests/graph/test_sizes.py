@@ -39,6 +39,8 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: torch.relu(x.transpose(1, 2)),
     "transposed, in place": lambda x: torch.relu_((x + 0).transpose(1, 2)),
     "a slice": lambda x: torch.tanh(x[:, :, ::2]),
+    "one channel last": lambda x: torch.relu(
+        x[:, :1, :, None].contiguous(memory_format=torch.channels_last)),
     "copies": lambda x: torch.relu(x[:, :1].expand(-1, 5, -1)),
     "batch norm": lambda x: F.batch_norm(x, *NORM[:2, :], *NORM[2:]),
     "batch norm without weights": lambda x: F.batch_norm(x, *NORM[:2]),

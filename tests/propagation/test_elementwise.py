@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from captum_mipin import InverseNetwork, check
 from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.methods import LRP, GuidedBackprop, PatternNet, Patterns
+from captum_mipin.methods.gradients import Gradient
 
 ROOT = math.sqrt(2 / math.pi)
 
@@ -123,6 +124,25 @@ def test_what_is_an_activation_only_near_zero_is_none(f):
     x = 1e4 * normal(40, 4, dtype=torch.float64)
     result = InverseNetwork(model).fit(x, 1, progress=False).explain((x,), 1, biases=(True,))
     torch.testing.assert_close(result.output, model(x)[:, 1].detach(), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda h: -((-h).masked_fill(h < 0.1, 0.0)),
+        lambda h: torch.where(h > 0.1, h, 0.0).clamp(max=5e6),
+        lambda h: (h / 0.05).clamp(0, 1) * h,
+        lambda h: torch.where((h - 1.23).abs() < 0.02, 0.0, 1.0) * F.relu(h),
+    ],
+    ids=["threshold", "threshold with a bound", "ramp", "gap"],
+)
+def test_what_differs_from_an_activation_near_zero_or_between_is_none(f):
+    torch.manual_seed(0)
+    layers = {"first": nn.Linear(4, 6), "last": nn.Linear(6, 2)}
+    model = Function(lambda m, x: m["last"](f(m["first"](x))), **layers).double().eval()
+    x = normal(400, 4, dtype=torch.float64).requires_grad_()
+    model(x)[:, 1].sum().backward()
+    torch.testing.assert_close(Gradient(model).attribute(x.detach(), 1), x.grad)
 
 
 def test_any_function_of_a_single_tensor_is_one_activation_by_hand():

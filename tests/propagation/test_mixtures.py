@@ -11,6 +11,7 @@ from captum_mipin import InverseNetwork
 from captum_mipin.graph.capture import capture
 from captum_mipin.graph.nodes import operation
 from captum_mipin.methods import LRP, Epsilon, GuidedBackprop
+from captum_mipin.methods.gradients import Gradient
 from captum_mipin.propagation.passes import MARKING, draft
 from captum_mipin.rules import table
 
@@ -177,3 +178,27 @@ def test_explained_parts_of_a_mixture_stay():
         torch.testing.assert_close(result.output, model(X[:5])[:, 1].detach())
         (signals,) = result.signals
         assert all(signal.any() and signal.isfinite().all() for signal in signals)
+
+
+def _shared(x, h, q):
+    """A sum of shared sums, whose paths grow exponentially in number."""
+    u, v = x, h
+    for _ in range(40):
+        u, v = v, 0.5 * (u + v)
+    return q + gate(q) * v
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda x, h, q: x + gate(q) * torch.rsub(x, 1.0, alpha=2),
+        lambda x, h, q: x - gate(q) * torch.rsub(x, 3.0, alpha=-2),
+        lambda x, h, q: x + gate(q) * torch.sub(x, 1.0, alpha=2),
+        _shared,
+    ],
+    ids=["alpha by position", "its negative", "alpha by name", "shared sums"],
+)
+def test_gradients_are_those_of_autograd(how):
+    model, x = Function(network(how), **parts()).double().eval(), X[:5].clone().requires_grad_()
+    model(x)[:, 1].sum().backward()
+    torch.testing.assert_close(Gradient(model).attribute(x.detach(), 1), x.grad)

@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from captum_mipin import InverseNetwork, check
+from captum_mipin.errors import UnsupportedOperationError
 from captum_mipin.graph.capture import capture
 from captum_mipin.graph.nodes import operation
+from captum_mipin.methods.gradients import Gradient
 from captum_mipin.propagation.passes import MARKING, draft
 from captum_mipin.rules import table
 
@@ -329,3 +331,19 @@ def test_a_layer_may_have_weights_like_its_input():
     model = Function(run, **layers).double().eval()
     result = InverseNetwork(model).fit(X, 1, progress=False).explain((X,), 1, biases=(True,))
     torch.testing.assert_close(result.output, model(X)[:, 1])
+
+
+def test_a_mean_of_a_product_with_a_number_that_is_an_argument():
+    def network(factor):
+        torch.manual_seed(0)
+        return Function(
+            lambda m, x, z: m["last"]((m["first"](x).relu() * factor(z)).mean(1)),
+            first=nn.Linear(4, 4), last=nn.Linear(4, 2),
+        ).double().eval()  # fmt: skip
+
+    x, z, model = normal(3, 5, 4, dtype=torch.float64), torch.tensor(2.0), network(torch.numel)
+    wanted = x.clone().requires_grad_()
+    model(wanted, z)[:, 1].sum().backward()
+    torch.testing.assert_close(Gradient(model).attribute(x, 1, z), wanted.grad)
+    with pytest.raises(UnsupportedOperationError, match=r"aten\.mul\.Tensor in the model itself"):
+        Gradient(network(torch.Tensor.item)).attribute(x, 1, z)
