@@ -2,7 +2,9 @@
 
 The paper gives the layers and says that dropout was used. Optimiser, learning rate, epochs,
 augmentation and the place of the dropout are our choice, see :func:`train`. The transformers'
-weights come with the repository (``weights/``, float16), since their training takes an hour.
+weights come with the repository (``weights/``, float16), since their training takes an hour:
+
+    python benchmarks/networks.py vit-cifar10 cct-cifar10 --data FOLDER --keep
 """
 
 import argparse
@@ -226,6 +228,11 @@ if __name__ == "__main__":
         "--data",
         help="folder with mnist.npz or the CIFAR-10 sheets; default: download with torchvision",
     )
+    parser.add_argument("--keep", action="store_true", help="train anew, and write weights/")
     arguments = parser.parse_args()
     for network in arguments.names:
-        trained(network, load(RECIPES[network].data, arguments.data))
+        data = load(RECIPES[network].data, arguments.data)
+        if arguments.keep:
+            state = train(network, data, 0).half().state_dict()
+            save_file(state, str(Path(__file__).parent / "weights" / f"{network}-0.safetensors"))
+        trained(network, data)
